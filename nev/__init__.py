@@ -1,0 +1,1 @@
+"""nev: give a locked text embedder eyes."""

