@@ -12,12 +12,14 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from nev.errors import NevError
+
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Section_ = TypeVar("Section_", bound="Section")
 
 
-class ConfigError(ValueError):
+class ConfigError(NevError, ValueError):
     """A configuration that cannot run. The message says what, where and what to do."""
 
 
@@ -150,13 +152,14 @@ class Train(Section):
 class Workers(Section):
     """Training processes. `cpus` is what each one reserves from Ray; what is left decodes images.
 
-    On a laptop `cpus: 0` lets training and decoding share every core. `threads` are torch threads a worker
-    (`None`: the machine's cores divided by the workers on it).
+    On a laptop `cpus: 0` lets training and decoding share every core. `memory` is in bytes. `threads` are torch threads a
+    worker (`None`: the machine's cores divided by the workers on it). `max_failures`: restarts before giving up; -1: no end.
     """
 
     count: Positive = 1
     cpus: float = Field(default=0.0, ge=0)
     gpus: float = Field(default=0.0, ge=0)
+    memory: Positive = 256 * 2**20
     threads: Positive | None = None
     max_failures: int = Field(default=3, ge=-1)
 

@@ -1,0 +1,35 @@
+"""What every command shares: errors that explain themselves, and the `--config` and `--set` options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from nev.errors import NevError
+
+ConfigFile = Annotated[str, typer.Option("--config", help="Experiment file (YAML); the shipped ones are in configs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one setting: section.key=value. May be repeated.")
+]
+
+
+@contextmanager
+def explained(console: Console) -> Iterator[None]:
+    """Print a NevError as one message and exit with 2; let a bug keep its traceback."""
+    try:
+        yield
+    except NevError as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+def command(main: object, example: str) -> typer.Typer:
+    """A Typer application of one command, with an example under its help."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(epilog=f"Example: {example}")(main)  # type: ignore[type-var]
+    return app

@@ -1,0 +1,146 @@
+"""From the rows that the plan names to arrays: read, decode, augment, attach the text vectors. No Ray in it.
+
+A row that cannot be used stays as a row with `valid` False and its reason, so that a block has its R rows always.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from nev.config import Augment, Limits
+from nev.data.decode import BadImage, decode, draw, eval_view, train_view
+from nev.data.index import DataError, Index
+from nev.data.plan import Segment
+from nev.data.sidecar import sidecar_location, vectors_of
+from nev.data.storage import filesystem
+
+OPEN_FILES = 32
+
+Block = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class BlockReader:
+    """How rows become arrays. `augment` None is the evaluation view; `text_key` None leaves the text vectors out."""
+
+    index: Index
+    image_size: int
+    limits: Limits
+    seed: int
+    augment: Augment | None
+    text_key: str | None = None
+    text_width: int = 0
+    with_labels: bool = False
+    _files: OrderedDict[str, pq.ParquetFile] = field(default_factory=OrderedDict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict()}
+
+    def read(self, segments: list[Segment], epoch: int) -> Block:
+        """Read rows in order, R of them in all.
+
+        image: uint8 [R, S, S, 3]; text: float16 [R, D]; valid: bool [R]; uid, reason: str [R] (reason is empty where valid);
+        shard: int32 [R]; with_labels adds label: int64 [R].
+        """
+        total = sum(segment.stop - segment.start for segment in segments)
+        block: Block = {
+            "image": np.zeros((total, self.image_size, self.image_size, 3), np.uint8),
+            "valid": np.ones(total, np.bool_),
+            "uid": np.empty(total, object),
+            "reason": np.full(total, "", object),
+            "shard": np.empty(total, np.int32),
+        }
+        if self.text_key:
+            block["text"] = np.zeros((total, self.text_width), np.float16)
+        if self.with_labels:
+            block["label"] = np.full(total, -1, np.int64)
+        row = 0
+        for segment in segments:
+            count = segment.stop - segment.start
+            self._fill({name: column[row : row + count] for name, column in block.items()}, segment, epoch)
+            row += count
+        return block
+
+    def _fill(self, part: Block, segment: Segment, epoch: int) -> None:
+        """Fill views of the block with one segment."""
+        shard, group = int(self.index.shard[segment.group]), int(self.index.group[segment.group])
+        columns = self.index.columns
+        names = [name for name in (columns.uid, columns.image, columns.label if self.with_labels else None) if name]
+        table = self._table(self.index.location(shard), group, names, segment)
+        part["shard"][:] = shard
+        part["uid"][:] = [str(uid) for uid in table[columns.uid].to_pylist()]
+        if self.with_labels and columns.label:
+            part["label"][:] = [-1 if label is None else label for label in table[columns.label].to_pylist()]
+        if self.text_key:
+            self._fill_text(part, shard, group, segment, epoch)
+        for row, value in enumerate(_encoded(table[columns.image])):
+            if not part["valid"][row]:
+                continue
+            try:
+                part["image"][row] = self._view(value, part["uid"][row], epoch)
+            except BadImage as bad:
+                part["valid"][row], part["reason"][row] = False, str(bad)
+
+    def _fill_text(self, part: Block, shard: int, group: int, segment: Segment, epoch: int) -> None:
+        """One caption's vector a row, drawn by (seed, epoch, uid) where there are several."""
+        assert self.text_key
+        table = self._table(sidecar_location(self.index, shard, self.text_key), group, ["vectors"], segment)
+        vectors, starts = vectors_of(table["vectors"], self.text_width)
+        counts = np.diff(starts)
+        several = [
+            int(draw(self.seed, epoch, uid, "caption").random() * count) if count > 1 else 0
+            for uid, count in zip(part["uid"], counts.tolist(), strict=True)
+        ]
+        has_text = counts > 0
+        part["text"][has_text] = vectors[(starts[:-1] + several)[has_text]]
+        part["valid"][~has_text] = False
+        part["reason"][~has_text] = "caption is empty"
+
+    def _view(self, value: pa.Scalar, uid: str, epoch: int) -> NDArray[np.uint8]:
+        buffer = value.as_buffer()
+        if buffer is None:
+            raise BadImage("image is null")
+        picture = decode(memoryview(buffer), self.limits)
+        if self.augment is None:
+            return eval_view(picture, self.image_size)
+        return train_view(picture, self.image_size, self.augment, draw(self.seed, epoch, uid, "augment"))
+
+    def _table(self, location: str, group: int, columns: list[str], segment: Segment) -> pa.Table:
+        try:
+            table = self._file(location).read_row_group(group, columns, use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{location}: row group {group} cannot be read: {error}") from error
+        return table.slice(segment.start, segment.stop - segment.start)
+
+    def _file(self, location: str) -> pq.ParquetFile:
+        """Open files are kept, the least recently used ones closed, so that a footer is parsed once."""
+        if location in self._files:
+            self._files.move_to_end(location)
+        else:
+            fs, path = filesystem(location)
+            local = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+            source = path if local else fs.open(path, "rb", cache_type="none")
+            self._files[location] = pq.ParquetFile(source, memory_map=local, pre_buffer=not local)
+            while len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
+        return self._files[location]
+
+
+def _encoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The bytes of an image column: binary, or the Hugging Face struct with `bytes`."""
+    if pa.types.is_struct(column.type):
+        import pyarrow.compute as pc
+
+        return pc.struct_field(column, "bytes")
+    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
+        raise DataError(
+            f"the image column holds {column.type}, not encoded bytes: name another with data.columns.image"
+        )
+    return column

@@ -1,0 +1,137 @@
+"""The index: every row group of a folder of parquet shards, read from the footers alone.
+
+Its fingerprint names the data set (relative paths, row groups, rows, bytes), not the place where it lies, so a copy in
+another folder or bucket is the same data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from nev.config import Columns
+from nev.data.storage import filesystem
+from nev.errors import NevError
+
+FOOTER_READERS = 16
+
+KNOWN_NAMES = {
+    "uid": ("uid", "key", "__key__", "id"),
+    "image": ("image", "jpg", "jpeg", "png", "webp", "img", "bytes"),
+    "caption": ("caption", "captions", "text", "txt"),
+    "label": ("label", "cls", "class"),
+}
+
+
+class DataError(NevError, ValueError):
+    """Data that cannot be trained on. The message says which file or column, what was found, and what to do."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """Row groups in the order of (path, row group).
+
+    root: folder or URL; paths: [shards] relative to it; shard, group: int32 [G]; rows, nbytes: int64 [G];
+    columns: names resolved in the first shard (uid, image, caption may not be None in a training set).
+    """
+
+    root: str
+    paths: tuple[str, ...]
+    shard: NDArray[np.int32]
+    group: NDArray[np.int32]
+    rows: NDArray[np.int64]
+    nbytes: NDArray[np.int64]
+    columns: Columns
+    fingerprint: str
+
+    @property
+    def total_rows(self) -> int:
+        """Rows in all shards."""
+        return int(self.rows.sum())
+
+    def location(self, shard: int) -> str:
+        """Path or URL of a shard."""
+        return f"{self.root.rstrip('/')}/{self.paths[shard]}"
+
+
+def build_index(root: str, columns: Columns) -> Index:
+    """Index the shards (`*.parquet`) of a folder or `s3://` prefix; folders whose name begins with `_` are passed over.
+
+    Raises DataError when there is no shard, a footer is unreadable, a column is missing, or no row is there.
+    """
+    fs, base = filesystem(root)
+    if not fs.exists(base):
+        raise DataError(f"{root}: no such folder. Make shards with `python pipelines/prepare.py --help`.")
+    base = base.rstrip("/")
+    files = sorted(path for path in fs.find(base) if path.endswith(".parquet"))
+    relative = [path[len(base) :].lstrip("/") for path in files]
+    relative = [path for path in relative if not any(part.startswith(("_", ".")) for part in path.split("/"))]
+    if not relative:
+        raise DataError(
+            f"{root}: no .parquet shard in this folder. Make some with `python pipelines/prepare.py --help`."
+        )
+
+    def footer(path: str) -> pq.FileMetaData:
+        try:
+            with fs.open(f"{base}/{path}", "rb") as file:
+                return pq.read_metadata(file)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(
+                f"{root.rstrip('/')}/{path}: not a readable parquet file ({error}). "
+                "It may be cut short: delete it, or prepare the shard again."
+            ) from error
+
+    with ThreadPoolExecutor(FOOTER_READERS) as pool:
+        footers = list(pool.map(footer, relative))
+
+    resolved = resolve_columns(footers[0].schema.to_arrow_schema(), columns, f"{root.rstrip('/')}/{relative[0]}")
+    needed = {name for name in resolved.model_dump().values() if name}
+    for path, meta in zip(relative, footers, strict=True):
+        if lacking := needed - set(meta.schema.to_arrow_schema().names):
+            raise DataError(f"{root.rstrip('/')}/{path}: column {sorted(lacking)} is missing; the first shard has it.")
+
+    table = [
+        (shard, group, meta.row_group(group).num_rows, meta.row_group(group).total_byte_size)
+        for shard, meta in enumerate(footers)
+        for group in range(meta.num_row_groups)
+        if meta.row_group(group).num_rows
+    ]
+    if not table:
+        raise DataError(f"{root}: the shards hold no rows.")
+    shard, group, rows, nbytes = (np.array(column, np.int64) for column in zip(*table, strict=True))
+    digest = hashlib.sha256(json.dumps(relative).encode())
+    for part in (shard, group, rows, nbytes):
+        digest.update(part.astype("<i8").tobytes())
+    return Index(
+        root=root,
+        paths=tuple(relative),
+        shard=shard.astype(np.int32),
+        group=group.astype(np.int32),
+        rows=rows,
+        nbytes=nbytes,
+        columns=resolved,
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def resolve_columns(schema: pa.Schema, columns: Columns, where: str) -> Columns:
+    """Fill the names that are None from the usual ones. uid, image and caption must be found; label may stay None."""
+    found: dict[str, str | None] = {}
+    for role, known in KNOWN_NAMES.items():
+        wanted = getattr(columns, role)
+        if wanted is not None and wanted not in schema.names:
+            raise DataError(f"{where}: no column {wanted!r} (data.columns.{role}); the file has {schema.names}.")
+        found[role] = wanted or next((name for name in known if name in schema.names), None)
+        if found[role] is None and role != "label":
+            raise DataError(
+                f"{where}: no {role} column among {list(known)}; the file has {schema.names}. "
+                f"Name it with data.columns.{role}=COLUMN."
+            )
+    return Columns(**found)

@@ -1,0 +1,59 @@
+"""A row on its way into a shard, and the rule that says which rows may go in.
+
+Readers (`nev.data.sources`, `nev.data.synthetic`) yield rows as they find them, faults and all. `usable` is the one
+place where a row is left out, so every row that went in is either in a shard or counted under a reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import NotRequired, TypedDict
+
+from nev.config import Limits
+
+
+class Row(TypedDict):
+    """One picture with its caption(s).
+
+    uid: unique over the whole set. image: encoded bytes (JPEG, PNG, WebP). caption: one sentence or several.
+    label, label_name: the class, where there is one. reject: set by a reader that knows why the row can't be used.
+    """
+
+    uid: str
+    image: bytes | None
+    caption: str | list[str] | None
+    label: NotRequired[int | None]
+    label_name: NotRequired[str | None]
+    reject: NotRequired[str]
+
+
+def captions_of(row: Row) -> list[str]:
+    """The sentences of a row without outer white space, empty and null ones left out."""
+    given = row["caption"]
+    sentences = [given] if isinstance(given, str) else given or []
+    return [sentence.strip() for sentence in sentences if sentence and sentence.strip()]
+
+
+def fault(row: Row, limits: Limits) -> str | None:
+    """Why `row` can't go into a shard, or None. Looks at sizes only: nothing is decoded."""
+    if "reject" in row:
+        return row["reject"]
+    if not row["uid"]:
+        return "empty uid"
+    if not row["image"]:
+        return "empty image"
+    if len(row["image"]) > limits.max_bytes:
+        return f"image over {limits.max_bytes} bytes"
+    if not captions_of(row):
+        return "empty caption"
+    return None
+
+
+def usable(rows: Iterable[Row], dropped: Counter[str], limits: Limits) -> Iterator[Row]:
+    """Pass on the rows without a fault, their captions cleaned; count the others in `dropped` by reason."""
+    for row in rows:
+        if reason := fault(row, limits):
+            dropped[reason] += 1
+        else:
+            yield {**row, "caption": captions_of(row)}

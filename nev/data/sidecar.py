@@ -1,0 +1,129 @@
+"""Text sidecars: the locked tower's vectors, row for row beside each shard, computed once.
+
+`<root>/_text/<key>/<shard>.parquet` has one column `vectors` (binary): float16 little-endian [captions of the row, D],
+row-major, empty where the row has no caption. Row groups are those of the shard. The key fingerprints the encoder (weights,
+tokenizer, prefix, pooling, max length) and the caption column; the file's metadata holds it whole, with the shard's own
+fingerprint, and a sidecar that does not match is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from nev.data.index import FOOTER_READERS, DataError, Index
+from nev.data.storage import filesystem, join
+
+Encode = Callable[[Sequence[str]], NDArray[np.float32]]
+
+
+def sidecar_key(text_fingerprint: str, caption_column: str) -> str:
+    """The key of the sidecars of one text tower over one caption column: sha256, hex."""
+    return hashlib.sha256(f"{text_fingerprint}\n{caption_column}".encode()).hexdigest()
+
+
+def sidecar_location(index: Index, shard: int, key: str) -> str:
+    """Path or URL of a shard's sidecar."""
+    return join(index.root, "_text", key[:16], index.paths[shard])
+
+
+def shard_fingerprint(index: Index, shard: int) -> str:
+    """Names the layout of a shard (rows and bytes of its row groups)."""
+    own = index.shard == shard
+    layout = np.stack([index.group[own], index.rows[own], index.nbytes[own]]).astype("<i8")
+    return hashlib.sha256(layout.tobytes()).hexdigest()
+
+
+def captions_of(value: str | list[str] | None) -> list[str]:
+    """The captions of a row: a string or a list of strings; null and blank ones do not count."""
+    values = [value] if value is None or isinstance(value, str) else value
+    return [caption.strip() for caption in values if caption and caption.strip()]
+
+
+def write_sidecar(index: Index, shard: int, key: str, width: int, encode: Encode) -> int:
+    """Embed the captions of a shard and write its sidecar, whole or not at all. Returns the number of captions."""
+    column = index.columns.caption
+    source_fs, source_path = filesystem(index.location(shard))
+    with source_fs.open(source_path, "rb") as source:
+        shard_file = pq.ParquetFile(source)
+        if shard_file.metadata.num_rows != int(index.rows[index.shard == shard].sum()):
+            raise DataError(f"{index.location(shard)}: the shard changed since it was indexed")
+        groups = [
+            [captions_of(value) for value in shard_file.read_row_group(group, [column])[column].to_pylist()]
+            for group in range(shard_file.num_row_groups)
+        ]
+    distinct = sorted({caption for group in groups for captions in group for caption in captions})
+    vectors = encode(distinct).astype("<f2") if distinct else np.zeros((0, width), "<f2")
+    if vectors.shape != (len(distinct), width):
+        raise ValueError(f"the text tower gave {vectors.shape} for {len(distinct)} captions of width {width}")
+    place = {caption: position for position, caption in enumerate(distinct)}
+
+    metadata = {"nev.key": key, "nev.shard": shard_fingerprint(index, shard), "nev.width": str(width)}
+    schema = pa.schema([("vectors", pa.binary())], metadata=metadata)
+    fs, path = filesystem(sidecar_location(index, shard, key))
+    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    partial = f"{path}.partial"
+    with fs.open(partial, "wb") as sink, pq.ParquetWriter(sink, schema, compression="none") as writer:
+        for group in groups:
+            rows = [vectors[[place[caption] for caption in captions]].tobytes() for captions in group]
+            writer.write_table(pa.table({"vectors": rows}, schema), row_group_size=max(1, len(rows)))
+    fs.mv(partial, path)
+    return sum(len(captions) for group in groups for captions in group)
+
+
+def missing_sidecars(index: Index, key: str) -> list[int]:
+    """Shards that have no sidecar under this key yet."""
+
+    def absent(shard: int) -> bool:
+        fs, path = filesystem(sidecar_location(index, shard, key))
+        return not fs.exists(path)
+
+    with ThreadPoolExecutor(FOOTER_READERS) as pool:
+        return [shard for shard, lacks in enumerate(pool.map(absent, range(len(index.paths)))) if lacks]
+
+
+def check_sidecars(index: Index, key: str, width: int) -> None:
+    """Refuse sidecars that are absent, of another encoder or width, or not row for row beside their shard (DataError)."""
+    if missing := missing_sidecars(index, key):
+        raise DataError(
+            f"{index.root}: {len(missing)} of {len(index.paths)} shards have no text sidecar of this encoder "
+            f"(first: {index.paths[missing[0]]}). Write them with `python pipelines/embed_text.py --config CONFIG`."
+        )
+
+    def check(shard: int) -> None:
+        location = sidecar_location(index, shard, key)
+        fs, path = filesystem(location)
+        with fs.open(path, "rb") as file:
+            footer = pq.read_metadata(file)
+        found = {name.decode(): value.decode() for name, value in (footer.metadata or {}).items()}
+        wanted = {"nev.key": key, "nev.shard": shard_fingerprint(index, shard), "nev.width": str(width)}
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                raise DataError(
+                    f"{location}: {name} is {found.get(name)}, this run needs {value}. The shard or the encoder changed: "
+                    "delete this file and write it again with `python pipelines/embed_text.py`."
+                )
+        rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+        own = index.shard == shard
+        if [rows[group] for group in index.group[own] if group < len(rows)] != index.rows[own].tolist():
+            raise DataError(f"{location}: its row groups are not those of the shard. Delete it and write it again.")
+
+    with ThreadPoolExecutor(FOOTER_READERS) as pool:
+        list(pool.map(check, range(len(index.paths))))
+
+
+def vectors_of(column: pa.ChunkedArray, width: int) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
+    """The `vectors` column as one array without a copy: float16 [captions, D], and int64 [rows + 1] where each row begins."""
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = array.chunk(0) if array.num_chunks else pa.array([], pa.binary())
+    _, offsets, data = array.buffers()
+    starts = np.frombuffer(offsets, np.int32)[array.offset : array.offset + len(array) + 1].astype(np.int64)
+    flat = np.frombuffer(data, "<f2") if data is not None else np.zeros(0, "<f2")
+    return flat[: len(flat) // width * width].reshape(-1, width), starts // (2 * width)

@@ -1,0 +1,137 @@
+"""Read Hugging Face image parquet: a struct of `bytes` and `path`, or plain bytes, with captions or class labels.
+
+A labelled set gets its captions from templates filled with the class name, all of them in one list: the training
+stream draws one of them an epoch. https://huggingface.co/docs/datasets/image_dataset
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nev.config import ConfigError
+from nev.data.rows import Row
+from nev.data.sources.common import SourceOptions, find_files
+
+USUAL = {
+    "uid": ("uid", "id", "__key__"),
+    "image": ("image", "jpg", "img", "png", "webp"),
+    "caption": ("caption", "captions", "text", "txt"),
+    "label": ("label", "labels", "cls", "fine_label"),
+    "label_name": ("label_name",),
+}
+BATCH_ROWS = 256
+
+
+def read(inputs: Iterable[str | Path], options: SourceOptions) -> Iterator[Row]:
+    """Yield one row a parquet row, in the order of the files.
+
+    uid: the uid column, else '<file>-<row>'. caption: the caption column, or with `templates` their sentences about the
+    class name, underscores read as spaces. The class name is the column `label_name`, else the ClassLabel names in the
+    file's metadata. Raises ConfigError for a file that is not readable, a missing column, or neither captions nor
+    templates.
+    """
+    files = find_files(inputs, (".parquet",))
+    root = os.path.commonpath([file.parent for file in files])
+    for path in files:
+        try:
+            yield from _read_file(path, path.relative_to(root).with_suffix("").as_posix(), options)
+        except (pa.ArrowException, OSError) as error:
+            raise ConfigError(
+                f"{path}: not readable as parquet ({error}). Fetch it again, or take it out of the input."
+            ) from error
+
+
+def _read_file(path: Path, stem: str, options: SourceOptions) -> Iterator[Row]:
+    with pq.ParquetFile(path) as file:
+        schema = file.schema_arrow
+        columns = _columns(schema, options, path)
+        names = _class_names(schema, columns.get("label"))
+        if options.templates and "label_name" not in columns and not names:
+            raise ConfigError(
+                f"{path}: templates need class names: name their column with --name (columns: {schema.names})"
+            )
+        number = 0
+        for batch in file.iter_batches(BATCH_ROWS, columns=sorted(set(columns.values()))):
+            values: dict[str, list[Any]] = {role: _values(batch, name, role) for role, name in columns.items()}
+            for at in range(batch.num_rows):
+                cell = {role: column[at] for role, column in values.items()}
+                yield _row(cell, f"{stem}-{number:08d}", names, options.templates)
+                number += 1
+
+
+def _row(cell: dict[str, Any], number: str, names: list[str], templates: tuple[str, ...]) -> Row:
+    label: int | None = cell.get("label")
+    name: str | None = cell.get("label_name")
+    if name is None and label is not None and 0 <= label < len(names):
+        name = names[label]
+    caption: str | list[str] | None = cell.get("caption")
+    if templates:
+        caption = [template.replace("{}", name.replace("_", " ")) for template in templates] if name else None
+    return {
+        "uid": str(cell["uid"]) if cell.get("uid") is not None else number,
+        "image": cell["image"],
+        "caption": caption,
+        "label": label,
+        "label_name": name,
+    }
+
+
+def _columns(schema: pa.Schema, options: SourceOptions, path: Path) -> dict[str, str]:
+    """Which column of the file plays which role. Raises ConfigError for one that is named and missing, or needed."""
+    wanted = {**options.columns.model_dump(), "label_name": options.label_name}
+    if options.templates:
+        if wanted["caption"]:
+            raise ConfigError(f"give a caption column ({wanted['caption']!r}) or templates, not both")
+        del wanted["caption"]
+    found: dict[str, str] = {}
+    for role, named in wanted.items():
+        if named is not None and named not in schema.names:
+            raise ConfigError(f"{path}: no column {named!r} for {role} (columns: {schema.names})")
+        name = named or next((usual for usual in USUAL[role] if usual in schema.names), None)
+        if name is None and role in ("image", "caption"):
+            also = ", or make captions from class names with --template 'a photo of a {}.'" if role == "caption" else ""
+            raise ConfigError(f"{path}: no {role} column (columns: {schema.names}). Name it with --{role}{also}")
+        if name is not None:
+            found[role] = name
+    for role, name in found.items():
+        if not _fits(role, schema.field(name).type):
+            raise ConfigError(f"{path}: column {name!r} can't be the {role}: it is {schema.field(name).type}")
+    return found
+
+
+def _fits(role: str, kind: pa.DataType) -> bool:
+    text, binary = (pa.string(), pa.large_string()), (pa.binary(), pa.large_binary())
+    if role == "image":
+        return kind in binary or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+    if role == "caption":
+        listed = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        return kind in text or (listed and kind.value_type in text)
+    if role == "label":
+        return bool(pa.types.is_integer(kind))
+    return kind in text or (role == "uid" and bool(pa.types.is_integer(kind)))
+
+
+def _values(batch: pa.RecordBatch, name: str, role: str) -> list[Any]:
+    column = batch.column(name)
+    if role == "image" and pa.types.is_struct(column.type):
+        cells: list[Any] = [image and image["bytes"] for image in column.to_pylist()]
+        return cells
+    listed: list[Any] = column.to_pylist()
+    return listed
+
+
+def _class_names(schema: pa.Schema, label: str | None) -> list[str]:
+    """The names of a ClassLabel feature, which `datasets` keeps as JSON in the file's metadata."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        names = features[label]["names"]
+    except (ValueError, KeyError, TypeError):
+        return []
+    return [str(name) for name in names]

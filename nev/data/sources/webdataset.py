@@ -1,0 +1,91 @@
+"""Read WebDataset tars as img2dataset writes them: KEY.jpg, KEY.txt, KEY.json, one after another.
+
+https://github.com/rom1504/img2dataset, https://github.com/webdataset/webdataset (the key ends at the first dot of the
+file's name). Nothing is extracted to disk, only regular members are looked at, and none is read past its size limit.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from nev.config import ConfigError, Limits
+from nev.data.rows import Row
+from nev.data.sources.common import SourceOptions, find_files
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+TEXTS = ("txt", "json", "cls")
+MAX_TEXT_BYTES = 2**20
+
+
+def read(inputs: Iterable[str | Path], options: SourceOptions) -> Iterator[Row]:
+    """Yield one row a key, in the order of the files.
+
+    uid: `uid` of the JSON, else the key. caption: `captions` of the JSON, else its `caption`, else the text file.
+    label: `label` of the JSON or the .cls member; label_name: `label_name` of the JSON. A sample whose `status` is not
+    "success" is rejected with that status. Raises ConfigError for a file that is not a whole tar or holds no image.
+    """
+    for path in find_files(inputs, (".tar", ".tar.gz", ".tgz")):
+        images = 0
+        for key, members in groupby(_members(path, options.limits), key=lambda member: member[0]):
+            row = _row(key, {extension: content for _, extension, content in members})
+            images += bool(row["image"])
+            yield row
+        if not images:
+            raise ConfigError(f"{path}: no image in this tar (looked for members named KEY.{', KEY.'.join(IMAGES)})")
+
+
+def _members(path: Path, limits: Limits) -> Iterator[tuple[str, str, bytes | None]]:
+    """(key, extension, content) of the members that are used; content is None for one above its limit."""
+    try:
+        with tarfile.open(path, "r:*") as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                extension = extension.lower()
+                if not member.isreg() or not stem or extension not in IMAGES + TEXTS:
+                    continue
+                limit = limits.max_bytes if extension in IMAGES else MAX_TEXT_BYTES
+                stream = tar.extractfile(member) if member.size <= limit else None
+                yield f"{folder}/{stem}" if folder else stem, extension, stream.read() if stream else None
+            # tarfile takes a broken header, or a cut between two members, for the end. The true end is a block of zeros.
+            assert tar.fileobj is not None
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"neither a header nor the end mark at byte {tar.offset}")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise ConfigError(
+            f"{path}: not a whole tar file ({error}). Fetch it again, or take it out of the input."
+        ) from error
+
+
+def _row(key: str, parts: dict[str, bytes | None]) -> Row:
+    row: Row = {"uid": key, "image": None, "caption": None}
+    images = [extension for extension in parts if extension in IMAGES]
+    if images:
+        row["image"] = parts[images[0]]
+    if None in parts.values():
+        row["reject"] = "member over its size limit"
+        return row
+    try:
+        facts: Any = json.loads(parts.get("json") or b"{}")
+        if not isinstance(facts, dict):
+            raise TypeError(f"a JSON object is needed, not {type(facts).__name__}")
+        text = (parts.get("txt") or b"").decode()
+        label = facts["label"] if "label" in facts else parts.get("cls")
+        row["label"] = None if label is None else int(label)
+    except (ValueError, TypeError):  # json.JSONDecodeError and UnicodeDecodeError are ValueErrors
+        row["reject"] = "unreadable json, txt or cls"
+        return row
+    row["uid"] = str(facts.get("uid") or key)
+    row["caption"] = facts.get("captions") or facts.get("caption") or text
+    row["label_name"] = facts.get("label_name")
+    if facts.get("status", "success") != "success":
+        row["reject"] = f"status {facts['status']}"
+    elif not images:
+        row["reject"] = "no image member"
+    return row

@@ -1,0 +1,73 @@
+"""The stream: Ray Data runs the plan. Block numbers in, one stateless task a block, exactly one block of R rows out, in order.
+
+Why it is built this way (Ray 2.60): a block leaves a task as it was made only with `target_max_block_size = None`, since
+the output buffer otherwise merges and splits; the default per-operator reservation would leave cores idle; and block numbers
+are spread by a streaming repartition, because a read task for each block would be put into the object store before the first
+one runs (20,000 of them took 54 s).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+from ray.data import DataContext, Dataset, ExecutionOptions
+
+from nev.data.block import Block, BlockReader
+from nev.data.plan import Plan
+
+NUMBERS_PER_TASK = 1000
+
+
+def make_stream(reader: BlockReader, plan: Plan, first_step: int, last_step: int) -> Dataset:
+    """The blocks of steps [first_step, last_step), in the plan's order, as a Ray data set that nothing has run yet.
+
+    Each block has the columns of `BlockReader.read` and `block`: int64 [R], its number in the plan.
+    """
+    first = plan.step_blocks(first_step).start
+    count = plan.step_blocks(last_step).start - first
+    with DataContext.current(stream_context()):
+        source = ray.put((reader, plan))
+        numbers = ray.data.range(count, override_num_blocks=max(1, count // NUMBERS_PER_TASK))
+        task = functools.partial(read_block, source=[source], first=first)
+        return numbers.repartition(target_num_rows_per_block=1).map_batches(task, batch_size=1)
+
+
+def read_block(numbers: Any, source: list[ray.ObjectRef[Any]], first: int) -> Block:
+    """The Ray Data task: one block number in, its rows out."""
+    if len(numbers["id"]) != 1:
+        raise RuntimeError(f"a task got {len(numbers['id'])} block numbers, not one: blocks would not be R rows")
+    reader, plan = _source(source[0])
+    number = first + int(numbers["id"][0])
+    block = reader.read(plan.segments(number), plan.epoch_of(number))
+    block["block"] = np.full(len(block["valid"]), number, np.int64)
+    return block
+
+
+@functools.lru_cache(maxsize=4)
+def _source(reference: ray.ObjectRef[Any]) -> tuple[BlockReader, Plan]:
+    """The reader and the plan, fetched once a process: with them live its open files and the epoch's order."""
+    import torch
+
+    torch.set_num_threads(1)  # one task a core: threads inside a task would only get in each other's way
+    reader, plan = ray.get(reference)
+    return reader, plan
+
+
+def stream_context() -> DataContext:
+    """A copy of this process's DataContext with what the stream needs."""
+    context = DataContext.get_current().copy()
+    context.target_max_block_size = None
+    context.op_resource_reservation_enabled = False
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options = stream_options()
+    return context
+
+
+def stream_options() -> ExecutionOptions:
+    """Blocks in order: rank i mod W gets block i."""
+    return ExecutionOptions(preserve_order=True)

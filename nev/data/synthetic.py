@@ -1,0 +1,273 @@
+"""A captioned picture set that needs no network: coloured shapes, counted and placed, on varied backgrounds.
+
+A picture holds one to four copies of one shape in one colour, as a group at the left, right, top, bottom or in the
+middle. Its class is "<colour> <shape>"; its caption also says how many, where, and at times on what background. Train
+and val have the same classes and templates of their own, so no val caption equals a train caption.
+
+`render` is a pure function of (index, seed, split): rows can be made in any order and in any process.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import multiprocessing
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageOps
+
+from nev.config import ConfigError
+from nev.data.prepare import Report, prepare
+from nev.data.rows import Row
+
+Point = tuple[float, float]
+RGB = tuple[int, int, int]
+
+COLOURS: dict[str, RGB] = {
+    "red": (222, 36, 44),
+    "orange": (250, 128, 20),
+    "yellow": (250, 214, 20),
+    "green": (36, 170, 64),
+    "blue": (40, 96, 232),
+    "purple": (146, 52, 190),
+}
+
+
+def _around(count: int, *radii: float) -> list[Point]:
+    """Points on circles of these radii in turn, the first one at the top."""
+    turns = [(2 * math.pi * k / count, radii[k % len(radii)]) for k in range(count)]
+    return [(radius * math.sin(angle), -radius * math.cos(angle)) for angle, radius in turns]
+
+
+def _heart(count: int = 36) -> list[Point]:
+    turns = [2 * math.pi * k / count for k in range(count)]
+    return [
+        (
+            math.sin(t) ** 3,
+            -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16 - 0.12,
+        )
+        for t in turns
+    ]
+
+
+# Outlines inside the circle of radius 1, y downwards.
+SHAPES: dict[str, list[Point]] = {
+    "circle": _around(40, 0.92),
+    "square": [(-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)],
+    "triangle": [(0, -0.95), (1.0, 0.8), (-1.0, 0.8)],
+    "star": _around(10, 1.08, 0.45),
+    "heart": _heart(),
+    "cross": [(-0.32, -1), (0.32, -1), (0.32, -0.32), (1, -0.32), (1, 0.32), (0.32, 0.32),
+              (0.32, 1), (-0.32, 1), (-0.32, 0.32), (-1, 0.32), (-1, -0.32), (-0.32, -0.32)],
+}  # fmt: skip
+CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+NUMBERS = ("one", "two", "three", "four")
+TONES = ("light", "dark")
+GROUNDS = ("plain", "gradient", "spotty", "striped", "checked")
+
+PLACES = {
+    "train": {
+        "left": "on the left",
+        "right": "on the right",
+        "top": "at the top",
+        "bottom": "at the bottom",
+        "middle": "in the middle",
+    },
+    "val": {
+        "left": "near the left edge",
+        "right": "near the right edge",
+        "top": "along the upper edge",
+        "bottom": "along the lower edge",
+        "middle": "in the centre",
+    },
+}
+# {things}: "a red circle", "three red circles". No sentence of one split can be a sentence of the other.
+TEMPLATES = {
+    "train": (
+        "{things} {place}",
+        "a picture of {things} {place}",
+        "{things} {place} of a {ground} picture",
+        "a {ground} background with {things} {place}",
+        "a drawing of {things}",
+    ),
+    "val": (
+        "an image that shows {things} {place}",
+        "{things}, placed {place}, over a {ground} backdrop",
+        "somebody drew {things} {place}",
+    ),
+}
+SIDES = (72, 200)  # pixels
+SUPERSAMPLE = 2
+
+
+class Scene(NamedTuple):
+    """What a picture shows, and the sentence that says so."""
+
+    label: int
+    number: int
+    place: str
+    tone: str
+    ground: str
+    caption: str
+
+
+def describe(index: int, seed: int, split: str) -> Scene:
+    """The scene of row `index`. Classes take turns by index, so any len(CLASSES) rows on end have each of them once."""
+    rng = random.Random(f"scene/{seed}/{split}/{index}")
+    label = index % len(CLASSES)
+    colour, shape = CLASSES[label].split()
+    number, place = rng.randint(1, len(NUMBERS)), rng.choice(list(PLACES[split]))
+    tone, ground = rng.choice(TONES), rng.choice(GROUNDS)
+    things = f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}"
+    if number > 1:
+        things = f"{NUMBERS[number - 1]} {colour} {shape}{'es' if shape.endswith('s') else 's'}"
+    template = rng.choice(TEMPLATES[split])
+    caption = template.format(things=things, place=PLACES[split][place], ground=f"{tone} {ground}")
+    return Scene(label, number, place, tone, ground, caption)
+
+
+def render(index: int, seed: int, split: str) -> Row:
+    """Row `index` of a split ("train" or "val"): the same bytes for the same arguments.
+
+    image: JPEG of quality 60 to 95, sides of 72 to 200 px with a ratio of at most 5:4.
+    """
+    scene = describe(index, seed, split)
+    rng = random.Random(f"pixels/{seed}/{split}/{index}")
+    short = rng.randint(SIDES[0], SIDES[1] * 4 // 5)
+    long = int(short * rng.uniform(1.0, 1.25))
+    width, height = (short, long) if rng.random() < 0.5 else (long, short)
+    image = _background(rng, (width * SUPERSAMPLE, height * SUPERSAMPLE), scene.tone, scene.ground)
+    colour, shape = CLASSES[scene.label].split()
+    _draw_group(rng, image, COLOURS[colour], SHAPES[shape], scene.number, scene.place)
+    encoded = io.BytesIO()
+    image.reduce(SUPERSAMPLE).save(encoded, "JPEG", quality=rng.randint(60, 95))
+    return {
+        "uid": f"{split}-{seed}-{index:08d}",
+        "image": encoded.getvalue(),
+        "caption": scene.caption,
+        "label": scene.label,
+        "label_name": CLASSES[scene.label],
+    }
+
+
+def _background(rng: random.Random, size: tuple[int, int], tone: str, ground: str) -> Image.Image:
+    """RGB of `size`, two greyish tints of one tone blended by a grey pattern."""
+    low, high = (196, 246) if tone == "light" else (16, 66)
+    if ground == "plain":
+        return Image.new("RGB", size, _tint(rng, low, high))
+    if ground == "gradient":
+        side = max(size) * 3 // 2
+        pattern = Image.linear_gradient("L").rotate(rng.uniform(0, 360), Image.Resampling.BILINEAR)
+        pattern = pattern.crop((38, 38, 218, 218)).resize((side, side)).crop((0, 0, *size))
+    elif ground == "spotty":
+        cells = rng.randint(8, 16)
+        pattern = Image.frombytes("L", (cells, cells), rng.randbytes(cells * cells))
+        pattern = pattern.resize(size, Image.Resampling.BICUBIC)
+    else:
+        columns, rows = (rng.randint(5, 9), 1) if ground == "striped" else (rng.randint(5, 8), rng.randint(5, 8))
+        if ground == "striped" and rng.random() < 0.5:
+            columns, rows = rows, columns
+        cells_grey = bytes(255 * ((column + row) % 2) for row in range(rows) for column in range(columns))
+        pattern = Image.frombytes("L", (columns, rows), cells_grey).resize(size, Image.Resampling.NEAREST)
+    middle = (low + high) // 2
+    return ImageOps.colorize(pattern, _tint(rng, low, middle - 8), _tint(rng, middle + 8, high))
+
+
+def _tint(rng: random.Random, low: int, high: int) -> RGB:
+    level = rng.randint(low, high)
+    red, green, blue = (max(0, min(255, level + rng.randint(-9, 9))) for _ in range(3))
+    return red, green, blue
+
+
+def _draw_group(
+    rng: random.Random, image: Image.Image, colour: RGB, outline: list[Point], number: int, place: str
+) -> None:
+    """Draw `number` copies in one colour, evenly spaced with some jitter, all at `place`."""
+    width, height = image.size
+    short = min(width, height)
+    cell = short * (
+        rng.uniform(0.4, 0.56) if number == 1 else {2: 0.4, 3: 0.31, 4: 0.24}[number] * rng.uniform(0.92, 1)
+    )
+    tall = place in ("left", "right") or (place == "middle" and rng.random() < 0.5)
+    if place == "middle" and number == 4:
+        spots = [(-0.5, -0.5), (0.5, -0.5), (-0.5, 0.5), (0.5, 0.5)]
+        cell *= 1.3
+    else:
+        spots = [(0.0, k - (number - 1) / 2) if tall else (k - (number - 1) / 2, 0.0) for k in range(number)]
+    near = max(0.22, 0.55 * cell / short)  # share of a side: an edge, but inside a centred crop
+    free = (number == 1) * 0.12
+    along, across = rng.uniform(0.5 - free, 0.5 + free), rng.uniform(near, near + 0.04)
+    x, y = {
+        "left": (across, along),
+        "right": (1 - across, along),
+        "top": (along, across),
+        "bottom": (along, 1 - across),
+        "middle": (rng.uniform(0.47, 0.53), rng.uniform(0.47, 0.53)),
+    }[place]
+    fill = tuple(max(0, min(255, channel + rng.randint(-10, 10))) for channel in colour)
+    edge = tuple(channel * 6 // 10 for channel in fill)
+    draw = ImageDraw.Draw(image)
+    for dx, dy in spots:
+        angle, radius = rng.uniform(-0.2, 0.2), cell / 2 * rng.uniform(0.86, 0.94)
+        at = (x * width + (dx + rng.uniform(-0.04, 0.04)) * cell, y * height + (dy + rng.uniform(-0.04, 0.04)) * cell)
+        draw.polygon(_placed(outline, at, radius, angle), fill=edge)
+        draw.polygon(_placed(outline, at, radius * 0.86, angle), fill=fill)
+
+
+def _placed(outline: list[Point], at: Point, radius: float, angle: float) -> list[Point]:
+    sine, cosine = radius * math.sin(angle), radius * math.cos(angle)
+    return [(at[0] + cosine * x - sine * y, at[1] + sine * x + cosine * y) for x, y in outline]
+
+
+def render_all(count: int, seed: int, split: str, processes: int = 1) -> Iterator[Row]:
+    """Rows 0 to count - 1 of a split, in order, drawn by this many processes."""
+    row = partial(render, seed=seed, split=split)
+    if processes == 1:
+        yield from map(row, range(count))
+        return
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy Arrow's locks in whatever state they are
+    with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+        yield from pool.map(row, range(count), chunksize=64)
+
+
+def write_synthetic(
+    folder: str | Path,
+    *,
+    train: int,
+    val: int,
+    seed: int = 0,
+    processes: int = 1,
+    rows_per_shard: int = 8192,
+    row_group_rows: int = 256,
+    overwrite: bool = False,
+    on_read: Callable[[int], None] | None = None,
+    on_write: Callable[[int], None] | None = None,
+) -> dict[str, Report]:
+    """Write folder/train, folder/val (parquet shards) and folder/classes.txt; return the report of each split.
+
+    train, val: pictures, at least len(CLASSES) each, so that every class is in both. The other settings are those of
+    `render_all`, `nev.data.prepare.prepare` and `nev.data.shards.write_shards`. Raises ConfigError for too few
+    pictures, or if there are shards already and `overwrite` is not set.
+    """
+    counts = {"train": train, "val": val}
+    for split, count in counts.items():
+        if count < len(CLASSES):
+            raise ConfigError(f"{split}: {count} pictures can't show all {len(CLASSES)} classes; ask for more")
+    return {
+        split: prepare(
+            render_all(count, seed, split, processes),
+            Path(folder) / split,
+            seed=seed,
+            rows_per_shard=rows_per_shard,
+            row_group_rows=row_group_rows,
+            overwrite=overwrite,
+            on_read=on_read,
+            on_write=on_write,
+        )
+        for split, count in counts.items()
+    }

@@ -1,0 +1,109 @@
+"""Scoring a checkpoint on Ray: stateless tasks decode, actors embed (one a GPU; one on a laptop), the driver scores."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+from numpy.typing import NDArray
+from ray.data import DataContext
+
+from nev.config import Experiment
+from nev.data.block import Block
+from nev.data.plan import in_order
+from nev.data.stream import stream_context
+from nev.eval.validation import Embedded, Validation, collect, embed_block, embedder
+from nev.runtime import cluster_gpus
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A trained vision tower, as the actors load it: the experiment, its checkpoint and the width of the space."""
+
+    config: Experiment
+    checkpoint: str
+    text_width: int
+
+
+class BlockEmbedder:
+    """A Ray Data actor: loads the tower once, then turns decoded blocks into vectors."""
+
+    def __init__(self, tower: Tower) -> None:
+        import torch
+
+        from nev.models.vision import normalise
+
+        gpus = ray.get_gpu_ids()
+        device = torch.device("cuda:0" if gpus else "cpu")
+        vision = load_tower(tower).to(device).eval()
+        data = tower.config.data
+        self._embed = embedder(vision, lambda images: normalise(images, data.mean, data.std), device)
+
+    def __call__(self, block: Block) -> Block:
+        embedded = embed_block(block, self._embed)
+        return {**embedded._asdict(), "number": block["number"]}
+
+
+def load_tower(tower: Tower) -> Any:
+    """The vision tower of a checkpoint, on the CPU, in training mode as it was built."""
+    from nev.models.vision import build_vision
+    from nev.train.checkpoint import load_model
+
+    vision = build_vision(
+        tower.config.vision.model_copy(update={"pretrained": False, "weights": None}),
+        tower.config.data.image_size,
+        tower.text_width,
+    )
+    _, weights = load_model(tower.checkpoint)
+    prefix = "vision."
+    vision.load_state_dict({name[len(prefix) :]: w for name, w in weights.items() if name.startswith(prefix)})
+    return vision
+
+
+def embed_set(task: Validation, tower: Tower) -> Embedded:
+    """Embed a whole validation set on the connected cluster, in index order."""
+    blocks = in_order(task.reader.index.rows, task.batch)
+    gpus = cluster_gpus()
+    with DataContext.current(stream_context()):
+        reader = ray.put((task.reader, blocks))
+        numbers = ray.data.range(len(blocks), override_num_blocks=1)
+        decoded = numbers.repartition(target_num_rows_per_block=1).map_batches(
+            functools.partial(read_numbered, source=[reader]), batch_size=1
+        )
+        embedded = decoded.map_batches(
+            BlockEmbedder,
+            batch_size=None,
+            fn_constructor_args=(tower,),
+            compute=ray.data.ActorPoolStrategy(size=max(1, gpus)),
+            num_gpus=1 if gpus else 0,
+            num_cpus=0 if gpus else 1,
+        )
+        parts: list[Any] = list(embedded.iter_batches(batch_size=None, batch_format="numpy"))
+    parts.sort(key=lambda part: int(part["number"][0]))
+    return collect([Embedded(part["images"], part["valid"], part["labels"]) for part in parts])
+
+
+def read_numbered(numbers: Any, source: list[Any]) -> Block:
+    """The Ray Data task of evaluation: one block number in, its decoded rows out."""
+    reader, blocks = ray.get(source[0])
+    number = int(numbers["id"][0])
+    block: Block = reader.read(blocks[number], 0)
+    kept = {name: block[name] for name in ("image", "valid", "label")}
+    return {**kept, "number": np.full(len(block["valid"]), number)}
+
+
+def pictures(task: Validation, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+    """The evaluation views of some rows (positions in index order): uint8 [S, S, 3] each."""
+    from nev.data.plan import Segment
+
+    ends = np.cumsum(task.reader.index.rows)
+    views = []
+    for row in rows.tolist():
+        group = int(np.searchsorted(ends, row, side="right"))
+        start = int(row - (ends[group] - task.reader.index.rows[group]))
+        views.append(task.reader.read([Segment(group, start, start + 1)], 0)["image"][0])
+    return views

@@ -1,0 +1,221 @@
+"""The pictures of a run, as PNG: curves, a retrieval gallery, a sweep.
+
+matplotlib is imported where it is used, and only its object interface: no pyplot, so no display and no global state,
+and `savefig` renders with Agg. Text is drawn as it is: a dollar sign in a caption does not start a formula.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Curves = Mapping[str, tuple[ArrayLike, ArrayLike]]
+
+COLOURS = ("#2f6db3", "#d9822b", "#3b9c6e", "#b3476b", "#7a5fb0", "#6b7280")
+INK, FAINT, GREEN = "#20242a", "#8a919c", "#2ca25f"
+DPI = 150
+
+
+def curve(
+    path: str | Path,
+    series: Curves,
+    title: str,
+    ylabel: str,
+    points: Curves | None = None,
+    points_ylabel: str = "validation",
+) -> None:
+    """Training curves by step, 1200 x 675 px; 1200 x 1050 with `points`, measured now and then, on a panel below.
+
+    series: name to (steps [n], values [n]); drawn raw and faint under a running mean over a twentieth of the steps.
+    points: name to (steps [n], values [n]); drawn as marked points, never smoothed. Non-finite values are left out.
+    Raises ValueError for no series, unequal lengths, and a series without one finite value.
+    """
+    if not series:
+        raise ValueError("curve: no series to draw")
+    figure = _figure(8, 7 if points else 4.5)
+    panels = figure.subplots(2 if points else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 2] if points else [1])
+    upper, lower = panels[0, 0], panels[-1, 0]
+    for (name, xy), colour in zip(series.items(), _colours(len(series)), strict=True):
+        steps, values = _finite(name, *xy)
+        smooth, window = _running_mean(values)
+        if window > 1:
+            upper.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+        upper.plot(steps, smooth, color=colour, linewidth=2, label=name, marker="o" if len(steps) == 1 else None)
+    _dress(upper, "", ylabel, legend=len(series) > 1)
+    for (name, xy), colour in zip((points or {}).items(), _colours(len(points or {}), start=1), strict=True):
+        steps, values = _finite(name, *xy)
+        lower.plot(steps, values, color=colour, linewidth=1.5, marker="o", markersize=5, label=name)
+    if points:
+        _dress(lower, "", points_ylabel, legend=True)
+    lower.set_xlabel("step")
+    upper.set_title(title, loc="left", fontsize=13, fontweight="bold", color=INK, pad=12, parse_math=False)
+    _save(figure, path)
+
+
+def sweep(
+    path: str | Path,
+    x: Sequence[float],
+    y_by_seed: Mapping[int, Sequence[float]],
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    logx: bool = True,
+) -> None:
+    """One measure against one setting, 1050 x 675 px: a point for each seed, a line through their means.
+
+    x: the settings tried, ascending or not. y_by_seed: seed to one value for each x; NaN where that trial gave none.
+    logx: base 2, ticks at the settings. Raises ValueError for unequal lengths, no finite value, and x <= 0 with logx.
+    """
+    if not len(x) or not y_by_seed:
+        raise ValueError("sweep: at least one setting and one seed are needed")
+    for seed, y in y_by_seed.items():
+        if len(y) != len(x):
+            raise ValueError(f"sweep: seed {seed} has {len(y)} values for {len(x)} settings")
+    if logx and min(x) <= 0:
+        raise ValueError(f"sweep: a logarithmic axis needs positive settings, not {min(x)}: pass logx=False")
+    order = np.argsort(x)
+    settings = np.asarray(x, dtype=np.float64)[order]
+    table = np.array([list(y) for y in y_by_seed.values()], dtype=np.float64)[:, order]
+    known = np.isfinite(table)
+    if not known.any():
+        raise ValueError("sweep: no finite value to draw")
+    tried = known.any(axis=0)
+    means = np.where(known, table, 0).sum(axis=0)[tried] / known.sum(axis=0)[tried]
+
+    figure = _figure(7, 4.5)
+    axes = figure.subplots()
+    axes.plot(settings[tried], means, color=COLOURS[0], linewidth=2, zorder=2, label="mean")
+    across = np.broadcast_to(settings, table.shape)
+    axes.scatter(
+        across[known], table[known], s=40, color=COLOURS[1], edgecolor="white", zorder=3, label=f"{len(table)} seeds"
+    )
+    if logx:
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(settings, [f"{value:,.6g}" for value in settings])
+    axes.minorticks_off()
+    _dress(axes, xlabel, ylabel, legend=len(table) > 1)
+    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=INK, pad=12, parse_math=False)
+    _save(figure, path)
+
+
+def gallery(
+    path: str | Path,
+    queries: Sequence[str],
+    results: Sequence[Sequence[NDArray[np.uint8]]],
+    scores: Sequence[Sequence[float]],
+    correct: Sequence[Sequence[bool]],
+) -> None:
+    """Text-to-image retrieval at a glance: a row for each query, its caption at the left, its best pictures in order.
+
+    queries: Q captions. results: Q rows of K pictures, uint8 [H, W, 3], of any sizes. scores: Q x K cosines, written
+    beneath. correct: Q x K; a true picture gets a green frame. Rows may be of different K. Q of at most 12 and K of at
+    most 10 stay readable. The PNG is (363 + 225 K) x (18 + 264 Q) px.
+    Raises ValueError for no query, unequal lengths, and a picture that is not uint8 [H, W, 3].
+    """
+    if not queries or not len(queries) == len(results) == len(scores) == len(correct):
+        raise ValueError(
+            f"gallery: equal numbers of queries, results, scores and correct are needed, and at least one, "
+            f"not {len(queries)}, {len(results)}, {len(scores)} and {len(correct)}"
+        )
+    for row, (pictures, row_scores, row_correct) in enumerate(zip(results, scores, correct, strict=True)):
+        if not pictures or not len(pictures) == len(row_scores) == len(row_correct):
+            raise ValueError(
+                f"gallery: query {row} has {len(pictures)} pictures, {len(row_scores)} scores and "
+                f"{len(row_correct)} marks: equal numbers are needed, and at least one"
+            )
+        for picture in pictures:
+            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+                raise ValueError(f"gallery: a picture is uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}")
+
+    text, cell, beneath, margin = 2.3, 1.5, 0.26, 0.12  # inches
+    width = text + cell * max(map(len, results)) + margin
+    height = margin + (cell + beneath) * len(queries)
+    figure = _figure(width, height, constrained=False)
+    for row, (query, pictures) in enumerate(zip(queries, results, strict=True)):
+        upper = height - margin - row * (cell + beneath)
+        middle = (upper - cell / 2) / height
+        lines = textwrap.wrap(query, 26, max_lines=6, placeholder=" …") or ["(empty caption)"]
+        style: dict[str, Any] = {"fontsize": 10, "color": INK, "linespacing": 1.35, "parse_math": False}
+        figure.text(0.18 / width, middle, "\n".join(lines), va="center", ha="left", **style)
+        for column, picture in enumerate(pictures):
+            left = text + column * cell
+            inset = 0.06
+            box = ((left + inset) / width, (upper - cell + inset) / height)
+            axes = figure.add_axes((*box, (cell - 2 * inset) / width, (cell - 2 * inset) / height))
+            _picture(axes, picture, bool(correct[row][column]))
+            score = f"{scores[row][column]:.3f}"
+            weight, colour = ("bold", GREEN) if correct[row][column] else ("normal", FAINT)
+            centre, base = (left + cell / 2) / width, (upper - cell - 0.08) / height
+            figure.text(centre, base, score, ha="center", va="center", fontsize=8, color=colour, weight=weight)
+    _save(figure, path)
+
+
+def _picture(axes: Axes, picture: NDArray[np.uint8], correct: bool) -> None:
+    """The whole picture, its proportions kept, in the middle of a square."""
+    side = max(picture.shape[:2])
+    down, right = (side - picture.shape[0]) // 2, (side - picture.shape[1]) // 2
+    square = np.full((side, side, 3), 255, np.uint8)
+    square[down : down + picture.shape[0], right : right + picture.shape[1]] = picture
+    # Small pictures (32 px of CIFAR) stay crisp when enlarged; large ones are shrunk smoothly.
+    axes.imshow(square, interpolation="nearest" if side < 100 else "antialiased")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set(visible=correct, color=GREEN, linewidth=4)
+
+
+def _finite(name: str, steps: ArrayLike, values: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    x, y = np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    if x.ndim != 1 or x.shape != y.shape:
+        raise ValueError(f"curve: series {name!r} has {list(x.shape)} steps and {list(y.shape)} values")
+    finite = np.isfinite(x) & np.isfinite(y)
+    if not finite.any():
+        raise ValueError(f"curve: series {name!r} has no finite value")
+    return x[finite], y[finite]
+
+
+def _running_mean(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], int]:
+    """(mean, window): centred over a twentieth of the values (an odd number), near an end over those that there are."""
+    half = len(values) // 40
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values))
+    first, last = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
+    return (total[last] - total[first]) / (last - first), 2 * half + 1
+
+
+def _colours(count: int, start: int = 0) -> list[str]:
+    return [COLOURS[(start + i) % len(COLOURS)] for i in range(count)]
+
+
+def _figure(width: float, height: float, constrained: bool = True) -> Figure:
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15) if constrained else None
+    return Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout=layout)
+
+
+def _dress(axes: Axes, xlabel: str, ylabel: str, legend: bool) -> None:
+    axes.set_xlabel(xlabel, color=INK, parse_math=False)
+    axes.set_ylabel(ylabel, color=INK, parse_math=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    if legend:
+        axes.legend(frameon=False, fontsize=9)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")

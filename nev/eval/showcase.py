@@ -1,0 +1,76 @@
+"""Pictures of a result: a text-to-image gallery of a validation set, and the curves of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from nev.data.index import Index
+from nev.data.sidecar import captions_of
+from nev.data.storage import filesystem
+from nev.eval.engine import pictures
+from nev.eval.plots import curve, gallery
+from nev.eval.validation import Embedded, Validation, load_texts
+from nev.tracking import Tracker
+
+QUERIES = 7
+RESULTS = 6
+
+
+def retrieval_gallery(path: str | Path, task: Validation, embedded: Embedded, seed: int = 0) -> None:
+    """Captions drawn from the set, each with the pictures nearest to it; its own picture is framed.
+
+    Where the set has classes and no sidecar of captions, class prompts take their place.
+    """
+    texts, owner = load_texts(task.reader.index, task.text_key, task.text_width)
+    chosen = np.random.default_rng(seed).choice(len(texts), min(QUERIES, len(texts)), replace=False)
+    wanted = [all_captions(task.reader.index)[row] for row in chosen]
+    scores = texts[chosen] @ np.where(embedded.valid[:, None], embedded.images, 0).T
+    nearest = np.argsort(-scores, axis=1, kind="stable")[:, :RESULTS]
+    gallery(
+        path,
+        queries=wanted,
+        results=[pictures(task, rows) for rows in nearest],
+        scores=np.take_along_axis(scores, nearest, axis=1).tolist(),
+        correct=[(rows == owner[text]).tolist() for rows, text in zip(nearest, chosen, strict=True)],
+    )
+
+
+def class_gallery(path: str | Path, task: Validation, embedded: Embedded, names: list[str]) -> None:
+    """Class prompts, each with the pictures nearest to it; those of the class are framed."""
+    assert task.classes is not None
+    chosen: NDArray[np.int64] = np.linspace(0, len(names) - 1, min(QUERIES, len(names))).round().astype(np.int64)
+    scores = task.classes[chosen] @ np.where(embedded.valid[:, None], embedded.images, 0).T
+    nearest = np.argsort(-scores, axis=1, kind="stable")[:, :RESULTS]
+    gallery(
+        path,
+        queries=[names[row] for row in chosen],
+        results=[pictures(task, rows) for rows in nearest],
+        scores=np.take_along_axis(scores, nearest, axis=1).tolist(),
+        correct=[(embedded.labels[rows] == label).tolist() for rows, label in zip(nearest, chosen, strict=True)],
+    )
+
+
+def all_captions(index: Index) -> list[str]:
+    """Every caption of a set, in the order of its sidecars."""
+    captions: list[str] = []
+    for shard in range(len(index.paths)):
+        fs, path = filesystem(index.location(shard))
+        with fs.open(path, "rb") as file:
+            column = pq.read_table(file, columns=[index.columns.caption])[0].to_pylist()
+        captions += [caption for value in column for caption in captions_of(value)]
+    return captions
+
+
+def run_curves(path: str | Path, tracker: Tracker, name: str) -> None:
+    """The loss of a run, with its validation scores below, from the tracker's history."""
+    points: dict[str, Any] = {
+        label: history
+        for key, label in (("zero_shot/top1", "zero-shot top-1"), ("retrieval/text_to_image/r10", "text→image R@10"))
+        if (history := tracker.history(key))[0]
+    }
+    curve(path, {"loss": tracker.history("loss")}, name, "InfoNCE loss", points=points or None)

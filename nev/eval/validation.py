@@ -1,0 +1,124 @@
+"""Validation inside training: every rank embeds its share of the validation set, rank 0 scores the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from nev.data.block import Block, BlockReader
+from nev.data.index import Index
+from nev.data.plan import in_order
+from nev.data.sidecar import sidecar_location, vectors_of
+from nev.data.storage import filesystem
+from nev.eval.retrieval import retrieval
+from nev.eval.zeroshot import zero_shot
+
+Embed = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+
+
+class Embedded(NamedTuple):
+    """A validation set in the shared space, in index order.
+
+    images: float32 [n, D]; valid: bool [n], False where the image could not be decoded; labels: int64 [n], -1 if unknown.
+    """
+
+    images: NDArray[np.float32]
+    valid: NDArray[np.bool_]
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What to score. classes: unit float32 [C, D] or None; retrieval uses the captions' sidecar under `text_key`."""
+
+    reader: BlockReader
+    batch: int
+    classes: NDArray[np.float32] | None
+    retrieval: bool
+    text_key: str
+    text_width: int
+
+
+def validate(task: Validation, embed: Embed, rank: int = 0, world: int = 1) -> dict[str, float]:
+    """Embed rank r's blocks (every W-th), gather on rank 0, score. Returns the metrics on rank 0 and {} on the others.
+
+    Collectives: one gather of objects, none where W = 1.
+    """
+    parts = embed_blocks(task, embed, rank, world)
+    gathered: list[Any] = [None] * world
+    if world > 1:
+        dist.gather_object(parts, gathered if rank == 0 else None)
+    else:
+        gathered = [parts]
+    if rank != 0:
+        return {}
+    merged = sorted((number, part) for share in gathered for number, part in share.items())
+    return score(task, collect([part for _, part in merged]))
+
+
+def embed_blocks(task: Validation, embed: Embed, rank: int, world: int) -> dict[int, Embedded]:
+    """Embed blocks rank, rank + W, ... of the set, by block number."""
+    blocks = list(enumerate(in_order(task.reader.index.rows, task.batch)))
+    return {number: embed_block(task.reader.read(segments, 0), embed) for number, segments in blocks[rank::world]}
+
+
+def embed_block(block: Block, embed: Embed) -> Embedded:
+    """One block of pictures to vectors."""
+    return Embedded(embed(block["image"]), block["valid"], block["label"])
+
+
+def collect(parts: list[Embedded]) -> Embedded:
+    """Blocks in order, as one set."""
+    return Embedded(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def score(task: Validation, embedded: Embedded) -> dict[str, float]:
+    """The metrics that the task asks for, over the rows that could be decoded."""
+    metrics = {"val/rows": float(len(embedded.valid)), "val/bad_rows": float((~embedded.valid).sum())}
+    if task.classes is not None:
+        labelled = embedded.valid & (embedded.labels >= 0)
+        metrics |= zero_shot(embedded.images[labelled], embedded.labels[labelled], task.classes)
+    if task.retrieval:
+        texts, owner = load_texts(task.reader.index, task.text_key, task.text_width)
+        captioned = np.isin(np.arange(len(embedded.valid)), owner) & embedded.valid
+        kept = captioned[owner]
+        position = np.cumsum(captioned) - 1
+        metrics |= retrieval(embedded.images[captioned], texts[kept], position[owner[kept]])
+    return metrics
+
+
+def load_texts(index: Index, key: str, width: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Every caption's vector, unit float32 [m, D], and the row that it describes, int64 [m], in index order."""
+    vectors, owner, row = [], [], 0
+    for shard in range(len(index.paths)):
+        fs, path = filesystem(sidecar_location(index, shard, key))
+        with fs.open(path, "rb") as file:
+            part, starts = vectors_of(pq.read_table(file, columns=["vectors"])["vectors"], width)
+        vectors.append(part.astype(np.float32))
+        owner.append(row + np.repeat(np.arange(len(starts) - 1), np.diff(starts)))
+        row += len(starts) - 1
+    stacked = np.concatenate(vectors)
+    return stacked / np.linalg.norm(stacked, axis=1, keepdims=True), np.concatenate(owner)
+
+
+def embedder(
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    normalise: Callable[[torch.Tensor], torch.Tensor],
+    device: torch.device,
+) -> Embed:
+    """Wrap a vision tower: uint8 [n, S, S, 3] in, unit float32 [n, D] out, without a graph."""
+
+    @torch.inference_mode()
+    def embed(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        pixels = normalise(torch.tensor(images, device=device))
+        vectors: NDArray[np.float32] = forward(pixels).float().cpu().numpy()
+        return vectors
+
+    return embed

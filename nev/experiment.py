@@ -1,0 +1,138 @@
+"""One experiment from its config to its summary: set up, train, check the lock, score, show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from nev.config import Experiment, to_yaml
+from nev.tracking import Tracker, open_run, tracking_uri
+from nev.train.checkpoint import best, latest, read_manifest
+from nev.train.setup import absolute, class_names, prepare_job, train_reader
+from nev.train.trainer import fit, where
+
+if TYPE_CHECKING:
+    from nev.eval.validation import Embedded
+    from nev.train.loop import Job
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to. `metrics` are those of the checkpoint that was chosen; pictures are PNG files."""
+
+    name: str
+    checkpoint: str
+    metrics: dict[str, float]
+    pictures: list[Path]
+    tracking_uri: str
+    mlflow_run_id: str
+
+
+def run_experiment(
+    config: Experiment, console: Console, stop_after: int | None = None, parent: str | None = None
+) -> Summary:
+    """Train `config` (from where it stands) on the connected or a local Ray, and score its best checkpoint.
+
+    Raises a NevError for anything that the user can mend; before any process is started where that is possible.
+    """
+    from nev.models.text import check_locked, load_text, lock_of
+    from nev.runtime import connect
+
+    config = absolute(config)
+    text = load_text(config.text)
+    lock = lock_of(text)
+    job = prepare_job(config, text, stop_after)
+    connect()
+    tracker = track(job, parent)
+    ok = False
+    try:
+        if where(job.run).step < job.stop_step:
+            fit(job, train_reader(config, text), tracker, console)
+        check_locked(load_text(config.text), lock)
+        check_locked(text, lock)
+        summary = summarise(job, tracker)
+        ok = True
+    finally:
+        tracker.finish(ok)
+    return summary
+
+
+def track(job: Job, parent: str | None) -> Tracker:
+    """The MLflow run of this job: the one of its checkpoints, else a new one, with the config and the fingerprints."""
+    config, newest = job.config, latest(job.run)
+    tags = {f"nev.{name}_fingerprint": value for name, value in job.fingerprints.items()}
+    tags["nev.tail_rows"] = str(job.plan.tail_rows)
+    return open_run(
+        tracking_uri(config.tracking, config.output),
+        config.tracking.experiment,
+        config.name,
+        config,
+        tags,
+        run_id=read_manifest(newest)["mlflow_run_id"] if newest else None,
+        parent=parent,
+    )
+
+
+def summarise(job: Job, tracker: Tracker) -> Summary:
+    """Choose the checkpoint, draw the pictures, log both."""
+    from nev.eval.engine import Tower, embed_set
+    from nev.eval.showcase import run_curves
+
+    config = job.config
+    chosen = (best(job.run, config.eval.best) if config.eval.best else None) or latest(job.run)
+    assert chosen, "a finished run has a checkpoint"
+    manifest = read_manifest(chosen)
+    pictures = [Path(job.run) / "loss.png"]
+    run_curves(pictures[0], tracker, config.name)
+    if job.validation:
+        embedded = embed_set(job.validation, Tower(config, chosen, job.text_width))
+        pictures += galleries(job, embedded)
+    Path(job.run, "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    for path in (*pictures, Path(job.run, "config.yaml")):
+        tracker.artifact(path)
+    tracker.artifact(chosen, "checkpoint")
+    return Summary(config.name, chosen, manifest["metrics"], pictures, tracker.uri, tracker.run_id)
+
+
+def galleries(job: Job, embedded: Embedded) -> list[Path]:
+    """The retrieval gallery and the gallery of classes, whichever the experiment evaluates."""
+    from nev.eval.showcase import class_gallery, retrieval_gallery
+
+    task, made = job.validation, []
+    assert task
+    if task.retrieval:
+        made.append(Path(job.run) / "retrieval.png")
+        retrieval_gallery(made[-1], task, embedded, job.config.seed)
+    if job.config.eval.zero_shot:
+        made.append(Path(job.run) / "classes.png")
+        class_gallery(made[-1], task, embedded, class_names(job.config.eval.zero_shot))
+    return made
+
+
+def show_summary(summary: Summary, console: Console) -> None:
+    """Print the numbers and where to look."""
+    console.print(metrics_table(summary.metrics, summary.name))
+    console.print(f"checkpoint  {summary.checkpoint}", highlight=False, soft_wrap=True)
+    for picture in summary.pictures:
+        console.print(f"{picture.stem:<11} {picture}", highlight=False, soft_wrap=True)
+    console.print(f"MLflow      mlflow ui --backend-store-uri {summary.tracking_uri}", highlight=False, soft_wrap=True)
+
+
+def metrics_table(metrics: dict[str, float], title: str) -> Table:
+    """Shares as percentages, beside what chance would score."""
+    table = Table(title=title, title_justify="left")
+    for column in ("metric", "value", "chance"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for key, value in metrics.items():
+        if key.endswith("chance"):
+            continue
+        chance = metrics.get(
+            f"{key}_chance", metrics.get(f"{key.rpartition('/')[0]}/chance") if "top1" in key else None
+        )
+        shown = f"{value:,.0f}" if key.startswith("val/") else f"{value:.1%}"
+        table.add_row(key, shown, "" if chance is None else f"{chance:.1%}")
+    return table

@@ -1,0 +1,185 @@
+"""Symmetric InfoNCE over the all-gathered batch, with a locked text side.
+
+With images x_i, texts t_j, scale tau = exp(log_scale), scores s_ij = tau <x_i, t_j>, row terms r_i = LSE_j s_ij and
+column terms c_j = LSE_i s_ij over the N valid pairs of all ranks (van den Oord et al. 2018, Radford et al. 2021):
+
+    L            = 1/(2N) [ sum_i (r_i - s_ii) + sum_j (c_j - s_jj) ]
+    dL/dx_i      = tau/(2N) [ sum_j (e^(s_ij - r_i) + e^(s_ij - c_j)) t_j - 2 t_i ]
+    dL/dlog tau  = sum_i <x_i, dL/dx_i>
+
+The forward computes the loss and both gradients, because every number that they need is there: no collective runs in
+the backward, and the b x N scores are freed before it. A row term is local; a column term takes two all-reduces.
+
+Collectives a call, always in this order, none of them when W = 1:
+  1. all_gather  [b, D + 1]  the texts in their own dtype; the last column says which pairs are valid
+  2. all_reduce  [N] MAX     the column maxima
+  3. all_reduce  [N + 2] SUM the column sums, this rank's part of the loss, this rank's number of correct images
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Contrastive(NamedTuple):
+    """The loss of the global batch, and two counts of it. All three are 0-d and equal on every rank.
+
+    loss: float32 (float64 for float64 inputs), differentiable in `image` and `log_scale`.
+    correct: int64, valid images whose highest-scoring valid text is their own. Of tied texts the first one wins, so
+        that collapsed embeddings score 1 of N, and one of several images with one caption can. Detached.
+    pairs: int64, N, the valid pairs. Detached.
+    """
+
+    loss: Tensor
+    correct: Tensor
+    pairs: Tensor
+
+
+def contrastive_loss(
+    image: Tensor,
+    text: Tensor,
+    log_scale: Tensor,
+    valid: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Contrastive:
+    """Symmetric InfoNCE between this rank's images and the texts of all ranks of `group`.
+
+    image: [b, D] unit rows, any floating dtype. text: [b, D] unit rows, any floating dtype, without gradient.
+    log_scale: 0-d, the logarithm of 1 / temperature, equal on every rank.
+    valid: bool [b]; a False row is left out as an image, as a text and as anybody's negative, whatever it holds (NaN
+    too), and its gradient is exactly 0. None: all valid.
+    group: the ranks that share the batch; None: all of them, or this process alone where torch.distributed is not
+    initialised. b, D and the dtype of text must be equal on every rank; no collective is spent on checking it
+    (gloo aborts on a difference, NCCL does not say what happens).
+
+    Gradients: the loss is global, and rank w holds only its own images, so the gradients that it gets are its *part* of
+    the sum over ranks, times W. Averaging them over the W ranks, as DistributedDataParallel does, therefore gives every
+    parameter, log_scale included, the gradient that one process with the whole batch would have given it. Whoever sums
+    over ranks instead must divide by W.
+
+    Half precision is accumulated in float32, inside autocast too. With N = 0 the loss is 0 and so is every gradient.
+    The result is deterministic wherever torch's matrix product is. Raises ValueError for shapes, dtypes or devices that
+    do not fit, and for a text that requires a gradient, since it would silently get none.
+    """
+    _check(image, text, log_scale, valid)
+    if valid is None:
+        valid = torch.ones(len(image), dtype=torch.bool, device=image.device)
+    with_grad = torch.is_grad_enabled() and (image.requires_grad or log_scale.requires_grad)
+    return Contrastive(*_InfoNCE.apply(image, text, log_scale, valid, group, with_grad))
+
+
+class _InfoNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image: Tensor,
+        text: Tensor,
+        log_scale: Tensor,
+        valid: Tensor,
+        group: dist.ProcessGroup | None,
+        with_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
+        with torch.autocast(image.device.type, enabled=False):
+            # What an invalid row holds must not reach a product, not even with weight 0: NaN * 0 is NaN.
+            x = image.to(dtype).masked_fill(~valid[:, None], 0)
+            loss, correct, pairs, grad = _infonce(x, text, log_scale.to(dtype).exp(), valid, group, with_grad)
+            if grad is not None:
+                ctx.save_for_backward(grad, torch.sum(x * grad))
+        ctx.dtypes = image.dtype, log_scale.dtype
+        ctx.mark_non_differentiable(correct, pairs)
+        return loss, correct, pairs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grad_image, grad_log_scale = (grad_loss * grad for grad in ctx.saved_tensors)
+        # Rounded last: a gradient of 1/N underflows in fp16 unless a loss scaler has enlarged it first.
+        image_dtype, scale_dtype = ctx.dtypes
+        return grad_image.to(image_dtype), None, grad_log_scale.to(scale_dtype), None, None, None
+
+
+def _infonce(
+    x: Tensor, text: Tensor, scale: Tensor, valid: Tensor, group: dist.ProcessGroup | None, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(loss, correct, pairs, W times dL/dx). x [b, D] in the dtype to compute in, its invalid rows 0."""
+    rank, world = _place(group)
+    texts, valid_texts = _gather(text, valid, group, world)
+    texts = texts.to(x.dtype).masked_fill(~valid_texts[:, None], 0)
+    rows = torch.arange(len(x), device=x.device)
+    own = rows + rank * len(x)
+    pairs = valid_texts.sum()
+    zero = x.new_zeros(())
+
+    # A score of -inf takes its pair out of every maximum and every sum of exponentials. An invalid row or column has
+    # nothing else, and -inf - -inf is NaN, so the maximum that is subtracted from it becomes 0.
+    scores = (scale * x) @ texts.T
+    scores.masked_fill_(~valid_texts, -torch.inf).masked_fill_(~valid[:, None], -torch.inf)
+    own_scores = torch.where(valid, scores[rows, own], zero)
+
+    row_lse = torch.where(valid, scores.logsumexp(1), zero)
+    column_max = scores.amax(0)
+    if world > 1:
+        dist.all_reduce(column_max, dist.ReduceOp.MAX, group)
+    column_max = torch.where(valid_texts, column_max, zero)
+    column_sum = (scores - column_max).exp_().sum(0)
+
+    # Every term of the loss is at least 0 (r_i >= s_ii, c_j >= max_j >= s_jj): nothing large cancels in the sum.
+    part = (row_lse - own_scores).sum() + (column_max[own] - own_scores).sum()
+    correct = ((scores.argmax(1) == own) & valid).sum()
+    sums = torch.cat([column_sum, torch.stack([part, correct.to(x.dtype)])])
+    if world > 1:
+        dist.all_reduce(sums, dist.ReduceOp.SUM, group)
+    log_column_sum = torch.where(valid_texts, sums[:-2], 1).log()
+    half_mean = 0.5 / pairs.clamp(min=1).to(x.dtype)
+    loss = (sums[-2] + log_column_sum.sum()) * half_mean
+    correct = sums[-1].round().long()
+    if not with_grad:
+        return loss, correct, pairs, None
+
+    weights = (scores - row_lse[:, None]).exp_()
+    weights += scores.sub_(column_max + log_column_sum).exp_()
+    weights[rows, own] -= 2 * valid.to(x.dtype)
+    return loss, correct, pairs, (weights @ texts).mul_(world * scale * half_mean)
+
+
+def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """(rank, W) in `group`, or (0, 1) for a process alone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def _gather(text: Tensor, valid: Tensor, group: dist.ProcessGroup | None, world: int) -> tuple[Tensor, Tensor]:
+    """Texts [N, D] and valid [N] of all ranks, in rank order; `valid` rides as a column to save a collective."""
+    if world == 1:
+        return text, valid
+    packed = torch.cat([text, valid[:, None].to(text.dtype)], dim=1)
+    gathered = packed.new_empty(world * len(packed), packed.shape[1])
+    dist.all_gather_into_tensor(gathered, packed, group)
+    return gathered[:, :-1].contiguous(), gathered[:, -1] == 1
+
+
+def _check(image: Tensor, text: Tensor, log_scale: Tensor, valid: Tensor | None) -> None:
+    if image.ndim != 2 or image.shape != text.shape or not len(image):
+        raise ValueError(
+            f"image and text must both be [b, D] with b >= 1, not {list(image.shape)} and {list(text.shape)}: "
+            "project them to one width, and give every image its own text"
+        )
+    if log_scale.ndim:
+        raise ValueError(f"log_scale must be 0-d, not {list(log_scale.shape)}")
+    for name, tensor in (("image", image), ("text", text), ("log_scale", log_scale)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, not {tensor.dtype}")
+    if valid is not None and (valid.dtype != torch.bool or valid.shape != image.shape[:1]):
+        raise ValueError(f"valid must be bool [{len(image)}], not {valid.dtype} {list(valid.shape)}")
+    if text.requires_grad:
+        raise ValueError("text requires a gradient, but the text side is locked here and would get none: detach it")
+    devices = {str(tensor.device) for tensor in (image, text, log_scale, valid) if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(f"image, text, log_scale and valid must be on one device, not on {sorted(devices)}")

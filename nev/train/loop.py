@@ -1,0 +1,170 @@
+"""The steps in a row: take the blocks that the plan names, update, report, validate, keep. No Ray in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nev.config import Experiment
+from nev.data.block import Block
+from nev.data.plan import Plan
+from nev.eval.validation import Validation, embedder, validate
+from nev.models.vision import normalise
+from nev.train import checkpoint
+from nev.train.meter import Clock, Totals
+from nev.train.optim import learning_rate, set_learning_rate
+from nev.train.quarantine import Quarantine, TooManyBadRows, describe
+from nev.train.rng import gather_rng
+from nev.train.step import Batch, LockedTextModel, Precision, train_step
+
+Report = Callable[[int, dict[str, float]], None]
+
+
+class StreamError(RuntimeError):
+    """The stream gave other rows than the plan names for this step."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a training process needs beside the stream. Plain data, equal on every rank.
+
+    `run` is the run's folder; training goes from the latest checkpoint to `stop_step`, while the schedule spans
+    `total_steps`.
+    """
+
+    config: Experiment
+    run: str
+    plan: Plan
+    shards: tuple[str, ...]
+    text_width: int
+    total_steps: int
+    stop_step: int
+    validation: Validation | None
+    fingerprints: dict[str, str]
+    mlflow_run_id: str | None
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among the W."""
+
+    rank: int
+    world: int
+    device: torch.device
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What is trained: `wrapped` is `model`, bare or under DDP, and shares its parameters."""
+
+    model: LockedTextModel
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run stands: updates done, and rows left out on the way."""
+
+    step: int = 0
+    bad_rows: int = 0
+
+
+def train(job: Job, me: Rank, learner: Learner, start: Start, blocks: Iterator[Block], report: Report) -> None:
+    """Train from `start.step` to `job.stop_step`, writing checkpoints under `job.run`.
+
+    `report(step, metrics)` is called on rank 0 alone. Raises StreamError when a block is not the one that the plan names,
+    and TooManyBadRows past `data.max_bad_share`.
+    """
+    config, plan, batch_rows = job.config, job.plan, job.config.train.global_batch
+    quarantine = Quarantine(job.run, job.shards, me.rank)
+    totals = Totals(me.device, start.bad_rows)
+    clock = Clock(start.step)
+    for step in range(start.step, job.stop_step):
+        rate = learning_rate(step, job.total_steps, config.optim)
+        set_learning_rate(learner.optimizer, rate)
+        with clock.waiting():
+            taken = [next_block(blocks, number) for number in plan.rank_blocks(step, me.rank, me.world)]
+        quarantine.note(step, taken)
+        result = train_step(learner.wrapped, learner.optimizer, to_batch(taken, me.device), config, me.precision)
+        totals.add(result, batch_rows)
+        done = step + 1
+        last = done == job.stop_step
+        if done % config.train.log_every == 0 or last:
+            metrics = totals.metrics(result, learner.model, rate) | clock.metrics(done, batch_rows)
+            if totals.bad_rows() > config.data.max_bad_share * batch_rows * done:
+                raise TooManyBadRows(describe(quarantine, totals.bad_rows(), done, config))
+            if me.rank == 0:
+                report(done, metrics)
+        score = last or (config.train.eval_every is not None and done % config.train.eval_every == 0)
+        if score or done % config.train.checkpoint_every == 0:
+            with clock.paused():
+                quarantine.flush(done)
+                scores = validate_model(job.validation, me, learner.model, config) if score and job.validation else {}
+                keep(job, me, learner, Start(done, totals.bad_rows()), scores)
+                if scores:
+                    report(done, scores)
+
+
+def keep(job: Job, me: Rank, learner: Learner, at: Start, scores: dict[str, float]) -> None:
+    """Write a checkpoint (rank 0 does; the others give their random states), then drop those that are not kept."""
+    rng = gather_rng(me.device, me.world)
+    if me.rank != 0:
+        return
+    state = checkpoint.State(
+        step=at.step,
+        config=job.config.model_dump(mode="json"),
+        fingerprints=job.fingerprints,
+        mlflow_run_id=job.mlflow_run_id,
+        metrics=scores,
+        world_size=me.world,
+        bad_rows=at.bad_rows,
+    )
+    checkpoint.save(job.run, state, learner.model, learner.optimizer, rng)
+    checkpoint.prune(job.run, job.config.train.keep_last, job.config.eval.best)
+
+
+def validate_model(task: Validation, me: Rank, model: LockedTextModel, config: Experiment) -> dict[str, float]:
+    """Score the model as it stands: eval mode, no graph, then back to training mode."""
+
+    def forward(pixels: Tensor) -> Tensor:
+        with me.precision.autocast():
+            vectors: Tensor = model.vision(pixels)
+        return vectors
+
+    model.eval()
+    try:
+        embed = embedder(forward, lambda images: normalise(images, config.data.mean, config.data.std), me.device)
+        return validate(task, embed, me.rank, me.world)
+    finally:
+        model.train()
+
+
+def next_block(blocks: Iterator[Block], expected: int) -> Block:
+    """The next block of the stream, checked to be block `expected` of the plan."""
+    block = next(blocks, None)
+    if block is None:
+        raise StreamError(f"the stream ended before block {expected}")
+    if not (block["block"] == expected).all():
+        raise StreamError(f"the stream gave block {int(block['block'][0])} where the plan says {expected}")
+    return block
+
+
+def to_batch(blocks: list[Block], device: torch.device) -> Batch:
+    """Blocks of R rows as one batch on the device: one copy into (pinned) host memory, one to the device if it is another."""
+    pinned = device.type == "cuda"
+
+    def stacked(name: str) -> Tensor:
+        columns = [block[name] for block in blocks]
+        shape = (sum(len(column) for column in columns), *columns[0].shape[1:])
+        dtype = torch.from_numpy(np.empty(0, columns[0].dtype)).dtype
+        host = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+        np.concatenate(columns, out=host.numpy())
+        return host.to(device, non_blocking=True)
+
+    return Batch(stacked("image"), stacked("text"), stacked("valid"))

@@ -1,0 +1,82 @@
+"""What a run counts of itself: rows left out, images a second, time spent waiting for data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+
+from nev.train.step import LockedTextModel, StepResult
+
+
+class Totals:
+    """Counts kept on the device, so that no step waits for it; read when a line is logged."""
+
+    def __init__(self, device: torch.device, bad_rows: int) -> None:
+        self._pairs = torch.zeros((), dtype=torch.int64, device=device)
+        self._expected = 0
+        self._before = bad_rows
+
+    def add(self, result: StepResult, global_batch: int) -> None:
+        """Count one step."""
+        self._pairs += result.pairs
+        self._expected += global_batch
+
+    def bad_rows(self) -> int:
+        """Rows left out since the run's first step, over all ranks."""
+        return self._before + self._expected - int(self._pairs)
+
+    def metrics(self, result: StepResult, model: LockedTextModel, rate: float) -> dict[str, float]:
+        """The step's numbers as floats (this waits for the device)."""
+        pairs = max(1, int(result.pairs))
+        return {
+            "loss": float(result.loss),
+            "learning_rate": rate,
+            "logit_scale": float(model.log_scale.detach().exp()),
+            "grad_norm": float(result.grad_norm),
+            "batch_accuracy": int(result.correct) / pairs,
+            "bad_rows": float(self.bad_rows()),
+        }
+
+
+class Clock:
+    """Wall time between logged lines: how much of it waited for data. Validation and checkpoints are left out."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+        self._start = time.perf_counter()
+        self._waited = 0.0
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Time inside counts as waiting for data."""
+        return _timed(self._add_wait)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Time inside does not count at all."""
+        return _timed(self._skip)
+
+    def _add_wait(self, seconds: float) -> None:
+        self._waited += seconds
+
+    def _skip(self, seconds: float) -> None:
+        self._start += seconds
+
+    def metrics(self, step: int, batch_rows: int) -> dict[str, float]:
+        """images/s (of all ranks) and the share of time spent waiting for data, since the last call."""
+        now = time.perf_counter()
+        elapsed = max(1e-9, now - self._start)
+        rows = (step - self._step) * batch_rows
+        metrics = {"images_per_s": rows / elapsed, "data_wait_share": min(1.0, self._waited / elapsed)}
+        self._step, self._start, self._waited = step, now, 0.0
+        return metrics
+
+
+@contextmanager
+def _timed(add: Callable[[float], None]) -> Iterator[None]:
+    begin = time.perf_counter()
+    try:
+        yield
+    finally:
+        add(time.perf_counter() - begin)

@@ -1,0 +1,138 @@
+"""From the training processes to the person: a board that rank 0 posts to, and a thread in the driver that reads it.
+
+The driver owns the console and MLflow, so the training processes import neither, and SQLite has one writer.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nev.tracking import Tracker
+
+POLL_S = 0.5
+PLAIN_LINE_S = 15.0  # how often a console that cannot redraw a line gets a new one
+
+
+class Post(NamedTuple):
+    """One message of a training process: metrics of a step, or (`error`) why the run cannot go on."""
+
+    step: int
+    metrics: dict[str, float]
+    error: str | None = None
+
+
+class _Board:
+    def __init__(self) -> None:
+        self._posts: list[Post] = []
+
+    def post(self, post: Post) -> None:
+        self._posts.append(post)
+
+    def take(self) -> list[Post]:
+        posts, self._posts = self._posts, []
+        return posts
+
+
+def open_board() -> Any:
+    """A board on this node: an actor with `post(Post)` and `take() -> list[Post]`."""
+    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=False
+    )
+    return ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+class Watcher:
+    """What the driver has read from the board: errors, and the newest value of each metric."""
+
+    def __init__(self, board: Any, tracker: Tracker, console: Console, total_steps: int, first_step: int) -> None:
+        self.errors: list[str] = []
+        self.latest: dict[str, float] = {}
+        self._board = board
+        self._tracker = tracker
+        self._console = console
+        self._total = total_steps
+        self._line = _progress(console)
+        self._task = self._line.add_task("", total=total_steps, completed=first_step, numbers="starting")
+        self._printed = 0.0
+        self._away = False
+
+    def read(self) -> None:
+        """Take what was posted; show it, log it."""
+        for post in ray.get(self._board.take.remote()):
+            if post.error:
+                self.errors.append(post.error)
+                continue
+            self.latest.update(post.metrics)
+            self._tracker.log(post.step, post.metrics)
+            self._show(post.step)
+        self._send()
+
+    def _show(self, step: int) -> None:
+        now = self.latest
+        numbers = "  ".join(
+            text.format(now[key])
+            for key, text in (
+                ("loss", "loss {:.4f}"),
+                ("images_per_s", "{:,.0f} images/s"),
+                ("data_wait_share", "data wait {:.0%}"),
+                ("zero_shot/top1", "top-1 {:.1%}"),
+                ("retrieval/text_to_image/r10", "t→i R@10 {:.1%}"),
+            )
+            if key in now
+        )
+        self._line.update(self._task, completed=step, numbers=numbers)
+        if not self._console.is_terminal and time.monotonic() - self._printed > PLAIN_LINE_S:
+            self._printed = time.monotonic()
+            self._console.print(f"step {step}/{self._total}  {numbers}", highlight=False)
+
+    def _send(self) -> None:
+        """A tracker that is away must not stop the training: metrics are kept and sent with a later call."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._tracker.flush()
+            self._away = False
+        except (MlflowException, OSError) as error:
+            if not self._away:
+                self._console.print(f"[yellow]MLflow does not answer ({error}); metrics are kept and sent later.[/]")
+            self._away = True
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Read the board in a thread while the body runs, and once more at its end."""
+        stop = threading.Event()
+
+        def loop() -> None:
+            while not stop.wait(POLL_S):
+                self.read()
+
+        thread = threading.Thread(target=loop, name="nev-monitor", daemon=True)
+        if self._console.is_terminal:
+            self._line.start()
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            self.read()
+            self._line.stop()
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TextColumn("steps  {task.fields[numbers]}  ETA"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )

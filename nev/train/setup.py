@@ -1,0 +1,179 @@
+"""What the driver settles before any process starts: data, plan, locked text, validation. Every error here costs seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nev.config import ConfigError, Data, Experiment, ZeroShot
+from nev.data.block import BlockReader
+from nev.data.index import DataError, Index, build_index
+from nev.data.plan import Plan
+from nev.data.sidecar import check_sidecars, sidecar_key
+from nev.data.storage import filesystem, join
+from nev.eval.validation import Validation
+from nev.eval.zeroshot import class_embeddings
+from nev.train.checkpoint import CheckpointError, latest, read_manifest
+from nev.train.loop import Job
+
+if TYPE_CHECKING:
+    from nev.models.text import TextTower
+
+# A run may go on with these changed: they do not touch what is computed.
+FREE_TO_CHANGE = (
+    *("output", "workers", "tracking", "eval", "data.train", "data.val", "data.max_bad_share"),
+    *("train.log_every", "train.checkpoint_every", "train.keep_last", "train.eval_every"),
+)
+
+
+def absolute(config: Experiment) -> Experiment:
+    """The same experiment with local paths made absolute: Ray's processes have other working folders."""
+
+    def whole(path: str | None) -> str | None:
+        return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
+
+    data = config.data.model_copy(update={"train": whole(config.data.train), "val": whole(config.data.val)})
+    vision = config.vision.model_copy(update={"weights": whole(config.vision.weights)})
+    return config.model_copy(update={"data": data, "vision": vision, "output": whole(config.output)})
+
+
+def run_folder(config: Experiment) -> str:
+    """`<output>/<name>`."""
+    return join(config.output, config.name)
+
+
+def prepare_job(config: Experiment, text: TextTower, stop_after: int | None = None) -> Job:
+    """Index the data, plan it, check the sidecars, embed the class prompts, check the run to continue.
+
+    `config` has absolute paths. Raises DataError, ConfigError or CheckpointError, each saying what to do.
+    """
+    index = build_index(config.data.train, config.data.columns)
+    key = text_key(index, text)
+    check_sidecars(index, key, text.width)
+    plan = Plan(index.rows, config.seed, config.train.global_batch, config.data.block_rows)
+    validation = make_validation(config, text) if config.data.val else None
+    if validation is None and config.eval.best:
+        raise ConfigError(f"eval.best = {config.eval.best!r} needs a validation set: give data.val")
+    total = total_steps(config, plan)
+    job = Job(
+        config=config,
+        run=run_folder(config),
+        plan=plan,
+        shards=index.paths,
+        text_width=text.width,
+        total_steps=total,
+        stop_step=min(total, stop_after or total),
+        validation=validation,
+        fingerprints={"data": index.fingerprint, "plan": plan.fingerprint, "text": text.fingerprint},
+        mlflow_run_id=None,
+    )
+    refuse_other_run(job)
+    return job
+
+
+def train_reader(config: Experiment, text: TextTower | None = None, key: str = "", width: int = 0) -> BlockReader:
+    """The reader of training blocks (its index is built anew)."""
+    index = build_index(config.data.train, config.data.columns)
+    return BlockReader(
+        index=index,
+        image_size=config.data.image_size,
+        limits=config.data.limits,
+        seed=config.seed,
+        augment=config.data.augment,
+        text_key=text_key(index, text) if text else key,
+        text_width=text.width if text else width,
+    )
+
+
+def text_key(index: Index, text: TextTower) -> str:
+    """The key of a shard set's sidecars under this text tower."""
+    assert index.columns.caption
+    return sidecar_key(text.fingerprint, index.columns.caption)
+
+
+def total_steps(config: Experiment, plan: Plan) -> int:
+    """The run's length in steps, from whichever of epochs, steps and samples is given (samples round up)."""
+    train = config.train
+    if train.epochs is not None:
+        return train.epochs * plan.steps_per_epoch
+    if train.steps is not None:
+        return train.steps
+    assert train.samples is not None
+    return -(-train.samples // train.global_batch)
+
+
+def make_validation(config: Experiment, text: TextTower) -> Validation:
+    """What `config.eval` asks for on `data.val`, class prompts embedded. Raises DataError for missing labels or sidecars."""
+    assert config.data.val
+    index = build_index(config.data.val, config.data.columns)
+    key = text_key(index, text)
+    if config.eval.retrieval:
+        check_sidecars(index, key, text.width)
+    if config.eval.zero_shot and not index.columns.label:
+        raise DataError(f"{config.data.val}: zero-shot needs an integer label column; name it with data.columns.label")
+    classes = class_vectors(config.eval.zero_shot, text) if config.eval.zero_shot else None
+    return Validation(
+        reader=val_reader(config.data, index),
+        batch=config.eval.batch,
+        classes=classes,
+        retrieval=config.eval.retrieval,
+        text_key=key,
+        text_width=text.width,
+    )
+
+
+def val_reader(data: Data, index: Index) -> BlockReader:
+    """The reader of evaluation blocks: centre view, labels where there are any, no text vectors."""
+    return BlockReader(index, data.image_size, data.limits, seed=0, augment=None, with_labels=True)
+
+
+def class_names(zero_shot: ZeroShot) -> list[str]:
+    """The class names, in label order. Raises ConfigError for a file that is absent or empty."""
+    if not isinstance(zero_shot.classes, str):
+        return list(zero_shot.classes)
+    fs, path = filesystem(zero_shot.classes)
+    if not fs.exists(path):
+        raise ConfigError(f"eval.zero_shot.classes: no such file: {zero_shot.classes}")
+    names = [line.strip() for line in fs.cat_file(path).decode().splitlines() if line.strip()]
+    if not names:
+        raise ConfigError(f"eval.zero_shot.classes: {zero_shot.classes} is empty; it needs one class name a line")
+    return names
+
+
+def class_vectors(zero_shot: ZeroShot, text: TextTower) -> NDArray[np.float32]:
+    """Unit float32 [C, D]."""
+    return class_embeddings(text.encode, class_names(zero_shot), zero_shot.templates)
+
+
+def refuse_other_run(job: Job) -> None:
+    """A run continues its own checkpoints alone. Raises CheckpointError listing every key that differs."""
+    newest = latest(job.run)
+    if newest is None:
+        return
+    manifest = read_manifest(newest)
+    differing = [
+        f"fingerprint of the {name}: {manifest['fingerprints'].get(name, 'none')[:12]} there, {value[:12]} here"
+        for name, value in job.fingerprints.items()
+        if manifest["fingerprints"].get(name) != value
+    ]
+    here, there = _leaves(job.config.model_dump(mode="json")), _leaves(manifest["config"])
+    differing += [
+        f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in sorted(here.keys() | there.keys())
+        if here.get(key) != there.get(key) and not key.startswith(FREE_TO_CHANGE)
+    ]
+    if differing:
+        listed = "\n  ".join(differing)
+        raise CheckpointError(
+            f"{newest} belongs to another experiment:\n  {listed}\n"
+            "Give this one another name (name=...), or remove that folder to start over."
+        )
+
+
+def _leaves(tree: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(tree, dict):
+        return {prefix.rstrip("."): tree}
+    return {key: leaf for name, child in tree.items() for key, leaf in _leaves(child, f"{prefix}{name}.").items()}

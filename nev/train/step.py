@@ -1,0 +1,90 @@
+"""One optimiser update: images in, loss over the all-gathered batch, gradients, clip, AdamW."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nev.config import Experiment
+from nev.losses.contrastive import contrastive_loss
+from nev.models.vision import VisionTower, normalise
+
+
+class Batch(NamedTuple):
+    """A rank's share of a step. images: uint8 [b, S, S, 3]; text: float [b, D]; valid: bool [b]."""
+
+    images: Tensor
+    text: Tensor
+    valid: Tensor
+
+
+class StepResult(NamedTuple):
+    """Detached 0-d tensors on the training device, equal on every rank: nothing here waits for the device."""
+
+    loss: Tensor
+    correct: Tensor
+    pairs: Tensor
+    grad_norm: Tensor
+
+
+class LockedTextModel(nn.Module):
+    """The vision tower and the logit scale: what is trained (the text tower is a constant, its vectors come with the batch)."""
+
+    def __init__(self, vision: VisionTower, init_scale: float, learn_scale: bool = True) -> None:
+        super().__init__()
+        self.vision = vision
+        self.log_scale = nn.Parameter(torch.tensor(math.log(init_scale)), requires_grad=learn_scale)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """float [b, 3, S, S] -> unit vectors float32 [b, D], and the log of the logit scale (0-d)."""
+        # The scale goes through forward so that DDP reduces its gradient with the rest.
+        return self.vision(images), self.log_scale
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What autocast runs in: float32 (no autocast) or bfloat16."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context of a forward."""
+        return nullcontext() if self.dtype is torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+
+def choose_precision(wanted: str, device: torch.device) -> Precision:
+    """`auto` is bfloat16 on a GPU that has it, else float32."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    use_bf16 = wanted == "bf16" or (wanted == "auto" and has_bf16)
+    return Precision(device, torch.bfloat16 if use_bf16 else torch.float32)
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, config: Experiment, precision: Precision
+) -> StepResult:
+    """One update of `model` (a LockedTextModel, bare or under DDP) on the global batch that `batch` is a share of.
+
+    Collectives: those of the loss and DDP's gradient reduction. The scale is clamped to `loss.max_scale` after the update.
+    """
+    pixels = normalise(batch.images, config.data.mean, config.data.std)
+    with precision.autocast():
+        embeddings, log_scale = model(pixels)
+    text = F.normalize(batch.text.float(), dim=-1)
+    result = contrastive_loss(embeddings.float(), text, log_scale, batch.valid)
+    optimizer.zero_grad(set_to_none=True)
+    torch.autograd.backward(result.loss)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    limit = config.optim.clip_norm if config.optim.clip_norm is not None else math.inf
+    grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
+    optimizer.step()
+    if config.loss.max_scale is not None:
+        with torch.no_grad():
+            log_scale.clamp_(max=math.log(config.loss.max_scale))
+    return StepResult(result.loss.detach(), result.correct, result.pairs, grad_norm.detach())

@@ -1,0 +1,163 @@
+"""The one file that knows Ray Train: it starts the processes, hands each its blocks, and starts them again when they die."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+
+from nev.config import Experiment
+from nev.data.block import Block, BlockReader
+from nev.data.storage import join
+from nev.errors import NevError
+from nev.tracking import Tracker
+from nev.train.checkpoint import latest, load, read_manifest
+from nev.train.loop import Job, Learner, Rank, Start, train
+from nev.train.monitor import Post, Watcher, open_board
+from nev.train.quarantine import TooManyBadRows
+
+
+class TrainingFailed(NevError, RuntimeError):
+    """The run could not be finished. The message is the first cause, without Ray's frames."""
+
+
+def fit(job: Job, reader: BlockReader, tracker: Tracker, console: Console) -> dict[str, float]:
+    """Run the job on the connected Ray cluster, from its latest checkpoint to `job.stop_step`.
+
+    Returns the newest value of each metric. Raises TrainingFailed.
+    """
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    from nev.data.stream import stream_options
+
+    board = open_board()
+    job = dataclasses.replace(job, mlflow_run_id=tracker.run_id)
+    watcher = Watcher(board, tracker, console, job.total_steps, where(job.run).step)
+    workers = job.config.workers
+    trainer = TorchTrainer(
+        work,
+        train_loop_config={"job": job, "board": board},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers.count, use_gpu=workers.gpus > 0, resources_per_worker=resources(job.config)
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"attempt-{int(time.time())}",
+            storage_path=join(job.run, "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
+        ),
+        datasets={"train": lambda: stream_from_here(job, reader)},
+        dataset_config=ray.train.DataConfig(execution_options=stream_options()),
+    )
+    with watcher.watching():
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise TrainingFailed(first_cause(error)) from error
+    if watcher.errors:
+        raise TrainingFailed(watcher.errors[0])
+    return watcher.latest
+
+
+def resources(config: Experiment) -> dict[str, float]:
+    """What one worker reserves. Ray wants some resource: a worker that shares the CPUs reserves memory alone."""
+    workers = config.workers
+    wanted = {"CPU": workers.cpus, "GPU": workers.gpus, "memory": float(workers.memory)}
+    return {name: amount for name, amount in wanted.items() if amount}
+
+
+def where(run: str) -> Start:
+    """Where the run stands, by its latest checkpoint."""
+    newest = latest(run)
+    if newest is None:
+        return Start()
+    manifest = read_manifest(newest)
+    return Start(manifest["step"], manifest["bad_rows"])
+
+
+def stream_from_here(job: Job, reader: BlockReader) -> Any:
+    """Called by Ray Train at every start of the worker group: the stream from the latest checkpoint's step."""
+    from nev.data.stream import make_stream
+
+    return make_stream(reader, job.plan, where(job.run).step, job.stop_step)
+
+
+def work(setting: dict[str, Any]) -> None:
+    """One training process, started by Ray Train."""
+    import ray
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from nev.train.step import choose_precision
+
+    job: Job = setting["job"]
+    context = ray.train.get_context()
+    threads = job.config.workers.threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+    torch.set_num_threads(threads)
+    device = ray.train.torch.get_device()
+    precision = choose_precision(job.config.train.precision, device)
+    me = Rank(context.get_world_rank(), context.get_world_size(), device, precision)
+    learner, start = build_learner(job, me)
+
+    def report(step: int, metrics: dict[str, float]) -> None:
+        setting["board"].post.remote(Post(step, metrics))
+
+    try:
+        train(job, me, learner, start, blocks_of(job, me), report)
+    except TooManyBadRows as error:
+        # Every rank stops here, at the same step. Raised, it would be tried again from the checkpoint, to the same end.
+        if me.rank == 0:
+            ray.get(setting["board"].post.remote(Post(start.step, {}, str(error))))
+
+
+def blocks_of(job: Job, me: Rank) -> Iterator[Block]:
+    """This rank's blocks, as they left the tasks; the blocks of the next step are fetched while this one computes."""
+    import ray.train
+
+    ahead = 2 * job.plan.blocks_per_step // me.world
+    shard = ray.train.get_dataset_shard("train")
+    return iter(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=ahead))
+
+
+def build_learner(job: Job, me: Rank) -> tuple[Learner, Start]:
+    """Model and optimiser, alike on every rank: from the seed, or from the run's latest checkpoint."""
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+
+    from nev.models.vision import build_vision
+    from nev.train.checkpoint import load_optimizer
+    from nev.train.optim import make_optimizer
+    from nev.train.rng import restore_rng, seed_rank
+    from nev.train.step import LockedTextModel
+
+    config = job.config
+    torch.manual_seed(config.seed)
+    vision = build_vision(config.vision, config.data.image_size, job.text_width)
+    model = LockedTextModel(vision, config.loss.init_scale, config.loss.learn_scale).to(me.device).train()
+    optimizer = make_optimizer(model, config.optim)
+    seed_rank(me.rank, config.seed, 0)
+    start = Start()
+    newest = latest(job.run)
+    if newest is not None:
+        state, weights, moments, rng = load(newest)
+        model.load_state_dict(weights)
+        load_optimizer(model, optimizer, moments)
+        restore_rng(rng, me.rank, me.device, config.seed, state.step)
+        start = Start(state.step, state.bad_rows)
+    ids = [me.device.index] if me.device.type == "cuda" else None
+    wrapped = DistributedDataParallel(model, device_ids=ids) if me.world > 1 else model
+    return Learner(model, wrapped, optimizer), start
+
+
+def first_cause(error: BaseException) -> str:
+    """The innermost message of a failure that went through Ray."""
+    failures = getattr(error, "worker_failures", None)
+    inner = next(iter(failures.values())) if failures else error
+    while (deeper := getattr(inner, "cause", None) or inner.__cause__) is not None:
+        inner = deeper
+    return f"{type(inner).__name__}: {str(inner).strip().splitlines()[-1] if str(inner).strip() else inner!r}"

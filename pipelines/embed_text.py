@@ -1,0 +1,34 @@
+"""Embed the captions of an experiment's shards with its locked text encoder, once: sidecars beside the shards.
+
+python pipelines/embed_text.py --config configs/cifar10.yaml
+"""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from nev.cli import ConfigFile, Overrides, command, explained
+from nev.config import load
+
+
+def main(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Write the text sidecars of an experiment's shards; shards that have theirs are passed over."""
+    console = Console()
+    with explained(console):
+        experiment = load(config, overrides or [])
+        from nev.embedding import embed_captions
+        from nev.runtime import connect
+        from nev.train.setup import absolute
+
+        experiment = absolute(experiment)
+        connect()
+        for root in filter(None, (experiment.data.train, experiment.data.val)):
+            done = embed_captions(root, experiment.data.columns, experiment.text, console)
+            rate = done.captions / done.seconds if done.seconds else 0.0
+            console.print(f"{root}: {done.shards} sidecars, {done.captions:,} captions, {rate:,.0f} captions/s")
+
+
+app = command(main, "python pipelines/embed_text.py --config configs/cifar10.yaml")
+
+if __name__ == "__main__":
+    app()

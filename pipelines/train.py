@@ -1,0 +1,38 @@
+"""Train a vision encoder into the space of a locked text encoder; the same command goes on where a run stopped.
+
+python pipelines/train.py --config configs/cifar10.yaml
+python pipelines/train.py --config configs/cifar10.yaml --set optim.lr=5e-4 --set name=cifar10-slow
+ray job submit --working-dir . -- python pipelines/train.py --config configs/flickr8k.yaml
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from nev.cli import ConfigFile, Overrides, command, explained
+from nev.config import load
+
+
+def main(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    stop_after: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this step, with a checkpoint; the schedule stays whole.")
+    ] = None,
+) -> None:
+    """Train a vision encoder into the space of a locked text encoder; the same command goes on where a run stopped."""
+    console = Console()
+    with explained(console):
+        experiment = load(config, overrides or [])
+        from nev.experiment import run_experiment, show_summary
+
+        show_summary(run_experiment(experiment, console, stop_after), console)
+
+
+app = command(main, "python pipelines/train.py --config configs/cifar10.yaml --set train.epochs=1")
+
+if __name__ == "__main__":
+    app()

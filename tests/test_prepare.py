@@ -1,0 +1,138 @@
+"""pipelines/prepare.py as a user runs it: good runs, their report, and errors that name the cause."""
+
+import importlib.util
+import io
+import os
+import re
+import sys
+import tarfile
+from pathlib import Path
+from typing import get_args
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from nev.data.sources import READERS
+
+REAL = os.environ.get("NEV_DATA")
+needs_data = pytest.mark.skipif(not REAL, reason="NEV_DATA does not name the folder of real data")
+
+spec = importlib.util.spec_from_file_location("prepare_pipeline", Path(__file__).parents[1] / "pipelines/prepare.py")
+assert spec
+assert spec.loader
+pipeline = importlib.util.module_from_spec(spec)
+sys.modules["prepare_pipeline"] = pipeline
+spec.loader.exec_module(pipeline)
+
+
+def prepare(*args: object, code: int = 0) -> str:
+    """Run the command; return what it printed, white space and table lines squeezed."""
+    result = CliRunner().invoke(pipeline.app, [str(arg) for arg in args], env={"COLUMNS": "200"})
+    assert result.exit_code == code, result.output
+    return re.sub(r"[\s│]+", " ", result.output)
+
+
+def labelled(path: Path, labels: list[int], names: list[str | None], images: list[bytes | None] | None = None) -> Path:
+    images = images or [f"image {k}".encode() for k in range(len(labels))]
+    pq.write_table(
+        pa.table({"image": [{"bytes": image} for image in images], "label": labels, "label_name": names}), path
+    )
+    return path
+
+
+def test_labelled_parquet_becomes_shards_with_captions_and_classes(tmp_path: Path) -> None:
+    labelled(tmp_path / "a.parquet", [1, 0, 1, 0], ["dog", "cat", "dog", None], [b"1", b"2", None, b"4"])
+    out = prepare(
+        "--source", "hf-parquet", "--input", f"{tmp_path}/*.parquet", "--label", "label", "--name", "label_name",
+        "--template", "a {}", "--template", "one {}", "--output", tmp_path / "set/train",
+    )  # fmt: skip
+    for line in ("rows in 4", "kept 2", "dropped: empty caption 1", "dropped: empty image 1", "shards 1"):
+        assert line in out
+    rows = pq.read_table(tmp_path / "set/train").to_pylist()
+    assert {row["label"]: row["caption"] for row in rows} == {0: ["a cat", "one cat"], 1: ["a dog", "one dog"]}
+    assert (tmp_path / "set/classes.txt").read_text() == "cat\ndog\n"
+
+
+def test_splits_of_one_folder_must_agree_on_their_classes(tmp_path: Path) -> None:
+    first = labelled(tmp_path / "a.parquet", [0, 1], ["cat", "dog"])
+    other = labelled(tmp_path / "b.parquet", [0, 1], ["cat", "ship"])
+    args = ("--source", "hf-parquet", "--template", "a {}", "--output")
+    prepare("--input", first, *args, tmp_path / "set/train")
+    out = prepare("--input", other, *args, tmp_path / "set/val", code=2)
+    assert re.search(r"classes\.txt: label 1 is 'dog' there and 'ship' in row b-00000001", out)
+    assert not list((tmp_path / "set/val").iterdir())
+    mixed = labelled(tmp_path / "c.parquet", [0, 0], ["cat", "dog"])
+    assert "label 0 is 'dog' here and 'cat' in an earlier row" in prepare(
+        "--input", mixed, *args, tmp_path / "new/train", code=2
+    )
+
+
+def test_no_classes_file_where_labels_are_missing(tmp_path: Path) -> None:
+    file = labelled(tmp_path / "a.parquet", [0, 2], ["cat", "dog"])
+    out = prepare("--source", "hf-parquet", "--input", file, "--template", "a {}", "--output", tmp_path / "set/train")
+    assert "classes:" not in out
+    assert not (tmp_path / "set/classes.txt").exists()
+
+
+def test_webdataset_limit_and_overwrite(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for key in range(20):
+            for end, content in (("jpg", b"image"), ("txt", f"caption {key}".encode())):
+                info = tarfile.TarInfo(f"{key}.{end}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    args = ("--source", "webdataset", "--input", tmp_path, "--output", tmp_path / "out")
+    prepare(*args, "--rows-per-shard", 8, "--row-group-rows", 4)
+    assert [pq.read_metadata(path).num_rows for path in sorted((tmp_path / "out").glob("*"))] == [8, 8, 4]
+    assert "already holds 3 shard(s)" in prepare(*args, code=2)
+    assert "rows in 5" in prepare(*args, "--overwrite", "--limit", 5)
+    assert pq.read_table(tmp_path / "out").num_rows == 5
+
+
+def test_synthetic_writes_both_splits(tmp_path: Path) -> None:
+    out = prepare("--source", "synthetic", "--train", 40, "--val", 36, "--output", tmp_path / "set")
+    assert "kept 40 36" in out
+    assert {path.name for path in (tmp_path / "set").iterdir()} == {"train", "val", "classes.txt"}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--source", "webdataset", "--input", "nowhere"), "nowhere: no such file or folder"),
+        (("--source", "webdataset"), "needs at least one input"),
+        (("--source", "webdataset", "--input", ".", "--template", "a {}"), "takes no column names or templates"),
+        (("--source", "hf-parquet", "--input", ".", "--template", "a"), "a template needs exactly one '{}'"),
+        (("--source", "hf-parquet", "--input", ".", "--train", "5"), "--train and --val are for --source synthetic"),
+        (("--source", "synthetic", "--input", "."), "it takes no input"),
+        (("--source", "synthetic", "--train", "5"), "train: 5 pictures can't show all 36 classes"),
+        (("--source", "sky"), "sky"),
+    ],
+)
+def test_wrong_options_end_with_the_cause(tmp_path: Path, args: tuple[str, ...], message: str) -> None:
+    assert message in prepare(*args, "--output", tmp_path / "out", code=2)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_help_shows_an_example_and_every_source() -> None:
+    out = prepare("--help")
+    assert "Example: python pipelines/prepare.py --source webdataset" in out
+    assert set(get_args(pipeline.Source)) == {*READERS, "synthetic"}
+
+
+@needs_data
+def test_real_sets_become_shards(tmp_path: Path) -> None:
+    prepare(
+        "--source", "webdataset", "--input", f"{REAL}/flickr8k/dev", "--output", tmp_path / "flickr", "--limit", 300
+    )
+    flickr = pq.read_table(tmp_path / "flickr")
+    assert flickr.num_rows == 300
+    assert {len(captions) for captions in flickr["caption"].to_pylist()} == {5}
+    out = prepare(
+        "--source", "hf-parquet", "--input", f"{REAL}/cifar10/test-*.parquet", "--template", "a photo of a {}.",
+        "--output", tmp_path / "cifar/val", "--limit", 600,
+    )  # fmt: skip
+    assert "kept 600" in out
+    assert len((tmp_path / "cifar/classes.txt").read_text().splitlines()) == 10
+    assert pq.read_schema(tmp_path / "cifar/val/00000.parquet").field("caption").type == pa.string()

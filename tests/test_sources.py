@@ -1,0 +1,259 @@
+"""Readers of WebDataset tars and Hugging Face parquet: good input, bad rows, bad files, real data."""
+
+import io
+import json
+import os
+import tarfile
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nev.config import Columns, ConfigError, Limits
+from nev.data.sources import READERS, SourceOptions, find_files, hf_parquet, webdataset
+
+REAL = os.environ.get("NEV_DATA")
+needs_data = pytest.mark.skipif(not REAL, reason="NEV_DATA does not name the folder of real data")
+DEFAULT = SourceOptions()
+
+
+def tar_of(path: Path, members: dict[str, bytes | str | dict[str, Any]], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        for name, content in members.items():
+            text = json.dumps(content) if isinstance(content, dict) else content
+            raw = text.encode() if isinstance(text, str) else text
+            info = tarfile.TarInfo(name)
+            info.size = len(raw)
+            tar.addfile(info, io.BytesIO(raw))
+    return path
+
+
+def parquet_of(path: Path, metadata: dict[str, str] | None = None, **columns: Any) -> Path:
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), path)
+    return path
+
+
+IMAGES = pa.array([{"bytes": b"one", "path": "1.png"}, {"bytes": b"two", "path": None}, None])
+
+
+def test_webdataset_takes_uid_captions_and_label_where_they_are(tmp_path: Path) -> None:
+    tar = tar_of(
+        tmp_path / "00000.tar",
+        {
+            "a.jpg": b"A",
+            "a.txt": "first",
+            "a.json": {"uid": "u1", "caption": "first", "captions": ["first", "second"], "status": "success"},
+            "b.PNG": b"B",
+            "b.json": {"caption": "only", "label": 2, "label_name": "ship"},
+            "dir/c.d.webp": b"ignored: the extension is everything behind the first dot",
+            "dir/e.jpeg": b"E",
+            "dir/e.txt": "text",
+            "dir/e.cls": "7",
+            "dir/e.seg.png": b"ignored",
+        },
+    )
+    assert list(webdataset.read([tar], DEFAULT)) == [
+        {"uid": "u1", "image": b"A", "caption": ["first", "second"], "label": None, "label_name": None},
+        {"uid": "b", "image": b"B", "caption": "only", "label": 2, "label_name": "ship"},
+        {"uid": "dir/e", "image": b"E", "caption": "text", "label": 7, "label_name": None},
+    ]
+
+
+def test_webdataset_rejects_bad_samples_with_a_reason(tmp_path: Path) -> None:
+    tar_of(
+        tmp_path / "0.tar",
+        {
+            "good.jpg": b"G",
+            "good.txt": "fine",
+            "failed.json": {"caption": "x", "status": "failed_to_download"},
+            "lonely.txt": "no picture",
+            "broken.jpg": b"B",
+            "broken.json": "{",
+            "list.jpg": b"L",
+            "list.json": "[1]",
+            "latin.jpg": b"L",
+            "latin.txt": "caf\xe9".encode("latin-1"),
+            "large.jpg": b"L" * 101,
+            "large.txt": "too large",
+        },
+    )
+    read = list(webdataset.read([tmp_path], SourceOptions(limits=Limits(max_bytes=100))))
+    assert {row["uid"]: row.get("reject") for row in read} == {
+        "good": None,
+        "failed": "status failed_to_download",
+        "lonely": "no image member",
+        "broken": "unreadable json, txt or cls",
+        "list": "unreadable json, txt or cls",
+        "latin": "unreadable json, txt or cls",
+        "large": "member over its size limit",
+    }
+
+
+def test_webdataset_looks_at_regular_members_only(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        link = tarfile.TarInfo("secret.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        tar.addfile(link)
+        for name, content in (("../up.jpg", b"U"), ("../up.txt", b"up")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    assert [row["uid"] for row in webdataset.read([tmp_path], DEFAULT)] == ["../up"]
+    assert not (tmp_path.parent / "up.jpg").exists()
+
+
+@pytest.mark.parametrize("at", [0.3, 0.5, 0.8])
+def test_webdataset_names_a_tar_that_is_cut_off(tmp_path: Path, at: float) -> None:
+    tar = tar_of(tmp_path / "0.tar", {f"{k}.{end}": b"x" * 2000 for k in range(20) for end in ("jpg", "txt")})
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[: int(len(whole) * at)])
+    with pytest.raises(ConfigError, match=r"0\.tar: not a whole tar file"):
+        list(webdataset.read([tar], DEFAULT))
+
+
+def test_webdataset_names_a_tar_with_a_damaged_header(tmp_path: Path) -> None:
+    tar = tar_of(tmp_path / "0.tar", {f"{k}.jpg": b"x" * 100 for k in range(5)})
+    raw = bytearray(tar.read_bytes())
+    raw[2 * 1024 + 100] ^= 0xFF  # in the header of the third member; tarfile alone would end there without a word
+    tar.write_bytes(raw)
+    with pytest.raises(ConfigError, match=r"0\.tar: not a whole tar file \(neither a header nor the end mark at byte 2048\)"):
+        list(webdataset.read([tar], DEFAULT))
+
+
+def test_webdataset_reads_gzip_and_refuses_what_is_no_image_tar(tmp_path: Path) -> None:
+    packed = tar_of(tmp_path / "0.tar.gz", {"a.jpg": b"A", "a.txt": "text"}, "w:gz")
+    assert [row["image"] for row in webdataset.read([packed], DEFAULT)] == [b"A"]
+    packed.write_bytes(packed.read_bytes()[:60])
+    with pytest.raises(ConfigError, match=r"0\.tar\.gz: not a whole tar file"):
+        list(webdataset.read([packed], DEFAULT))
+    text = tmp_path / "1.tar"
+    text.write_text("this is no tar" * 100)
+    with pytest.raises(ConfigError, match=r"1\.tar: not a whole tar file"):
+        list(webdataset.read([text], DEFAULT))
+    with pytest.raises(ConfigError, match=r"2\.tar: no image in this tar"):
+        list(webdataset.read([tar_of(tmp_path / "2.tar", {"a.txt": "text"})], DEFAULT))
+
+
+def test_hf_parquet_recognises_the_usual_columns(tmp_path: Path) -> None:
+    parquet_of(tmp_path / "part.parquet", image=IMAGES, text=["a", "", None])
+    assert list(hf_parquet.read([tmp_path], DEFAULT)) == [
+        {"uid": "part-00000000", "image": b"one", "caption": "a", "label": None, "label_name": None},
+        {"uid": "part-00000001", "image": b"two", "caption": "", "label": None, "label_name": None},
+        {"uid": "part-00000002", "image": None, "caption": None, "label": None, "label_name": None},
+    ]
+
+
+def test_hf_parquet_takes_named_columns(tmp_path: Path) -> None:
+    file = parquet_of(tmp_path / "x.parquet", nr=[5, 6], pic=[b"5", b"6"], said=[["a", "b"], ["c"]], text=["no", "no"])
+    options = SourceOptions(columns=Columns(uid="nr", image="pic", caption="said"))
+    assert [(row["uid"], row["image"], row["caption"]) for row in hf_parquet.read([file], options)] == [
+        ("5", b"5", ["a", "b"]),
+        ("6", b"6", ["c"]),
+    ]
+
+
+def test_hf_parquet_fills_templates_with_the_class_name(tmp_path: Path) -> None:
+    file = parquet_of(tmp_path / "x.parquet", image=IMAGES, label=[0, 1, 0], label_name=["traffic_light", "{}", None])
+    options = SourceOptions(templates=("a photo of a {}.", "the {}"))
+    read = list(hf_parquet.read([file], options))
+    assert [row["caption"] for row in read] == [
+        ["a photo of a traffic light.", "the traffic light"],
+        ["a photo of a {}.", "the {}"],
+        None,
+    ]
+    assert [row.get("label_name") for row in read] == ["traffic_light", "{}", None]
+
+
+def test_hf_parquet_finds_class_names_in_the_metadata(tmp_path: Path) -> None:
+    features = json.dumps({"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}})
+    file = parquet_of(tmp_path / "x.parquet", {"huggingface": features}, image=IMAGES, label=[1, 0, -1])
+    read = list(hf_parquet.read([file], SourceOptions(templates=("a {}",))))
+    named = [(row.get("label_name"), row["caption"]) for row in read]
+    assert named == [("dog", ["a dog"]), ("cat", ["a cat"]), (None, None)]
+
+
+def test_hf_parquet_gives_files_of_one_name_different_uids(tmp_path: Path) -> None:
+    for part in ("a", "b"):
+        (tmp_path / part).mkdir()
+        parquet_of(tmp_path / part / "0.parquet", image=[b"x"], text=["t"])
+    assert [row["uid"] for row in hf_parquet.read([tmp_path], DEFAULT)] == ["a/0-00000000", "b/0-00000000"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            SourceOptions(columns=Columns(image="pixels")),
+            r"x\.parquet: no column 'pixels' for image \(columns: \['image', ",
+        ),
+        (DEFAULT, r"x\.parquet: no caption column .*--caption, or make captions from class names with --template"),
+        (SourceOptions(templates=("a {}",)), r"x\.parquet: templates need class names"),
+        (SourceOptions(columns=Columns(caption="label")), "column 'label' can't be the caption: it is int64"),
+        (
+            SourceOptions(columns=Columns(image="label", caption="label")),
+            "column 'label' can't be the image: it is int64",
+        ),
+        (SourceOptions(columns=Columns(caption="label"), templates=("a {}",)), "or templates, not both"),
+    ],
+)
+def test_hf_parquet_names_the_column_that_is_wrong(tmp_path: Path, options: SourceOptions, message: str) -> None:
+    file = parquet_of(tmp_path / "x.parquet", image=IMAGES, label=[0, 1, 0])
+    with pytest.raises(ConfigError, match=message):
+        list(hf_parquet.read([file], options))
+
+
+def test_hf_parquet_names_a_file_that_is_not_readable(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 but not really")
+    with pytest.raises(ConfigError, match=r"x\.parquet: not readable as parquet"):
+        list(hf_parquet.read([tmp_path], DEFAULT))
+
+
+def test_a_template_without_a_slot_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a template needs exactly one"):
+        SourceOptions(templates=("a photo",))
+
+
+def test_inputs_are_files_folders_or_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b/2.tar", "a/1.tar", "a/notes.txt", "_cache/3.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    both = [tmp_path / "a/1.tar", tmp_path / "b/2.tar"]
+    assert find_files([tmp_path], (".tar",)) == both
+    assert find_files([f"{tmp_path}/[ab]/*.tar", tmp_path / "b/2.tar"], (".tar",)) == both
+    monkeypatch.chdir(tmp_path / "a")
+    assert [path.name for path in find_files(["../b/*.tar"], (".tar",))] == ["2.tar"]
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_inputs_that_give_nothing_are_refused(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(ConfigError, match="needs at least one input"):
+        list(READERS[kind]([], DEFAULT))
+    with pytest.raises(ConfigError, match=r"no such file or folder"):
+        list(READERS[kind]([tmp_path / "nowhere"], DEFAULT))
+    with pytest.raises(ConfigError, match=r"\(it holds: nothing\)"):
+        list(READERS[kind]([tmp_path], DEFAULT))
+    (tmp_path / "a.csv").touch()
+    with pytest.raises(ConfigError, match=r"\(it holds: \.csv\)"):
+        list(READERS[kind]([tmp_path], DEFAULT))
+
+
+@needs_data
+def test_flickr8k_dev_has_five_captions_a_picture() -> None:
+    assert REAL
+    read = list(webdataset.read([Path(REAL) / "flickr8k/dev"], DEFAULT))
+    assert len({row["uid"] for row in read}) == len(read) == 1000
+    assert {len(row["caption"] or ()) for row in read} == {5}
+    assert all((row["image"] or b"").startswith(b"\xff\xd8") and "reject" not in row for row in read)
+
+
+@needs_data
+def test_cifar10_is_labelled() -> None:
+    assert REAL
+    options = SourceOptions(templates=("a photo of a {}.",))
+    read = list(islice(hf_parquet.read([f"{REAL}/cifar10/test-*.parquet"], options), 500))
+    assert {row.get("label") for row in read} == set(range(10))
+    assert all(row["caption"] == [f"a photo of a {row.get('label_name')}."] for row in read)
+    assert all((row["image"] or b"").startswith(b"\xff\xd8") for row in read)
