@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from nev.errors import NevError
+from nev.runtime import quiet
 
 ConfigFile = Annotated[str, typer.Option("--config", help="Experiment file (YAML); the shipped ones are in configs/.")]
 Overrides = Annotated[
@@ -20,7 +21,8 @@ Overrides = Annotated[
 
 @contextmanager
 def explained(console: Console) -> Iterator[None]:
-    """Print a NevError as one message and exit with 2; let a bug keep its traceback."""
+    """Keep libraries quiet; print a NevError as one message and exit with 2; let a bug keep its traceback."""
+    quiet()
     try:
         yield
     except NevError as error:

@@ -26,7 +26,7 @@ class ConfigError(NevError, ValueError):
 class Section(BaseModel):
     """A frozen group of settings in which an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Columns(Section):
@@ -238,7 +238,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file. The shipped experiments are in configs/.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a mapping of sections is needed, this is a {type(raw).__name__}")
@@ -253,7 +253,10 @@ def parse(
         dotted, equals, value = override.partition("=")
         if not equals:
             raise ConfigError(f"override {override!r}: write it as section.key=value")
-        raw = _replaced(raw, dotted.split("."), yaml.safe_load(value), override)
+        try:
+            raw = _replaced(raw, dotted.split("."), yaml.safe_load(value), override)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
     try:
         return schema.model_validate(raw)
     except ValidationError as error:

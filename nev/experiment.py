@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +12,12 @@ from rich.table import Table
 
 from nev.config import Experiment, to_yaml
 from nev.tracking import Tracker, open_run, tracking_uri
-from nev.train.checkpoint import best, latest, read_manifest
+from nev.train.checkpoint import CheckpointError, best, latest, read_manifest
 from nev.train.setup import absolute, class_names, prepare_job, train_reader
 from nev.train.trainer import fit, where
 
 if TYPE_CHECKING:
-    from nev.eval.validation import Embedded
+    from nev.eval.validation import Embedded, Validation
     from nev.train.loop import Job
 
 
@@ -90,7 +91,7 @@ def summarise(job: Job, tracker: Tracker) -> Summary:
     run_curves(pictures[0], tracker, config.name)
     if job.validation:
         embedded = embed_set(job.validation, Tower(config, chosen, job.text_width))
-        pictures += galleries(job, embedded)
+        pictures += galleries(config, job.validation, embedded, Path(job.run))
     Path(job.run, "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     for path in (*pictures, Path(job.run, "config.yaml")):
         tracker.artifact(path)
@@ -98,18 +99,44 @@ def summarise(job: Job, tracker: Tracker) -> Summary:
     return Summary(config.name, chosen, manifest["metrics"], pictures, tracker.uri, tracker.run_id)
 
 
-def galleries(job: Job, embedded: Embedded) -> list[Path]:
+def evaluate_checkpoint(location: str, overrides: list[str], folder: Path) -> tuple[dict[str, float], list[Path]]:
+    """Score a checkpoint on its experiment's validation set, with overrides; write metrics.json and galleries in `folder`.
+
+    Returns the metrics and the pictures. Raises CheckpointError where the text tower is not the one that it was trained
+    against, ConfigError where there is nothing to score.
+    """
+    from nev.eval.engine import Tower, embed_set
+    from nev.eval.validation import score
+    from nev.models.text import load_text
+    from nev.runtime import connect
+
+    manifest = read_manifest(location)
+    config = absolute(parse(Experiment, manifest["config"], overrides, where=location))
+    if not config.data.val or not (config.eval.zero_shot or config.eval.retrieval):
+        raise ConfigError("nothing to score: give data.val, and eval.zero_shot or eval.retrieval, with --set")
+    text = load_text(config.text)
+    if text.fingerprint != manifest["fingerprints"]["text"]:
+        raise CheckpointError(f"{location} was trained against another text tower than {config.text.encoder} is here")
+    task = make_validation(config, text)
+    connect()
+    embedded = embed_set(task, Tower(config, location, text.width))
+    metrics = score(task, embedded)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    return metrics, galleries(config, task, embedded, folder)
+
+
+def galleries(config: Experiment, task: Validation, embedded: Embedded, folder: Path) -> list[Path]:
     """The retrieval gallery and the gallery of classes, whichever the experiment evaluates."""
     from nev.eval.showcase import class_gallery, retrieval_gallery
 
-    task, made = job.validation, []
-    assert task
+    made = []
     if task.retrieval:
-        made.append(Path(job.run) / "retrieval.png")
-        retrieval_gallery(made[-1], task, embedded, job.config.seed)
-    if job.config.eval.zero_shot:
-        made.append(Path(job.run) / "classes.png")
-        class_gallery(made[-1], task, embedded, class_names(job.config.eval.zero_shot))
+        made.append(folder / "retrieval.png")
+        retrieval_gallery(made[-1], task, embedded, config.seed)
+    if config.eval.zero_shot:
+        made.append(folder / "classes.png")
+        class_gallery(made[-1], task, embedded, class_names(config.eval.zero_shot))
     return made
 
 

@@ -6,11 +6,19 @@ import logging
 import os
 import warnings
 
-import ray
+# Ray Train must not change the working folder, and tqdm bars of libraries must not fight with the one live line.
+ENVIRONMENT = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "TQDM_DISABLE": "1",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+}
 
 
 def connect() -> None:
     """Join the cluster of `RAY_ADDRESS` (set inside a submitted job), or start one here. Ray's chatter stays in its logs."""
+    import ray
+
     if ray.is_initialized():
         return
     quiet()
@@ -21,26 +29,31 @@ def connect() -> None:
         include_dashboard=None if address else False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        runtime_env=process_env(),
+        runtime_env={"env_vars": ENVIRONMENT},
     )
+    _quiet_data()
 
 
 def cluster_gpus() -> int:
     """GPUs of the connected cluster, as it stands now."""
+    import ray
+
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return int(resources.get("GPU", 0))
 
 
-def process_env() -> dict[str, dict[str, str]]:
-    """The runtime environment of nev's processes: Ray Train's working-folder change off, no usage warnings."""
-    return {"env_vars": {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_TRAIN_V2_ENABLED": "1", "TQDM_DISABLE": "1"}}
-
-
 def quiet() -> None:
-    """Keep Ray's, MLflow's and the hub's loggers off the console of this process."""
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    for name in ("ray", "ray.data", "ray.train", "ray.tune", "mlflow", "alembic", "httpx", "transformers"):
+    """Keep the libraries off this process's console: what they have to say at error level still comes through."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name in ("ray", "mlflow", "alembic", "httpx", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(ray|mlflow|timm|transformers)")
+
+
+def _quiet_data() -> None:
+    """Ray Data's logger writes INFO to the console by a handler of its own; its log file keeps everything."""
+
+    for handler in logging.getLogger("ray.data").handlers:
+        if "console" in str(handler.name) or type(handler).__name__ == "PlainRayHandler":
+            handler.setLevel(logging.ERROR)

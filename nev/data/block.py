@@ -18,7 +18,7 @@ from nev.config import Augment, Limits
 from nev.data.decode import BadImage, decode, draw, eval_view, train_view
 from nev.data.index import DataError, Index
 from nev.data.plan import Segment
-from nev.data.sidecar import sidecar_location, vectors_of
+from nev.data.sidecar import not_beside, sidecar_location, uids_of, vectors_of
 from nev.data.storage import filesystem
 
 OPEN_FILES = 32
@@ -75,7 +75,7 @@ class BlockReader:
         names = [name for name in (columns.uid, columns.image, columns.label if self.with_labels else None) if name]
         table = self._table(self.index.location(shard), group, names, segment)
         part["shard"][:] = shard
-        part["uid"][:] = [str(uid) for uid in table[columns.uid].to_pylist()]
+        part["uid"][:] = uids_of(table[columns.uid])
         if self.with_labels and columns.label:
             part["label"][:] = [-1 if label is None else label for label in table[columns.label].to_pylist()]
         if self.text_key:
@@ -91,7 +91,10 @@ class BlockReader:
     def _fill_text(self, part: Block, shard: int, group: int, segment: Segment, epoch: int) -> None:
         """One caption's vector a row, drawn by (seed, epoch, uid) where there are several."""
         assert self.text_key
-        table = self._table(sidecar_location(self.index, shard, self.text_key), group, ["vectors"], segment)
+        location = sidecar_location(self.index, shard, self.text_key)
+        table = self._table(location, group, ["uid", "vectors"], segment)
+        if uids_of(table["uid"]) != part["uid"].tolist():
+            raise not_beside(location)
         vectors, starts = vectors_of(table["vectors"], self.text_width)
         counts = np.diff(starts)
         several = [
@@ -107,7 +110,7 @@ class BlockReader:
         buffer = value.as_buffer()
         if buffer is None:
             raise BadImage("image is null")
-        picture = decode(memoryview(buffer), self.limits)
+        picture = decode(memoryview(buffer).cast("B"), self.limits)
         if self.augment is None:
             return eval_view(picture, self.image_size)
         return train_view(picture, self.image_size, self.augment, draw(self.seed, epoch, uid, "augment"))
@@ -116,7 +119,11 @@ class BlockReader:
         try:
             table = self._file(location).read_row_group(group, columns, use_threads=False)
         except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{location}: row group {group} cannot be read: {error}") from error
+            raise DataError(
+                f"{location}: row group {group} cannot be read ({error}). Write this file again, or remove it and start anew."
+            ) from error
+        if len(table) < segment.stop:
+            raise DataError(f"{location}: row group {group} has lost rows since it was indexed. Start again.")
         return table.slice(segment.start, segment.stop - segment.start)
 
     def _file(self, location: str) -> pq.ParquetFile:
@@ -134,13 +141,9 @@ class BlockReader:
 
 
 def _encoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The bytes of an image column: binary, or the Hugging Face struct with `bytes`."""
-    if pa.types.is_struct(column.type):
-        import pyarrow.compute as pc
+    """The bytes of an image column: binary, or the Hugging Face struct with `bytes` (the index has checked that)."""
+    if not pa.types.is_struct(column.type):
+        return column
+    import pyarrow.compute as pc
 
-        return pc.struct_field(column, "bytes")
-    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
-        raise DataError(
-            f"the image column holds {column.type}, not encoded bytes: name another with data.columns.image"
-        )
-    return column
+    return pc.struct_field(column, "bytes")

@@ -21,6 +21,9 @@ from nev.config import Augment, Limits
 if TYPE_CHECKING:
     from PIL import Image
 
+# What Pillow may open. Among its other formats is EPS, which it hands to Ghostscript: a program in the bytes of a picture.
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+
 Picture = NDArray[np.uint8]
 
 
@@ -65,24 +68,30 @@ def _jpeg(data: bytes | memoryview, limits: Limits) -> Picture:
 
 
 def _pillow(data: bytes | memoryview, limits: Limits) -> Picture:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
                 _check_pixels(image.width, image.height, limits)
-                return np.asarray(_rgb(image))
+                return np.array(_rgb(image))  # a copy: Pillow's own memory is read-only, which torch warns about
     except BadImage:
         raise
+    except UnidentifiedImageError as error:
+        raise BadImage(f"not an image in a known format ({', '.join(PILLOW_FORMATS)})") from error
     except Exception as error:
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode as RGB; transparency is laid over white."""
+    """Any Pillow mode as RGB; transparency is laid over white. Sixteen bits become eight; floats are refused."""
     from PIL import Image
 
+    if image.mode == "F":
+        raise BadImage("floating-point pixels have no fixed white")
+    if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

@@ -29,6 +29,12 @@ KNOWN_NAMES = {
     "label": ("label", "cls", "class"),
 }
 
+NEEDED_TYPES = {
+    "image": "encoded bytes, or a struct with `bytes`",
+    "caption": "a string or a list of strings",
+    "label": "an integer",
+}
+
 
 class DataError(NevError, ValueError):
     """Data that cannot be trained on. The message says which file or column, what was found, and what to do."""
@@ -56,6 +62,11 @@ class Index:
         """Rows in all shards."""
         return int(self.rows.sum())
 
+    def groups_of(self, shard: int) -> slice:
+        """The row groups of a shard, as positions in the index."""
+        first, end = np.searchsorted(self.shard, [shard, shard + 1])
+        return slice(int(first), int(end))
+
     def location(self, shard: int) -> str:
         """Path or URL of a shard."""
         return f"{self.root.rstrip('/')}/{self.paths[shard]}"
@@ -67,7 +78,7 @@ def build_index(root: str, columns: Columns) -> Index:
     Raises DataError when there is no shard, a footer is unreadable, a column is missing, or no row is there.
     """
     fs, base = filesystem(root)
-    if not fs.exists(base):
+    if not fs.isdir(base):
         raise DataError(f"{root}: no such folder. Make shards with `python pipelines/prepare.py --help`.")
     base = base.rstrip("/")
     files = sorted(path for path in fs.find(base) if path.endswith(".parquet"))
@@ -94,8 +105,10 @@ def build_index(root: str, columns: Columns) -> Index:
     resolved = resolve_columns(footers[0].schema.to_arrow_schema(), columns, f"{root.rstrip('/')}/{relative[0]}")
     needed = {name for name in resolved.model_dump().values() if name}
     for path, meta in zip(relative, footers, strict=True):
-        if lacking := needed - set(meta.schema.to_arrow_schema().names):
+        schema = meta.schema.to_arrow_schema()
+        if lacking := needed - set(schema.names):
             raise DataError(f"{root.rstrip('/')}/{path}: column {sorted(lacking)} is missing; the first shard has it.")
+        _check_types(schema, resolved, f"{root.rstrip('/')}/{path}")
 
     table = [
         (shard, group, meta.row_group(group).num_rows, meta.row_group(group).total_byte_size)
@@ -122,16 +135,43 @@ def build_index(root: str, columns: Columns) -> Index:
 
 
 def resolve_columns(schema: pa.Schema, columns: Columns, where: str) -> Columns:
-    """Fill the names that are None from the usual ones. uid, image and caption must be found; label may stay None."""
+    """Fill the names that are None from the usual ones. uid, image and caption must be found; label may stay None.
+
+    Of the usual names for a label one counts only if it holds integers: text beside a picture is often called `class`.
+    """
     found: dict[str, str | None] = {}
     for role, known in KNOWN_NAMES.items():
         wanted = getattr(columns, role)
         if wanted is not None and wanted not in schema.names:
             raise DataError(f"{where}: no column {wanted!r} (data.columns.{role}); the file has {schema.names}.")
-        found[role] = wanted or next((name for name in known if name in schema.names), None)
+        usual = [name for name in known if name in schema.names and (role != "label" or _fits(role, schema, name))]
+        found[role] = wanted or next(iter(usual), None)
         if found[role] is None and role != "label":
             raise DataError(
                 f"{where}: no {role} column among {list(known)}; the file has {schema.names}. "
                 f"Name it with data.columns.{role}=COLUMN."
             )
     return Columns(**found)
+
+
+def _check_types(schema: pa.Schema, columns: Columns, where: str) -> None:
+    for role, needed in NEEDED_TYPES.items():
+        name = getattr(columns, role)
+        if name and not _fits(role, schema, name):
+            raise DataError(
+                f"{where}: column {name!r} holds {schema.field(name).type}, but the {role} must be {needed}. "
+                f"Name another with data.columns.{role}=COLUMN."
+            )
+
+
+def _fits(role: str, schema: pa.Schema, name: str) -> bool:
+    kind = schema.field(name).type
+    if role == "label":
+        return bool(pa.types.is_integer(kind))
+    if role == "image":
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            kind = kind.field("bytes").type
+        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))

@@ -8,6 +8,7 @@ the rows of a step do not depend on the world size. Memory is O(row groups).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -45,14 +46,19 @@ class Plan:
             raise ValueError(f"B ({self.global_batch}) must be a multiple of R ({self.block_rows})")
         if self.steps_per_epoch == 0:
             raise DataError(
-                f"the data set has {int(self.rows.sum())} rows, fewer than one global batch of {self.global_batch}: "
+                f"the data set has {self.total_rows} rows, fewer than one global batch of {self.global_batch}: "
                 "lower train.global_batch or add data."
             )
+
+    @functools.cached_property
+    def total_rows(self) -> int:
+        """Rows in all row groups; summed once, since every block number is divided by it."""
+        return int(self.rows.sum())
 
     @property
     def steps_per_epoch(self) -> int:
         """Whole steps of B rows in an epoch."""
-        return int(self.rows.sum()) // self.global_batch
+        return self.total_rows // self.global_batch
 
     @property
     def blocks_per_step(self) -> int:
@@ -67,7 +73,7 @@ class Plan:
     @property
     def tail_rows(self) -> int:
         """Rows that an epoch leaves out, fewer than B. They are other rows in each epoch."""
-        return int(self.rows.sum()) - self.steps_per_epoch * self.global_batch
+        return self.total_rows - self.steps_per_epoch * self.global_batch
 
     @property
     def fingerprint(self) -> str:
@@ -110,7 +116,12 @@ class Plan:
         if epoch not in self._orders:
             # The raw bits of a BitGenerator are stable over NumPy's releases; Generator.permutation is not promised to be.
             keys = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self.rows))
-            order = np.argsort(keys, kind="stable").astype(np.int32)
+            # The low bits become the row group's own number: keys are then distinct, and sorting them in place gives the
+            # permutation, in half the time of argsort.
+            bits = np.uint64(len(self.rows).bit_length())
+            keys = keys >> bits << bits | np.arange(len(self.rows), dtype=np.uint64)
+            keys.sort()
+            order = (keys & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int32)
             while len(self._orders) > 1:  # a stream moves forward: two epochs are enough to cross a boundary
                 self._orders.pop(next(iter(self._orders)))
             self._orders[epoch] = (order, np.cumsum(self.rows[order]))

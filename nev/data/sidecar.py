@@ -1,9 +1,10 @@
 """Text sidecars: the locked tower's vectors, row for row beside each shard, computed once.
 
-`<root>/_text/<key>/<shard>.parquet` has one column `vectors` (binary): float16 little-endian [captions of the row, D],
-row-major, empty where the row has no caption. Row groups are those of the shard. The key fingerprints the encoder (weights,
-tokenizer, prefix, pooling, max length) and the caption column; the file's metadata holds it whole, with the shard's own
-fingerprint, and a sidecar that does not match is refused.
+`<root>/_text/<key>/<shard>.parquet` has the columns `uid` (string), by which the reader knows that it has the right row,
+and `vectors` (binary): float16 little-endian [captions of the row, D], row-major, empty where the row has no caption. Row
+groups are those of the shard. The key fingerprints the encoder (weights, tokenizer, prefix, pooling, max length) and the
+caption column; the file's metadata holds it whole, with the shard's own fingerprint, and a sidecar that does not match is
+refused.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,12 +22,14 @@ from numpy.typing import NDArray
 from nev.data.index import FOOTER_READERS, DataError, Index
 from nev.data.storage import filesystem, join
 
+LAYOUT = 1  # counts changes of the file's layout: sidecars of another one have another key
+
 Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 
 
 def sidecar_key(text_fingerprint: str, caption_column: str) -> str:
     """The key of the sidecars of one text tower over one caption column: sha256, hex."""
-    return hashlib.sha256(f"{text_fingerprint}\n{caption_column}".encode()).hexdigest()
+    return hashlib.sha256(f"{LAYOUT}\n{text_fingerprint}\n{caption_column}".encode()).hexdigest()
 
 
 def sidecar_location(index: Index, shard: int, key: str) -> str:
@@ -34,8 +38,8 @@ def sidecar_location(index: Index, shard: int, key: str) -> str:
 
 
 def shard_fingerprint(index: Index, shard: int) -> str:
-    """Names the layout of a shard (rows and bytes of its row groups)."""
-    own = index.shard == shard
+    """Names the layout of a shard (rows and bytes of its row groups). The order of rows in a row group does not show."""
+    own = index.groups_of(shard)
     layout = np.stack([index.group[own], index.rows[own], index.nbytes[own]]).astype("<i8")
     return hashlib.sha256(layout.tobytes()).hexdigest()
 
@@ -46,18 +50,22 @@ def captions_of(value: str | list[str] | None) -> list[str]:
     return [caption.strip() for caption in values if caption and caption.strip()]
 
 
+def uids_of(column: pa.ChunkedArray) -> list[str]:
+    """The uid column as strings."""
+    return [str(uid) for uid in column.to_pylist()]
+
+
 def write_sidecar(index: Index, shard: int, key: str, width: int, encode: Encode) -> int:
     """Embed the captions of a shard and write its sidecar, whole or not at all. Returns the number of captions."""
-    column = index.columns.caption
+    uid, caption = index.columns.uid, index.columns.caption
     source_fs, source_path = filesystem(index.location(shard))
     with source_fs.open(source_path, "rb") as source:
         shard_file = pq.ParquetFile(source)
-        if shard_file.metadata.num_rows != int(index.rows[index.shard == shard].sum()):
-            raise DataError(f"{index.location(shard)}: the shard changed since it was indexed")
-        groups = [
-            [captions_of(value) for value in shard_file.read_row_group(group, [column])[column].to_pylist()]
-            for group in range(shard_file.num_row_groups)
-        ]
+        if shard_file.metadata.num_rows != int(index.rows[index.groups_of(shard)].sum()):
+            raise DataError(f"{index.location(shard)}: the shard changed since it was indexed. Start again.")
+        tables = [shard_file.read_row_group(group, [uid, caption]) for group in range(shard_file.num_row_groups)]
+    uids = [uids_of(table[uid]) for table in tables]
+    groups = [[captions_of(value) for value in table[caption].to_pylist()] for table in tables]
     distinct = sorted({caption for group in groups for captions in group for caption in captions})
     vectors = encode(distinct).astype("<f2") if distinct else np.zeros((0, width), "<f2")
     if vectors.shape != (len(distinct), width):
@@ -65,14 +73,14 @@ def write_sidecar(index: Index, shard: int, key: str, width: int, encode: Encode
     place = {caption: position for position, caption in enumerate(distinct)}
 
     metadata = {"nev.key": key, "nev.shard": shard_fingerprint(index, shard), "nev.width": str(width)}
-    schema = pa.schema([("vectors", pa.binary())], metadata=metadata)
+    schema = pa.schema([("uid", pa.string()), ("vectors", pa.binary())], metadata=metadata)
     fs, path = filesystem(sidecar_location(index, shard, key))
     fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     partial = f"{path}.partial"
     with fs.open(partial, "wb") as sink, pq.ParquetWriter(sink, schema, compression="none") as writer:
-        for group in groups:
+        for names, group in zip(uids, groups, strict=True):
             rows = [vectors[[place[caption] for caption in captions]].tobytes() for captions in group]
-            writer.write_table(pa.table({"vectors": rows}, schema), row_group_size=max(1, len(rows)))
+            writer.write_table(pa.table({"uid": names, "vectors": rows}, schema), row_group_size=max(1, len(rows)))
     fs.mv(partial, path)
     return sum(len(captions) for group in groups for captions in group)
 
@@ -98,9 +106,7 @@ def check_sidecars(index: Index, key: str, width: int) -> None:
 
     def check(shard: int) -> None:
         location = sidecar_location(index, shard, key)
-        fs, path = filesystem(location)
-        with fs.open(path, "rb") as file:
-            footer = pq.read_metadata(file)
+        footer = _read(location, pq.read_metadata)
         found = {name.decode(): value.decode() for name, value in (footer.metadata or {}).items()}
         wanted = {"nev.key": key, "nev.shard": shard_fingerprint(index, shard), "nev.width": str(width)}
         for name, value in wanted.items():
@@ -110,12 +116,37 @@ def check_sidecars(index: Index, key: str, width: int) -> None:
                     "delete this file and write it again with `python pipelines/embed_text.py`."
                 )
         rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
-        own = index.shard == shard
+        own = index.groups_of(shard)
         if [rows[group] for group in index.group[own] if group < len(rows)] != index.rows[own].tolist():
-            raise DataError(f"{location}: its row groups are not those of the shard. Delete it and write it again.")
+            raise not_beside(location)
+        # In a shard of one row group no footer tells that its rows were put in another order. Where there are more,
+        # their sizes tell, and the reader compares the uids of what it reads besides.
+        if len(rows) == 1 and _read_uids(location, "uid") != _read_uids(index.location(shard), str(index.columns.uid)):
+            raise not_beside(location)
 
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
         list(pool.map(check, range(len(index.paths))))
+
+
+def not_beside(location: str) -> DataError:
+    """The error for a sidecar whose rows are not those of its shard."""
+    return DataError(
+        f"{location}: its rows are not those of the shard, which changed since. "
+        "Delete this file and write it again with `python pipelines/embed_text.py`."
+    )
+
+
+def _read(location: str, read: Callable[[Any], Any]) -> Any:
+    fs, path = filesystem(location)
+    try:
+        with fs.open(path, "rb") as file:
+            return read(file)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{location}: not readable ({error}). Delete this file and write it again.") from error
+
+
+def _read_uids(location: str, column: str) -> list[str]:
+    return uids_of(_read(location, lambda file: pq.read_table(file, columns=[column]))[column])
 
 
 def vectors_of(column: pa.ChunkedArray, width: int) -> tuple[NDArray[np.float16], NDArray[np.int64]]:

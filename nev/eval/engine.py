@@ -1,4 +1,4 @@
-"""Scoring a checkpoint on Ray: stateless tasks decode, actors embed (one a GPU; one on a laptop), the driver scores."""
+"""Scoring a checkpoint on Ray: stateless tasks decode, others embed (on the GPUs where there are any), the driver scores."""
 
 from __future__ import annotations
 
@@ -16,36 +16,17 @@ from nev.config import Experiment
 from nev.data.block import Block
 from nev.data.plan import in_order
 from nev.data.stream import stream_context
-from nev.eval.validation import Embedded, Validation, collect, embed_block, embedder
+from nev.eval.validation import Embed, Embedded, Validation, collect, embed_block, embedder
 from nev.runtime import cluster_gpus
 
 
 @dataclass(frozen=True)
 class Tower:
-    """A trained vision tower, as the actors load it: the experiment, its checkpoint and the width of the space."""
+    """A trained vision tower, as the tasks load it: the experiment, its checkpoint and the width of the space."""
 
     config: Experiment
     checkpoint: str
     text_width: int
-
-
-class BlockEmbedder:
-    """A Ray Data actor: loads the tower once, then turns decoded blocks into vectors."""
-
-    def __init__(self, tower: Tower) -> None:
-        import torch
-
-        from nev.models.vision import normalise
-
-        gpus = ray.get_gpu_ids()
-        device = torch.device("cuda:0" if gpus else "cpu")
-        vision = load_tower(tower).to(device).eval()
-        data = tower.config.data
-        self._embed = embedder(vision, lambda images: normalise(images, data.mean, data.std), device)
-
-    def __call__(self, block: Block) -> Block:
-        embedded = embed_block(block, self._embed)
-        return {**embedded._asdict(), "number": block["number"]}
 
 
 def load_tower(tower: Tower) -> Any:
@@ -75,12 +56,10 @@ def embed_set(task: Validation, tower: Tower) -> Embedded:
             functools.partial(read_numbered, source=[reader]), batch_size=1
         )
         embedded = decoded.map_batches(
-            BlockEmbedder,
+            functools.partial(embed_numbered, source=[ray.put(tower)]),
             batch_size=None,
-            fn_constructor_args=(tower,),
-            compute=ray.data.ActorPoolStrategy(size=max(1, gpus)),
-            num_gpus=1 if gpus else 0,
             num_cpus=0 if gpus else 1,
+            num_gpus=1 if gpus else 0,
         )
         parts: list[Any] = list(embedded.iter_batches(batch_size=None, batch_format="numpy"))
     parts.sort(key=lambda part: int(part["number"][0]))
@@ -94,6 +73,27 @@ def read_numbered(numbers: Any, source: list[Any]) -> Block:
     block: Block = reader.read(blocks[number], 0)
     kept = {name: block[name] for name in ("image", "valid", "label")}
     return {**kept, "number": np.full(len(block["valid"]), number)}
+
+
+def embed_numbered(block: Any, source: list[Any]) -> Block:
+    """The Ray Data task that embeds a decoded block."""
+    embedded = embed_block(block, _embedder(source[0]))
+    return {**embedded._asdict(), "number": block["number"]}
+
+
+@functools.lru_cache(maxsize=1)
+def _embedder(reference: ray.ObjectRef[Any]) -> Embed:
+    """The tower, loaded once a process: tasks of one kind come back to the same processes."""
+    import torch
+
+    from nev.models.vision import normalise
+
+    tower: Tower = ray.get(reference)
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+    vision = load_tower(tower).to(device).eval()
+    data = tower.config.data
+    return embedder(vision, lambda images: normalise(images, data.mean, data.std), device)
 
 
 def pictures(task: Validation, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:

@@ -68,7 +68,8 @@ def as_released(trunk: Any) -> None:
     for block in getattr(trunk, "blocks", ()):
         if not isinstance(block, EvaBlock) or not isinstance(block.mlp, SwiGLU):
             continue
-        query, key = block.attn.q_proj, block.attn.k_proj  # None where timm fuses them
+        attention: Any = block.attn
+        query, key = attention.q_proj, attention.k_proj  # None where timm fuses them
         if key is not None and key.bias is None and query.bias is not None:
             key.register_parameter("bias", nn.Parameter(torch.zeros_like(query.bias)))
         if isinstance(block.mlp.norm, nn.LayerNorm):

