@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from nev.config import Experiment, to_yaml
+from nev.config import ConfigError, Experiment, parse, to_yaml
 from nev.tracking import Tracker, open_run, tracking_uri
 from nev.train.checkpoint import CheckpointError, best, latest, read_manifest
-from nev.train.setup import absolute, class_names, prepare_job, train_reader
+from nev.train.setup import absolute, class_names, make_validation, prepare_job, train_reader
 from nev.train.trainer import fit, where
 
 if TYPE_CHECKING:

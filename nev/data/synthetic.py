@@ -66,7 +66,7 @@ SHAPES: dict[str, list[Point]] = {
               (0.32, 1), (-0.32, 1), (-0.32, 0.32), (-1, 0.32), (-1, -0.32), (-0.32, -0.32)],
 }  # fmt: skip
 CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-NUMBERS = ("one", "two", "three", "four")
+NUMBERS = ("one", "two", "three")
 TONES = ("light", "dark")
 GROUNDS = ("plain", "gradient", "spotty", "striped", "checked")
 
@@ -157,7 +157,7 @@ def render(index: int, seed: int, split: str) -> Row:
 
 def _background(rng: random.Random, size: tuple[int, int], tone: str, ground: str) -> Image.Image:
     """RGB of `size`, two greyish tints of one tone blended by a grey pattern."""
-    low, high = (196, 246) if tone == "light" else (16, 66)
+    low, high = (214, 246) if tone == "light" else (16, 48)
     if ground == "plain":
         return Image.new("RGB", size, _tint(rng, low, high))
     if ground == "gradient":
@@ -175,7 +175,7 @@ def _background(rng: random.Random, size: tuple[int, int], tone: str, ground: st
         cells_grey = bytes(255 * ((column + row) % 2) for row in range(rows) for column in range(columns))
         pattern = Image.frombytes("L", (columns, rows), cells_grey).resize(size, Image.Resampling.NEAREST)
     middle = (low + high) // 2
-    return ImageOps.colorize(pattern, _tint(rng, low, middle - 8), _tint(rng, middle + 8, high))
+    return ImageOps.colorize(pattern, _tint(rng, low, middle - 4), _tint(rng, middle + 4, high))
 
 
 def _tint(rng: random.Random, low: int, high: int) -> RGB:
@@ -190,15 +190,9 @@ def _draw_group(
     """Draw `number` copies in one colour, evenly spaced with some jitter, all at `place`."""
     width, height = image.size
     short = min(width, height)
-    cell = short * (
-        rng.uniform(0.4, 0.56) if number == 1 else {2: 0.4, 3: 0.31, 4: 0.24}[number] * rng.uniform(0.92, 1)
-    )
+    cell = short * {1: rng.uniform(0.52, 0.66), 2: 0.46, 3: 0.32}[number] * rng.uniform(0.94, 1)
     tall = place in ("left", "right") or (place == "middle" and rng.random() < 0.5)
-    if place == "middle" and number == 4:
-        spots = [(-0.5, -0.5), (0.5, -0.5), (-0.5, 0.5), (0.5, 0.5)]
-        cell *= 1.3
-    else:
-        spots = [(0.0, k - (number - 1) / 2) if tall else (k - (number - 1) / 2, 0.0) for k in range(number)]
+    spots = [(0.0, k - (number - 1) / 2) if tall else (k - (number - 1) / 2, 0.0) for k in range(number)]
     near = max(0.22, 0.55 * cell / short)  # share of a side: an edge, but inside a centred crop
     free = (number == 1) * 0.12
     along, across = rng.uniform(0.5 - free, 0.5 + free), rng.uniform(near, near + 0.04)
@@ -213,7 +207,7 @@ def _draw_group(
     edge = tuple(channel * 6 // 10 for channel in fill)
     draw = ImageDraw.Draw(image)
     for dx, dy in spots:
-        angle, radius = rng.uniform(-0.2, 0.2), cell / 2 * rng.uniform(0.86, 0.94)
+        angle, radius = rng.uniform(-0.08, 0.08), cell / 2 * rng.uniform(0.9, 0.96)
         at = (x * width + (dx + rng.uniform(-0.04, 0.04)) * cell, y * height + (dy + rng.uniform(-0.04, 0.04)) * cell)
         draw.polygon(_placed(outline, at, radius, angle), fill=edge)
         draw.polygon(_placed(outline, at, radius * 0.86, angle), fill=fill)
