@@ -44,26 +44,20 @@ def _around(count: int, *radii: float) -> list[Point]:
     return [(radius * math.sin(angle), -radius * math.cos(angle)) for angle, radius in turns]
 
 
-def _heart(count: int = 36) -> list[Point]:
-    turns = [2 * math.pi * k / count for k in range(count)]
-    return [
-        (
-            math.sin(t) ** 3,
-            -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16 - 0.12,
-        )
-        for t in turns
-    ]
+def _ring(outer: float, inner: float) -> list[Point]:
+    """One outline that runs along the outer circle and back along the inner one, so that the hole stays open."""
+    rim, hole = _around(40, outer), _around(40, inner)
+    return [*rim, rim[0], hole[0], *hole[::-1]]
 
 
 # Outlines inside the circle of radius 1, y downwards.
 SHAPES: dict[str, list[Point]] = {
-    "circle": _around(40, 0.92),
     "square": [(-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)],
     "triangle": [(0, -0.95), (1.0, 0.8), (-1.0, 0.8)],
     "star": _around(10, 1.08, 0.45),
-    "heart": _heart(),
-    "cross": [(-0.32, -1), (0.32, -1), (0.32, -0.32), (1, -0.32), (1, 0.32), (0.32, 0.32),
-              (0.32, 1), (-0.32, 1), (-0.32, 0.32), (-1, 0.32), (-1, -0.32), (-0.32, -0.32)],
+    "ring": _ring(0.96, 0.56),
+    "cross": [(-0.27, -1), (0.27, -1), (0.27, -0.27), (1, -0.27), (1, 0.27), (0.27, 0.27),
+              (0.27, 1), (-0.27, 1), (-0.27, 0.27), (-1, 0.27), (-1, -0.27), (-0.27, -0.27)],
 }  # fmt: skip
 CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 NUMBERS = ("one", "two", "three")
@@ -121,7 +115,7 @@ def describe(index: int, seed: int, split: str) -> Scene:
     rng = random.Random(f"scene/{seed}/{split}/{index}")
     label = index % len(CLASSES)
     colour, shape = CLASSES[label].split()
-    number, place = rng.randint(1, len(NUMBERS)), rng.choice(list(PLACES[split]))
+    number, place = rng.choice((1, 1, 1, 2, 2, 3)), rng.choice(list(PLACES[split]))
     tone, ground = rng.choice(TONES), rng.choice(GROUNDS)
     things = f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}"
     if number > 1:
@@ -139,7 +133,7 @@ def render(index: int, seed: int, split: str) -> Row:
     scene = describe(index, seed, split)
     rng = random.Random(f"pixels/{seed}/{split}/{index}")
     short = rng.randint(SIDES[0], SIDES[1] * 4 // 5)
-    long = int(short * rng.uniform(1.0, 1.25))
+    long = int(short * rng.uniform(1.0, 1.2))
     width, height = (short, long) if rng.random() < 0.5 else (long, short)
     image = _background(rng, (width * SUPERSAMPLE, height * SUPERSAMPLE), scene.tone, scene.ground)
     colour, shape = CLASSES[scene.label].split()
@@ -190,12 +184,12 @@ def _draw_group(
     """Draw `number` copies in one colour, evenly spaced with some jitter, all at `place`."""
     width, height = image.size
     short = min(width, height)
-    cell = short * {1: rng.uniform(0.52, 0.66), 2: 0.46, 3: 0.32}[number] * rng.uniform(0.94, 1)
+    cell = short * {1: rng.uniform(0.56, 0.64), 2: 0.47, 3: 0.325}[number] * rng.uniform(0.94, 1)
     tall = place in ("left", "right") or (place == "middle" and rng.random() < 0.5)
     spots = [(0.0, k - (number - 1) / 2) if tall else (k - (number - 1) / 2, 0.0) for k in range(number)]
     near = max(0.22, 0.55 * cell / short)  # share of a side: an edge, but inside a centred crop
-    free = (number == 1) * 0.12
-    along, across = rng.uniform(0.5 - free, 0.5 + free), rng.uniform(near, near + 0.04)
+    free = (number == 1) * 0.04
+    along, across = rng.uniform(0.5 - free, 0.5 + free), rng.uniform(near, near + 0.03)
     x, y = {
         "left": (across, along),
         "right": (1 - across, along),
@@ -208,7 +202,7 @@ def _draw_group(
     draw = ImageDraw.Draw(image)
     for dx, dy in spots:
         angle, radius = rng.uniform(-0.08, 0.08), cell / 2 * rng.uniform(0.9, 0.96)
-        at = (x * width + (dx + rng.uniform(-0.04, 0.04)) * cell, y * height + (dy + rng.uniform(-0.04, 0.04)) * cell)
+        at = (x * width + (dx + rng.uniform(-0.03, 0.03)) * cell, y * height + (dy + rng.uniform(-0.03, 0.03)) * cell)
         draw.polygon(_placed(outline, at, radius, angle), fill=edge)
         draw.polygon(_placed(outline, at, radius * 0.86, angle), fill=fill)
 

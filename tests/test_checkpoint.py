@@ -1,0 +1,133 @@
+"""Checkpoints: complete or absent, bit for bit, nothing pickled, damage and other runs refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nev.config import Optim
+from nev.train import checkpoint
+from nev.train.checkpoint import CheckpointError, State
+from nev.train.optim import make_optimizer
+from nev.train.rng import gather_rng, restore_rng
+
+CPU = torch.device("cpu")
+
+
+def state(step: int, **metrics: float) -> State:
+    return State(step, {"name": "x"}, {"plan": "p"}, "run", metrics, world_size=1, bad_rows=0)
+
+
+def trained(steps: int = 2) -> tuple[nn.Module, torch.optim.AdamW]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+    optimizer = make_optimizer(model, Optim(lr=0.1, weight_decay=0.1))
+    for _ in range(steps):
+        step(model, optimizer)
+    return model, optimizer
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.randn(16, 4)).square().sum().backward()
+    optimizer.step()
+
+
+def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_resumed_training_equals_undisturbed_bit_for_bit(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    location = checkpoint.save(str(tmp_path), state(2), model, optimizer, gather_rng(CPU, 1))
+    for _ in range(3):
+        step(model, optimizer)
+
+    fresh = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+    again = make_optimizer(fresh, Optim(lr=0.1, weight_decay=0.1))
+    found, weights, moments, rng = checkpoint.load(location)
+    fresh.load_state_dict(weights)
+    checkpoint.load_optimizer(fresh, again, moments)
+    restore_rng(rng, 0, CPU, seed=0, step=found.step)
+    for _ in range(3):
+        step(fresh, again)
+
+    assert found == state(2)
+    assert equal(model.state_dict(), fresh.state_dict())
+
+
+def test_another_world_size_draws_differently_on_each_rank() -> None:
+    restore_rng({}, 0, CPU, seed=1, step=5)
+    first = torch.rand(4)
+    restore_rng({}, 1, CPU, seed=1, step=5)
+    second = torch.rand(4)
+    restore_rng({}, 0, CPU, seed=1, step=5)
+    assert torch.equal(first, torch.rand(4))
+    assert not torch.equal(first, second)
+
+
+def test_folder_without_manifest_is_not_a_checkpoint(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    older = checkpoint.save(str(tmp_path), state(1), model, optimizer, gather_rng(CPU, 1))
+    newer = checkpoint.save(str(tmp_path), state(2), model, optimizer, gather_rng(CPU, 1))
+    assert checkpoint.latest(str(tmp_path)) == newer
+    Path(newer, "state.json").unlink()  # as a process that died before its last write would leave it
+    assert checkpoint.latest(str(tmp_path)) == older
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        checkpoint.load(newer)
+    assert checkpoint.save(str(tmp_path), state(2), model, optimizer, gather_rng(CPU, 1)) == newer
+    assert checkpoint.latest(str(tmp_path)) == newer
+
+
+@pytest.mark.parametrize("part", ["model.safetensors", "optimizer.safetensors", "rng.safetensors"])
+def test_damage_is_found_and_named(tmp_path: Path, part: str) -> None:
+    model, optimizer = trained()
+    location = checkpoint.save(str(tmp_path), state(1), model, optimizer, gather_rng(CPU, 1))
+    data = bytearray(Path(location, part).read_bytes())
+    data[-1] ^= 1
+    Path(location, part).write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"{part}.*damaged"):
+        checkpoint.load(location)
+
+
+def test_manifest_that_is_not_json_is_an_error(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    location = checkpoint.save(str(tmp_path), state(1), model, optimizer, gather_rng(CPU, 1))
+    Path(location, "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.load(location)
+
+
+def test_nothing_but_safetensors_and_json(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    location = checkpoint.save(str(tmp_path), state(1), model, optimizer, gather_rng(CPU, 1))
+    assert sorted(path.name for path in Path(location).iterdir()) == [
+        "model.safetensors",
+        "optimizer.safetensors",
+        "rng.safetensors",
+        "state.json",
+    ]
+    assert json.loads(Path(location, "state.json").read_text())["step"] == 1
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    for number, score in enumerate([0.1, 0.9, 0.2, 0.3, 0.4], 1):
+        checkpoint.save(str(tmp_path), state(number, top1=score), model, optimizer, gather_rng(CPU, 1))
+    checkpoint.prune(str(tmp_path), keep_last=2, keep_best="top1")
+    kept = [int(location.rsplit("-", 1)[1]) for location in checkpoint.checkpoints(str(tmp_path))]
+    assert kept == [2, 4, 5]
+    assert (checkpoint.best(str(tmp_path), "top1") or "").endswith("step-00000002")
+    assert checkpoint.best(str(tmp_path), "absent") is None
+
+
+def test_optimizer_state_of_another_model_is_refused() -> None:
+    model, optimizer = trained()
+    tensors = checkpoint.optimizer_tensors(model, optimizer)
+    other = nn.Sequential(nn.Linear(4, 8))
+    with pytest.raises(CheckpointError, match="lacks"):
+        checkpoint.load_optimizer(other, make_optimizer(other, Optim(lr=0.1)), tensors)

@@ -1,0 +1,221 @@
+"""The training loop: alone on any machine with torch, and as a Ray job with real processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from nev.config import ConfigError, Experiment
+from nev.data.block import Block, BlockReader
+from nev.data.plan import Plan
+from nev.experiment import Summary, run_experiment
+from nev.models.text import TextTower, load_text
+from nev.tracking import Tracker
+from nev.train import checkpoint
+from nev.train.checkpoint import CheckpointError
+from nev.train.loop import Job, Rank, Start, StreamError, train
+from nev.train.quarantine import TooManyBadRows
+from nev.train.setup import prepare_job, train_reader
+from nev.train.step import choose_precision
+from nev.train.trainer import TrainingFailed, build_learner, where
+
+Make = Callable[..., Experiment]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def text() -> TextTower:
+    torch.set_num_threads(1)
+    return load_text(Experiment.model_fields["text"].default)
+
+
+def blocks(reader: BlockReader, plan: Plan, first: int, last: int) -> Iterator[Block]:
+    """The stream of one rank of one, without Ray."""
+    for number in range(plan.step_blocks(first).start, plan.step_blocks(last).start):
+        block = reader.read(plan.segments(number), plan.epoch_of(number))
+        block["block"] = np.full(len(block["valid"]), number)
+        yield block
+
+
+def run_bare(job: Job, reader: BlockReader, stream: Iterator[Block] | None = None) -> dict[int, dict[str, float]]:
+    """Train in this process from where the job stands; returns the reported metrics by step."""
+    me = Rank(0, 1, CPU, choose_precision(job.config.train.precision, CPU))
+    learner, start = build_learner(job, me)
+    reported: dict[int, dict[str, float]] = {}
+
+    def report(step: int, metrics: dict[str, float]) -> None:
+        reported.setdefault(step, {}).update(metrics)
+
+    train(job, me, learner, start, stream or blocks(reader, job.plan, start.step, job.stop_step), report)
+    return reported
+
+
+def weights(run: str, step: int) -> dict[str, Tensor]:
+    return checkpoint.load_model(f"{run}/checkpoints/step-{step:08d}")[1]
+
+
+def test_loss_falls_and_every_metric_is_reported(tiny: Make, text: TextTower) -> None:
+    config = tiny()
+    reported = run_bare(prepare_job(config, text), train_reader(config, text))
+    assert sorted(reported) == list(range(1, 21))
+    first, last = reported[1], reported[20]
+    expected = {
+        "loss",
+        "learning_rate",
+        "logit_scale",
+        "grad_norm",
+        "batch_accuracy",
+        "images_per_s",
+        "data_wait_share",
+    }
+    assert expected <= first.keys()
+    assert first["loss"] == pytest.approx(math.log(64), rel=0.3)
+    assert last["loss"] < 0.9 * first["loss"]
+    assert {"zero_shot/top1", "zero_shot/top5", "retrieval/text_to_image/r10", "val/bad_rows"} <= last.keys()
+    assert 0 <= last["data_wait_share"] <= 1
+
+
+def test_stopped_and_resumed_equals_undisturbed_bit_for_bit(tiny: Make, text: TextTower) -> None:
+    dropout = {"vision__trunk_args__drop_path_rate": 0.2, "vision__trunk_args__proj_drop_rate": 0.1}
+    whole, halves = tiny(name="whole", **dropout), tiny(name="halves", **dropout)
+    reader = train_reader(whole, text)
+    straight = run_bare(prepare_job(whole, text), reader)
+    before = run_bare(prepare_job(halves, text, stop_after=7), reader)
+    job = prepare_job(halves, text)
+    assert where(job.run).step == 7
+    after = run_bare(job, reader)
+    assert [straight[step]["loss"] for step in straight] == [
+        (before if step <= 7 else after)[step]["loss"] for step in straight
+    ]
+    left, right = (weights(prepare_job(config, text).run, 20) for config in (whole, halves))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_wrong_block_is_refused(tiny: Make, text: TextTower) -> None:
+    config = tiny()
+    job, reader = prepare_job(config, text), train_reader(config, text)
+    stream = list(blocks(reader, job.plan, 0, 2))
+    with pytest.raises(StreamError, match="gave block 1 where the plan says 0"):
+        run_bare(job, reader, iter([stream[1], stream[0]]))
+    with pytest.raises(StreamError, match="ended before block 1"):
+        run_bare(job, reader, iter(stream[:1]))
+
+
+def test_too_many_bad_rows_stop_the_run_and_name_the_shard(tiny: Make, text: TextTower) -> None:
+    config = tiny(data__limits__max_bytes=2000)  # most of the pictures are larger
+    with pytest.raises(TooManyBadRows, match=r"Worst shards: 00000\.parquet \(\d+\).*image has"):
+        run_bare(prepare_job(config, text), train_reader(config, text))
+    quarantined = list(Path(config.output, "tiny", "quarantine").glob("*.parquet"))
+    assert quarantined
+    import pyarrow.parquet as pq
+
+    row = pq.read_table(quarantined[0]).to_pylist()[0]
+    assert row["shard"] == "00000.parquet"
+    assert "max_bytes" in row["reason"]
+    assert row["uid"]
+
+
+def test_invalid_rows_are_left_out_and_counted(tiny: Make, text: TextTower) -> None:
+    config = tiny(data__max_bad_share=0.5, train__steps=3)
+    job, reader = prepare_job(config, text), train_reader(config, text)
+
+    def spoilt() -> Iterator[Block]:
+        for block in blocks(reader, job.plan, 0, 3):
+            block["valid"][:3] = False
+            block["image"][:3] = 255
+            yield block
+
+    reported = run_bare(job, reader, spoilt())
+    assert [reported[step]["bad_rows"] for step in (1, 2, 3)] == [6, 12, 18]
+    assert all(math.isfinite(reported[step]["loss"]) for step in reported)
+    assert where(job.run) == Start(3, 18)
+
+
+def test_learned_scale_is_clamped_and_a_fixed_one_stays(tiny: Make, text: TextTower) -> None:
+    clamped = tiny(name="clamped", loss__init_scale=50, loss__max_scale=50, train__steps=3)
+    assert run_bare(prepare_job(clamped, text), train_reader(clamped, text))[3]["logit_scale"] <= 50 * (1 + 1e-6)
+    fixed = tiny(name="fixed", loss__learn_scale=False, train__steps=3)
+    reported = run_bare(prepare_job(fixed, text), train_reader(fixed, text))
+    assert reported[3]["logit_scale"] == pytest.approx(1 / 0.07)
+    learned = tiny(name="learned", train__steps=3)
+    assert run_bare(prepare_job(learned, text), train_reader(learned, text))[3]["logit_scale"] != pytest.approx(
+        1 / 0.07
+    )
+
+
+def test_bf16_autocast_trains(tiny: Make, text: TextTower) -> None:
+    config = tiny(train__precision="bf16", train__steps=3)
+    reported = run_bare(prepare_job(config, text), train_reader(config, text))
+    assert all(math.isfinite(metrics["loss"]) for metrics in reported.values())
+    assert all(value.dtype == torch.float32 for value in weights(prepare_job(config, text).run, 3).values())
+
+
+def test_another_experiment_under_the_same_name_is_refused(tiny: Make, text: TextTower) -> None:
+    config = tiny(train__steps=2)
+    run_bare(prepare_job(config, text), train_reader(config, text))
+    with pytest.raises(CheckpointError, match=r"optim\.lr: 0\.001 there, 0\.5 here"):
+        prepare_job(tiny(train__steps=2, optim__lr=0.5), text)
+    with pytest.raises(CheckpointError, match="fingerprint of the plan"):
+        prepare_job(tiny(train__steps=2, seed=1), text)
+    prepare_job(tiny(train__steps=2, workers__count=2, train__keep_last=5), text)  # these do not touch what is computed
+
+
+def test_best_without_a_validation_set_is_refused(tiny: Make, text: TextTower) -> None:
+    with pytest.raises(ConfigError, match=r"needs a validation set"):
+        prepare_job(tiny(data__val=None), text)
+
+
+@pytest.fixture(scope="module")
+def finished() -> dict[str, Summary]:
+    """Runs of the Ray tests below, by name, so that each is trained once."""
+    return {}
+
+
+def curve(summary: Summary) -> list[float]:
+    return Tracker(summary.tracking_uri, summary.mlflow_run_id).history("loss")[1]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_on_ray_curves_of_one_and_two_workers_agree(ray_cluster: None, tiny: Make, text: TextTower) -> None:
+    settings = {"train__steps": 50, "train__checkpoint_every": 25, "eval": {}}
+    alone = run_experiment(tiny(name="alone", **settings), Console(quiet=True))
+    both = run_experiment(tiny(name="both", workers__count=2, **settings), Console(quiet=True))
+    left, right = curve(alone), curve(both)
+    assert len(left) == len(right) == 50
+    assert max(abs(a - b) for a, b in zip(left, right, strict=True)) < 1e-4
+    assert left[-1] < 0.8 * left[0]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_on_ray_resumed_run_equals_undisturbed(ray_cluster: None, tiny: Make, text: TextTower) -> None:
+    """Two workers; and MLflow has one run with one curve."""
+    settings = {"workers__count": 2, "train__steps": 12, "train__checkpoint_every": 5}
+    whole = run_experiment(tiny(name="undisturbed", **settings), Console(quiet=True))
+    halves = tiny(name="resumed", **settings)
+    stopped = run_experiment(halves, Console(quiet=True), stop_after=7)
+    resumed = run_experiment(halves, Console(quiet=True))
+    assert stopped.mlflow_run_id == resumed.mlflow_run_id
+    assert curve(whole) == curve(resumed)
+    left, right = (checkpoint.load_model(summary.checkpoint)[1] for summary in (whole, resumed))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert whole.metrics == resumed.metrics
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_on_ray_bad_rows_end_the_run_with_their_error(ray_cluster: None, tiny: Make) -> None:
+    config = tiny(workers__count=2, data__limits__max_bytes=2000)
+    with pytest.raises(TrainingFailed, match=r"Worst shards: 00000\.parquet"):
+        run_experiment(config, Console(quiet=True))
