@@ -106,7 +106,7 @@ def test_synthetic_writes_both_splits(tmp_path: Path) -> None:
         (("--source", "hf-parquet", "--input", ".", "--template", "a"), "a template needs exactly one '{}'"),
         (("--source", "hf-parquet", "--input", ".", "--train", "5"), "--train and --val are for --source synthetic"),
         (("--source", "synthetic", "--input", "."), "it takes no input"),
-        (("--source", "synthetic", "--train", "5"), "train: 5 pictures can't show all 36 classes"),
+        (("--source", "synthetic", "--train", "5"), "train: 5 pictures can't show all 30 classes"),
         (("--source", "sky"), "sky"),
     ],
 )

@@ -119,7 +119,9 @@ def test_webdataset_names_a_tar_with_a_damaged_header(tmp_path: Path) -> None:
     raw = bytearray(tar.read_bytes())
     raw[2 * 1024 + 100] ^= 0xFF  # in the header of the third member; tarfile alone would end there without a word
     tar.write_bytes(raw)
-    with pytest.raises(ConfigError, match=r"0\.tar: not a whole tar file \(neither a header nor the end mark at byte 2048\)"):
+    with pytest.raises(
+        ConfigError, match=r"0\.tar: not a whole tar file \(neither a header nor the end mark at byte 2048\)"
+    ):
         list(webdataset.read([tar], DEFAULT))
 
 

@@ -121,7 +121,7 @@ def random_crop(height: int, width: int, augment: Augment, rng: random.Random) -
         if 0 < columns <= width and 0 < rows <= height:
             return int(rng.random() * (height - rows + 1)), int(rng.random() * (width - columns + 1)), rows, columns
     columns = min(width, max(1, round(height * high)))
-    rows = min(height, max(1, round(width / high)))
+    rows = min(height, max(1, round(width / low)))
     return (height - rows) // 2, (width - columns) // 2, rows, columns
 
 

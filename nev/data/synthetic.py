@@ -1,6 +1,6 @@
 """A captioned picture set that needs no network: coloured shapes, counted and placed, on varied backgrounds.
 
-A picture holds one to four copies of one shape in one colour, as a group at the left, right, top, bottom or in the
+A picture holds one to three copies of one shape in one colour, as a group at the left, right, top, bottom or in the
 middle. Its class is "<colour> <shape>"; its caption also says how many, where, and at times on what background. Train
 and val have the same classes and templates of their own, so no val caption equals a train caption.
 
@@ -13,6 +13,7 @@ import io
 import math
 import multiprocessing
 import random
+from bisect import bisect
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -61,6 +62,7 @@ SHAPES: dict[str, list[Point]] = {
 }  # fmt: skip
 CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 NUMBERS = ("one", "two", "three")
+NUMBER_ODDS = (1 / 2, 5 / 6)  # running totals: half of the pictures have one, a third two, a sixth three
 TONES = ("light", "dark")
 GROUNDS = ("plain", "gradient", "spotty", "striped", "checked")
 
@@ -115,7 +117,7 @@ def describe(index: int, seed: int, split: str) -> Scene:
     rng = random.Random(f"scene/{seed}/{split}/{index}")
     label = index % len(CLASSES)
     colour, shape = CLASSES[label].split()
-    number, place = rng.choice((1, 1, 1, 2, 2, 3)), rng.choice(list(PLACES[split]))
+    number, place = 1 + bisect(NUMBER_ODDS, rng.random()), rng.choice(list(PLACES[split]))
     tone, ground = rng.choice(TONES), rng.choice(GROUNDS)
     things = f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}"
     if number > 1:
@@ -128,11 +130,11 @@ def describe(index: int, seed: int, split: str) -> Scene:
 def render(index: int, seed: int, split: str) -> Row:
     """Row `index` of a split ("train" or "val"): the same bytes for the same arguments.
 
-    image: JPEG of quality 60 to 95, sides of 72 to 200 px with a ratio of at most 5:4.
+    image: JPEG of quality 60 to 95, sides of 72 to 200 px with a ratio of at most 6:5.
     """
     scene = describe(index, seed, split)
     rng = random.Random(f"pixels/{seed}/{split}/{index}")
-    short = rng.randint(SIDES[0], SIDES[1] * 4 // 5)
+    short = rng.randint(SIDES[0], SIDES[1] * 5 // 6)
     long = int(short * rng.uniform(1.0, 1.2))
     width, height = (short, long) if rng.random() < 0.5 else (long, short)
     image = _background(rng, (width * SUPERSAMPLE, height * SUPERSAMPLE), scene.tone, scene.ground)
