@@ -72,7 +72,7 @@ def write(
     """Print the table of a benchmark and write `folder/NAME.json`. Returns its path.
 
     `figures`: name -> repetitions; the name ends in the unit (`..._images_per_s`). Raises ValueError for a figure without
-    repetitions, a ratio of figures that were not measured or not in the same rounds.
+    repetitions and for a ratio of figures that were not measured in the same rounds.
     """
     if empty := [key for key, values in figures.items() if not values]:
         raise ValueError(f"figures without a repetition: {', '.join(empty)}")

@@ -73,6 +73,7 @@ def track(job: Job, parent: str | None) -> Tracker:
         config.name,
         config,
         tags,
+        config.output,
         run_id=read_manifest(newest)["mlflow_run_id"] if newest else None,
         parent=parent,
     )

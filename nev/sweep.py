@@ -75,7 +75,7 @@ def run_sweep(sweep: Sweep, overrides: list[str]) -> Outcome:
     first = trials[0].experiment
     output = Path(first.output) / sweep.name
     uri = tracking_uri(first.tracking, first.output)
-    parent = open_run(uri, first.tracking.experiment, sweep.name, sweep, {"nev.kind": "sweep"})
+    parent = open_run(uri, first.tracking.experiment, sweep.name, sweep, {"nev.kind": "sweep"}, first.output)
     setting = {"experiments": [trial.experiment for trial in trials], "parent": parent.run_id, "metric": sweep.metric}
     ok = False
     try:

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from nev.config import Tracking, flatten
+from nev.data.storage import join
 
 MAX_METRICS_A_CALL = 1000  # MLflow's own limit for one log_batch
 
@@ -73,16 +74,20 @@ def open_run(
     name: str,
     section: BaseModel,
     tags: dict[str, str],
+    output: str,
     run_id: str | None = None,
     parent: str | None = None,
 ) -> Tracker:
-    """Continue run `run_id`, or begin one with the flattened config as parameters; `parent` makes it a child run."""
+    """Continue run `run_id`, or begin one with the flattened config as parameters; `parent` makes it a child run.
+
+    Artifacts lie under `<output>/mlartifacts`, unless an MLflow server (http) has its own place for them.
+    """
     client = _client(uri)
     if run_id is None:
         tags = {**tags, "mlflow.runName": name, **git_tags()}
         if parent:
             tags["mlflow.parentRunId"] = parent
-        run_id = client.create_run(_experiment(client, uri, experiment), tags=tags).info.run_id
+        run_id = client.create_run(_experiment(client, uri, experiment, output), tags=tags).info.run_id
         from mlflow.entities import Param
 
         client.log_batch(run_id, params=[Param(key, str(value)) for key, value in flatten(section).items()])
@@ -106,13 +111,16 @@ def git_tags() -> dict[str, str]:
     return {"mlflow.source.git.commit": result.stdout.strip()}
 
 
-def _experiment(client: Any, uri: str, name: str) -> str:
+def _experiment(client: Any, uri: str, name: str, output: str) -> str:
     found = client.get_experiment_by_name(name)
     if found:
         return str(found.experiment_id)
-    local = uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else None
-    location = (Path(local).parent / "mlartifacts").as_uri() if local else None
+    location = None if uri.startswith("http") else join(_url(output), "mlartifacts")
     return str(client.create_experiment(name, artifact_location=location))
+
+
+def _url(location: str) -> str:
+    return location if "://" in location else Path(location).expanduser().absolute().as_uri()
 
 
 def _client(uri: str) -> Any:

@@ -141,7 +141,9 @@ def test_what_is_no_picture_has_a_reason(data: bytes, reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [png_claiming(9000, 9000), jpeg_claiming(9000, 9000), png_claiming(2**31 - 1, 2**31 - 1)]
+    "data",
+    [png_claiming(9000, 9000), jpeg_claiming(9000, 9000), png_claiming(2**31 - 1, 2**31 - 1)],
+    ids=["png", "jpeg", "largest png"],
 )
 def test_a_picture_that_claims_to_be_huge_is_not_decoded(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     def decoded(*_: object, **__: object) -> None:

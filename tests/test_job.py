@@ -19,14 +19,13 @@ from pathlib import Path
 
 import pytest
 
-from nev.data.synthetic import write_synthetic
 from nev.train.checkpoint import latest, read_manifest
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 REPO = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-START_S, JOB_S, STOP_S = 120, 240, 60
+START_S, JOB_S, STOP_S = 120, 400, 60  # a hang becomes an error; none of these is a promise of speed
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,8 @@ class JobServer:
     def submit(self, name: str, *command: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """`ray job submit --working-dir .` from the repository's root, to the end of the job."""
         submit = [str(BIN / "ray"), "job", "submit", "--address", self.address, "--submission-id", name]
-        return subprocess.run(
-            [*submit, "--working-dir", ".", "--", *command],
-            cwd=REPO,
-            env=env or self.env,
-            capture_output=True,
-            text=True,
-            timeout=JOB_S,
-        )
+        whole = [*submit, "--working-dir", ".", "--", *command]
+        return subprocess.run(whole, cwd=REPO, env=env or self.env, capture_output=True, text=True, timeout=JOB_S)
 
     def log(self, name: str) -> str:
         """What the job itself printed, without the words of the submitting client."""
@@ -136,40 +129,40 @@ def test_no_token_no_job(server: JobServer) -> None:
     assert "token is invalid" in done.stdout + done.stderr
 
 
-def test_a_job_trains_to_the_end(server: JobServer, tmp_path: Path) -> None:
-    write_synthetic(tmp_path / "data", train=256, val=64)
+@pytest.mark.timeout(600)
+def test_a_job_trains_to_the_end(server: JobServer, pictures: Path, tmp_path: Path) -> None:
     changes = {
         "name": "job",
         "output": tmp_path / "runs",
-        "data.train": tmp_path / "data" / "train",
-        "data.val": tmp_path / "data" / "val",
+        "data.train": pictures / "train",
+        "data.val": pictures / "val",
         "data.image_size": 32,
         "vision.trunk_args": "{patch_size: 8, embed_dim: 32, depth: 1, num_heads: 2}",
         "train.steps": 4,
         "train.log_every": 2,
-        "eval.zero_shot.classes": tmp_path / "data" / "classes.txt",
+        "eval.zero_shot.classes": pictures / "classes.txt",
+        "workers.count": 1,
     }
-    options = ["--config", "configs/quickstart.yaml"]
-    options += [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
-
-    done = server.submit("embed", "python", "pipelines/embed_text.py", *options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    done = server.submit("train", "python", "pipelines/train.py", *options)
+    options = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+    done = server.submit("train", "python", "pipelines/train.py", "--config", "configs/quickstart.yaml", *options)
     assert done.returncode == 0, done.stdout + done.stderr
 
     newest = latest(str(tmp_path / "runs" / "job"))
     assert newest is not None
     manifest = read_manifest(newest)
     assert manifest["step"] == 4
-    assert manifest["world_size"] == 2
     assert "zero_shot/top1" in manifest["metrics"]
-    log = server.log("train")
+    log = printed_by_nev(server.log("train"))
     assert "step 2/4" in log
+    assert "top1" in log
     assert newest in log
-    assert_no_chatter(server.log("embed") + log)
-
-
-def assert_no_chatter(log: str) -> None:
-    """The log of a job is nev's own lines: no log records of Ray, no output of other processes, no warnings."""
     for mark in (" INFO ", "WARNING", "Warning", "(pid=", "(RayTrainWorker", "(TrainController", "Traceback"):
         assert mark not in log, f"{mark!r} in the log of the job:\n{log}"
+
+
+def printed_by_nev(log: str) -> str:
+    """The log of a job without the two lines that the job server puts before it."""
+    before, found, after = log.partition("Running entrypoint for job ")
+    assert found
+    assert len(before.splitlines()) <= 1
+    return after.partition("\n")[2]
