@@ -53,7 +53,8 @@ def quiet() -> None:
 
 def _quiet_data() -> None:
     """Ray Data's logger writes INFO to the console by a handler of its own; its log file keeps everything."""
+    import ray.data  # it gives its logger that handler when it is imported: later, it would speak up again
 
-    for handler in logging.getLogger("ray.data").handlers:
-        if "console" in str(handler.name) or type(handler).__name__ == "PlainRayHandler":
+    for handler in logging.getLogger(ray.data.__name__).handlers:
+        if handler.name == "console":
             handler.setLevel(logging.ERROR)

@@ -22,9 +22,10 @@ KEY = sidecar_key("tower", "caption")
 
 
 def reader_over(folder: Path, count: int, image_size: int = 8) -> BlockReader:
-    """`count` rows in two shards with row groups of unequal sizes, one of them damaged, with their sidecars."""
+    """`count` rows in two shards with row groups of unequal sizes, every fifth one damaged, with their sidecars."""
     rows = rows_of(count)
-    rows[3]["image"] = rows[3]["image"][:100]
+    for row in rows[::5]:
+        row["image"] = row["image"][:100]
     groups = [5, 1, 7]
     while sum(groups) < count // 2:
         groups.append(min(6, count // 2 - sum(groups)))
@@ -86,8 +87,9 @@ def test_rank_r_gets_the_blocks_that_the_plan_gives_it(
         assert len(blocks) == len(numbers)
         for block, number in zip(blocks, numbers, strict=True):
             assert_block(block, number, reader, plan)
-    bad = [uid for blocks in taken for block in blocks for uid in block["uid"][~block["valid"]]]
-    assert set(bad) == {"row-3"}
+    valid = np.concatenate([block["valid"] for blocks in taken for block in blocks])
+    assert len(valid) == 5 * 12
+    assert 0 < (~valid).sum() < 30  # the damaged rows are there, in blocks of full size
 
 
 def test_any_step_is_reached_without_those_before_it(ray_cluster: None, tmp_path: Path) -> None:

