@@ -5,6 +5,7 @@ python pipelines/quickstart.py
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -37,7 +38,7 @@ def main(
         folder = Path(experiment.data.train).parent
         if not (folder / "classes.txt").exists():
             console.print(f"drawing {train + val:,} captioned pictures into {folder}", soft_wrap=True)
-            write_synthetic(folder, train=train, val=val, seed=experiment.seed)
+            write_synthetic(folder, train=train, val=val, seed=experiment.seed, processes=os.cpu_count() or 1)
         connect()
         for split in ("train", "val"):
             embed_captions(str(folder / split), experiment.data.columns, experiment.text, console)

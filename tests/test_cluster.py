@@ -12,10 +12,20 @@ import jsonschema
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
+from ray.core.generated.autoscaler_pb2 import ClusterResourceConstraint, GangResourceRequest
 
 REPO = Path(__file__).parents[1]
 FILE = REPO / "cluster.yaml"
 NODE_TYPES = {"head", "gpu_worker", "cpu_decoder"}
+# What Ray reads from AWS of the instance types of the file (memory in bytes, less the object store's 30 %).
+RESOURCES = {
+    "head": {"CPU": 0},
+    "gpu_worker": {"CPU": 16, "GPU": 1, "memory": 90e9},
+    "cpu_decoder": {"CPU": 32, "memory": 45e9},
+}
 
 
 @pytest.fixture
@@ -58,6 +68,37 @@ def test_workers_come_from_zero(cluster: dict[str, Any]) -> None:
     assert "InstanceMarketOptions" not in types["gpu_worker"]["node_config"]
     assert sum(types[name]["max_workers"] for name in NODE_TYPES) <= cluster["max_workers"]
     assert cluster["idle_timeout_minutes"] > 0
+
+
+def launched(cluster: dict[str, Any], gpus: int, cpus: int) -> dict[str, int]:
+    """Nodes of each type that Ray's autoscaler starts on an empty cluster.
+
+    gpus: workers of a run, which come together or not at all. cpus: decoding tasks that Ray Data asks to have room for.
+    """
+    types = {
+        name: NodeTypeConfig(name, kind["min_workers"], kind["max_workers"], resources=RESOURCES[name])
+        for name, kind in node_types(checked(cluster))
+    }
+    gang = GangResourceRequest(requests=[ResourceRequestUtil.make({"GPU": 1, "memory": 2**28})] * gpus)
+    room = ResourceRequestUtil.group_by_count([ResourceRequestUtil.make({"CPU": 1})] * cpus)
+    request = SchedulingRequest(
+        disable_launch_config_check=True,
+        node_type_configs=types,
+        max_num_nodes=cluster["max_workers"],
+        gang_resource_requests=[gang] if gpus else [],
+        cluster_resource_constraints=[ClusterResourceConstraint(resource_requests=room)] if cpus else [],
+    )
+    return {launch.instance_type: launch.count for launch in ResourceDemandScheduler().schedule(request).to_launch}
+
+
+def test_the_autoscaler_starts_what_is_needed(cluster: dict[str, Any]) -> None:
+    assert launched(cluster, gpus=0, cpus=0) == {}
+    assert launched(cluster, gpus=0, cpus=1) == {"cpu_decoder": 1}
+    assert launched(cluster, gpus=4, cpus=0) == {"gpu_worker": 4}
+    assert launched(cluster, gpus=4, cpus=4 * 32) == {"gpu_worker": 4, "cpu_decoder": 4}
+    assert launched(cluster, gpus=0, cpus=640) == {"cpu_decoder": 16, "gpu_worker": 8}  # GPU nodes for CPUs: last of all
+    assert launched(cluster, gpus=0, cpus=641) == {}  # more than all of it: none
+    assert launched(cluster, gpus=9, cpus=0) == {}  # more than the limit: none, rather than a part that waits and costs
 
 
 def test_nothing_is_open_and_no_key_is_copied(cluster: dict[str, Any]) -> None:

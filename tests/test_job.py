@@ -39,7 +39,8 @@ class JobServer:
     def submit(self, name: str, *command: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """`ray job submit --working-dir .` from the repository's root, to the end of the job."""
         submit = [str(BIN / "ray"), "job", "submit", "--address", self.address, "--submission-id", name]
-        whole = [*submit, "--working-dir", ".", "--", *command]
+        submit += ["--working-dir", ".", "--runtime-env-json", '{"env_vars": {"SENT_ALONG": "yes"}}']
+        whole = [*submit, "--", *command]
         return subprocess.run(whole, cwd=REPO, env=env or self.env, capture_output=True, text=True, timeout=JOB_S)
 
     def log(self, name: str) -> str:
@@ -89,19 +90,19 @@ def wait_until_started(head: subprocess.Popen[bytes], output: Path) -> None:
         time.sleep(0.2)
 
 
-# What the job sees: its files, their size, and where `nev` is imported from, in the job and in a task of it.
+# What the job sees: its files, their size, and in the job and in a task of it: where `nev` comes from, and a variable.
 PROBE = """
 import os, pathlib, ray, nev, nev.runtime
 nev.runtime.connect()
 def where():
     import nev
-    return str(pathlib.Path(nev.__file__).parents[1])
+    return pathlib.Path(nev.__file__).parents[1], os.environ.get("SENT_ALONG")
 files = [path for path in pathlib.Path().rglob("*") if path.is_file()]
 print("top", *sorted({path.parts[0] for path in files}))
 print("bytes", sum(path.stat().st_size for path in files))
 print("here", os.getcwd())
-print("job", where())
-print("task", ray.get(ray.remote(where).remote()))
+print("job", *where())
+print("task", *ray.get(ray.remote(where).remote()))
 """
 
 
@@ -114,7 +115,7 @@ def test_a_job_runs_the_uploaded_code(server: JobServer) -> None:
     assert not top & {".git", ".venv", "data", "runs", "tests", "docs", "notebooks"}
     assert int(seen["bytes"]) < 5 * 2**20
     assert Path(seen["here"]).is_relative_to(server.folder)
-    assert seen["job"] == seen["task"] == seen["here"]
+    assert seen["job"] == seen["task"] == f"{seen['here']} yes"
 
 
 def test_no_token_no_job(server: JobServer) -> None:

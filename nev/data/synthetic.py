@@ -153,7 +153,7 @@ def render(index: int, seed: int, split: str) -> Row:
 
 def _background(rng: random.Random, size: tuple[int, int], tone: str, ground: str) -> Image.Image:
     """RGB of `size`, two greyish tints of one tone blended by a grey pattern."""
-    low, high = (214, 246) if tone == "light" else (16, 48)
+    low, high = (176, 212) if tone == "light" else (16, 48)
     if ground == "plain":
         return Image.new("RGB", size, _tint(rng, low, high))
     if ground == "gradient":
@@ -204,8 +204,10 @@ def _draw_group(
     for dx, dy in spots:
         angle, radius = rng.uniform(-0.08, 0.08), cell / 2 * rng.uniform(0.9, 0.96)
         at = (x * width + (dx + rng.uniform(-0.03, 0.03)) * cell, y * height + (dy + rng.uniform(-0.03, 0.03)) * cell)
-        draw.polygon(_placed(outline, at, radius, angle), fill=(255, 255, 255))
-        draw.polygon(_placed(outline, at, radius * 0.82, angle), fill=fill)
+        points = _placed(outline, at, 0.86 * radius, angle)
+        # A white rim, as on a sticker: the edge of an object looks the same on every background.
+        draw.line([*points, *points[:2]], fill=(255, 255, 255), width=round(0.24 * radius), joint="curve")
+        draw.polygon(points, fill=fill)
 
 
 def _placed(outline: list[Point], at: Point, radius: float, angle: float) -> list[Point]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # A run may go on with these changed: they do not touch what is computed.
 FREE_TO_CHANGE = (
-    *("output", "workers", "tracking", "eval", "data.train", "data.val", "data.max_bad_share"),
+    *("output", "workers", "tracking", "eval", "text.encoder", "data.train", "data.val", "data.max_bad_share"),
     *("train.log_every", "train.checkpoint_every", "train.keep_last", "train.eval_every"),
 )
 
@@ -37,7 +37,14 @@ def absolute(config: Experiment) -> Experiment:
 
     data = config.data.model_copy(update={"train": whole(config.data.train), "val": whole(config.data.val)})
     vision = config.vision.model_copy(update={"weights": whole(config.vision.weights)})
-    return config.model_copy(update={"data": data, "vision": vision, "output": whole(config.output)})
+    text, evaluation = config.text, config.eval
+    if Path(text.encoder).expanduser().is_dir():  # else it is a name: of the package, or on the hub
+        text = text.model_copy(update={"encoder": whole(text.encoder)})
+    if evaluation.zero_shot and isinstance(evaluation.zero_shot.classes, str):
+        zero_shot = evaluation.zero_shot.model_copy(update={"classes": whole(evaluation.zero_shot.classes)})
+        evaluation = evaluation.model_copy(update={"zero_shot": zero_shot})
+    changed = {"data": data, "vision": vision, "text": text, "eval": evaluation, "output": whole(config.output)}
+    return config.model_copy(update=changed)
 
 
 def run_folder(config: Experiment) -> str:
