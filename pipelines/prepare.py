@@ -28,25 +28,21 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from nev.config import Columns, ConfigError
+from nev.cli import command, explained
+from nev.config import ConfigError, parse
 from nev.data.prepare import Report, prepare
 from nev.data.sources import READERS, SourceOptions
 from nev.data.synthetic import write_synthetic
 
-EXAMPLE = "Example: python pipelines/prepare.py --source webdataset --input tars/train --output data/flickr8k/train"
+EXAMPLE = "python pipelines/prepare.py --source webdataset --input tars/train --output data/flickr8k/train"
 Source = Literal["webdataset", "hf-parquet", "synthetic"]
 OnRows = Callable[[int], None]
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-
-@app.command(epilog=EXAMPLE)
 def main(
     source: Annotated[Source, typer.Option(help="The format of the input.")],
     output: Annotated[Path, typer.Option(help="Folder of the split; for synthetic, the folder of both splits.")],
@@ -72,7 +68,7 @@ def main(
 ) -> None:
     """Turn a source into shards, in an order that is random over the whole set, and report what was left out."""
     console = Console(stderr=True)
-    try:
+    with explained(console):
         _one_kind(source, inputs, limit, (uid, image, caption, label, name, template), train, val)
         with _progress(console) as (on_read, on_write):
             if source == "synthetic":
@@ -89,11 +85,9 @@ def main(
                     on_write=on_write,
                 )
             else:
-                options = SourceOptions(
-                    columns=Columns(uid=uid, image=image, caption=caption, label=label),
-                    label_name=name,
-                    templates=tuple(template or ()),
-                )
+                columns = {"uid": uid, "image": image, "caption": caption, "label": label}
+                settings = {"columns": columns, "label_name": name, "templates": template or ()}
+                options = parse(SourceOptions, settings, where="options")
                 report = prepare(
                     READERS[source](inputs or [], options),
                     output,
@@ -107,9 +101,6 @@ def main(
                     on_write=on_write,
                 )
                 reports = {output.name: report}
-    except (ConfigError, ValidationError) as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(2) from None
     Console().print(_table(reports))
     for report in reports.values():
         typer.echo(f"shards: {report.shards[0].parent}")
@@ -166,6 +157,8 @@ def _table(reports: dict[str, Report]) -> Table:
         table.add_row(title, *(cell(report) for report in reports.values()))
     return table
 
+
+app = command(main, EXAMPLE)
 
 if __name__ == "__main__":
     app()

@@ -39,18 +39,18 @@ def test_measuring_nothing_is_an_error() -> None:
 
 def test_the_report_holds_medians_and_the_medians_of_ratios_within_a_round(tmp_path: Path) -> None:
     console = Console(record=True, width=200, file=io.StringIO())
-    # Machines change speed between rounds. The medians would give 100 / 45; the rounds give 3, 2 and 4.
-    figures = {"ours_images_per_s": [300.0, 90.0, 100.0], "theirs_images_per_s": [100.0, 45.0, 25.0]}
+    # Machines change speed between rounds. The medians would give 150 / 45; the rounds give 3, 2 and 6.
+    figures = {"ours_images_per_s": [300.0, 90.0, 150.0], "theirs_images_per_s": [100.0, 45.0, 25.0]}
     ratios = {"ours_vs_theirs": report.Ratio("ours_images_per_s", "theirs_images_per_s", goal=2.0)}
     path = report.write("demo", "python demo", figures, ratios, ["a note"], tmp_path, console)
     written = json.loads(path.read_text())
     assert path == tmp_path / "demo.json"
     assert {"command", "date", "hardware", "versions", "figures", "ratios"} <= set(written)
-    assert written["figures"] == {"ours_images_per_s": 100.0, "theirs_images_per_s": 45.0}
+    assert written["figures"] == {"ours_images_per_s": 150.0, "theirs_images_per_s": 45.0}
     assert written["ratios"] == {"ours_vs_theirs": 3.0}
     assert written["goals"] == {"ours_vs_theirs": 2.0}
-    assert written["repetitions"]["ours_vs_theirs"] == [3.0, 2.0, 4.0]
-    assert written["repetitions"]["ours_images_per_s"] == [300.0, 90.0, 100.0]
+    assert written["repetitions"]["ours_vs_theirs"] == [3.0, 2.0, 6.0]
+    assert written["repetitions"]["ours_images_per_s"] == [300.0, 90.0, 150.0]
     assert {"cpu", "cores", "memory_gib", "gpu", "load_before"} <= set(written["hardware"])
     assert {"python", "torch", "ray", "timm", "pyarrow"} <= set(written["versions"])
     shown = console.export_text()

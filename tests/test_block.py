@@ -422,3 +422,17 @@ def test_real_photographs_become_blocks(data_folder: Path, tmp_path: Path) -> No
     assert block["image"].shape == (12, 64, 64, 3)
     assert (block["image"].reshape(12, -1).std(1) > 2).all()
     assert np.array_equal(block["text"], [vector_of(path.stem) for path in paths])
+
+
+def test_vectors_of_any_slice_of_a_column() -> None:
+    counts = [2, 0, 1, 3, 1]
+    vectors = np.arange(7 * WIDTH, dtype="<f2").reshape(7, WIDTH)
+    cuts = np.cumsum([0, *counts])
+    array = pa.array([vectors[cuts[k] : cuts[k + 1]].tobytes() for k in range(5)], pa.binary())
+    for column in (pa.chunked_array([array]), pa.chunked_array([array[:2], array[2:]])):
+        for start in range(6):
+            for stop in range(start, 6):
+                found, starts = vectors_of(column.slice(start, stop - start), WIDTH)
+                mine = [found[starts[k] : starts[k + 1]] for k in range(stop - start)]
+                assert [len(part) for part in mine] == counts[start:stop]
+                assert np.array_equal(np.concatenate([vectors[:0], *mine]), vectors[cuts[start] : cuts[stop]])

@@ -15,13 +15,16 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
-from ray.core.generated.autoscaler_pb2 import ClusterResourceConstraint, GangResourceRequest
+from ray.core.generated.autoscaler_pb2 import (  # type: ignore[attr-defined]
+    ClusterResourceConstraint,
+    GangResourceRequest,
+)
 
 REPO = Path(__file__).parents[1]
 FILE = REPO / "cluster.yaml"
 NODE_TYPES = {"head", "gpu_worker", "cpu_decoder"}
 # What Ray reads from AWS of the instance types of the file (memory in bytes, less the object store's 30 %).
-RESOURCES = {
+RESOURCES: dict[str, dict[str, float]] = {
     "head": {"CPU": 0},
     "gpu_worker": {"CPU": 16, "GPU": 1, "memory": 90e9},
     "cpu_decoder": {"CPU": 32, "memory": 45e9},
@@ -96,7 +99,10 @@ def test_the_autoscaler_starts_what_is_needed(cluster: dict[str, Any]) -> None:
     assert launched(cluster, gpus=0, cpus=1) == {"cpu_decoder": 1}
     assert launched(cluster, gpus=4, cpus=0) == {"gpu_worker": 4}
     assert launched(cluster, gpus=4, cpus=4 * 32) == {"gpu_worker": 4, "cpu_decoder": 4}
-    assert launched(cluster, gpus=0, cpus=640) == {"cpu_decoder": 16, "gpu_worker": 8}  # GPU nodes for CPUs: last of all
+    assert launched(cluster, gpus=0, cpus=640) == {
+        "cpu_decoder": 16,
+        "gpu_worker": 8,
+    }  # GPU nodes for CPUs: last of all
     assert launched(cluster, gpus=0, cpus=641) == {}  # more than all of it: none
     assert launched(cluster, gpus=9, cpus=0) == {}  # more than the limit: none, rather than a part that waits and costs
 

@@ -98,9 +98,13 @@ def test_any_step_is_reached_without_those_before_it(ray_cluster: None, tmp_path
     reader = reader_over(tmp_path, 40)
     plan = Plan(reader.index.rows, 1, global_batch=8, block_rows=8)
     far = 10**9 * plan.steps_per_epoch + 2
-    ((block,),) = splits(make_stream(reader, plan, far, far + 1), 1)
-    assert_block(block, far, reader, plan)
-    assert splits(make_stream(reader, plan, far, far), 1) == [[]]
+    stream = make_stream(reader, plan, far, far + 2)
+    assert stream.context.execution_options.preserve_order  # also where no DataConfig says so
+    blocks = list(stream.iter_batches(batch_size=None, batch_format="numpy"))
+    assert len(blocks) == 2
+    for number, block in enumerate(blocks, far):
+        assert_block(block, number, reader, plan)
+    assert list(make_stream(reader, plan, far, far).iter_batches(batch_size=None)) == []
 
 
 def test_blocks_larger_than_ray_would_make_them_come_one_by_one(ray_cluster: None, tmp_path: Path) -> None:
@@ -145,7 +149,7 @@ def test_a_shard_that_vanishes_stops_the_stream_with_its_name(ray_cluster: None,
     stream = make_stream(reader, plan, 0, plan.steps_per_epoch)
     (tmp_path / "b.parquet").unlink()
     with pytest.raises(Exception, match=r"b\.parquet: row group 0 cannot be read"):
-        splits(stream, 1)
+        list(stream.iter_batches(batch_size=None))
 
 
 def test_a_task_with_more_than_one_number_is_refused() -> None:

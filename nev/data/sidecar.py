@@ -150,7 +150,7 @@ def _read_uids(location: str, column: str) -> list[str]:
 
 
 def vectors_of(column: pa.ChunkedArray, width: int) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
-    """The `vectors` column as one array without a copy: float16 [captions, D], and int64 [rows + 1] where each row begins."""
+    """The `vectors` column as one array: float16 [captions, D], and int64 [rows + 1] where each row begins."""
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
         array = array.chunk(0) if array.num_chunks else pa.array([], pa.binary())
