@@ -137,7 +137,8 @@ def add_open_clip(
     if missing := open_clip.not_installed():
         console.print(
             f"[yellow]vs_open_clip_lit is left out: {', '.join(missing)} not installed. "
-            f"`{open_clip.INSTALL}` installs what it needs (`make bench` does that by itself).[/]"
+            f"`{open_clip.INSTALL}` installs what it needs (`make bench` does that by itself).[/]",
+            soft_wrap=True,
         )
         return
     if not tars:

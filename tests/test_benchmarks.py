@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from rich.console import Console
 
-from benchmarks import report
+from benchmarks import report, train
 from benchmarks.contestants import open_clip, processes, ray_job
-from nev.config import load
+from nev.config import Experiment, load
 
 REPO = Path(__file__).parents[1]
 BENCHMARKS = sorted(path for path in (REPO / "benchmarks").glob("*.py") if path.name != "report.py")
@@ -133,6 +134,63 @@ def test_a_process_is_ended_when_enough_was_read(tmp_path: Path) -> None:
     (tmp_path / "endless.py").write_text("import time\nprint('began', flush=True)\ntime.sleep(600)\n")
     with processes.lines_of_module("endless", [], tmp_path) as lines:
         assert next(lines) == "began\n"
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`train` with contestants that answer at once: nev 180 images/s (150 alone), the bare loop 200, open_clip 45 and 60."""
+
+    def job(config: Experiment, steps: int) -> ray_job.JobRates:
+        assert config.data.val is None
+        return ray_job.JobRates(180.0 if config.workers.count == 2 else 150.0, 170.0, 0.1)
+
+    monkeypatch.setattr(ray_job, "ray_job", job)
+    monkeypatch.setattr(processes, "in_own_process", lambda function, *args: 200.0)
+    monkeypatch.setattr(processes, "run_script", lambda script, *args: "")
+    monkeypatch.setattr(open_clip, "open_clip_lit", lambda config, steps, tars, freeze: 60.0 if freeze else 45.0)
+    monkeypatch.setattr(open_clip, "not_installed", list)
+    monkeypatch.setenv("NEV_DATA", str(tmp_path))
+    for file in ("shards/00000.parquet", "flickr8k/train/00000.tar"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+    return tmp_path
+
+
+def run_train(folder: Path, shards: str = "shards") -> dict[str, dict[str, float]]:
+    configs = [str(REPO / path) for path in train.CONFIGS]
+    train.main(configs, [f"data.train={folder / shards}"], repetitions=2, results=folder)
+    return json.loads((folder / "train.json").read_text())
+
+
+def test_train_reports_the_ratios_of_its_contestants(measured: Path) -> None:
+    written = run_train(measured)
+    assert written["ratios"] == {
+        "ray_vs_bare_loop_cifar10": 0.9,
+        "ray_vs_bare_loop": 0.9,
+        "ray_vs_bare_loop_flickr8k": 0.9,
+        "vs_open_clip_lit": 4.0,
+        "vs_open_clip_lit_frozen_layer_norm": 3.0,
+    }
+    assert written["figures"]["cifar10_ray_job_one_worker_images_per_s"] == 150.0
+    assert written["figures"]["flickr8k_ray_job_data_wait_share"] == 0.1
+    assert written["repetitions"]["flickr8k_bare_loop_images_per_s"] == [200.0, 200.0]
+    assert str(measured) not in json.dumps(written)
+
+
+def test_without_open_clip_its_ratio_is_left_out_and_the_reason_shown(
+    measured: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(open_clip, "not_installed", lambda: ["webdataset"])
+    assert not [key for key in run_train(measured)["ratios"] if "open_clip" in key]
+    assert "uv pip install --group bench" in capsys.readouterr().out
+
+
+def test_without_shards_the_command_that_makes_them_is_named(
+    measured: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit):
+        run_train(measured, "elsewhere")
+    assert "pipelines/prepare.py --help" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.name)
