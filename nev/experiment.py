@@ -12,13 +12,14 @@ from rich.table import Table
 
 from nev.config import ConfigError, Experiment, parse, to_yaml
 from nev.tracking import Tracker, open_run, tracking_uri
-from nev.train.checkpoint import CheckpointError, best, latest, read_manifest
+from nev.train.job import where
+from nev.train.manifest import CheckpointError, best, latest, read_manifest
 from nev.train.setup import absolute, class_names, make_validation, prepare_job, train_reader
-from nev.train.trainer import fit, where
+from nev.train.trainer import fit
 
 if TYPE_CHECKING:
     from nev.eval.validation import Embedded, Validation
-    from nev.train.loop import Job
+    from nev.train.job import Job
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nev.config import Optim
-from nev.train import checkpoint
-from nev.train.checkpoint import CheckpointError, State
+from nev.train import checkpoint, manifest
+from nev.train.manifest import CheckpointError, State
 from nev.train.optim import make_optimizer
 from nev.train.rng import gather_rng, restore_rng
 
@@ -74,13 +74,13 @@ def test_folder_without_manifest_is_not_a_checkpoint(tmp_path: Path) -> None:
     model, optimizer = trained()
     older = checkpoint.save(str(tmp_path), state(1), model, optimizer, gather_rng(CPU, 1))
     newer = checkpoint.save(str(tmp_path), state(2), model, optimizer, gather_rng(CPU, 1))
-    assert checkpoint.latest(str(tmp_path)) == newer
+    assert manifest.latest(str(tmp_path)) == newer
     Path(newer, "state.json").unlink()  # as a process that died before its last write would leave it
-    assert checkpoint.latest(str(tmp_path)) == older
+    assert manifest.latest(str(tmp_path)) == older
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         checkpoint.load(newer)
     assert checkpoint.save(str(tmp_path), state(2), model, optimizer, gather_rng(CPU, 1)) == newer
-    assert checkpoint.latest(str(tmp_path)) == newer
+    assert manifest.latest(str(tmp_path)) == newer
 
 
 @pytest.mark.parametrize("part", ["model.safetensors", "optimizer.safetensors", "rng.safetensors"])
@@ -118,11 +118,11 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     model, optimizer = trained()
     for number, score in enumerate([0.1, 0.9, 0.2, 0.3, 0.4], 1):
         checkpoint.save(str(tmp_path), state(number, top1=score), model, optimizer, gather_rng(CPU, 1))
-    checkpoint.prune(str(tmp_path), keep_last=2, keep_best="top1")
-    kept = [int(location.rsplit("-", 1)[1]) for location in checkpoint.checkpoints(str(tmp_path))]
+    manifest.prune(str(tmp_path), keep_last=2, keep_best="top1")
+    kept = [int(location.rsplit("-", 1)[1]) for location in manifest.checkpoints(str(tmp_path))]
     assert kept == [2, 4, 5]
-    assert (checkpoint.best(str(tmp_path), "top1") or "").endswith("step-00000002")
-    assert checkpoint.best(str(tmp_path), "absent") is None
+    assert (manifest.best(str(tmp_path), "top1") or "").endswith("step-00000002")
+    assert manifest.best(str(tmp_path), "absent") is None
 
 
 def test_optimizer_state_of_another_model_is_refused() -> None:

@@ -19,7 +19,8 @@ from nev.data.sidecar import write_sidecar
 from nev.losses import contrastive
 from nev.models.text import load_text
 from nev.train import step as step_module
-from nev.train.loop import Job, Rank, train
+from nev.train.job import Job
+from nev.train.loop import Rank, train
 from nev.train.setup import prepare_job, text_key, train_reader
 from nev.train.step import choose_precision
 from nev.train.trainer import build_learner

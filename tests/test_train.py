@@ -19,12 +19,13 @@ from nev.experiment import Summary, run_experiment
 from nev.models.text import TextTower, load_text
 from nev.tracking import Tracker
 from nev.train import checkpoint
-from nev.train.checkpoint import CheckpointError
-from nev.train.loop import Job, Rank, Start, StreamError, train
+from nev.train.job import Job, Start, where
+from nev.train.loop import Rank, StreamError, train
+from nev.train.manifest import CheckpointError
 from nev.train.quarantine import TooManyBadRows
 from nev.train.setup import prepare_job, train_reader
 from nev.train.step import choose_precision
-from nev.train.trainer import TrainingFailed, build_learner, where
+from nev.train.trainer import TrainingFailed, build_learner
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")

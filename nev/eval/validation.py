@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from nev.data.block import Block, BlockReader
@@ -19,6 +17,9 @@ from nev.data.sidecar import sidecar_location, vectors_of
 from nev.data.storage import filesystem
 from nev.eval.retrieval import retrieval
 from nev.eval.zeroshot import zero_shot
+
+if TYPE_CHECKING:
+    import torch
 
 Embed = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
@@ -54,6 +55,8 @@ def validate(task: Validation, embed: Embed, rank: int = 0, world: int = 1) -> d
     parts = embed_blocks(task, embed, rank, world)
     gathered: list[Any] = [None] * world
     if world > 1:
+        import torch.distributed as dist
+
         dist.gather_object(parts, gathered if rank == 0 else None)
     else:
         gathered = [parts]
@@ -114,6 +117,7 @@ def embedder(
     device: torch.device,
 ) -> Embed:
     """Wrap a vision tower: uint8 [n, S, S, 3] in, unit float32 [n, D] out, without a graph."""
+    import torch
 
     @torch.inference_mode()
     def embed(images: NDArray[np.uint8]) -> NDArray[np.float32]:

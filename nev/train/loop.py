@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from nev.config import Experiment
 from nev.data.block import Block
-from nev.data.plan import Plan
 from nev.eval.validation import Validation, embedder, validate
 from nev.models.vision import normalise
 from nev.train import checkpoint
+from nev.train.job import Job, Start
+from nev.train.manifest import State, prune
 from nev.train.meter import Clock, Totals
 from nev.train.optim import learning_rate, set_learning_rate
 from nev.train.quarantine import Quarantine, TooManyBadRows, describe
@@ -26,26 +27,6 @@ Report = Callable[[int, dict[str, float]], None]
 
 class StreamError(RuntimeError):
     """The stream gave other rows than the plan names for this step."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that a training process needs beside the stream. Plain data, equal on every rank.
-
-    `run` is the run's folder; training goes from the latest checkpoint to `stop_step`, while the schedule spans
-    `total_steps`.
-    """
-
-    config: Experiment
-    run: str
-    plan: Plan
-    shards: tuple[str, ...]
-    text_width: int
-    total_steps: int
-    stop_step: int
-    validation: Validation | None
-    fingerprints: dict[str, str]
-    mlflow_run_id: str | None
 
 
 @dataclass(frozen=True)
@@ -65,14 +46,6 @@ class Learner:
     model: LockedTextModel
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run stands: updates done, and rows left out on the way."""
-
-    step: int = 0
-    bad_rows: int = 0
 
 
 def train(job: Job, me: Rank, learner: Learner, start: Start, blocks: Iterator[Block], report: Report) -> None:
@@ -116,7 +89,7 @@ def keep(job: Job, me: Rank, learner: Learner, at: Start, scores: dict[str, floa
     rng = gather_rng(me.device, me.world)
     if me.rank != 0:
         return
-    state = checkpoint.State(
+    state = State(
         step=at.step,
         config=job.config.model_dump(mode="json"),
         fingerprints=job.fingerprints,
@@ -126,7 +99,7 @@ def keep(job: Job, me: Rank, learner: Learner, at: Start, scores: dict[str, floa
         bad_rows=at.bad_rows,
     )
     checkpoint.save(job.run, state, learner.model, learner.optimizer, rng)
-    checkpoint.prune(job.run, job.config.train.keep_last, job.config.eval.best)
+    prune(job.run, job.config.train.keep_last, job.config.eval.best)
 
 
 def validate_model(task: Validation, me: Rank, model: LockedTextModel, config: Experiment) -> dict[str, float]:

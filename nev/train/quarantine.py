@@ -7,7 +7,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch.distributed as dist
 
 from nev.config import Experiment
 from nev.data.block import Block
@@ -52,6 +51,8 @@ class Quarantine:
 
 def describe(quarantine: Quarantine, bad_rows: int, done: int, config: Experiment) -> str:
     """The error past `data.max_bad_share`, the same on every rank: they all call it together, at the same step."""
+    import torch.distributed as dist
+
     counts: list[Any] = [None]
     if dist.is_initialized() and dist.get_world_size() > 1:
         counts = [None] * dist.get_world_size()

@@ -16,8 +16,8 @@ from nev.data.sidecar import check_sidecars, sidecar_key
 from nev.data.storage import filesystem, join
 from nev.eval.validation import Validation
 from nev.eval.zeroshot import class_embeddings
-from nev.train.checkpoint import CheckpointError, latest, read_manifest
-from nev.train.loop import Job
+from nev.train.job import Job
+from nev.train.manifest import CheckpointError, latest, read_manifest
 
 if TYPE_CHECKING:
     from nev.models.text import TextTower

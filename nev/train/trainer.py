@@ -6,7 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -15,10 +15,13 @@ from nev.data.block import Block, BlockReader
 from nev.data.storage import join
 from nev.errors import NevError
 from nev.tracking import Tracker
-from nev.train.checkpoint import latest, load, read_manifest
-from nev.train.loop import Job, Learner, Rank, Start, train
+from nev.train.job import Job, Start, where
+from nev.train.manifest import latest
 from nev.train.monitor import Post, Watcher, open_board
 from nev.train.quarantine import TooManyBadRows
+
+if TYPE_CHECKING:
+    from nev.train.loop import Learner, Rank
 
 
 class TrainingFailed(NevError, RuntimeError):
@@ -70,15 +73,6 @@ def resources(config: Experiment) -> dict[str, float]:
     return {name: amount for name, amount in wanted.items() if amount}
 
 
-def where(run: str) -> Start:
-    """Where the run stands, by its latest checkpoint."""
-    newest = latest(run)
-    if newest is None:
-        return Start()
-    manifest = read_manifest(newest)
-    return Start(manifest["step"], manifest["bad_rows"])
-
-
 def stream_from_here(job: Job, reader: BlockReader) -> Any:
     """Called by Ray Train at every start of the worker group: the stream from the latest checkpoint's step."""
     from nev.data.stream import make_stream
@@ -93,6 +87,7 @@ def work(setting: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
+    from nev.train.loop import Rank, train
     from nev.train.step import choose_precision
 
     job: Job = setting["job"]
@@ -130,7 +125,8 @@ def build_learner(job: Job, me: Rank) -> tuple[Learner, Start]:
     from torch.nn.parallel import DistributedDataParallel
 
     from nev.models.vision import build_vision
-    from nev.train.checkpoint import load_optimizer
+    from nev.train.checkpoint import load, load_optimizer
+    from nev.train.loop import Learner
     from nev.train.optim import make_optimizer
     from nev.train.rng import restore_rng, seed_rank
     from nev.train.step import LockedTextModel

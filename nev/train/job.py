@@ -1,0 +1,47 @@
+"""What travels to the training processes: plain data, quick to import (no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nev.config import Experiment
+from nev.data.plan import Plan
+from nev.eval.validation import Validation
+from nev.train.manifest import latest, read_manifest
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a training process needs beside the stream. Plain data, equal on every rank.
+
+    `run` is the run's folder; training goes from the latest checkpoint to `stop_step`, while the schedule spans
+    `total_steps`.
+    """
+
+    config: Experiment
+    run: str
+    plan: Plan
+    shards: tuple[str, ...]
+    text_width: int
+    total_steps: int
+    stop_step: int
+    validation: Validation | None
+    fingerprints: dict[str, str]
+    mlflow_run_id: str | None
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run stands: updates done, and rows left out on the way."""
+
+    step: int = 0
+    bad_rows: int = 0
+
+
+def where(run: str) -> Start:
+    """Where a run stands, by its latest checkpoint."""
+    newest = latest(run)
+    if newest is None:
+        return Start()
+    manifest = read_manifest(newest)
+    return Start(manifest["step"], manifest["bad_rows"])

@@ -1,0 +1,83 @@
+"""The checkpoints of a run, seen from outside: which there are, what their manifests say, which to keep. No torch in it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from nev.data.storage import filesystem, join
+from nev.errors import NevError
+
+FORMAT = 1
+
+
+class CheckpointError(NevError, RuntimeError):
+    """A checkpoint that is damaged, or belongs to another run. The message says which and what differs."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run needs beside its tensors. `step` is the number of updates done; `metrics` are the latest evaluation's."""
+
+    step: int
+    config: dict[str, Any]
+    fingerprints: dict[str, str]
+    mlflow_run_id: str | None
+    metrics: dict[str, float]
+    world_size: int
+    bad_rows: int
+
+
+def read_manifest(location: str) -> dict[str, Any]:
+    """`state.json` of a checkpoint. Raises CheckpointError where it is absent, unreadable or of another format."""
+    fs, path = filesystem(location)
+    try:
+        manifest: dict[str, Any] = json.loads(fs.cat_file(f"{path}/state.json"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{location}: not a checkpoint (there is no state.json in it)") from None
+    except ValueError as error:
+        raise CheckpointError(f"{location}/state.json: damaged ({error})") from error
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{location}: format {manifest.get('format')}, this version reads {FORMAT}")
+    return manifest
+
+
+def checkpoints(run: str) -> list[str]:
+    """Locations of the complete checkpoints of a run, oldest first."""
+    folder = join(run, "checkpoints")
+    fs, path = filesystem(folder)
+    if not fs.exists(path):
+        return []
+    names = sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False, refresh=True))
+    return [join(folder, name) for name in names if name.startswith("step-") and fs.exists(f"{path}/{name}/state.json")]
+
+
+def latest(run: str) -> str | None:
+    """The newest complete checkpoint of a run, or None."""
+    found = checkpoints(run)
+    return found[-1] if found else None
+
+
+def best(run: str, metric: str) -> str | None:
+    """The checkpoint whose `metric` is highest (the newest among equals), or None where none has it."""
+    scored = [(read_manifest(location)["metrics"].get(metric), location) for location in checkpoints(run)]
+    held = [(value, location) for value, location in scored if value is not None]
+    return max(held)[1] if held else None
+
+
+def prune(run: str, keep_last: int, keep_best: str | None) -> None:
+    """Remove all but the `keep_last` newest checkpoints and the best one by the metric `keep_best`."""
+    found = checkpoints(run)
+    kept = {*found[-keep_last:], best(run, keep_best) if keep_best else None}
+    for location in found:
+        if location not in kept:
+            remove(location)
+
+
+def remove(location: str) -> None:
+    """Delete a checkpoint, its manifest first, so that it is never seen in part."""
+    fs, path = filesystem(location)
+    if fs.exists(f"{path}/state.json"):
+        fs.rm_file(f"{path}/state.json")
+    fs.rm(path, recursive=True)
