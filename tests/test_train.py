@@ -23,7 +23,7 @@ from nev.train.job import Job, Start, where
 from nev.train.loop import Rank, StreamError, train
 from nev.train.manifest import CheckpointError
 from nev.train.quarantine import TooManyBadRows
-from nev.train.setup import prepare_job, train_reader
+from nev.train.setup import absolute, prepare_job, train_reader
 from nev.train.step import choose_precision
 from nev.train.trainer import TrainingFailed, build_learner
 
@@ -173,10 +173,15 @@ def test_best_without_a_validation_set_is_refused(tiny: Make, text: TextTower) -
         prepare_job(tiny(data__val=None), text)
 
 
-@pytest.fixture(scope="module")
-def finished() -> dict[str, Summary]:
-    """Runs of the Ray tests below, by name, so that each is trained once."""
-    return {}
+def test_output_that_would_be_lost_is_refused(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="a folder, not to a URL"):
+        absolute(tiny(output="s3://bucket/runs"))
+    uploaded = tmp_path / "working_dir_files" / "_ray_pkg_1"  # where Ray unpacks a submitted working folder
+    uploaded.mkdir(parents=True)
+    monkeypatch.chdir(uploaded)
+    with pytest.raises(ConfigError, match="goes away with the node"):
+        absolute(tiny(output="runs"))
+    assert absolute(tiny(output=str(tmp_path))).output == str(tmp_path)
 
 
 def curve(summary: Summary) -> list[float]:

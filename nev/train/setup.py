@@ -30,7 +30,20 @@ FREE_TO_CHANGE = (
 
 
 def absolute(config: Experiment) -> Experiment:
-    """The same experiment with local paths made absolute: Ray's processes have other working folders."""
+    """The same experiment with local paths made absolute: Ray's processes have other working folders.
+
+    Raises ConfigError for an `output` that would be lost or cannot be written.
+    """
+    if "://" in config.output:
+        raise ConfigError(
+            f"output = {config.output!r}: runs are written to a folder, not to a URL. On a cluster give one that every "
+            "node sees (EFS, FSx, NFS); data.train and data.val may be s3://."
+        )
+    if "working_dir_files" in Path.cwd().parts and not Path(config.output).expanduser().is_absolute():
+        raise ConfigError(
+            f"output = {config.output!r} is relative, and a submitted job's folder goes away with the node: give an "
+            "absolute folder that every node sees, with --set output=/shared/runs"
+        )
 
     def whole(path: str | None) -> str | None:
         return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
