@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from nev.config import Experiment
+from nev.config import ConfigError, Experiment
 from nev.data.block import Block, BlockReader
 from nev.data.storage import join
 from nev.errors import NevError
 from nev.tracking import Tracker
 from nev.train.job import Job, Start, where
-from nev.train.manifest import latest
+from nev.train.manifest import CheckpointError, latest
 from nev.train.monitor import Post, Watcher, open_board
 from nev.train.quarantine import TooManyBadRows
 
@@ -97,17 +97,17 @@ def work(setting: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     precision = choose_precision(job.config.train.precision, device)
     me = Rank(context.get_world_rank(), context.get_world_size(), device, precision)
-    learner, start = build_learner(job, me)
 
     def report(step: int, metrics: dict[str, float]) -> None:
         setting["board"].post.remote(Post(step, metrics))
 
     try:
+        learner, start = build_learner(job, me)
         train(job, me, learner, start, blocks_of(job, me), report)
-    except TooManyBadRows as error:
-        # Every rank stops here, at the same step. Raised, it would be tried again from the checkpoint, to the same end.
+    except (ConfigError, CheckpointError, TooManyBadRows) as error:
+        # Every rank meets these alike, at the same point. Raised, they would be tried again, to the same end.
         if me.rank == 0:
-            ray.get(setting["board"].post.remote(Post(start.step, {}, str(error))))
+            ray.get(setting["board"].post.remote(Post(0, {}, str(error))))
 
 
 def blocks_of(job: Job, me: Rank) -> Iterator[Block]:
