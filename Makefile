@@ -23,7 +23,7 @@ $(VENV)/.done: requirements.lock pyproject.toml
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --quiet -e .
 	@touch $@
 
-quickstart: setup ## Draw pictures, train a vision encoder into MiniLM's space, show what it learnt (3 minutes).
+quickstart: setup ## Draw pictures, train a vision encoder into MiniLM's space, show what it learnt.
 	$(BIN)/python pipelines/quickstart.py --config $(CONFIG)
 
 test: setup ## Run all tests. NEV_DATA=folder adds those that read real data.
