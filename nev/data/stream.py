@@ -17,9 +17,12 @@ import ray.data
 from ray.data import DataContext, Dataset, ExecutionOptions
 
 from nev.data.block import Block, BlockReader
+from nev.data.pacing import pace
 from nev.data.plan import Plan
 
 NUMBERS_PER_TASK = 1000
+NUMBER_TASKS = 1000  # at most: each is put into the object store before the first one runs
+STEPS_AHEAD = 2  # decoded and not yet taken; each rank fetches two more (`nev.train.trainer.blocks_of`)
 
 
 def make_stream(reader: BlockReader, plan: Plan, first_step: int, last_step: int) -> Dataset:
@@ -29,11 +32,12 @@ def make_stream(reader: BlockReader, plan: Plan, first_step: int, last_step: int
     """
     first = plan.step_blocks(first_step).start
     count = plan.step_blocks(last_step).start - first
-    with DataContext.current(stream_context()):
+    with DataContext.current(stream_context(STEPS_AHEAD * plan.blocks_per_step)):
         source = ray.put((reader, plan))
-        numbers = ray.data.range(count, override_num_blocks=max(1, count // NUMBERS_PER_TASK))
-        task = functools.partial(read_block, source=[source], first=first)
-        return numbers.repartition(target_num_rows_per_block=1).map_batches(task, batch_size=1)
+        tasks = min(max(1, count // NUMBERS_PER_TASK), NUMBER_TASKS)
+        numbers = ray.data.range(count, override_num_blocks=tasks)
+        read = functools.partial(read_block, source=[source], first=first)
+        return numbers.repartition(target_num_rows_per_block=1).map_batches(read, batch_size=1)
 
 
 def read_block(numbers: Any, source: list[ray.ObjectRef[Any]], first: int) -> Block:
@@ -57,9 +61,10 @@ def _source(reference: ray.ObjectRef[Any]) -> tuple[BlockReader, Plan]:
     return reader, plan
 
 
-def stream_context() -> DataContext:
-    """A copy of this process's DataContext with what the stream needs."""
+def stream_context(blocks_ahead: int) -> DataContext:
+    """A copy of this process's DataContext with what the stream needs (`blocks_ahead`: see `nev.data.pacing`)."""
     context = DataContext.get_current().copy()
+    pace(context, blocks_ahead)
     context.target_max_block_size = None
     context.op_resource_reservation_enabled = False
     context.enable_progress_bars = False

@@ -19,6 +19,8 @@ from nev.data.stream import stream_context
 from nev.eval.validation import Embed, Embedded, Validation, collect, embed_block, embedder
 from nev.runtime import cluster_gpus
 
+BLOCKS_AHEAD = 8
+
 
 @dataclass(frozen=True)
 class Tower:
@@ -49,7 +51,7 @@ def embed_set(task: Validation, tower: Tower) -> Embedded:
     """Embed a whole validation set on the connected cluster, in index order."""
     blocks = in_order(task.reader.index.rows, task.batch)
     gpus = cluster_gpus()
-    with DataContext.current(stream_context()):
+    with DataContext.current(stream_context(BLOCKS_AHEAD)):
         reader = ray.put((task.reader, blocks))
         numbers = ray.data.range(len(blocks), override_num_blocks=1)
         decoded = numbers.repartition(target_num_rows_per_block=1).map_batches(

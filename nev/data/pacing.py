@@ -1,0 +1,73 @@
+"""How far ahead Ray Data decodes, and how it waits: two small parts that `nev.data.stream` hands to its executor.
+
+Left alone, Ray Data (2.60) does three things that cost this stream dearly:
+- It decodes until its share of the object store is full, and then asks the tasks that hold finished output, without a pause,
+  whether it may be read yet: on two cores that took 0.4 to 0.7 of a core from training, for a whole run.
+- Its policy `DownstreamCapacity` lets the tasks that make block numbers wait in the middle, with their CPUs in hand, so that
+  no CPU is left for the decoding that they wait for: streams of more than `NUMBERS_PER_TASK` blocks began 35 s late.
+- Where no such policy holds it back, it makes all the block numbers of a run at once, millions of them in a long one.
+
+`LookAhead` bounds by count what is under way, and no task waits with its output. `Pause` lets the executor sleep for a
+moment after a turn that found nothing to do.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ray.data import DataContext
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+    BackpressurePolicy,
+    ResourceBudgetBackpressurePolicy,
+)
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.operators.task_pool_map_operator import TaskPoolMapOperator
+
+AHEAD_KEY = "nev.blocks_ahead"
+NUMBER_OPERATORS = ("ReadRange", "StreamingRepartition")
+PAUSE_S = 0.01
+
+
+def pace(context: DataContext, blocks_ahead: int) -> None:
+    """Let streams under `context` hold at most `blocks_ahead` blocks that are being decoded or wait to be taken.
+
+    Where that would leave CPUs of the cluster without work, it is two blocks a CPU instead. The memory that Ray Data allows
+    itself bounds both.
+    """
+    context.set_config(AHEAD_KEY, blocks_ahead)
+    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [ResourceBudgetBackpressurePolicy, LookAhead])
+    context.custom_execution_callback_classes = [Pause]
+
+
+class LookAhead(BackpressurePolicy):
+    """Starts no task while enough is under way: block numbers, or blocks being read and those not yet taken."""
+
+    def can_add_input(self, op: Any) -> bool:
+        """Whether `op` may start a task now."""
+        if not isinstance(op, TaskPoolMapOperator):
+            return True
+        operators = list(self._topology)
+        behind = operators[operators.index(op) :]
+        enough = max(self._data_context.get_config(AHEAD_KEY), 2 * self._resource_manager.get_global_limits().cpu)
+        if op.name.startswith(NUMBER_OPERATORS):
+            waiting = self._topology[behind[1]].total_enqueued_input_blocks()
+            return bool(op.num_active_tasks() == 0 and waiting < enough)
+        waiting = sum(self._topology[one].total_enqueued_output_blocks() for one in behind)
+        return bool(op.num_active_tasks() + waiting < enough)
+
+
+class Pause(ExecutionCallback):
+    """Sleeps after a turn of the executor that neither started nor finished anything."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[int, int, int]] = []
+
+    def on_execution_step(self, executor: Any) -> None:
+        """Called by the executor at the end of every turn, which may have waited for its tasks up to 0.1 s itself."""
+        seen = [op.metrics for op in executor._topology]
+        now = [(one.num_tasks_submitted, one.num_outputs_taken, one.num_tasks_finished) for one in seen]
+        if now == self._before:
+            time.sleep(PAUSE_S)
+        self._before = now
