@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,8 +83,8 @@ def track(job: Job, parent: str | None) -> Tracker:
 
 def summarise(job: Job, tracker: Tracker) -> Summary:
     """Choose the checkpoint, draw the pictures, log both."""
-    from nev.eval.engine import Tower, embed_set
     from nev.eval.showcase import run_curves
+    from nev.eval.validation import load_embedded
 
     config = job.config
     chosen = (best(job.run, config.eval.best) if config.eval.best else None) or latest(job.run)
@@ -92,7 +93,7 @@ def summarise(job: Job, tracker: Tracker) -> Summary:
     pictures = [Path(job.run) / "loss.png"]
     run_curves(pictures[0], tracker, config.name)
     if job.validation:
-        embedded = embed_set(job.validation, Tower(config, chosen, job.text_width))
+        embedded = load_embedded(chosen, job.validation) or embed(config, chosen, job.validation)
         pictures += galleries(config, job.validation, embedded, Path(job.run))
     Path(job.run, "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     for path in (*pictures, Path(job.run, "config.yaml")):
@@ -107,7 +108,6 @@ def evaluate_checkpoint(location: str, overrides: list[str], folder: Path) -> tu
     Returns the metrics and the pictures. Raises CheckpointError where the text tower is not the one that it was trained
     against, ConfigError where there is nothing to score.
     """
-    from nev.eval.engine import Tower, embed_set
     from nev.eval.validation import score
     from nev.models.text import load_text
     from nev.runtime import connect
@@ -121,11 +121,20 @@ def evaluate_checkpoint(location: str, overrides: list[str], folder: Path) -> tu
         raise CheckpointError(f"{location} was trained against another text tower than {config.text.encoder} is here")
     task = make_validation(config, text)
     connect()
-    embedded = embed_set(task, Tower(config, location, text.width))
+    embedded = embed(config, location, task)
     metrics = score(task, embedded)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     return metrics, galleries(config, task, embedded, folder)
+
+
+def embed(config: Experiment, checkpoint: str, task: Validation) -> Embedded:
+    """The validation set under a checkpoint's vision tower, embedded on the connected Ray."""
+    from nev.eval.engine import Tower, embed_set
+    from nev.train.checkpoint import load_vision
+
+    load = partial(load_vision, checkpoint, config, task.text_width)
+    return embed_set(task, Tower(load, config.data.mean, config.data.std))
 
 
 def galleries(config: Experiment, task: Validation, embedded: Embedded, folder: Path) -> list[Path]:

@@ -13,6 +13,8 @@ ENVIRONMENT = {
     "TQDM_DISABLE": "1",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
 }
+# One machine gets no notice that it will be taken away, so the process that waits for one would only cost its start.
+LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 def connect() -> None:
@@ -23,6 +25,8 @@ def connect() -> None:
         return
     quiet()
     address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        os.environ.update(LOCAL_ENVIRONMENT)
     ray.init(
         address=address,
         num_cpus=None if address else os.cpu_count(),
@@ -36,10 +40,19 @@ def connect() -> None:
 
 def cluster_gpus() -> int:
     """GPUs of the connected cluster, as it stands now."""
+    return int(_resources().get("GPU", 0))
+
+
+def cluster_cpus() -> int:
+    """CPUs of the connected cluster, as it stands now: one at least."""
+    return max(1, int(_resources().get("CPU", 0)))
+
+
+def _resources() -> dict[str, float]:
     import ray
 
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return int(resources.get("GPU", 0))
+    return resources
 
 
 def quiet() -> None:

@@ -22,10 +22,10 @@ def main(config: ConfigFile, overrides: Overrides = None) -> None:
 
         experiment = absolute(experiment)
         connect()
-        for root in filter(None, (experiment.data.train, experiment.data.val)):
-            done = embed_captions(root, experiment.data.columns, experiment.text, console)
-            rate = done.captions / done.seconds if done.seconds else 0.0
-            console.print(f"{root}: {done.shards} sidecars, {done.captions:,} captions, {rate:,.0f} captions/s")
+        roots = [root for root in (experiment.data.train, experiment.data.val) if root]
+        done = embed_captions(roots, experiment.data.columns, experiment.text, console)
+    rate = f", {done.captions / done.seconds:,.0f} captions/s" if done.seconds else ""
+    console.print(f"{done.shards} sidecars written, {done.captions:,} captions{rate}", highlight=False)
 
 
 app = command(main, "python pipelines/embed_text.py --config configs/cifar10.yaml")

@@ -40,8 +40,8 @@ def main(
             console.print(f"drawing {train + val:,} captioned pictures into {folder}", soft_wrap=True)
             write_synthetic(folder, train=train, val=val, seed=experiment.seed, processes=os.cpu_count() or 1)
         connect()
-        for split in ("train", "val"):
-            embed_captions(str(folder / split), experiment.data.columns, experiment.text, console)
+        splits = [str(folder / split) for split in ("train", "val")]
+        embed_captions(splits, experiment.data.columns, experiment.text, console)
         summary = run_experiment(experiment, console)
     show_summary(summary, console)
     console.print(f"done in {time.perf_counter() - begin:.0f} s")

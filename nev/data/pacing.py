@@ -20,6 +20,8 @@ from ray.data import DataContext
 from ray.data._internal.execution.backpressure_policy import (
     ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
     BackpressurePolicy,
+)
+from ray.data._internal.execution.backpressure_policy.resource_budget_backpressure_policy import (
     ResourceBudgetBackpressurePolicy,
 )
 from ray.data._internal.execution.execution_callback import ExecutionCallback
@@ -27,7 +29,7 @@ from ray.data._internal.execution.operators.task_pool_map_operator import TaskPo
 
 AHEAD_KEY = "nev.blocks_ahead"
 NUMBER_OPERATORS = ("ReadRange", "StreamingRepartition")
-PAUSE_S = 0.01
+PAUSE_S = 0.05
 
 
 def pace(context: DataContext, blocks_ahead: int) -> None:
@@ -59,15 +61,16 @@ class LookAhead(BackpressurePolicy):
 
 
 class Pause(ExecutionCallback):
-    """Sleeps after a turn of the executor that neither started nor finished anything."""
+    """Lets a turn of the executor that neither started nor finished anything last `PAUSE_S` at least."""
 
     def __init__(self) -> None:
-        self._before: list[tuple[int, int, int]] = []
+        self._seen: list[tuple[int, int, int]] = []
+        self._end = 0.0
 
     def on_execution_step(self, executor: Any) -> None:
         """Called by the executor at the end of every turn, which may have waited for its tasks up to 0.1 s itself."""
-        seen = [op.metrics for op in executor._topology]
-        now = [(one.num_tasks_submitted, one.num_outputs_taken, one.num_tasks_finished) for one in seen]
-        if now == self._before:
-            time.sleep(PAUSE_S)
-        self._before = now
+        metrics = [op.metrics for op in executor._topology]
+        now = [(one.num_tasks_submitted, one.num_outputs_taken, one.num_tasks_finished) for one in metrics]
+        if now == self._seen:
+            time.sleep(max(0.0, self._end + PAUSE_S - time.monotonic()))
+        self._seen, self._end = now, time.monotonic()

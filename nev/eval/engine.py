@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -12,39 +13,28 @@ import ray.data
 from numpy.typing import NDArray
 from ray.data import DataContext
 
-from nev.config import Experiment
 from nev.data.block import Block
 from nev.data.plan import in_order
 from nev.data.stream import stream_context
 from nev.eval.validation import Embed, Embedded, Validation, collect, embed_block, embedder
 from nev.runtime import cluster_gpus
 
+if TYPE_CHECKING:
+    from torch import nn
+
 BLOCKS_AHEAD = 8
 
 
 @dataclass(frozen=True)
 class Tower:
-    """A trained vision tower, as the tasks load it: the experiment, its checkpoint and the width of the space."""
+    """A vision tower, as the tasks load it. `load` is called once a process and must travel there (a partial does).
 
-    config: Experiment
-    checkpoint: str
-    text_width: int
+    It returns a module that takes normalised pixels, float [b, 3, S, S], and gives unit vectors, [b, D].
+    """
 
-
-def load_tower(tower: Tower) -> Any:
-    """The vision tower of a checkpoint, on the CPU, in training mode as it was built."""
-    from nev.models.vision import build_vision
-    from nev.train.checkpoint import load_model
-
-    vision = build_vision(
-        tower.config.vision.model_copy(update={"pretrained": False, "weights": None}),
-        tower.config.data.image_size,
-        tower.text_width,
-    )
-    _, weights = load_model(tower.checkpoint)
-    prefix = "vision."
-    vision.load_state_dict({name[len(prefix) :]: w for name, w in weights.items() if name.startswith(prefix)})
-    return vision
+    load: Callable[[], nn.Module]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
 
 
 def embed_set(task: Validation, tower: Tower) -> Embedded:
@@ -93,9 +83,8 @@ def _embedder(reference: ray.ObjectRef[Any]) -> Embed:
     tower: Tower = ray.get(reference)
     torch.set_num_threads(1)
     device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-    vision = load_tower(tower).to(device).eval()
-    data = tower.config.data
-    return embedder(vision, lambda images: normalise(images, data.mean, data.std), device)
+    vision = tower.load().to(device).eval()
+    return embedder(vision, lambda images: normalise(images, tower.mean, tower.std), device)
 
 
 def pictures(task: Validation, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:

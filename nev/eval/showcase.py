@@ -28,12 +28,12 @@ def retrieval_gallery(path: str | Path, task: Validation, embedded: Embedded, se
     """
     texts, owner = load_texts(task.reader.index, task.text_key, task.text_width)
     chosen = np.random.default_rng(seed).choice(len(texts), min(QUERIES, len(texts)), replace=False)
-    wanted = [all_captions(task.reader.index)[row] for row in chosen]
+    captions = all_captions(task.reader.index)
     scores = texts[chosen] @ np.where(embedded.valid[:, None], embedded.images, 0).T
     nearest = np.argsort(-scores, axis=1, kind="stable")[:, :RESULTS]
     gallery(
         path,
-        queries=wanted,
+        queries=[captions[row] for row in chosen],
         results=[pictures(task, rows) for rows in nearest],
         scores=np.take_along_axis(scores, nearest, axis=1).tolist(),
         correct=[(rows == owner[text]).tolist() for rows, text in zip(nearest, chosen, strict=True)],

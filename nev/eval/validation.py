@@ -14,7 +14,7 @@ from nev.data.block import Block, BlockReader
 from nev.data.index import Index
 from nev.data.plan import in_order
 from nev.data.sidecar import sidecar_location, vectors_of
-from nev.data.storage import filesystem
+from nev.data.storage import filesystem, join
 from nev.eval.retrieval import retrieval
 from nev.eval.zeroshot import zero_shot
 
@@ -35,6 +35,13 @@ class Embedded(NamedTuple):
     labels: NDArray[np.int64]
 
 
+class Result(NamedTuple):
+    """The metrics of a validation, and the vectors that they were computed from."""
+
+    metrics: dict[str, float]
+    embedded: Embedded
+
+
 @dataclass(frozen=True)
 class Validation:
     """What to score. classes: unit float32 [C, D] or None; retrieval uses the captions' sidecar under `text_key`."""
@@ -47,8 +54,8 @@ class Validation:
     text_width: int
 
 
-def validate(task: Validation, embed: Embed, rank: int = 0, world: int = 1) -> dict[str, float]:
-    """Embed rank r's blocks (every W-th), gather on rank 0, score. Returns the metrics on rank 0 and {} on the others.
+def validate(task: Validation, embed: Embed, rank: int = 0, world: int = 1) -> Result | None:
+    """Embed rank r's blocks (every W-th), gather on rank 0, score. Returns the result on rank 0, None on the others.
 
     Collectives: one gather of objects, none where W = 1.
     """
@@ -61,9 +68,10 @@ def validate(task: Validation, embed: Embed, rank: int = 0, world: int = 1) -> d
     else:
         gathered = [parts]
     if rank != 0:
-        return {}
+        return None
     merged = sorted((number, part) for share in gathered for number, part in share.items())
-    return score(task, collect([part for _, part in merged]))
+    embedded = collect([part for _, part in merged])
+    return Result(score(task, embedded), embedded)
 
 
 def embed_blocks(task: Validation, embed: Embed, rank: int, world: int) -> dict[int, Embedded]:
@@ -80,6 +88,26 @@ def embed_block(block: Block, embed: Embed) -> Embedded:
 def collect(parts: list[Embedded]) -> Embedded:
     """Blocks in order, as one set."""
     return Embedded(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def save_embedded(checkpoint: str, task: Validation, embedded: Embedded) -> None:
+    """Keep the vectors of a validation in the checkpoint's folder, so that who looks at its results need not embed again."""
+    from safetensors.numpy import save
+
+    fs, path = filesystem(_embedded_location(checkpoint, task))
+    fs.pipe_file(path, save(embedded._asdict()))
+
+
+def load_embedded(checkpoint: str, task: Validation) -> Embedded | None:
+    """What `save_embedded` kept for this validation set, or None."""
+    from safetensors.numpy import load
+
+    fs, path = filesystem(_embedded_location(checkpoint, task))
+    return Embedded(**load(fs.cat_file(path))) if fs.exists(path) else None
+
+
+def _embedded_location(checkpoint: str, task: Validation) -> str:
+    return join(checkpoint, f"validation-{task.reader.index.fingerprint[:16]}.safetensors")
 
 
 def score(task: Validation, embedded: Embedded) -> dict[str, float]:

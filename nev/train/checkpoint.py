@@ -16,7 +16,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from nev.config import Experiment
 from nev.data.storage import filesystem, join
+from nev.models.vision import VisionTower, build_vision
 from nev.train.manifest import FORMAT, CheckpointError, State, read_manifest, remove
 
 
@@ -67,6 +69,16 @@ def load_model(location: str) -> tuple[State, dict[str, Tensor]]:
     """The state and the model's tensors alone."""
     state, model, _, _ = load(location)
     return state, model
+
+
+def load_vision(location: str, config: Experiment, text_width: int) -> VisionTower:
+    """The vision tower of a checkpoint of `config`, on the CPU, in training mode as it was built."""
+    own = config.vision.model_copy(update={"pretrained": False, "weights": None})
+    vision = build_vision(own, config.data.image_size, text_width)
+    _, weights = load_model(location)
+    prefix = "vision."
+    vision.load_state_dict({name[len(prefix) :]: w for name, w in weights.items() if name.startswith(prefix)})
+    return vision
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

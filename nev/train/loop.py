@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nev.config import Experiment
 from nev.data.block import Block
-from nev.eval.validation import Validation, embedder, validate
+from nev.eval.validation import Result, Validation, embedder, save_embedded, validate
 from nev.models.vision import normalise
 from nev.train import checkpoint
 from nev.train.job import Job, Start
@@ -78,13 +78,13 @@ def train(job: Job, me: Rank, learner: Learner, start: Start, blocks: Iterator[B
         if score or done % config.train.checkpoint_every == 0:
             with clock.paused():
                 quarantine.flush(done)
-                scores = validate_model(job.validation, me, learner.model, config) if score and job.validation else {}
-                keep(job, me, learner, Start(done, totals.bad_rows()), scores)
-                if scores:
-                    report(done, scores)
+                scored = validate_model(job.validation, me, learner.model, config) if score and job.validation else None
+                keep(job, me, learner, Start(done, totals.bad_rows()), scored)
+                if scored:
+                    report(done, scored.metrics)
 
 
-def keep(job: Job, me: Rank, learner: Learner, at: Start, scores: dict[str, float]) -> None:
+def keep(job: Job, me: Rank, learner: Learner, at: Start, scored: Result | None) -> None:
     """Write a checkpoint (rank 0 does; the others give their random states), then drop those that are not kept."""
     rng = gather_rng(me.device, me.world)
     if me.rank != 0:
@@ -94,15 +94,17 @@ def keep(job: Job, me: Rank, learner: Learner, at: Start, scores: dict[str, floa
         config=job.config.model_dump(mode="json"),
         fingerprints=job.fingerprints,
         mlflow_run_id=job.mlflow_run_id,
-        metrics=scores,
+        metrics=scored.metrics if scored else {},
         world_size=me.world,
         bad_rows=at.bad_rows,
     )
-    checkpoint.save(job.run, state, learner.model, learner.optimizer, rng)
+    location = checkpoint.save(job.run, state, learner.model, learner.optimizer, rng)
+    if scored and job.validation:
+        save_embedded(location, job.validation, scored.embedded)
     prune(job.run, job.config.train.keep_last, job.config.eval.best)
 
 
-def validate_model(task: Validation, me: Rank, model: LockedTextModel, config: Experiment) -> dict[str, float]:
+def validate_model(task: Validation, me: Rank, model: LockedTextModel, config: Experiment) -> Result | None:
     """Score the model as it stands: eval mode, no graph, then back to training mode."""
 
     def forward(pixels: Tensor) -> Tensor:

@@ -1,0 +1,104 @@
+"""Pacing: how far ahead the stream reads, and that its executor sleeps while nothing can be done."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import WIDTH, encode, rows_of, write_shard
+
+from nev.config import Columns, Limits
+from nev.data.block import Block, BlockReader
+from nev.data.index import build_index
+from nev.data.plan import Plan, Segment
+from nev.data.sidecar import sidecar_key, write_sidecar
+
+pytestmark = pytest.mark.ray
+
+KEY = sidecar_key("tower", "caption")
+AHEAD = 2 * 2  # two steps of two blocks; as much as two blocks for each of the two CPUs
+
+
+def counting_reader(folder: Path, count: int) -> BlockReader:
+    """A reader that leaves a file in `folder/read` for every block that it reads, in whatever process."""
+
+    @dataclass(frozen=True)
+    class Counting(BlockReader):
+        log: str = ""
+
+        def read(self, segments: list[Segment], epoch: int) -> Block:
+            Path(self.log, f"{epoch}-{segments[0].group}-{segments[0].start}").touch()
+            return super().read(segments, epoch)
+
+    (folder / "read").mkdir()
+    write_shard(folder / "a.parquet", rows_of(count), [count])
+    index = build_index(str(folder), Columns())
+    write_sidecar(index, 0, KEY, WIDTH, encode)
+    return Counting(index, 8, Limits(), 5, None, KEY, WIDTH, log=str(folder / "read"))
+
+
+def test_a_consumer_that_does_not_take_holds_the_reading_back(ray_cluster: None, tmp_path: Path) -> None:
+    from nev.data.stream import make_stream
+
+    reader = counting_reader(tmp_path, 120)
+    plan = Plan(reader.index.rows, 1, global_batch=4, block_rows=2)
+    blocks = iter(make_stream(reader, plan, 0, 30).iter_batches(batch_size=None, prefetch_batches=0))
+    for taken in range(1, 4):
+        next(blocks)
+        time.sleep(1.0)  # far longer than it takes to read all 60
+        read = len(list((tmp_path / "read").iterdir()))
+        assert taken <= read <= taken + AHEAD + 1, "one more is on its way between the stream and the consumer"
+    assert sum(1 for _ in blocks) == 60 - 3
+    assert len(list((tmp_path / "read").iterdir())) == 60
+
+
+def test_the_executor_sleeps_while_the_consumer_does_not_take(ray_cluster: None, tmp_path: Path) -> None:
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    from nev.data.pacing import PAUSE_S
+    from nev.data.stream import make_stream
+
+    turns = []
+
+    class Count(ExecutionCallback):
+        def on_execution_step(self, executor: Any) -> None:
+            turns.append(time.monotonic())
+
+    reader = counting_reader(tmp_path, 120)
+    plan = Plan(reader.index.rows, 1, global_batch=4, block_rows=2)
+    stream = make_stream(reader, plan, 0, 30)
+    stream.context.custom_execution_callback_classes.append(Count)
+    blocks = iter(stream.iter_batches(batch_size=None, prefetch_batches=0))
+    next(blocks)
+    time.sleep(1.0)
+    before = len(turns)
+    assert before, "the executor runs in this process, so its turns are seen"
+    time.sleep(1.0)
+    assert len(turns) - before <= 1.1 / PAUSE_S
+    assert sum(1 for _ in blocks) == 59
+
+
+def test_block_numbers_are_not_all_made_at_once(ray_cluster: None, tmp_path: Path) -> None:
+    """A run of weeks has millions: the stream keeps some thousands."""
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    from nev.data.stream import NUMBERS_PER_TASK, make_stream
+
+    waiting = []
+
+    class Watch(ExecutionCallback):
+        def on_execution_step(self, executor: Any) -> None:
+            waiting.append(max(state.total_enqueued_input_blocks() for state in executor._topology.values()))
+
+    reader = counting_reader(tmp_path, 8)
+    plan = Plan(reader.index.rows, 1, global_batch=4, block_rows=2)
+    stream = make_stream(reader, plan, 0, 10 * NUMBERS_PER_TASK)
+    stream.context.custom_execution_callback_classes.append(Watch)
+    blocks = iter(stream.iter_batches(batch_size=None, prefetch_batches=0))
+    for _ in range(4):
+        next(blocks)
+    time.sleep(2.0)
+    assert 0 < max(waiting) <= 2 * NUMBERS_PER_TASK
