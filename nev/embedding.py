@@ -1,11 +1,10 @@
-"""Writing text sidecars on Ray: one actor a GPU, else one a CPU; a shard at a time; shards that have theirs are passed over."""
+"""Writing text sidecars on Ray: an actor a GPU, else one for four CPUs. Shards that have theirs are passed over."""
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import ray
 from rich.console import Console
@@ -14,11 +13,13 @@ from rich.progress import track
 from nev.config import Columns, Text
 from nev.data.index import Index, build_index
 from nev.data.sidecar import missing_sidecars, sidecar_key, write_sidecar
-from nev.models.text import load_text
-from nev.runtime import cluster_cpus, cluster_gpus
+from nev.models.text import TextTower, load_text
+from nev.runtime import cluster_cpus, cluster_gpus, cluster_nodes
+
+CPUS_AN_ACTOR = 4
 
 
-class Embedded(NamedTuple):
+class Written(NamedTuple):
     """What was done: shards written now, captions in them, seconds from the first shard to the last."""
 
     shards: int
@@ -26,43 +27,45 @@ class Embedded(NamedTuple):
     seconds: float
 
 
-class _Embedder:
-    def __init__(self, text: Text, indexes: list[Index], fingerprint: str, threads: int) -> None:
-        import torch
+class Place(NamedTuple):
+    """A shard: its root's position in the list of roots, and its own in that root's index."""
 
-        torch.set_num_threads(min(threads, os.cpu_count() or 1))
+    root: int
+    shard: int
+
+
+class _Embedder:
+    def __init__(self, text: Text, indexes: list[Index], fingerprint: str) -> None:
         self._indexes = indexes
         self._tower = load_text(text, "cuda" if ray.get_gpu_ids() else "cpu")
         if self._tower.fingerprint != fingerprint:
             raise RuntimeError("this node's text encoder is not the driver's: install the same one on every node")
 
-    def write(self, root: int, shard: int) -> int:
-        index = self._indexes[root]
-        assert index.columns.caption
-        key = sidecar_key(self._tower.fingerprint, index.columns.caption)
-        return write_sidecar(index, shard, key, self._tower.width, self._tower.encode)
+    def write(self, place: Place) -> int:
+        return _write(self._indexes, place, self._tower)
 
 
-def embed_captions(roots: Sequence[str], columns: Columns, text: Text, console: Console) -> Embedded:
-    """Write the sidecars that the shards under `roots` lack. Needs a connected Ray. Raises DataError for unusable shards."""
+def embed_captions(roots: Sequence[str], columns: Columns, text: Text, console: Console) -> Written:
+    """Write the sidecars that the shards under `roots` lack. Needs a connected Ray. Raises DataError for unusable shards.
+
+    On one machine without a GPU the tower of this process does it: actors would each load another.
+    """
     indexes = [build_index(root, columns) for root in roots]
     tower = load_text(text)
     missing = [
-        (root, shard)
+        Place(root, shard)
         for root, index in enumerate(indexes)
         for shard in missing_sidecars(index, sidecar_key(tower.fingerprint, str(index.columns.caption)))
     ]
     if not missing:
-        return Embedded(0, 0, 0.0)
-    gpus, cpus = cluster_gpus(), cluster_cpus()
-    count = min(gpus or cpus, len(missing))
-    actor = ray.remote(_Embedder).options(num_gpus=1 if gpus else 0, num_cpus=1)
-    actors = [actor.remote(text, indexes, tower.fingerprint, cpus // count) for _ in range(count)]
-    pool = ray.util.ActorPool(actors)
+        return Written(0, 0, 0.0)
     begin = time.perf_counter()
-    results: Any = pool.map_unordered(lambda one, place: one.write.remote(*place), missing)
+    alone = cluster_nodes() == 1 and not cluster_gpus()
+    counts = (
+        (_write(indexes, place, tower) for place in missing) if alone else _by_actors(text, indexes, tower, missing)
+    )
     shown = track(
-        results,
+        counts,
         "embedding captions",
         total=len(missing),
         console=console,
@@ -70,4 +73,23 @@ def embed_captions(roots: Sequence[str], columns: Columns, text: Text, console: 
         disable=not console.is_terminal,
     )
     captions = sum(shown)
-    return Embedded(len(missing), captions, time.perf_counter() - begin)
+    return Written(len(missing), captions, time.perf_counter() - begin)
+
+
+def _by_actors(text: Text, indexes: list[Index], tower: TextTower, missing: list[Place]) -> Iterator[int]:
+    gpus, cpus = cluster_gpus(), cluster_cpus()
+    threads = 1 if gpus else min(CPUS_AN_ACTOR, cpus)  # Ray gives torch as many threads as an actor has CPUs
+    actor = ray.remote(_Embedder).options(
+        num_gpus=1 if gpus else 0, num_cpus=threads, max_restarts=-1, max_task_retries=-1
+    )
+    count = min(gpus or cpus // threads, len(missing))
+    pool = ray.util.ActorPool([actor.remote(text, indexes, tower.fingerprint) for _ in range(count)])
+    counts: Iterator[int] = pool.map_unordered(lambda one, place: one.write.remote(place), missing)
+    return counts
+
+
+def _write(indexes: list[Index], place: Place, tower: TextTower) -> int:
+    index = indexes[place.root]
+    assert index.columns.caption
+    key = sidecar_key(tower.fingerprint, index.columns.caption)
+    return write_sidecar(index, place.shard, key, tower.width, tower.encode)

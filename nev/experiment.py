@@ -112,6 +112,8 @@ def evaluate_checkpoint(location: str, overrides: list[str], folder: Path) -> tu
     from nev.models.text import load_text
     from nev.runtime import connect
 
+    if "://" not in location:
+        location = str(Path(location).absolute())  # Ray's processes have other working folders
     manifest = read_manifest(location)
     config = absolute(parse(Experiment, manifest["config"], overrides, where=location))
     if not config.data.val or not (config.eval.zero_shot or config.eval.retrieval):
@@ -157,7 +159,12 @@ def show_summary(summary: Summary, console: Console) -> None:
     console.print(f"checkpoint  {summary.checkpoint}", highlight=False, soft_wrap=True)
     for picture in summary.pictures:
         console.print(f"{picture.stem:<11} {picture}", highlight=False, soft_wrap=True)
-    console.print(f"MLflow      mlflow ui --backend-store-uri {summary.tracking_uri}", highlight=False, soft_wrap=True)
+    console.print(f"MLflow      {how_to_look(summary.tracking_uri)}", highlight=False, soft_wrap=True)
+
+
+def how_to_look(uri: str) -> str:
+    """What opens the runs of a tracking store: a server's address, or the command that starts one."""
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
 
 
 def metrics_table(metrics: dict[str, float], title: str) -> Table:

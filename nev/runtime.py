@@ -28,7 +28,7 @@ def connect() -> None:
     if not address:
         os.environ.update(LOCAL_ENVIRONMENT)
     ray.init(
-        address=address,
+        address=address or "local",  # never a cluster that happens to run here
         num_cpus=None if address else os.cpu_count(),
         include_dashboard=None if address else False,
         log_to_driver=False,
@@ -46,6 +46,13 @@ def cluster_gpus() -> int:
 def cluster_cpus() -> int:
     """CPUs of the connected cluster, as it stands now: one at least."""
     return max(1, int(_resources().get("CPU", 0)))
+
+
+def cluster_nodes() -> int:
+    """Nodes of the connected cluster that are alive."""
+    import ray
+
+    return sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
 
 
 def _resources() -> dict[str, float]:

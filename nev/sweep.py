@@ -47,7 +47,11 @@ def plan_trials(sweep: Sweep, overrides: list[str]) -> list[Trial]:
         for seed in sweep.seeds:
             label = "-".join(f"{key.rpartition('.')[2]}={value}" for key, value in point.items())
             length = {"epochs": None, "steps": None, "samples": sweep.samples}
-            settings = {"name": f"{sweep.name}-{label}-seed={seed}".replace("=", "_"), "seed": seed, **point}
+            settings = {
+                "name": f"{sweep.name}-{label}-samples={sweep.samples}-seed={seed}".replace("=", "_"),
+                "seed": seed,
+                **point,
+            }
             settings |= {f"train.{key}": value for key, value in length.items()}
             batch = int(point.get("train.global_batch", base.train.global_batch))
             settings |= _scaled(base, batch, sweep, point)

@@ -78,11 +78,16 @@ def open_run(
     run_id: str | None = None,
     parent: str | None = None,
 ) -> Tracker:
-    """Continue run `run_id`, or begin one with the flattened config as parameters; `parent` makes it a child run.
+    """Continue run `run_id` where this server has it, or begin one with the flattened config as parameters.
+
+    `parent` makes it a child run.
 
     Artifacts lie under `<output>/mlartifacts`, unless an MLflow server (http) has its own place for them.
     """
     client = _client(uri)
+    if run_id is not None and not _has_run(client, run_id):  # another server than before, or a run that was deleted
+        tags = {**tags, "nev.continues_run": run_id}
+        run_id = None
     if run_id is None:
         tags = {**tags, "mlflow.runName": name, **git_tags()}
         if parent:
@@ -91,8 +96,20 @@ def open_run(
         from mlflow.entities import Param
 
         client.log_batch(run_id, params=[Param(key, str(value)) for key, value in flatten(section).items()])
-    client.set_terminated(run_id, "RUNNING")
+    client.update_run(run_id, status="RUNNING")
     return Tracker(uri, run_id)
+
+
+def _has_run(client: Any, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+    return True
 
 
 def git_tags() -> dict[str, str]:

@@ -26,6 +26,7 @@ def main(
     console = Console()
     with explained(console):
         sweep = parse(Sweep, read_yaml(config), sweep_overrides or [], where=config)
+        from nev.experiment import how_to_look
         from nev.sweep import outcome_table, plan_trials, run_sweep
 
         count = len(plan_trials(sweep, overrides or []))
@@ -33,7 +34,7 @@ def main(
             outcome = run_sweep(sweep, overrides or [])
     console.print(outcome_table(sweep, outcome))
     console.print(f"figure      {outcome.figure}", highlight=False, soft_wrap=True)
-    console.print(f"MLflow      mlflow ui --backend-store-uri {outcome.tracking_uri}", highlight=False, soft_wrap=True)
+    console.print(f"MLflow      {how_to_look(outcome.tracking_uri)}", highlight=False, soft_wrap=True)
     if not all(value is not None for value in outcome.values):
         raise typer.Exit(1)
 

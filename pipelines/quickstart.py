@@ -5,7 +5,6 @@ python pipelines/quickstart.py
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -36,9 +35,16 @@ def main(
 
         experiment = absolute(experiment)
         folder = Path(experiment.data.train).parent
-        if not (folder / "classes.txt").exists():
+        if not all(any((folder / split).glob("*.parquet")) for split in ("train", "val")):
             console.print(f"drawing {train + val:,} captioned pictures into {folder}", soft_wrap=True)
-            write_synthetic(folder, train=train, val=val, seed=experiment.seed, processes=os.cpu_count() or 1)
+            write_synthetic(
+                folder,
+                train=train,
+                val=val,
+                seed=experiment.seed,
+                row_group_rows=experiment.data.block_rows,
+                overwrite=True,  # of a run that was stopped while it drew
+            )
         connect()
         splits = [str(folder / split) for split in ("train", "val")]
         embed_captions(splits, experiment.data.columns, experiment.text, console)

@@ -40,6 +40,11 @@ class BlockReader:
     with_labels: bool = False
     _files: OrderedDict[str, pq.ParquetFile] = field(default_factory=OrderedDict, repr=False)
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row's arrays: the picture and the text vector."""
+        return self.image_size**2 * 3 + 2 * self.text_width
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict()}
 

@@ -5,10 +5,10 @@ Left alone, Ray Data (2.60) does three things that cost this stream dearly:
   whether it may be read yet: on two cores that took 0.4 to 0.7 of a core from training, for a whole run.
 - Its policy `DownstreamCapacity` lets the tasks that make block numbers wait in the middle, with their CPUs in hand, so that
   no CPU is left for the decoding that they wait for: streams of more than `NUMBERS_PER_TASK` blocks began 35 s late.
-- Where no such policy holds it back, it makes all the block numbers of a run at once, millions of them in a long one.
+- Without that policy it makes all the block numbers of a run at once, millions of them in a long one.
 
-`LookAhead` bounds by count what is under way, and no task waits with its output. `Pause` lets the executor sleep for a
-moment after a turn that found nothing to do.
+`LookAhead`, in place of Ray Data's policies, bounds what is under way, and no task waits with its output. `Pause` lets the
+executor sleep for a moment after a turn that found nothing to do.
 """
 
 from __future__ import annotations
@@ -21,26 +21,29 @@ from ray.data._internal.execution.backpressure_policy import (
     ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
     BackpressurePolicy,
 )
-from ray.data._internal.execution.backpressure_policy.resource_budget_backpressure_policy import (
-    ResourceBudgetBackpressurePolicy,
-)
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.operators.task_pool_map_operator import TaskPoolMapOperator
 
-AHEAD_KEY = "nev.blocks_ahead"
+AHEAD_KEY, BYTES_KEY = "nev.blocks_ahead", "nev.block_bytes"
 NUMBER_OPERATORS = ("ReadRange", "StreamingRepartition")
 PAUSE_S = 0.05
 
 
-def pace(context: DataContext, blocks_ahead: int) -> None:
-    """Let streams under `context` hold at most `blocks_ahead` blocks that are being decoded or wait to be taken.
+def pace(context: DataContext, blocks_ahead: int, block_bytes: int) -> None:
+    """Let streams under `context` hold at most `blocks_ahead` blocks that are being read or wait to be taken.
 
-    Where that would leave CPUs of the cluster without work, it is two blocks a CPU instead. The memory that Ray Data allows
-    itself bounds both.
+    Where that would leave CPUs of the cluster without work, it is two blocks a CPU instead; where that many blocks of
+    `block_bytes` are more than half of what Ray Data may keep in the object store, it is that half, but a block at least.
     """
     context.set_config(AHEAD_KEY, blocks_ahead)
-    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [ResourceBudgetBackpressurePolicy, LookAhead])
+    context.set_config(BYTES_KEY, block_bytes)
+    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [LookAhead])
     context.custom_execution_callback_classes = [Pause]
+
+
+def enough_blocks(blocks_ahead: int, block_bytes: int, cpus: float, store_bytes: float) -> float:
+    """How many blocks may be under way (see `pace`); `store_bytes` is what Ray Data may keep in the object store."""
+    return max(1.0, min(max(blocks_ahead, 2 * cpus), store_bytes / 2 // block_bytes))
 
 
 class LookAhead(BackpressurePolicy):
@@ -52,7 +55,9 @@ class LookAhead(BackpressurePolicy):
             return True
         operators = list(self._topology)
         behind = operators[operators.index(op) :]
-        enough = max(self._data_context.get_config(AHEAD_KEY), 2 * self._resource_manager.get_global_limits().cpu)
+        limits = self._resource_manager.get_global_limits()
+        ahead, size = (self._data_context.get_config(key) for key in (AHEAD_KEY, BYTES_KEY))
+        enough = enough_blocks(ahead, size, limits.cpu, limits.object_store_memory)
         if op.name.startswith(NUMBER_OPERATORS):
             waiting = self._topology[behind[1]].total_enqueued_input_blocks()
             return bool(op.num_active_tasks() == 0 and waiting < enough)

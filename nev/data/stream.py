@@ -32,7 +32,7 @@ def make_stream(reader: BlockReader, plan: Plan, first_step: int, last_step: int
     """
     first = plan.step_blocks(first_step).start
     count = plan.step_blocks(last_step).start - first
-    with DataContext.current(stream_context(STEPS_AHEAD * plan.blocks_per_step)):
+    with DataContext.current(stream_context(STEPS_AHEAD * plan.blocks_per_step, plan.block_rows * reader.row_bytes)):
         source = ray.put((reader, plan))
         tasks = min(max(1, count // NUMBERS_PER_TASK), NUMBER_TASKS)
         numbers = ray.data.range(count, override_num_blocks=tasks)
@@ -61,10 +61,10 @@ def _source(reference: ray.ObjectRef[Any]) -> tuple[BlockReader, Plan]:
     return reader, plan
 
 
-def stream_context(blocks_ahead: int) -> DataContext:
-    """A copy of this process's DataContext with what the stream needs (`blocks_ahead`: see `nev.data.pacing`)."""
+def stream_context(blocks_ahead: int, block_bytes: int) -> DataContext:
+    """A copy of this process's DataContext with what the stream needs (see `nev.data.pacing`)."""
     context = DataContext.get_current().copy()
-    pace(context, blocks_ahead)
+    pace(context, blocks_ahead, block_bytes)
     context.target_max_block_size = None
     context.op_resource_reservation_enabled = False
     context.enable_progress_bars = False

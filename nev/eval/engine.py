@@ -41,7 +41,7 @@ def embed_set(task: Validation, tower: Tower) -> Embedded:
     """Embed a whole validation set on the connected cluster, in index order."""
     blocks = in_order(task.reader.index.rows, task.batch)
     gpus = cluster_gpus()
-    with DataContext.current(stream_context(BLOCKS_AHEAD)):
+    with DataContext.current(stream_context(BLOCKS_AHEAD, task.batch * task.reader.row_bytes)):
         reader = ray.put((task.reader, blocks))
         numbers = ray.data.range(len(blocks), override_num_blocks=1)
         decoded = numbers.repartition(target_num_rows_per_block=1).map_batches(
@@ -52,6 +52,7 @@ def embed_set(task: Validation, tower: Tower) -> Embedded:
             batch_size=None,
             num_cpus=0 if gpus else 1,
             num_gpus=1 if gpus else 0,
+            max_calls=0,  # Ray would end a process that has a GPU after each block, and load the tower again
         )
         parts: list[Any] = list(embedded.iter_batches(batch_size=None, batch_format="numpy"))
     parts.sort(key=lambda part: int(part["number"][0]))

@@ -54,6 +54,13 @@ class Validation:
     text_width: int
 
 
+def metric_names(zero_shot_classes: int, retrieves: bool) -> list[str]:
+    """What a validation with so many classes (0: no zero-shot) and with or without retrieval can be judged by."""
+    names = [f"zero_shot/top{k}" for k in (1, 5) if k < zero_shot_classes]
+    ways = ("text_to_image", "image_to_text") if retrieves else ()
+    return names + [f"retrieval/{way}/r{k}" for way in ways for k in (1, 5, 10)]
+
+
 def validate(task: Validation, embed: Embed, rank: int = 0, world: int = 1) -> Result | None:
     """Embed rank r's blocks (every W-th), gather on rank 0, score. Returns the result on rank 0, None on the others.
 
@@ -90,24 +97,24 @@ def collect(parts: list[Embedded]) -> Embedded:
     return Embedded(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
-def save_embedded(checkpoint: str, task: Validation, embedded: Embedded) -> None:
-    """Keep the vectors of a validation in the checkpoint's folder, so that who looks at its results need not embed again."""
+def embedded_file(task: Validation) -> str:
+    """The file in a checkpoint that keeps the vectors of its validation: who looks at the results need not embed again."""
+    return f"validation-{task.reader.index.fingerprint[:16]}.safetensors"
+
+
+def embedded_bytes(embedded: Embedded) -> bytes:
+    """A set as safetensors."""
     from safetensors.numpy import save
 
-    fs, path = filesystem(_embedded_location(checkpoint, task))
-    fs.pipe_file(path, save(embedded._asdict()))
+    return save(embedded._asdict())
 
 
 def load_embedded(checkpoint: str, task: Validation) -> Embedded | None:
-    """What `save_embedded` kept for this validation set, or None."""
+    """The vectors of this validation set that a checkpoint keeps, or None."""
     from safetensors.numpy import load
 
-    fs, path = filesystem(_embedded_location(checkpoint, task))
+    fs, path = filesystem(join(checkpoint, embedded_file(task)))
     return Embedded(**load(fs.cat_file(path))) if fs.exists(path) else None
-
-
-def _embedded_location(checkpoint: str, task: Validation) -> str:
-    return join(checkpoint, f"validation-{task.reader.index.fingerprint[:16]}.safetensors")
 
 
 def score(task: Validation, embedded: Embedded) -> dict[str, float]:

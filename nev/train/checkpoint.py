@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -22,8 +23,18 @@ from nev.models.vision import VisionTower, build_vision
 from nev.train.manifest import FORMAT, CheckpointError, State, read_manifest, remove
 
 
-def save(run: str, state: State, model: nn.Module, optimizer: torch.optim.Optimizer, rng: dict[str, Tensor]) -> str:
-    """Write a checkpoint under `run` (path or URL) and return its location. `rng` holds uint8 [n] states by name."""
+def save(
+    run: str,
+    state: State,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rng: dict[str, Tensor],
+    beside: dict[str, bytes] | None = None,
+) -> str:
+    """Write a checkpoint under `run` (path or URL) and return its location.
+
+    `rng` holds uint8 [n] states by name, `beside` further files by name: complete and checksummed with the rest.
+    """
     location = join(run, "checkpoints", f"step-{state.step:08d}")
     fs, path = filesystem(location)
     if fs.exists(path):
@@ -33,6 +44,7 @@ def save(run: str, state: State, model: nn.Module, optimizer: torch.optim.Optimi
         "model.safetensors": safetensors.torch.save(_cpu(model.state_dict())),
         "optimizer.safetensors": safetensors.torch.save(_cpu(optimizer_tensors(model, optimizer))),
         "rng.safetensors": safetensors.torch.save(rng),
+        **(beside or {}),
     }
     for name, data in parts.items():
         fs.pipe_file(f"{path}/{name}", data)
@@ -50,25 +62,31 @@ def save(run: str, state: State, model: nn.Module, optimizer: torch.optim.Optimi
 
 def load(location: str) -> tuple[State, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """(state, model, optimiser and rng tensors) of a checkpoint, checksums verified. Raises CheckpointError."""
-    fs, path = filesystem(location)
     manifest = read_manifest(location)
-    tensors = []
-    for name, expected in manifest["sha256"].items():
-        try:
-            data = fs.cat_file(f"{path}/{name}")
-            if hashlib.sha256(data).hexdigest() != expected:
-                raise CheckpointError(f"{location}/{name}: damaged (its sha256 is not the one in state.json)")
-            tensors.append(safetensors.torch.load(data))
-        except (FileNotFoundError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"{location}/{name}: {error}") from error
-    keys = State.__dataclass_fields__
-    return State(**{key: manifest[key] for key in keys}), *tensors  # type: ignore[return-value]
+    model, optimizer, rng = (_tensors(location, manifest, name) for name in ("model", "optimizer", "rng"))
+    return _state(manifest), model, optimizer, rng
 
 
 def load_model(location: str) -> tuple[State, dict[str, Tensor]]:
     """The state and the model's tensors alone."""
-    state, model, _, _ = load(location)
-    return state, model
+    manifest = read_manifest(location)
+    return _state(manifest), _tensors(location, manifest, "model")
+
+
+def _state(manifest: dict[str, Any]) -> State:
+    return State(**{key: manifest[key] for key in State.__dataclass_fields__})
+
+
+def _tensors(location: str, manifest: dict[str, Any], name: str) -> dict[str, Tensor]:
+    file = f"{name}.safetensors"
+    fs, path = filesystem(join(location, file))
+    try:
+        data = fs.cat_file(path)
+        if hashlib.sha256(data).hexdigest() != manifest["sha256"].get(file):
+            raise CheckpointError(f"{location}/{file}: damaged (its sha256 is not the one in state.json)")
+        return safetensors.torch.load(data)
+    except (FileNotFoundError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{location}/{file}: {error}") from error
 
 
 def load_vision(location: str, config: Experiment, text_width: int) -> VisionTower:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from nev.config import Experiment
 from nev.data.block import Block
-from nev.eval.validation import Result, Validation, embedder, save_embedded, validate
+from nev.errors import NevError
+from nev.eval.validation import Result, Validation, embedded_bytes, embedded_file, embedder, validate
 from nev.models.vision import normalise
 from nev.train import checkpoint
 from nev.train.job import Job, Start
@@ -27,6 +29,10 @@ Report = Callable[[int, dict[str, float]], None]
 
 class StreamError(RuntimeError):
     """The stream gave other rows than the plan names for this step."""
+
+
+class Diverged(NevError, RuntimeError):
+    """The loss or the gradient is no number any more."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ def train(job: Job, me: Rank, learner: Learner, start: Start, blocks: Iterator[B
     """Train from `start.step` to `job.stop_step`, writing checkpoints under `job.run`.
 
     `report(step, metrics)` is called on rank 0 alone. Raises StreamError when a block is not the one that the plan names,
-    and TooManyBadRows past `data.max_bad_share`.
+    TooManyBadRows past `data.max_bad_share`, and Diverged where the loss is no number.
     """
     config, plan, batch_rows = job.config, job.plan, job.config.train.global_batch
     quarantine = Quarantine(job.run, job.shards, me.rank)
@@ -68,20 +74,32 @@ def train(job: Job, me: Rank, learner: Learner, start: Start, blocks: Iterator[B
         totals.add(result, batch_rows)
         done = step + 1
         last = done == job.stop_step
-        if done % config.train.log_every == 0 or last:
+        score = last or (config.train.eval_every is not None and done % config.train.eval_every == 0)
+        save = score or done % config.train.checkpoint_every == 0
+        if done % config.train.log_every == 0 or save:
             metrics = totals.metrics(result, learner.model, rate) | clock.metrics(done, batch_rows)
             if totals.bad_rows() > config.data.max_bad_share * batch_rows * done:
                 raise TooManyBadRows(describe(quarantine, totals.bad_rows(), done, config))
             if me.rank == 0:
                 report(done, metrics)
-        score = last or (config.train.eval_every is not None and done % config.train.eval_every == 0)
-        if score or done % config.train.checkpoint_every == 0:
+            refuse_divergence(done, metrics)
+        if save:
             with clock.paused():
                 quarantine.flush(done)
                 scored = validate_model(job.validation, me, learner.model, config) if score and job.validation else None
-                keep(job, me, learner, Start(done, totals.bad_rows()), scored)
                 if scored:
                     report(done, scored.metrics)
+                keep(job, me, learner, Start(done, totals.bad_rows()), scored)
+
+
+def refuse_divergence(step: int, metrics: dict[str, float]) -> None:
+    """Raise Diverged where the loss or the gradient is not finite: the same on every rank, and before a checkpoint."""
+    if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+        raise Diverged(
+            f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {step} (learning rate "
+            f"{metrics['learning_rate']:.3g}). The newest checkpoint is sound. Start anew under another name with a lower "
+            "optim.lr, a longer optim.warmup_steps or optim.clip_norm set."
+        )
 
 
 def keep(job: Job, me: Rank, learner: Learner, at: Start, scored: Result | None) -> None:
@@ -98,9 +116,8 @@ def keep(job: Job, me: Rank, learner: Learner, at: Start, scored: Result | None)
         world_size=me.world,
         bad_rows=at.bad_rows,
     )
-    location = checkpoint.save(job.run, state, learner.model, learner.optimizer, rng)
-    if scored and job.validation:
-        save_embedded(location, job.validation, scored.embedded)
+    beside = {embedded_file(job.validation): embedded_bytes(scored.embedded)} if scored and job.validation else {}
+    checkpoint.save(job.run, state, learner.model, learner.optimizer, rng, beside)
     prune(job.run, job.config.train.keep_last, job.config.eval.best)
 
 

@@ -15,6 +15,7 @@ import ray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nev.errors import NevError
 from nev.tracking import Tracker
 
 POLL_S = 0.5
@@ -41,12 +42,22 @@ class _Board:
         return posts
 
 
-def open_board() -> Any:
-    """A board on this node: an actor with `post(Post)` and `take() -> list[Post]`."""
+class RunIsBusy(NevError, RuntimeError):
+    """Another driver on this cluster trains the same run."""
+
+
+def open_board(run: str) -> Any:
+    """The run's board, on this node: an actor with `post(Post)` and `take() -> list[Post]`. Raises RunIsBusy."""
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False
     )
-    return ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
+    board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here, name=run, namespace="nev")
+    try:
+        return board.remote()
+    except ValueError as error:  # the name is taken
+        raise RunIsBusy(
+            f"{run}: another job on this cluster trains this run. See `ray job list`; stop that job, or wait for its end."
+        ) from error
 
 
 class Watcher:

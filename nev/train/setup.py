@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from nev.config import ConfigError, Data, Experiment, ZeroShot
@@ -14,7 +15,7 @@ from nev.data.index import DataError, Index, build_index
 from nev.data.plan import Plan
 from nev.data.sidecar import check_sidecars, sidecar_key
 from nev.data.storage import filesystem, join
-from nev.eval.validation import Validation
+from nev.eval.validation import Validation, metric_names
 from nev.eval.zeroshot import class_embeddings
 from nev.train.job import Job
 from nev.train.manifest import CheckpointError, latest, read_manifest
@@ -75,8 +76,8 @@ def prepare_job(config: Experiment, text: TextTower, stop_after: int | None = No
     check_sidecars(index, key, text.width)
     plan = Plan(index.rows, config.seed, config.train.global_batch, config.data.block_rows)
     validation = make_validation(config, text) if config.data.val else None
-    if validation is None and config.eval.best:
-        raise ConfigError(f"eval.best = {config.eval.best!r} needs a validation set: give data.val")
+    if config.eval.best:
+        refuse_unknown_metric(config.eval.best, "eval.best", validation)
     total = total_steps(config, plan)
     job = Job(
         config=config,
@@ -135,6 +136,8 @@ def make_validation(config: Experiment, text: TextTower) -> Validation:
     if config.eval.zero_shot and not index.columns.label:
         raise DataError(f"{config.data.val}: zero-shot needs an integer label column; name it with data.columns.label")
     classes = class_vectors(config.eval.zero_shot, text) if config.eval.zero_shot else None
+    if classes is not None:
+        check_labels(index, len(classes))
     return Validation(
         reader=val_reader(config.data, index),
         batch=config.eval.batch,
@@ -143,6 +146,35 @@ def make_validation(config: Experiment, text: TextTower) -> Validation:
         text_key=key,
         text_width=text.width,
     )
+
+
+def refuse_unknown_metric(name: str, where: str, validation: Validation | None) -> None:
+    """Raise ConfigError unless the validation gives a metric of this name."""
+    if validation is None:
+        raise ConfigError(f"{where} = {name!r} needs a validation set: give data.val")
+    classes = 0 if validation.classes is None else len(validation.classes)
+    names = metric_names(classes, validation.retrieval)
+    if name not in names:
+        raise ConfigError(
+            f"{where} = {name!r} is not measured; this experiment measures {', '.join(names) or 'nothing'}"
+        )
+
+
+def check_labels(index: Index, classes: int) -> None:
+    """Raise DataError unless every label is null, negative (unknown) or a class, and one at least is a class."""
+    known = 0
+    for shard in range(len(index.paths)):
+        fs, path = filesystem(index.location(shard))
+        with fs.open(path, "rb") as file:
+            labels = pq.read_table(file, columns=[index.columns.label])[0].drop_null().to_numpy()
+        if len(labels) and labels.max() >= classes:
+            raise DataError(
+                f"{index.location(shard)}: label {labels.max()}, but eval.zero_shot.classes names {classes} classes "
+                "(labels count from 0). Give the classes of this data set, in the order of its labels."
+            )
+        known += int((labels >= 0).sum())
+    if not known:
+        raise DataError(f"{index.root}: no row has a label, so zero-shot has nothing to score")
 
 
 def val_reader(data: Data, index: Index) -> BlockReader:

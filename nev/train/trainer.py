@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -21,7 +22,10 @@ from nev.train.monitor import Post, Watcher, open_board
 from nev.train.quarantine import TooManyBadRows
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from nev.train.loop import Learner, Rank
+    from nev.train.step import LockedTextModel
 
 
 class TrainingFailed(NevError, RuntimeError):
@@ -38,7 +42,7 @@ def fit(job: Job, reader: BlockReader, tracker: Tracker, console: Console) -> di
 
     from nev.data.stream import stream_options
 
-    board = open_board()
+    board = open_board(job.run)
     job = dataclasses.replace(job, mlflow_run_id=tracker.run_id)
     watcher = Watcher(board, tracker, console, job.total_steps, where(job.run).step)
     workers = job.config.workers
@@ -87,7 +91,7 @@ def work(setting: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
-    from nev.train.loop import Rank, train
+    from nev.train.loop import Diverged, Rank, train
     from nev.train.step import choose_precision
 
     job: Job = setting["job"]
@@ -101,13 +105,34 @@ def work(setting: dict[str, Any]) -> None:
     def report(step: int, metrics: dict[str, float]) -> None:
         setting["board"].post.remote(Post(step, metrics))
 
+    def give_up(error: str) -> None:
+        # All ranks return together: raised, the error would be tried again, to the same end.
+        if me.rank == 0:
+            ray.get(setting["board"].post.remote(Post(0, {}, error)))
+
+    # Asked for now, the first block is made while this process still imports and builds the model.
+    blocks = blocks_of(job, me)
+    first = ThreadPoolExecutor(1).submit(next, blocks, None)
+    problem = None
     try:
         learner, start = build_learner(job, me)
-        train(job, me, learner, start, blocks_of(job, me), report)
-    except (ConfigError, CheckpointError, TooManyBadRows) as error:
-        # Every rank meets these alike, at the same point. Raised, they would be tried again, to the same end.
-        if me.rank == 0:
-            ray.get(setting["board"].post.remote(Post(0, {}, str(error))))
+    except (ConfigError, CheckpointError) as error:
+        problem = str(error)  # perhaps of this node alone: the others must not wait for it
+    if found := first_of_all(problem, me.world):
+        return give_up(found)
+    wrapped = wrap(learner.model, me)
+    try:
+        train(job, me, dataclasses.replace(learner, wrapped=wrapped), start, after(first, blocks), report)
+    except (TooManyBadRows, Diverged) as error:  # every rank meets these at the same step
+        give_up(str(error))
+
+
+def after(first: Future[Block | None], blocks: Iterator[Block]) -> Iterator[Block]:
+    """The block that is on its way, then the others."""
+    block = first.result()
+    if block is not None:
+        yield block
+    yield from blocks
 
 
 def blocks_of(job: Job, me: Rank) -> Iterator[Block]:
@@ -120,9 +145,8 @@ def blocks_of(job: Job, me: Rank) -> Iterator[Block]:
 
 
 def build_learner(job: Job, me: Rank) -> tuple[Learner, Start]:
-    """Model and optimiser, alike on every rank: from the seed, or from the run's latest checkpoint."""
+    """Model and optimiser, alike on every rank: from the seed, or from the run's latest checkpoint. Not under DDP yet."""
     import torch
-    from torch.nn.parallel import DistributedDataParallel
 
     from nev.models.vision import build_vision
     from nev.train.checkpoint import load, load_optimizer
@@ -133,21 +157,41 @@ def build_learner(job: Job, me: Rank) -> tuple[Learner, Start]:
 
     config = job.config
     torch.manual_seed(config.seed)
-    vision = build_vision(config.vision, config.data.image_size, job.text_width)
+    newest = latest(job.run)
+    source = config.vision
+    if newest is not None:  # its weights replace all: neither hub nor file is needed
+        source = source.model_copy(update={"pretrained": False, "weights": None})
+    vision = build_vision(source, config.data.image_size, job.text_width)
     model = LockedTextModel(vision, config.loss.init_scale, config.loss.learn_scale).to(me.device).train()
     optimizer = make_optimizer(model, config.optim)
     seed_rank(me.rank, config.seed, 0)
     start = Start()
-    newest = latest(job.run)
     if newest is not None:
         state, weights, moments, rng = load(newest)
         model.load_state_dict(weights)
         load_optimizer(model, optimizer, moments)
         restore_rng(rng, me.rank, me.device, config.seed, state.step)
         start = Start(state.step, state.bad_rows)
+    return Learner(model, model, optimizer), start
+
+
+def wrap(model: LockedTextModel, me: Rank) -> nn.Module:
+    """The model under DDP where there are several ranks: every rank must come here."""
+    from torch.nn.parallel import DistributedDataParallel
+
     ids = [me.device.index] if me.device.type == "cuda" else None
-    wrapped = DistributedDataParallel(model, device_ids=ids) if me.world > 1 else model
-    return Learner(model, wrapped, optimizer), start
+    return DistributedDataParallel(model, device_ids=ids) if me.world > 1 else model
+
+
+def first_of_all(problem: str | None, world: int) -> str | None:
+    """The first rank's problem, if any rank has one. One gather of objects, none where W = 1."""
+    import torch.distributed as dist
+
+    if world == 1:
+        return problem
+    problems: list[str | None] = [None] * world
+    dist.all_gather_object(problems, problem)
+    return next((found for found in problems if found), None)
 
 
 def first_cause(error: BaseException) -> str:
