@@ -30,8 +30,8 @@ BARE_LOOP_GOAL, OPEN_CLIP_GOAL = 0.85, 4.0
 NOTES = (
     "Every measurement has a process of its own; the first fifth of its steps is left out. All run on the CPU alone.",
     "ray_job: pipelines/train.py with the config's workers; it reads parquet, decodes, crops, flips, and waits for data in "
-    "the timed steps. Ray Data decodes ahead as far as its memory lets it, so the rate from the first request for data on "
-    "stands beside the steady one.",
+    "the timed steps. The rate from the first request for data on, which waits for the first block, stands beside the "
+    "steady one.",
     "bare_loop: one process, every core, the same tower, batch, InfoNCE, AdamW and clipping; decoded pictures and text "
     "vectors in memory, the config's flip, no crop.",
     "open_clip_lit: open_clip_train.main --lock-text, 1 process on every core, 2 loader workers, fp32, the same tars' "
@@ -53,6 +53,7 @@ def main(
     open_clip_steps: Annotated[int, typer.Option(min=3, help="Steps of open_clip, which are slower.")] = 15,
     repetitions: Annotated[int, typer.Option(min=1, help="Rounds; every contestant runs once in each.")] = 3,
     skip_open_clip: Annotated[bool, typer.Option("--skip-open-clip", help="Leave open_clip out.")] = False,
+    one_worker: Annotated[bool, typer.Option("--one-worker", help="Time nev with one worker, too.")] = False,
     results: Annotated[
         Path, typer.Option(help="Folder of train.json.", show_default="benchmarks/results")
     ] = report.RESULTS,
@@ -68,7 +69,7 @@ def main(
         ratios: dict[str, report.Ratio] = {}
         for path in configs or CONFIGS:
             experiment = ready(path, overrides or [], console)
-            add_own(experiment, steps, contestants, beside, ratios)
+            add_own(experiment, steps, one_worker, contestants, beside, ratios)
             if experiment.name == "flickr8k" and not skip_open_clip:
                 add_open_clip(experiment, open_clip_steps, contestants, ratios, console)
         figures = report.measure_interleaved(contestants, repetitions, console)
@@ -101,11 +102,12 @@ def ready(path: str, overrides: list[str], console: Console) -> Experiment:
 def add_own(
     experiment: Experiment,
     steps: int,
+    one_worker: bool,
     contestants: Contestants,
     beside: dict[str, list[float]],
     ratios: dict[str, report.Ratio],
 ) -> None:
-    """nev's job with the config's workers and with one worker, and the bare loop, all in images/s; and their ratio."""
+    """nev's job with the config's workers, if wanted with one worker too, and the bare loop, all in images/s; and their ratio."""
     from benchmarks.contestants.bare_loop import bare_loop
     from benchmarks.contestants.processes import in_own_process
     from benchmarks.contestants.ray_job import ray_job
@@ -121,7 +123,8 @@ def add_own(
     job, loop = figure(name, "ray_job"), figure(name, "bare_loop")
     contestants[job] = partial(timed_job, f"{name}_ray_job", experiment)
     contestants[loop] = partial(in_own_process, bare_loop, experiment, steps)
-    contestants[figure(name, "ray_job_one_worker")] = partial(timed_job, f"{name}_ray_job_one_worker", alone)
+    if one_worker:
+        contestants[figure(name, "ray_job_one_worker")] = partial(timed_job, f"{name}_ray_job_one_worker", alone)
     ratios[f"ray_vs_bare_loop_{name}"] = report.Ratio(job, loop, BARE_LOOP_GOAL)
     if name == "cifar10":
         ratios["ray_vs_bare_loop"] = ratios["ray_vs_bare_loop_cifar10"]

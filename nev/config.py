@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -191,10 +192,22 @@ class Eval(Section):
 
 
 class Tracking(Section):
-    """MLflow. `None` is SQLite beside the runs (`<output>/mlflow.db`)."""
+    """MLflow. `None` is SQLite beside the runs (`<output>/mlflow.db`).
+
+    A URI may hold no password, since a config is written down in checkpoints, in MLflow and on the console.
+    """
 
     uri: str | None = None
     experiment: str = "nev"
+
+    @model_validator(mode="after")
+    def _no_password(self) -> Self:
+        if self.uri and urlsplit(self.uri).password is not None:
+            raise ValueError(
+                "leave the password out of the URI: a server's is read from MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, PostgreSQL's from PGPASSWORD or ~/.pgpass"
+            )
+        return self
 
 
 class Experiment(Section):

@@ -158,7 +158,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run_train(folder: Path, shards: str = "shards") -> dict[str, dict[str, float]]:
     configs = [str(REPO / path) for path in train.CONFIGS]
-    train.main(configs, [f"data.train={folder / shards}"], repetitions=2, results=folder)
+    train.main(configs, [f"data.train={folder / shards}"], repetitions=2, one_worker=True, results=folder)
     return json.loads((folder / "train.json").read_text())
 
 

@@ -18,8 +18,8 @@ from nev.data.block import Block, BlockReader
 from nev.data.decode import decode, draw, eval_view, train_view
 from nev.data.index import DataError, Index, build_index
 from nev.data.plan import Plan, Segment, in_order
+from nev.data.rows import captions_of
 from nev.data.sidecar import (
-    captions_of,
     check_sidecars,
     missing_sidecars,
     sidecar_key,

@@ -161,6 +161,13 @@ def test_values_out_of_range_are_refused(override: str, message: str) -> None:
         parse(Experiment, SMALL, [override])
 
 
+def test_a_password_in_the_tracking_uri_is_refused_and_not_repeated(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="leave the password out") as caught:
+        load(written(tmp_path, SMALL), ["tracking.uri=postgresql://nev:hunter2@db/mlflow"])
+    assert "hunter2" not in str(caught.value)
+    load(written(tmp_path, SMALL), ["tracking.uri=postgresql://nev@db/mlflow"])
+
+
 def test_a_section_cannot_be_changed() -> None:
     experiment = parse(Experiment, SMALL)
     with pytest.raises(ValidationError, match="frozen"):

@@ -40,6 +40,21 @@ def counting_reader(folder: Path, count: int) -> BlockReader:
     return Counting(index, 8, Limits(), 5, None, KEY, WIDTH, log=str(folder / "read"))
 
 
+@pytest.mark.parametrize(
+    ("ahead", "size", "cpus", "store", "expected"),
+    [
+        (8, 1, 2, 1e9, 8),  # two steps
+        (8, 1, 64, 1e9, 128),  # work for every CPU
+        (8, 100, 64, 1000, 5),  # half of the memory
+        (8, 100, 64, 10, 1),  # a block at least, or nothing would ever move
+    ],
+)
+def test_what_is_enough(ahead: int, size: int, cpus: float, store: float, expected: int) -> None:
+    from nev.data.pacing import enough_blocks
+
+    assert enough_blocks(ahead, size, cpus, store) == expected
+
+
 def test_a_consumer_that_does_not_take_holds_the_reading_back(ray_cluster: None, tmp_path: Path) -> None:
     from nev.data.stream import make_stream
 

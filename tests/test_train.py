@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 from torch import Tensor
 
 from nev.config import ConfigError, Experiment
 from nev.data.block import Block, BlockReader
+from nev.data.index import DataError
 from nev.data.plan import Plan
+from nev.eval.validation import embedded_file, load_embedded, score
 from nev.experiment import Summary, run_experiment
 from nev.models.text import TextTower, load_text
 from nev.tracking import Tracker
 from nev.train import checkpoint
 from nev.train.job import Job, Start, where
-from nev.train.loop import Rank, StreamError, train
-from nev.train.manifest import CheckpointError
+from nev.train.loop import Diverged, Rank, StreamError, train
+from nev.train.manifest import CheckpointError, latest, read_manifest
 from nev.train.quarantine import TooManyBadRows
 from nev.train.setup import absolute, prepare_job, train_reader
 from nev.train.step import choose_precision
@@ -168,6 +174,50 @@ def test_another_experiment_under_the_same_name_is_refused(tiny: Make, text: Tex
     prepare_job(tiny(train__steps=2, workers__count=2, train__keep_last=5), text)  # these do not touch what is computed
 
 
+def test_a_metric_that_is_not_measured_is_refused(tiny: Make, text: TextTower) -> None:
+    with pytest.raises(ConfigError, match=r"eval\.best = 'zero_shot/topp1' is not measured.*zero_shot/top1"):
+        prepare_job(tiny(eval__best="zero_shot/topp1"), text)
+
+
+def test_labels_beyond_the_classes_are_refused(tiny: Make, text: TextTower) -> None:
+    with pytest.raises(DataError, match=r"label 29, but eval\.zero_shot\.classes names 3 classes"):
+        prepare_job(tiny(eval__zero_shot__classes=["a", "b", "c"]), text)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_its_checkpoint(tiny: Make, text: TextTower) -> None:
+    config = tiny(
+        train__steps=20, train__checkpoint_every=1, train__log_every=20, optim__lr=1e30, optim__warmup_steps=0
+    )
+    job = prepare_job(config, text)
+    with pytest.raises(Diverged, match=r"loss .* at step \d+ \(learning rate"):
+        run_bare(job, train_reader(config, text))
+    newest = latest(job.run)
+    assert newest is None or all(torch.isfinite(tensor).all() for tensor in checkpoint.load_model(newest)[1].values())
+
+
+def test_a_resumed_run_needs_no_pretrained_weights(tiny: Make, text: TextTower, tmp_path: Path) -> None:
+    trunk = build_learner(prepare_job(tiny(train__steps=4), text), Rank(0, 1, CPU, choose_precision("fp32", CPU)))[0]
+    file = tmp_path / "trunk.safetensors"
+    save_file(trunk.model.vision.trunk.state_dict(), file)
+    config = tiny(train__steps=4, vision__weights=str(file))
+    run_bare(prepare_job(config, text, stop_after=2), train_reader(config, text))
+    file.unlink()
+    run_bare(prepare_job(config, text), train_reader(config, text))
+    assert where(prepare_job(config, text).run) == Start(4, 0)
+
+
+def test_the_vectors_of_the_validation_are_in_the_checkpoint(tiny: Make, text: TextTower) -> None:
+    job = prepare_job(tiny(train__steps=2), text)
+    run_bare(job, train_reader(job.config, text))
+    newest = latest(job.run)
+    assert newest
+    assert job.validation
+    kept = load_embedded(newest, job.validation)
+    assert kept
+    assert score(job.validation, kept) == read_manifest(newest)["metrics"]
+    assert embedded_file(job.validation) in read_manifest(newest)["sha256"], "checksummed with the rest"
+
+
 def test_best_without_a_validation_set_is_refused(tiny: Make, text: TextTower) -> None:
     with pytest.raises(ConfigError, match=r"needs a validation set"):
         prepare_job(tiny(data__val=None), text)
@@ -204,18 +254,40 @@ def test_on_ray_curves_of_one_and_two_workers_agree(ray_cluster: None, tiny: Mak
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_on_ray_resumed_run_equals_undisturbed(ray_cluster: None, tiny: Make, text: TextTower) -> None:
-    """Two workers; and MLflow has one run with one curve."""
-    settings = {"workers__count": 2, "train__steps": 12, "train__checkpoint_every": 5}
+def test_on_ray_resumed_and_killed_runs_equal_undisturbed(ray_cluster: None, tiny: Make, text: TextTower) -> None:
+    """Two workers. Stopped and started again, or with a worker killed on the way: the same weights, and one curve in MLflow."""
+    settings = {"workers__count": 2, "train__steps": 30, "train__checkpoint_every": 5}
     whole = run_experiment(tiny(name="undisturbed", **settings), Console(quiet=True))
+
     halves = tiny(name="resumed", **settings)
     stopped = run_experiment(halves, Console(quiet=True), stop_after=7)
     resumed = run_experiment(halves, Console(quiet=True))
     assert stopped.mlflow_run_id == resumed.mlflow_run_id
-    assert curve(whole) == curve(resumed)
-    left, right = (checkpoint.load_model(summary.checkpoint)[1] for summary in (whole, resumed))
-    assert all(torch.equal(left[name], right[name]) for name in left)
-    assert whole.metrics == resumed.metrics
+
+    victim = tiny(name="killed", **settings)
+    with ThreadPoolExecutor(1) as beside:
+        killed_after = beside.submit(kill_a_worker_after_a_checkpoint, f"{victim.output}/killed")
+        killed = run_experiment(victim, Console(quiet=True))
+    assert 5 <= killed_after.result() < 30, "it was killed on the way"
+
+    for run in (resumed, killed):
+        assert curve(whole) == curve(run)
+        left, right = (checkpoint.load_model(summary.checkpoint)[1] for summary in (whole, run))
+        assert all(torch.equal(left[name], right[name]) for name in left)
+        assert whole.metrics == run.metrics
+
+
+def kill_a_worker_after_a_checkpoint(run: str) -> int:
+    """SIGKILL to one of the training processes that this test session's Ray runs; returns the checkpoint's step then."""
+    give_up = time.monotonic() + 300
+    while (newest := latest(run)) is None:
+        assert time.monotonic() < give_up, "no checkpoint came"
+        time.sleep(0.01)
+    ours = psutil.Process().children(recursive=True)
+    workers = [one for one in ours if "".join(one.cmdline()).startswith("ray::RayTrainWorker")]
+    assert len(workers) == 2
+    workers[1].kill()
+    return int(read_manifest(newest)["step"])
 
 
 @pytest.mark.ray

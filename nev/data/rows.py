@@ -28,11 +28,10 @@ class Row(TypedDict):
     reject: NotRequired[str]
 
 
-def captions_of(row: Row) -> list[str]:
-    """The sentences of a row without outer white space, empty and null ones left out."""
-    given = row["caption"]
-    sentences = [given] if isinstance(given, str) else given or []
-    return [sentence.strip() for sentence in sentences if sentence and sentence.strip()]
+def captions_of(caption: str | list[str] | None) -> list[str]:
+    """The captions of a row, given as one or as a list, without outer white space; null and blank ones do not count."""
+    given = [caption] if caption is None or isinstance(caption, str) else caption
+    return [sentence.strip() for sentence in given if sentence and sentence.strip()]
 
 
 def fault(row: Row, limits: Limits) -> str | None:
@@ -45,7 +44,7 @@ def fault(row: Row, limits: Limits) -> str | None:
         return "empty image"
     if len(row["image"]) > limits.max_bytes:
         return f"image over {limits.max_bytes} bytes"
-    if not captions_of(row):
+    if not captions_of(row["caption"]):
         return "empty caption"
     return None
 
@@ -56,4 +55,4 @@ def usable(rows: Iterable[Row], dropped: Counter[str], limits: Limits) -> Iterat
         if reason := fault(row, limits):
             dropped[reason] += 1
         else:
-            yield {**row, "caption": captions_of(row)}
+            yield {**row, "caption": captions_of(row["caption"])}

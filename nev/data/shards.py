@@ -122,7 +122,7 @@ class _Buckets:
         return hashlib.blake2b(row["uid"].encode(), digest_size=16, key=self.key).digest()
 
     def add(self, row: Row) -> None:
-        captions = captions_of(row)
+        captions = captions_of(row["caption"])
         if not row["uid"] or not row["image"] or not captions:
             raise ConfigError(
                 f"row {row['uid']!r}: needs a uid, an image and a caption. Pass the rows through `usable`."
@@ -196,7 +196,7 @@ def _write_shard(
 
 def _table(rows: list[Row], schema: pa.Schema) -> pa.Table:
     columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in schema.names}
-    captions = [captions_of(row) for row in rows]
+    captions = [captions_of(row["caption"]) for row in rows]
     one = schema.field("caption").type == pa.string()
     columns["caption"] = [first for (first,) in captions] if one else captions
     return pa.table(columns, schema=schema)

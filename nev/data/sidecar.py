@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from nev.data.index import FOOTER_READERS, DataError, Index
+from nev.data.rows import captions_of
 from nev.data.storage import filesystem, join
 
 LAYOUT = 1  # counts changes of the file's layout: sidecars of another one have another key
@@ -42,12 +43,6 @@ def shard_fingerprint(index: Index, shard: int) -> str:
     own = index.groups_of(shard)
     layout = np.stack([index.group[own], index.rows[own], index.nbytes[own]]).astype("<i8")
     return hashlib.sha256(layout.tobytes()).hexdigest()
-
-
-def captions_of(value: str | list[str] | None) -> list[str]:
-    """The captions of a row: a string or a list of strings; null and blank ones do not count."""
-    values = [value] if value is None or isinstance(value, str) else value
-    return [caption.strip() for caption in values if caption and caption.strip()]
 
 
 def uids_of(column: pa.ChunkedArray) -> list[str]:

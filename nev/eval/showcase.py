@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from nev.data.index import Index
-from nev.data.sidecar import captions_of
+from nev.data.rows import captions_of
 from nev.data.storage import filesystem
 from nev.eval.engine import pictures
 from nev.eval.plots import curve, gallery
@@ -22,10 +22,7 @@ RESULTS = 6
 
 
 def retrieval_gallery(path: str | Path, task: Validation, embedded: Embedded, seed: int = 0) -> None:
-    """Captions drawn from the set, each with the pictures nearest to it; its own picture is framed.
-
-    Where the set has classes and no sidecar of captions, class prompts take their place.
-    """
+    """Captions drawn from the set, each with the pictures nearest to it; its own picture is framed."""
     texts, owner = load_texts(task.reader.index, task.text_key, task.text_width)
     chosen = np.random.default_rng(seed).choice(len(texts), min(QUERIES, len(texts)), replace=False)
     captions = all_captions(task.reader.index)
