@@ -19,6 +19,7 @@ from nev.errors import NevError
 from nev.tracking import Tracker
 
 POLL_S = 0.5
+SEND_S = 5.0  # to MLflow: every call to a SQLite store costs CPU that training on one machine would miss
 PLAIN_LINE_S = 15.0  # how often a console that cannot redraw a line gets a new one
 
 
@@ -72,7 +73,7 @@ class Watcher:
         self._total = total_steps
         self._line = _progress(console)
         self._task = self._line.add_task("", total=total_steps, completed=first_step, numbers="starting")
-        self._printed = 0.0
+        self._printed = self._sent = 0.0
         self._away = False
 
     def read(self) -> None:
@@ -84,7 +85,8 @@ class Watcher:
             self.latest.update(post.metrics)
             self._tracker.log(post.step, post.metrics)
             self._show(post.step)
-        self._send()
+        if time.monotonic() - self._sent > SEND_S:
+            self._send()
 
     def _show(self, step: int) -> None:
         now = self.latest
@@ -108,6 +110,7 @@ class Watcher:
         """A tracker that is away must not stop the training: metrics are kept and sent with a later call."""
         from mlflow.exceptions import MlflowException
 
+        self._sent = time.monotonic()
         try:
             self._tracker.flush()
             self._away = False
@@ -135,6 +138,7 @@ class Watcher:
             stop.set()
             thread.join()
             self.read()
+            self._send()
             self._line.stop()
 
 

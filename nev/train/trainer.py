@@ -180,7 +180,7 @@ def wrap(model: LockedTextModel, me: Rank) -> nn.Module:
     from torch.nn.parallel import DistributedDataParallel
 
     ids = [me.device.index] if me.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids) if me.world > 1 else model
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True) if me.world > 1 else model
 
 
 def first_of_all(problem: str | None, world: int) -> str | None:
