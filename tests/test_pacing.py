@@ -89,10 +89,10 @@ def test_the_executor_sleeps_while_the_consumer_does_not_take(ray_cluster: None,
     blocks = iter(stream.iter_batches(batch_size=None, prefetch_batches=0))
     next(blocks)
     time.sleep(1.0)
-    before = len(turns)
+    before, begin = len(turns), time.monotonic()
     assert before, "the executor runs in this process, so its turns are seen"
     time.sleep(1.0)
-    assert len(turns) - before <= 1.1 / PAUSE_S
+    assert len(turns) - before <= 2 * (time.monotonic() - begin) / PAUSE_S  # without a pause it is some thousands
     assert sum(1 for _ in blocks) == 59
 
 

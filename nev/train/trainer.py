@@ -37,6 +37,7 @@ def fit(job: Job, reader: BlockReader, tracker: Tracker, console: Console) -> di
 
     Returns the newest value of each metric. Raises TrainingFailed.
     """
+    import ray
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -60,11 +61,13 @@ def fit(job: Job, reader: BlockReader, tracker: Tracker, console: Console) -> di
         datasets={"train": lambda: stream_from_here(job, reader)},
         dataset_config=ray.train.DataConfig(execution_options=stream_options()),
     )
-    with watcher.watching():
-        try:
+    try:
+        with watcher.watching():
             trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise TrainingFailed(first_cause(error)) from error
+    except ray.train.TrainingFailedError as error:
+        raise TrainingFailed(first_cause(error)) from error
+    finally:
+        ray.kill(board)  # its name is the run's: another start of this run may need it at once
     if watcher.errors:
         raise TrainingFailed(watcher.errors[0])
     return watcher.latest
