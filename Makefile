@@ -38,8 +38,8 @@ format: setup ## Apply ruff's formatting and safe fixes.
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lock: ## Pin requirements.lock anew from pyproject.toml.
-	uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+lock: setup ## Pin requirements.lock anew from pyproject.toml.
+	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
 	  --no-header --upgrade --group dev pyproject.toml -o requirements.lock
 
 bench: setup ## Run benchmarks/NAME.py (make bench NAME=train); writes benchmarks/results/NAME.json.

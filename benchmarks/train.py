@@ -46,7 +46,8 @@ Contestants = dict[str, Callable[[], float]]
 
 def main(
     configs: Annotated[
-        list[str] | None, typer.Option("--config", help=f"Experiment file; may be repeated.  [{' and '.join(CONFIGS)}]")
+        list[str] | None,
+        typer.Option("--config", help=f"Experiment file; may be repeated (default: {' and '.join(CONFIGS)})"),
     ] = None,
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(min=5, help="Steps of nev's job and of the bare loop.")] = 100,
@@ -90,8 +91,8 @@ def ready(path: str, overrides: list[str], console: Console) -> Experiment:
         raise BenchmarkFailed(f"{path}: workers.gpus is {experiment.workers.gpus:g}, but this benchmark times the CPU")
     if not any(Path(experiment.data.train).glob("*.parquet")):
         raise BenchmarkFailed(
-            f"{path}: no shards in {experiment.data.train}. The commands that make them are shown by "
-            "`python pipelines/prepare.py --help` and at the head of that file."
+            f"{path}: no shards in {experiment.data.train}. The options that make them are shown by "
+            "`python pipelines/prepare.py --help`; examples stand at the head of that file."
         )
     with console.status(f"{experiment.name}: text vectors"), tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.yaml").write_text(to_yaml(experiment), encoding="utf-8")

@@ -19,7 +19,8 @@ def main(
     checkpoint: Annotated[str, typer.Option(help="Checkpoint folder: runs/NAME/checkpoints/step-...")],
     overrides: Overrides = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for metrics.json and the galleries  [the run's folder/evaluation]")
+        Path | None,
+        typer.Option(help="Folder for metrics.json and the galleries (default: the run's folder/evaluation)"),
     ] = None,
 ) -> None:
     """Score a checkpoint on its experiment's validation set, or on another one."""
