@@ -94,26 +94,3 @@ def test_the_executor_sleeps_while_the_consumer_does_not_take(ray_cluster: None,
     time.sleep(1.0)
     assert len(turns) - before <= 2 * (time.monotonic() - begin) / PAUSE_S  # without a pause it is some thousands
     assert sum(1 for _ in blocks) == 59
-
-
-def test_block_numbers_are_not_all_made_at_once(ray_cluster: None, tmp_path: Path) -> None:
-    """A run of weeks has millions: the stream keeps some thousands."""
-    from ray.data._internal.execution.execution_callback import ExecutionCallback
-
-    from nev.data.stream import NUMBERS_PER_TASK, make_stream
-
-    waiting = []
-
-    class Watch(ExecutionCallback):
-        def on_execution_step(self, executor: Any) -> None:
-            waiting.append(max(state.total_enqueued_input_blocks() for state in executor._topology.values()))
-
-    reader = counting_reader(tmp_path, 8)
-    plan = Plan(reader.index.rows, 1, global_batch=4, block_rows=2)
-    stream = make_stream(reader, plan, 0, 10 * NUMBERS_PER_TASK)
-    stream.context.custom_execution_callback_classes.append(Watch)
-    blocks = iter(stream.iter_batches(batch_size=None, prefetch_batches=0))
-    for _ in range(4):
-        next(blocks)
-    time.sleep(2.0)
-    assert 0 < max(waiting) <= 2 * NUMBERS_PER_TASK
