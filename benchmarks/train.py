@@ -33,7 +33,8 @@ NOTES = (
     "the timed steps. The rate from the first request for data on, which waits for the first block, stands beside the "
     "steady one.",
     "bare_loop: one process, every core, the same tower, batch, InfoNCE, AdamW and clipping; decoded pictures and text "
-    "vectors in memory, the config's flip, no crop.",
+    "vectors in memory, the config's flip, no crop. Its linear layers are PyTorch's; bare_loop_own_layers has nev's, which "
+    "go through oneDNN (nev/models/onednn.py), so that the pipeline's own cost shows.",
     "open_clip_lit: open_clip_train.main --lock-text, 1 process on every core, 2 loader workers, fp32, the same tars' "
     "pictures and first captions at 77 tokens. Its ViT has the same patch, width, depth and heads; it pools the class "
     "token, where nev's also has an attention pooling head; the crop is the same, without flip.",
@@ -108,7 +109,7 @@ def add_own(
     beside: dict[str, list[float]],
     ratios: dict[str, report.Ratio],
 ) -> None:
-    """nev's job with the config's workers, if wanted with one worker too, and the bare loop, all in images/s; and their ratio."""
+    """nev's job with the config's workers, if wanted with one worker too, and the bare loops, all in images/s; and their ratios."""
     from benchmarks.contestants.bare_loop import bare_loop
     from benchmarks.contestants.processes import in_own_process
     from benchmarks.contestants.ray_job import ray_job
@@ -121,12 +122,14 @@ def add_own(
 
     name = experiment.name
     alone = experiment.model_copy(update={"workers": experiment.workers.model_copy(update={"count": 1})})
-    job, loop = figure(name, "ray_job"), figure(name, "bare_loop")
+    job, loop, own = (figure(name, kind) for kind in ("ray_job", "bare_loop", "bare_loop_own_layers"))
     contestants[job] = partial(timed_job, f"{name}_ray_job", experiment)
-    contestants[loop] = partial(in_own_process, bare_loop, experiment, steps)
+    contestants[loop] = partial(in_own_process, bare_loop, experiment, steps, False)
+    contestants[own] = partial(in_own_process, bare_loop, experiment, steps, True)
     if one_worker:
         contestants[figure(name, "ray_job_one_worker")] = partial(timed_job, f"{name}_ray_job_one_worker", alone)
     ratios[f"ray_vs_bare_loop_{name}"] = report.Ratio(job, loop, BARE_LOOP_GOAL)
+    ratios[f"ray_vs_bare_loop_own_layers_{name}"] = report.Ratio(job, own, None)
     if name == "cifar10":
         ratios["ray_vs_bare_loop"] = ratios["ray_vs_bare_loop_cifar10"]
 

@@ -2,7 +2,7 @@
 
 The model, the batch, the loss, the optimiser, the clipping and the precision are those of the config. There is no reading,
 no decoding, no crop (the pictures are centre views, decoded beforehand by nev's decoder) and no tracking; the flip is done
-on the batch where the config flips.
+on the batch where the config flips. Its linear layers are PyTorch's, or nev's (`nev.models.onednn`) if wanted.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from benchmarks.contestants.processes import warm_up_steps
 from nev.config import Experiment
 
 
-def bare_loop(config: Experiment, steps: int) -> float:
-    """Train for `steps` steps on the CPU; images/s after the warm-up."""
+def bare_loop(config: Experiment, steps: int, own_layers: bool) -> float:
+    """Train for `steps` steps on the CPU, with nev's linear layers (`own_layers`) or PyTorch's; images/s after the warm-up."""
+    from nev.models.onednn import Linear1x1
     from nev.models.vision import build_vision, normalise
     from nev.train.step import choose_precision
 
@@ -30,6 +31,10 @@ def bare_loop(config: Experiment, steps: int) -> float:
     batch, warm_up, data = config.train.global_batch, warm_up_steps(steps), config.data
     images, texts = preload(config, steps * batch)
     vision = build_vision(config.vision, data.image_size, texts.shape[1]).train()
+    if not own_layers:
+        for module in vision.modules():
+            if type(module) is Linear1x1:
+                module.__class__ = nn.Linear
     log_scale = nn.Parameter(torch.tensor(math.log(config.loss.init_scale)))
     parameters = [*vision.parameters(), log_scale]
     optim = config.optim

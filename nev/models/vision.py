@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from nev.config import ConfigError, Vision
 from nev.models import nomic
 from nev.models.heads import build_head
+from nev.models.onednn import through_onednn
 from nev.models.weights import read_weights
 
 OURS = ("num_classes", "global_pool", "img_size", "pretrained")  # set here, so not for trunk_args
@@ -92,7 +93,9 @@ def build_vision(config: Vision, image_size: int, width: int) -> VisionTower:
         trunk.norm = nn.Identity()
     if config.pool == "nomic":
         nomic.as_released(trunk)
-    return VisionTower(trunk, build_head(config, trunk), width, config.trunk)
+    tower = VisionTower(trunk, build_head(config, trunk), width, config.trunk)
+    through_onednn(tower)
+    return tower
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
