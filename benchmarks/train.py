@@ -109,7 +109,7 @@ def add_own(
     beside: dict[str, list[float]],
     ratios: dict[str, report.Ratio],
 ) -> None:
-    """nev's job with the config's workers, if wanted with one worker too, and the bare loops, all in images/s; and their ratios."""
+    """nev's job with the config's workers, if wanted with one worker too, and the bare loops, in images/s; their ratios."""
     from benchmarks.contestants.bare_loop import bare_loop
     from benchmarks.contestants.processes import in_own_process
     from benchmarks.contestants.ray_job import ray_job

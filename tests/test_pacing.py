@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,3 +95,35 @@ def test_the_executor_sleeps_while_the_consumer_does_not_take(ray_cluster: None,
     time.sleep(1.0)
     assert len(turns) - before <= 2 * (time.monotonic() - begin) / PAUSE_S  # without a pause it is some thousands
     assert sum(1 for _ in blocks) == 59
+
+
+def test_block_numbers_leave_a_cpu_to_the_reading(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of weeks has millions of them: made all at once, they would hold every CPU before the first block is read."""
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    from nev.data import stream
+    from nev.data.pacing import NUMBER_OPERATORS
+
+    running: dict[str, int] = {}
+    started: dict[str, int] = {}
+
+    class Watch(ExecutionCallback):
+        def on_execution_step(self, executor: Any) -> None:
+            for op in executor._topology:
+                if op.name.startswith(NUMBER_OPERATORS):
+                    running[op.name] = max(running.get(op.name, 0), op.num_active_tasks())
+                    started[op.name] = op.metrics.num_tasks_submitted
+
+    monkeypatch.setattr(stream, "NUMBERS_PER_TASK", 20)
+    reader = counting_reader(tmp_path, 8)
+    data = stream.make_stream(reader, Plan(reader.index.rows, 1, global_batch=4, block_rows=2), 0, 200)  # 20 tasks
+    data.context.custom_execution_callback_classes.append(Watch)
+    blocks = iter(data.iter_batches(batch_size=None, prefetch_batches=0))
+    taker = threading.Thread(target=lambda: [next(blocks) for _ in range(4)], daemon=True)
+    taker.start()
+    taker.join(60)
+    time.sleep(1.0)  # while nothing is taken, no more are made than blocks may be under way
+    assert list(running.values()) == [1, 1], running
+    assert max(started.values()) <= AHEAD + 1, started

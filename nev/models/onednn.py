@@ -27,7 +27,7 @@ class Linear1x1(nn.Linear):
 
 def through_onednn(model: nn.Module) -> None:
     """Let every plain `nn.Linear` of `model` compute as a 1x1 convolution on CPUs; nothing else about it changes."""
-    if torch.backends.mkldnn.is_available():
+    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = Linear1x1
