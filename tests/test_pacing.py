@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from dataclasses import dataclass
@@ -121,9 +122,11 @@ def test_block_numbers_leave_a_cpu_to_the_reading(
     data = stream.make_stream(reader, Plan(reader.index.rows, 1, global_batch=4, block_rows=2), 0, 200)  # 20 tasks
     data.context.custom_execution_callback_classes.append(Watch)
     blocks = iter(data.iter_batches(batch_size=None, prefetch_batches=0))
-    taker = threading.Thread(target=lambda: [next(blocks) for _ in range(4)], daemon=True)
+    taken: list[Any] = []
+    taker = threading.Thread(target=lambda: taken.extend(itertools.islice(blocks, 4)), daemon=True)
     taker.start()
     taker.join(60)
     time.sleep(1.0)  # while nothing is taken, no more are made than blocks may be under way
     assert list(running.values()) == [1, 1], running
     assert max(started.values()) <= AHEAD + 1, started
+    assert len(taken) == 4

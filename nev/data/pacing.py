@@ -26,7 +26,7 @@ from ray.data._internal.execution.operators.task_pool_map_operator import TaskPo
 
 AHEAD_KEY, BYTES_KEY = "nev.blocks_ahead", "nev.block_bytes"
 NUMBER_OPERATORS = ("ReadRange", "StreamingRepartition")
-PAUSE_S = 0.1
+PAUSE_S = 0.1  # as long as the executor itself waits for a task
 
 
 def pace(context: DataContext, blocks_ahead: int, block_bytes: int) -> None:

@@ -69,7 +69,7 @@ def stream_context(blocks_ahead: int, block_bytes: int) -> DataContext:
     context.op_resource_reservation_enabled = False
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.memory_usage_poll_interval_s = None  # a thread started and ended for every block
+    context.memory_usage_poll_interval_s = None  # or Ray would start and end a thread for every block
     context.execution_options = stream_options()
     return context
 

@@ -1,9 +1,9 @@
 """Linear layers through oneDNN where the CPU does the work.
 
 PyTorch gives float32 matrix products on a CPU to MKL, which keeps to AVX2 on processors that are not Intel's; its
-convolutions go to oneDNN, which uses what the processor has. A linear layer over tokens is a 1x1 convolution over pixels
-that lie channels last, so no number is copied and autograd takes its own way back. On an AMD EPYC with AVX-512 the layers
-of a ViT run at 2.3 times the speed, a training step at 1.5 (`benchmarks/train.py` has both).
+convolutions go to oneDNN, which uses AVX-512 where there is any. A linear layer over tokens is a 1x1 convolution over pixels
+that lie channels last, so the tokens are not copied, and autograd knows the way back. What a training step gains is in
+`benchmarks/results/train.json`: the bare loop with PyTorch's layers, and with these.
 """
 
 from __future__ import annotations
@@ -12,22 +12,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+LEAST_BATCH = 16  # below it torch keeps a 1x1 convolution on one thread to itself (`use_mkldnn` in its Convolution.cpp)
+
 
 class Linear1x1(nn.Linear):
     """`nn.Linear` with the same parameters, and the same results to rounding."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """float [..., in] -> float [..., out]."""
-        if x.ndim != 3 or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        """float [..., in] -> float [..., out]. Tokens float32 [b, T, in] on a CPU take the way through oneDNN."""
+        tokens = x.ndim == 3 and len(x) >= LEAST_BATCH
+        if not tokens or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         pixels = x.transpose(1, 2).unsqueeze(2)  # [b, T, in] -> [b, in, 1, T], channels last as it lies
         out = F.conv2d(pixels, self.weight[:, :, None, None], self.bias)
         return out.squeeze(2).transpose(1, 2)
 
 
+def pays() -> bool:
+    """Whether oneDNN has more to work with than MKL might: this torch is built with it, and the processor has AVX-512."""
+    built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return built and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
 def through_onednn(model: nn.Module) -> None:
-    """Let every plain `nn.Linear` of `model` compute as a 1x1 convolution on CPUs; nothing else about it changes."""
-    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    """Where it pays, let every plain `nn.Linear` of `model` be a `Linear1x1`; nothing else about it changes."""
+    if pays():
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = Linear1x1
