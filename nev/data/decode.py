@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nev.config import Augment, Limits
+from nev.data.orientation import jpeg_orientation, orientation_of, upright
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,7 +42,10 @@ def draw(seed: int, epoch: int, uid: str, purpose: str) -> random.Random:
 
 
 def decode(data: bytes | memoryview, limits: Limits) -> Picture:
-    """Decode to uint8 RGB [h, w, 3]. Size limits hold before any pixel is decoded. Raises BadImage with the reason."""
+    """Decode to uint8 RGB [h, w, 3], the way up that EXIF says. Size limits hold before any pixel is decoded.
+
+    Raises BadImage with the reason.
+    """
     if not len(data):
         raise BadImage("image is empty")
     if len(data) > limits.max_bytes:
@@ -60,7 +64,7 @@ def _jpeg(data: bytes | memoryview, limits: Limits) -> Picture:
         if colorspace in ("CMYK", "YCCK"):
             return _pillow(data, limits)
         pixels: Picture = simplejpeg.decode_jpeg(data, colorspace="RGB")
-        return pixels
+        return upright(pixels, jpeg_orientation(data))
     except BadImage:
         raise
     except ValueError as error:
@@ -75,7 +79,8 @@ def _pillow(data: bytes | memoryview, limits: Limits) -> Picture:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
                 _check_pixels(image.width, image.height, limits)
-                return np.array(_rgb(image))  # a copy: Pillow's own memory is read-only, which torch warns about
+                pixels = np.array(_rgb(image))  # a copy: Pillow's own memory is read-only, which torch warns about
+                return upright(pixels, orientation_of(image.getexif))  # after loading: TIFF is upright by then
     except BadImage:
         raise
     except UnidentifiedImageError as error:

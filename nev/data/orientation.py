@@ -1,0 +1,70 @@
+"""The way up of a picture: cameras keep the sensor's rows and say in EXIF (tag 0x0112) how they are to be turned.
+
+The eight values are those of the Exif standard (CIPA DC-008, section 4.6.4); 1 is upright.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+TAG = 0x0112
+EXIF = b"Exif\0\0"
+APP1, START_OF_SCAN = 0xE1, 0xDA
+
+Picture = NDArray[np.uint8]
+
+UPRIGHT: Mapping[int, Callable[[Picture], Picture]] = {
+    2: lambda p: p[:, ::-1],
+    3: lambda p: p[::-1, ::-1],
+    4: lambda p: p[::-1],
+    5: lambda p: p.swapaxes(0, 1),
+    6: lambda p: p.swapaxes(0, 1)[:, ::-1],
+    7: lambda p: p[::-1, ::-1].swapaxes(0, 1),
+    8: lambda p: p.swapaxes(0, 1)[::-1],
+}
+
+
+def upright(picture: Picture, orientation: int) -> Picture:
+    """uint8 [h, w, 3] turned and mirrored as `orientation` says, contiguous; unknown values are taken for upright."""
+    turn = UPRIGHT.get(orientation)
+    return np.ascontiguousarray(turn(picture)) if turn else picture
+
+
+def jpeg_orientation(data: bytes | memoryview) -> int:
+    """What the EXIF segment of a JPEG says; 1 where there is none, or where it cannot be read.
+
+    Only the segments before the first scan are walked, by their lengths: a few steps, no pixel.
+    """
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != START_OF_SCAN:
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if data[at + 1] == APP1 and bytes(data[at + 4 : at + 10]) == EXIF:
+            return orientation_of(partial(_loaded, bytes(data[at + 4 : end])))
+        at = end
+    return 1
+
+
+def _loaded(block: bytes) -> Image.Exif:
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif.load(block)
+    return exif
+
+
+def orientation_of(read: Callable[[], Image.Exif]) -> int:
+    """The tag in the EXIF data that `read` gives; 1 where they are torn: the picture may be whole all the same."""
+    try:
+        value = read().get(TAG, 1)
+    except (SyntaxError, ValueError, LookupError, OSError, TypeError, OverflowError, struct.error):
+        return 1
+    return value if isinstance(value, int) else 1
