@@ -57,4 +57,4 @@ def test_torn_exif_does_not_cost_the_picture(at: int, value: int, cut: int) -> N
     length = int.from_bytes(data[begin - 2 : begin], "big") - 2
     data[begin + 6 + at % (length - 6)] = value
     assert sorted(decode(bytes(data), Limits()).shape) == [3, 40, 48]
-    assert jpeg_orientation(bytes(data[: begin + min(cut, length)])) in range(65536)
+    assert isinstance(jpeg_orientation(bytes(data[: begin + min(cut, length)])), int)
