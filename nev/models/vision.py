@@ -75,7 +75,8 @@ def build_vision(config: Vision, image_size: int, width: int) -> VisionTower:
 
     Weights are random, or timm's own (`pretrained`, from its hub), or the trunk's from a file (`weights`: position
     and patch embeddings are resampled by timm's filter to this size). With the head `nomic` on an EVA-02 trunk the
-    blocks also take the two details in which the released tower departs from timm (`nomic.as_released`).
+    blocks also take the two details in which the released tower departs from timm (`nomic.as_released`). Linear layers
+    compute through oneDNN on CPUs where that pays (`onednn.through_onednn`); their parameters and names stay.
 
     Raises ConfigError for an unknown trunk or trunk argument (with close matches), weights that do not fit, a head
     that the trunk cannot feed.
