@@ -39,7 +39,7 @@ from nev.data.sources import READERS, SourceOptions
 from nev.data.synthetic import write_synthetic
 
 EXAMPLE = "python pipelines/prepare.py --source webdataset --input tars/train --output data/flickr8k/train"
-Source = Literal["webdataset", "hf-parquet", "synthetic"]
+Source = Literal["webdataset", "hf-parquet", "datacomp", "folder-captions", "folder-classes", "synthetic"]
 OnRows = Callable[[int], None]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tar_helpers import tar_of
 
 from nev.config import Columns, ConfigError, Limits
 from nev.data.sources import READERS, SourceOptions, find_files, hf_parquet, webdataset
@@ -18,17 +19,7 @@ from nev.data.sources import READERS, SourceOptions, find_files, hf_parquet, web
 REAL = os.environ.get("NEV_DATA")
 needs_data = pytest.mark.skipif(not REAL, reason="NEV_DATA does not name the folder of real data")
 DEFAULT = SourceOptions()
-
-
-def tar_of(path: Path, members: dict[str, bytes | str | dict[str, Any]], mode: str = "w") -> Path:
-    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
-        for name, content in members.items():
-            text = json.dumps(content) if isinstance(content, dict) else content
-            raw = text.encode() if isinstance(text, str) else text
-            info = tarfile.TarInfo(name)
-            info.size = len(raw)
-            tar.addfile(info, io.BytesIO(raw))
-    return path
+LABELLED = SourceOptions(templates=("a {}",))
 
 
 def parquet_of(path: Path, metadata: dict[str, str] | None = None, **columns: Any) -> Path:
@@ -60,6 +51,15 @@ def test_webdataset_takes_uid_captions_and_label_where_they_are(tmp_path: Path) 
         {"uid": "b", "image": b"B", "caption": "only", "label": 2, "label_name": "ship"},
         {"uid": "dir/e", "image": b"E", "caption": "text", "label": 7, "label_name": None},
     ]
+
+
+def test_webdataset_takes_the_score_from_the_json(tmp_path: Path) -> None:
+    members: dict[str, Any] = {}
+    for key, facts in (("a", {"sim": 0.3}), ("b", {"sim": None}), ("c", {}), ("d", {"sim": "high"})):
+        members |= {f"{key}.jpg": b"x", f"{key}.json": {"caption": "x", **facts}}
+    read = list(webdataset.read([tar_of(tmp_path / "0.tar", members)], SourceOptions(score="sim")))
+    assert [row.get("score") for row in read] == [0.3, None, None, None]
+    assert [row.get("reject") for row in read] == [None, None, None, "unreadable json, txt or cls"]
 
 
 def test_webdataset_rejects_bad_samples_with_a_reason(tmp_path: Path) -> None:
@@ -148,6 +148,24 @@ def test_hf_parquet_recognises_the_usual_columns(tmp_path: Path) -> None:
     ]
 
 
+def test_parquet_of_img2dataset_has_a_status(tmp_path: Path) -> None:
+    file = parquet_of(
+        tmp_path / "00000.parquet",
+        key=["000000000", "000000001"],
+        jpg=[b"one", None],
+        caption=["a", "b"],
+        status=["success", "failed_to_download"],
+        similarity=[0.25, None],
+    )
+    read = list(hf_parquet.read([file], SourceOptions(score="similarity")))
+    assert [(row["uid"], row["image"], row.get("reject"), row.get("score")) for row in read] == [
+        ("000000000", b"one", None, 0.25),
+        ("000000001", None, "status failed_to_download", None),
+    ]
+    numbers = parquet_of(tmp_path / "own.parquet", image=[b"x"], text=["t"], status=[3])
+    assert "reject" not in next(hf_parquet.read([numbers], DEFAULT))
+
+
 def test_hf_parquet_takes_named_columns(tmp_path: Path) -> None:
     file = parquet_of(tmp_path / "x.parquet", nr=[5, 6], pic=[b"5", b"6"], said=[["a", "b"], ["c"]], text=["no", "no"])
     options = SourceOptions(columns=Columns(uid="nr", image="pic", caption="said"))
@@ -232,14 +250,14 @@ def test_inputs_are_files_folders_or_patterns(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("kind", READERS)
 def test_inputs_that_give_nothing_are_refused(tmp_path: Path, kind: str) -> None:
     with pytest.raises(ConfigError, match="needs at least one input"):
-        list(READERS[kind]([], DEFAULT))
+        list(READERS[kind]([], LABELLED))
     with pytest.raises(ConfigError, match=r"no such file or folder"):
-        list(READERS[kind]([tmp_path / "nowhere"], DEFAULT))
+        list(READERS[kind]([tmp_path / "nowhere"], LABELLED))
     with pytest.raises(ConfigError, match=r"\(it holds: nothing\)"):
-        list(READERS[kind]([tmp_path], DEFAULT))
-    (tmp_path / "a.csv").touch()
-    with pytest.raises(ConfigError, match=r"\(it holds: \.csv\)"):
-        list(READERS[kind]([tmp_path], DEFAULT))
+        list(READERS[kind]([tmp_path], LABELLED))
+    (tmp_path / "a.doc").touch()
+    with pytest.raises(ConfigError, match=r"\(it holds: \.doc\)"):
+        list(READERS[kind]([tmp_path], LABELLED))
 
 
 @needs_data

@@ -17,7 +17,8 @@ class Row(TypedDict):
     """One picture with its caption(s).
 
     uid: unique over the whole set. image: encoded bytes (JPEG, PNG, WebP). caption: one sentence or several.
-    label, label_name: the class, where there is one. reject: set by a reader that knows why the row can't be used.
+    label, label_name: the class, where there is one. score: how well they fit, where
+    it is asked for; it is not written. reject: set by a reader that knows why the row can't be used.
     """
 
     uid: str
@@ -25,6 +26,7 @@ class Row(TypedDict):
     caption: str | list[str] | None
     label: NotRequired[int | None]
     label_name: NotRequired[str | None]
+    score: NotRequired[float | None]
     reject: NotRequired[str]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from nev.data.rows import Row
-from nev.data.sources import hf_parquet, webdataset
+from nev.data.sources import datacomp, folder, hf_parquet, webdataset
 from nev.data.sources.common import SourceOptions, find_files
 
 Reader = Callable[[Iterable[str | Path], SourceOptions], Iterator[Row]]
@@ -14,6 +14,9 @@ Reader = Callable[[Iterable[str | Path], SourceOptions], Iterator[Row]]
 READERS: dict[str, Reader] = {
     "webdataset": webdataset.read,
     "hf-parquet": hf_parquet.read,
+    "datacomp": datacomp.read,
+    "folder-captions": folder.read_captions,
+    "folder-classes": folder.read_classes,
 }
 
 __all__ = ["READERS", "Reader", "SourceOptions", "find_files"]

@@ -11,11 +11,16 @@ from nev.config import Columns, ConfigError, Limits, Section
 
 
 class SourceOptions(Section):
-    """How to read a source. `templates` make the captions of a labelled set: '{}' stands for the class name."""
+    """How to read a source. `templates` make the captions of a labelled set: '{}' stands for the class name.
+
+    score: the column with the similarity of picture and caption. metadata: DataComp's parquet files or their folder.
+    """
 
     columns: Columns = Columns()
     label_name: str | None = None
     templates: tuple[str, ...] = ()
+    score: str | None = None
+    metadata: tuple[str, ...] = ()
     limits: Limits = Limits()
 
     @field_validator("templates")
@@ -25,6 +30,11 @@ class SourceOptions(Section):
             if template.count("{}") != 1:
                 raise ValueError(f"a template needs exactly one '{{}}' for the class name: {template!r}")
         return templates
+
+
+def fill(templates: tuple[str, ...], name: str) -> list[str]:
+    """The captions of a class: each template about its name, whose underscores are read as spaces."""
+    return [template.replace("{}", name.replace("_", " ")) for template in templates]
 
 
 def find_files(inputs: Iterable[str | Path], suffixes: tuple[str, ...]) -> list[Path]:

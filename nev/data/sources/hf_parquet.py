@@ -1,7 +1,7 @@
-"""Read Hugging Face image parquet: a struct of `bytes` and `path`, or plain bytes, with captions or class labels.
+"""Read image parquet: Hugging Face's (a struct of `bytes` and `path`) or img2dataset's (plain bytes and `status`).
 
 A labelled set gets its captions from templates filled with the class name, all of them in one list: the training
-stream draws one of them an epoch. https://huggingface.co/docs/datasets/image_dataset
+stream draws one of them an epoch. https://huggingface.co/docs/datasets/image_dataset, https://github.com/rom1504/img2dataset
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ import pyarrow.parquet as pq
 
 from nev.config import ConfigError
 from nev.data.rows import Row
-from nev.data.sources.common import SourceOptions, find_files
+from nev.data.sources.common import SourceOptions, fill, find_files
 
 USUAL = {
-    "uid": ("uid", "id", "__key__"),
+    "uid": ("uid", "id", "key", "__key__"),
     "image": ("image", "jpg", "img", "png", "webp"),
     "caption": ("caption", "captions", "text", "txt"),
     "label": ("label", "labels", "cls", "fine_label"),
     "label_name": ("label_name",),
+    "score": (),
+    "status": ("status",),
 }
 BATCH_ROWS = 256
 
@@ -34,8 +36,8 @@ def read(inputs: Iterable[str | Path], options: SourceOptions) -> Iterator[Row]:
 
     uid: the uid column, else '<file>-<row>'. caption: the caption column, or with `templates` their sentences about the
     class name, underscores read as spaces. The class name is the column `label_name`, else the ClassLabel names in the
-    file's metadata. Raises ConfigError for a file that is not readable, a missing column, or neither captions nor
-    templates.
+    file's metadata. A row whose `status` is not "success" is rejected with that status. Raises ConfigError for a file
+    that is not readable, a missing column, or neither captions nor templates.
     """
     files = find_files(inputs, (".parquet",))
     root = os.path.commonpath([file.parent for file in files])
@@ -73,19 +75,29 @@ def _row(cell: dict[str, Any], number: str, names: list[str], templates: tuple[s
         name = names[label]
     caption: str | list[str] | None = cell.get("caption")
     if templates:
-        caption = [template.replace("{}", name.replace("_", " ")) for template in templates] if name else None
-    return {
+        caption = fill(templates, name) if name else None
+    row: Row = {
         "uid": str(cell["uid"]) if cell.get("uid") is not None else number,
         "image": cell["image"],
         "caption": caption,
         "label": label,
         "label_name": name,
     }
+    if "score" in cell:
+        row["score"] = cell["score"]
+    if cell.get("status", "success") != "success":
+        row["reject"] = f"status {cell['status']}"
+    return row
 
 
 def _columns(schema: pa.Schema, options: SourceOptions, path: Path) -> dict[str, str]:
     """Which column of the file plays which role. Raises ConfigError for one that is named and missing, or needed."""
-    wanted = {**options.columns.model_dump(), "label_name": options.label_name}
+    wanted = {
+        **options.columns.model_dump(),
+        "label_name": options.label_name,
+        "score": options.score,
+        "status": None,
+    }
     if options.templates:
         if wanted["caption"]:
             raise ConfigError(f"give a caption column ({wanted['caption']!r}) or templates, not both")
@@ -100,6 +112,8 @@ def _columns(schema: pa.Schema, options: SourceOptions, path: Path) -> dict[str,
             raise ConfigError(f"{path}: no {role} column (columns: {schema.names}). Name it with --{role}{also}")
         if name is not None:
             found[role] = name
+    if "status" in found and not _fits("status", schema.field("status").type):
+        del found["status"]  # somebody's own column of that name
     for role, name in found.items():
         if not _fits(role, schema.field(name).type):
             raise ConfigError(f"{path}: column {name!r} can't be the {role}: it is {schema.field(name).type}")
@@ -115,6 +129,8 @@ def _fits(role: str, kind: pa.DataType) -> bool:
         return kind in text or (listed and kind.value_type in text)
     if role == "label":
         return bool(pa.types.is_integer(kind))
+    if role == "score":
+        return bool(pa.types.is_floating(kind))
     return kind in text or (role == "uid" and bool(pa.types.is_integer(kind)))
 
 

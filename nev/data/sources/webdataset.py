@@ -17,6 +17,7 @@ from nev.config import ConfigError, Limits
 from nev.data.rows import Row
 from nev.data.sources.common import SourceOptions, find_files
 
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("txt", "json", "cls")
 MAX_TEXT_BYTES = 2**20
@@ -26,13 +27,14 @@ def read(inputs: Iterable[str | Path], options: SourceOptions) -> Iterator[Row]:
     """Yield one row a key, in the order of the files.
 
     uid: `uid` of the JSON, else the key. caption: `captions` of the JSON, else its `caption`, else the text file.
-    label: `label` of the JSON or the .cls member; label_name: `label_name` of the JSON. A sample whose `status` is not
-    "success" is rejected with that status. Raises ConfigError for a file that is not a whole tar or holds no image.
+    label: `label` of the JSON or the .cls member; label_name and, named by `options.score`, score: of the JSON. A
+    sample whose `status` is not "success" is rejected with that status. Raises ConfigError for a file that is not a
+    whole tar or holds no image.
     """
-    for path in find_files(inputs, (".tar", ".tar.gz", ".tgz")):
+    for path in find_files(inputs, SUFFIXES):
         images = 0
         for key, members in groupby(_members(path, options.limits), key=lambda member: member[0]):
-            row = _row(key, {extension: content for _, extension, content in members})
+            row = _row(key, {extension: content for _, extension, content in members}, options.score)
             images += bool(row["image"])
             yield row
         if not images:
@@ -63,7 +65,7 @@ def _members(path: Path, limits: Limits) -> Iterator[tuple[str, str, bytes | Non
         ) from error
 
 
-def _row(key: str, parts: dict[str, bytes | None]) -> Row:
+def _row(key: str, parts: dict[str, bytes | None], score: str | None) -> Row:
     row: Row = {"uid": key, "image": None, "caption": None}
     images = [extension for extension in parts if extension in IMAGES]
     if images:
@@ -78,6 +80,8 @@ def _row(key: str, parts: dict[str, bytes | None]) -> Row:
         text = (parts.get("txt") or b"").decode()
         label = facts["label"] if "label" in facts else parts.get("cls")
         row["label"] = None if label is None else int(label)
+        if score:
+            row["score"] = None if facts.get(score) is None else float(facts[score])
     except (ValueError, TypeError):  # json.JSONDecodeError and UnicodeDecodeError are ValueErrors
         row["reject"] = "unreadable json, txt or cls"
         return row

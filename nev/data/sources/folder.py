@@ -1,0 +1,164 @@
+"""Read a folder of pictures: with a table of captions beside them, or with one sub-folder a class.
+
+A file is read only if it lies in the folder: a path or a link that leads out of it is rejected.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from nev.config import ConfigError, Limits
+from nev.data.rows import Row
+from nev.data.sources.common import SourceOptions, fill, find_files
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+TABLES = (".csv", ".tsv", ".jsonl")
+FILE_COLUMNS = ("file_name", "filepath", "image", "path")
+CAPTION_COLUMNS = ("caption", "text", "title")
+
+Captions = dict[str, list[str]]
+
+
+def read_captions(inputs: Iterable[str | Path], options: SourceOptions) -> Iterator[Row]:
+    """Yield one row a file that a table names, in the order of the tables; its lines are its captions.
+
+    `inputs` are the tables (.csv, .tsv, .jsonl, their first line or their keys naming the columns), or folders with
+    tables in them; paths in a table start at its own folder. uid: the path from the folder that all tables share. A
+    table's captions are held in memory. Raises ConfigError for a table that is not readable or lacks a column.
+    """
+    tables = find_files(inputs, TABLES)
+    root = Path(os.path.commonpath([table.parent for table in tables]))
+    for table in tables:
+        folder = table.parent
+        for name, captions in _captions(table, options).items():
+            uid = (PurePosixPath(folder.relative_to(root).as_posix()) / name).as_posix()
+            if (folder / name).suffix.lower() not in IMAGES:
+                yield {"uid": uid, "image": None, "caption": captions, "reject": "not an image file"}
+            else:
+                yield _row(uid, folder, folder / name, captions, options.limits)
+
+
+def read_classes(inputs: Iterable[str | Path], options: SourceOptions) -> Iterator[Row]:
+    """Yield one row an image file, sorted; the folder at the top of `inputs` is its class, and templates its captions.
+
+    label: the position of the class among the sorted names of all `inputs`. uid: the path from the folder that they
+    share. Names that begin with '_' or '.' are left out. Raises ConfigError without templates, for an input that is not
+    a folder, without classes, or with a class without pictures.
+    """
+    roots = sorted(map(Path, inputs))
+    if not roots:
+        raise ConfigError("a source needs at least one input: a folder with one sub-folder a class")
+    if not options.templates:
+        raise ConfigError("a folder of classes has no captions: make them with --template 'a photo of a {}.'")
+    found = {root: _images(root) for root in roots}
+    names = {file.relative_to(root).parts[0] for root in roots for file in found[root] if file.parent != root}
+    labels = {name: label for label, name in enumerate(sorted(names))}
+    shared = Path(os.path.commonpath(roots))
+    for root in roots:
+        for file in found[root]:
+            uid = file.relative_to(shared).as_posix()
+            if file.parent == root:
+                yield {"uid": uid, "image": None, "caption": None, "reject": "not in the folder of a class"}
+                continue
+            name = file.relative_to(root).parts[0]
+            row = _row(uid, root, file, fill(options.templates, name), options.limits)
+            yield {**row, "label": labels[name], "label_name": name}
+
+
+def _row(uid: str, folder: Path, path: Path, captions: list[str], limits: Limits) -> Row:
+    """The row of one file, its bytes read if it lies in `folder` and is no larger than the limit."""
+    row: Row = {"uid": uid, "image": None, "caption": captions}
+    try:
+        real = path.resolve()
+        if not real.is_relative_to(folder.resolve()):
+            row["reject"] = "path leads out of the folder"
+        elif not real.is_file():
+            row["reject"] = "no such file"
+        elif real.stat().st_size > limits.max_bytes:
+            row["reject"] = f"image over {limits.max_bytes} bytes"
+        else:
+            row["image"] = real.read_bytes()
+    except (OSError, RuntimeError, ValueError):  # no permission; a link to itself; a zero byte in the name
+        row["reject"] = "file not readable"
+    return row
+
+
+def _images(root: Path) -> list[Path]:
+    if not root.is_dir():
+        found = "this is a file" if root.exists() else "no such file or folder"
+        raise ConfigError(f"{root}: {found}. A folder with a sub-folder for each class is needed.")
+    inside = [path for path in sorted(root.rglob("*")) if not _hidden(path.relative_to(root))]
+    images = [path for path in inside if path.suffix.lower() in IMAGES and not path.is_dir()]
+    full = {path.relative_to(root).parts[0] for path in images}
+    empty = [path.name for path in inside if path.parent == root and path.is_dir() and path.name not in full]
+    if not any(path.parent != root for path in images):
+        others = ", ".join(sorted({path.suffix or path.name for path in inside})) or "nothing"
+        raise ConfigError(f"{root}: no sub-folder with pictures, one a class (it holds: {others})")
+    if empty:
+        raise ConfigError(f"{root / empty[0]}: a class without pictures ({', '.join(IMAGES)}). Remove that folder.")
+    return images
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(("_", ".")) for part in path.parts)
+
+
+def _captions(table: Path, options: SourceOptions) -> Captions:
+    """file name -> captions, in the order in which the table names them first."""
+    captions: Captions = {}
+    try:
+        with open(table, encoding="utf-8-sig", newline="") as text:
+            lines = _json_lines(text, table) if table.suffix == ".jsonl" else _cells(text)
+            file_column = caption_column = ""
+            for number, cells in lines:
+                if not file_column:
+                    file_column = _column(cells, options.columns.image, FILE_COLUMNS, f"{table}: no column of files")
+                    caption_column = _column(
+                        cells, options.columns.caption, CAPTION_COLUMNS, f"{table}: no column of captions"
+                    )
+                name, said = cells.get(file_column), cells.get(caption_column)
+                if not name or not isinstance(name, str):
+                    raise ConfigError(f"{table}:{number}: no file name in column {file_column!r}")
+                listed = said if isinstance(said, list) else [said]
+                captions.setdefault(name, []).extend(one for one in listed if isinstance(one, str))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{table}: not readable as a table in UTF-8 ({error})") from error
+    if not captions:
+        raise ConfigError(f"{table}: no line names a picture")
+    return captions
+
+
+def _cells(text: Iterable[str]) -> Iterator[tuple[int, dict[str, object]]]:
+    """The lines of a CSV or TSV. Which of them it is shows in its first line: open_clip's own .csv has tabs."""
+    lines = iter(text)
+    head = next(lines, "")
+    delimiter = "\t" if "\t" in head else ","
+    names = next(csv.reader([head], delimiter=delimiter), [])
+    reader = csv.reader(lines, delimiter=delimiter)
+    for cells in reader:
+        if cells:
+            yield reader.line_num + 1, dict(zip(names, cells, strict=False))
+
+
+def _json_lines(text: Iterable[str], table: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    for number, line in enumerate(text, start=1):
+        if line.strip():
+            try:
+                cells = json.loads(line)
+            except ValueError as error:
+                raise ConfigError(f"{table}:{number}: not JSON ({error})") from error
+            if not isinstance(cells, dict):
+                raise ConfigError(f"{table}:{number}: a JSON object is needed, not {type(cells).__name__}")
+            yield number, cells
+
+
+def _column(cells: dict[str, object], named: str | None, usual: tuple[str, ...], what: str) -> str:
+    wanted = (named,) if named else usual
+    for name in wanted:
+        if name in cells:
+            return name
+    raise ConfigError(f"{what} {' or '.join(map(repr, wanted))} (columns: {list(cells)}). Name it: --image, --caption")

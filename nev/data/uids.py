@@ -1,0 +1,90 @@
+"""uids as sorted 128-bit keys: 16 bytes each, so that a list of a hundred million of them is an array of 1.6 GB.
+
+DataComp and DFN name a pair by 32 hexadecimal digits, and ship their lists as .npy of dtype "u8,u8": the two halves of
+that number (https://github.com/mlfoundations/datacomp). Any other uid is taken by its blake2b hash of the same length.
+Keys are kept as big-endian bytes, whose order is that of the numbers, since NumPy sorts and searches bytes faster than
+records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from nev.config import ConfigError
+
+KEY = np.dtype("S16")
+HEX = re.compile(r"[0-9a-f]{32}")
+BATCH_ROWS = 65_536
+
+Keys = NDArray[np.bytes_]
+
+
+def key_of(uid: str) -> Keys:
+    """The key of one uid: bytes [1]."""
+    return keys_of([uid])
+
+
+def keys_of(uids: list[str]) -> Keys:
+    """The keys of `uids`, in their order: bytes [n]."""
+    return np.frombuffer(b"".join(map(_key, uids)), KEY)
+
+
+def _key(uid: str) -> bytes:
+    return bytes.fromhex(uid) if HEX.fullmatch(uid) else hashlib.blake2b(uid.encode(), digest_size=16).digest()
+
+
+def find(keys: Keys, uid: str) -> int | None:
+    """The first place of `uid` in the sorted `keys`, or None."""
+    key = key_of(uid)
+    at = int(np.searchsorted(keys, key)[0])
+    return at if at < len(keys) and keys[at : at + 1] == key else None
+
+
+def read_uids(path: Path) -> Keys:
+    """The sorted keys of a list of uids: .npy of dtype "u8,u8", .parquet with a column `uid`, or .txt, one uid a line.
+
+    Raises ConfigError for a file that is not there, not one of these, or empty.
+    """
+    readers = {".npy": _npy, ".parquet": _parquet, ".txt": _txt}
+    if path.suffix not in readers:
+        raise ConfigError(
+            f"{path}: a list of uids is a file {', '.join(readers)}, not {path.suffix or 'without suffix'}"
+        )
+    try:
+        keys = readers[path.suffix](path)
+    except (pa.ArrowException, OSError, ValueError, EOFError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: not readable as a list of uids ({error})") from error
+    if not len(keys):
+        raise ConfigError(f"{path}: this list of uids is empty, so no row would be kept")
+    return np.sort(keys)
+
+
+def _npy(path: Path) -> Keys:
+    halves = np.load(path, allow_pickle=False)
+    if halves.dtype.names is None or [halves.dtype[name].kind for name in halves.dtype.names] != ["u", "u"]:
+        raise ConfigError(f"{path}: needs dtype 'u8,u8', the two halves of each uid; it is {halves.dtype}")
+    return np.ascontiguousarray(halves.astype(">u8,>u8")).view(KEY)
+
+
+def _parquet(path: Path) -> Keys:
+    with pq.ParquetFile(path) as file:
+        if "uid" not in file.schema_arrow.names:
+            raise ConfigError(f"{path}: no column 'uid' (columns: {file.schema_arrow.names})")
+        batches = [
+            keys_of([str(uid) for uid in batch.column(0).to_pylist() if uid is not None])
+            for batch in file.iter_batches(BATCH_ROWS, columns=["uid"])
+        ]
+    return np.concatenate(batches) if batches else np.empty(0, KEY)
+
+
+def _txt(path: Path) -> Keys:
+    return keys_of(path.read_text(encoding="utf-8").split())

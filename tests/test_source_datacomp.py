@@ -1,0 +1,80 @@
+"""DataComp: tars joined by uid with their metadata."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tar_helpers import tar_of
+
+from nev.config import Columns, ConfigError
+from nev.data.sources import SourceOptions, datacomp
+
+A, B, C, D = (digit * 32 for digit in "abcd")
+
+
+def members(*uids: str) -> dict[str, bytes | str | dict[str, str]]:
+    out: dict[str, bytes | str | dict[str, str]] = {}
+    for number, uid in enumerate(uids):
+        facts = {"uid": uid, "caption": "of the tar", "status": "success", "sim": "0"}
+        out |= {f"{number:09d}.jpg": uid[:1].encode(), f"{number:09d}.json": facts, f"{number:09d}.txt": "of the tar"}
+    return out
+
+
+def metadata(path: Path, **columns: list[object]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_the_metadata_give_caption_and_score(tmp_path: Path) -> None:
+    tar_of(tmp_path / "tars/0.tar", members(A, D, C))
+    tar_of(tmp_path / "tars/1.tar", members(B))
+    metadata(tmp_path / "meta/0.parquet", uid=[C, A], text=["see", None], sim=[0.3, 0.1], url=["", ""])
+    metadata(tmp_path / "meta/1.parquet", uid=[B, None, C], text=["bee", "nobody", "again"], sim=[None, 0.0, 0.9])
+    options = SourceOptions(metadata=(str(tmp_path / "meta"),), score="sim")
+    read = list(datacomp.read([tmp_path / "tars"], options))
+    assert [(row["uid"], row["image"], row["caption"], row.get("score"), row.get("reject")) for row in read] == [
+        (A, b"a", None, 0.1, None),
+        (D, b"d", "of the tar", None, "uid not in the metadata"),
+        (C, b"c", "see", 0.3, None),
+        (B, b"b", "bee", None, None),
+    ]
+
+
+def test_a_sample_that_failed_stays_rejected(tmp_path: Path) -> None:
+    tar_of(tmp_path / "0.tar", {**members(A), "x.json": {"uid": B, "status": "failed_to_resize"}})
+    options = SourceOptions(metadata=(str(metadata(tmp_path / "m.parquet", uid=[A, B], text=["a", "b"])),))
+    assert [row.get("reject") for row in datacomp.read([tmp_path], options)] == [None, "status failed_to_resize"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "message"),
+    [
+        ({"id": [A], "text": ["a"]}, {}, r"m\.parquet: no uid column 'uid' \(columns: \['id', 'text'\]\)"),
+        ({"uid": [A], "alt": ["a"]}, {}, r"m\.parquet: no caption column 'text' or 'caption'"),
+        ({"uid": [A], "text": ["a"]}, {"columns": Columns(caption="alt")}, r"m\.parquet: no caption column 'alt'"),
+        ({"uid": [A], "text": ["a"]}, {"score": "sim"}, r"m\.parquet: no score column 'sim'"),
+        ({"uid": [A], "text": ["a"], "sim": ["1"]}, {"score": "sim"}, "column 'sim' can't be the score: it is string"),
+        ({"uid": [1], "text": ["a"]}, {}, "column 'uid' can't be the uid: it is int64"),
+    ],
+)
+def test_metadata_without_a_column_are_refused(
+    tmp_path: Path, columns: dict[str, list[object]], options: dict[str, object], message: str
+) -> None:
+    tar_of(tmp_path / "0.tar", members(A))
+    file = metadata(tmp_path / "m.parquet", **columns)
+    with pytest.raises(ConfigError, match=message):
+        next(datacomp.read([tmp_path], SourceOptions.model_validate({"metadata": [str(file)], **options})))
+
+
+def test_missing_or_broken_metadata_are_named(tmp_path: Path) -> None:
+    tar_of(tmp_path / "0.tar", members(A))
+    with pytest.raises(ConfigError, match=r"needs its metadata parquet \(--metadata\)"):
+        next(datacomp.read([tmp_path], SourceOptions()))
+    (tmp_path / "m.parquet").write_bytes(b"PAR1 but not really")
+    with pytest.raises(ConfigError, match=r"m\.parquet: not readable as metadata parquet"):
+        next(datacomp.read([tmp_path], SourceOptions(metadata=(str(tmp_path / "m.parquet"),))))
+    empty = metadata(tmp_path / "e.parquet", uid=pa.array([], pa.string()), text=pa.array([], pa.string()))
+    with pytest.raises(ConfigError, match=r"e\.parquet: the metadata have no rows"):
+        next(datacomp.read([tmp_path], SourceOptions(metadata=(str(empty),))))
