@@ -39,12 +39,26 @@ class Columns(Section):
     label: str | None = None
 
 
+class Jitter(Section):
+    """Colour jitter: factors from 1 - x to 1 + x, and a turn of the hue from -x to x (0.5 is half the circle)."""
+
+    brightness: Share = 0.0
+    contrast: Share = 0.0
+    saturation: Share = 0.0
+    hue: float = Field(default=0.0, ge=0.0, le=0.5)
+
+
 class Augment(Section):
-    """RandomResizedCrop (Szegedy et al. 2014) and flip, drawn from (seed, epoch, uid)."""
+    """RandomResizedCrop (Szegedy et al. 2014), flip, colour jitter, auto-augment, drawn from (seed, epoch, uid).
+
+    `auto` is a name as timm has them: rand-m9-mstd0.5-inc1 (RandAugment, Cubuk et al. 2019), augmix-m3-w3, original, ...
+    """
 
     scale: tuple[float, float] = (0.9, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = False
+    jitter: Jitter | None = None
+    auto: str | None = None
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+
+from nev.config import Augment
+from nev.data.augment import eval_view, train_view
+from nev.data.decode import Encoded
 
 WIDTH = 8
 
@@ -46,6 +51,43 @@ def write_shard(path: Path, rows: list[dict[str, Any]], groups: Sequence[int], s
         for size in groups:
             writer.write_table(table.slice(at, size), row_group_size=max(1, size))
             at += size
+
+
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """Real bytes with a few bytes changed, a run cut out, doubled or overwritten, or the end lost."""
+    changed = bytearray(data)
+    start = rng.randrange(len(changed))
+    length = rng.randrange(1, 64)
+    kind = rng.randrange(5)
+    if kind == 0:
+        for _ in range(rng.randrange(1, 20)):
+            changed[rng.randrange(len(changed))] = rng.randrange(256)
+    elif kind == 1:
+        del changed[start : start + length]
+    elif kind == 2:
+        changed[start:start] = changed[start : start + length]
+    elif kind == 3:
+        changed[start : start + length] = rng.randbytes(length)
+    else:
+        del changed[start:]
+    # Half of the damage goes into the header, which decoders believe.
+    if kind == 0 and rng.random() < 0.5:
+        changed[rng.randrange(min(64, len(changed)))] = rng.randrange(256)
+    return bytes(changed)
+
+
+def trained_on(image: Encoded, size: int, augment: Augment, rng: random.Random) -> np.ndarray:
+    """The training view: uint8 [size, size, 3]."""
+    out = np.zeros((size, size, 3), np.uint8)
+    train_view(image, out, augment, rng)
+    return out
+
+
+def seen(image: Encoded, size: int) -> np.ndarray:
+    """The evaluation view: uint8 [size, size, 3]."""
+    out = np.zeros((size, size, 3), np.uint8)
+    eval_view(image, out)
+    return out
 
 
 def vector_of(caption: str) -> np.ndarray:

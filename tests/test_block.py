@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from block_helpers import SIZE, embedded, equal, reader_of, three_shards, whole
-from data_helpers import WIDTH, encoded, photo, rows_of, vector_of, write_shard
+from data_helpers import WIDTH, encoded, photo, rows_of, seen, trained_on, vector_of, write_shard
 
 from nev.config import Augment, Columns, Limits
-from nev.data.decode import decode, draw, eval_view, train_view
+from nev.data.augment import draw
+from nev.data.decode import read_header
 from nev.data.index import DataError, build_index
 from nev.data.plan import Plan, Segment, in_order
 from nev.data.rows import captions_of
@@ -79,7 +80,8 @@ def test_every_row_gets_its_own_picture_and_its_own_vector(tmp_path: Path) -> No
     assert block["uid"].tolist() == [row["uid"] for row in expected]
     assert block["shard"].tolist() == [0] * 12 + [1] * 9 + [2] * 6
     for row, given in enumerate(expected):
-        view = train_view(decode(given["image"], Limits()), SIZE, Augment(), draw(3, 4, str(given["uid"]), "augment"))
+        image = read_header(given["image"], Limits())
+        view = trained_on(image, SIZE, Augment(), draw(3, 4, str(given["uid"]), "augment"))
         assert np.array_equal(block["image"][row], view)
         assert np.array_equal(block["text"][row], vector_of(given["caption"]))
 
@@ -111,7 +113,7 @@ def test_augmentation_is_drawn_anew_each_epoch_and_never_in_evaluation(tmp_path:
     assert (train[0]["image"] != train[1]["image"]).reshape(27, -1).any(1).all()
     still = [reader_of(index, augment=None, seed=epoch).read(whole(index), epoch)["image"] for epoch in (0, 1)]
     assert np.array_equal(still[0], still[1])
-    assert np.array_equal(still[0][5], eval_view(decode(rows_of(6)[5]["image"], Limits()), SIZE))
+    assert np.array_equal(still[0][5], seen(read_header(rows_of(6)[5]["image"], Limits()), SIZE))
 
 
 def test_one_of_several_captions_is_drawn_each_epoch(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from nev.config import Augment, Limits
-from nev.data.decode import BadImage, decode, draw, eval_view, train_view
+from nev.data.augment import draw, eval_view, train_view
+from nev.data.decode import BadImage, read_header
 from nev.data.index import DataError, Index
 from nev.data.plan import Segment
 from nev.data.sidecar import not_beside, sidecar_location, uids_of, vectors_of
@@ -89,7 +90,7 @@ class BlockReader:
             if not part["valid"][row]:
                 continue
             try:
-                part["image"][row] = self._view(value, part["uid"][row], epoch)
+                self._view(value, part["uid"][row], epoch, part["image"][row])
             except BadImage as bad:
                 part["valid"][row], part["reason"][row] = False, str(bad)
 
@@ -111,14 +112,15 @@ class BlockReader:
         part["valid"][~has_text] = False
         part["reason"][~has_text] = "caption is empty"
 
-    def _view(self, value: pa.Scalar, uid: str, epoch: int) -> NDArray[np.uint8]:
+    def _view(self, value: pa.Scalar, uid: str, epoch: int, out: NDArray[np.uint8]) -> None:
         buffer = value.as_buffer()
         if buffer is None:
             raise BadImage("image is null")
-        picture = decode(memoryview(buffer).cast("B"), self.limits)
+        image = read_header(memoryview(buffer).cast("B"), self.limits)
         if self.augment is None:
-            return eval_view(picture, self.image_size)
-        return train_view(picture, self.image_size, self.augment, draw(self.seed, epoch, uid, "augment"))
+            eval_view(image, out)
+        else:
+            train_view(image, out, self.augment, draw(self.seed, epoch, uid, "augment"))
 
     def _table(self, location: str, group: int, columns: list[str], segment: Segment) -> pa.Table:
         try:

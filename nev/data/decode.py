@@ -1,23 +1,24 @@
-"""Encoded image bytes to one uint8 RGB picture of (size, size, 3), by the least work.
+"""Encoded image bytes to uint8 RGB pixels.
 
-JPEG goes through libjpeg-turbo (simplejpeg); everything else, and JPEGs that are not RGB or grey, through Pillow. Resizing is
-torch's antialiased bicubic kernel on uint8 in NHWC, which is what torchvision calls underneath; torchvision itself is not
-imported, since that costs a decoding process seconds at its start.
+JPEG goes through libjpeg-turbo (simplejpeg); everything else, and JPEGs that are not RGB or grey, through Pillow. The header
+comes first: a caller that knows the size can draw its crop before a pixel exists, and have a large JPEG decoded at 1/2, 1/4
+or 1/8 of its size, by an inverse DCT of fewer coefficients.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
-import random
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nev.config import Augment, Limits
-from nev.data.orientation import jpeg_orientation, orientation_of, upright
+from nev.config import Limits
+from nev.data.orientation import SIDEWAYS, jpeg_orientation, orientation_of, upright
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,67 +27,109 @@ if TYPE_CHECKING:
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 Picture = NDArray[np.uint8]
+SHRINKS = (8, 4, 2)  # what libjpeg-turbo has fast code for; the factors between cost more than they save
 
 
 class BadImage(ValueError):
     """Bytes that are not a usable picture. The message is the reason kept in the quarantine table."""
 
 
-def draw(seed: int, epoch: int, uid: str, purpose: str) -> random.Random:
-    """A random stream that depends on these four alone, so that a resumed or resized run draws the same.
+class Encoded(NamedTuple):
+    """An image whose header has been read. height, width: as it stands upright; format: as Pillow names it.
 
-    `random.Random.random()` is the one stream that Python promises to keep over its releases.
+    `pixels(shrink)` decodes it to uint8 RGB [ceil(height / shrink), ceil(width / shrink), 3] or larger (only JPEG shrinks),
+    and raises BadImage where it can't.
     """
-    key = hashlib.blake2b(f"{seed}/{epoch}/{purpose}/{uid}".encode(), digest_size=16).digest()
-    return random.Random(int.from_bytes(key, "little"))
+
+    height: int
+    width: int
+    format: str
+    pixels: Callable[[int], Picture]
 
 
-def decode(data: bytes | memoryview, limits: Limits) -> Picture:
-    """Decode to uint8 RGB [h, w, 3], the way up that EXIF says. Size limits hold before any pixel is decoded.
-
-    Raises BadImage with the reason.
-    """
+def read_header(data: bytes | memoryview, limits: Limits) -> Encoded:
+    """Read the size of an encoded image and hold it against the limits; no pixel is decoded. Raises BadImage."""
     if not len(data):
         raise BadImage("image is empty")
     if len(data) > limits.max_bytes:
         raise BadImage(f"image has {len(data)} bytes, more than limits.max_bytes")
-    if bytes(data[:3]) == b"\xff\xd8\xff":
-        return _jpeg(data, limits)
-    return _pillow(data, limits)
+    jpeg = bytes(data[:3]) == b"\xff\xd8\xff"
+    return (_jpeg if jpeg else _pillow)(data, limits)
 
 
-def _jpeg(data: bytes | memoryview, limits: Limits) -> Picture:
+def decode(data: bytes | memoryview, limits: Limits) -> Picture:
+    """Decode to uint8 RGB [h, w, 3], the way up that EXIF says. Raises BadImage with the reason."""
+    return read_header(data, limits).pixels(1)
+
+
+def shrink_for(rows: int, columns: int, size: int) -> int:
+    """The largest factor by which a JPEG may be decoded smaller, so that a crop of it still has `size` pixels a side."""
+    return next((shrink for shrink in SHRINKS if min(rows, columns) >= shrink * size), 1)
+
+
+def _jpeg(data: bytes | memoryview, limits: Limits) -> Encoded:
     import simplejpeg
 
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        _check_pixels(width, height, limits)
-        if colorspace in ("CMYK", "YCCK"):
-            return _pillow(data, limits)
-        pixels: Picture = simplejpeg.decode_jpeg(data, colorspace="RGB")
-        return upright(pixels, jpeg_orientation(data))
-    except BadImage:
-        raise
     except ValueError as error:
         raise BadImage(f"JPEG: {error}") from error
+    _check_pixels(width, height, limits)
+    if colorspace in ("CMYK", "YCCK"):
+        return _pillow(data, limits)
+    orientation = jpeg_orientation(data)
+
+    def pixels(shrink: int) -> Picture:
+        least = {"min_height": -(-height // shrink), "min_width": -(-width // shrink), "min_factor": shrink}
+        try:
+            found: Picture = simplejpeg.decode_jpeg(data, colorspace="RGB", **least if shrink > 1 else {})
+        except ValueError as error:
+            raise BadImage(f"JPEG: {error}") from error
+        return upright(found, orientation)
+
+    return Encoded(*_upright_size(height, width, orientation), "JPEG", pixels)
 
 
-def _pillow(data: bytes | memoryview, limits: Limits) -> Picture:
+def _pillow(data: bytes | memoryview, limits: Limits) -> Encoded:
+    with _explained(), _opened(data) as image:
+        _check_pixels(image.width, image.height, limits)
+        # Before loading, TIFF says how it is to be turned, too; loading turns it and takes the tag away.
+        height, width = _upright_size(image.height, image.width, orientation_of(image.getexif))
+        return Encoded(height, width, str(image.format), partial(_pillow_pixels, data))
+
+
+def _pillow_pixels(data: bytes | memoryview, shrink: int) -> Picture:
+    """The whole picture: Pillow's formats do not shrink."""
+    with _explained(), _opened(data) as image:
+        pixels = np.array(_rgb(image))  # a copy: Pillow's own memory is read-only, which torch warns about
+        return upright(pixels, orientation_of(image.getexif))  # after loading: TIFF is upright by then
+
+
+def _opened(data: bytes | memoryview) -> Image.Image:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Whatever Pillow raises over torn bytes becomes BadImage; so does its warning of a decompression bomb."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
-                _check_pixels(image.width, image.height, limits)
-                pixels = np.array(_rgb(image))  # a copy: Pillow's own memory is read-only, which torch warns about
-                return upright(pixels, orientation_of(image.getexif))  # after loading: TIFF is upright by then
+            yield
     except BadImage:
         raise
     except UnidentifiedImageError as error:
         raise BadImage(f"not an image in a known format ({', '.join(PILLOW_FORMATS)})") from error
     except Exception as error:
         raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+def _upright_size(height: int, width: int, orientation: int) -> tuple[int, int]:
+    return (width, height) if orientation in SIDEWAYS else (height, width)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -106,44 +149,3 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _check_pixels(width: int, height: int, limits: Limits) -> None:
     if width * height > limits.max_pixels:
         raise BadImage(f"image is {width}x{height}, more than limits.max_pixels")
-
-
-def train_view(picture: Picture, size: int, augment: Augment, rng: random.Random) -> Picture:
-    """RandomResizedCrop and flip: uint8 [h, w, 3] -> uint8 [size, size, 3]."""
-    height, width, _ = picture.shape
-    top, left, rows, columns = random_crop(height, width, augment, rng)
-    view = _resize(picture[top : top + rows, left : left + columns], size, size)
-    return view[:, ::-1] if augment.flip and rng.random() < 0.5 else view
-
-
-def random_crop(height: int, width: int, augment: Augment, rng: random.Random) -> tuple[int, int, int, int]:
-    """(top, left, rows, columns) of a crop of random area and aspect, as torchvision draws it: ten tries, then the centre."""
-    low, high = augment.ratio
-    for _ in range(10):
-        area = height * width * (augment.scale[0] + rng.random() * (augment.scale[1] - augment.scale[0]))
-        ratio = float(np.exp(np.log(low) + rng.random() * (np.log(high) - np.log(low))))
-        columns, rows = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
-        if 0 < columns <= width and 0 < rows <= height:
-            return int(rng.random() * (height - rows + 1)), int(rng.random() * (width - columns + 1)), rows, columns
-    columns = min(width, max(1, round(height * high)))
-    rows = min(height, max(1, round(width / low)))
-    return (height - rows) // 2, (width - columns) // 2, rows, columns
-
-
-def eval_view(picture: Picture, size: int) -> Picture:
-    """Shortest side to `size`, then the centre square: uint8 [h, w, 3] -> uint8 [size, size, 3]."""
-    height, width, _ = picture.shape
-    # Cropping the square first and resizing once gives the same field of view for the least work.
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return _resize(picture[top : top + side, left : left + side], size, size)
-
-
-def _resize(picture: Picture, height: int, width: int) -> Picture:
-    if picture.shape[:2] == (height, width):
-        return picture
-    import torch
-
-    pixels = torch.from_numpy(picture).permute(2, 0, 1).unsqueeze(0)  # NCHW with NHWC strides: no copy
-    resized = torch.nn.functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
-    return resized.squeeze(0).permute(1, 2, 0).numpy()

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from nev.config import ConfigError, Data, Experiment, ZeroShot
+from nev.data.augment import auto_augment
 from nev.data.block import BlockReader
 from nev.data.index import DataError, Index, build_index
 from nev.data.plan import Plan
@@ -71,6 +72,10 @@ def prepare_job(config: Experiment, text: TextTower, stop_after: int | None = No
 
     `config` has absolute paths. Raises DataError, ConfigError or CheckpointError, each saying what to do.
     """
+    if config.data.augment.auto:
+        auto_augment(
+            config.data.augment.auto, config.data.image_size
+        )  # an unknown name is an error now, not in a worker
     index = build_index(config.data.train, config.data.columns)
     key = text_key(index, text)
     check_sidecars(index, key, text.width)
