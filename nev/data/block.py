@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from nev.config import Augment, Limits
 from nev.data.augment import draw, eval_view, train_view
 from nev.data.decode import BadImage, read_header
-from nev.data.index import DataError, Index
+from nev.data.index import DataError, Index, reading
 from nev.data.plan import Segment
 from nev.data.sidecar import not_beside, sidecar_location, uids_of, vectors_of
-from nev.data.storage import filesystem
+from nev.data.storage import filesystem, is_local, open_parquet
 
 OPEN_FILES = 32
 
@@ -123,12 +123,8 @@ class BlockReader:
             train_view(image, out, self.augment, draw(self.seed, epoch, uid, "augment"))
 
     def _table(self, location: str, group: int, columns: list[str], segment: Segment) -> pa.Table:
-        try:
+        with reading(f"{location}: row group {group}", "Write this file again, or remove it and start anew."):
             table = self._file(location).read_row_group(group, columns, use_threads=False)
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(
-                f"{location}: row group {group} cannot be read ({error}). Write this file again, or remove it and start anew."
-            ) from error
         if len(table) < segment.stop:
             raise DataError(f"{location}: row group {group} has lost rows since it was indexed. Start again.")
         return table.slice(segment.start, segment.stop - segment.start)
@@ -139,8 +135,8 @@ class BlockReader:
             self._files.move_to_end(location)
         else:
             fs, path = filesystem(location)
-            local = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
-            source = path if local else fs.open(path, "rb", cache_type="none")
+            local = is_local(fs)
+            source = path if local else open_parquet(fs, path)
             self._files[location] = pq.ParquetFile(source, memory_map=local, pre_buffer=not local)
             while len(self._files) > OPEN_FILES:
                 self._files.popitem(last=False)[1].close()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from nev.config import Columns
-from nev.data.storage import filesystem
+from nev.data.storage import filesystem, open_parquet, remedy, storage_errors
 from nev.errors import NevError
 
 FOOTER_READERS = 16
@@ -38,6 +40,15 @@ NEEDED_TYPES = {
 
 class DataError(NevError, ValueError):
     """Data that cannot be trained on. The message says which file or column, what was found, and what to do."""
+
+
+@contextmanager
+def reading(what: str, damaged: str) -> Iterator[None]:
+    """Turn what storage and parquet raise into a DataError that names `what`; `damaged` says what to do if it is no good."""
+    try:
+        yield
+    except storage_errors() as error:
+        raise DataError(f"{what} cannot be read ({error}). {remedy(error, damaged)}") from error
 
 
 @dataclass(frozen=True)
@@ -75,29 +86,26 @@ class Index:
 def build_index(root: str, columns: Columns) -> Index:
     """Index the shards (`*.parquet`) of a folder or `s3://` prefix; folders whose name begins with `_` are passed over.
 
-    Raises DataError when there is no shard, a footer is unreadable, a column is missing, or no row is there.
+    Raises DataError when the folder cannot be listed, there is no shard, a footer is unreadable, a column is missing, or no
+    row is there.
     """
     fs, base = filesystem(root)
-    if not fs.isdir(base):
-        raise DataError(f"{root}: no such folder. Make shards with `python pipelines/prepare.py --help`.")
     base = base.rstrip("/")
-    files = sorted(path for path in fs.find(base) if path.endswith(".parquet"))
-    relative = [path[len(base) :].lstrip("/") for path in files]
-    relative = [path for path in relative if not any(part.startswith(("_", ".")) for part in path.split("/"))]
+    with reading(root, damaged=""):
+        if not fs.isdir(base):
+            raise DataError(f"{root}: no such folder. Make shards with `python pipelines/prepare.py --help`.")
+        found = {path[len(base) :].lstrip("/"): entry["size"] for path, entry in fs.find(base, detail=True).items()}
+    shards = [path for path in found if path.endswith(".parquet")]
+    relative = sorted(path for path in shards if not any(part.startswith(("_", ".")) for part in path.split("/")))
     if not relative:
         raise DataError(
             f"{root}: no .parquet shard in this folder. Make some with `python pipelines/prepare.py --help`."
         )
 
     def footer(path: str) -> pq.FileMetaData:
-        try:
-            with fs.open(f"{base}/{path}", "rb") as file:
-                return pq.read_metadata(file)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(
-                f"{root.rstrip('/')}/{path}: not a readable parquet file ({error}). "
-                "It may be cut short: delete it, or prepare the shard again."
-            ) from error
+        cut_short = "It may be cut short: delete it, or prepare the shard again."
+        with reading(f"{root.rstrip('/')}/{path}", cut_short), open_parquet(fs, f"{base}/{path}", found[path]) as file:
+            return pq.read_metadata(file)
 
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
         footers = list(pool.map(footer, relative))

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from nev.data.index import FOOTER_READERS, DataError, Index
+from nev.data.index import FOOTER_READERS, DataError, Index, reading
 from nev.data.rows import captions_of
-from nev.data.storage import filesystem, join
+from nev.data.storage import filesystem, join, make_folder, open_parquet
 
 LAYOUT = 1  # counts changes of the file's layout: sidecars of another one have another key
 
@@ -54,8 +54,9 @@ def write_sidecar(index: Index, shard: int, key: str, width: int, encode: Encode
     """Embed the captions of a shard and write its sidecar, whole or not at all. Returns the number of captions."""
     uid, caption = index.columns.uid, index.columns.caption
     source_fs, source_path = filesystem(index.location(shard))
-    with source_fs.open(source_path, "rb") as source:
-        shard_file = pq.ParquetFile(source)
+    prepare_again = "Prepare this shard again, or delete it."
+    with reading(index.location(shard), prepare_again), open_parquet(source_fs, source_path) as source:
+        shard_file = pq.ParquetFile(source, pre_buffer=True)
         if shard_file.metadata.num_rows != int(index.rows[index.groups_of(shard)].sum()):
             raise DataError(f"{index.location(shard)}: the shard changed since it was indexed. Start again.")
         tables = [shard_file.read_row_group(group, [uid, caption]) for group in range(shard_file.num_row_groups)]
@@ -70,7 +71,7 @@ def write_sidecar(index: Index, shard: int, key: str, width: int, encode: Encode
     metadata = {"nev.key": key, "nev.shard": shard_fingerprint(index, shard), "nev.width": str(width)}
     schema = pa.schema([("uid", pa.string()), ("vectors", pa.binary())], metadata=metadata)
     fs, path = filesystem(sidecar_location(index, shard, key))
-    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    make_folder(fs, path.rsplit("/", 1)[0])
     partial = f"{path}.partial"
     with fs.open(partial, "wb") as sink, pq.ParquetWriter(sink, schema, compression="none") as writer:
         for names, group in zip(uids, groups, strict=True):
@@ -85,7 +86,8 @@ def missing_sidecars(index: Index, key: str) -> list[int]:
 
     def absent(shard: int) -> bool:
         fs, path = filesystem(sidecar_location(index, shard, key))
-        return not fs.exists(path)
+        with reading(sidecar_location(index, shard, key), damaged=""):
+            return not fs.exists(path)
 
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
         return [shard for shard, lacks in enumerate(pool.map(absent, range(len(index.paths)))) if lacks]
@@ -133,11 +135,8 @@ def not_beside(location: str) -> DataError:
 
 def _read(location: str, read: Callable[[Any], Any]) -> Any:
     fs, path = filesystem(location)
-    try:
-        with fs.open(path, "rb") as file:
-            return read(file)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{location}: not readable ({error}). Delete this file and write it again.") from error
+    with reading(location, "Delete this file and write it again."), open_parquet(fs, path) as file:
+        return read(file)
 
 
 def _read_uids(location: str, column: str) -> list[str]:

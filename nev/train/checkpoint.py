@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nev.config import Experiment
-from nev.data.storage import filesystem, join
+from nev.data.storage import filesystem, join, make_folder
 from nev.models.vision import VisionTower, build_vision
 from nev.train.manifest import FORMAT, CheckpointError, State, read_manifest, remove
 
@@ -39,7 +39,7 @@ def save(
     fs, path = filesystem(location)
     if fs.exists(path):
         remove(location)  # left by a run that died here, or by one that reached this step before
-    fs.makedirs(path, exist_ok=True)
+    make_folder(fs, path)
     parts = {
         "model.safetensors": safetensors.torch.save(_cpu(model.state_dict())),
         "optimizer.safetensors": safetensors.torch.save(_cpu(optimizer_tensors(model, optimizer))),

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from nev.config import Experiment
 from nev.data.block import Block
-from nev.data.storage import filesystem, join
+from nev.data.storage import filesystem, join, make_folder
 from nev.errors import NevError
 
 
@@ -43,7 +43,7 @@ class Quarantine:
         if not self._rows:
             return
         fs, path = filesystem(join(self.folder, f"step-{done:08d}-rank-{self._rank}.parquet"))
-        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        make_folder(fs, path.rsplit("/", 1)[0])
         with fs.open(path, "wb") as sink:
             pq.write_table(pa.Table.from_pylist(self._rows), sink)
         self._rows = []
