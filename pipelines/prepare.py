@@ -24,41 +24,75 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from nev.cli import command, explained
 from nev.config import ConfigError, parse
-from nev.data.prepare import Report, prepare
+from nev.data.filters import Filters
+from nev.data.prepare import Progress, Report, prepare
+from nev.data.resize import Resize
+from nev.data.shards import Layout
 from nev.data.sources import READERS, SourceOptions
 from nev.data.synthetic import write_synthetic
 
 EXAMPLE = "python pipelines/prepare.py --source webdataset --input tars/train --output data/flickr8k/train"
 Source = Literal["webdataset", "hf-parquet", "datacomp", "folder-captions", "folder-classes", "synthetic"]
-OnRows = Callable[[int], None]
+Format = Literal["keep", "jpeg", "webp"]
+COMMON = {"--source", "--output", "--seed", "--rows-per-shard", "--row-group-rows", "--overwrite"}
+ENCODING = {"--format", "--quality"}
+FILTERS = {"--uids", "--min-side", "--max-aspect", "--min-caption", "--max-caption", "--dedupe"}
+SCORE = {"--score", "--min-score"}
+FOREIGN = {"--input", "--limit", "--resize"} | ENCODING | FILTERS
+# What each source takes beside COMMON; anything else would be silently without effect, so it is an error.
+TAKES: dict[str, set[str]] = {
+    "webdataset": FOREIGN | SCORE,
+    "hf-parquet": FOREIGN | SCORE | {"--uid", "--image", "--caption", "--label", "--name", "--template"},
+    "datacomp": FOREIGN | SCORE | {"--metadata", "--uid", "--caption"},
+    "folder-captions": FOREIGN | {"--image", "--caption"},
+    "folder-classes": FOREIGN | {"--template"},
+    "synthetic": {"--train", "--val", "--processes"},
+}
 
 
 def main(
+    context: typer.Context,
     source: Annotated[Source, typer.Option(help="The format of the input.")],
     output: Annotated[Path, typer.Option(help="Folder of the split; for synthetic, the folder of both splits.")],
     inputs: Annotated[
         list[str] | None, typer.Option("--input", help="File, folder or quoted pattern; may be repeated.")
     ] = None,
+    metadata: Annotated[
+        list[str] | None, typer.Option(help="datacomp: the metadata parquet, likewise; may be repeated.")
+    ] = None,
     uid: Annotated[str | None, typer.Option(help="uid column, if it has an unusual name.")] = None,
-    image: Annotated[str | None, typer.Option(help="Image column, if it has an unusual name.")] = None,
+    image: Annotated[str | None, typer.Option(help="Image (or file name) column, if it has an unusual name.")] = None,
     caption: Annotated[str | None, typer.Option(help="Caption column, if it has an unusual name.")] = None,
     label: Annotated[str | None, typer.Option(help="Integer label column, if it has an unusual name.")] = None,
     name: Annotated[str | None, typer.Option(help="Class name column, if it has an unusual name.")] = None,
     template: Annotated[
         list[str] | None, typer.Option(help="Caption with '{}' for the class name; may be repeated.")
     ] = None,
-    train: Annotated[int | None, typer.Option(min=1, help="synthetic: pictures to train on  [8000]")] = None,
-    val: Annotated[int | None, typer.Option(min=1, help="synthetic: pictures to evaluate on  [1000]")] = None,
+    uids: Annotated[Path | None, typer.Option(help="Keep these: .npy of u8,u8, .parquet with uid, or .txt.")] = None,
+    min_side: Annotated[int | None, typer.Option(help="Least pixels of the shorter side.")] = None,
+    max_aspect: Annotated[float | None, typer.Option(help="Most that longer / shorter side may be.")] = None,
+    min_caption: Annotated[int | None, typer.Option(help="Least characters of a caption.")] = None,
+    max_caption: Annotated[int | None, typer.Option(help="Most characters of a caption.")] = None,
+    score: Annotated[str | None, typer.Option(help="Column (or JSON key) with the similarity score.")] = None,
+    min_score: Annotated[float | None, typer.Option(help="Least score.")] = None,
+    dedupe: Annotated[bool, typer.Option("--dedupe", help="Keep one of the rows with the same image bytes.")] = False,
+    resize: Annotated[int | None, typer.Option(help="Shrink pictures to this many pixels on the shorter side.")] = None,
+    encoding: Annotated[Format, typer.Option("--format", help="Of the pictures that --resize shrinks.")] = "keep",
+    quality: Annotated[int, typer.Option(help="JPEG or WebP quality of those, 1 to 100.")] = 90,
+    train: Annotated[int, typer.Option(min=1, help="synthetic: pictures to train on.")] = 8000,
+    val: Annotated[int, typer.Option(min=1, help="synthetic: pictures to evaluate on.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Draws the order of the rows, and the synthetic pictures.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Take only the first rows of the input.")] = None,
     rows_per_shard: Annotated[int, typer.Option(min=1, help="A multiple of --row-group-rows.")] = 8192,
@@ -69,66 +103,71 @@ def main(
     """Turn a source into shards, in an order that is random over the whole set, and report what was left out."""
     console = Console(stderr=True)
     with explained(console):
-        _one_kind(source, inputs, limit, (uid, image, caption, label, name, template), train, val)
-        with _progress(console) as (on_read, on_write):
+        _fitting(source, _given(context))
+        layout = Layout(rows_per_shard, row_group_rows, overwrite)
+        filters = parse(
+            Filters,
+            {
+                **{"uids": uids, "min_side": min_side, "max_aspect": max_aspect, "min_caption": min_caption},
+                **{"max_caption": max_caption, "score": score, "min_score": min_score, "unique": dedupe},
+            },
+            where="filters",
+        )
+        shrink = {"side": resize, "format": encoding, "quality": quality}
+        with _progress(console) as progress:
             if source == "synthetic":
                 reports = write_synthetic(
                     output,
-                    train=train or 8000,
-                    val=val or 1000,
+                    train=train,
+                    val=val,
                     seed=seed,
                     processes=processes,
-                    rows_per_shard=rows_per_shard,
-                    row_group_rows=row_group_rows,
-                    overwrite=overwrite,
-                    on_read=on_read,
-                    on_write=on_write,
+                    layout=layout,
+                    progress=progress,
                 )
             else:
                 columns = {"uid": uid, "image": image, "caption": caption, "label": label}
-                settings = {"columns": columns, "label_name": name, "templates": template or ()}
-                options = parse(SourceOptions, settings, where="options")
+                settings = {"columns": columns, "label_name": name, "templates": template or (), "score": score}
+                options = parse(SourceOptions, {**settings, "metadata": metadata or ()}, where="options")
                 report = prepare(
                     READERS[source](inputs or [], options),
                     output,
                     seed=seed,
                     limit=limit,
                     limits=options.limits,
-                    rows_per_shard=rows_per_shard,
-                    row_group_rows=row_group_rows,
-                    overwrite=overwrite,
-                    on_read=on_read,
-                    on_write=on_write,
+                    filters=filters,
+                    resize=None if resize is None else parse(Resize, shrink, where="resize"),
+                    layout=layout,
+                    progress=progress,
                 )
                 reports = {output.name: report}
     Console().print(_table(reports))
     for report in reports.values():
         typer.echo(f"shards: {report.shards[0].parent}")
+        typer.echo(f"samples: {report.samples}")
     if report.classes:
         typer.echo(f"classes: {report.classes}")
 
 
-def _one_kind(
-    source: str,
-    inputs: list[str] | None,
-    limit: int | None,
-    columns: tuple[object, ...],
-    train: int | None,
-    val: int | None,
-) -> None:
-    """Raise ConfigError for options that the source has no use for."""
-    if source == "synthetic" and (inputs or limit or any(columns)):
-        raise ConfigError("--source synthetic draws its own pictures: it takes no input, columns, templates or limit")
-    if source != "synthetic" and (train or val):
-        raise ConfigError("--train and --val are for --source synthetic; --limit takes the first rows of an input")
-    if source == "webdataset" and any(columns):
-        raise ConfigError("--source webdataset has fixed member names: it takes no column names or templates")
+def _given(context: typer.Context) -> set[str]:
+    """The options that stand on the command line."""
+    origins = {option.opts[0]: context.get_parameter_source(str(option.name)) for option in context.command.params}
+    return {option for option, origin in origins.items() if origin and origin.name == "COMMANDLINE"}
+
+
+def _fitting(source: str, given: set[str]) -> None:
+    """Raise ConfigError for options that the source, or the other options, have no use for."""
+    if unfit := sorted(given - COMMON - TAKES[source]):
+        takes = ", ".join(sorted(TAKES[source]))
+        raise ConfigError(f"--source {source} has no use for {', '.join(unfit)}. Its options: {takes}")
+    if (alone := sorted(given & ENCODING)) and "--resize" not in given:
+        raise ConfigError(f"{' and '.join(alone)}: only pictures that --resize shrinks are encoded anew; give it, too")
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[tuple[OnRows, OnRows]]:
+def _progress(console: Console) -> Iterator[Progress]:
     """Two counters of rows on the terminal: read and written."""
-    bar = Progress(
+    bar = Bars(
         SpinnerColumn(),
         TextColumn("{task.description} {task.completed:>10,.0f} rows"),
         TimeElapsedColumn(),
@@ -136,7 +175,7 @@ def _progress(console: Console) -> Iterator[tuple[OnRows, OnRows]]:
     )
     with bar:
         read, written = bar.add_task("read   ", total=None), bar.add_task("written", total=None)
-        yield lambda rows: bar.advance(read, rows), lambda rows: bar.advance(written, rows)
+        yield Progress(partial(bar.advance, read), partial(bar.advance, written))
 
 
 def _table(reports: dict[str, Report]) -> Table:

@@ -27,6 +27,7 @@ def main(
     begin = time.perf_counter()
     with explained(console):
         experiment = load(config, overrides or [])
+        from nev.data.shards import Layout
         from nev.data.synthetic import write_synthetic
         from nev.embedding import embed_captions
         from nev.experiment import run_experiment, show_summary
@@ -42,8 +43,8 @@ def main(
                 train=train,
                 val=val,
                 seed=experiment.seed,
-                row_group_rows=experiment.data.block_rows,
-                overwrite=True,  # of a run that was stopped while it drew
+                # what it may replace is left of a run that was stopped while it drew
+                layout=Layout(row_group_rows=experiment.data.block_rows, overwrite=True),
             )
         connect()
         splits = [str(folder / split) for split in ("train", "val")]

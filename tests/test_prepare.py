@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 import os
 import re
 import sys
@@ -9,11 +10,16 @@ import tarfile
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
+from tar_helpers import tar_of
 from typer.testing import CliRunner
 
+from nev.config import Columns
+from nev.data.index import build_index
 from nev.data.sources import READERS
 
 REAL = os.environ.get("NEV_DATA")
@@ -32,6 +38,12 @@ def prepare(*args: object, code: int = 0) -> str:
     result = CliRunner().invoke(pipeline.app, [str(arg) for arg in args], env={"COLUMNS": "200"})
     assert result.exit_code == code, result.output
     return re.sub(r"[\s│]+", " ", result.output)
+
+
+def picture(width: int, height: int, shade: int = 0) -> bytes:
+    out = io.BytesIO()
+    Image.new("L", (width, height), shade).save(out, "PNG")
+    return out.getvalue()
 
 
 def labelled(path: Path, labels: list[int], names: list[str | None], images: list[bytes | None] | None = None) -> Path:
@@ -94,7 +106,10 @@ def test_webdataset_limit_and_overwrite(tmp_path: Path) -> None:
 def test_synthetic_writes_both_splits(tmp_path: Path) -> None:
     out = prepare("--source", "synthetic", "--train", 40, "--val", 36, "--output", tmp_path / "set")
     assert "kept 40 36" in out
-    assert {path.name for path in (tmp_path / "set").iterdir()} == {"train", "val", "classes.txt"}
+    assert {path.name for path in (tmp_path / "set").iterdir()} == {
+        *("train", "val", "classes.txt"),
+        *("train-samples.png", "val-samples.png"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -102,17 +117,75 @@ def test_synthetic_writes_both_splits(tmp_path: Path) -> None:
     [
         (("--source", "webdataset", "--input", "nowhere"), "nowhere: no such file or folder"),
         (("--source", "webdataset"), "needs at least one input"),
-        (("--source", "webdataset", "--input", ".", "--template", "a {}"), "takes no column names or templates"),
+        (
+            ("--source", "webdataset", "--input", ".", "--template", "a {}"),
+            "--source webdataset has no use for --template. Its options: --dedupe, ",
+        ),
         (("--source", "hf-parquet", "--input", ".", "--template", "a"), "a template needs exactly one '{}'"),
-        (("--source", "hf-parquet", "--input", ".", "--train", "5"), "--train and --val are for --source synthetic"),
-        (("--source", "synthetic", "--input", "."), "it takes no input"),
+        (("--source", "hf-parquet", "--input", ".", "--train", "5"), "--source hf-parquet has no use for --train"),
+        (("--source", "synthetic", "--input", "."), "has no use for --input. Its options: --processes, --train, --val"),
         (("--source", "synthetic", "--train", "5"), "train: 5 pictures can't show all 30 classes"),
+        (("--source", "hf-parquet", "--input", ".", "--min-score", "0.3"), "min_score needs the score column"),
+        (("--source", "folder-classes", "--input", ".", "--score", "s"), "folder-classes has no use for --score"),
+        (("--source", "hf-parquet", "--input", ".", "--metadata", "m"), "hf-parquet has no use for --metadata"),
+        (("--source", "hf-parquet", "--input", ".", "--quality", "80"), "--quality: only pictures that --resize"),
+        (("--source", "hf-parquet", "--input", ".", "--resize", "9", "--quality", "0"), "quality: Input should be"),
+        (("--source", "hf-parquet", "--input", ".", "--min-side", "0"), "min_side: Input should be"),
         (("--source", "sky"), "sky"),
     ],
 )
 def test_wrong_options_end_with_the_cause(tmp_path: Path, args: tuple[str, ...], message: str) -> None:
     assert message in prepare(*args, "--output", tmp_path / "out", code=2)
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_datacomp_with_every_filter(tmp_path: Path) -> None:
+    uids = [f"{at:032x}" for at in range(12)]
+    members: dict[str, bytes | str | dict[str, str]] = {}
+    for at, uid in enumerate(uids):
+        image = picture(*{6: (20, 60), 7: (200, 60)}.get(at, (90, 60)), shade=8 if at == 9 else at)
+        members |= {f"{at:09d}.jpg": image, f"{at:09d}.json": {"uid": uid}}
+    tar_of(tmp_path / "tars/0.tar", members)
+    texts = ["hi" if at == 5 else f"caption {at}" for at in range(12)]
+    columns = {"uid": uids[1:], "text": texts[1:], "clip": [0.1 if at == 4 else 0.3 for at in range(1, 12)]}
+    pq.write_table(pa.table(columns), tmp_path / "meta.parquet")
+    halves = [(int(uid[:16], 16), int(uid[16:], 16)) for uid in uids if uid != uids[3]]
+    np.save(tmp_path / "dfn.npy", np.array(halves, np.dtype("u8,u8")))
+    out = prepare(
+        "--source", "datacomp", "--input", tmp_path / "tars", "--metadata", tmp_path / "meta.parquet",
+        "--uids", tmp_path / "dfn.npy", "--score", "clip", "--min-score", 0.2, "--min-caption", 3, "--max-caption", 40,
+        "--min-side", 30, "--max-aspect", 2.5, "--dedupe", "--resize", 32, "--format", "webp", "--output",
+        tmp_path / "set/train",
+    )  # fmt: skip
+    for line in (
+        *("rows in 12", "kept 5", "dropped: uid not in the metadata 1", "dropped: uid not in the list 1"),
+        *("dropped: score below 0.2 1", "dropped: caption length 1", "dropped: shorter side below 30 1"),
+        *("dropped: aspect above 2.5 1", "dropped: duplicate image 1", f"samples: {tmp_path}/set/train-samples.png"),
+    ):
+        assert line in out
+    rows = {row["uid"]: row for row in pq.read_table(tmp_path / "set/train").to_pylist()}
+    assert {uid: row["caption"] for uid, row in rows.items()} == {uids[at]: texts[at] for at in (1, 2, 8, 10, 11)}
+    for row in rows.values():
+        image = Image.open(io.BytesIO(row["image"]))
+        assert (image.format, image.size) == ("WEBP", (48, 32))
+    assert len(build_index(str(tmp_path / "set/train"), Columns()).paths) == 1
+
+
+def test_the_contact_sheet_shows_pictures_with_their_captions(tmp_path: Path) -> None:
+    names = [f"{at}.png" for at in range(60)]
+    for at, name in enumerate(names):
+        (tmp_path / name).write_bytes(picture(40, 30, shade=200) if at % 2 else b"torn")
+    lines = [json.dumps({"file_name": name, "text": "a long caption " * 20}) for name in names]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    out = prepare("--source", "folder-captions", "--input", tmp_path, "--output", tmp_path / "out/val")
+    assert "kept 60" in out
+    sheet = Image.open(tmp_path / "out/val-samples.png").convert("RGB")
+    order = [int(uid.removesuffix(".png")) % 2 for uid in pq.read_table(tmp_path / "out/val")["uid"].to_pylist()]
+    middles = [sheet.getpixel((8 + at % 8 * 136 + 64, 8 + at // 8 * 172 + 64)) for at in range(48)]
+    assert sheet.size == (8 + 8 * 136, 8 + 6 * 172)
+    assert middles == [(200, 200, 200) if whole else (211, 211, 211) for whole in order[:48]]
+    below = np.asarray(sheet)[8 + 128 : 8 + 128 + 36, 8 : 8 + 136]
+    assert (below < 128).any()
 
 
 def test_help_shows_an_example_and_every_source() -> None:

@@ -13,7 +13,7 @@ import pytest
 from nev.config import ConfigError, Limits
 from nev.data import shards
 from nev.data.rows import Row, usable
-from nev.data.shards import write_shards
+from nev.data.shards import Layout, write_shards
 
 
 def rows(count: int, **more: Any) -> list[Row]:
@@ -28,7 +28,7 @@ def uids(paths: list[Path]) -> list[str]:
 
 
 def test_rows_come_back_whole_in_row_groups_of_the_asked_size(tmp_path: Path) -> None:
-    paths = write_shards(rows(50), tmp_path / "train", seed=0, rows_per_shard=16, row_group_rows=4)
+    paths = write_shards(rows(50), tmp_path / "train", seed=0, layout=Layout(16, 4))
     assert [path.name for path in paths] == ["00000.parquet", "00001.parquet", "00002.parquet", "00003.parquet"]
     groups = [
         [file.row_group(k).num_rows for k in range(file.num_row_groups)]
@@ -95,15 +95,15 @@ def test_of_equal_uids_the_first_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_shards_is_refused_unless_overwrite(tmp_path: Path) -> None:
-    write_shards(rows(40), tmp_path, seed=0, rows_per_shard=8, row_group_rows=8)
+    write_shards(rows(40), tmp_path, seed=0, layout=Layout(8, 8))
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"already holds 5 shard\(s\).*--overwrite"):
         write_shards(rows(3), tmp_path, seed=0)
-    write_shards(rows(3), tmp_path, seed=0, overwrite=True)
+    write_shards(rows(3), tmp_path, seed=0, layout=Layout(overwrite=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.parquet", "notes.txt"]
     (tmp_path / "foreign.parquet").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"nev did not write \(foreign\.parquet"):
-        write_shards(rows(3), tmp_path, seed=0, overwrite=True)
+        write_shards(rows(3), tmp_path, seed=0, layout=Layout(overwrite=True))
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -116,13 +116,13 @@ def test_a_run_that_fails_leaves_the_folder_as_it_was(tmp_path: Path, overwrite:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_shards(rows(40), tmp_path, seed=0, overwrite=overwrite, on_rows=stop_while_writing)
+        write_shards(rows(40), tmp_path, seed=0, layout=Layout(overwrite=overwrite), on_rows=stop_while_writing)
     assert {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tmp_path.iterdir()} == before
 
 
 def test_wrong_settings_and_empty_input_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"\(1000\) must be a positive multiple of rows per row group \(256\)"):
-        write_shards(rows(3), tmp_path, seed=0, rows_per_shard=1000)
+        write_shards(rows(3), tmp_path, seed=0, layout=Layout(rows_per_shard=1000))
     with pytest.raises(ConfigError, match="no rows to write"):
         write_shards([], tmp_path, seed=0)
     with pytest.raises(ConfigError, match="row 'row-0': needs a uid, an image and a caption"):

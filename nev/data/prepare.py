@@ -1,4 +1,4 @@
-"""From any rows to a split: leave out what can't be used, shuffle, write, and say what happened."""
+"""From any rows to a split: leave out what can't be used, choose, shrink, shuffle, write, and say what happened."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from typing import NamedTuple
 
 from nev.config import Limits
 from nev.data import labels
+from nev.data.contact import contact_sheet
+from nev.data.filters import Filters, select
+from nev.data.resize import Resize, resized
 from nev.data.rows import Row, usable
-from nev.data.shards import write_shards
+from nev.data.shards import Layout, write_shards
 
 
 class Report(NamedTuple):
-    """What one `prepare` did. bytes: size of the shards on disk. classes: path of classes.txt, where there is one."""
+    """What one `prepare` did. bytes: size of the shards on disk. classes: path of classes.txt, where there is one.
+
+    samples: path of the contact sheet.
+    """
 
     rows_in: int
     kept: int
@@ -25,6 +31,14 @@ class Report(NamedTuple):
     seconds: float
     shards: list[Path]
     classes: Path | None
+    samples: Path
+
+
+class Progress(NamedTuple):
+    """Who is told how many rows were read, and written, since the last call."""
+
+    read: Callable[[int], None] = lambda rows: None
+    written: Callable[[int], None] = lambda rows: None
 
 
 def prepare(
@@ -32,23 +46,23 @@ def prepare(
     output: str | Path,
     *,
     seed: int = 0,
-    rows_per_shard: int = 8192,
-    row_group_rows: int = 256,
-    overwrite: bool = False,
     limit: int | None = None,
     limits: Limits | None = None,
-    on_read: Callable[[int], None] | None = None,
-    on_write: Callable[[int], None] | None = None,
+    filters: Filters | None = None,
+    resize: Resize | None = None,
+    layout: Layout | None = None,
+    progress: Progress | None = None,
 ) -> Report:
-    """Write the usable ones of `rows` (the first `limit`) to the folder `output`, and classes.txt beside that folder.
+    """Write the usable ones of `rows` (the first `limit`) that satisfy `filters` to the folder `output`.
 
-    Rows without image or caption, or with an image above `limits.max_bytes`, are left out and counted by reason.
-    `on_read` and `on_write` get the number of rows since their last call.
+    Beside that folder: classes.txt, and <folder>-samples.png with some of the pictures. Rows without image or caption,
+    or with an image above `limits.max_bytes`, are left out and counted by reason, as those that `filters` leave out.
 
-    Raises ConfigError as `write_shards` does, and where a label has two names; the folder then stays as it was.
+    Raises ConfigError as `write_shards` and `select` do, and where a label has two names; the folder then stays as it
+    was.
     """
     start = time.perf_counter()
-    output = Path(output)
+    output, limits, progress = Path(output), limits or Limits(), progress or Progress()
     read, written = Counter[str](), Counter[str]()
     dropped: Counter[str] = Counter()
     names: dict[int, str] = {}
@@ -56,27 +70,29 @@ def prepare(
     def counted(rows: Iterable[Row]) -> Iterator[Row]:
         for row in islice(rows, limit):
             read["rows"] += 1
-            if on_read:
-                on_read(1)
+            progress.read(1)
             yield row
 
     def wrote(count: int) -> None:
         written["rows"] += count
-        if on_write:
-            on_write(count)
+        progress.written(count)
 
-    classes = output.absolute().parent / "classes.txt"
+    beside = output.absolute().parent
+    classes = beside / "classes.txt"
+    chosen = select(usable(counted(rows), dropped, limits), filters or Filters(), limits, dropped)
+    small = resized(chosen, resize, limits, dropped) if resize else chosen
     shards = write_shards(
-        labels.watch(usable(counted(rows), dropped, limits or Limits()), names, classes),
-        output,
-        seed=seed,
-        rows_per_shard=rows_per_shard,
-        row_group_rows=row_group_rows,
-        overwrite=overwrite,
-        dropped=dropped,
-        on_rows=wrote,
+        labels.watch(small, names, classes), output, seed=seed, layout=layout, dropped=dropped, on_rows=wrote
     )
     named = bool(names) and labels.write(names, classes)
-    size = sum(path.stat().st_size for path in shards)
-    seconds = time.perf_counter() - start
-    return Report(read["rows"], written["rows"], dict(dropped), size, seconds, shards, classes if named else None)
+    samples = contact_sheet(shards[0], beside / f"{output.absolute().name}-samples.png", limits)
+    return Report(
+        rows_in=read["rows"],
+        kept=written["rows"],
+        dropped=dict(dropped),
+        bytes=sum(path.stat().st_size for path in shards),
+        seconds=time.perf_counter() - start,
+        shards=shards,
+        classes=classes if named else None,
+        samples=samples,
+    )

@@ -18,6 +18,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -41,14 +42,21 @@ SCHEMA = pa.schema(
 )
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How many rows a file and a row group have, and whether older shards in the folder may be replaced."""
+
+    rows_per_shard: int = 8192
+    row_group_rows: int = 256
+    overwrite: bool = False
+
+
 def write_shards(
     rows: Iterable[Row],
     folder: str | Path,
     *,
     seed: int,
-    rows_per_shard: int = 8192,
-    row_group_rows: int = 256,
-    overwrite: bool = False,
+    layout: Layout | None = None,
     memory_bytes: int = 512 * 2**20,
     dropped: Counter[str] | None = None,
     on_rows: Callable[[int], None] | None = None,
@@ -56,7 +64,7 @@ def write_shards(
     """Shuffle `rows` and write them to `folder` as 00000.parquet, 00001.parquet, ...
 
     Columns: uid string, image binary, caption string (list<string> as soon as one row has several), and label int64
-    and label_name string where any row has them. Every row group has `row_group_rows` rows, save the last of the set.
+    and label_name string where any row has them. Every row group has `layout.row_group_rows` rows, save the last of the set.
     Of rows with one uid the first that came is kept; the others are counted in `dropped["duplicate uid"]`.
     `on_rows` is called with the number of rows of each row group written.
 
@@ -67,8 +75,9 @@ def write_shards(
     read as part of the split), if there are no rows or a row lacks uid, image or caption, or if a shard is not a whole
     number of row groups.
     """
-    folder = Path(folder)
-    old = _existing(folder, overwrite)
+    folder, layout = Path(folder), layout or Layout()
+    old = _existing(folder, layout.overwrite)
+    rows_per_shard, row_group_rows = layout.rows_per_shard, layout.row_group_rows
     if row_group_rows < 1 or rows_per_shard < 1 or rows_per_shard % row_group_rows:
         raise ConfigError(
             f"rows per shard ({rows_per_shard}) must be a positive multiple of rows per row group ({row_group_rows})"

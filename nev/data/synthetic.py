@@ -14,7 +14,7 @@ import math
 import multiprocessing
 import random
 from bisect import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,9 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageOps
 
 from nev.config import ConfigError
-from nev.data.prepare import Report, prepare
+from nev.data.prepare import Progress, Report, prepare
 from nev.data.rows import Row
+from nev.data.shards import Layout
 
 Point = tuple[float, float]
 RGB = tuple[int, int, int]
@@ -233,17 +234,14 @@ def write_synthetic(
     val: int,
     seed: int = 0,
     processes: int = 1,
-    rows_per_shard: int = 8192,
-    row_group_rows: int = 256,
-    overwrite: bool = False,
-    on_read: Callable[[int], None] | None = None,
-    on_write: Callable[[int], None] | None = None,
+    layout: Layout | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Report]:
     """Write folder/train, folder/val (parquet shards) and folder/classes.txt; return the report of each split.
 
     train, val: pictures, at least len(CLASSES) each, so that every class is in both. The other settings are those of
-    `render_all`, `nev.data.prepare.prepare` and `nev.data.shards.write_shards`. Raises ConfigError for too few
-    pictures, or if there are shards already and `overwrite` is not set.
+    `render_all` and `nev.data.prepare.prepare`. Raises ConfigError for too few
+    pictures, or if there are shards already and `layout.overwrite` is not set.
     """
     counts = {"train": train, "val": val}
     for split, count in counts.items():
@@ -254,11 +252,8 @@ def write_synthetic(
             render_all(count, seed, split, processes),
             Path(folder) / split,
             seed=seed,
-            rows_per_shard=rows_per_shard,
-            row_group_rows=row_group_rows,
-            overwrite=overwrite,
-            on_read=on_read,
-            on_write=on_write,
+            layout=layout,
+            progress=progress,
         )
         for split, count in counts.items()
     }

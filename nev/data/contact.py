@@ -1,0 +1,54 @@
+"""A contact sheet: some pictures of a shard with their captions, as one PNG, to see what training will see."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow.parquet as pq
+
+from nev.config import Limits
+from nev.data.decode import BadImage, decode
+from nev.data.rows import captions_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+COLUMNS, ROWS = 8, 6
+CELL, GAP, LINE, LINES = 128, 8, 12, 3  # pixels, pixels, pixels, lines of a caption
+FONT_SIZE, LINE_CHARACTERS = 10, 24
+
+
+def contact_sheet(shard: Path, output: Path, limits: Limits) -> Path:
+    """Draw the first 48 rows of `shard`, whose order is random over the set, to the PNG `output`; return its path.
+
+    A picture that can't be decoded leaves its cell grey, with the reason in place of the caption.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    with pq.ParquetFile(shard) as file:
+        batch = next(file.iter_batches(COLUMNS * ROWS, columns=["image", "caption"])).to_pylist()
+    step_x, step_y = CELL + GAP, CELL + LINE * LINES + GAP
+    down = -(-len(batch) // COLUMNS)
+    sheet = Image.new("RGB", (GAP + min(len(batch), COLUMNS) * step_x, GAP + down * step_y), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
+    for at, row in enumerate(batch):
+        x, y = GAP + at % COLUMNS * step_x, GAP + at // COLUMNS * step_y
+        picture, text = _cell(row["image"], captions_of(row["caption"])[0], limits)
+        sheet.paste(picture, (x + (CELL - picture.width) // 2, y + (CELL - picture.height) // 2))
+        lines = textwrap.wrap(text, LINE_CHARACTERS, max_lines=LINES, placeholder=" …")
+        draw.text((x, y + CELL), "\n".join(lines), "black", font, spacing=1)
+    partial = output.with_name(f".{output.name}.tmp")
+    sheet.save(partial, "PNG")
+    return partial.replace(output)
+
+
+def _cell(image: bytes, caption: str, limits: Limits) -> tuple[Image.Image, str]:
+    from PIL import Image, ImageOps
+
+    try:
+        picture = Image.fromarray(decode(image, limits))
+    except BadImage as error:
+        return Image.new("RGB", (CELL, CELL), "lightgrey"), str(error)
+    return ImageOps.contain(picture, (CELL, CELL)), caption
