@@ -166,6 +166,11 @@ def test_parquet_of_img2dataset_has_a_status(tmp_path: Path) -> None:
     assert "reject" not in next(hf_parquet.read([numbers], DEFAULT))
 
 
+def test_text_that_is_called_class_is_no_label(tmp_path: Path) -> None:
+    text = parquet_of(tmp_path / "a.parquet", jpeg=[b"x"], txt=["t"], **{"class": ["cat"]}, labels=[3])
+    assert next(hf_parquet.read([text], DEFAULT)).get("label") == 3
+
+
 def test_hf_parquet_takes_named_columns(tmp_path: Path) -> None:
     file = parquet_of(tmp_path / "x.parquet", nr=[5, 6], pic=[b"5", b"6"], said=[["a", "b"], ["c"]], text=["no", "no"])
     options = SourceOptions(columns=Columns(uid="nr", image="pic", caption="said"))

@@ -33,7 +33,7 @@ def key_of(uid: str) -> Keys:
 
 def keys_of(uids: list[str]) -> Keys:
     """The keys of `uids`, in their order: bytes [n]."""
-    return np.frombuffer(b"".join(map(_key, uids)), KEY)
+    return np.frombuffer(bytearray().join(map(_key, uids)), KEY)
 
 
 def _key(uid: str) -> bytes:
@@ -65,11 +65,12 @@ def read_uids(path: Path) -> Keys:
         raise ConfigError(f"{path}: not readable as a list of uids ({error})") from error
     if not len(keys):
         raise ConfigError(f"{path}: this list of uids is empty, so no row would be kept")
-    return np.sort(keys)
+    keys.sort()
+    return keys
 
 
 def _npy(path: Path) -> Keys:
-    halves = np.load(path, allow_pickle=False)
+    halves = np.load(path, mmap_mode="r", allow_pickle=False)  # so that the file's own order of bytes costs no memory
     if halves.dtype.names is None or [halves.dtype[name].kind for name in halves.dtype.names] != ["u", "u"]:
         raise ConfigError(f"{path}: needs dtype 'u8,u8', the two halves of each uid; it is {halves.dtype}")
     return np.ascontiguousarray(halves.astype(">u8,>u8")).view(KEY)

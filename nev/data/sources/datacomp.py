@@ -2,7 +2,8 @@
 
 The metadata give the caption (`text`) and the score; columns as in https://github.com/mlfoundations/datacomp. A DFN is a
 list of uids over the same tars: a filter (`nev.data.filters`). In memory the metadata take 24 bytes a row and the captions'
-own length, as Arrow arrays; read the tars a part at a time, each with its own metadata, where that is too much.
+own length, as arrays, and up to four times that while they are sorted; where that is too much, read the tars a part at a
+time, each with its own metadata.
 """
 
 from __future__ import annotations

@@ -16,18 +16,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nev.config import ConfigError
+from nev.data.index import KNOWN_NAMES
 from nev.data.rows import Row
 from nev.data.sources.common import SourceOptions, fill, find_files
 
 USUAL = {
-    "uid": ("uid", "id", "key", "__key__"),
-    "image": ("image", "jpg", "img", "png", "webp"),
-    "caption": ("caption", "captions", "text", "txt"),
-    "label": ("label", "labels", "cls", "fine_label"),
+    **KNOWN_NAMES,  # what a shard's columns may be called, and what only foreign files have
+    "label": (*KNOWN_NAMES["label"], "labels", "fine_label"),
     "label_name": ("label_name",),
     "score": (),
     "status": ("status",),
 }
+OPTIONAL = ("label", "status")  # text beside a picture is often called `class`, and a status may be anything
 BATCH_ROWS = 256
 
 
@@ -106,14 +106,17 @@ def _columns(schema: pa.Schema, options: SourceOptions, path: Path) -> dict[str,
     for role, named in wanted.items():
         if named is not None and named not in schema.names:
             raise ConfigError(f"{path}: no column {named!r} for {role} (columns: {schema.names})")
-        name = named or next((usual for usual in USUAL[role] if usual in schema.names), None)
+        usual = [
+            name
+            for name in USUAL[role]
+            if name in schema.names and (role not in OPTIONAL or _fits(role, schema.field(name).type))
+        ]
+        name = named or next(iter(usual), None)
         if name is None and role in ("image", "caption"):
             also = ", or make captions from class names with --template 'a photo of a {}.'" if role == "caption" else ""
             raise ConfigError(f"{path}: no {role} column (columns: {schema.names}). Name it with --{role}{also}")
         if name is not None:
             found[role] = name
-    if "status" in found and not _fits("status", schema.field("status").type):
-        del found["status"]  # somebody's own column of that name
     for role, name in found.items():
         if not _fits(role, schema.field(name).type):
             raise ConfigError(f"{path}: column {name!r} can't be the {role}: it is {schema.field(name).type}")
