@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 from nev.config import Experiment, parse
 
+if TYPE_CHECKING:
+    from s3_server import Proxy
+
 settings.register_profile("nev", deadline=None)  # no test fails because the machine is busy
 settings.load_profile("nev")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+
+# Ray's workers have the environment of the cluster's start, so what they need to find the S3 server is in a file with a
+# name known beforehand. Nobody's own account is asked.
+AWS_PROFILE = Path(tempfile.gettempdir()) / f"nev-tests-aws-{os.getpid()}"
+for name in [name for name in os.environ if name.startswith("AWS_")]:
+    del os.environ[name]
+os.environ |= {
+    "AWS_CONFIG_FILE": str(AWS_PROFILE),
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    "AWS_PROFILE": "nev",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +58,34 @@ def ray_cluster() -> Iterator[None]:
     connect()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_session() -> Iterator[Proxy]:
+    """An S3 server behind a proxy that counts and breaks answers, its address and keys in the profile `nev`."""
+    from s3_server import s3_server
+
+    with s3_server() as proxy:
+        AWS_PROFILE.write_text(
+            "[profile nev]\nregion = us-east-1\naws_access_key_id = key\naws_secret_access_key = secret\n"
+            f"endpoint_url = http://127.0.0.1:{proxy.port}\n"
+        )
+        yield proxy
+        AWS_PROFILE.unlink()
+
+
+@pytest.fixture
+def s3(s3_session: Proxy) -> Iterator[Proxy]:
+    """The S3 server with an empty bucket `bucket`, no faults and counts at zero."""
+    from nev.data.storage import filesystem
+
+    s3_session.reset()
+    fs, bucket = filesystem("s3://bucket")
+    fs.mkdir(bucket)
+    s3_session.reset()
+    yield s3_session
+    s3_session.reset()
+    fs.rm(bucket, recursive=True)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import logging
 import threading
 import time
 from collections import Counter
@@ -12,7 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+SLOW_DOWN = (
+    b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+)
 INTERNAL = b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>We encountered an error.</Message></Error>"
 DENIED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 REFUSALS = {"500": (500, INTERNAL), "503": (503, SLOW_DOWN), "403": (403, DENIED)}
@@ -76,6 +79,7 @@ def s3_server() -> Iterator[Proxy]:
     """Run moto and the proxy before it, on free ports of this machine."""
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     moto = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     moto.start()
     moto_port = moto.get_host_and_port()[1]
@@ -110,8 +114,7 @@ def _handler(proxy: Proxy, moto_port: int) -> type[BaseHTTPRequestHandler]:
         def _body(self) -> bytes:
             if self.headers.get("Expect", "").lower() == "100-continue":
                 del self.headers["Expect"]  # http.server has answered it
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            return body
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
         def _send(self, status: int, body: bytes, headers: dict[str, str], fault: str | None = None) -> None:
             self.send_response_only(status)

@@ -94,7 +94,7 @@ def build_index(root: str, columns: Columns) -> Index:
     with reading(root, damaged=""):
         if not fs.isdir(base):
             raise DataError(f"{root}: no such folder. Make shards with `python pipelines/prepare.py --help`.")
-        found = {path[len(base) :].lstrip("/"): entry["size"] for path, entry in fs.find(base, detail=True).items()}
+        found = {path[len(base) :].lstrip("/"): entry for path, entry in fs.find(base, detail=True).items()}
     shards = [path for path in found if path.endswith(".parquet")]
     relative = sorted(path for path in shards if not any(part.startswith(("_", ".")) for part in path.split("/")))
     if not relative:
