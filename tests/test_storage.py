@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from data_helpers import WIDTH, encode, rows_of, write_shard
 from s3_server import REFUSALS, Proxy, mixed_faults
@@ -203,6 +204,56 @@ def test_requests_are_few(local: Path, s3: Proxy) -> None:
         seen.append((s3.count("HEAD"), s3.count("GET")))
     # A row group and its vectors are one request each. A file's first use asks for its size and its footer besides.
     assert sorted(seen) == [(0, 2)] * 4 + [(2, 4)] * 2
+
+
+def test_a_sidecar_that_cannot_be_written_is_named_and_leaves_nothing(local: Path, s3: Proxy, impatient: None) -> None:
+    upload(local)
+    index = build_index(REMOTE, Columns())
+    s3.rule = lambda method, path, span, before: "403" if method == "PUT" else None
+    with pytest.raises(DataError, match=r"s3://bucket/set/train/_text/.*/a\.parquet cannot be written .*AWS_PROFILE"):
+        write_sidecar(index, 0, KEY, WIDTH, encode)
+    assert s3.count("PUT", "/bucket") == 0  # nobody tried to make the bucket
+    s3.reset()
+    assert missing_sidecars(index, KEY) == [0, 1]
+
+
+def test_checkpoints_and_quarantine_lie_in_s3_as_in_a_folder(s3: Proxy, impatient: None) -> None:
+    import torch
+
+    from nev.train import checkpoint, manifest
+    from nev.train.quarantine import Quarantine
+
+    s3.rule = lambda method, path, span, before: "500" if before == 0 else None
+    run = "s3://bucket/runs/first"
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    rng = {"torch": torch.get_rng_state()}
+    for step, score in ((1, 0.1), (2, 0.9), (3, 0.5), (3, 0.4), (4, 0.2)):  # step 3 is reached twice
+        state = manifest.State(step, {}, {"plan": "p"}, None, {"score": score}, world_size=1, bad_rows=0)
+        checkpoint.save(run, state, model, optimizer, rng)
+    assert manifest.best(run, "score") == f"{run}/checkpoints/step-00000002"
+    manifest.prune(run, keep_last=1, keep_best="score")
+    assert manifest.checkpoints(run) == [f"{run}/checkpoints/step-{step:08d}" for step in (2, 4)]
+    found, weights, moments, states = checkpoint.load(manifest.latest(run) or "")
+    assert found == state
+    assert torch.equal(weights["weight"], model.weight)
+    assert torch.equal(moments["weight/exp_avg"], optimizer.state[model.weight]["exp_avg"])
+    assert torch.equal(states["torch"], rng["torch"])
+    s3.rule = lambda method, path, span, before: "500" if path.endswith("/model.safetensors") else None
+    with pytest.raises(manifest.CheckpointError, match=r"s3://bucket/runs/first/.*00002/model\.safetensors"):
+        checkpoint.load(f"{run}/checkpoints/step-00000002")
+    s3.reset()
+
+    bad = {"valid": np.array([True, False]), "uid": np.array(["u", "v"], object), "shard": np.zeros(2, np.int32)}
+    quarantine = Quarantine(run, ("a.parquet",), rank=0)
+    quarantine.note(7, [{**bad, "reason": np.array(["", "image is null"], object)}])
+    quarantine.flush(8)
+    with filesystem(run)[0].open("bucket/runs/first/quarantine/step-00000008-rank-0.parquet") as file:
+        assert pq.read_table(file).to_pylist() == [
+            {"step": 7, "uid": "v", "shard": "a.parquet", "reason": "image is null"}
+        ]
 
 
 @pytest.mark.ray

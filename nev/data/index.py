@@ -51,6 +51,15 @@ def reading(what: str, damaged: str) -> Iterator[None]:
         raise DataError(f"{what} cannot be read ({error}). {remedy(error, damaged)}") from error
 
 
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Turn what storage raises into a DataError that names `what`, which could not be written."""
+    try:
+        yield
+    except storage_errors() as error:
+        raise DataError(f"{what} cannot be written ({error}). {remedy(error, 'Start again.')}") from error
+
+
 @dataclass(frozen=True)
 class Index:
     """Row groups in the order of (path, row group).

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from nev.data.index import FOOTER_READERS, DataError, Index, reading
+from nev.data.index import FOOTER_READERS, DataError, Index, reading, writing
 from nev.data.rows import captions_of
 from nev.data.storage import filesystem, join, make_folder, open_parquet
 
@@ -71,13 +71,14 @@ def write_sidecar(index: Index, shard: int, key: str, width: int, encode: Encode
     metadata = {"nev.key": key, "nev.shard": shard_fingerprint(index, shard), "nev.width": str(width)}
     schema = pa.schema([("uid", pa.string()), ("vectors", pa.binary())], metadata=metadata)
     fs, path = filesystem(sidecar_location(index, shard, key))
-    make_folder(fs, path.rsplit("/", 1)[0])
-    partial = f"{path}.partial"
-    with fs.open(partial, "wb") as sink, pq.ParquetWriter(sink, schema, compression="none") as writer:
-        for names, group in zip(uids, groups, strict=True):
-            rows = [vectors[[place[caption] for caption in captions]].tobytes() for captions in group]
-            writer.write_table(pa.table({"uid": names, "vectors": rows}, schema), row_group_size=max(1, len(rows)))
-    fs.mv(partial, path)
+    with writing(sidecar_location(index, shard, key)):
+        make_folder(fs, path.rsplit("/", 1)[0])
+        partial = f"{path}.partial"
+        with fs.open(partial, "wb") as sink, pq.ParquetWriter(sink, schema, compression="none") as writer:
+            for names, group in zip(uids, groups, strict=True):
+                rows = [vectors[[place[caption] for caption in captions]].tobytes() for captions in group]
+                writer.write_table(pa.table({"uid": names, "vectors": rows}, schema), row_group_size=max(1, len(rows)))
+        fs.mv(partial, path)
     return sum(len(captions) for group in groups for captions in group)
 
 

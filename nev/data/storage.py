@@ -68,5 +68,5 @@ def remedy(error: Exception, damaged: str) -> str:
     if isinstance(error, FileNotFoundError):
         return "It is not there (any more): put it back, or start anew without it."
     if isinstance(error, PermissionError):
-        return "Allow reading it; for s3:// check AWS_PROFILE or AWS_ACCESS_KEY_ID and the bucket's policy."
-    return "The storage does not give it: check disk or network, for s3:// AWS_ENDPOINT_URL and AWS_PROFILE."
+        return "Access is denied: allow it; for s3:// check AWS_PROFILE or AWS_ACCESS_KEY_ID and the bucket's policy."
+    return "The storage fails: check disk and network, for s3:// AWS_ENDPOINT_URL and AWS_PROFILE."

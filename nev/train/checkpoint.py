@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nev.config import Experiment
-from nev.data.storage import filesystem, join, make_folder
+from nev.data.storage import filesystem, join, make_folder, storage_errors
 from nev.models.vision import VisionTower, build_vision
 from nev.train.manifest import FORMAT, CheckpointError, State, read_manifest, remove
 
@@ -85,8 +85,10 @@ def _tensors(location: str, manifest: dict[str, Any], name: str) -> dict[str, Te
         if hashlib.sha256(data).hexdigest() != manifest["sha256"].get(file):
             raise CheckpointError(f"{location}/{file}: damaged (its sha256 is not the one in state.json)")
         return safetensors.torch.load(data)
-    except (FileNotFoundError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{location}/{file}: {error}") from error
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{location}/{file}: damaged ({error})") from error
+    except storage_errors() as error:
+        raise CheckpointError(f"{location}/{file}: cannot be read ({error})") from error
 
 
 def load_vision(location: str, config: Experiment, text_width: int) -> VisionTower:

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from nev.data.storage import filesystem, join
+from nev.data.storage import filesystem, join, storage_errors
 from nev.errors import NevError
 
 FORMAT = 1
@@ -38,6 +38,8 @@ def read_manifest(location: str) -> dict[str, Any]:
         raise CheckpointError(f"{location}: not a checkpoint (there is no state.json in it)") from None
     except ValueError as error:
         raise CheckpointError(f"{location}/state.json: damaged ({error})") from error
+    except storage_errors() as error:
+        raise CheckpointError(f"{location}/state.json: cannot be read ({error})") from error
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{location}: format {manifest.get('format')}, this version reads {FORMAT}")
     return manifest
