@@ -48,6 +48,12 @@ def test_a_sample_that_failed_stays_rejected(tmp_path: Path) -> None:
     assert [row.get("reject") for row in datacomp.read([tmp_path], options)] == [None, "status failed_to_resize"]
 
 
+def test_a_uid_that_is_no_text_is_not_in_the_metadata(tmp_path: Path) -> None:
+    tar_of(tmp_path / "0.tar", {"x.jpg": b"x", "x.json": '{"uid": "\\ud83d"}'})
+    options = SourceOptions(metadata=(str(metadata(tmp_path / "m.parquet", uid=[A], text=["a"])),))
+    assert [row.get("reject") for row in datacomp.read([tmp_path], options)] == ["uid not in the metadata"]
+
+
 @pytest.mark.parametrize(
     ("columns", "options", "message"),
     [

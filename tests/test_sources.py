@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from tar_helpers import tar_of
 
 from nev.config import Columns, ConfigError, Limits
+from nev.data.rows import usable
 from nev.data.sources import READERS, SourceOptions, find_files, hf_parquet, webdataset
 
 REAL = os.environ.get("NEV_DATA")
@@ -36,7 +38,7 @@ def test_webdataset_takes_uid_captions_and_label_where_they_are(tmp_path: Path) 
         {
             "a.jpg": b"A",
             "a.txt": "first",
-            "a.json": {"uid": "u1", "caption": "first", "captions": ["first", "second"], "status": "success"},
+            "a.json": {"uid": "u1", "caption": "first", "captions": ["first", None, "second"], "status": "success"},
             "b.PNG": b"B",
             "b.json": {"caption": "only", "label": 2, "label_name": "ship"},
             "dir/c.d.webp": b"ignored: the extension is everything behind the first dot",
@@ -90,6 +92,36 @@ def test_webdataset_rejects_bad_samples_with_a_reason(tmp_path: Path) -> None:
         "latin": "unreadable json, txt or cls",
         "large": "member over its size limit",
     }
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        '{"caption": 5}',
+        '{"caption": {"en": "x"}}',
+        '{"captions": ["x", 5]}',
+        '{"caption": "x", "label": 1e999}',
+        '{"caption": "x", "label": 9223372036854775808}',
+        '{"caption": "x", "label": "cat"}',
+        '{"caption": "x", "a": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    ],
+)
+def test_webdataset_rejects_what_json_should_not_hold(tmp_path: Path, facts: str) -> None:
+    tar = tar_of(tmp_path / "0.tar", {"a.jpg": b"A", "a.json": facts})
+    assert [row.get("reject") for row in webdataset.read([tar], DEFAULT)] == ["unreadable json, txt or cls"]
+
+
+def test_half_an_emoji_is_counted_and_goes_no_further(tmp_path: Path) -> None:
+    members = {
+        "a.jpg": b"A",
+        "a.json": '{"caption": "cut \\ud83d"}',
+        "b.jpg": b"B",
+        "b.json": '{"caption": "\\ud83d\\ude00"}',
+    }
+    dropped: Counter[str] = Counter()
+    kept = usable(webdataset.read([tar_of(tmp_path / "0.tar", members)], DEFAULT), dropped, Limits())
+    assert [row["caption"] for row in kept] == [["\U0001f600"]]
+    assert dropped == {"uid or caption with half a surrogate pair": 1}
 
 
 def test_webdataset_looks_at_regular_members_only(tmp_path: Path) -> None:

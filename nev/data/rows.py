@@ -46,9 +46,21 @@ def fault(row: Row, limits: Limits) -> str | None:
         return "empty image"
     if len(row["image"]) > limits.max_bytes:
         return f"image over {limits.max_bytes} bytes"
-    if not captions_of(row["caption"]):
+    captions = captions_of(row["caption"])
+    if not captions:
         return "empty caption"
+    if not all(map(_encodes, [row["uid"], *captions])):
+        return "uid or caption with half a surrogate pair"
     return None
+
+
+def _encodes(text: str) -> bool:
+    """Whether UTF-8 can say `text`: JSON may hold one half of an emoji, where a caption was cut to a length."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def usable(rows: Iterable[Row], dropped: Counter[str], limits: Limits) -> Iterator[Row]:

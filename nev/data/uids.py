@@ -37,7 +37,9 @@ def keys_of(uids: list[str]) -> Keys:
 
 
 def _key(uid: str) -> bytes:
-    return bytes.fromhex(uid) if HEX.fullmatch(uid) else hashlib.blake2b(uid.encode(), digest_size=16).digest()
+    if HEX.fullmatch(uid):
+        return bytes.fromhex(uid)
+    return hashlib.blake2b(uid.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def find(keys: Keys, uid: str) -> int | None:

@@ -149,7 +149,7 @@ def _json_lines(text: Iterable[str], table: Path) -> Iterator[tuple[int, dict[st
         if line.strip():
             try:
                 cells = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{table}:{number}: not JSON ({error})") from error
             if not isinstance(cells, dict):
                 raise ConfigError(f"{table}:{number}: a JSON object is needed, not {type(cells).__name__}")

@@ -78,18 +78,33 @@ def _row(key: str, parts: dict[str, bytes | None], score: str | None) -> Row:
         if not isinstance(facts, dict):
             raise TypeError(f"a JSON object is needed, not {type(facts).__name__}")
         text = (parts.get("txt") or b"").decode()
-        label = facts["label"] if "label" in facts else parts.get("cls")
-        row["label"] = None if label is None else int(label)
+        row["uid"] = str(facts.get("uid") or key)
+        row["caption"] = _caption(facts.get("captions") or facts.get("caption") or text)
+        row["label"] = _label(facts["label"] if "label" in facts else parts.get("cls"))
+        row["label_name"] = None if facts.get("label_name") is None else str(facts["label_name"])
         if score:
             row["score"] = None if facts.get(score) is None else float(facts[score])
-    except (ValueError, TypeError):  # json.JSONDecodeError and UnicodeDecodeError are ValueErrors
+    # A number may be too large, and lists may be nested too deep; JSONDecodeError and UnicodeDecodeError are ValueErrors.
+    except (ValueError, TypeError, OverflowError, RecursionError):
         row["reject"] = "unreadable json, txt or cls"
         return row
-    row["uid"] = str(facts.get("uid") or key)
-    row["caption"] = facts.get("captions") or facts.get("caption") or text
-    row["label_name"] = facts.get("label_name")
     if facts.get("status", "success") != "success":
         row["reject"] = f"status {facts['status']}"
     elif not images:
         row["reject"] = "no image member"
     return row
+
+
+def _caption(given: Any) -> str | list[str]:
+    if isinstance(given, str):
+        return given
+    if isinstance(given, list) and all(one is None or isinstance(one, str) for one in given):
+        return [one for one in given if one]
+    raise TypeError(f"a caption is a string or a list of strings, not {given!r}")
+
+
+def _label(given: Any) -> int | None:
+    label = None if given is None else int(given)
+    if label is not None and not -(2**63) <= label < 2**63:
+        raise OverflowError("a label has 64 bits")
+    return label
