@@ -44,8 +44,15 @@ def test_the_metadata_give_caption_and_score(tmp_path: Path) -> None:
 
 def test_a_sample_that_failed_stays_rejected(tmp_path: Path) -> None:
     tar_of(tmp_path / "0.tar", {**members(A), "x.json": {"uid": B, "status": "failed_to_resize"}})
-    options = SourceOptions(metadata=(str(metadata(tmp_path / "m.parquet", uid=[A, B], text=["a", "b"])),))
+    options = SourceOptions(metadata=(str(metadata(tmp_path / "m.parquet", uid=[A], text=["a"])),))
     assert [row.get("reject") for row in datacomp.read([tmp_path], options)] == [None, "status failed_to_resize"]
+
+
+def test_of_metadata_with_one_uid_the_first_counts(tmp_path: Path) -> None:
+    tar_of(tmp_path / "0.tar", members(A, B))
+    uids, texts = [A, B] * 500, [f"{at}" for at in range(1000)]
+    options = SourceOptions(metadata=(str(metadata(tmp_path / "m.parquet", uid=uids, text=texts)),))
+    assert [row["caption"] for row in datacomp.read([tmp_path], options)] == ["0", "1"]
 
 
 def test_a_uid_that_is_no_text_is_not_in_the_metadata(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Lists of uids: the files they come in, and that exactly the listed ones are found."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,8 @@ def test_a_big_endian_list_is_read_by_its_numbers(tmp_path: Path) -> None:
     [
         ("list.npy", np.arange(3), r"list\.npy: needs dtype 'u8,u8', .*; it is int64"),
         ("list.npy", np.array([{}], object), r"list\.npy: not readable as a list of uids"),
+        ("list.npy", pickle.dumps([1]), r"list\.npy: not readable as a list of uids"),
+        ("list.npy", b"PK\x03\x04", r"list\.npy: not readable as a list of uids"),
         ("list.npy", b"", r"list\.npy: not readable as a list of uids"),
         ("list.npy", np.empty(0, np.dtype("u8,u8")), r"list\.npy: this list of uids is empty"),
         ("list.parquet", b"PAR1", r"list\.parquet: not readable as a list of uids"),

@@ -72,10 +72,10 @@ def read_uids(path: Path) -> Keys:
 
 
 def _npy(path: Path) -> Keys:
-    halves = np.load(path, mmap_mode="r", allow_pickle=False)  # so that the file's own order of bytes costs no memory
+    halves = np.lib.format.open_memmap(path, mode="r")  # never a pickle, and the file's own order costs no memory
     if halves.dtype.names is None or [halves.dtype[name].kind for name in halves.dtype.names] != ["u", "u"]:
         raise ConfigError(f"{path}: needs dtype 'u8,u8', the two halves of each uid; it is {halves.dtype}")
-    return np.ascontiguousarray(halves.astype(">u8,>u8")).view(KEY)
+    return np.ascontiguousarray(halves.astype(">u8,>u8")).reshape(-1).view(KEY)
 
 
 def _parquet(path: Path) -> Keys:
