@@ -15,6 +15,11 @@ Flickr8k, with its five human captions a picture:
     python pipelines/prepare.py --source webdataset --input ../shared/data/flickr8k/train --output data/flickr8k/train
     python pipelines/prepare.py --source webdataset --input ../shared/data/flickr8k/dev --output data/flickr8k/val
 
+DataComp as its downloader leaves it, cut down to a DFN and to 256 pixels:
+
+    python pipelines/prepare.py --source datacomp --input shards --metadata metadata --uids dfn.npy --resize 256 \\
+        --output data/datacomp/train
+
 The synthetic set, both splits at once:
 
     python pipelines/prepare.py --source synthetic --train 8000 --val 1000 --output data/synthetic
@@ -46,6 +51,10 @@ from nev.data.synthetic import write_synthetic
 EXAMPLE = "python pipelines/prepare.py --source webdataset --input tars/train --output data/flickr8k/train"
 Source = Literal["webdataset", "hf-parquet", "datacomp", "folder-captions", "folder-classes", "synthetic"]
 Format = Literal["keep", "jpeg", "webp"]
+Column = partial(typer.Option, rich_help_panel="Columns and captions")
+Filter = partial(typer.Option, rich_help_panel="Filters")
+Picture = partial(typer.Option, rich_help_panel="Smaller pictures")
+Drawing = partial(typer.Option, rich_help_panel="The synthetic set")
 COMMON = {"--source", "--output", "--seed", "--rows-per-shard", "--row-group-rows", "--overwrite"}
 ENCODING = {"--format", "--quality"}
 FILTERS = {"--uids", "--min-side", "--max-aspect", "--min-caption", "--max-caption", "--dedupe"}
@@ -70,34 +79,32 @@ def main(
         list[str] | None, typer.Option("--input", help="File, folder or quoted pattern; may be repeated.")
     ] = None,
     metadata: Annotated[
-        list[str] | None, typer.Option(help="datacomp: the metadata parquet, likewise; may be repeated.")
+        list[str] | None, Column(help="datacomp: the metadata parquet, likewise; may be repeated.")
     ] = None,
-    uid: Annotated[str | None, typer.Option(help="uid column, if it has an unusual name.")] = None,
-    image: Annotated[str | None, typer.Option(help="Image (or file name) column, if it has an unusual name.")] = None,
-    caption: Annotated[str | None, typer.Option(help="Caption column, if it has an unusual name.")] = None,
-    label: Annotated[str | None, typer.Option(help="Integer label column, if it has an unusual name.")] = None,
-    name: Annotated[str | None, typer.Option(help="Class name column, if it has an unusual name.")] = None,
-    template: Annotated[
-        list[str] | None, typer.Option(help="Caption with '{}' for the class name; may be repeated.")
-    ] = None,
-    uids: Annotated[Path | None, typer.Option(help="Keep these: .npy of u8,u8, .parquet with uid, or .txt.")] = None,
-    min_side: Annotated[int | None, typer.Option(help="Least pixels of the shorter side.")] = None,
-    max_aspect: Annotated[float | None, typer.Option(help="Most that longer / shorter side may be.")] = None,
-    min_caption: Annotated[int | None, typer.Option(help="Least characters of a caption.")] = None,
-    max_caption: Annotated[int | None, typer.Option(help="Most characters of a caption.")] = None,
-    score: Annotated[str | None, typer.Option(help="Column (or JSON key) with the similarity score.")] = None,
-    min_score: Annotated[float | None, typer.Option(help="Least score.")] = None,
-    dedupe: Annotated[bool, typer.Option("--dedupe", help="Keep one of the rows with the same image bytes.")] = False,
-    resize: Annotated[int | None, typer.Option(help="Shrink pictures to this many pixels on the shorter side.")] = None,
-    encoding: Annotated[Format, typer.Option("--format", help="Of the pictures that --resize shrinks.")] = "keep",
-    quality: Annotated[int, typer.Option(help="JPEG or WebP quality of those, 1 to 100.")] = 90,
-    train: Annotated[int, typer.Option(min=1, help="synthetic: pictures to train on.")] = 8000,
-    val: Annotated[int, typer.Option(min=1, help="synthetic: pictures to evaluate on.")] = 1000,
+    uid: Annotated[str | None, Column(help="uid column, if it has an unusual name.")] = None,
+    image: Annotated[str | None, Column(help="Image (or file name) column, if it has an unusual name.")] = None,
+    caption: Annotated[str | None, Column(help="Caption column, if it has an unusual name.")] = None,
+    label: Annotated[str | None, Column(help="Integer label column, if it has an unusual name.")] = None,
+    name: Annotated[str | None, Column(help="Class name column, if it has an unusual name.")] = None,
+    template: Annotated[list[str] | None, Column(help="Caption with '{}' for the class name; may be repeated.")] = None,
+    uids: Annotated[Path | None, Filter(help="Keep these: .npy of u8,u8, .parquet with uid, or .txt.")] = None,
+    min_side: Annotated[int | None, Filter(help="Least pixels of the shorter side.")] = None,
+    max_aspect: Annotated[float | None, Filter(help="Most that longer / shorter side may be.")] = None,
+    min_caption: Annotated[int | None, Filter(help="Least characters of a caption.")] = None,
+    max_caption: Annotated[int | None, Filter(help="Most characters of a caption.")] = None,
+    score: Annotated[str | None, Filter(help="Column (or JSON key) with the similarity score.")] = None,
+    min_score: Annotated[float | None, Filter(help="Least score.")] = None,
+    dedupe: Annotated[bool, Filter("--dedupe", help="Keep one of the rows with the same image bytes.")] = False,
+    resize: Annotated[int | None, Picture(help="Shrink pictures to this many pixels on the shorter side.")] = None,
+    encoding: Annotated[Format, Picture("--format", help="Of the pictures that --resize shrinks.")] = "keep",
+    quality: Annotated[int, Picture(help="JPEG or WebP quality of those, 1 to 100.")] = 90,
+    train: Annotated[int, Drawing(min=1, help="Pictures to train on.")] = 8000,
+    val: Annotated[int, Drawing(min=1, help="Pictures to evaluate on.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Draws the order of the rows, and the synthetic pictures.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Take only the first rows of the input.")] = None,
     rows_per_shard: Annotated[int, typer.Option(min=1, help="A multiple of --row-group-rows.")] = 8192,
     row_group_rows: Annotated[int, typer.Option(min=1, help="Rows that are read together.")] = 256,
-    processes: Annotated[int, typer.Option(min=1, help="synthetic: processes that draw.")] = 1,
+    processes: Annotated[int, Drawing(min=1, help="Processes that draw.")] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the shards in --output.")] = False,
 ) -> None:
     """Turn a source into shards, in an order that is random over the whole set, and report what was left out."""

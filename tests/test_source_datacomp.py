@@ -8,7 +8,7 @@ import pytest
 from tar_helpers import tar_of
 
 from nev.config import Columns, ConfigError
-from nev.data.sources import SourceOptions, datacomp
+from nev.data.sources import SourceOptions, datacomp, webdataset
 
 A, B, C, D = (digit * 32 for digit in "abcd")
 
@@ -91,3 +91,15 @@ def test_missing_or_broken_metadata_are_named(tmp_path: Path) -> None:
     empty = metadata(tmp_path / "e.parquet", uid=pa.array([], pa.string()), text=pa.array([], pa.string()))
     with pytest.raises(ConfigError, match=r"e\.parquet: the metadata have no rows"):
         next(datacomp.read([tmp_path], SourceOptions(metadata=(str(empty),))))
+
+
+def test_real_tars_with_metadata_for_half_of_them(data_folder: Path, tmp_path: Path) -> None:
+    plain = list(webdataset.read([data_folder / "flickr8k/dev"], SourceOptions()))
+    half = plain[::-2]
+    texts = [f"about {row['uid']}" for row in half]
+    file = metadata(tmp_path / "m.parquet", uid=[row["uid"] for row in half], text=texts, sim=[0.5] * len(half))
+    options = SourceOptions(metadata=(str(file),), score="sim")
+    joined = list(datacomp.read([data_folder / "flickr8k/dev"], options))
+    assert [row["image"] for row in joined] == [row["image"] for row in plain]
+    assert [row.get("reject") for row in joined] == ["uid not in the metadata", None] * 500
+    assert all(row["caption"] == f"about {row['uid']}" and row.get("score") == 0.5 for row in joined[1::2])

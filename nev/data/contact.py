@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pyarrow.parquet as pq
 
 from nev.config import Limits
-from nev.data.decode import BadImage, decode
+from nev.data.decode import BadImage, read_header, shrink_for
 from nev.data.rows import captions_of
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def _cell(image: bytes, caption: str, limits: Limits) -> tuple[Image.Image, str]
     from PIL import Image, ImageOps
 
     try:
-        picture = Image.fromarray(decode(image, limits))
+        header = read_header(image, limits)
+        picture = Image.fromarray(header.pixels(shrink_for(header.height, header.width, CELL)))
     except BadImage as error:
         return Image.new("RGB", (CELL, CELL), "lightgrey"), str(error)
     return ImageOps.contain(picture, (CELL, CELL)), caption
