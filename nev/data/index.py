@@ -23,6 +23,7 @@ from nev.data.storage import filesystem, open_parquet, remedy, storage_errors
 from nev.errors import NevError
 
 FOOTER_READERS = 16
+CUT_SHORT = "It may be cut short: delete it, or prepare the shard again."
 
 KNOWN_NAMES = {
     "uid": ("uid", "key", "__key__", "id"),
@@ -112,8 +113,7 @@ def build_index(root: str, columns: Columns) -> Index:
         )
 
     def footer(path: str) -> pq.FileMetaData:
-        cut_short = "It may be cut short: delete it, or prepare the shard again."
-        with reading(f"{root.rstrip('/')}/{path}", cut_short), open_parquet(fs, f"{base}/{path}", found[path]) as file:
+        with reading(f"{root.rstrip('/')}/{path}", CUT_SHORT), open_parquet(fs, f"{base}/{path}", found[path]) as file:
             return pq.read_metadata(file)
 
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
@@ -149,6 +149,13 @@ def build_index(root: str, columns: Columns) -> Index:
         columns=resolved,
         fingerprint=digest.hexdigest(),
     )
+
+
+def read_column(location: str, column: str, damaged: str = CUT_SHORT) -> pa.ChunkedArray:
+    """One column of a shard or sidecar, whole. Raises DataError where it cannot be read."""
+    fs, path = filesystem(location)
+    with reading(location, damaged), open_parquet(fs, path) as file:
+        return pq.read_table(file, columns=[column])[column]
 
 
 def resolve_columns(schema: pa.Schema, columns: Columns, where: str) -> Columns:

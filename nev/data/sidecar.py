@@ -12,17 +12,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from nev.data.index import FOOTER_READERS, DataError, Index, reading, writing
+from nev.data.index import CUT_SHORT, FOOTER_READERS, DataError, Index, read_column, reading, writing
 from nev.data.rows import captions_of
 from nev.data.storage import filesystem, join, make_folder, open_parquet
 
+WRITE_AGAIN = "Delete this file and write it again with `python pipelines/embed_text.py`."
 LAYOUT = 1  # counts changes of the file's layout: sidecars of another one have another key
 
 Encode = Callable[[Sequence[str]], NDArray[np.float32]]
@@ -54,8 +54,7 @@ def write_sidecar(index: Index, shard: int, key: str, width: int, encode: Encode
     """Embed the captions of a shard and write its sidecar, whole or not at all. Returns the number of captions."""
     uid, caption = index.columns.uid, index.columns.caption
     source_fs, source_path = filesystem(index.location(shard))
-    prepare_again = "Prepare this shard again, or delete it."
-    with reading(index.location(shard), prepare_again), open_parquet(source_fs, source_path) as source:
+    with reading(index.location(shard), CUT_SHORT), open_parquet(source_fs, source_path) as source:
         shard_file = pq.ParquetFile(source, pre_buffer=True)
         if shard_file.metadata.num_rows != int(index.rows[index.groups_of(shard)].sum()):
             raise DataError(f"{index.location(shard)}: the shard changed since it was indexed. Start again.")
@@ -104,7 +103,9 @@ def check_sidecars(index: Index, key: str, width: int) -> None:
 
     def check(shard: int) -> None:
         location = sidecar_location(index, shard, key)
-        footer = _read(location, pq.read_metadata)
+        fs, path = filesystem(location)
+        with reading(location, WRITE_AGAIN), open_parquet(fs, path) as file:
+            footer = pq.read_metadata(file)
         found = {name.decode(): value.decode() for name, value in (footer.metadata or {}).items()}
         wanted = {"nev.key": key, "nev.shard": shard_fingerprint(index, shard), "nev.width": str(width)}
         for name, value in wanted.items():
@@ -119,8 +120,10 @@ def check_sidecars(index: Index, key: str, width: int) -> None:
             raise not_beside(location)
         # In a shard of one row group no footer tells that its rows were put in another order. Where there are more,
         # their sizes tell, and the reader compares the uids of what it reads besides.
-        if len(rows) == 1 and _read_uids(location, "uid") != _read_uids(index.location(shard), str(index.columns.uid)):
-            raise not_beside(location)
+        if len(rows) == 1:
+            own_uids = uids_of(read_column(index.location(shard), str(index.columns.uid)))
+            if uids_of(read_column(location, "uid", WRITE_AGAIN)) != own_uids:
+                raise not_beside(location)
 
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
         list(pool.map(check, range(len(index.paths))))
@@ -128,20 +131,7 @@ def check_sidecars(index: Index, key: str, width: int) -> None:
 
 def not_beside(location: str) -> DataError:
     """The error for a sidecar whose rows are not those of its shard."""
-    return DataError(
-        f"{location}: its rows are not those of the shard, which changed since. "
-        "Delete this file and write it again with `python pipelines/embed_text.py`."
-    )
-
-
-def _read(location: str, read: Callable[[Any], Any]) -> Any:
-    fs, path = filesystem(location)
-    with reading(location, "Delete this file and write it again."), open_parquet(fs, path) as file:
-        return read(file)
-
-
-def _read_uids(location: str, column: str) -> list[str]:
-    return uids_of(_read(location, lambda file: pq.read_table(file, columns=[column]))[column])
+    return DataError(f"{location}: its rows are not those of the shard, which changed since. {WRITE_AGAIN}")
 
 
 def vectors_of(column: pa.ChunkedArray, width: int) -> tuple[NDArray[np.float16], NDArray[np.int64]]:

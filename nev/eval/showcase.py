@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from nev.data.index import Index
+from nev.data.index import Index, read_column
 from nev.data.rows import captions_of
-from nev.data.storage import filesystem
 from nev.eval.engine import pictures
 from nev.eval.plots import curve, gallery
 from nev.eval.validation import Embedded, Validation, load_texts
@@ -56,9 +54,7 @@ def all_captions(index: Index) -> list[str]:
     """Every caption of a set, in the order of its sidecars."""
     captions: list[str] = []
     for shard in range(len(index.paths)):
-        fs, path = filesystem(index.location(shard))
-        with fs.open(path, "rb") as file:
-            column = pq.read_table(file, columns=[index.columns.caption])[0].to_pylist()
+        column = read_column(index.location(shard), str(index.columns.caption)).to_pylist()
         captions += [caption for value in column for caption in captions_of(value)]
     return captions
 

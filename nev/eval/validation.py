@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from nev.data.block import Block, BlockReader
-from nev.data.index import Index
+from nev.data.index import Index, read_column
 from nev.data.plan import in_order
-from nev.data.sidecar import sidecar_location, vectors_of
+from nev.data.sidecar import WRITE_AGAIN, sidecar_location, vectors_of
 from nev.data.storage import filesystem, join
 from nev.eval.retrieval import retrieval
 from nev.eval.zeroshot import zero_shot
@@ -136,9 +135,8 @@ def load_texts(index: Index, key: str, width: int) -> tuple[NDArray[np.float32],
     """Every caption's vector, unit float32 [m, D], and the row that it describes, int64 [m], in index order."""
     vectors, owner, row = [], [], 0
     for shard in range(len(index.paths)):
-        fs, path = filesystem(sidecar_location(index, shard, key))
-        with fs.open(path, "rb") as file:
-            part, starts = vectors_of(pq.read_table(file, columns=["vectors"])["vectors"], width)
+        column = read_column(sidecar_location(index, shard, key), "vectors", WRITE_AGAIN)
+        part, starts = vectors_of(column, width)
         vectors.append(part.astype(np.float32))
         owner.append(row + np.repeat(np.arange(len(starts) - 1), np.diff(starts)))
         row += len(starts) - 1

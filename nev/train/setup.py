@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from nev.config import ConfigError, Data, Experiment, ZeroShot
 from nev.data.augment import auto_augment
 from nev.data.block import BlockReader
-from nev.data.index import DataError, Index, build_index
+from nev.data.index import DataError, Index, build_index, read_column, reading
 from nev.data.plan import Plan
 from nev.data.sidecar import check_sidecars, sidecar_key
 from nev.data.storage import filesystem, join
@@ -169,9 +168,7 @@ def check_labels(index: Index, classes: int) -> None:
     """Raise DataError unless every label is null, negative (unknown) or a class, and one at least is a class."""
     known = 0
     for shard in range(len(index.paths)):
-        fs, path = filesystem(index.location(shard))
-        with fs.open(path, "rb") as file:
-            labels = pq.read_table(file, columns=[index.columns.label])[0].drop_null().to_numpy()
+        labels = read_column(index.location(shard), str(index.columns.label)).drop_null().to_numpy()
         if len(labels) and labels.max() >= classes:
             raise DataError(
                 f"{index.location(shard)}: label {labels.max()}, but eval.zero_shot.classes names {classes} classes "
@@ -192,9 +189,10 @@ def class_names(zero_shot: ZeroShot) -> list[str]:
     if not isinstance(zero_shot.classes, str):
         return list(zero_shot.classes)
     fs, path = filesystem(zero_shot.classes)
-    if not fs.exists(path):
-        raise ConfigError(f"eval.zero_shot.classes: no such file: {zero_shot.classes}")
-    names = [line.strip() for line in fs.cat_file(path).decode().splitlines() if line.strip()]
+    with reading(f"eval.zero_shot.classes: {zero_shot.classes}", damaged=""):
+        if not fs.exists(path):
+            raise ConfigError(f"eval.zero_shot.classes: no such file: {zero_shot.classes}")
+        names = [line.strip() for line in fs.cat_file(path).decode().splitlines() if line.strip()]
     if not names:
         raise ConfigError(f"eval.zero_shot.classes: {zero_shot.classes} is empty; it needs one class name a line")
     return names
