@@ -200,6 +200,10 @@ def test_requests_are_few(local: Path, s3: Proxy) -> None:
     index = build_index(REMOTE, Columns())
     assert s3.count("HEAD") == 0
     assert s3.count("GET", ".parquet") == 2  # one a shard: its footer
+    s3.reset()
+    write_sidecar(index, 0, KEY, WIDTH, encode)
+    assert s3.count("GET", "train/a.parquet") == 1 + 2 * 3  # the footer, uid and caption of each row group
+    assert sum(s3.seen.values()) == 2 * 3 + 8
     embedded(REMOTE)
     reader, plan = reader_over(index), plan_over(index)
     seen: list[tuple[int, int]] = []
