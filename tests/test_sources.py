@@ -239,6 +239,24 @@ def test_hf_parquet_gives_files_of_one_name_different_uids(tmp_path: Path) -> No
     assert [row["uid"] for row in hf_parquet.read([tmp_path], DEFAULT)] == ["a/0-00000000", "b/0-00000000"]
 
 
+def test_relative_and_absolute_inputs_may_be_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in ("a", "b"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        (tmp_path / part / "cat/0.jpg").write_bytes(b"x")
+        (tmp_path / part / "t.csv").write_text("file_name,caption\ncat/0.jpg,x\n")
+        parquet_of(tmp_path / part / "0.parquet", image=[b"x"], text=["t"])
+    monkeypatch.chdir(tmp_path / "a")
+    for kind, names in (
+        ("hf-parquet", {"a/0-00000000", "b/0-00000000"}),
+        ("folder-captions", {"a/cat/0.jpg", "b/cat/0.jpg"}),
+        ("folder-classes", {"a/cat/0.jpg", "b/cat/0.jpg"}),
+    ):
+        for inputs in ([".", tmp_path / "b"], ["../a", "../b"], [tmp_path / "a", tmp_path / "b"]):
+            read = list(READERS[kind](inputs, LABELLED if kind == "folder-classes" else DEFAULT))
+            assert {row["uid"] for row in read} == names
+            assert all(row["image"] == b"x" for row in read)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

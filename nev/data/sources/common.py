@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -66,3 +67,14 @@ def find_files(inputs: Iterable[str | Path], suffixes: tuple[str, ...]) -> list[
     if not files:
         raise ConfigError("a source needs at least one input: a file, a folder or a pattern")
     return sorted(files)
+
+
+def shared_folder(folders: Iterable[Path]) -> Path:
+    """The deepest folder that holds all of `folders`, absolute, since relative and absolute ones may be mixed."""
+    # Not Path.resolve: a file's name is where it was found, whatever the links on the way.
+    return Path(os.path.commonpath([os.path.abspath(folder) for folder in folders]))  # noqa: PTH100
+
+
+def name_in(folder: Path, path: Path) -> str:
+    """The path of `path` from `folder`, with '/' on every system."""
+    return Path(os.path.relpath(path, folder)).as_posix()

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from nev.config import ConfigError, Limits
 from nev.data.rows import Row
-from nev.data.sources.common import SourceOptions, fill, find_files
+from nev.data.sources.common import SourceOptions, fill, find_files, name_in, shared_folder
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 TABLES = (".csv", ".tsv", ".jsonl")
@@ -31,11 +30,11 @@ def read_captions(inputs: Iterable[str | Path], options: SourceOptions) -> Itera
     table's captions are held in memory. Raises ConfigError for a table that is not readable or lacks a column.
     """
     tables = find_files(inputs, TABLES)
-    root = Path(os.path.commonpath([table.parent for table in tables]))
+    root = shared_folder(table.parent for table in tables)
     for table in tables:
         folder = table.parent
         for name, captions in _captions(table, options).items():
-            uid = (PurePosixPath(folder.relative_to(root).as_posix()) / name).as_posix()
+            uid = (PurePosixPath(name_in(root, folder)) / name).as_posix()
             if (folder / name).suffix.lower() not in IMAGES:
                 yield {"uid": uid, "image": None, "caption": captions, "reject": "not an image file"}
             else:
@@ -57,10 +56,10 @@ def read_classes(inputs: Iterable[str | Path], options: SourceOptions) -> Iterat
     found = {root: _images(root) for root in roots}
     names = {file.relative_to(root).parts[0] for root in roots for file in found[root] if file.parent != root}
     labels = {name: label for label, name in enumerate(sorted(names))}
-    shared = Path(os.path.commonpath(roots))
+    shared = shared_folder(roots)
     for root in roots:
         for file in found[root]:
-            uid = file.relative_to(shared).as_posix()
+            uid = name_in(shared, file)
             if file.parent == root:
                 yield {"uid": uid, "image": None, "caption": None, "reject": "not in the folder of a class"}
                 continue

@@ -7,7 +7,6 @@ stream draws one of them an epoch. https://huggingface.co/docs/datasets/image_da
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 from nev.config import ConfigError
 from nev.data.index import KNOWN_NAMES
 from nev.data.rows import Row
-from nev.data.sources.common import SourceOptions, fill, find_files
+from nev.data.sources.common import SourceOptions, fill, find_files, name_in, shared_folder
 
 USUAL = {
     **KNOWN_NAMES,  # what a shard's columns may be called, and what only foreign files have
@@ -40,10 +39,10 @@ def read(inputs: Iterable[str | Path], options: SourceOptions) -> Iterator[Row]:
     that is not readable, a missing column, or neither captions nor templates.
     """
     files = find_files(inputs, (".parquet",))
-    root = os.path.commonpath([file.parent for file in files])
+    root = shared_folder(file.parent for file in files)
     for path in files:
         try:
-            yield from _read_file(path, path.relative_to(root).with_suffix("").as_posix(), options)
+            yield from _read_file(path, name_in(root, path.with_suffix("")), options)
         except (pa.ArrowException, OSError) as error:
             raise ConfigError(
                 f"{path}: not readable as parquet ({error}). Fetch it again, or take it out of the input."
