@@ -20,6 +20,7 @@ INTERNAL = b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>We e
 DENIED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 REFUSALS = {"500": (500, INTERNAL), "503": (503, SLOW_DOWN), "403": (403, DENIED)}
 TRICKLES = 8
+STALL_SECONDS = 600  # longer than a test may take
 FAULTS = (*REFUSALS, "drop", "cut", "trickle", "stall")
 
 # (method, path, range header, how many equal requests came before this one) to the name of a fault, or None
@@ -34,7 +35,6 @@ class Proxy:
     rule: Rule = lambda method, path, span, before: None
     seen: Counter[tuple[str, str]] = field(default_factory=Counter)
     broken: Counter[str] = field(default_factory=Counter)
-    stall_seconds: float = 3.0
     _repeats: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -128,7 +128,7 @@ def _handler(proxy: Proxy, moto_port: int) -> type[BaseHTTPRequestHandler]:
                 return
             if fault in ("cut", "stall"):
                 self.wfile.write(body[: len(body) // 2])
-                time.sleep(proxy.stall_seconds if fault == "stall" else 0)
+                time.sleep(STALL_SECONDS if fault == "stall" else 0)
                 self.close_connection = True
             elif fault == "trickle":
                 step = len(body) // TRICKLES + 1

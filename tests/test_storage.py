@@ -24,12 +24,13 @@ SHARDS = ("a.parquet", "sub/b.parquet")
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Pauses before retries are shortened, a silent connection is given up soon."""
+def impatient(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Pauses before retries are short; where connections stall, they are given up soon."""
     from botocore.retries import standard
 
     monkeypatch.setattr(standard.ExponentialBackoff, "delay_amount", lambda self, context: 0.01)
-    monkeypatch.setattr(s3_module, "SILENT_SECONDS", 0.25)
+    if "stall" in request.node.name:
+        monkeypatch.setattr(s3_module, "SILENT_SECONDS", 0.5)
     s3_module._filesystem.cache_clear()
     yield
     s3_module._filesystem.cache_clear()
@@ -181,6 +182,18 @@ def test_a_shard_written_anew_under_a_reader_is_noticed(local: Path, s3: Proxy, 
     upload(local)
     with pytest.raises(DataError, match=r"s3://bucket/set/train/a\.parquet: row group"):
         reader.read(plan.segments(block), 0)
+
+
+def test_what_another_process_writes_is_seen(local: Path, s3: Proxy, impatient: None) -> None:
+    upload(local)
+    index = build_index(REMOTE, Columns())
+    write_sidecar(index, 1, KEY, WIDTH, encode)
+    mine = filesystem(REMOTE)[0]
+    assert len(mine.find("bucket/set/train")) == 3  # a listing that must not be kept
+    s3_module._filesystem.cache_clear()  # what is written now, a filesystem of its own writes
+    write_sidecar(index, 0, KEY, WIDTH, encode)
+    assert filesystem(REMOTE)[0] is not mine
+    assert mine.exists(sidecar_location(index, 0, KEY).removeprefix("s3://"))
 
 
 def test_no_credentials_and_no_server_are_told(s3: Proxy, impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
