@@ -35,11 +35,12 @@ LOAD_AT_START = os.getloadavg()[0]  # read at import, before the benchmark itsel
 
 @dataclass(frozen=True)
 class Ratio:
-    """Figure `over` divided by figure `under`; `goal` is what the project wants to reach at least."""
+    """Figure `over` divided by figure `under`; `goal` is what the project wants to reach, at least or (`at_most`) at most."""
 
     over: str
     under: str
     goal: float | None = None
+    at_most: bool = False
 
 
 def measure_interleaved(
@@ -168,8 +169,9 @@ def _table(
     for key, values in figures.items():
         table.add_row(key, *_spread(values), "", end_section=key == list(figures)[-1])
     for key, values in quotients.items():
-        goal = ratios[key].goal
-        table.add_row(key, *_spread(values), "" if goal is None else f"at least {goal:g}")
+        ratio = ratios[key]
+        bound = "at most" if ratio.at_most else "at least"
+        table.add_row(key, *_spread(values), "" if ratio.goal is None else f"{bound} {ratio.goal:g}")
     return table
 
 

@@ -13,8 +13,8 @@ import pytest
 import typer
 from rich.console import Console
 
-from benchmarks import report, train
-from benchmarks.contestants import open_clip, processes, ray_job
+from benchmarks import data, report, train
+from benchmarks.contestants import open_clip, pictures, processes, ray_job, streams
 from nev.config import Experiment, load
 
 REPO = Path(__file__).parents[1]
@@ -203,3 +203,34 @@ def test_every_benchmark_answers_help(path: Path) -> None:
     done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "--help" in done.stdout
+
+
+def test_data_reports_the_ratios_of_both_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`data` with contestants that answer at once: nev 180 images/s, the DataLoader 150, open_clip 60, the limit 200."""
+    answers = {
+        streams.nev_stream: streams.StreamFigures(180.0, 1.0, 0.5, 0.55),
+        streams.dataloader: 150.0,
+        streams.open_clip_stream: 60.0,
+        streams.limit: 200.0,
+        streams.copies: {"arrow": 100.0, "crop": 50.0, "object_store": 150.0, "consumer": 0.0},
+    }
+    for name in ("imagenet_sample", "flickr8k"):
+        made = pictures.Pictures(name, "shards", ["0.tar"], 4096)
+        monkeypatch.setattr(pictures, name, lambda data, folder, rows, made=made: made)
+    monkeypatch.setattr(processes, "in_own_process", lambda contestant, *args: answers[contestant])
+    monkeypatch.setattr(open_clip, "not_installed", list)
+    data.main(tmp_path, repetitions=2, results=tmp_path)
+    written = json.loads((tmp_path / "data.json").read_text())
+    ratios = {"dataloader": 1.2, "open_clip": 3.0, "limit": 0.9}
+    for end in ("", "_flickr8k"):
+        assert {kind: written["ratios"][f"stream_vs_{kind}{end}"] for kind in ratios} == ratios
+        assert written["ratios"][f"resume_last_vs_first{end}"] == 1.1
+    assert written["figures"]["first_batch_s"] == 1.0
+    assert written["figures"]["bytes_copied_per_row"] == 300.0
+    assert written["repetitions"]["flickr8k_limit_images_per_s"] == [200.0, 200.0]
+
+
+def test_a_goal_may_be_a_bound_from_above(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ratios = {"slower": report.Ratio("late_s", "early_s", 1.2, at_most=True)}
+    report.write("x", "run", {"late_s": [2.0], "early_s": [1.0]}, ratios, folder=tmp_path)
+    assert "at most 1.2" in capsys.readouterr().out

@@ -49,6 +49,7 @@ def counting_reader(folder: Path, count: int) -> BlockReader:
         (8, 1, 64, 1e9, 128),  # work for every CPU
         (8, 100, 64, 1000, 5),  # half of the memory
         (8, 100, 64, 10, 1),  # a block at least, or nothing would ever move
+        (8, 100, 0, 0, 8),  # a stream's first second: CPUs and memory are not known yet
     ],
 )
 def test_what_is_enough(ahead: int, size: int, cpus: float, store: float, expected: int) -> None:

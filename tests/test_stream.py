@@ -92,6 +92,26 @@ def test_rank_r_gets_the_blocks_that_the_plan_gives_it(
     assert 0 < (~valid).sum() < 30  # the damaged rows are there, in blocks of full size
 
 
+def test_the_world_may_change_in_the_middle(ray_cluster: None, tmp_path: Path) -> None:
+    """Stopped and started with other numbers of ranks: the rows of every step are those of an undisturbed run."""
+    from nev.data.stream import make_stream
+
+    reader = reader_over(tmp_path, 71)
+    plan = Plan(reader.index.rows, 9, global_batch=12, block_rows=3)
+    rows_of_step: dict[int, list[str]] = {}
+    for world, first, last in ((1, 0, 2), (4, 2, 5), (2, 5, 7)):  # amid the first epoch and into the second
+        for blocks in splits(make_stream(reader, plan, first, last), world):
+            for block in blocks:
+                number = int(block["block"][0])
+                assert_block(block, number, reader, plan)
+                rows_of_step.setdefault(number // plan.blocks_per_step, []).extend(block["uid"])
+    undisturbed = make_stream(reader, plan, 0, 7).iter_batches(batch_size=None, batch_format="numpy")
+    uids = [uid for block in undisturbed for uid in block["uid"]]
+    assert {step: sorted(rows) for step, rows in rows_of_step.items()} == {
+        step: sorted(uids[12 * step : 12 * step + 12]) for step in range(7)
+    }
+
+
 def test_any_step_is_reached_without_those_before_it(ray_cluster: None, tmp_path: Path) -> None:
     from nev.data.stream import make_stream
 

@@ -42,7 +42,12 @@ def pace(context: DataContext, blocks_ahead: int, block_bytes: int) -> None:
 
 
 def enough_blocks(blocks_ahead: int, block_bytes: int, cpus: float, store_bytes: float) -> float:
-    """How many blocks may be under way (see `pace`); `store_bytes` is what Ray Data may keep in the object store."""
+    """How many blocks may be under way (see `pace`); `store_bytes` is what Ray Data may keep in the object store.
+
+    In the first second of a stream the executor knows neither yet and says 0: `blocks_ahead` alone counts then.
+    """
+    if not store_bytes:
+        return float(blocks_ahead)
     return max(1.0, min(max(blocks_ahead, 2 * cpus), store_bytes / 2 // block_bytes))
 
 

@@ -21,7 +21,11 @@ from nev.data.pacing import pace
 from nev.data.plan import Plan
 
 NUMBERS_PER_TASK = 1000
+NUMBERS_BUFFERED = 64  # by default a task makes two and waits until they are fetched, a turn of 0.1 s later
 NUMBER_TASKS = 1000  # at most: each is put into the object store before the first one runs
+TASK_CPUS = (
+    0.5  # the executor looks at its tasks every 0.1 s: one that ends leaves its core to another that is there already
+)
 STEPS_AHEAD = 2  # decoded and not yet taken; each rank fetches two more (`nev.train.trainer.blocks_of`)
 
 
@@ -37,7 +41,7 @@ def make_stream(reader: BlockReader, plan: Plan, first_step: int, last_step: int
         tasks = min(max(1, count // NUMBERS_PER_TASK), NUMBER_TASKS)
         numbers = ray.data.range(count, override_num_blocks=tasks)
         read = functools.partial(read_block, source=[source], first=first)
-        return numbers.repartition(target_num_rows_per_block=1).map_batches(read, batch_size=1)
+        return numbers.repartition(target_num_rows_per_block=1).map_batches(read, batch_size=1, num_cpus=TASK_CPUS)
 
 
 def read_block(numbers: Any, source: list[ray.ObjectRef[Any]], first: int) -> Block:
@@ -65,6 +69,7 @@ def stream_context(blocks_ahead: int, block_bytes: int) -> DataContext:
     """A copy of this process's DataContext with what the stream needs (see `nev.data.pacing`)."""
     context = DataContext.get_current().copy()
     pace(context, blocks_ahead, block_bytes)
+    context._max_num_blocks_in_streaming_gen_buffer = NUMBERS_BUFFERED
     context.target_max_block_size = None
     context.op_resource_reservation_enabled = False
     context.enable_progress_bars = False

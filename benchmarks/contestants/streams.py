@@ -1,0 +1,233 @@
+"""Four ways to feed one consumer on this machine, each measured in a process of its own: images/s after a warm-up.
+
+All give batches of `BLOCK` rows, crop with the same scale, and read the same pictures; nev's and the DataLoader's are uint8,
+open_clip's are normalised floats, as its transform makes them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from multiprocessing import get_context, set_start_method
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.contestants.pictures import BLOCK, KEY, WIDTH, Pictures
+from nev.config import Augment, Columns, Limits
+from nev.data.augment import draw, train_view
+from nev.data.block import BlockReader
+from nev.data.decode import read_header
+from nev.data.index import build_index
+from nev.data.plan import Plan
+
+WARM_UP = 4  # batches that no rate counts
+AUGMENT = Augment()
+RESUMES = 5
+
+
+class StreamFigures(NamedTuple):
+    """What one start of nev's stream gave; times are from asking for the stream to its first batch, on a warm cluster."""
+
+    images_per_s: float
+    first_batch_s: float
+    resume_first_s: float
+    resume_last_s: float
+
+
+def reader_and_plan(pictures: Pictures, size: int) -> tuple[BlockReader, Plan]:
+    """The reader of a set, with text vectors, and a plan whose step is one block."""
+    index = build_index(pictures.shards, Columns())
+    return BlockReader(index, size, Limits(), 0, AUGMENT, KEY, WIDTH), Plan(index.rows, 0, BLOCK, BLOCK)
+
+
+def nev_stream(pictures: Pictures, size: int, batches: int) -> StreamFigures:
+    """nev's stream on a Ray of this machine's CPUs into one consumer."""
+    import ray
+
+    from nev.data.stream import make_stream
+    from nev.runtime import connect
+
+    connect()
+    reader, plan = reader_and_plan(pictures, size)
+
+    def stream(first: int, count: int) -> Iterator[Any]:
+        blocks = make_stream(reader, plan, first, first + count)
+        return iter(blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2))
+
+    def first_batch(step: int) -> float:
+        begin = time.perf_counter()
+        blocks = stream(step, WARM_UP)
+        block = next(blocks)
+        seconds = time.perf_counter() - begin
+        assert block["block"][0] == step
+        assert sum(1 for _ in blocks) == WARM_UP - 1  # to its end, so that nothing of it runs beside the next
+        return seconds
+
+    first_batch(0)  # warms the cluster: its decoding processes import what they need
+    first_batch(0)
+    first, last = plan.steps_per_epoch, 2 * plan.steps_per_epoch - 1
+    pairs = [(first_batch(first), first_batch(last)) for _ in range(RESUMES)]
+    begin = time.perf_counter()
+    blocks = stream(0, WARM_UP + batches)
+    taken = next(blocks)
+    first_s = time.perf_counter() - begin
+    rate = _rate(blocks, WARM_UP - 1, batches)
+    assert taken["image"].shape == (BLOCK, size, size, 3)
+    ray.shutdown()
+    starts = np.median(np.array(pairs), axis=0)
+    return StreamFigures(rate, first_s, float(starts[0]), float(starts[1]))
+
+
+class _Rows:
+    """A torch map-style data set: encoded pictures in memory, nev's decoding."""
+
+    def __init__(self, images: list[bytes], texts: np.ndarray, size: int) -> None:
+        self.images, self.texts, self.size = images, texts, size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        out = np.zeros((self.size, self.size, 3), np.uint8)
+        train_view(read_header(self.images[row], Limits()), out, AUGMENT, draw(0, 0, str(row), "augment"))
+        return out, self.texts[row]
+
+
+def dataloader(pictures: Pictures, size: int, batches: int) -> float:
+    """torch's DataLoader with a worker a core, the same decoding, and no file to read: the bytes are in memory."""
+    from torch.utils.data import DataLoader
+
+    set_start_method("fork", force=True)  # torch's way on Linux; this process itself was spawned
+    images = _encoded(pictures)
+    rows = _Rows(images, np.zeros((len(images), WIDTH), np.float16), size)
+
+    def endless() -> Iterator[Any]:
+        loader = DataLoader(
+            rows, BLOCK, shuffle=True, num_workers=os.cpu_count() or 1, drop_last=True, persistent_workers=True
+        )  # type: ignore[arg-type]
+        while True:
+            yield from loader
+
+    return _rate(endless(), WARM_UP, batches)
+
+
+def open_clip_stream(pictures: Pictures, size: int, batches: int) -> float:
+    """open_clip's WebDataset pipeline, a worker a core, its own transform and tokenizer."""
+    import open_clip
+    from open_clip.transform import AugmentationCfg, image_transform
+    from open_clip_train.data import get_wds_dataset
+
+    set_start_method("fork", force=True)
+    transform = image_transform(size, is_train=True, aug_cfg=AugmentationCfg(scale=AUGMENT.scale))
+    args = SimpleNamespace(
+        train_data="::".join(pictures.tars),
+        train_num_samples=(WARM_UP + batches + 8) * BLOCK,
+        train_data_upsampling_factors=None,
+        dataset_resampled=False,
+        workers=os.cpu_count() or 1,
+        batch_size=BLOCK,
+        world_size=1,
+        seed=0,
+    )
+    data = get_wds_dataset(args, transform, is_train=True, tokenizer=open_clip.get_tokenizer("ViT-B-32"))
+    return _rate(iter(data.dataloader), WARM_UP, batches)
+
+
+def limit(pictures: Pictures, size: int, batches: int) -> float:
+    """The decode and resize alone, a process a core, bytes in memory, no batch handed to anyone: what the cores can do."""
+    context = get_context("spawn")
+    cores = os.cpu_count() or 1
+    barrier, rates = context.Barrier(cores), context.Queue()
+    processes = [
+        context.Process(target=_decode_alone, args=(pictures, size, batches, barrier, rates)) for _ in range(cores)
+    ]
+    for process in processes:
+        process.start()
+    total: float = sum(rates.get() for _ in processes)
+    for process in processes:
+        process.join()
+    return total
+
+
+def _decode_alone(pictures: Pictures, size: int, batches: int, barrier: Any, rates: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    images = _encoded(pictures)
+    out = np.zeros((BLOCK, size, size, 3), np.uint8)
+
+    def decode(batch: int) -> None:
+        for row in range(BLOCK):
+            number = (batch * BLOCK + row) % len(images)
+            train_view(read_header(images[number], Limits()), out[row], AUGMENT, draw(0, 0, str(number), "augment"))
+
+    decode(0)
+    barrier.wait()
+    share = max(1, batches // (os.cpu_count() or 1))
+    begin = time.perf_counter()
+    for batch in range(share):
+        decode(batch)
+    rates.put(share * BLOCK / (time.perf_counter() - begin))
+
+
+def _rate(batches: Iterator[Any], warm_up: int, count: int) -> float:
+    for _ in range(warm_up):
+        next(batches)
+    begin = time.perf_counter()
+    for _ in range(count):
+        next(batches)
+    return count * BLOCK / (time.perf_counter() - begin)
+
+
+def _encoded(pictures: Pictures) -> list[bytes]:
+    import pyarrow.parquet as pq
+
+    index = build_index(pictures.shards, Columns())
+    files = [index.location(shard) for shard in range(len(index.paths))]
+    return [image for file in files for image in pq.read_table(file, columns=["image"])["image"].to_pylist()]
+
+
+def copies(pictures: Pictures, size: int) -> dict[str, float]:
+    """Bytes copied a row between the file and the training tensor, counted over one block, by where.
+
+    arrow: what Arrow allocates for the columns read (the file itself is mapped); crop: what torch copies of a crop, to lie in
+    one piece; object_store: the block, as it is put there; consumer: arrays of a batch that do not lie in the store's memory.
+    """
+    import pyarrow as pa
+    import ray
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from nev.data.stream import make_stream
+    from nev.runtime import connect
+
+    torch.set_num_threads(1)
+    reader, plan = reader_and_plan(pictures, size)
+    pool = pa.default_memory_pool()
+    arrow, table_of = [0], reader._table
+
+    def counted(*args: Any) -> pa.Table:
+        before = pool.bytes_allocated()
+        table = table_of(*args)
+        arrow[0] += pool.bytes_allocated() - before
+        return table
+
+    object.__setattr__(reader, "_table", counted)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        reader.read(plan.segments(0), 0)
+    object.__delattr__(reader, "_table")
+    crop = sum(event.cpu_memory_usage for event in profiled.events() if event.name == "aten::clone")
+    connect()
+    stream = make_stream(reader, plan, 0, 1).materialize()
+    (block,) = [reference for bundle in stream.iter_internal_ref_bundles() for reference in bundle.block_refs]
+    stored = ray.get(block).nbytes
+    batch = next(iter(stream.iter_batches(batch_size=None, batch_format="numpy")))
+    tensors = {name: torch.from_numpy(batch[name]) for name in ("image", "text", "valid")}
+    assert all(tensor.data_ptr() == batch[name].ctypes.data for name, tensor in tensors.items())
+    consumer = sum(array.nbytes for array in batch.values() if array.base is None and array.dtype != object)
+    ray.shutdown()
+    found = {"arrow": arrow[0], "crop": crop, "object_store": stored, "consumer": consumer}
+    return {name: count / BLOCK for name, count in found.items()}
