@@ -54,6 +54,8 @@ def test_rows_that_cannot_be_used_are_masked_with_a_reason(layout: str, tmp_path
         "uid": ((9,), object),
         "reason": ((9,), object),
         "shard": ((9,), np.int32),
+        "row_group": ((9,), np.int32),
+        "row": ((9,), np.int32),
     }
     assert block["uid"].tolist() == [uid for uid, *_ in BROKEN]
     for row, (_, _, caption, reason) in enumerate(BROKEN):
@@ -79,6 +81,10 @@ def test_every_row_gets_its_own_picture_and_its_own_vector(tmp_path: Path) -> No
     expected = rows_of(27)
     assert block["uid"].tolist() == [row["uid"] for row in expected]
     assert block["shard"].tolist() == [0] * 12 + [1] * 9 + [2] * 6
+    assert block["row_group"].tolist() == [0] * 5 + [1] + [2] * 6 + [0] * 9 + [0] * 2 + [1] * 4
+    assert block["row"].tolist() == [*range(5), 0, *range(6), *range(9), *range(2), *range(4)]
+    middle = reader_of(index).read([Segment(2, 3, 5)], epoch=4)
+    assert (middle["row_group"].tolist(), middle["row"].tolist()) == ([2, 2], [3, 4])
     for row, given in enumerate(expected):
         image = read_header(given["image"], Limits())
         view = trained_on(image, SIZE, Augment(), draw(3, 4, str(given["uid"]), "augment"))

@@ -53,7 +53,7 @@ class BlockReader:
         """Read rows in order, R of them in all.
 
         image: uint8 [R, S, S, 3]; text: float16 [R, D]; valid: bool [R]; uid, reason: str [R] (reason is empty where valid);
-        shard: int32 [R]; with_labels adds label: int64 [R].
+        shard, row_group (in the shard), row (in the row group): int32 [R]; with_labels adds label: int64 [R].
         """
         total = sum(segment.stop - segment.start for segment in segments)
         block: Block = {
@@ -62,6 +62,8 @@ class BlockReader:
             "uid": np.empty(total, object),
             "reason": np.full(total, "", object),
             "shard": np.empty(total, np.int32),
+            "row_group": np.empty(total, np.int32),
+            "row": np.empty(total, np.int32),
         }
         if self.text_key:
             block["text"] = np.zeros((total, self.text_width), np.float16)
@@ -80,7 +82,8 @@ class BlockReader:
         columns = self.index.columns
         names = [name for name in (columns.uid, columns.image, columns.label if self.with_labels else None) if name]
         table = self._table(self.index.location(shard), group, names, segment)
-        part["shard"][:] = shard
+        part["shard"][:], part["row_group"][:] = shard, group
+        part["row"][:] = np.arange(segment.start, segment.stop)
         part["uid"][:] = uids_of(table[columns.uid])
         if self.with_labels and columns.label:
             part["label"][:] = [-1 if label is None else label for label in table[columns.label].to_pylist()]

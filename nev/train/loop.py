@@ -61,7 +61,7 @@ def train(job: Job, me: Rank, learner: Learner, start: Start, blocks: Iterator[B
     TooManyBadRows past `data.max_bad_share`, and Diverged where the loss is no number.
     """
     config, plan, batch_rows = job.config, job.plan, job.config.train.global_batch
-    quarantine = Quarantine(job.run, job.shards, me.rank)
+    quarantine = Quarantine(job.run, job.shards, me.rank, start.step)
     totals = Totals(me.device, start.bad_rows)
     clock = Clock(start.step)
     for step in range(start.step, job.stop_step):
@@ -86,6 +86,9 @@ def train(job: Job, me: Rank, learner: Learner, start: Start, blocks: Iterator[B
         if save:
             with clock.paused():
                 quarantine.flush(done)
+                reasons = quarantine.metrics()
+                if reasons and me.rank == 0:
+                    report(done, reasons)
                 scored = validate_model(job.validation, me, learner.model, config) if score and job.validation else None
                 if scored:
                     report(done, scored.metrics)

@@ -1,7 +1,11 @@
-"""The rows that could not be used: counted, and written to `<run>/quarantine/*.parquet` (step, uid, shard, reason)."""
+"""The rows that could not be used: counted by reason, and written to `<run>/quarantine/*.parquet`.
+
+Columns: step, uid, shard, row_group (in the shard), row (in the row group), reason.
+"""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -19,24 +23,52 @@ class TooManyBadRows(NevError, RuntimeError):
 
 
 class Quarantine:
-    """One rank's table of bad rows. `by_shard` and `by_reason` count those met since this process started."""
+    """One rank's table of bad rows.
 
-    def __init__(self, run: str, shards: tuple[str, ...], rank: int) -> None:
+    `by_shard` and `by_reason` count those that this rank met; rank 0's begin with what the run had found before step
+    `first_step`, on any rank. What an interrupted attempt wrote of later steps is removed: they come again.
+    """
+
+    def __init__(self, run: str, shards: tuple[str, ...], rank: int, first_step: int) -> None:
         self.folder = join(run, "quarantine")
         self.by_shard: Counter[str] = Counter()
         self.by_reason: Counter[str] = Counter()
         self._shards = shards
         self._rank = rank
         self._rows: list[dict[str, str | int]] = []
+        if rank == 0:
+            self._take_up(first_step)
+
+    def _take_up(self, first_step: int) -> None:
+        fs, folder = filesystem(self.folder)
+        for path in fs.glob(f"{folder}/step-*.parquet"):
+            if int(path.rsplit("/", 1)[1].split("-")[1]) > first_step:
+                fs.rm_file(path)
+                continue
+            with fs.open(path, "rb") as file:
+                for row in pq.read_table(file, columns=["shard", "reason"]).to_pylist():
+                    self._count(row["shard"], row["reason"])
 
     def note(self, step: int, blocks: list[Block]) -> None:
         """Keep the invalid rows of a step's blocks."""
         for block in blocks:
-            for row in (~block["valid"]).nonzero()[0]:
-                shard, reason = self._shards[int(block["shard"][row])], str(block["reason"][row])
-                self._rows.append({"step": step, "uid": str(block["uid"][row]), "shard": shard, "reason": reason})
-                self.by_shard[shard] += 1
-                self.by_reason[reason.split(":")[0]] += 1
+            for at in (~block["valid"]).nonzero()[0]:
+                shard, reason = self._shards[int(block["shard"][at])], str(block["reason"][at])
+                self._rows.append(
+                    {
+                        "step": step,
+                        "uid": str(block["uid"][at]),
+                        "shard": shard,
+                        "row_group": int(block["row_group"][at]),
+                        "row": int(block["row"][at]),
+                        "reason": reason,
+                    }
+                )
+                self._count(shard, reason)
+
+    def _count(self, shard: str, reason: str) -> None:
+        self.by_shard[shard] += 1
+        self.by_reason[kind(reason)] += 1
 
     def flush(self, done: int) -> None:
         """Write what was kept since the last flush, named by step and rank, so that a repeated step overwrites itself."""
@@ -48,19 +80,36 @@ class Quarantine:
             pq.write_table(pa.Table.from_pylist(self._rows), sink)
         self._rows = []
 
+    def totals(self) -> tuple[Counter[str], Counter[str]]:
+        """(by shard, by reason) over all ranks, which call this together."""
+        import torch.distributed as dist
+
+        mine = (self.by_shard, self.by_reason)
+        counts: list[Any] = [mine]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            counts = [None] * dist.get_world_size()
+            dist.all_gather_object(counts, mine)
+        return sum((part[0] for part in counts), Counter()), sum((part[1] for part in counts), Counter())
+
+    def metrics(self) -> dict[str, float]:
+        """`bad_rows/REASON` -> rows since the run's first step, over all ranks, which call this together."""
+        _, reasons = self.totals()
+        return {f"bad_rows/{_slug(reason)}": float(count) for reason, count in reasons.items()}
+
+
+def kind(reason: str) -> str:
+    """A reason without what is a row's own: numbers, and the detail behind the first colon."""
+    return re.sub(r"\d+(x\d+)?", "N", reason.split(":")[0])
+
+
+def _slug(reason: str) -> str:
+    """A reason as part of an MLflow metric's name."""
+    return re.sub(r"[^a-z0-9]+", "_", reason.lower()).strip("_")[:80]
+
 
 def describe(quarantine: Quarantine, bad_rows: int, done: int, config: Experiment) -> str:
     """The error past `data.max_bad_share`, the same on every rank: they all call it together, at the same step."""
-    import torch.distributed as dist
-
-    counts: list[Any] = [None]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        counts = [None] * dist.get_world_size()
-        dist.all_gather_object(counts, (quarantine.by_shard, quarantine.by_reason))
-    else:
-        counts = [(quarantine.by_shard, quarantine.by_reason)]
-    shards: Counter[str] = sum((part[0] for part in counts), Counter())
-    reasons: Counter[str] = sum((part[1] for part in counts), Counter())
+    shards, reasons = quarantine.totals()
     quarantine.flush(done)
     worst = ", ".join(f"{name} ({count})" for name, count in shards.most_common(5))
     why = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))

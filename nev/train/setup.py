@@ -100,7 +100,7 @@ def prepare_job(config: Experiment, text: TextTower, stop_after: int | None = No
 
 
 def train_reader(config: Experiment, text: TextTower | None = None, key: str = "", width: int = 0) -> BlockReader:
-    """The reader of training blocks (its index is built anew)."""
+    """The reader of training blocks (its index costs a listing: this machine may have the footers cached)."""
     index = build_index(config.data.train, config.data.columns)
     return BlockReader(
         index=index,

@@ -1,0 +1,67 @@
+"""The quarantine: which rows were left out, where they lie, and how often for which reason."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from nev.data.block import Block
+from nev.train.quarantine import Quarantine, kind
+
+SHARDS = ("a.parquet", "b.parquet")
+
+
+def block(*bad: tuple[str, int, int, int, str]) -> Block:
+    """A block of one good row and these: (uid, shard, row group, row, reason)."""
+    columns = list(zip(("good", 0, 0, 0, ""), *bad, strict=True))
+    names = ("uid", "shard", "row_group", "row", "reason")
+    kinds = (object, np.int32, np.int32, np.int32, object)
+    made = {name: np.array(column, dtype) for name, column, dtype in zip(names, columns, kinds, strict=True)}
+    return {**made, "valid": np.array([True, *[False] * len(bad)])}
+
+
+def test_a_bad_row_is_kept_with_its_place(tmp_path: Path) -> None:
+    quarantine = Quarantine(str(tmp_path), SHARDS, rank=0, first_step=0)
+    quarantine.note(3, [block(), block(("u", 1, 4, 17, "JPEG: cut short"))])
+    quarantine.flush(10)
+    (path,) = (tmp_path / "quarantine").iterdir()
+    place = {"shard": "b.parquet", "row_group": 4, "row": 17}
+    assert pq.read_table(path).to_pylist() == [{"step": 3, "uid": "u", **place, "reason": "JPEG: cut short"}]
+    quarantine.flush(20)  # nothing new: no file
+    assert list((tmp_path / "quarantine").iterdir()) == [path]
+
+
+def test_rows_are_counted_by_reason_without_what_is_their_own(tmp_path: Path) -> None:
+    quarantine = Quarantine(str(tmp_path), SHARDS, rank=0, first_step=0)
+    reasons = (
+        "JPEG: cut",
+        "JPEG: no header",
+        "image has 9 bytes, more than limits.max_bytes",
+        "image is 7x9, more than …",
+    )
+    quarantine.note(0, [block(*(("u", 0, 0, n, reason) for n, reason in enumerate(reasons)))])
+    assert quarantine.metrics() == {
+        "bad_rows/jpeg": 2.0,
+        "bad_rows/image_has_n_bytes_more_than_limits_max_bytes": 1.0,
+        "bad_rows/image_is_n_more_than": 1.0,
+    }
+    assert kind("image is 70x90, more than limits.max_pixels") == kind("image is 8x8, more than limits.max_pixels")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_resumed_run_counts_what_came_before_once_whatever_the_world(world: int, tmp_path: Path) -> None:
+    first = [Quarantine(str(tmp_path), SHARDS, rank, first_step=0) for rank in range(4)]
+    for rank, quarantine in enumerate(first):
+        quarantine.note(1, [block((f"u{rank}", 0, 0, rank, "image is null"))])
+        quarantine.flush(2)
+        quarantine.note(2, [block((f"v{rank}", 1, 0, rank, "image is null"))])  # is repeated after step 2
+        quarantine.flush(4)
+    resumed = [Quarantine(str(tmp_path), SHARDS, rank, first_step=2) for rank in range(world)]
+    assert sum(one.by_reason["image is null"] for one in resumed) == 4
+    for rank, quarantine in enumerate(resumed):
+        quarantine.note(2, [block(*((f"v{n}", 1, 0, n, "image is null") for n in range(rank, 4, world)))])
+        quarantine.flush(4)
+    rows = [row for path in (tmp_path / "quarantine").iterdir() for row in pq.read_table(path).to_pylist()]
+    assert sorted(row["uid"] for row in rows) == sorted(f"{kind}{n}" for kind in "uv" for n in range(4))
+    assert sum((one.by_shard for one in resumed), start=type(resumed[0].by_shard)()) == {"a.parquet": 4, "b.parquet": 4}
