@@ -36,6 +36,18 @@ os.environ |= {
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test reads or writes the user's cache folder; session fixtures and Ray's workers share this one."""
+    os.environ["NEV_CACHE"] = str(tmp_path_factory.mktemp("nev-cache"))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test begins with an empty cache."""
+    monkeypatch.setenv("NEV_CACHE", str(tmp_path_factory.mktemp("nev-cache")))
+
+
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """The real data of `NEV_DATA`; tests that need it skip where it is absent."""

@@ -1,7 +1,7 @@
 """The index: every row group of a folder of parquet shards, read from the footers alone.
 
 Its fingerprint names the data set (relative paths, row groups, rows, bytes), not the place where it lies, so a copy in
-another folder or bucket is the same data.
+another folder or bucket is the same data. What the footers say is cached (`nev/data/index_cache.py`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from nev.config import Columns
+from nev.data import index_cache
+from nev.data.index_cache import RowGroups
 from nev.data.storage import filesystem, open_parquet, remedy, storage_errors
 from nev.errors import NevError
 
@@ -96,6 +99,7 @@ class Index:
 def build_index(root: str, columns: Columns) -> Index:
     """Index the shards (`*.parquet`) of a folder or `s3://` prefix; folders whose name begins with `_` are passed over.
 
+    Footers are read once for every listing (`nev/data/index_cache.py`); an error is never cached.
     Raises DataError when the folder cannot be listed, there is no shard, a footer is unreadable, a column is missing, or no
     row is there.
     """
@@ -111,43 +115,52 @@ def build_index(root: str, columns: Columns) -> Index:
         raise DataError(
             f"{root}: no .parquet shard in this folder. Make some with `python pipelines/prepare.py --help`."
         )
+    with reading(root, damaged=""):
+        key = index_cache.listing_key(fs, base, columns, relative, found)
+    groups = index_cache.load(key) if key else None
+    if groups is None:
+        groups = _read_footers(fs, root, base, columns, relative, found)
+        if key:
+            index_cache.store(key, groups)
+    digest = hashlib.sha256(json.dumps(relative).encode())
+    for part in (groups.shard, groups.group, groups.rows, groups.nbytes):
+        digest.update(part.astype("<i8", copy=False).data)
+    return Index(root=root, paths=tuple(relative), fingerprint=digest.hexdigest(), **groups._asdict())
 
-    def footer(path: str) -> pq.FileMetaData:
+
+def _read_footers(
+    fs: Any, root: str, base: str, columns: Columns, relative: list[str], found: dict[str, dict[str, Any]]
+) -> RowGroups:
+    """The row groups of all shards that hold rows. Raises DataError as `build_index` does."""
+
+    def footer(path: str) -> tuple[pa.Schema, NDArray[np.int64]]:
+        """Schema, and [row groups, 2]: rows and bytes. The footer itself, many times larger, is let go."""
         with reading(f"{root.rstrip('/')}/{path}", CUT_SHORT), open_parquet(fs, f"{base}/{path}", found[path]) as file:
-            return pq.read_metadata(file)
+            meta = pq.read_metadata(file)
+        sizes = [(part.num_rows, part.total_byte_size) for part in map(meta.row_group, range(meta.num_row_groups))]
+        return meta.schema.to_arrow_schema(), np.array(sizes, np.int64).reshape(-1, 2)
 
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
-        footers = list(pool.map(footer, relative))
+        schemas, sizes = zip(*pool.map(footer, relative), strict=True)
 
-    resolved = resolve_columns(footers[0].schema.to_arrow_schema(), columns, f"{root.rstrip('/')}/{relative[0]}")
+    resolved = resolve_columns(schemas[0], columns, f"{root.rstrip('/')}/{relative[0]}")
     needed = {name for name in resolved.model_dump().values() if name}
-    for path, meta in zip(relative, footers, strict=True):
-        schema = meta.schema.to_arrow_schema()
+    for path, schema in zip(relative, schemas, strict=True):
         if lacking := needed - set(schema.names):
             raise DataError(f"{root.rstrip('/')}/{path}: column {sorted(lacking)} is missing; the first shard has it.")
         _check_types(schema, resolved, f"{root.rstrip('/')}/{path}")
 
-    table = [
-        (shard, group, meta.row_group(group).num_rows, meta.row_group(group).total_byte_size)
-        for shard, meta in enumerate(footers)
-        for group in range(meta.num_row_groups)
-        if meta.row_group(group).num_rows
-    ]
-    if not table:
+    rows, nbytes = np.concatenate(sizes).T
+    filled = rows > 0
+    if not filled.any():
         raise DataError(f"{root}: the shards hold no rows.")
-    shard, group, rows, nbytes = (np.array(column, np.int64) for column in zip(*table, strict=True))
-    digest = hashlib.sha256(json.dumps(relative).encode())
-    for part in (shard, group, rows, nbytes):
-        digest.update(part.astype("<i8").tobytes())
-    return Index(
-        root=root,
-        paths=tuple(relative),
-        shard=shard.astype(np.int32),
-        group=group.astype(np.int32),
-        rows=rows,
-        nbytes=nbytes,
+    counts = [len(part) for part in sizes]
+    return RowGroups(
         columns=resolved,
-        fingerprint=digest.hexdigest(),
+        shard=np.repeat(np.arange(len(counts), dtype=np.int32), counts)[filled],
+        group=np.concatenate([np.arange(count, dtype=np.int32) for count in counts])[filled],
+        rows=rows[filled],
+        nbytes=nbytes[filled],
     )
 
 

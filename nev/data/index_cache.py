@@ -1,0 +1,104 @@
+"""Row groups read once are kept in the user's cache folder, under a key of the listing that they were read from.
+
+A later process that finds the same listing (paths, sizes, and modification times or S3's ETags) opens no shard. A file is
+the SHA-256 of what follows, and a parquet table; it is written whole or not at all, and any of them may be deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from nev.config import Columns
+from nev.data.storage import is_local
+
+LAYOUT = 1  # to be raised when what is stored, or how it is read from footers, changes
+DIGEST_BYTES = 32
+
+log = logging.getLogger("nev.index")
+
+
+class RowGroups(NamedTuple):
+    """What the footers say. columns: resolved names; shard, group: int32 [G]; rows, nbytes: int64 [G]."""
+
+    columns: Columns
+    shard: NDArray[np.int32]
+    group: NDArray[np.int32]
+    rows: NDArray[np.int64]
+    nbytes: NDArray[np.int64]
+
+
+def cache_folder() -> Path:
+    """`$NEV_CACHE/index`, else `$XDG_CACHE_HOME/nev/index`, else `~/.cache/nev/index`."""
+    if own := os.environ.get("NEV_CACHE"):
+        return Path(own, "index")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nev", "index")
+
+
+def listing_key(
+    fs: Any, base: str, columns: Columns, paths: Sequence[str], entries: dict[str, dict[str, Any]]
+) -> str | None:
+    """The key of a listing, or None where the storage does not tell by what one notices that a file has changed.
+
+    paths are relative to `base`, entries as `fs.find(detail=True)` gives them. Raises OSError for a local file that is gone.
+    """
+    stamps: list[Any] = []
+    for path in paths:
+        if is_local(fs):  # fsspec's mtime is a float, which is too coarse
+            found = Path(base, path).stat()
+            stamps.append([path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino])
+        elif etag := entries[path].get("ETag"):
+            stamps.append([path, entries[path]["size"], etag])
+        else:
+            return None
+    return hashlib.sha256(json.dumps([LAYOUT, base, columns.model_dump(), stamps]).encode()).hexdigest()
+
+
+def load(key: str) -> RowGroups | None:
+    """The row groups stored under a key, or None. A damaged or unreadable file is a warning."""
+    path = cache_folder() / key
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        log.warning("%s cannot be read (%s): the index is built from the shards", path, error)
+        return None
+    body = memoryview(content)[DIGEST_BYTES:]
+    if hashlib.sha256(body).digest() != content[:DIGEST_BYTES]:
+        log.warning("%s is damaged: the index is built from the shards again", path)
+        return None
+    table = pq.read_table(pa.BufferReader(pa.py_buffer(body)))
+    columns = Columns(**json.loads(table.schema.metadata[b"columns"]))
+    return RowGroups(columns, *(table[name].to_numpy() for name in RowGroups._fields[1:]))
+
+
+def store(key: str, groups: RowGroups) -> None:
+    """Keep row groups under a key. A folder that cannot be written is a warning: the run does not need it."""
+    arrays = {name: getattr(groups, name) for name in RowGroups._fields[1:]}
+    table = pa.table(arrays).replace_schema_metadata({"columns": json.dumps(groups.columns.model_dump())})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    body = sink.getvalue()
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as own:
+            part = Path(own, key)
+            with part.open("wb") as file:
+                file.write(hashlib.sha256(body).digest())
+                file.write(body)
+            part.replace(folder / key)
+    except OSError as error:
+        log.warning("%s cannot be written (%s): the next process reads the shards again", folder, error)
