@@ -1,0 +1,62 @@
+"""The published set's size, 1.55 billion pairs in 15,445 shards, made up: planned in bounded memory, and still correct."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from benchmarks.scale import ROWS, SHARDS, made_up_index
+from nev.data import index_cache
+from nev.data.plan import Plan
+
+BATCH, BLOCK = 65_536, 256
+BYTES_A_GROUP = 60  # rows 8, two epochs' orders of 12, and 24 for a moment while a third is drawn
+
+
+@pytest.mark.parametrize("group_rows", [256, 10_000])
+def test_1_55_billion_rows_are_planned_in_bounded_memory(group_rows: int) -> None:
+    rows = made_up_index(group_rows).rows
+    assert int(rows.sum()) == ROWS
+    tracemalloc.start()
+    try:
+        plan = Plan(rows.copy(), 7, BATCH, BLOCK)
+        plan.segments(0)
+        plan.segments(plan.blocks_per_epoch)  # two epochs' orders are the most that is held
+        plan.segments(2 * plan.blocks_per_epoch)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < BYTES_A_GROUP * len(rows) + 1_000_000
+
+
+@pytest.mark.parametrize("group_rows", [256, 10_000])
+def test_blocks_of_1_55_billion_rows_are_whole_and_apart(group_rows: int) -> None:
+    plan = Plan(made_up_index(group_rows).rows, 7, BATCH, BLOCK)
+    per_epoch = plan.blocks_per_epoch
+    assert plan.tail_rows == ROWS % BATCH
+    sampled = np.random.default_rng(0).integers(0, per_epoch, 300).tolist()
+    within = sorted({0, 1, per_epoch - 1, *plan.step_blocks(12_345), *sampled})
+    for epoch in (0, 2):
+        first_row = np.concatenate([[0], np.cumsum(plan.rows)])
+        taken = []
+        for block in within:
+            segments = plan.segments(epoch * per_epoch + block)
+            assert plan.epoch_of(epoch * per_epoch + block) == epoch
+            assert sum(stop - start for _, start, stop in segments) == BLOCK
+            assert all(0 <= start < stop <= plan.rows[group] for group, start, stop in segments)
+            assert len(segments) <= (4 if group_rows == 256 else 3)  # the last row group of a shard is short
+            taken += [np.arange(first_row[group] + start, first_row[group] + stop) for group, start, stop in segments]
+        rows = np.concatenate(taken)
+        assert len(rows) == len(np.unique(rows)) == BLOCK * len(within)
+
+
+def test_the_index_of_1_55_billion_rows_comes_back_from_the_cache() -> None:
+    index = made_up_index(256)
+    assert len(index.paths) == SHARDS
+    stored = index_cache.RowGroups(index.columns, index.shard, index.group, index.rows, index.nbytes)
+    index_cache.store("key", stored)
+    back = index_cache.load("key")
+    assert back is not None
+    assert all(np.array_equal(got, put) for got, put in zip(back[1:], stored[1:], strict=True))
