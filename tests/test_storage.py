@@ -1,22 +1,27 @@
 """Storage: S3 over HTTP, through faults, gives what the local folder gives; failures for good name the object."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from data_helpers import WIDTH, encode, rows_of, write_shard
+from rich.console import Console
 from s3_server import Proxy, mixed_faults
 
-from nev.config import Augment, Columns, Limits
+from nev.config import Augment, Columns, Experiment, Limits
 from nev.data import s3 as s3_module
 from nev.data.block import Block, BlockReader
 from nev.data.index import DataError, Index, build_index
 from nev.data.plan import Plan
 from nev.data.sidecar import check_sidecars, missing_sidecars, sidecar_key, sidecar_location, write_sidecar
 from nev.data.storage import filesystem
+from nev.experiment import run_experiment
+from nev.train import checkpoint, manifest
+from nev.train.quarantine import Quarantine
 
 KEY = sidecar_key("tower", "caption")
 REMOTE = "s3://bucket/set/train"
@@ -240,11 +245,6 @@ def test_a_sidecar_that_cannot_be_written_is_named_and_leaves_nothing(local: Pat
 
 
 def test_checkpoints_and_quarantine_lie_in_s3_as_in_a_folder(s3: Proxy, impatient: None) -> None:
-    import torch
-
-    from nev.train import checkpoint, manifest
-    from nev.train.quarantine import Quarantine
-
     s3.rule = lambda method, path, span, before: "500" if before == 0 else None
     run = "s3://bucket/runs/first"
     model = torch.nn.Linear(3, 2)
@@ -268,14 +268,16 @@ def test_checkpoints_and_quarantine_lie_in_s3_as_in_a_folder(s3: Proxy, impatien
         checkpoint.load(f"{run}/checkpoints/step-00000002")
     s3.reset()
 
-    bad = {"valid": np.array([True, False]), "uid": np.array(["u", "v"], object), "shard": np.zeros(2, np.int32)}
-    quarantine = Quarantine(run, ("a.parquet",), rank=0)
+    place = {name: np.zeros(2, np.int32) for name in ("shard", "row_group", "row")}
+    bad = {"valid": np.array([True, False]), "uid": np.array(["u", "v"], object), **place}
+    quarantine = Quarantine(run, ("a.parquet",), rank=0, first_step=0)
     quarantine.note(7, [{**bad, "reason": np.array(["", "image is null"], object)}])
     quarantine.flush(8)
     with filesystem(run)[0].open("bucket/runs/first/quarantine/step-00000008-rank-0.parquet") as file:
         assert pq.read_table(file).to_pylist() == [
-            {"step": 7, "uid": "v", "shard": "a.parquet", "reason": "image is null"}
+            {"step": 7, "uid": "v", "shard": "a.parquet", "row_group": 0, "row": 0, "reason": "image is null"}
         ]
+    assert Quarantine(run, ("a.parquet",), rank=0, first_step=8).by_reason == {"image is null": 1}
 
 
 @pytest.mark.ray
@@ -316,3 +318,25 @@ def test_the_stream_over_s3_stops_with_the_name_of_what_fails_for_good(
     stream = make_stream(reader_over(index), plan, 0, plan.steps_per_epoch)
     with pytest.raises(RayTaskError, match=r"s3://bucket/set/train/sub/b\.parquet: row group"):
         list(stream.iter_batches(batch_size=None))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_over_s3_ends_with_the_weights_of_a_run_over_a_folder(
+    s3: Proxy, ray_cluster: None, pictures: Path, tiny: Callable[..., Experiment]
+) -> None:
+    fs = filesystem(REMOTE)[0]
+    for file in pictures.rglob("*"):
+        if file.is_file():
+            fs.pipe_file(f"bucket/set/{file.relative_to(pictures)}", file.read_bytes())
+    settings = {"train__steps": 4, "train__checkpoint_every": 4}
+    local = run_experiment(tiny(name="local", **settings), Console(quiet=True))
+    s3.rule = mixed_faults(seed=1, share=0.5)
+    places = {"data__train": REMOTE, "data__val": "s3://bucket/set/val"}
+    classes = {"eval__zero_shot__classes": "s3://bucket/set/classes.txt"}
+    remote = run_experiment(tiny(name="remote", **settings, **places, **classes), Console(quiet=True))
+    assert sum(s3.broken.values()) > 5
+    left, right = (checkpoint.load_model(summary.checkpoint)[1] for summary in (local, remote))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)

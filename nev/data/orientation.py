@@ -68,7 +68,9 @@ def orientation_of(read: Callable[[], Image.Exif]) -> int:
     """The tag in the EXIF data that `read` gives; 1 where they are torn: the picture may be whole all the same."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow says of torn data what the 1 says, once a picture, in a worker's log
+            warnings.simplefilter(
+                "ignore"
+            )  # Pillow says of torn data what the 1 says, once a picture, in a worker's log
             value = read().get(TAG, 1)
     except (SyntaxError, ValueError, LookupError, OSError, TypeError, OverflowError, struct.error):
         return 1

@@ -73,7 +73,10 @@ def write_sidecar(index: Index, shard: int, key: str, width: int, encode: Encode
     with writing(sidecar_location(index, shard, key)):
         make_folder(fs, path.rsplit("/", 1)[0])
         partial = f"{path}.partial"
-        with fs.open(partial, "wb") as sink, pq.ParquetWriter(sink, schema, compression="none") as writer:
+        with (
+            fs.open(partial, "wb") as sink,
+            pq.ParquetWriter(sink, schema, compression="none", write_statistics=False) as writer,
+        ):
             for names, group in zip(uids, groups, strict=True):
                 rows = [vectors[[place[caption] for caption in captions]].tobytes() for captions in group]
                 writer.write_table(pa.table({"uid": names, "vectors": rows}, schema), row_group_size=max(1, len(rows)))
