@@ -43,11 +43,12 @@ def main(
     size: Annotated[int, typer.Option(min=8, help="Side of the pictures, in pixels.")] = 224,
     batches: Annotated[int, typer.Option(min=10, help="Batches of 256 of the short run.")] = 40,
     rows: Annotated[int, typer.Option(min=1024, help="Rows of the set; runs go through it again and again.")] = 4096,
-    results: Annotated[
-        Path, typer.Option(help="Folder of memory.json and memory.png.", show_default="benchmarks/results")
-    ] = report.RESULTS,
+    results: Annotated[Path, typer.Option(help="Folder of memory.json.", show_default="benchmarks/results")] = (
+        report.RESULTS
+    ),
+    picture: Annotated[Path, typer.Option(help="Where the curve goes.")] = Path("docs/images/memory.png"),
 ) -> None:
-    """Show that memory stays flat over a run ten times longer; writes memory.json and memory.png."""
+    """Show that memory stays flat over a run ten times longer; writes benchmarks/results/memory.json and a picture."""
     from benchmarks.contestants import pictures
     from benchmarks.contestants.processes import in_own_process
 
@@ -71,7 +72,7 @@ def main(
             for kind in ("object_store", "heap")
         }
         report.write("memory", report.this_command(), figures, ratios, NOTES, results, console)
-        draw(long, 5 * batches, results / "memory.png")
+        draw(long, 5 * batches, picture)
 
 
 def samples(own: object, size: int, batches: int, fast: int) -> list[Sample]:
