@@ -20,6 +20,10 @@ DataComp as its downloader leaves it, cut down to a DFN and to 256 pixels:
     python pipelines/prepare.py --source datacomp --input shards --metadata metadata --uids dfn.npy --resize 256 \\
         --output data/datacomp/train
 
+From S3 to S3, on the cluster that RAY_ADDRESS names, else on all cores here; cut off, the same command goes on:
+
+    python pipelines/prepare.py --source webdataset --input s3://bucket/tars --output s3://bucket/shards/train
+
 The synthetic set, both splits at once:
 
     python pipelines/prepare.py --source synthetic --train 8000 --val 1000 --output data/synthetic
@@ -35,21 +39,21 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
-from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from nev.cli import command, explained
 from nev.config import ConfigError, parse
 from nev.data.filters import Filters
-from nev.data.prepare import Progress, Report, prepare
+from nev.data.prepare import Progress, Report, Run, prepare, run_here
 from nev.data.resize import Resize
 from nev.data.shards import Layout
-from nev.data.sources import READERS, SourceOptions
+from nev.data.sources import SOURCES, Source, SourceOptions
 from nev.data.synthetic import write_synthetic
 
 EXAMPLE = "python pipelines/prepare.py --source webdataset --input tars/train --output data/flickr8k/train"
-Source = Literal["webdataset", "hf-parquet", "datacomp", "folder-captions", "folder-classes", "synthetic"]
+Kind = Literal["webdataset", "hf-parquet", "datacomp", "folder-captions", "folder-classes", "synthetic"]
 Format = Literal["keep", "jpeg", "webp"]
 Column = partial(typer.Option, rich_help_panel="Columns and captions")
 Filter = partial(typer.Option, rich_help_panel="Filters")
@@ -73,10 +77,13 @@ TAKES: dict[str, set[str]] = {
 
 def main(
     context: typer.Context,
-    source: Annotated[Source, typer.Option(help="The format of the input.")],
-    output: Annotated[Path, typer.Option(help="Folder of the split; for synthetic, the folder of both splits.")],
+    source: Annotated[Kind, typer.Option(help="The format of the input.")],
+    output: Annotated[
+        str, typer.Option(help="Folder of the split, here or on s3://; for synthetic, the folder of both splits.")
+    ],
     inputs: Annotated[
-        list[str] | None, typer.Option("--input", help="File, folder or quoted pattern; may be repeated.")
+        list[str] | None,
+        typer.Option("--input", help="File, folder or quoted pattern, here or on s3://; may be repeated."),
     ] = None,
     metadata: Annotated[
         list[str] | None, Column(help="datacomp: the metadata parquet, likewise; may be repeated.")
@@ -105,7 +112,7 @@ def main(
     rows_per_shard: Annotated[int, typer.Option(min=1, help="A multiple of --row-group-rows.")] = 8192,
     row_group_rows: Annotated[int, typer.Option(min=1, help="Rows that are read together.")] = 256,
     processes: Annotated[int, Drawing(min=1, help="Processes that draw.")] = 1,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the shards in --output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")] = False,
 ) -> None:
     """Turn a source into shards, in an order that is random over the whole set, and report what was left out."""
     console = Console(stderr=True)
@@ -121,6 +128,7 @@ def main(
             where="filters",
         )
         shrink = {"side": resize, "format": encoding, "quality": quality}
+        smaller = None if resize is None else parse(Resize, shrink, where="resize")
         with _progress(console) as progress:
             if source == "synthetic":
                 reports = write_synthetic(
@@ -136,21 +144,23 @@ def main(
                 columns = {"uid": uid, "image": image, "caption": caption, "label": label}
                 settings = {"columns": columns, "label_name": name, "templates": template or (), "score": score}
                 options = parse(SourceOptions, {**settings, "metadata": metadata or ()}, where="options")
+                rows = SOURCES[source](inputs or [], options)
                 report = prepare(
-                    READERS[source](inputs or [], options),
+                    rows,
                     output,
                     seed=seed,
                     limit=limit,
                     limits=options.limits,
                     filters=filters,
-                    resize=None if resize is None else parse(Resize, shrink, where="resize"),
+                    resize=smaller,
                     layout=layout,
+                    run=_run(rows, limit, options.part_bytes),
                     progress=progress,
                 )
-                reports = {output.name: report}
+                reports = {output.rstrip("/").rpartition("/")[2]: report}
     Console().print(_table(reports))
     for report in reports.values():
-        typer.echo(f"shards: {report.shards[0].parent}")
+        typer.echo(f"shards: {report.shards[0].rpartition('/')[0]}")
         typer.echo(f"samples: {report.samples}")
     if report.classes:
         typer.echo(f"classes: {report.classes}")
@@ -171,18 +181,36 @@ def _fitting(source: str, given: set[str]) -> None:
         raise ConfigError(f"{' and '.join(alone)}: only pictures that --resize shrinks are encoded anew; give it, too")
 
 
+def _run(source: Source, limit: int | None, part_bytes: int) -> Run:
+    """Who does the work: Ray, unless there is too little to share out."""
+    if limit is not None or (len(source.parts) == 1 and source.nbytes <= part_bytes):
+        return run_here
+    from nev.data.ray_run import ray_run
+    from nev.runtime import connect
+
+    connect()
+    return ray_run
+
+
 @contextmanager
 def _progress(console: Console) -> Iterator[Progress]:
-    """Two counters of rows on the terminal: read and written."""
-    bar = Bars(
-        SpinnerColumn(),
-        TextColumn("{task.description} {task.completed:>10,.0f} rows"),
+    """Two bars on the terminal: parts of the input that were read, and shards that were written."""
+    bars = Bars(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} of {task.total:,.0f} {task.fields[unit]}, {task.fields[rows]:,} rows"),
         TimeElapsedColumn(),
         console=console,
     )
-    with bar:
-        read, written = bar.add_task("read   ", total=None), bar.add_task("written", total=None)
-        yield Progress(partial(bar.advance, read), partial(bar.advance, written))
+    with bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(name: str, unit: str, done: int, total: int, rows: int) -> None:
+            if done == 0 or name not in tasks:  # the synthetic set has two splits, one after the other
+                tasks[name] = bars.add_task(name, total=total, unit=unit, rows=rows)
+            bars.update(tasks[name], completed=done, rows=rows)
+
+        yield Progress(partial(show, "read   ", "parts"), partial(show, "written", "shards"), console.print)
 
 
 def _table(reports: dict[str, Report]) -> Table:

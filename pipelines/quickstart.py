@@ -36,7 +36,7 @@ def main(
 
         experiment = absolute(experiment)
         folder = Path(experiment.data.train).parent
-        if not all(any((folder / split).glob("*.parquet")) for split in ("train", "val")):
+        if not all(_drawn(folder / split) for split in ("train", "val")):
             console.print(f"drawing {train + val:,} captioned pictures into {folder}", soft_wrap=True)
             write_synthetic(
                 folder,
@@ -52,6 +52,12 @@ def main(
         summary = run_experiment(experiment, console)
     show_summary(summary, console)
     console.print(f"done in {time.perf_counter() - begin:.0f} s")
+
+
+def _drawn(split: Path) -> bool:
+    from nev.data.index import UNFINISHED
+
+    return any(split.glob("*.parquet")) and not (split / UNFINISHED).exists()
 
 
 app = command(main, "python pipelines/quickstart.py --set train.steps=200")

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from nev.config import Columns
 from nev.data.index import build_index
-from nev.data.sources import READERS
+from nev.data.sources import SOURCES
 
 REAL = os.environ.get("NEV_DATA")
 needs_data = pytest.mark.skipif(not REAL, reason="NEV_DATA does not name the folder of real data")
@@ -74,7 +74,7 @@ def test_splits_of_one_folder_must_agree_on_their_classes(tmp_path: Path) -> Non
     prepare("--input", first, *args, tmp_path / "set/train")
     out = prepare("--input", other, *args, tmp_path / "set/val", code=2)
     assert re.search(r"classes\.txt: label 1 is 'dog' there and 'ship' in row b-00000001", out)
-    assert not list((tmp_path / "set/val").iterdir())
+    assert not list((tmp_path / "set/val").glob("*.parquet"))
     mixed = labelled(tmp_path / "c.parquet", [0, 0], ["cat", "dog"])
     assert "label 0 is 'dog' here and 'cat' in an earlier row" in prepare(
         "--input", mixed, *args, tmp_path / "new/train", code=2
@@ -191,7 +191,7 @@ def test_the_contact_sheet_shows_pictures_with_their_captions(tmp_path: Path) ->
 def test_help_shows_an_example_and_every_source() -> None:
     out = prepare("--help")
     assert "Example: python pipelines/prepare.py --source webdataset" in out
-    assert set(get_args(pipeline.Source)) == {*READERS, "synthetic"}
+    assert set(get_args(pipeline.Kind)) == {*SOURCES, "synthetic"}
 
 
 @needs_data

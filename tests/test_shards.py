@@ -1,7 +1,8 @@
-"""Writing shards: layout, order, bounded memory, and that a split is whole or absent."""
+"""Shards: layout, order, bounded memory, and the first of equal rows."""
 
-import hashlib
+import random
 from collections import Counter
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nev.config import ConfigError, Limits
-from nev.data import shards
+from nev.data import scatter
+from nev.data.filters import Filters
+from nev.data.prepare import Report, prepare
 from nev.data.rows import Row, usable
-from nev.data.shards import Layout, write_shards
+from nev.data.scatter import BUCKET_BYTES
+from nev.data.shards import Layout
+from nev.data.sources import Source, of_rows
 
 
 def rows(count: int, **more: Any) -> list[Row]:
@@ -25,6 +32,16 @@ def rows(count: int, **more: Any) -> list[Row]:
 
 def uids(paths: list[Path]) -> list[str]:
     return [uid for path in paths for uid in pq.read_table(path, columns=["uid"])["uid"].to_pylist()]
+
+
+def write_shards(rows: Iterable[Row], folder: Path, **options: Any) -> list[Path]:
+    return [Path(shard) for shard in prepare(of_rows(rows), folder, **options).shards]
+
+
+def in_parts(rows: list[Row], count: int, buckets: int) -> Source:
+    size = -(-len(rows) // count)
+    parts = [rows[at : at + size] for at in range(0, len(rows), size)]
+    return Source(parts, iter, buckets * BUCKET_BYTES, {"rows": len(rows)})
 
 
 def test_rows_come_back_whole_in_row_groups_of_the_asked_size(tmp_path: Path) -> None:
@@ -71,27 +88,104 @@ def test_order_is_random_and_depends_on_the_seed_and_the_uids_alone(tmp_path: Pa
 
 
 def test_rows_beyond_the_memory_bound_give_the_same_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spills = []
-    spill = shards._Buckets.spill
-    monkeypatch.setattr(shards._Buckets, "spill", lambda self: (spills.append(self.held_bytes), spill(self)))
+    runs: list[tuple[str, int]] = []
+    write_run = scatter._write_run
+
+    def watched(location: str, rows: list[Row], *more: Any) -> Any:
+        runs.append((location, len(rows)))
+        return write_run(location, rows, *more)
+
+    monkeypatch.setattr(scatter, "_write_run", watched)
     made = [*rows(300, label=1), *rows(10)]
-    dropped: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
-    held = write_shards(made, tmp_path / "a", seed=0, dropped=dropped[0])
-    assert not spills
-    spilt = write_shards(made, tmp_path / "b", seed=0, dropped=dropped[1], memory_bytes=60 * 1024)
-    assert len(spills) == 5
-    assert max(spills) < 62 * 1024
-    assert dropped[0] == dropped[1] == {"duplicate uid": 10}
-    assert [path.read_bytes() for path in held] == [path.read_bytes() for path in spilt]
-    assert [path.name for path in (tmp_path / "b").iterdir()] == ["00000.parquet"]
+    held = prepare(of_rows(made), tmp_path / "a/set")
+    assert [count for _, count in runs] == [310]
+    runs.clear()
+    bound = 61 * 1024  # a row counts 1,024 bytes and its image
+    spilt = prepare(of_rows(made, nbytes=5 * BUCKET_BYTES), tmp_path / "b/set", memory_bytes=bound)
+    assert [count for _, count in runs] == [61, 61, 61, 61, 61, 5]
+    assert held.dropped == spilt.dropped == {"duplicate uid": 10}
+    assert contents(held) == contents(spilt)
+    assert [path.name for path in (tmp_path / "b/set").iterdir()] == ["00000.parquet"]
 
 
-def test_of_equal_uids_the_first_is_kept(tmp_path: Path) -> None:
-    again: Row = {"uid": "row-1", "image": b"other", "caption": "other"}
-    dropped: Counter[str] = Counter()
-    (path,) = write_shards([*rows(3), again], tmp_path, seed=0, dropped=dropped)
-    assert dropped == {"duplicate uid": 1}
-    assert sorted(pq.read_table(path)["image"].to_pylist()) == [b"bytes of 0", b"bytes of 1", b"bytes of 2"]
+def contents(report: Report) -> list[bytes]:
+    return [Path(shard).read_bytes() for shard in report.shards]
+
+
+@settings(max_examples=40)
+@given(
+    count=st.integers(1, 120),
+    parts=st.integers(1, 7),
+    buckets=st.integers(1, 40),
+    memory_rows=st.integers(1, 130),
+    seed=st.integers(0, 5),
+    turn=st.randoms(use_true_random=False),
+)
+def test_the_result_depends_on_the_rows_and_the_seed_alone(
+    tmp_path_factory: pytest.TempPathFactory,
+    count: int,
+    parts: int,
+    buckets: int,
+    memory_rows: int,
+    seed: int,
+    turn: random.Random,
+) -> None:
+    folder, layout = tmp_path_factory.mktemp("set"), Layout(16, 4)
+    made = rows(count)
+    plain = prepare(of_rows(made), folder / "plain/set", seed=seed, layout=layout)
+    turn.shuffle(made)
+    cut = prepare(
+        in_parts(made, parts, buckets), folder / "cut/set", seed=seed, layout=layout, memory_bytes=memory_rows * 1024
+    )
+    assert contents(plain) == contents(cut)
+    assert plain.kept == cut.kept == count
+    groups = [pq.read_metadata(shard).row_group(0).num_rows for shard in cut.shards]
+    assert [pq.read_metadata(shard).num_rows for shard in cut.shards] == [16] * (count // 16) + [count % 16] * (
+        count % 16 > 0
+    )
+    assert set(groups[:-1]) <= {4}
+
+
+@settings(max_examples=40)
+@given(
+    drawn=st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from([b"1", b"2", b"3"])), min_size=1, max_size=25),
+    parts=st.integers(1, 5),
+    buckets=st.integers(1, 9),
+    unique=st.booleans(),
+)
+def test_of_equal_uids_and_images_the_first_in_the_input_stays(
+    tmp_path_factory: pytest.TempPathFactory,
+    drawn: list[tuple[str, bytes]],
+    parts: int,
+    buckets: int,
+    unique: bool,
+) -> None:
+    made: list[Row] = [{"uid": uid, "image": image, "caption": str(at)} for at, (uid, image) in enumerate(drawn)]
+    report = prepare(
+        in_parts(made, parts, buckets),
+        tmp_path_factory.mktemp("set") / "set",
+        filters=Filters(unique=unique),
+        memory_bytes=3 * 1024,
+        layout=Layout(2, 1),
+    )
+    first = {uid: at for at, (uid, _) in reversed(list(enumerate(drawn)))}
+    left = sorted(first.values())
+    if unique:
+        left = sorted({drawn[at][1]: at for at in reversed(left)}.values())
+    found = [caption for shard in report.shards for caption in pq.read_table(shard)["caption"].to_pylist()]
+    assert sorted(map(int, found)) == left
+    wanted = {"duplicate uid": len(drawn) - len(first), "duplicate image": len(first) - len(left)}
+    assert report.dropped == {reason: count for reason, count in wanted.items() if count}
+
+
+def test_a_row_that_another_rule_drops_does_not_stand_for_its_image(tmp_path: Path) -> None:
+    made: list[Row] = [
+        {"uid": "short", "image": b"1", "caption": "x"},
+        {"uid": "long", "image": b"1", "caption": "xyz"},
+    ]
+    report = prepare(of_rows(made), tmp_path / "set", filters=Filters(unique=True, min_caption=3))
+    assert uids([Path(report.shards[0])]) == ["long"]
+    assert report.dropped == {"caption length": 1}
 
 
 def test_a_folder_with_shards_is_refused_unless_overwrite(tmp_path: Path) -> None:
@@ -106,28 +200,14 @@ def test_a_folder_with_shards_is_refused_unless_overwrite(tmp_path: Path) -> Non
         write_shards(rows(3), tmp_path, seed=0, layout=Layout(overwrite=True))
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_run_that_fails_leaves_the_folder_as_it_was(tmp_path: Path, overwrite: bool) -> None:
-    if overwrite:
-        write_shards(rows(5), tmp_path, seed=0)
-    before = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tmp_path.iterdir()}
-
-    def stop_while_writing(count: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_shards(rows(40), tmp_path, seed=0, layout=Layout(overwrite=overwrite), on_rows=stop_while_writing)
-    assert {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tmp_path.iterdir()} == before
-
-
 def test_wrong_settings_and_empty_input_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"\(1000\) must be a positive multiple of rows per row group \(256\)"):
         write_shards(rows(3), tmp_path, seed=0, layout=Layout(rows_per_shard=1000))
     with pytest.raises(ConfigError, match="no rows to write"):
-        write_shards([], tmp_path, seed=0)
-    with pytest.raises(ConfigError, match="row 'row-0': needs a uid, an image and a caption"):
-        write_shards(rows(1, image=None), tmp_path, seed=0)
-    assert not list(tmp_path.iterdir())
+        write_shards([], tmp_path / "set", seed=0)
+    with pytest.raises(ConfigError, match=r"no rows to write\. Dropped by reason: {'empty image': 1}"):
+        write_shards(rows(1, image=None), tmp_path / "set", seed=0)
+    assert not list(tmp_path.glob("*/*.parquet"))
 
 
 def test_unusable_rows_are_counted_by_reason() -> None:

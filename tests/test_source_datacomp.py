@@ -5,10 +5,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from source_helpers import read
 from tar_helpers import tar_of
 
 from nev.config import Columns, ConfigError
-from nev.data.sources import SourceOptions, datacomp, webdataset
+from nev.data.sources import SourceOptions
 
 A, B, C, D = (digit * 32 for digit in "abcd")
 
@@ -33,8 +34,8 @@ def test_the_metadata_give_caption_and_score(tmp_path: Path) -> None:
     metadata(tmp_path / "meta/0.parquet", uid=[C, A], text=["see", None], sim=[0.3, 0.1], url=["", ""])
     metadata(tmp_path / "meta/1.parquet", uid=[B, None, C], text=["bee", "nobody", "again"], sim=[None, 0.0, 0.9])
     options = SourceOptions(metadata=(str(tmp_path / "meta"),), score="sim")
-    read = list(datacomp.read([tmp_path / "tars"], options))
-    assert [(row["uid"], row["image"], row["caption"], row.get("score"), row.get("reject")) for row in read] == [
+    found = list(read("datacomp", [tmp_path / "tars"], options))
+    assert [(row["uid"], row["image"], row["caption"], row.get("score"), row.get("reject")) for row in found] == [
         (A, b"a", None, 0.1, None),
         (D, b"d", "of the tar", None, "uid not in the metadata"),
         (C, b"c", "see", 0.3, None),
@@ -45,20 +46,20 @@ def test_the_metadata_give_caption_and_score(tmp_path: Path) -> None:
 def test_a_sample_that_failed_stays_rejected(tmp_path: Path) -> None:
     tar_of(tmp_path / "0.tar", {**members(A), "x.json": {"uid": B, "status": "failed_to_resize"}})
     options = SourceOptions(metadata=(str(metadata(tmp_path / "m.parquet", uid=[A], text=["a"])),))
-    assert [row.get("reject") for row in datacomp.read([tmp_path], options)] == [None, "status failed_to_resize"]
+    assert [row.get("reject") for row in read("datacomp", [tmp_path], options)] == [None, "status failed_to_resize"]
 
 
 def test_of_metadata_with_one_uid_the_first_counts(tmp_path: Path) -> None:
     tar_of(tmp_path / "0.tar", members(A, B))
     uids, texts = [A, B] * 500, [f"{at}" for at in range(1000)]
     options = SourceOptions(metadata=(str(metadata(tmp_path / "m.parquet", uid=uids, text=texts)),))
-    assert [row["caption"] for row in datacomp.read([tmp_path], options)] == ["0", "1"]
+    assert [row["caption"] for row in read("datacomp", [tmp_path], options)] == ["0", "1"]
 
 
 def test_a_uid_that_is_no_text_is_not_in_the_metadata(tmp_path: Path) -> None:
     tar_of(tmp_path / "0.tar", {"x.jpg": b"x", "x.json": '{"uid": "\\ud83d"}'})
     options = SourceOptions(metadata=(str(metadata(tmp_path / "m.parquet", uid=[A], text=["a"])),))
-    assert [row.get("reject") for row in datacomp.read([tmp_path], options)] == ["uid not in the metadata"]
+    assert [row.get("reject") for row in read("datacomp", [tmp_path], options)] == ["uid not in the metadata"]
 
 
 @pytest.mark.parametrize(
@@ -78,28 +79,28 @@ def test_metadata_without_a_column_are_refused(
     tar_of(tmp_path / "0.tar", members(A))
     file = metadata(tmp_path / "m.parquet", **columns)
     with pytest.raises(ConfigError, match=message):
-        next(datacomp.read([tmp_path], SourceOptions.model_validate({"metadata": [str(file)], **options})))
+        next(read("datacomp", [tmp_path], SourceOptions.model_validate({"metadata": [str(file)], **options})))
 
 
 def test_missing_or_broken_metadata_are_named(tmp_path: Path) -> None:
     tar_of(tmp_path / "0.tar", members(A))
     with pytest.raises(ConfigError, match=r"needs its metadata parquet \(--metadata\)"):
-        next(datacomp.read([tmp_path], SourceOptions()))
+        next(read("datacomp", [tmp_path], SourceOptions()))
     (tmp_path / "m.parquet").write_bytes(b"PAR1 but not really")
     with pytest.raises(ConfigError, match=r"m\.parquet: not readable as metadata parquet"):
-        next(datacomp.read([tmp_path], SourceOptions(metadata=(str(tmp_path / "m.parquet"),))))
+        next(read("datacomp", [tmp_path], SourceOptions(metadata=(str(tmp_path / "m.parquet"),))))
     empty = metadata(tmp_path / "e.parquet", uid=pa.array([], pa.string()), text=pa.array([], pa.string()))
     with pytest.raises(ConfigError, match=r"e\.parquet: the metadata have no rows"):
-        next(datacomp.read([tmp_path], SourceOptions(metadata=(str(empty),))))
+        next(read("datacomp", [tmp_path], SourceOptions(metadata=(str(empty),))))
 
 
 def test_real_tars_with_metadata_for_half_of_them(data_folder: Path, tmp_path: Path) -> None:
-    plain = list(webdataset.read([data_folder / "flickr8k/dev"], SourceOptions()))
+    plain = list(read("webdataset", [data_folder / "flickr8k/dev"], SourceOptions()))
     half = plain[::-2]
     texts = [f"about {row['uid']}" for row in half]
     file = metadata(tmp_path / "m.parquet", uid=[row["uid"] for row in half], text=texts, sim=[0.5] * len(half))
     options = SourceOptions(metadata=(str(file),), score="sim")
-    joined = list(datacomp.read([data_folder / "flickr8k/dev"], options))
+    joined = list(read("datacomp", [data_folder / "flickr8k/dev"], options))
     assert [row["image"] for row in joined] == [row["image"] for row in plain]
     assert [row.get("reject") for row in joined] == ["uid not in the metadata", None] * 500
     assert all(row["caption"] == f"about {row['uid']}" and row.get("score") == 0.5 for row in joined[1::2])

@@ -5,10 +5,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from source_helpers import read
 
 from nev.config import Columns, ConfigError, Limits
-from nev.data.sources import READERS, SourceOptions
-from nev.data.sources.folder import read_captions, read_classes
+from nev.data.sources import SourceOptions
 
 LABELLED = SourceOptions(templates=("a photo of a {}.", "the {}"))
 
@@ -36,8 +36,8 @@ def test_lines_for_one_file_are_its_captions(tmp_path: Path, name: str, text: st
         {"uid": "a.jpg", "image": b"a.jpg", "caption": ["one, two", "four"]},
         {"uid": "sub/b.PNG", "image": b"sub/b.PNG", "caption": ["three"]},
     ]
-    assert list(read_captions([tmp_path], SourceOptions())) == expected
-    assert list(read_captions([tmp_path / name], SourceOptions())) == expected
+    assert list(read("folder-captions", [tmp_path], SourceOptions())) == expected
+    assert list(read("folder-captions", [tmp_path / name], SourceOptions())) == expected
 
 
 def test_tables_of_several_folders_give_different_uids(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_tables_of_several_folders_give_different_uids(tmp_path: Path) -> None:
         files(tmp_path, f"{part}/a.jpg")
         (tmp_path / part / "metadata.csv").write_text("pic,said\na.jpg,hello\n")
     options = SourceOptions(columns=Columns(image="pic", caption="said"))
-    assert [row["uid"] for row in read_captions([tmp_path], options)] == ["x/a.jpg", "y/a.jpg"]
+    assert [row["uid"] for row in read("folder-captions", [tmp_path], options)] == ["x/a.jpg", "y/a.jpg"]
 
 
 def test_a_file_outside_the_folder_is_rejected(tmp_path: Path) -> None:
@@ -58,9 +58,9 @@ def test_a_file_outside_the_folder_is_rejected(tmp_path: Path) -> None:
     names += ["gone.jpg", "sub", "notes.txt", "large.jpg", "nul\0.jpg", "loop.jpg"]
     lines = [json.dumps({"path": name, "text": "t"}) for name in names]
     (tmp_path / "in/t.jsonl").write_text("\n".join(lines))
-    read = list(read_captions([tmp_path / "in"], SourceOptions(limits=Limits(max_bytes=100))))
-    assert all((row["image"] is None) == ("reject" in row) for row in read)
-    reasons = [row.get("reject") for row in read]
+    found = list(read("folder-captions", [tmp_path / "in"], SourceOptions(limits=Limits(max_bytes=100))))
+    assert all((row["image"] is None) == ("reject" in row) for row in found)
+    reasons = [row.get("reject") for row in found]
     assert reasons[:-1] == [
         None,
         None,
@@ -94,18 +94,18 @@ def test_a_file_outside_the_folder_is_rejected(tmp_path: Path) -> None:
 def test_a_bad_table_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=message):
-        list(read_captions([tmp_path], SourceOptions()))
+        list(read("folder-captions", [tmp_path], SourceOptions()))
 
 
 def test_a_line_without_caption_is_left_to_the_rule_for_all_rows(tmp_path: Path) -> None:
     files(tmp_path, "a.jpg", "b.jpg")
     (tmp_path / "t.csv").write_text("caption,path\n,a.jpg\n")
-    assert [row["caption"] for row in read_captions([tmp_path], SourceOptions())] == [[""]]
+    assert [row["caption"] for row in read("folder-captions", [tmp_path], SourceOptions())] == [[""]]
 
 
 def test_a_folder_is_a_class(tmp_path: Path) -> None:
     files(tmp_path, "sea_lion/1.JPG", "sea_lion/deep/2.webp", "ant/1.tiff", "ant/notes.txt", "_own/1.jpg", "top.gif")
-    assert list(read_classes([tmp_path], LABELLED)) == [
+    assert list(read("folder-classes", [tmp_path], LABELLED)) == [
         {
             "uid": "ant/1.tiff",
             "image": b"ant/1.tiff",
@@ -133,14 +133,16 @@ def test_a_folder_is_a_class(tmp_path: Path) -> None:
 
 def test_folders_share_their_classes(tmp_path: Path) -> None:
     files(tmp_path, "x/b/1.jpg", "y/a/1.jpg", "y/b/1.jpg")
-    read = [(row["uid"], row.get("label")) for row in read_classes([tmp_path / "y", tmp_path / "x"], LABELLED)]
-    assert read == [("x/b/1.jpg", 1), ("y/a/1.jpg", 0), ("y/b/1.jpg", 1)]
+    found = [
+        (row["uid"], row.get("label")) for row in read("folder-classes", [tmp_path / "y", tmp_path / "x"], LABELLED)
+    ]
+    assert found == [("x/b/1.jpg", 1), ("y/a/1.jpg", 0), ("y/b/1.jpg", 1)]
 
 
 def test_a_link_out_of_the_folder_of_classes_is_rejected(tmp_path: Path) -> None:
     files(tmp_path, "secret.jpg", "in/a/1.jpg")
     (tmp_path / "in/a/2.jpg").symlink_to(tmp_path / "secret.jpg")
-    assert [row.get("reject") for row in read_classes([tmp_path / "in"], LABELLED)] == [
+    assert [row.get("reject") for row in read("folder-classes", [tmp_path / "in"], LABELLED)] == [
         None,
         "path leads out of the folder",
     ]
@@ -154,9 +156,9 @@ def test_what_is_no_folder_of_classes_is_refused(tmp_path: Path) -> None:
         ("file.jpg", r"file\.jpg: this is a file"),
     ):
         with pytest.raises(ConfigError, match=message):
-            list(read_classes([tmp_path / folder], LABELLED))
+            list(read("folder-classes", [tmp_path / folder], LABELLED))
     with pytest.raises(ConfigError, match="a folder of classes has no captions: make them with --template"):
-        list(read_classes([tmp_path / "holed"], SourceOptions()))
+        list(read("folder-classes", [tmp_path / "holed"], SourceOptions()))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,7 @@ def test_what_is_no_folder_of_classes_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_real_folders_of_classes(data_folder: Path, name: str, classes: list[str]) -> None:
-    read = list(READERS["folder-classes"]([data_folder / name], LABELLED))
-    assert len({row["uid"] for row in read}) == len(read) == sum(1 for _ in (data_folder / name).rglob("*.jpg"))
-    assert all(row["image"] and row.get("label_name") == classes[row.get("label") or 0] for row in read)
-    assert set(Counter(row.get("label") for row in read)) == set(range(len(classes)))
+    found = list(read("folder-classes", [data_folder / name], LABELLED))
+    assert len({row["uid"] for row in found}) == len(found) == sum(1 for _ in (data_folder / name).rglob("*.jpg"))
+    assert all(row["image"] and row.get("label_name") == classes[row.get("label") or 0] for row in found)
+    assert set(Counter(row.get("label") for row in found)) == set(range(len(classes)))

@@ -12,11 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from source_helpers import read
 from tar_helpers import tar_of
 
 from nev.config import Columns, ConfigError, Limits
 from nev.data.rows import usable
-from nev.data.sources import READERS, SourceOptions, find_files, hf_parquet, webdataset
+from nev.data.sources import SOURCES, SourceOptions, find_files
 
 REAL = os.environ.get("NEV_DATA")
 needs_data = pytest.mark.skipif(not REAL, reason="NEV_DATA does not name the folder of real data")
@@ -48,7 +49,7 @@ def test_webdataset_takes_uid_captions_and_label_where_they_are(tmp_path: Path) 
             "dir/e.seg.png": b"ignored",
         },
     )
-    assert list(webdataset.read([tar], DEFAULT)) == [
+    assert list(read("webdataset", [tar], DEFAULT)) == [
         {"uid": "u1", "image": b"A", "caption": ["first", "second"], "label": None, "label_name": None},
         {"uid": "b", "image": b"B", "caption": "only", "label": 2, "label_name": "ship"},
         {"uid": "dir/e", "image": b"E", "caption": "text", "label": 7, "label_name": None},
@@ -59,9 +60,9 @@ def test_webdataset_takes_the_score_from_the_json(tmp_path: Path) -> None:
     members: dict[str, Any] = {}
     for key, facts in (("a", {"sim": 0.3}), ("b", {"sim": None}), ("c", {}), ("d", {"sim": "high"})):
         members |= {f"{key}.jpg": b"x", f"{key}.json": {"caption": "x", **facts}}
-    read = list(webdataset.read([tar_of(tmp_path / "0.tar", members)], SourceOptions(score="sim")))
-    assert [row.get("score") for row in read] == [0.3, None, None, None]
-    assert [row.get("reject") for row in read] == [None, None, None, "unreadable json, txt or cls"]
+    found = list(read("webdataset", [tar_of(tmp_path / "0.tar", members)], SourceOptions(score="sim")))
+    assert [row.get("score") for row in found] == [0.3, None, None, None]
+    assert [row.get("reject") for row in found] == [None, None, None, "unreadable json, txt or cls"]
 
 
 def test_webdataset_rejects_bad_samples_with_a_reason(tmp_path: Path) -> None:
@@ -82,8 +83,8 @@ def test_webdataset_rejects_bad_samples_with_a_reason(tmp_path: Path) -> None:
             "large.txt": "too large",
         },
     )
-    read = list(webdataset.read([tmp_path], SourceOptions(limits=Limits(max_bytes=100))))
-    assert {row["uid"]: row.get("reject") for row in read} == {
+    found = list(read("webdataset", [tmp_path], SourceOptions(limits=Limits(max_bytes=100))))
+    assert {row["uid"]: row.get("reject") for row in found} == {
         "good": None,
         "failed": "status failed_to_download",
         "lonely": "no image member",
@@ -108,7 +109,7 @@ def test_webdataset_rejects_bad_samples_with_a_reason(tmp_path: Path) -> None:
 )
 def test_webdataset_rejects_what_json_should_not_hold(tmp_path: Path, facts: str) -> None:
     tar = tar_of(tmp_path / "0.tar", {"a.jpg": b"A", "a.json": facts})
-    assert [row.get("reject") for row in webdataset.read([tar], DEFAULT)] == ["unreadable json, txt or cls"]
+    assert [row.get("reject") for row in read("webdataset", [tar], DEFAULT)] == ["unreadable json, txt or cls"]
 
 
 def test_half_an_emoji_is_counted_and_goes_no_further(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_half_an_emoji_is_counted_and_goes_no_further(tmp_path: Path) -> None:
         "b.json": '{"caption": "\\ud83d\\ude00"}',
     }
     dropped: Counter[str] = Counter()
-    kept = usable(webdataset.read([tar_of(tmp_path / "0.tar", members)], DEFAULT), dropped, Limits())
+    kept = usable(read("webdataset", [tar_of(tmp_path / "0.tar", members)], DEFAULT), dropped, Limits())
     assert [row["caption"] for row in kept] == [["\U0001f600"]]
     assert dropped == {"uid or caption with half a surrogate pair": 1}
 
@@ -133,7 +134,7 @@ def test_webdataset_looks_at_regular_members_only(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    assert [row["uid"] for row in webdataset.read([tmp_path], DEFAULT)] == ["../up"]
+    assert [row["uid"] for row in read("webdataset", [tmp_path], DEFAULT)] == ["../up"]
     assert not (tmp_path.parent / "up.jpg").exists()
 
 
@@ -143,7 +144,7 @@ def test_webdataset_names_a_tar_that_is_cut_off(tmp_path: Path, at: float) -> No
     whole = tar.read_bytes()
     tar.write_bytes(whole[: int(len(whole) * at)])
     with pytest.raises(ConfigError, match=r"0\.tar: not a whole tar file"):
-        list(webdataset.read([tar], DEFAULT))
+        list(read("webdataset", [tar], DEFAULT))
 
 
 def test_webdataset_names_a_tar_with_a_damaged_header(tmp_path: Path) -> None:
@@ -154,26 +155,26 @@ def test_webdataset_names_a_tar_with_a_damaged_header(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"0\.tar: not a whole tar file \(neither a header nor the end mark at byte 2048\)"
     ):
-        list(webdataset.read([tar], DEFAULT))
+        list(read("webdataset", [tar], DEFAULT))
 
 
 def test_webdataset_reads_gzip_and_refuses_what_is_no_image_tar(tmp_path: Path) -> None:
     packed = tar_of(tmp_path / "0.tar.gz", {"a.jpg": b"A", "a.txt": "text"}, "w:gz")
-    assert [row["image"] for row in webdataset.read([packed], DEFAULT)] == [b"A"]
+    assert [row["image"] for row in read("webdataset", [packed], DEFAULT)] == [b"A"]
     packed.write_bytes(packed.read_bytes()[:60])
     with pytest.raises(ConfigError, match=r"0\.tar\.gz: not a whole tar file"):
-        list(webdataset.read([packed], DEFAULT))
+        list(read("webdataset", [packed], DEFAULT))
     text = tmp_path / "1.tar"
     text.write_text("this is no tar" * 100)
     with pytest.raises(ConfigError, match=r"1\.tar: not a whole tar file"):
-        list(webdataset.read([text], DEFAULT))
+        list(read("webdataset", [text], DEFAULT))
     with pytest.raises(ConfigError, match=r"2\.tar: no image in this tar"):
-        list(webdataset.read([tar_of(tmp_path / "2.tar", {"a.txt": "text"})], DEFAULT))
+        list(read("webdataset", [tar_of(tmp_path / "2.tar", {"a.txt": "text"})], DEFAULT))
 
 
 def test_hf_parquet_recognises_the_usual_columns(tmp_path: Path) -> None:
     parquet_of(tmp_path / "part.parquet", image=IMAGES, text=["a", "", None])
-    assert list(hf_parquet.read([tmp_path], DEFAULT)) == [
+    assert list(read("hf-parquet", [tmp_path], DEFAULT)) == [
         {"uid": "part-00000000", "image": b"one", "caption": "a", "label": None, "label_name": None},
         {"uid": "part-00000001", "image": b"two", "caption": "", "label": None, "label_name": None},
         {"uid": "part-00000002", "image": None, "caption": None, "label": None, "label_name": None},
@@ -189,24 +190,24 @@ def test_parquet_of_img2dataset_has_a_status(tmp_path: Path) -> None:
         status=["success", "failed_to_download"],
         similarity=[0.25, None],
     )
-    read = list(hf_parquet.read([file], SourceOptions(score="similarity")))
-    assert [(row["uid"], row["image"], row.get("reject"), row.get("score")) for row in read] == [
+    found = list(read("hf-parquet", [file], SourceOptions(score="similarity")))
+    assert [(row["uid"], row["image"], row.get("reject"), row.get("score")) for row in found] == [
         ("000000000", b"one", None, 0.25),
         ("000000001", None, "status failed_to_download", None),
     ]
     numbers = parquet_of(tmp_path / "own.parquet", image=[b"x"], text=["t"], status=[3])
-    assert "reject" not in next(hf_parquet.read([numbers], DEFAULT))
+    assert "reject" not in next(read("hf-parquet", [numbers], DEFAULT))
 
 
 def test_text_that_is_called_class_is_no_label(tmp_path: Path) -> None:
     text = parquet_of(tmp_path / "a.parquet", jpeg=[b"x"], txt=["t"], **{"class": ["cat"]}, labels=[3])
-    assert next(hf_parquet.read([text], DEFAULT)).get("label") == 3
+    assert next(read("hf-parquet", [text], DEFAULT)).get("label") == 3
 
 
 def test_hf_parquet_takes_named_columns(tmp_path: Path) -> None:
     file = parquet_of(tmp_path / "x.parquet", nr=[5, 6], pic=[b"5", b"6"], said=[["a", "b"], ["c"]], text=["no", "no"])
     options = SourceOptions(columns=Columns(uid="nr", image="pic", caption="said"))
-    assert [(row["uid"], row["image"], row["caption"]) for row in hf_parquet.read([file], options)] == [
+    assert [(row["uid"], row["image"], row["caption"]) for row in read("hf-parquet", [file], options)] == [
         ("5", b"5", ["a", "b"]),
         ("6", b"6", ["c"]),
     ]
@@ -215,20 +216,20 @@ def test_hf_parquet_takes_named_columns(tmp_path: Path) -> None:
 def test_hf_parquet_fills_templates_with_the_class_name(tmp_path: Path) -> None:
     file = parquet_of(tmp_path / "x.parquet", image=IMAGES, label=[0, 1, 0], label_name=["traffic_light", "{}", None])
     options = SourceOptions(templates=("a photo of a {}.", "the {}"))
-    read = list(hf_parquet.read([file], options))
-    assert [row["caption"] for row in read] == [
+    found = list(read("hf-parquet", [file], options))
+    assert [row["caption"] for row in found] == [
         ["a photo of a traffic light.", "the traffic light"],
         ["a photo of a {}.", "the {}"],
         None,
     ]
-    assert [row.get("label_name") for row in read] == ["traffic_light", "{}", None]
+    assert [row.get("label_name") for row in found] == ["traffic_light", "{}", None]
 
 
 def test_hf_parquet_finds_class_names_in_the_metadata(tmp_path: Path) -> None:
     features = json.dumps({"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}})
     file = parquet_of(tmp_path / "x.parquet", {"huggingface": features}, image=IMAGES, label=[1, 0, -1])
-    read = list(hf_parquet.read([file], SourceOptions(templates=("a {}",))))
-    named = [(row.get("label_name"), row["caption"]) for row in read]
+    found = list(read("hf-parquet", [file], SourceOptions(templates=("a {}",))))
+    named = [(row.get("label_name"), row["caption"]) for row in found]
     assert named == [("dog", ["a dog"]), ("cat", ["a cat"]), (None, None)]
 
 
@@ -236,7 +237,7 @@ def test_hf_parquet_gives_files_of_one_name_different_uids(tmp_path: Path) -> No
     for part in ("a", "b"):
         (tmp_path / part).mkdir()
         parquet_of(tmp_path / part / "0.parquet", image=[b"x"], text=["t"])
-    assert [row["uid"] for row in hf_parquet.read([tmp_path], DEFAULT)] == ["a/0-00000000", "b/0-00000000"]
+    assert [row["uid"] for row in read("hf-parquet", [tmp_path], DEFAULT)] == ["a/0-00000000", "b/0-00000000"]
 
 
 def test_relative_and_absolute_inputs_may_be_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,9 +253,9 @@ def test_relative_and_absolute_inputs_may_be_mixed(tmp_path: Path, monkeypatch: 
         ("folder-classes", {"a/cat/0.jpg", "b/cat/0.jpg"}),
     ):
         for inputs in ([".", tmp_path / "b"], ["../a", "../b"], [tmp_path / "a", tmp_path / "b"]):
-            read = list(READERS[kind](inputs, LABELLED if kind == "folder-classes" else DEFAULT))
-            assert {row["uid"] for row in read} == names
-            assert all(row["image"] == b"x" for row in read)
+            found = list(read(kind, inputs, LABELLED if kind == "folder-classes" else DEFAULT))
+            assert {row["uid"] for row in found} == names
+            assert all(row["image"] == b"x" for row in found)
 
 
 @pytest.mark.parametrize(
@@ -277,13 +278,13 @@ def test_relative_and_absolute_inputs_may_be_mixed(tmp_path: Path, monkeypatch: 
 def test_hf_parquet_names_the_column_that_is_wrong(tmp_path: Path, options: SourceOptions, message: str) -> None:
     file = parquet_of(tmp_path / "x.parquet", image=IMAGES, label=[0, 1, 0])
     with pytest.raises(ConfigError, match=message):
-        list(hf_parquet.read([file], options))
+        list(read("hf-parquet", [file], options))
 
 
 def test_hf_parquet_names_a_file_that_is_not_readable(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1 but not really")
     with pytest.raises(ConfigError, match=r"x\.parquet: not readable as parquet"):
-        list(hf_parquet.read([tmp_path], DEFAULT))
+        list(read("hf-parquet", [tmp_path], DEFAULT))
 
 
 def test_a_template_without_a_slot_is_refused() -> None:
@@ -295,40 +296,41 @@ def test_inputs_are_files_folders_or_patterns(tmp_path: Path, monkeypatch: pytes
     for name in ("b/2.tar", "a/1.tar", "a/notes.txt", "_cache/3.tar"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    both = [tmp_path / "a/1.tar", tmp_path / "b/2.tar"]
-    assert find_files([tmp_path], (".tar",)) == both
-    assert find_files([f"{tmp_path}/[ab]/*.tar", tmp_path / "b/2.tar"], (".tar",)) == both
+    both = [str(tmp_path / "a/1.tar"), str(tmp_path / "b/2.tar")]
+    assert [file.location for file in find_files([tmp_path], (".tar",))] == both
+    found = find_files([f"{tmp_path}/[ab]/*.tar", tmp_path / "b/2.tar"], (".tar",))
+    assert [file.location for file in found] == both
     monkeypatch.chdir(tmp_path / "a")
-    assert [path.name for path in find_files(["../b/*.tar"], (".tar",))] == ["2.tar"]
+    assert [file.location for file in find_files(["../b/*.tar"], (".tar",))] == both[1:]
 
 
-@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("kind", SOURCES)
 def test_inputs_that_give_nothing_are_refused(tmp_path: Path, kind: str) -> None:
     with pytest.raises(ConfigError, match="needs at least one input"):
-        list(READERS[kind]([], LABELLED))
+        list(read(kind, [], LABELLED))
     with pytest.raises(ConfigError, match=r"no such file or folder"):
-        list(READERS[kind]([tmp_path / "nowhere"], LABELLED))
+        list(read(kind, [tmp_path / "nowhere"], LABELLED))
     with pytest.raises(ConfigError, match=r"\(it holds: nothing\)"):
-        list(READERS[kind]([tmp_path], LABELLED))
+        list(read(kind, [tmp_path], LABELLED))
     (tmp_path / "a.doc").touch()
     with pytest.raises(ConfigError, match=r"\(it holds: \.doc\)"):
-        list(READERS[kind]([tmp_path], LABELLED))
+        list(read(kind, [tmp_path], LABELLED))
 
 
 @needs_data
 def test_flickr8k_dev_has_five_captions_a_picture() -> None:
     assert REAL
-    read = list(webdataset.read([Path(REAL) / "flickr8k/dev"], DEFAULT))
-    assert len({row["uid"] for row in read}) == len(read) == 1000
-    assert {len(row["caption"] or ()) for row in read} == {5}
-    assert all((row["image"] or b"").startswith(b"\xff\xd8") and "reject" not in row for row in read)
+    found = list(read("webdataset", [Path(REAL) / "flickr8k/dev"], DEFAULT))
+    assert len({row["uid"] for row in found}) == len(found) == 1000
+    assert {len(row["caption"] or ()) for row in found} == {5}
+    assert all((row["image"] or b"").startswith(b"\xff\xd8") and "reject" not in row for row in found)
 
 
 @needs_data
 def test_cifar10_is_labelled() -> None:
     assert REAL
     options = SourceOptions(templates=("a photo of a {}.",))
-    read = list(islice(hf_parquet.read([f"{REAL}/cifar10/test-*.parquet"], options), 500))
-    assert {row.get("label") for row in read} == set(range(10))
-    assert all(row["caption"] == [f"a photo of a {row.get('label_name')}."] for row in read)
-    assert all((row["image"] or b"").startswith(b"\xff\xd8") for row in read)
+    found = list(islice(read("hf-parquet", [f"{REAL}/cifar10/test-*.parquet"], options), 500))
+    assert {row.get("label") for row in found} == set(range(10))
+    assert all(row["caption"] == [f"a photo of a {row.get('label_name')}."] for row in found)
+    assert all((row["image"] or b"").startswith(b"\xff\xd8") for row in found)

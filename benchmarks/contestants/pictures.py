@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from benchmarks.contestants.processes import BenchmarkFailed
 from nev.config import Columns
 from nev.data.index import build_index
+from nev.data.prepare import prepare
 from nev.data.rows import Row
-from nev.data.shards import Layout, write_shards
+from nev.data.shards import Layout
 from nev.data.sidecar import sidecar_key, write_sidecar
-from nev.data.sources import READERS, SourceOptions
+from nev.data.sources import SOURCES, SourceOptions, of_rows, rows_of
 
 WIDTH = 384  # of the text vectors, as MiniLM's
 KEY = sidecar_key("benchmark", "caption")
@@ -51,7 +52,7 @@ def imagenet_sample(data: Path, folder: Path, rows: int) -> Pictures:
 
 def flickr8k(data: Path, folder: Path, rows: int) -> Pictures:
     """The first `rows` training rows of Flickr8k, 224x224."""
-    read = READERS["webdataset"]([data / "flickr8k/train"], SourceOptions())
+    read = rows_of(SOURCES["webdataset"]([data / "flickr8k/train"], SourceOptions()))
     found = (row for _, row in zip(range(rows), read, strict=False))
     return _written("flickr8k", found, folder)
 
@@ -59,7 +60,7 @@ def flickr8k(data: Path, folder: Path, rows: int) -> Pictures:
 def _written(name: str, rows: Iterator[Row], folder: Path) -> Pictures:
     kept = list(rows)
     shards = folder / name / "shards"
-    write_shards(kept, shards, seed=0, layout=Layout(rows_per_shard=4 * BLOCK, row_group_rows=BLOCK))
+    prepare(of_rows(kept), shards, seed=0, layout=Layout(rows_per_shard=4 * BLOCK, row_group_rows=BLOCK))
     index = build_index(str(shards), Columns())
     for shard in range(len(index.paths)):
         write_sidecar(index, shard, KEY, WIDTH, _vectors)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 
 from nev.config import Limits
 from nev.data.decode import BadImage, read_header, shrink_for
+from nev.data.index import CUT_SHORT, reading
 from nev.data.rows import captions_of
+from nev.data.storage import filesystem, open_parquet
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,14 +22,14 @@ CELL, GAP, LINE, LINES = 128, 8, 12, 3  # pixels, pixels, pixels, lines of a cap
 FONT_SIZE, LINE_CHARACTERS = 10, 24
 
 
-def contact_sheet(shard: Path, output: Path, limits: Limits) -> Path:
-    """Draw the first 48 rows of `shard`, whose order is random over the set, to the PNG `output`; return its path.
+def contact_sheet(shard: str, limits: Limits) -> bytes:
+    """The first 48 rows of `shard` (path or URL), whose order is random over the set, as a PNG.
 
     A picture that can't be decoded leaves its cell grey, with the reason in place of the caption.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    with pq.ParquetFile(shard) as file:
+    with reading(shard, CUT_SHORT), open_parquet(*filesystem(shard)) as raw, pq.ParquetFile(raw) as file:
         batch = next(file.iter_batches(COLUMNS * ROWS, columns=["image", "caption"])).to_pylist()
     step_x, step_y = CELL + GAP, CELL + LINE * LINES + GAP
     down = -(-len(batch) // COLUMNS)
@@ -39,9 +41,9 @@ def contact_sheet(shard: Path, output: Path, limits: Limits) -> Path:
         sheet.paste(picture, (x + (CELL - picture.width) // 2, y + (CELL - picture.height) // 2))
         lines = textwrap.wrap(text, LINE_CHARACTERS, max_lines=LINES, placeholder=" …")
         draw.text((x, y + CELL), "\n".join(lines), "black", font, spacing=1)
-    partial = output.with_name(f".{output.name}.tmp")
-    sheet.save(partial, "PNG")
-    return partial.replace(output)
+    out = io.BytesIO()
+    sheet.save(out, "PNG")
+    return out.getvalue()
 
 
 def _cell(image: bytes, caption: str, limits: Limits) -> tuple[Image.Image, str]:

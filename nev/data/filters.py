@@ -1,4 +1,4 @@
-"""Which rows of a source go into the shards: by list, size, caption, score, and once for each image.
+"""Which rows of a source go into the shards: by list, size, caption and score; and by what equal images are known.
 
 A row is held against the cheapest rule first, and every row that is left out is counted under the rule that it broke.
 Sizes are read from the image's header: no pixel is decoded.
@@ -17,7 +17,9 @@ from pydantic import Field, model_validator
 from nev.config import Limits, Positive, Section
 from nev.data.decode import BadImage, read_header
 from nev.data.rows import Row, captions_of
-from nev.data.uids import find, read_uids
+from nev.data.uids import Keys, find
+
+HASH_BYTES = 16
 
 Rule = Callable[[Row], str | None]
 
@@ -48,43 +50,41 @@ class Filters(Section):
         return self
 
 
-def select(rows: Iterable[Row], filters: Filters, limits: Limits, dropped: Counter[str]) -> Iterator[Row]:
+def select(
+    rows: Iterable[Row], filters: Filters, limits: Limits, dropped: Counter[str], listed: Keys | None = None
+) -> Iterator[Row]:
     """Pass on the rows that satisfy `filters`, their captions chosen; count the others in `dropped` by reason.
 
-    Raises ConfigError, before the first row is read, if the list of uids is not readable.
+    listed: what `read_uids` made of `filters.uids`. With `filters.unique` the rows that go on carry their `image_hash`;
+    which of equal ones stays is decided when all rows are known (`nev.data.cut`).
     """
-    rules = _rules(filters, limits)
+    rules = _rules(filters, limits, listed)
     for row in rows:
         chosen: Row = {**row, "caption": _fitting(row, filters)}
         if reason := next((reason for rule in rules if (reason := rule(chosen))), None):
             dropped[reason] += 1
-        else:
-            yield chosen
+            continue
+        if filters.unique:
+            chosen["image_hash"] = hashlib.blake2b(row["image"] or b"", digest_size=HASH_BYTES).digest()
+        yield chosen
 
 
-def _rules(filters: Filters, limits: Limits) -> list[Rule]:
+def _rules(filters: Filters, limits: Limits, listed: Keys | None) -> list[Rule]:
     rules: list[Rule] = []
-    if filters.uids is not None:
-        rules.append(_listed(filters.uids))
+    if listed is not None:
+        rules.append(lambda row: "uid not in the list" if find(listed, row["uid"]) is None else None)
     if filters.min_score is not None:
         rules.append(_scored(filters.min_score))
     if filters.min_caption or filters.max_caption:
         rules.append(lambda row: None if row["caption"] else "caption length")
     if filters.min_side or filters.max_aspect:
         rules.append(_sized(filters.min_side or 0, filters.max_aspect or float("inf"), limits))
-    if filters.unique:
-        rules.append(_first_of_its_image())  # last: a row that another rule drops does not stand for its image
     return rules
 
 
 def _fitting(row: Row, filters: Filters) -> list[str]:
     low, high = filters.min_caption or 0, filters.max_caption or float("inf")
     return [caption for caption in captions_of(row["caption"]) if low <= len(caption) <= high]
-
-
-def _listed(path: Path) -> Rule:
-    keys = read_uids(path)
-    return lambda row: "uid not in the list" if find(keys, row["uid"]) is None else None
 
 
 def _scored(least: float) -> Rule:
@@ -107,19 +107,5 @@ def _sized(least: int, aspect: float, limits: Limits) -> Rule:
         if short < least:
             return f"shorter side below {least}"
         return f"aspect above {aspect:g}" if long > aspect * short else None
-
-    return rule
-
-
-def _first_of_its_image() -> Rule:
-    """Exact duplicates, by hash. Costs some 100 bytes of memory for each row that is kept."""
-    seen: set[bytes] = set()
-
-    def rule(row: Row) -> str | None:
-        digest = hashlib.blake2b(row["image"] or b"", digest_size=16).digest()
-        if digest in seen:
-            return "duplicate image"
-        seen.add(digest)
-        return None
 
     return rule

@@ -26,6 +26,7 @@ from nev.data.storage import filesystem, open_parquet, remedy, storage_errors
 from nev.errors import NevError
 
 FOOTER_READERS = 16
+UNFINISHED = "_prepare"  # the folder in which `prepare` keeps its work until a split is whole
 CUT_SHORT = "It may be cut short: delete it, or prepare the shard again."
 
 KNOWN_NAMES = {
@@ -100,8 +101,8 @@ def build_index(root: str, columns: Columns) -> Index:
     """Index the shards (`*.parquet`) of a folder or `s3://` prefix; folders whose name begins with `_` are passed over.
 
     Footers are read once for every listing (`nev/data/index_cache.py`); an error is never cached.
-    Raises DataError when the folder cannot be listed, there is no shard, a footer is unreadable, a column is missing, or no
-    row is there.
+    Raises DataError when the folder cannot be listed, `prepare` has not finished it, there is no shard, a footer is unreadable,
+    a column is missing, or no row is there.
     """
     fs, base = filesystem(root)
     base = base.rstrip("/")
@@ -109,6 +110,8 @@ def build_index(root: str, columns: Columns) -> Index:
         if not fs.isdir(base):
             raise DataError(f"{root}: no such folder. Make shards with `python pipelines/prepare.py --help`.")
         found = {path[len(base) :].lstrip("/"): entry for path, entry in fs.find(base, detail=True).items()}
+    if any(UNFINISHED in path.split("/")[:-1] for path in found):
+        raise DataError(f"{root}: not finished (there is a folder {UNFINISHED}): run the same prepare command again.")
     shards = [path for path in found if path.endswith(".parquet")]
     relative = sorted(path for path in shards if not any(part.startswith(("_", ".")) for part in path.split("/")))
     if not relative:

@@ -3,38 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from typing import NamedTuple
 
 from nev.config import ConfigError
+from nev.data.index import reading
 from nev.data.rows import Row
+from nev.data.storage import filesystem
+
+Names = dict[int, tuple[str, str]]  # label to its name, and the uid of the row that gave it first
 
 
-def watch(rows: Iterable[Row], names: dict[int, str], against: Path) -> Iterator[Row]:
-    """Pass the rows on and gather label -> name in `names`.
+class Known(NamedTuple):
+    """What a classes.txt says: where it lies, and its names."""
 
-    Raises ConfigError if one label has two names, or another name than `against` (a classes.txt) gives it if it exists.
-    """
-    known = dict(enumerate(against.read_text(encoding="utf-8").splitlines())) if against.exists() else None
+    location: str
+    names: list[str]
+
+
+def known(location: str) -> Known | None:
+    """What the classes.txt at `location` (path or URL) says, or None where there is none."""
+    fs, path = filesystem(location)
+    with reading(location, damaged=""):
+        return Known(location, fs.cat_file(path).decode().splitlines()) if fs.exists(path) else None
+
+
+def watch(rows: Iterable[Row], names: Names, against: Known | None) -> Iterator[Row]:
+    """Pass the rows on and gather the names of their labels in `names`. Raises ConfigError as `add` does."""
     for row in rows:
         label, name = row.get("label"), row.get("label_name")
         if label is not None and name is not None:
-            if (before := names.setdefault(label, name)) != name:
-                raise ConfigError(f"row {row['uid']}: label {label} is {name!r} here and {before!r} in an earlier row")
-            if known is not None and known.get(label) != name:
-                raise ConfigError(
-                    f"{against}: label {label} is {known.get(label)!r} there and {name!r} in row {row['uid']}. "
-                    "The splits of one folder share their classes: use another folder, or remove that file."
-                )
+            add(names, label, name, row["uid"], against)
         yield row
 
 
-def write(names: dict[int, str], path: Path) -> bool:
-    """Write classes.txt, unless it is there or `names` does not name every label from 0 up. True if it is there now."""
-    if path.exists():
-        return True
-    if not names or sorted(names) != list(range(len(names))):
-        return False
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text("".join(f"{names[label]}\n" for label in range(len(names))), encoding="utf-8")
-    partial.replace(path)
-    return True
+def add(names: Names, label: int, name: str, uid: str, against: Known | None) -> None:
+    """Note that the row `uid` calls `label` `name`.
+
+    Raises ConfigError if one label has two names, or another name than `against` gives it.
+    """
+    if (before := names.setdefault(label, (name, uid))[0]) != name:
+        raise ConfigError(f"row {uid}: label {label} is {name!r} here and {before!r} in an earlier row")
+    if against is None:
+        return
+    there = against.names[label] if 0 <= label < len(against.names) else None
+    if there != name:
+        raise ConfigError(
+            f"{against.location}: label {label} is {there!r} there and {name!r} in row {uid}. "
+            "The splits of one folder share their classes: use another folder, or remove that file."
+        )
+
+
+def complete(names: Names) -> bool:
+    """Whether `names` names every label from 0 up."""
+    return sorted(names) == list(range(len(names)))

@@ -1,27 +1,47 @@
-"""From any rows to a split: leave out what can't be used, choose, shrink, shuffle, write, and say what happened."""
+"""From any rows to a split: leave out what can't be used, choose, shrink, shuffle, write, and say what happened.
+
+Three stages, each a list of tasks that share nothing and leave files: `scatter` (a task a part of the input), `cut` (on the
+driver), `gather` (a task a shard). What is done is not done again after a crash, and memory does not grow with the set, save
+for some bytes a row in `cut`.
+"""
 
 from __future__ import annotations
 
+import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
-from nev.config import Limits
+from nev.config import ConfigError, Limits
 from nev.data import labels
 from nev.data.contact import contact_sheet
-from nev.data.filters import Filters, select
-from nev.data.resize import Resize, resized
-from nev.data.rows import Row, usable
-from nev.data.shards import Layout, write_shards
+from nev.data.cut import Order, merged, order_of, shard_of
+from nev.data.filters import Filters
+from nev.data.gather import Gather, gather, runs_of
+from nev.data.index import writing
+from nev.data.resize import Resize
+from nev.data.rows import Row
+from nev.data.scatter import Scatter, buckets_for, read_keys, run_location, scatter, seed_key
+from nev.data.shards import Layout, schema_of, shard_location, shards_in
+from nev.data.sources.common import S3, Source
+from nev.data.storage import filesystem, is_local, join
+from nev.data.uids import read_uids
+from nev.data.unfinished import Facts, State, alone, begin, remove, work_in, write_json, write_whole
+
+FORMAT = 1  # of `_prepare`: raised when what is in there, or what it leads to, changes
+MEMORY_BYTES = 512 * 2**20
+TASK_BYTES = 384 * 2**20  # of a process that does nothing yet, and the rows that it has just in hand
+
+# (function, items, bytes of memory that a task needs) to the results, in any order, each as soon as it is there
+Run = Callable[[Callable[[Any], Any], Sequence[Any], int], Iterable[Any]]
 
 
 class Report(NamedTuple):
-    """What one `prepare` did. bytes: size of the shards on disk. classes: path of classes.txt, where there is one.
+    """What one `prepare` did. bytes: size of the shards. classes: where classes.txt is, if there is one.
 
-    samples: path of the contact sheet.
+    shards, samples: paths or URLs of the shards and of the contact sheet.
     """
 
     rows_in: int
@@ -29,21 +49,27 @@ class Report(NamedTuple):
     dropped: dict[str, int]
     bytes: int
     seconds: float
-    shards: list[Path]
-    classes: Path | None
-    samples: Path
+    shards: list[str]
+    classes: str | None
+    samples: str
 
 
 class Progress(NamedTuple):
-    """Who is told how many rows were read, and written, since the last call."""
+    """Who is told of (parts done, parts in all, rows read), (shards done, shards in all, rows written), and in words."""
 
-    read: Callable[[int], None] = lambda rows: None
-    written: Callable[[int], None] = lambda rows: None
+    read: Callable[[int, int, int], None] = lambda done, total, rows: None
+    written: Callable[[int, int, int], None] = lambda done, total, rows: None
+    note: Callable[[str], None] = lambda text: None
+
+
+def run_here(function: Callable[[Any], Any], items: Sequence[Any], task_bytes: int) -> Iterator[Any]:
+    """Run the tasks in this process, one after another."""
+    return map(function, items)
 
 
 def prepare(
-    rows: Iterable[Row],
-    output: str | Path,
+    source: Source,
+    output: str | os.PathLike[str],
     *,
     seed: int = 0,
     limit: int | None = None,
@@ -51,48 +77,183 @@ def prepare(
     filters: Filters | None = None,
     resize: Resize | None = None,
     layout: Layout | None = None,
+    memory_bytes: int = MEMORY_BYTES,
+    run: Run = run_here,
     progress: Progress | None = None,
 ) -> Report:
-    """Write the usable ones of `rows` (the first `limit`) that satisfy `filters` to the folder `output`.
+    """Write the usable rows of `source` (of its first `limit`) that satisfy `filters` to the folder `output`, shuffled.
 
-    Beside that folder: classes.txt, and <folder>-samples.png with some of the pictures. Rows without image or caption,
-    or with an image above `limits.max_bytes`, are left out and counted by reason, as those that `filters` leave out.
+    Columns: uid string, image binary, caption string (list<string> as soon as one row has several), and label int64
+    and label_name string where any row has them. Every row group has `layout.row_group_rows` rows, save the last of the set.
+    Beside the folder: classes.txt, and <folder>-samples.png with some of the pictures. memory_bytes: of the rows that a task
+    holds before it writes them out. The result depends on neither `memory_bytes` nor `run`.
 
-    Raises ConfigError as `write_shards` and `select` do, and where a label has two names; the folder then stays as it
-    was.
+    A call that is cut off leaves `output/_prepare`; the same call goes on with it. Raises ConfigError as `begin`, `alone`,
+    `Layout.check` and the source's reader do, where no row is left, and where a label has two names: older shards are then
+    still there. Raises DataError where storage fails.
     """
-    start = time.perf_counter()
-    output, limits, progress = Path(output), limits or Limits(), progress or Progress()
-    read, written = Counter[str](), Counter[str]()
-    dropped: Counter[str] = Counter()
-    names: dict[int, str] = {}
-
-    def counted(rows: Iterable[Row]) -> Iterator[Row]:
-        for row in islice(rows, limit):
-            read["rows"] += 1
-            progress.read(1)
-            yield row
-
-    def wrote(count: int) -> None:
-        written["rows"] += count
-        progress.written(count)
-
-    beside = output.absolute().parent
-    classes = beside / "classes.txt"
-    chosen = select(usable(counted(rows), dropped, limits), filters or Filters(), limits, dropped)
-    small = resized(chosen, resize, limits, dropped) if resize else chosen
-    shards = write_shards(
-        labels.watch(small, names, classes), output, seed=seed, layout=layout, dropped=dropped, on_rows=wrote
+    began = time.perf_counter()
+    limits, filters, layout = limits or Limits(), filters or Filters(), layout or Layout()
+    progress = progress or Progress()
+    layout.check()
+    output = _absolute(os.fspath(output))
+    if limit is not None:
+        source = source._replace(parts=[source.parts], read=partial(_first_rows, read=source.read, limit=limit))
+    job = Scatter(
+        work=work_in(output),
+        read=source.read,
+        seed_key=seed_key(seed),
+        buckets=buckets_for(source.nbytes),
+        memory_bytes=memory_bytes,
+        limits=limits,
+        filters=filters,
+        listed=None if filters.uids is None else read_uids(filters.uids),
+        resize=resize,
+        threads=(os.cpu_count() or 1) if run is run_here else 1,
+        known=labels.known(join(_parent(output), "classes.txt")),
     )
-    named = bool(names) and labels.write(names, classes)
-    samples = contact_sheet(shards[0], beside / f"{output.absolute().name}-samples.png", limits)
+    facts = None
+    if source.facts is not None:
+        more = {"seed": seed, "limit": limit, "rows_per_shard": layout.rows_per_shard}
+        facts = {**source.facts, **_facts(filters, resize), **more, "row_group_rows": layout.row_group_rows}
+        facts |= {"limits": limits.model_dump(), "parts": len(source.parts), "format": FORMAT}
+    with alone(output):
+        state = begin(output, facts, layout.overwrite)
+        _tell(state, len(source.parts), layout.rows_per_shard, progress)
+        order = None
+        plan = state.plan
+        if plan is None:
+            parts = _scattered(source, state, job, run, progress)
+            plan, order = _cut(output, parts, state, job, layout)
+            state = State({}, plan, {})
+        shards = _gathered(output, plan, order, state, job, layout, run, progress)
+        classes, samples = _beside(output, plan, limits)
+        nbytes = sum(shards_in(output).values())
+        remove(job.work)
     return Report(
-        rows_in=read["rows"],
-        kept=written["rows"],
-        dropped=dict(dropped),
-        bytes=sum(path.stat().st_size for path in shards),
-        seconds=time.perf_counter() - start,
+        rows_in=plan["rows_in"],
+        kept=plan["kept"],
+        dropped=plan["dropped"],
+        bytes=nbytes,
+        seconds=time.perf_counter() - began,
         shards=shards,
-        classes=classes if named else None,
+        classes=classes,
         samples=samples,
     )
+
+
+def _scattered(source: Source, state: State, job: Scatter, run: Run, progress: Progress) -> list[Facts]:
+    """The first stage: what `scatter` says of each part."""
+    parts = dict(state.parts)
+    todo = [(number, part) for number, part in enumerate(source.parts) if number not in parts]
+    rows = sum(part["rows_in"] for part in parts.values())
+    progress.read(len(parts), len(source.parts), rows)
+    for part in run(partial(scatter, job=job), todo, job.memory_bytes + TASK_BYTES):
+        parts[part["number"]] = part
+        rows += part["rows_in"]
+        progress.read(len(parts), len(source.parts), rows)
+    return [parts[number] for number in range(len(source.parts))]
+
+
+def _cut(output: str, parts: list[Facts], state: State, job: Scatter, layout: Layout) -> tuple[Facts, Order]:
+    """The second stage: `plan.json`, and the order of the rows. Older shards are removed once nothing can go wrong."""
+    plan = merged(parts, job.known)
+    plan["parts"] = [[part["rows"], len(part["files"])] for part in parts]
+    order = _order(job.work, plan)
+    plan["dropped"] |= order.dropped
+    plan["kept"] = len(order.kept)
+    if not len(order.kept):
+        raise ConfigError(f"{output}: no rows to write. Dropped by reason: {plan['dropped'] or 'none'}")
+    fs, path = filesystem(output)
+    with writing(output):
+        for name in state.shards:
+            fs.rm_file(join(path, name))
+    write_json(join(job.work, "plan.json"), plan)
+    return plan, order
+
+
+def _order(work: str, plan: Facts) -> Order:
+    return order_of([read_keys(work, number) for number in range(len(plan["parts"]))])
+
+
+def _gathered(
+    output: str,
+    plan: Facts,
+    order: Order | None,
+    state: State,
+    job: Scatter,
+    layout: Layout,
+    run: Run,
+    progress: Progress,
+) -> list[str]:
+    """The third stage: all shards, of which `state` has some already."""
+    size = layout.rows_per_shard
+    shards = [shard_location(output, number) for number in range(-(-plan["kept"] // size))]
+    missing = [number for number, shard in enumerate(shards) if shard.rpartition("/")[2] not in state.shards]
+    rows = plan["kept"] - sum(min(size, plan["kept"] - number * size) for number in missing)
+    progress.written(len(shards) - len(missing), len(shards), rows)
+    if not missing:
+        return shards
+    order = order or _order(job.work, plan)
+    runs = [
+        ([run_location(job.work, number, run) for run in range(runs)], rows)
+        for number, (rows, runs) in enumerate(plan["parts"])
+    ]
+    schema = schema_of(plan["seen"], "captions" in plan["seen"])
+    task = partial(gather, job=Gather(output, job.work, list(runs_of(runs)), schema, layout.row_group_rows))
+    needs = TASK_BYTES
+    if not is_local(filesystem(output)[0]):
+        run_bytes = int(order.offsets[:, -1].sum())
+        needs += run_bytes // len(shards) + 2 * run_bytes // job.buckets
+    done = len(shards) - len(missing)
+    for written in run(task, [shard_of(order, number, size) for number in missing], needs):
+        done += 1
+        rows += written
+        progress.written(done, len(shards), rows)
+    return shards
+
+
+def _beside(output: str, plan: Facts, limits: Limits) -> tuple[str | None, str]:
+    """Write classes.txt and the contact sheet; return where they are, the first if there is one."""
+    parent, name = _parent(output), output.rpartition("/")[2]
+    classes, samples = join(parent, "classes.txt"), join(parent, f"{name}-samples.png")
+    if plan["names"] and labels.known(classes) is None:
+        write_whole(classes, "".join(f"{one}\n" for one in plan["names"]).encode())
+    write_whole(samples, contact_sheet(shard_location(output, 0), limits))
+    return (classes if plan["labelled"] and labels.known(classes) is not None else None), samples
+
+
+def _first_rows(parts: Sequence[Any], read: Callable[[Any], Iterable[Row]], limit: int) -> Iterator[Row]:
+    return islice(chain.from_iterable(map(read, parts)), limit)
+
+
+def _facts(filters: Filters, resize: Resize | None) -> Facts:
+    """What the options say, and of the list of uids by what one sees that it changed."""
+    facts: Facts = {"filters": filters.model_dump(mode="json"), "resize": resize and resize.model_dump()}
+    if filters.uids is not None:
+        found = filters.uids.stat()
+        facts["uids"] = [str(filters.uids.absolute()), found.st_size, found.st_mtime_ns]
+    return facts
+
+
+def _tell(state: State, parts: int, rows_per_shard: int, progress: Progress) -> None:
+    if state.plan is not None:
+        done = f"all parts, {len(state.shards)} of {-(-state.plan['kept'] // rows_per_shard)} shards are done"
+    elif state.parts:
+        done = f"{len(state.parts)} of {parts} parts are done"
+    else:
+        return
+    progress.note(f"going on with an unfinished prepare: {done}")
+
+
+def _absolute(output: str) -> str:
+    """The same path for processes in other folders."""
+    if not output.startswith(S3):
+        return os.path.abspath(os.path.expanduser(output))  # noqa: PTH100
+    if len(output.rstrip("/").split("/")) < 4:
+        raise ConfigError(f"{output}: a bucket alone can't be a split. Give a folder in it: {output.rstrip('/')}/NAME")
+    return output.rstrip("/")
+
+
+def _parent(output: str) -> str:
+    return output.rpartition("/")[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,12 +28,13 @@ class Resize(Section):
     quality: Annotated[int, Field(ge=1, le=100)] = 90
 
 
-def resized(rows: Iterable[Row], resize: Resize, limits: Limits, dropped: Counter[str]) -> Iterator[Row]:
+def resized(
+    rows: Iterable[Row], resize: Resize, limits: Limits, dropped: Counter[str], threads: int = 1
+) -> Iterator[Row]:
     """Pass on the rows in their order, larger pictures made smaller; one that can't be is dropped and counted.
 
     A picture whose shorter side is no longer than `resize.side` keeps its bytes, whatever its format.
     """
-    threads = os.cpu_count() or 1
     rows = iter(rows)
     with ThreadPoolExecutor(threads) as pool:  # Pillow and libjpeg-turbo let go of the interpreter while they work
         while chunk := list(islice(rows, AHEAD * threads)):

@@ -18,7 +18,8 @@ class Row(TypedDict):
 
     uid: unique over the whole set. image: encoded bytes (JPEG, PNG, WebP). caption: one sentence or several.
     label, label_name: the class, where there is one. score: how well they fit, where
-    it is asked for; it is not written. reject: set by a reader that knows why the row can't be used.
+    it is asked for; it is not written. reject: set by a reader that knows why the row can't be used. image_hash: of the
+    image as it came, where equal ones are to be left out (`nev.data.filters`).
     """
 
     uid: str
@@ -28,6 +29,7 @@ class Row(TypedDict):
     label_name: NotRequired[str | None]
     score: NotRequired[float | None]
     reject: NotRequired[str]
+    image_hash: NotRequired[bytes]
 
 
 def captions_of(caption: str | list[str] | None) -> list[str]:

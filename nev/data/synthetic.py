@@ -26,6 +26,8 @@ from nev.config import ConfigError
 from nev.data.prepare import Progress, Report, prepare
 from nev.data.rows import Row
 from nev.data.shards import Layout
+from nev.data.sources.common import of_rows
+from nev.data.storage import join
 
 Point = tuple[float, float]
 RGB = tuple[int, int, int]
@@ -100,6 +102,7 @@ TEMPLATES = {
 }
 SIDES = (72, 200)  # pixels
 SUPERSAMPLE = 2
+PICTURE_BYTES = 5_000  # about
 
 
 class Scene(NamedTuple):
@@ -249,8 +252,12 @@ def write_synthetic(
             raise ConfigError(f"{split}: {count} pictures can't show all {len(CLASSES)} classes; ask for more")
     return {
         split: prepare(
-            render_all(count, seed, split, processes),
-            Path(folder) / split,
+            of_rows(
+                render_all(count, seed, split, processes),
+                nbytes=count * PICTURE_BYTES,
+                facts={"source": "synthetic", "split": split, "pictures": count},
+            ),
+            join(str(folder), split),
             seed=seed,
             layout=layout,
             progress=progress,

@@ -1,22 +1,19 @@
-"""Readers of foreign formats. Each is a generator: (inputs, options) -> rows, faults and all."""
+"""Foreign formats. Each is a function: (inputs, options) -> Source, whose rows come faults and all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from nev.data.rows import Row
 from nev.data.sources import datacomp, folder, hf_parquet, webdataset
-from nev.data.sources.common import SourceOptions, find_files
+from nev.data.sources.common import Source, SourceOptions, find_files, of_rows, rows_of
 
-Reader = Callable[[Iterable[str | Path], SourceOptions], Iterator[Row]]
-
-READERS: dict[str, Reader] = {
-    "webdataset": webdataset.read,
-    "hf-parquet": hf_parquet.read,
-    "datacomp": datacomp.read,
-    "folder-captions": folder.read_captions,
-    "folder-classes": folder.read_classes,
+SOURCES: dict[str, Callable[[Iterable[str | Path], SourceOptions], Source]] = {
+    "webdataset": webdataset.source,
+    "hf-parquet": hf_parquet.source,
+    "datacomp": datacomp.source,
+    "folder-captions": folder.captions,
+    "folder-classes": folder.classes,
 }
 
-__all__ = ["READERS", "Reader", "SourceOptions", "find_files"]
+__all__ = ["SOURCES", "Source", "SourceOptions", "find_files", "of_rows", "rows_of"]

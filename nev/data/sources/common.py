@@ -1,20 +1,34 @@
-"""What every reader of a foreign format shares: its settings, and how its input is found."""
+"""What every reader of a foreign format shares: its settings, how its input is found, and how it is cut to parts."""
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import json
 import os
-from collections.abc import Iterable
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from pydantic import field_validator
 
-from nev.config import Columns, ConfigError, Limits, Section
+from nev.config import Columns, ConfigError, Limits, Positive, Section
+from nev.data.index import reading
+from nev.data.rows import Row
+from nev.data.storage import filesystem, remedy, storage_errors
+
+S3 = "s3://"
+FETCH_AGAIN = "Fetch it again, or take it out of the input."
 
 
 class SourceOptions(Section):
     """How to read a source. `templates` make the captions of a labelled set: '{}' stands for the class name.
 
     score: the column with the similarity of picture and caption. metadata: DataComp's parquet files or their folder.
+    part_bytes: files are grouped to parts of about this size, a part is one task.
     """
 
     columns: Columns = Columns()
@@ -23,6 +37,7 @@ class SourceOptions(Section):
     score: str | None = None
     metadata: tuple[str, ...] = ()
     limits: Limits = Limits()
+    part_bytes: Positive = 512 * 2**20
 
     @field_validator("templates")
     @classmethod
@@ -33,48 +48,153 @@ class SourceOptions(Section):
         return templates
 
 
+class File(NamedTuple):
+    """An input file. location: absolute path or s3:// URL. stamp: changes when the file does (mtime in ns, ETag)."""
+
+    location: str
+    size: int
+    stamp: str
+
+
+class Source(NamedTuple):
+    """Rows to come, cut to parts that are read apart from each other, in any process.
+
+    read: the rows of one of `parts`, in order; it and the parts can be pickled. nbytes: of the input, roughly. facts:
+    what the rows depend on, as JSON; None for rows that can be read once only.
+    """
+
+    parts: Sequence[Any]
+    read: Callable[[Any], Iterable[Row]]
+    nbytes: int
+    facts: dict[str, Any] | None
+
+
+def rows_of(source: Source) -> Iterator[Row]:
+    """All rows of a source, in the order of its parts."""
+    return chain.from_iterable(map(source.read, source.parts))
+
+
+def of_rows(rows: Iterable[Row], nbytes: int = 0, facts: dict[str, Any] | None = None) -> Source:
+    """The source of rows at hand: one part, read in this process."""
+    return Source([rows], iter, nbytes, facts)
+
+
 def fill(templates: tuple[str, ...], name: str) -> list[str]:
     """The captions of a class: each template about its name, whose underscores are read as spaces."""
     return [template.replace("{}", name.replace("_", " ")) for template in templates]
 
 
-def find_files(inputs: Iterable[str | Path], suffixes: tuple[str, ...]) -> list[Path]:
-    """The files that `inputs` name, sorted: each is a file, a folder (searched whole) or a glob pattern.
+def facts_of(kind: str, options: SourceOptions, files: Iterable[File]) -> dict[str, Any]:
+    """What the rows of a source depend on: options, and names, sizes and stamps of its files."""
+    given = list(files)
+    digest = hashlib.sha256(json.dumps(given).encode()).hexdigest()
+    inputs = {"files": len(given), "bytes": sum(file.size for file in given), "digest": digest}
+    return {"source": kind, "inputs": inputs, **options.model_dump(mode="json")}
+
+
+def parts_of(files: Iterable[File], part_bytes: int) -> list[list[str]]:
+    """The locations of `files`, in order, in groups of `part_bytes` at most; a larger file is a group of its own."""
+    parts: list[list[str]] = []
+    held = part_bytes
+    for file in files:
+        if held + file.size > part_bytes:
+            parts.append([])
+            held = 0
+        parts[-1].append(file.location)
+        held += file.size
+    return parts
+
+
+def find_files(inputs: Iterable[str | Path], suffixes: tuple[str, ...]) -> list[File]:
+    """The files that `inputs` name, sorted: each is a file, a folder (searched whole) or a glob pattern, here or on s3://.
 
     In a folder, files whose name or parent begins with '_' or '.' are left out. Raises ConfigError where an input gives
-    nothing, naming what was found instead.
+    nothing, input_file what was found instead, and DataError where S3 can't be listed.
     """
-    files: set[Path] = set()
+    files: dict[str, File] = {}
     for given in map(str, inputs):
-        path = Path(given)
-        if path.is_file():
-            found = [path]
-        elif path.is_dir():
-            inside = [
-                file
-                for file in path.rglob("*")
-                if file.is_file() and not any(part.startswith(("_", ".")) for part in file.relative_to(path).parts)
-            ]
-            found = [file for file in inside if file.name.endswith(suffixes)]
-            if not found:
-                others = ", ".join(sorted({file.suffix or file.name for file in inside})) or "nothing"
+        found, folder = _remote(given) if given.startswith(S3) else _local(given)
+        if folder:
+            fitting = [file for file in found if file.location.endswith(suffixes)]
+            if not fitting:
+                names = {Path(file.location).suffix or Path(file.location).name for file in found}
+                others = ", ".join(sorted(names)) or "nothing"
                 raise ConfigError(f"{given}: no {' or '.join(suffixes)} file in this folder (it holds: {others})")
-        else:
-            found = [file for file in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if file.is_file()]
-            if not found:
-                raise ConfigError(f"{given}: no such file or folder, and as a pattern it matches nothing")
-        files.update(found)
+            found = fitting
+        if not found:
+            raise ConfigError(f"{given}: no such file or folder, and as a pattern it matches nothing")
+        files |= {file.location: file for file in found}
     if not files:
         raise ConfigError("a source needs at least one input: a file, a folder or a pattern")
-    return sorted(files)
+    return sorted(files.values(), key=lambda file: file.location.split("/"))
 
 
-def shared_folder(folders: Iterable[Path]) -> Path:
-    """The deepest folder that holds all of `folders`, absolute, since relative and absolute ones may be mixed."""
+def _local(given: str) -> tuple[list[File], bool]:
+    """The files of an input, and whether it is a folder."""
+    path = Path(given)
+    if path.is_file():
+        return [_stamped(path)], False
+    if path.is_dir():
+        return [_stamped(file) for file in path.rglob("*") if file.is_file() and not hidden(file, path)], True
+    matches = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+    return [_stamped(file) for file in matches if file.is_file()], False
+
+
+def _remote(given: str) -> tuple[list[File], bool]:
+    fs, path = filesystem(given.rstrip("/"))
+    with reading(given, damaged=""):
+        if any(sign in path for sign in "*?["):
+            return [_listed(entry) for entry in fs.glob(path, detail=True).values() if entry["type"] == "file"], False
+        if not fs.exists(path):
+            return [], False
+        if fs.isfile(path):
+            return [_listed(fs.info(path))], False
+        entries = fs.find(path, detail=True)
+    return [_listed(entry) for name, entry in entries.items() if not hidden(Path(name), Path(path))], True
+
+
+def _stamped(path: Path) -> File:
+    found = path.stat()
     # Not Path.resolve: a file's name is where it was found, whatever the links on the way.
-    return Path(os.path.commonpath([os.path.abspath(folder) for folder in folders]))  # noqa: PTH100
+    return File(os.path.abspath(path), found.st_size, str(found.st_mtime_ns))  # noqa: PTH100
 
 
-def name_in(folder: Path, path: Path) -> str:
-    """The path of `path` from `folder`, with '/' on every system."""
-    return Path(os.path.relpath(path, folder)).as_posix()
+def _listed(entry: dict[str, Any]) -> File:
+    return File(f"{S3}{entry['name']}", entry["size"], str(entry.get("ETag") or entry.get("LastModified")))
+
+
+def hidden(path: Path, folder: Path) -> bool:
+    """Whether the name of `path`, or of a folder between it and `folder`, begins with '_' or '.'."""
+    return any(part.startswith(("_", ".")) for part in path.relative_to(folder).parts)
+
+
+def shared_folder(folders: Iterable[str]) -> str:
+    """The deepest folder that holds all of `folders`, which are absolute paths or URLs."""
+    shared: list[str] = []
+    for names in zip(*(folder.split("/") for folder in folders), strict=False):
+        if len(set(names)) > 1:
+            break
+        shared.append(names[0])
+    return "/".join(shared)
+
+
+def name_in(folder: str, location: str) -> str:
+    """The name of `location` from `folder`, which holds it."""
+    return location.removeprefix(folder).lstrip("/")
+
+
+def folder_of(location: str) -> str:
+    """The folder of a file."""
+    return location.rpartition("/")[0]
+
+
+@contextmanager
+def input_file(location: str, wanted: str) -> Iterator[None]:
+    """Turn what a damaged or unreachable file raises into a ConfigError: '<location>: not <wanted> (...)'."""
+    try:
+        yield
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile) as error:
+        raise ConfigError(f"{location}: not {wanted} ({error}). {FETCH_AGAIN}") from error
+    except storage_errors() as error:
+        advice = remedy(error, FETCH_AGAIN)
+        raise ConfigError(f"{location}: not {wanted} ({error}). {advice}") from error

@@ -1,14 +1,15 @@
 """Read DataComp: image tars as its downloader (img2dataset) writes them, joined by uid with the metadata parquet.
 
 The metadata give the caption (`text`) and the score; columns as in https://github.com/mlfoundations/datacomp. A DFN is a
-list of uids over the same tars: a filter (`nev.data.filters`). In memory the metadata take 24 bytes a row and the captions'
-own length, as arrays, and up to four times that while they are sorted; where that is too much, read the tars a part at a
-time, each with its own metadata.
+list of uids over the same tars: a filter (`nev.data.filters`). The metadata are read once and shared by all tasks. In memory
+they take 24 bytes a row and the captions' own length, as arrays, and up to four times that while they are sorted; where that
+is too much, prepare some of the tars at a time, each time with their own metadata.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,8 @@ import pyarrow.parquet as pq
 from nev.config import ConfigError
 from nev.data.rows import Row
 from nev.data.sources import webdataset
-from nev.data.sources.common import SourceOptions, find_files
+from nev.data.sources.common import Source, SourceOptions, facts_of, find_files, input_file, parts_of
+from nev.data.storage import filesystem, open_parquet
 from nev.data.uids import BATCH_ROWS, Keys, find, keys_of
 
 CAPTIONS = ("text", "caption")
@@ -34,16 +36,28 @@ class Metadata(NamedTuple):
     scores: pa.DoubleArray | None
 
 
-def read(inputs: Iterable[str | Path], options: SourceOptions) -> Iterator[Row]:
-    """Yield one row a key of the tars, with the caption and score that the metadata have for its uid.
+def source(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
+    """The tars that `inputs` name, in parts of whole tars (see `read`), and the metadata, which are read here.
 
-    A uid that the metadata lack is rejected. Raises ConfigError for metadata that are missing, not readable, or without
-    the columns, and as `webdataset.read` does.
+    Raises ConfigError for metadata that are missing, not readable, or without the columns, and as `find_files` does.
     """
     tars = find_files(inputs, webdataset.SUFFIXES)
     if not options.metadata:
         raise ConfigError("a DataComp source needs its metadata parquet (--metadata): they hold the captions")
-    metadata = _load(find_files(options.metadata, (".parquet",)), options)
+    files = find_files(options.metadata, (".parquet",))
+    return Source(
+        parts_of(tars, options.part_bytes),
+        partial(read, metadata=_load([file.location for file in files], options), options=options),
+        sum(file.size for file in tars),
+        facts_of("datacomp", options, [*tars, *files]),
+    )
+
+
+def read(tars: Iterable[str], metadata: Metadata, options: SourceOptions) -> Iterator[Row]:
+    """Yield one row a key of the tars, with the caption and score that the metadata have for its uid.
+
+    A uid that the metadata lack is rejected. Raises ConfigError as `webdataset.read` does.
+    """
     for row in webdataset.read(tars, options.model_copy(update={"score": None})):
         if "reject" in row:
             yield row
@@ -54,21 +68,20 @@ def read(inputs: Iterable[str | Path], options: SourceOptions) -> Iterator[Row]:
             yield {**row, "caption": metadata.texts[at].as_py(), "score": score}
 
 
-def _load(files: list[Path], options: SourceOptions) -> Metadata:
+def _load(files: list[str], options: SourceOptions) -> Metadata:
     keys, tables = [], []
     for path in files:
-        try:
-            with pq.ParquetFile(path) as file:
-                uid, *names = _columns(file.schema_arrow, options, path)
-                for batch in file.iter_batches(BATCH_ROWS, columns=[uid, *names]):
-                    keys.append(keys_of([value or "" for value in batch.column(uid).to_pylist()]))
-                    kinds = (pa.large_string(), pa.float64())
-                    columns = [pc.cast(batch.column(name), kind) for name, kind in zip(names, kinds, strict=False)]
-                    tables.append(pa.table(columns, names=["text", "score"][: len(names)]))
-        except (pa.ArrowException, OSError) as error:
-            raise ConfigError(
-                f"{path}: not readable as metadata parquet ({error}). Fetch it again, or take it out of --metadata."
-            ) from error
+        with (
+            input_file(path, "readable as metadata parquet"),
+            open_parquet(*filesystem(path)) as raw,
+            pq.ParquetFile(raw) as file,
+        ):
+            uid, *names = _columns(file.schema_arrow, options, path)
+            for batch in file.iter_batches(BATCH_ROWS, columns=[uid, *names]):
+                keys.append(keys_of([value or "" for value in batch.column(uid).to_pylist()]))
+                kinds = (pa.large_string(), pa.float64())
+                columns = [pc.cast(batch.column(name), kind) for name, kind in zip(names, kinds, strict=False)]
+                tables.append(pa.table(columns, names=["text", "score"][: len(names)]))
     if not tables:
         raise ConfigError(f"{files[0]}: the metadata have no rows")
     every = np.concatenate(keys)
@@ -78,7 +91,7 @@ def _load(files: list[Path], options: SourceOptions) -> Metadata:
     return Metadata(every[order], table.column("text").chunk(0), scores)
 
 
-def _columns(schema: pa.Schema, options: SourceOptions, path: Path) -> list[str]:
+def _columns(schema: pa.Schema, options: SourceOptions, path: str) -> list[str]:
     """The names of uid, text and, where it is asked for, score."""
     wanted: list[tuple[str, tuple[str, ...]]] = [
         ("uid", (options.columns.uid or "uid",)),

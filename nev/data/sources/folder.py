@@ -7,73 +7,111 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from nev.config import ConfigError, Limits
 from nev.data.rows import Row
-from nev.data.sources.common import SourceOptions, fill, find_files, name_in, shared_folder
+from nev.data.sources.common import (
+    S3,
+    File,
+    Source,
+    SourceOptions,
+    facts_of,
+    fill,
+    find_files,
+    folder_of,
+    hidden,
+    name_in,
+    shared_folder,
+)
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 TABLES = (".csv", ".tsv", ".jsonl")
 FILE_COLUMNS = ("file_name", "filepath", "image", "path")
 CAPTION_COLUMNS = ("caption", "text", "title")
+PART_PICTURES = 4096
+PICTURE_BYTES = 100_000  # a guess, where asking each file for its size would take long
 
 Captions = dict[str, list[str]]
 
 
-def read_captions(inputs: Iterable[str | Path], options: SourceOptions) -> Iterator[Row]:
-    """Yield one row a file that a table names, in the order of the tables; its lines are its captions.
+class Picture(NamedTuple):
+    """A file to read: the row that waits for its bytes, the folder that it must lie in, and its path."""
+
+    row: Row
+    folder: str
+    path: str
+
+
+def captions(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
+    """One row a file that a table names, in the order of the tables; its lines are its captions.
 
     `inputs` are the tables (.csv, .tsv, .jsonl, their first line or their keys naming the columns), or folders with
-    tables in them; paths in a table start at its own folder. uid: the path from the folder that all tables share. A
-    table's captions are held in memory. Raises ConfigError for a table that is not readable or lacks a column.
+    tables in them; paths in a table start at its own folder. uid: the path from the folder that all tables share. The
+    captions of all tables are held in memory. Raises ConfigError for a table that is not readable or lacks a column.
     """
-    tables = find_files(inputs, TABLES)
-    root = shared_folder(table.parent for table in tables)
+    tables = find_files(_at_home(inputs), TABLES)
+    root = shared_folder(folder_of(table.location) for table in tables)
+    pictures = []
     for table in tables:
-        folder = table.parent
-        for name, captions in _captions(table, options).items():
-            uid = (PurePosixPath(name_in(root, folder)) / name).as_posix()
-            if (folder / name).suffix.lower() not in IMAGES:
-                yield {"uid": uid, "image": None, "caption": captions, "reject": "not an image file"}
-            else:
-                yield _row(uid, folder, folder / name, captions, options.limits)
+        folder = folder_of(table.location)
+        for name, said in _captions(Path(table.location), options).items():
+            row: Row = {"uid": str(PurePosixPath(name_in(root, folder)) / name), "image": None, "caption": said}
+            if Path(name).suffix.lower() not in IMAGES:
+                row["reject"] = "not an image file"
+            pictures.append(Picture(row, folder, str(Path(folder, name))))
+    nbytes = len(pictures) * PICTURE_BYTES
+    return Source(_parts(pictures), partial(read, limits=options.limits), nbytes, facts_of("captions", options, tables))
 
 
-def read_classes(inputs: Iterable[str | Path], options: SourceOptions) -> Iterator[Row]:
-    """Yield one row an image file, sorted; the folder at the top of `inputs` is its class, and templates its captions.
+def classes(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
+    """One row an image file, sorted; the folder at the top of `inputs` is its class, and templates its captions.
 
     label: the position of the class among the sorted names of all `inputs`. uid: the path from the folder that they
     share. Names that begin with '_' or '.' are left out. Raises ConfigError without templates, for an input that is not
     a folder, without classes, or with a class without pictures.
     """
-    roots = sorted(map(Path, inputs))
+    roots = sorted({Path(os.path.abspath(root)): Path(root) for root in _at_home(inputs)}.items())  # noqa: PTH100
     if not roots:
         raise ConfigError("a source needs at least one input: a folder with one sub-folder a class")
     if not options.templates:
         raise ConfigError("a folder of classes has no captions: make them with --template 'a photo of a {}.'")
-    found = {root: _images(root) for root in roots}
-    names = {file.relative_to(root).parts[0] for root in roots for file in found[root] if file.parent != root}
-    labels = {name: label for label, name in enumerate(sorted(names))}
-    shared = shared_folder(roots)
-    for root in roots:
-        for file in found[root]:
-            uid = name_in(shared, file)
-            if file.parent == root:
-                yield {"uid": uid, "image": None, "caption": None, "reject": "not in the folder of a class"}
-                continue
+    found = [(root, file) for root, given in roots for file in _images(root, given)]
+    names = sorted({file.relative_to(root).parts[0] for root, file in found if file.parent != root})
+    labels = {name: label for label, name in enumerate(names)}
+    said = {name: fill(options.templates, name) for name in names}
+    shared = shared_folder(str(root) for root, _ in roots)
+    pictures = []
+    for root, file in found:
+        row: Row = {"uid": name_in(shared, str(file)), "image": None, "caption": None}
+        if file.parent == root:
+            row["reject"] = "not in the folder of a class"
+        else:
             name = file.relative_to(root).parts[0]
-            row = _row(uid, root, file, fill(options.templates, name), options.limits)
-            yield {**row, "label": labels[name], "label_name": name}
+            row |= {"caption": said[name], "label": labels[name], "label_name": name}
+        pictures.append(Picture(row, str(root), str(file)))
+    files = [File(str(file), found.st_size, str(found.st_mtime_ns)) for file, found in _entries(found)]
+    nbytes = sum(file.size for file in files)
+    return Source(_parts(pictures), partial(read, limits=options.limits), nbytes, facts_of("classes", options, files))
 
 
-def _row(uid: str, folder: Path, path: Path, captions: list[str], limits: Limits) -> Row:
-    """The row of one file, its bytes read if it lies in `folder` and is no larger than the limit."""
-    row: Row = {"uid": uid, "image": None, "caption": captions}
+def read(pictures: Iterable[Picture], limits: Limits) -> Iterator[Row]:
+    """Yield the rows of `pictures`, the bytes of each file read if it lies in its folder and is no larger than the limit."""
+    for picture in pictures:
+        row = picture.row.copy()
+        if "reject" not in row:
+            _fill_in(row, picture, limits)
+        yield row
+
+
+def _fill_in(row: Row, picture: Picture, limits: Limits) -> None:
     try:
-        real = path.resolve()
-        if not real.is_relative_to(folder.resolve()):
+        real = Path(picture.path).resolve()
+        if not real.is_relative_to(Path(picture.folder).resolve()):
             row["reject"] = "path leads out of the folder"
         elif not real.is_file():
             row["reject"] = "no such file"
@@ -83,27 +121,42 @@ def _row(uid: str, folder: Path, path: Path, captions: list[str], limits: Limits
             row["image"] = real.read_bytes()
     except (OSError, RuntimeError, ValueError):  # no permission; a link to itself; a zero byte in the name
         row["reject"] = "file not readable"
-    return row
 
 
-def _images(root: Path) -> list[Path]:
+def _parts(pictures: list[Picture]) -> list[list[Picture]]:
+    return [pictures[at : at + PART_PICTURES] for at in range(0, len(pictures), PART_PICTURES)]
+
+
+def _at_home(inputs: Iterable[str | Path]) -> list[str]:
+    given = [str(one) for one in inputs]
+    for one in given:
+        if one.startswith(S3):
+            raise ConfigError(
+                f"{one}: folders of pictures are read from disks alone. Copy it here, or make tars of it."
+            )
+    return given
+
+
+def _entries(found: Iterable[tuple[Path, Path]]) -> Iterator[tuple[Path, os.stat_result]]:
+    """Each file with what the folder says about it: of a link itself, since what it leads to may be missing."""
+    for _, file in found:
+        yield file, file.lstat()
+
+
+def _images(root: Path, given: Path) -> list[Path]:
     if not root.is_dir():
         found = "this is a file" if root.exists() else "no such file or folder"
-        raise ConfigError(f"{root}: {found}. A folder with a sub-folder for each class is needed.")
-    inside = [path for path in sorted(root.rglob("*")) if not _hidden(path.relative_to(root))]
+        raise ConfigError(f"{given}: {found}. A folder with a sub-folder for each class is needed.")
+    inside = [path for path in sorted(root.rglob("*")) if not hidden(path, root)]
     images = [path for path in inside if path.suffix.lower() in IMAGES and not path.is_dir()]
     full = {path.relative_to(root).parts[0] for path in images}
     empty = [path.name for path in inside if path.parent == root and path.is_dir() and path.name not in full]
     if not any(path.parent != root for path in images):
         others = ", ".join(sorted({path.suffix or path.name for path in inside})) or "nothing"
-        raise ConfigError(f"{root}: no sub-folder with pictures, one a class (it holds: {others})")
+        raise ConfigError(f"{given}: no sub-folder with pictures, one a class (it holds: {others})")
     if empty:
-        raise ConfigError(f"{root / empty[0]}: a class without pictures ({', '.join(IMAGES)}). Remove that folder.")
+        raise ConfigError(f"{given / empty[0]}: a class without pictures ({', '.join(IMAGES)}). Remove that folder.")
     return images
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(("_", ".")) for part in path.parts)
 
 
 def _captions(table: Path, options: SourceOptions) -> Captions:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,19 @@ import pyarrow.parquet as pq
 from nev.config import ConfigError
 from nev.data.index import KNOWN_NAMES
 from nev.data.rows import Row
-from nev.data.sources.common import SourceOptions, fill, find_files, name_in, shared_folder
+from nev.data.sources.common import (
+    Source,
+    SourceOptions,
+    facts_of,
+    fill,
+    find_files,
+    folder_of,
+    input_file,
+    name_in,
+    parts_of,
+    shared_folder,
+)
+from nev.data.storage import filesystem, open_parquet
 
 USUAL = {
     **KNOWN_NAMES,  # what a shard's columns may be called, and what only foreign files have
@@ -30,27 +43,33 @@ OPTIONAL = ("label", "status")  # text beside a picture is often called `class`,
 BATCH_ROWS = 256
 
 
-def read(inputs: Iterable[str | Path], options: SourceOptions) -> Iterator[Row]:
-    """Yield one row a parquet row, in the order of the files.
-
-    uid: the uid column, else '<file>-<row>'. caption: the caption column, or with `templates` their sentences about the
-    class name, underscores read as spaces. The class name is the column `label_name`, else the ClassLabel names in the
-    file's metadata. A row whose `status` is not "success" is rejected with that status. Raises ConfigError for a file
-    that is not readable, a missing column, or neither captions nor templates.
-    """
+def source(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
+    """The parquet files that `inputs` name, in parts of whole files (see `read`). Raises ConfigError as `find_files` does."""
     files = find_files(inputs, (".parquet",))
-    root = shared_folder(file.parent for file in files)
+    root = shared_folder(folder_of(file.location) for file in files)
+    return Source(
+        parts_of(files, options.part_bytes),
+        partial(read, root=root, options=options),
+        sum(file.size for file in files),
+        facts_of("hf-parquet", options, files),
+    )
+
+
+def read(files: Iterable[str], root: str, options: SourceOptions) -> Iterator[Row]:
+    """Yield one row a parquet row, in the order of the files (paths or s3:// URLs).
+
+    uid: the uid column, else '<file>-<row>', the file's name from `root` on. caption: the caption column, or with
+    `templates` their sentences about the class name, underscores read as spaces. The class name is the column
+    `label_name`, else the ClassLabel names in the file's metadata. A row whose `status` is not "success" is rejected with
+    that status. Raises ConfigError for a file that is not readable, a missing column, or neither captions nor templates.
+    """
     for path in files:
-        try:
-            yield from _read_file(path, name_in(root, path.with_suffix("")), options)
-        except (pa.ArrowException, OSError) as error:
-            raise ConfigError(
-                f"{path}: not readable as parquet ({error}). Fetch it again, or take it out of the input."
-            ) from error
+        with input_file(path, "readable as parquet"):
+            yield from _read_file(path, name_in(root, path.removesuffix(".parquet")), options)
 
 
-def _read_file(path: Path, stem: str, options: SourceOptions) -> Iterator[Row]:
-    with pq.ParquetFile(path) as file:
+def _read_file(path: str, stem: str, options: SourceOptions) -> Iterator[Row]:
+    with open_parquet(*filesystem(path)) as raw, pq.ParquetFile(raw) as file:
         schema = file.schema_arrow
         columns = _columns(schema, options, path)
         names = _class_names(schema, columns.get("label"))
@@ -89,7 +108,7 @@ def _row(cell: dict[str, Any], number: str, names: list[str], templates: tuple[s
     return row
 
 
-def _columns(schema: pa.Schema, options: SourceOptions, path: Path) -> dict[str, str]:
+def _columns(schema: pa.Schema, options: SourceOptions, path: str) -> dict[str, str]:
     """Which column of the file plays which role. Raises ConfigError for one that is named and missing, or needed."""
     wanted = {
         **options.columns.model_dump(),

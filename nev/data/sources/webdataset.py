@@ -9,29 +9,43 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from nev.config import ConfigError, Limits
 from nev.data.rows import Row
-from nev.data.sources.common import SourceOptions, find_files
+from nev.data.sources.common import Source, SourceOptions, facts_of, find_files, input_file, parts_of
+from nev.data.storage import filesystem, is_local
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("txt", "json", "cls")
 MAX_TEXT_BYTES = 2**20
+AHEAD_BYTES = 8 * 2**20  # of a tar on S3: one request
 
 
-def read(inputs: Iterable[str | Path], options: SourceOptions) -> Iterator[Row]:
-    """Yield one row a key, in the order of the files.
+def source(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
+    """The tars that `inputs` name, in parts of whole tars (see `read`). Raises ConfigError as `find_files` does."""
+    files = find_files(inputs, SUFFIXES)
+    return Source(
+        parts_of(files, options.part_bytes),
+        partial(read, options=options),
+        sum(file.size for file in files),
+        facts_of("webdataset", options, files),
+    )
+
+
+def read(files: Iterable[str], options: SourceOptions) -> Iterator[Row]:
+    """Yield one row a key, in the order of the files (paths or s3:// URLs).
 
     uid: `uid` of the JSON, else the key. caption: `captions` of the JSON, else its `caption`, else the text file.
     label: `label` of the JSON or the .cls member; label_name and, named by `options.score`, score: of the JSON. A
     sample whose `status` is not "success" is rejected with that status. Raises ConfigError for a file that is not a
     whole tar or holds no image.
     """
-    for path in find_files(inputs, SUFFIXES):
+    for path in files:
         images = 0
         for key, members in groupby(_members(path, options.limits), key=lambda member: member[0]):
             row = _row(key, {extension: content for _, extension, content in members}, options.score)
@@ -41,28 +55,31 @@ def read(inputs: Iterable[str | Path], options: SourceOptions) -> Iterator[Row]:
             raise ConfigError(f"{path}: no image in this tar (looked for members named KEY.{', KEY.'.join(IMAGES)})")
 
 
-def _members(path: Path, limits: Limits) -> Iterator[tuple[str, str, bytes | None]]:
+def _members(path: str, limits: Limits) -> Iterator[tuple[str, str, bytes | None]]:
     """(key, extension, content) of the members that are used; content is None for one above its limit."""
-    try:
-        with tarfile.open(path, "r:*") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                extension = extension.lower()
-                if not member.isreg() or not stem or extension not in IMAGES + TEXTS:
-                    continue
-                limit = limits.max_bytes if extension in IMAGES else MAX_TEXT_BYTES
-                stream = tar.extractfile(member) if member.size <= limit else None
-                yield f"{folder}/{stem}" if folder else stem, extension, stream.read() if stream else None
-            # tarfile takes a broken header, or a cut between two members, for the end. The true end is a block of zeros.
-            assert tar.fileobj is not None
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"neither a header nor the end mark at byte {tar.offset}")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise ConfigError(
-            f"{path}: not a whole tar file ({error}). Fetch it again, or take it out of the input."
-        ) from error
+    with input_file(path, "a whole tar file"), _open(path) as file, tarfile.open(fileobj=file, mode="r:*") as tar:
+        for member in tar:
+            folder, _, name = member.name.rpartition("/")
+            stem, _, extension = name.partition(".")
+            extension = extension.lower()
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header: some kilobytes a picture
+            if not member.isreg() or not stem or extension not in IMAGES + TEXTS:
+                continue
+            limit = limits.max_bytes if extension in IMAGES else MAX_TEXT_BYTES
+            stream = tar.extractfile(member) if member.size <= limit else None
+            yield f"{folder}/{stem}" if folder else stem, extension, stream.read() if stream else None
+        # tarfile takes a broken header, or a cut between two members, for the end. The true end is a block of zeros.
+        assert tar.fileobj is not None
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"neither a header nor the end mark at byte {tar.offset}")
+
+
+def _open(location: str) -> Any:
+    fs, path = filesystem(location)
+    if is_local(fs):
+        return open(path, "rb")  # fsspec's own wrapper costs a Python call a read
+    return fs.open(path, "rb", cache_type="readahead", block_size=AHEAD_BYTES)
 
 
 def _row(key: str, parts: dict[str, bytes | None], score: str | None) -> Row:

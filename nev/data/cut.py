@@ -1,0 +1,103 @@
+"""The second stage of `prepare`, on the driver: which rows stay, and which of them each shard gets.
+
+Of every row it holds the digest and its place: at most 58 bytes a row, 122 where equal images are left out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nev.data import labels
+from nev.data.labels import Known, Names
+from nev.data.scatter import PartKeys, bucket_of
+from nev.data.uids import KEY, Keys
+from nev.data.unfinished import Facts
+
+
+class Order(NamedTuple):
+    """The rows of a set; a row's position is its place in the input. digests: bytes [rows], by position.
+
+    kept, left_out: int64 positions, in the order of their digests. offsets: int64 [runs, buckets + 1] of all runs.
+    """
+
+    digests: Keys
+    kept: NDArray[np.int64]
+    left_out: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    dropped: dict[str, int]
+
+
+class Shard(NamedTuple):
+    """What a shard gets: the rows with digests from `low` to `high`, save those at the positions `left_out`.
+
+    ranges: int64 [runs, 2], the bytes of each run that hold these rows, and at both ends some that belong to neighbours.
+    """
+
+    number: int
+    rows: int
+    low: bytes
+    high: bytes
+    ranges: NDArray[np.int64]
+    left_out: NDArray[np.int64]
+
+
+def order_of(parts: Sequence[PartKeys]) -> Order:
+    """Put the rows in order. Of equal uids the first in the input stays, then of equal images, where hashes are given."""
+    digests = np.concatenate([part.digests for part in parts])
+    images = np.concatenate([part.images for part in parts])
+    stays = np.ones(len(digests), bool)
+    order = np.argsort(digests, kind="stable")
+    again = order[1:][_equal_before(digests[order])]
+    stays[again] = False
+    dropped = {"duplicate uid": len(again)}
+    if len(images):
+        rest = np.flatnonzero(stays)
+        known = images[rest]
+        by_image = np.argsort(known, kind="stable")
+        again = rest[by_image[1:][_equal_before(known[by_image])]]
+        stays[again] = False
+        dropped["duplicate image"] = len(again)
+    in_order = stays[order]
+    offsets = np.concatenate([part.offsets for part in parts])
+    found = {reason: count for reason, count in dropped.items() if count}
+    return Order(digests, order[in_order], order[~in_order], offsets, found)
+
+
+def _equal_before(keys: Keys) -> NDArray[np.bool_]:
+    """Of sorted keys, save the first: whether it equals the one before it."""
+    return np.asarray(keys[1:] == keys[:-1])
+
+
+def shard_of(order: Order, number: int, rows_per_shard: int) -> Shard:
+    """What shard `number` gets: `rows_per_shard` rows, the last one of a set the rest."""
+    own = order.kept[number * rows_per_shard : (number + 1) * rows_per_shard]
+    low, high = (bytes(order.digests[at]).ljust(KEY.itemsize, b"\0") for at in (own[0], own[-1]))  # NumPy strips zeros
+    first, end = (
+        np.searchsorted(order.digests[order.left_out], low),
+        np.searchsorted(order.digests[order.left_out], high, side="right"),
+    )
+    buckets = order.offsets.shape[1] - 1
+    ranges = order.offsets[:, [bucket_of(low, buckets), bucket_of(high, buckets) + 1]]
+    return Shard(number, len(own), low, high, ranges, order.left_out[first:end])
+
+
+def merged(parts: Sequence[Facts], known: Known | None) -> Facts:
+    """What all parts together say: rows_in, dropped, seen, names. Raises ConfigError where they call a label by two names."""
+    dropped: Counter[str] = Counter()
+    names: Names = {}
+    for part in parts:
+        dropped.update(part["dropped"])
+        for label, name, uid in part["names"]:
+            labels.add(names, label, name, uid, known)
+    return {
+        "rows_in": sum(part["rows_in"] for part in parts),
+        "dropped": dict(dropped),
+        "seen": sorted({name for part in parts for name in part["seen"]}),
+        "names": [name for _, (name, _) in sorted(names.items())] if labels.complete(names) else [],
+        "labelled": bool(names),
+    }

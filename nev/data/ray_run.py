@@ -1,0 +1,63 @@
+"""The tasks of `prepare` as a Ray Data job: one item a block, one block a task, results as they come.
+
+A task whose worker dies is run again by Ray: tasks leave whole files or none, so nothing is lost by it.
+"""
+
+from __future__ import annotations
+
+import functools
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import ray
+import ray.data
+from ray.data import DataContext, ExecutionOptions
+
+from nev.errors import NevError
+
+
+def ray_run(function: Callable[[Any], Any], items: Sequence[Any], task_bytes: int) -> Iterator[Any]:
+    """Run `function` on each of `items`, each in a task of one CPU and `task_bytes` of memory, and yield what they return.
+
+    A NevError that a task raises is raised here.
+    """
+    if not items:
+        return
+    packed = [{"item": pickle.dumps(item)} for item in items]
+    memory = min(task_bytes, int(max(node["Resources"].get("memory", 0) for node in ray.nodes())))  # type: ignore[no-untyped-call]
+    with DataContext.current(_context()):
+        source = [ray.put(function)]
+        tasks = ray.data.from_items(packed, override_num_blocks=len(packed)).map(
+            functools.partial(_task, source=source), num_cpus=1, memory=memory
+        )
+        for row in tasks.iter_rows():
+            failed, result = pickle.loads(row["result"])  # noqa: S301 - it comes from our own tasks
+            if failed:
+                raise result
+            yield result
+
+
+def _task(row: dict[str, Any], source: list[ray.ObjectRef[Any]]) -> dict[str, Any]:
+    # An error of nev's own comes back as a result: Ray would wrap it in others, and print their traces.
+    try:
+        outcome = False, _function(source[0])(pickle.loads(row["item"]))  # noqa: S301 - it comes from our own driver
+    except NevError as error:
+        outcome = True, error
+    return {"result": pickle.dumps(outcome)}
+
+
+@functools.lru_cache(maxsize=1)
+def _function(reference: ray.ObjectRef[Any]) -> Callable[[Any], Any]:
+    """The function, fetched once a process: with it come lists of uids and metadata, mapped from the object store."""
+    function: Callable[[Any], Any] = ray.get(reference)
+    return function
+
+
+def _context() -> DataContext:
+    """A copy of this process's DataContext without bars, and without an order that would hold results back."""
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options = ExecutionOptions(preserve_order=False)
+    return context

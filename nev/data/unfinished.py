@@ -1,0 +1,181 @@
+"""What a `prepare` under way keeps in `<output>/_prepare`, path or s3:// URL, so that it can be gone on with.
+
+`job.json` holds what determines the result, and comes first and goes last. `part-*/part.json` says that a part of the input is
+scattered. `plan.json` says that older shards are gone and every shard in the folder is one of this job.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nev.config import ConfigError
+from nev.data.index import FOOTER_READERS, UNFINISHED, reading, writing
+from nev.data.shards import shards_in
+from nev.data.storage import filesystem, is_local, join, make_folder
+
+DAMAGED = "Start anew with --overwrite."
+
+Facts = dict[str, Any]
+
+
+class State(NamedTuple):
+    """Where a job stands. parts: number -> what its `part.json` says; plan: `plan.json`; shards: file name -> bytes."""
+
+    parts: dict[int, Facts]
+    plan: Facts | None
+    shards: dict[str, int]
+
+
+def work_in(output: str) -> str:
+    """The folder of the work on the split `output`."""
+    return join(output, UNFINISHED)
+
+
+def begin(output: str, facts: Facts | None, overwrite: bool) -> State:
+    """Begin the job `facts` in the folder `output`, or go on with it if it was begun there.
+
+    facts: JSON; None for a job that can only be begun. Raises ConfigError where shards are there and `overwrite` is not
+    set, and where another job was begun, unless `overwrite` is set: that one's work is removed then.
+    """
+    work, shards = work_in(output), shards_in(output)
+    facts = json.loads(json.dumps(facts))  # lists for tuples, as they are read again
+    before = read_json(join(work, "job.json"))
+    if before is not None and before == facts:
+        plan = read_json(join(work, "plan.json"))
+        if plan is not None:
+            return State({}, plan, shards)
+    elif before is not None and facts is not None and not overwrite:
+        differing = ", ".join(
+            sorted(name for name in before.keys() | facts.keys() if before.get(name) != facts.get(name))
+        )
+        raise ConfigError(
+            f"{output}: holds an unfinished prepare, begun with other options ({differing}). Finish it with those, "
+            "or --overwrite to start anew."
+        )
+    if shards and not overwrite:
+        raise ConfigError(
+            f"{output}: already holds {len(shards)} shard(s) ({next(iter(shards))}, ...). "
+            "Use a new folder, or --overwrite to replace them."
+        )
+    if before is not None and before == facts:
+        return State(_done_parts(work), None, shards)
+    remove(work)
+    write_json(join(work, "job.json"), facts or {})
+    return State({}, None, shards)
+
+
+def _done_parts(work: str) -> dict[int, Facts]:
+    """The parts that are scattered, their runs whole."""
+    fs, path = filesystem(work)
+    with reading(work, damaged=""):
+        sizes = {name[len(path) + 1 :]: entry["size"] for name, entry in fs.find(path, detail=True).items()}
+    names = sorted(name for name in sizes if name.endswith("/part.json"))
+    with ThreadPoolExecutor(FOOTER_READERS) as pool:
+        found = [part for part in pool.map(lambda name: read_json(join(work, name)), names) if part]
+    whole = [part for part in found if all(sizes.get(name) == size for name, size in part["files"].items())]
+    return {part["number"]: part for part in whole}
+
+
+def remove(work: str) -> None:
+    """Remove a job's work, `job.json` last: a job that is cut off here is known for what it is."""
+    fs, path = filesystem(work)
+    with writing(work):
+        if not fs.exists(path):
+            return
+        last = [f"{path}/plan.json", f"{path}/job.json"]
+        found = fs.ls(path, detail=False) if is_local(fs) else fs.find(path)
+        if rest := [name for name in found if name not in last]:
+            fs.rm(rest, recursive=is_local(fs))
+        for name in last:
+            if fs.exists(name):
+                fs.rm_file(name)
+        if is_local(fs):
+            fs.rmdir(path)
+
+
+def read_json(location: str) -> Facts | None:
+    """The JSON object at `location`, or None where there is none."""
+    fs, path = filesystem(location)
+    with reading(location, damaged=""):
+        try:
+            content = fs.cat_file(path)
+        except FileNotFoundError:
+            return None
+    found: Facts = json.loads(content)
+    return found
+
+
+def write_json(location: str, content: Facts) -> None:
+    """Write a JSON object, whole or not at all."""
+    write_whole(location, json.dumps(content, indent=1).encode())
+
+
+def write_whole(location: str, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    with whole_file(location) as path:
+        Path(path).write_bytes(content)
+
+
+@contextmanager
+def whole_file(location: str, folder: str | None = None) -> Iterator[str]:
+    """A local path to write to, whose content is moved to `location` in one step at the end; after an error it is dropped.
+
+    folder: where a local file is written meanwhile, on the same disk; beside `location` if None.
+    """
+    fs, path = filesystem(location)
+    here = folder or path.rpartition("/")[0]
+    with writing(location):
+        if is_local(fs):
+            make_folder(fs, here)
+            make_folder(fs, path.rpartition("/")[0])
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=here if is_local(fs) else None) as own:
+            partial = Path(own, path.rpartition("/")[2])
+            yield str(partial)
+            if is_local(fs):
+                _sync(partial)
+                partial.replace(path)
+                _sync(Path(path).parent)
+            else:
+                fs.put_file(str(partial), path)
+
+
+def _sync(path: Path) -> None:
+    """See that the disk has what was written to a file, or in a folder: a power cut leaves no half of it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def alone(output: str) -> Iterator[None]:
+    """Keep other processes on this machine from preparing the same local folder; on S3 nobody is kept away.
+
+    Raises ConfigError where another one does. The lock goes with the process, however that ends.
+    """
+    import fcntl
+
+    fs, path = filesystem(output)
+    if not is_local(fs):
+        yield
+        return
+    with writing(output):
+        make_folder(fs, path)
+        handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ConfigError(f"{output}: another prepare is at work in this folder. Wait for its end.") from None
+    try:
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,14 @@
+"""Reading a source as the tests of readers need it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from nev.data.rows import Row
+from nev.data.sources import SOURCES, SourceOptions, rows_of
+
+
+def read(kind: str, inputs: Sequence[str | Path], options: SourceOptions) -> Iterator[Row]:
+    """All rows of a source."""
+    return rows_of(SOURCES[kind](inputs, options))

@@ -1,0 +1,273 @@
+"""A prepare that is cut off: the same call goes on with it, another is refused, and nobody trains on half of a split."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from nev.config import Columns, ConfigError
+from nev.data import prepare as prepare_module
+from nev.data.filters import Filters
+from nev.data.index import UNFINISHED, DataError, build_index
+from nev.data.prepare import Progress, Report, Run, prepare, run_here
+from nev.data.rows import Row
+from nev.data.scatter import BUCKET_BYTES
+from nev.data.shards import Layout
+from nev.data.sources import Source
+from nev.data.unfinished import alone
+
+PARTS, ROWS = 4, 70
+LAYOUT = Layout(rows_per_shard=16, row_group_rows=8)
+SHARDS = 5
+TASKS = PARTS + SHARDS
+
+
+class Crash(Exception):
+    """Power off."""
+
+
+def row(number: int) -> Row:
+    label = number % 3
+    return {
+        **{"uid": f"row-{number}", "image": f"image {number}".encode() * 9, "caption": f"caption {number}"},  # type: ignore[typeddict-item]
+        **{"label": label, "label_name": "abc"[label]},
+    }
+
+
+def read(numbers: Sequence[int]) -> Iterator[Row]:
+    return map(row, numbers)
+
+
+def source(count: int = ROWS) -> Source:
+    parts = [range(at, min(at + 18, count)) for at in range(0, count, 18)]
+    return Source(parts, read, 6 * BUCKET_BYTES, {"source": "test", "rows": count})
+
+
+def make(output: Path, run: Run = run_here, **options: Any) -> Report:
+    return prepare(source(), output, **{"layout": LAYOUT, "memory_bytes": 5 * 1024, "run": run, **options})
+
+
+def counting(done: list[Any], stop_after: int = TASKS) -> Run:
+    """Runs tasks here, notes them in `done`, and crashes when so many are done."""
+
+    def run(function: Callable[[Any], Any], items: Sequence[Any], task_bytes: int) -> Iterator[Any]:
+        for item in items:
+            if len(done) == stop_after:
+                raise Crash
+            done.append(item)
+            yield function(item)
+
+    return run
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    """All files of a split and beside it."""
+    return {
+        str(path.relative_to(output.parent)): path.read_bytes() for path in output.parent.rglob("*") if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    output = tmp_path_factory.mktemp("whole") / "set"
+    assert len(make(output).shards) == SHARDS
+    return contents(output)
+
+
+@pytest.mark.parametrize("after", range(TASKS))
+def test_after_a_crash_only_what_is_missing_is_done(after: int, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    output = tmp_path / "set"
+    with pytest.raises(Crash):
+        make(output, counting([], after))
+    with pytest.raises(DataError, match=r"set: not finished .*run the same prepare command again"):
+        build_index(str(output), Columns())
+    shards = {path: path.stat().st_mtime_ns for path in output.glob("*.parquet")}
+    assert len(shards) == max(0, after - PARTS)
+    told: list[str] = []
+    again: list[Any] = []
+    report = make(output, counting(again), progress=Progress(note=told.append))
+    assert len(again) == TASKS - after
+    assert all(path.stat().st_mtime_ns == before for path, before in shards.items())
+    assert (report.rows_in, report.kept, len(report.shards)) == (ROWS, ROWS, SHARDS)
+    assert contents(output) == undisturbed
+    assert told == [
+        f"going on with an unfinished prepare: {what} are done"
+        for what in [f"{after} of {PARTS} parts" if after < PARTS else f"all parts, {after - PARTS} of {SHARDS} shards"]
+        if after
+    ]
+    assert build_index(str(output), Columns()).total_rows == ROWS
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = [{tests!r}]
+from test_unfinished import make
+from nev.data import gather, scatter
+from pathlib import Path
+module, name = {where}
+own, calls = getattr(module, name), []
+
+def deadly(*args):
+    calls.append(args)
+    if len(calls) == 3:
+        if name != "write_json":
+            Path(args[0]).write_bytes(b"half of a file")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return own(*args)
+
+setattr(module, name, deadly)
+make(Path({output!r}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "left"),
+    [("scatter, '_write_run'", TASKS), ("scatter, 'write_json'", TASKS - 2), ("gather, 'write_shard'", SHARDS - 2)],
+)
+def test_after_a_kill_only_what_is_missing_is_done(
+    where: str, left: int, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    output = tmp_path / "set"
+    code = KILLED.format(where=where, output=str(output), tests=str(Path(__file__).parent))
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    again: list[Any] = []
+    make(output, counting(again))
+    assert len(again) == left
+    assert contents(output) == undisturbed
+
+
+def test_a_job_cut_off_while_it_cleans_up_has_nothing_left_to_do(
+    tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "set"
+
+    def die(*_: Any) -> None:
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "remove", die)
+        with pytest.raises(Crash):
+            make(output)
+    for path in (output / UNFINISHED / "part-000001").iterdir():
+        path.unlink()
+    again: list[Any] = []
+    report = make(output, counting(again))
+    assert (again, report.kept, report.dropped) == ([], ROWS, {})
+    assert contents(output) == undisturbed
+
+
+@pytest.mark.parametrize("damage", [lambda run: run.unlink(), lambda run: run.write_bytes(run.read_bytes()[:-1])])
+def test_a_part_whose_runs_are_not_whole_is_done_again(
+    damage: Callable[[Path], None], tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    output = tmp_path / "set"
+    with pytest.raises(Crash):
+        make(output, counting([], 3))
+    damage(output / UNFINISHED / "part-000001/run-00002")
+    again: list[Any] = []
+    make(output, counting(again))
+    assert [item[0] for item in again[:2]] == [1, 3]
+    assert contents(output) == undisturbed
+
+
+def test_a_run_that_is_damaged_after_all_is_named(tmp_path: Path) -> None:
+    output = tmp_path / "set"
+    with pytest.raises(Crash):
+        make(output, counting([], PARTS + 1))
+    run = output / UNFINISHED / "part-000001/run-00000"
+    run.write_bytes(bytes(len(run.read_bytes())))
+    with pytest.raises(DataError, match=r"part-000001/run-00000 cannot be read .*--overwrite"):
+        make(output)
+
+
+def test_another_job_is_refused_and_named(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    output = tmp_path / "set"
+    with pytest.raises(Crash):
+        make(output, counting([], 6))
+    with pytest.raises(ConfigError, match=r"begun with other options \(filters, seed\).*--overwrite to start anew"):
+        make(output, seed=1, filters=Filters(min_caption=2))
+    with pytest.raises(ConfigError, match=r"begun with other options \(limit, parts\)"):
+        make(output, limit=50)
+    with pytest.raises(ConfigError, match=r"begun with other options \(parts, rows\)"):
+        prepare(source(50), output, layout=LAYOUT)
+    again: list[Any] = []
+    make(output, counting(again), seed=1, layout=Layout(16, 8, overwrite=True))
+    assert len(again) == TASKS
+    assert contents(output) != undisturbed
+    make(output, layout=Layout(16, 8, overwrite=True))
+    assert contents(output) == undisturbed
+
+
+def test_a_list_of_uids_that_changed_is_another_job(tmp_path: Path) -> None:
+    output, listed = tmp_path / "set", tmp_path / "uids.txt"
+    listed.write_text("\n".join(f"row-{k}" for k in range(40)))
+    with pytest.raises(Crash):
+        make(output, counting([], 2), filters=Filters(uids=listed))
+    listed.write_text("row-3")
+    with pytest.raises(ConfigError, match=r"begun with other options \(uids\)"):
+        make(output, filters=Filters(uids=listed))
+
+
+def test_a_failure_before_the_first_shard_leaves_older_shards(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    output = tmp_path / "set"
+    make(output)
+    anew = {"layout": Layout(16, 8, overwrite=True)}
+    with pytest.raises(ConfigError, match="no rows to write"):
+        make(output, filters=Filters(min_caption=1000), **anew)
+    older = {f"set/{path.name}": path.read_bytes() for path in output.glob("*.parquet")}
+    assert older == {name: content for name, content in undisturbed.items() if name.endswith(".parquet")}
+    with pytest.raises(Crash):
+        make(output, counting([], PARTS + 1), seed=1, **anew)
+    assert [path.name for path in output.glob("*.parquet")] == ["00000.parquet"]  # from here on they are gone
+    with pytest.raises(ConfigError, match=r"other options \(seed\)"):
+        make(output)
+    make(output, **anew)
+    assert contents(output) == undisturbed
+
+
+def test_a_shard_of_an_older_set_is_not_taken_for_one_of_this(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    output = tmp_path / "set"
+    make(output, seed=1)
+    with pytest.raises(Crash):
+        make(output, counting([], 2), layout=Layout(16, 8, overwrite=True))
+    assert len(list(output.glob("*.parquet"))) == SHARDS
+    with pytest.raises(ConfigError, match="already holds 5 shard"):  # nobody has said again that they may go
+        make(output)
+    make(output, layout=Layout(16, 8, overwrite=True))
+    assert contents(output) == undisturbed
+
+
+def test_two_at_once_are_kept_apart(tmp_path: Path) -> None:
+    with (
+        alone(str(tmp_path / "set")),
+        pytest.raises(ConfigError, match="set: another prepare is at work in this folder"),
+    ):
+        make(tmp_path / "set")
+    assert make(tmp_path / "set").kept == ROWS
+
+
+def test_a_label_with_two_names_in_two_parts_is_refused(tmp_path: Path) -> None:
+    rows: list[Row] = [{**row(0), "label_name": "x"}, {**row(1), "label_name": "b"}, {**row(3), "label_name": "y"}]
+    apart = Source([rows[:2], rows[2:]], iter, 0, {})
+    with pytest.raises(ConfigError, match="row row-3: label 0 is 'y' here and 'x' in an earlier row"):
+        prepare(apart, tmp_path / "set")
+    assert not list(tmp_path.glob("set/*.parquet"))
+
+
+def test_the_bars_are_told_of_parts_shards_and_rows(tmp_path: Path) -> None:
+    told: list[tuple[str, int, int, int]] = []
+    progress = Progress(*(lambda *counts, name=name: told.append((name, *counts)) for name in ("read", "written")))
+    make(tmp_path / "set", progress=progress)
+    read_rows, written = (ROWS, PARTS), (ROWS, SHARDS)
+    assert [one for one in told if one[0] == "read"] == [
+        ("read", done, PARTS, min(18 * done, read_rows[0])) for done in range(PARTS + 1)
+    ]
+    assert [one for one in told if one[0] == "written"] == [
+        ("written", done, SHARDS, min(16 * done, written[0])) for done in range(SHARDS + 1)
+    ]
+    assert pq.read_table(tmp_path / "set").num_rows == ROWS
