@@ -21,7 +21,7 @@ from nev.data.sidecar import sidecar_key, write_sidecar
 pytestmark = pytest.mark.ray
 
 KEY = sidecar_key("tower", "caption")
-AHEAD = 2 * 2  # two steps of two blocks; as much as two blocks for each of the two CPUs
+AHEAD = 4 * 2  # four blocks for each of the two CPUs; more than two steps of two blocks
 
 
 def counting_reader(folder: Path, count: int) -> BlockReader:
@@ -46,7 +46,7 @@ def counting_reader(folder: Path, count: int) -> BlockReader:
     ("ahead", "size", "cpus", "store", "expected"),
     [
         (8, 1, 2, 1e9, 8),  # two steps
-        (8, 1, 64, 1e9, 128),  # work for every CPU
+        (8, 1, 64, 1e9, 256),  # work for every CPU
         (8, 100, 64, 1000, 5),  # half of the memory
         (8, 100, 64, 10, 1),  # a block at least, or nothing would ever move
         (8, 100, 0, 0, 8),  # a stream's first second: CPUs and memory are not known yet

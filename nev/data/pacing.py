@@ -26,13 +26,14 @@ from ray.data._internal.execution.operators.task_pool_map_operator import TaskPo
 
 AHEAD_KEY, BYTES_KEY = "nev.blocks_ahead", "nev.block_bytes"
 NUMBER_OPERATORS = ("ReadRange", "StreamingRepartition")
+BLOCKS_A_CPU = 4  # small pictures: a CPU reads two blocks while the executor waits for its tasks, and two more are there
 PAUSE_S = 0.1  # as long as the executor itself waits for a task
 
 
 def pace(context: DataContext, blocks_ahead: int, block_bytes: int) -> None:
     """Let streams under `context` hold at most `blocks_ahead` blocks that are being read or wait to be taken.
 
-    Where that would leave CPUs of the cluster without work, it is two blocks a CPU instead; where that many blocks of
+    Where that would leave CPUs of the cluster without work, it is `BLOCKS_A_CPU` for each instead; where that many blocks of
     `block_bytes` are more than half of what Ray Data may keep in the object store, it is that half, but a block at least.
     """
     context.set_config(AHEAD_KEY, blocks_ahead)
@@ -48,7 +49,7 @@ def enough_blocks(blocks_ahead: int, block_bytes: int, cpus: float, store_bytes:
     """
     if not store_bytes:
         return float(blocks_ahead)
-    return max(1.0, min(max(blocks_ahead, 2 * cpus), store_bytes / 2 // block_bytes))
+    return max(1.0, min(max(blocks_ahead, BLOCKS_A_CPU * cpus), store_bytes / 2 // block_bytes))
 
 
 class LookAhead(BackpressurePolicy):
