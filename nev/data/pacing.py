@@ -26,7 +26,7 @@ from ray.data._internal.execution.operators.task_pool_map_operator import TaskPo
 
 AHEAD_KEY, BYTES_KEY = "nev.blocks_ahead", "nev.block_bytes"
 NUMBER_OPERATORS = ("ReadRange", "StreamingRepartition")
-BLOCKS_A_CPU = 4  # small pictures: a CPU reads two blocks while the executor waits for its tasks, and two more are there
+BLOCKS_A_CPU = 4  # a CPU reads two blocks of small pictures while the executor waits for its tasks
 PAUSE_S = 0.1  # as long as the executor itself waits for a task
 
 
