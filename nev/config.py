@@ -206,7 +206,7 @@ class Eval(Section):
 
 
 class Tracking(Section):
-    """MLflow. `None` is SQLite beside the runs (`<output>/mlflow.db`).
+    """MLflow. `None` is SQLite beside the runs (`<output>/mlflow.db`), where `output` is a folder.
 
     A URI may hold no password, since a config is written down in checkpoints, in MLflow and on the console.
     """
@@ -225,7 +225,7 @@ class Tracking(Section):
 
 
 class Experiment(Section):
-    """One training run, whole. Its folder is `<output>/<name>`."""
+    """One training run, whole. Its folder is `<output>/<name>`; `output` is a folder or `s3://bucket/prefix`."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(default=0, ge=0)

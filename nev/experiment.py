@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from nev.config import ConfigError, Experiment, parse, to_yaml
+from nev.data.storage import folder_to_fill, join
 from nev.tracking import Tracker, open_run, tracking_uri
 from nev.train.job import where
 from nev.train.manifest import CheckpointError, best, latest, read_manifest
+from nev.train.output import check_output
 from nev.train.setup import absolute, class_names, make_validation, prepare_job, train_reader
 from nev.train.trainer import fit
 
@@ -25,12 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run came to. `metrics` are those of the checkpoint that was chosen; pictures are PNG files."""
+    """What a run came to. `metrics` are those of the checkpoint that was chosen; pictures are locations of PNG files."""
 
     name: str
     checkpoint: str
     metrics: dict[str, float]
-    pictures: list[Path]
+    pictures: list[str]
     tracking_uri: str
     mlflow_run_id: str
 
@@ -46,6 +48,7 @@ def run_experiment(
     from nev.runtime import connect
 
     config = absolute(config)
+    check_output(config)
     text = load_text(config.text)
     lock = lock_of(text)
     job = prepare_job(config, text, stop_after)
@@ -90,28 +93,35 @@ def summarise(job: Job, tracker: Tracker) -> Summary:
     chosen = (best(job.run, config.eval.best) if config.eval.best else None) or latest(job.run)
     assert chosen, "a finished run has a checkpoint"
     manifest = read_manifest(chosen)
-    pictures = [Path(job.run) / "loss.png"]
-    run_curves(pictures[0], tracker, config.name)
-    if job.validation:
-        embedded = load_embedded(chosen, job.validation) or embed(config, chosen, job.validation)
-        pictures += galleries(config, job.validation, embedded, Path(job.run))
-    Path(job.run, "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    for path in (*pictures, Path(job.run, "config.yaml")):
-        tracker.artifact(path)
+    with folder_to_fill(job.run) as folder:
+        pictures = [folder / "loss.png"]
+        run_curves(pictures[0], tracker, config.name)
+        if job.validation:
+            embedded = load_embedded(chosen, job.validation) or embed(config, chosen, job.validation)
+            pictures += galleries(config, job.validation, embedded, folder)
+        settings = folder / "config.yaml"
+        settings.write_text(to_yaml(config), encoding="utf-8")
+        for path in (*pictures, settings):
+            tracker.artifact(path)
     tracker.artifact(chosen, "checkpoint")
-    return Summary(config.name, chosen, manifest["metrics"], pictures, tracker.uri, tracker.run_id)
+    shown = [join(job.run, path.name) for path in pictures]
+    return Summary(config.name, chosen, manifest["metrics"], shown, tracker.uri, tracker.run_id)
 
 
-def evaluate_checkpoint(location: str, overrides: list[str], folder: Path) -> tuple[dict[str, float], list[Path]]:
-    """Score a checkpoint on its experiment's validation set, with overrides; write metrics.json and galleries in `folder`.
+def evaluate_checkpoint(
+    location: str, overrides: list[str], output: str | None = None
+) -> tuple[dict[str, float], list[str]]:
+    """Score a checkpoint on its experiment's validation set, with overrides; write metrics.json and galleries in `output`.
 
-    Returns the metrics and the pictures. Raises CheckpointError where the text tower is not the one that it was trained
+    `output` is a folder or an S3 prefix; by default the run's folder/evaluation. Returns the metrics, and where the files
+    lie. Raises CheckpointError where the text tower is not the one that it was trained
     against, ConfigError where there is nothing to score.
     """
     from nev.eval.validation import score
     from nev.models.text import load_text
     from nev.runtime import connect
 
+    location = location.rstrip("/")
     if "://" not in location:
         location = str(Path(location).absolute())  # Ray's processes have other working folders
     manifest = read_manifest(location)
@@ -125,9 +135,12 @@ def evaluate_checkpoint(location: str, overrides: list[str], folder: Path) -> tu
     connect()
     embedded = embed(config, location, task)
     metrics = score(task, embedded)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-    return metrics, galleries(config, task, embedded, folder)
+    output = output or join(location.rsplit("/", 2)[0], "evaluation")
+    with folder_to_fill(output) as folder:
+        numbers = folder / "metrics.json"
+        numbers.write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+        made = [numbers, *galleries(config, task, embedded, folder)]
+    return metrics, [join(output, path.name) for path in made]
 
 
 def embed(config: Experiment, checkpoint: str, task: Validation) -> Embedded:
@@ -158,7 +171,7 @@ def show_summary(summary: Summary, console: Console) -> None:
     console.print(metrics_table(summary.metrics, summary.name))
     console.print(f"checkpoint  {summary.checkpoint}", highlight=False, soft_wrap=True)
     for picture in summary.pictures:
-        console.print(f"{picture.stem:<11} {picture}", highlight=False, soft_wrap=True)
+        console.print(f"{PurePosixPath(picture).stem:<11} {picture}", highlight=False, soft_wrap=True)
     console.print(f"MLflow      {how_to_look(summary.tracking_uri)}", highlight=False, soft_wrap=True)
 
 

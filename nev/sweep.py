@@ -75,8 +75,13 @@ def run_sweep(sweep: Sweep, overrides: list[str]) -> Outcome:
     from nev.runtime import connect
 
     trials = [Trial(t.point, t.seed, absolute(t.experiment)) for t in plan_trials(sweep, overrides)]
-    connect()
     first = trials[0].experiment
+    if "://" in first.output:
+        raise ConfigError(
+            f"output = {first.output!r}: Ray Tune's record of a sweep and its figure want a folder. Give one that every "
+            "node sees with --set output=/shared/runs; data.train and data.val may be s3://."
+        )
+    connect()
     output = Path(first.output) / sweep.name
     uri = tracking_uri(first.tracking, first.output)
     parent = open_run(uri, first.tracking.experiment, sweep.name, sweep, {"nev.kind": "sweep"}, first.output)

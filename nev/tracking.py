@@ -9,15 +9,22 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from nev.config import Tracking, flatten
-from nev.data.storage import join
+from nev.config import ConfigError, Tracking, flatten
+from nev.data.storage import at_hand, join, upload
 
 MAX_METRICS_A_CALL = 1000  # MLflow's own limit for one log_batch
 
 
 def tracking_uri(config: Tracking, output: str) -> str:
-    """The configured URI, or SQLite in the output folder."""
-    return config.uri or f"sqlite:///{Path(output).expanduser().absolute()}/mlflow.db"
+    """The configured URI, or SQLite in the output folder. Raises ConfigError where that is no folder."""
+    if config.uri:
+        return config.uri
+    if "://" in output:
+        raise ConfigError(
+            f"output = {output!r} needs tracking.uri: MLflow's default, an SQLite file in the output folder, can't lie "
+            "there. Give a server (http://HOST:5000), or sqlite:////FOLDER/mlflow.db for a file on this machine."
+        )
+    return f"sqlite:///{Path(output).expanduser().absolute()}/mlflow.db"
 
 
 class Tracker:
@@ -47,12 +54,20 @@ class Tracker:
         for key, value in tags.items():
             self._client.set_tag(self.run_id, key, value)
 
-    def artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """Upload a file or a folder."""
-        if Path(path).is_dir():
-            self._client.log_artifacts(self.run_id, str(path), folder)
-        else:
-            self._client.log_artifact(self.run_id, str(path), folder)
+    def artifact(self, location: str | Path, folder: str | None = None) -> None:
+        """Keep a file, or what is in a folder (path or URL), among the run's artifacts.
+
+        Those on S3 are written as all else that nev writes there, where MLflow itself would need boto3.
+        """
+        root = self._client.get_run(self.run_id).info.artifact_uri
+        with at_hand(str(location)) as path:
+            if root.startswith("s3://"):
+                parts = [folder] if folder else []
+                upload(path, join(root, *parts) if path.is_dir() else join(root, *parts, path.name))
+            elif path.is_dir():
+                self._client.log_artifacts(self.run_id, str(path), folder)
+            else:
+                self._client.log_artifact(self.run_id, str(path), folder)
 
     def history(self, key: str) -> tuple[list[int], list[float]]:
         """(steps, values) of a metric, by step; of a step that was logged twice, the later value."""

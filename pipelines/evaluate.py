@@ -2,11 +2,12 @@
 
 python pipelines/evaluate.py --checkpoint runs/cifar10/checkpoints/step-00001170
 python pipelines/evaluate.py --checkpoint runs/cifar10/checkpoints/step-00001170 --set data.val=data/other/val
+python pipelines/evaluate.py --checkpoint s3://BUCKET/runs/cifar10/checkpoints/step-00001170
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Annotated
 
 import typer
@@ -16,11 +17,13 @@ from nev.cli import Overrides, command, explained
 
 
 def main(
-    checkpoint: Annotated[str, typer.Option(help="Checkpoint folder: runs/NAME/checkpoints/step-...")],
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint: runs/NAME/checkpoints/step-..., or s3://...")],
     overrides: Overrides = None,
     output: Annotated[
-        Path | None,
-        typer.Option(help="Folder for metrics.json and the galleries (default: the run's folder/evaluation)"),
+        str | None,
+        typer.Option(
+            help="Folder or s3:// prefix for metrics.json and the galleries (default: the run's folder/evaluation)"
+        ),
     ] = None,
 ) -> None:
     """Score a checkpoint on its experiment's validation set, or on another one."""
@@ -28,11 +31,10 @@ def main(
     with explained(console):
         from nev.experiment import evaluate_checkpoint, metrics_table
 
-        folder = output or Path(checkpoint).parent.parent / "evaluation"
-        metrics, pictures = evaluate_checkpoint(checkpoint.rstrip("/"), overrides or [], folder)
+        metrics, files = evaluate_checkpoint(checkpoint, overrides or [], output)
     console.print(metrics_table(metrics, checkpoint))
-    for path in (folder / "metrics.json", *pictures):
-        console.print(f"{path.stem:<11} {path}", highlight=False, soft_wrap=True)
+    for file in files:
+        console.print(f"{PurePosixPath(file).stem:<11} {file}", highlight=False, soft_wrap=True)
 
 
 app = command(main, "python pipelines/evaluate.py --checkpoint runs/cifar10/checkpoints/step-00001170")

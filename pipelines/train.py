@@ -2,7 +2,8 @@
 
 python pipelines/train.py --config configs/cifar10.yaml
 python pipelines/train.py --config configs/cifar10.yaml --set optim.lr=5e-4 --set name=cifar10-slow
-ray job submit --working-dir . -- python pipelines/train.py --config CONFIG --set data.train=s3://... --set output=/shared/runs
+ray job submit --working-dir . -- python pipelines/train.py --config CONFIG --set data.train=s3://... \\
+    --set output=s3://... --set tracking.uri=http://...
 """
 
 from __future__ import annotations

@@ -100,6 +100,21 @@ def s3(s3_session: Proxy) -> Iterator[Proxy]:
     fs.rm(bucket, recursive=True)
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Pauses before retries are short; where connections stall, they are given up soon."""
+    from botocore.retries import standard
+
+    from nev.data import s3
+
+    monkeypatch.setattr(standard.ExponentialBackoff, "delay_amount", lambda self, context: 0.01)
+    if "stall" in request.node.name:
+        monkeypatch.setattr(s3, "SILENT_SECONDS", 0.5)
+    s3._filesystem.cache_clear()
+    yield
+    s3._filesystem.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A drawn set of 1,024 + 128 captioned pictures, with the real text tower's sidecars and classes.txt."""

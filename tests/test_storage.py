@@ -1,11 +1,10 @@
 """Storage: S3 over HTTP, through faults, gives what the local folder gives; failures for good name the object."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from data_helpers import WIDTH, encode, rows_of, write_shard
@@ -20,25 +19,11 @@ from nev.data.plan import Plan
 from nev.data.sidecar import check_sidecars, missing_sidecars, sidecar_key, sidecar_location, write_sidecar
 from nev.data.storage import filesystem
 from nev.experiment import run_experiment
-from nev.train import checkpoint, manifest
-from nev.train.quarantine import Quarantine
+from nev.train import checkpoint
 
 KEY = sidecar_key("tower", "caption")
 REMOTE = "s3://bucket/set/train"
 SHARDS = ("a.parquet", "sub/b.parquet")
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
-    """Pauses before retries are short; where connections stall, they are given up soon."""
-    from botocore.retries import standard
-
-    monkeypatch.setattr(standard.ExponentialBackoff, "delay_amount", lambda self, context: 0.01)
-    if "stall" in request.node.name:
-        monkeypatch.setattr(s3_module, "SILENT_SECONDS", 0.5)
-    s3_module._filesystem.cache_clear()
-    yield
-    s3_module._filesystem.cache_clear()
 
 
 @pytest.fixture
@@ -242,42 +227,6 @@ def test_a_sidecar_that_cannot_be_written_is_named_and_leaves_nothing(local: Pat
     assert s3.count("PUT", "/bucket") == 0  # nobody tried to make the bucket
     s3.reset()
     assert missing_sidecars(index, KEY) == [0, 1]
-
-
-def test_checkpoints_and_quarantine_lie_in_s3_as_in_a_folder(s3: Proxy, impatient: None) -> None:
-    s3.rule = lambda method, path, span, before: "500" if before == 0 else None
-    run = "s3://bucket/runs/first"
-    model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    rng = {"torch": torch.get_rng_state()}
-    for step, score in ((1, 0.1), (2, 0.9), (3, 0.5), (3, 0.4), (4, 0.2)):  # step 3 is reached twice
-        state = manifest.State(step, {}, {"plan": "p"}, None, {"score": score}, world_size=1, bad_rows=0)
-        checkpoint.save(run, state, model, optimizer, rng)
-    assert manifest.best(run, "score") == f"{run}/checkpoints/step-00000002"
-    manifest.prune(run, keep_last=1, keep_best="score")
-    assert manifest.checkpoints(run) == [f"{run}/checkpoints/step-{step:08d}" for step in (2, 4)]
-    found, weights, moments, states = checkpoint.load(manifest.latest(run) or "")
-    assert found == state
-    assert torch.equal(weights["weight"], model.weight)
-    assert torch.equal(moments["weight/exp_avg"], optimizer.state[model.weight]["exp_avg"])
-    assert torch.equal(states["torch"], rng["torch"])
-    s3.rule = lambda method, path, span, before: "500" if path.endswith("/model.safetensors") else None
-    with pytest.raises(manifest.CheckpointError, match=r"s3://bucket/runs/first/.*00002/model\.safetensors"):
-        checkpoint.load(f"{run}/checkpoints/step-00000002")
-    s3.reset()
-
-    place = {name: np.zeros(2, np.int32) for name in ("shard", "row_group", "row")}
-    bad = {"valid": np.array([True, False]), "uid": np.array(["u", "v"], object), **place}
-    quarantine = Quarantine(run, ("a.parquet",), rank=0, first_step=0)
-    quarantine.note(7, [{**bad, "reason": np.array(["", "image is null"], object)}])
-    quarantine.flush(8)
-    with filesystem(run)[0].open("bucket/runs/first/quarantine/step-00000008-rank-0.parquet") as file:
-        assert pq.read_table(file).to_pylist() == [
-            {"step": 7, "uid": "v", "shard": "a.parquet", "row_group": 0, "row": 0, "reason": "image is null"}
-        ]
-    assert Quarantine(run, ("a.parquet",), rank=0, first_step=8).by_reason == {"image is null": 1}
 
 
 @pytest.mark.ray

@@ -61,6 +61,11 @@ def test_a_point_that_cannot_run_is_refused_before_the_first_trial(base: str) ->
         plan_trials(sweep(base, axes={"train.global_batch": [32, 48]}), [])
 
 
+def test_an_output_on_s3_is_refused(base: str) -> None:
+    with pytest.raises(ConfigError, match=r"s3://bucket/runs'.* want a folder"):
+        run_sweep(sweep(base), ["output=s3://bucket/runs"])
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "ablations").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_sweeps_are_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)

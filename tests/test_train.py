@@ -224,8 +224,9 @@ def test_best_without_a_validation_set_is_refused(tiny: Make, text: TextTower) -
 
 
 def test_output_that_would_be_lost_is_refused(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="a folder, not to a URL"):
-        absolute(tiny(output="s3://bucket/runs"))
+    with pytest.raises(ConfigError, match=r"'gs://bucket/runs': give a folder, or s3://BUCKET/PREFIX"):
+        absolute(tiny(output="gs://bucket/runs"))
+    assert absolute(tiny(output="s3://bucket/runs")).output == "s3://bucket/runs"
     uploaded = tmp_path / "working_dir_files" / "_ray_pkg_1"  # where Ray unpacks a submitted working folder
     uploaded.mkdir(parents=True)
     monkeypatch.chdir(uploaded)

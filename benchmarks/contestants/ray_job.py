@@ -26,7 +26,7 @@ def ray_job(config: Experiment, steps: int) -> JobRates:
     """Train `steps` steps of `config` (paths absolute, no validation) and read the rates. Raises BenchmarkFailed."""
     from nev.tracking import Tracker, tracking_uri
     from nev.train.manifest import latest, read_manifest
-    from nev.train.setup import run_folder
+    from nev.train.output import run_folder
 
     with tempfile.TemporaryDirectory(prefix="nev-bench-") as folder:
         train = config.train.model_copy(update={"log_every": max(1, steps // 20)})

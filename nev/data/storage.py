@@ -7,10 +7,20 @@ AWS_ACCESS_KEY_ID and the rest, the profile's file, the machine's role.
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from fsspec.core import url_to_fs
+
+from nev.errors import NevError
+
+
+class StorageError(NevError, RuntimeError):
+    """A file of a run that cannot be read or written. The message names it and says what to do."""
 
 
 def filesystem(location: str) -> tuple[Any, str]:
@@ -50,6 +60,82 @@ def make_folder(fs: Any, path: str) -> None:
     """Make a local folder with those above it. S3 has no folders, and s3fs would try to make the bucket."""
     if is_local(fs):
         fs.makedirs(path, exist_ok=True)
+
+
+def write_whole(location: str, data: bytes) -> None:
+    """Write a file that is complete or absent, with the folders above it, in place of one that was there.
+
+    S3 shows an object when all of it has come, in one request or in parts. A rename there is a copy and a deletion, so it
+    is for local files alone.
+    """
+    fs, path = filesystem(location)
+    if not is_local(fs):
+        fs.pipe_file(path, data)
+        return
+    make_folder(fs, path.rsplit("/", 1)[0])
+    partial = f"{path}.partial"
+    fs.pipe_file(partial, data)
+    fs.mv(partial, path)
+
+
+def files_below(location: str) -> list[str]:
+    """The files below a folder or prefix as they are now, relative to it and sorted; none where there is no such folder.
+
+    For S3 that is one listing, a page for 1,000 objects.
+    """
+    fs, path = filesystem(location.rstrip("/"))
+    return sorted(found[len(path) + 1 :] for found in fs.find(path) if len(found) > len(path))
+
+
+@contextmanager
+def at_hand(location: str) -> Iterator[Path]:
+    """A file or folder on this machine: itself where it is local, else a copy that goes away at the end."""
+    fs, path = filesystem(location)
+    if is_local(fs):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="nev-") as folder:
+        copy = Path(folder, path.rsplit("/", 1)[-1])
+        with naming(location, "listed"):
+            names = files_below(location)
+        for name in names or [""]:
+            target = copy / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with naming(f"{location}/{name}".rstrip("/"), "read"):
+                fs.get_file(f"{path}/{name}".rstrip("/"), str(target))
+        yield copy
+
+
+@contextmanager
+def folder_to_fill(location: str) -> Iterator[Path]:
+    """A folder on this machine to write files in, which lie at `location` when the body has ended well."""
+    fs, path = filesystem(location)
+    if is_local(fs):
+        make_folder(fs, path)
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="nev-") as folder:
+        yield Path(folder)
+        upload(Path(folder), location)
+
+
+def upload(source: Path, location: str) -> None:
+    """Put a local file or folder at a location on S3: what is in the folder comes below `location`, by the same names."""
+    fs, path = filesystem(location)
+    files = [file for file in sorted(source.rglob("*")) if file.is_file()] if source.is_dir() else [source]
+    for file in files:
+        name = "" if file == source else f"/{file.relative_to(source).as_posix()}"
+        with naming(f"{location}{name}", "written"):
+            fs.put_file(str(file), f"{path}{name}")
+
+
+@contextmanager
+def naming(location: str, doing: str, damaged: str = "") -> Iterator[None]:
+    """Turn what storage raises into a StorageError: `location` cannot be `doing` ("read", "written"), and what to do."""
+    try:
+        yield
+    except storage_errors() as error:
+        raise StorageError(f"{location} cannot be {doing} ({error}). {remedy(error, damaged)}".rstrip()) from error
 
 
 def storage_errors() -> tuple[type[Exception], ...]:

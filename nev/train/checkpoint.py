@@ -2,7 +2,8 @@
 
     <run>/checkpoints/step-00000500/  model.safetensors  optimizer.safetensors  rng.safetensors  state.json
 
-`state.json` holds the sha256 of the other files and is written last, in one piece; a folder without it is not a checkpoint.
+`state.json` holds the sha256 of the other files and is written last, in one piece (locally by a rename, on S3 by one PUT); a
+folder without it is not a checkpoint.
 Nothing is pickled, so nothing is executed on load.
 """
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nev.config import Experiment
-from nev.data.storage import filesystem, join, make_folder, storage_errors
+from nev.data.storage import files_below, filesystem, join, naming, remedy, storage_errors, write_whole
 from nev.models.vision import VisionTower, build_vision
 from nev.train.manifest import FORMAT, CheckpointError, State, read_manifest, remove
 
@@ -31,32 +32,30 @@ def save(
     rng: dict[str, Tensor],
     beside: dict[str, bytes] | None = None,
 ) -> str:
-    """Write a checkpoint under `run` (path or URL) and return its location.
+    """Write a checkpoint under `run` (path or URL) and return its location. Raises StorageError.
 
     `rng` holds uint8 [n] states by name, `beside` further files by name: complete and checksummed with the rest.
     """
     location = join(run, "checkpoints", f"step-{state.step:08d}")
-    fs, path = filesystem(location)
-    if fs.exists(path):
-        remove(location)  # left by a run that died here, or by one that reached this step before
-    make_folder(fs, path)
+    with naming(location, "listed"):
+        left = files_below(location)
+    if left:
+        remove(location)  # by a run that died here, or by one that reached this step before
     parts = {
         "model.safetensors": safetensors.torch.save(_cpu(model.state_dict())),
         "optimizer.safetensors": safetensors.torch.save(_cpu(optimizer_tensors(model, optimizer))),
         "rng.safetensors": safetensors.torch.save(rng),
         **(beside or {}),
     }
-    for name, data in parts.items():
-        fs.pipe_file(f"{path}/{name}", data)
     manifest = {
         "format": FORMAT,
         **state.__dict__,
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()},
         "versions": {"torch": torch.__version__},
     }
-    partial = f"{path}/state.json.partial"
-    fs.pipe_file(partial, json.dumps(manifest, indent=1).encode())
-    fs.mv(partial, f"{path}/state.json")
+    for name, data in {**parts, "state.json": json.dumps(manifest, indent=1).encode()}.items():
+        with naming(join(location, name), "written"):
+            write_whole(join(location, name), data)
     return location
 
 
@@ -88,7 +87,7 @@ def _tensors(location: str, manifest: dict[str, Any], name: str) -> dict[str, Te
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{location}/{file}: damaged ({error})") from error
     except storage_errors() as error:
-        raise CheckpointError(f"{location}/{file}: cannot be read ({error})") from error
+        raise CheckpointError(f"{location}/{file}: cannot be read ({error}). {remedy(error, '')}") from error
 
 
 def load_vision(location: str, config: Experiment, text_width: int) -> VisionTower:

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from nev.data.storage import filesystem, join, storage_errors
+from nev.data.storage import files_below, filesystem, is_local, join, naming, remedy, storage_errors
 from nev.errors import NevError
 
 FORMAT = 1
@@ -39,20 +39,19 @@ def read_manifest(location: str) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{location}/state.json: damaged ({error})") from error
     except storage_errors() as error:
-        raise CheckpointError(f"{location}/state.json: cannot be read ({error})") from error
+        raise CheckpointError(f"{location}/state.json: cannot be read ({error}). {remedy(error, '')}") from error
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{location}: format {manifest.get('format')}, this version reads {FORMAT}")
     return manifest
 
 
 def checkpoints(run: str) -> list[str]:
-    """Locations of the complete checkpoints of a run, oldest first."""
+    """Locations of the complete checkpoints of a run, oldest first. Raises StorageError where they cannot be listed."""
     folder = join(run, "checkpoints")
-    fs, path = filesystem(folder)
-    if not fs.exists(path):
-        return []
-    names = sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False, refresh=True))
-    return [join(folder, name) for name in names if name.startswith("step-") and fs.exists(f"{path}/{name}/state.json")]
+    with naming(folder, "listed"):
+        places = [file.split("/") for file in files_below(folder)]
+    names = [parts[0] for parts in places if parts[0].startswith("step-") and parts[1:] == ["state.json"]]
+    return [join(folder, name) for name in names]
 
 
 def latest(run: str) -> str | None:
@@ -78,8 +77,14 @@ def prune(run: str, keep_last: int, keep_best: str | None) -> None:
 
 
 def remove(location: str) -> None:
-    """Delete a checkpoint, its manifest first, so that it is never seen in part."""
+    """Delete a checkpoint or what is left of one, its manifest first, so that it is never seen in part."""
     fs, path = filesystem(location)
-    if fs.exists(f"{path}/state.json"):
-        fs.rm_file(f"{path}/state.json")
-    fs.rm(path, recursive=True)
+    with naming(location, "removed"):
+        files = files_below(location)
+        if "state.json" in files:
+            fs.rm_file(f"{path}/state.json")
+        if is_local(fs):
+            fs.rm(path, recursive=True)
+            return
+        for name in files:  # one by one: what S3 refuses of a deletion of many, s3fs does not tell
+            fs.rm_file(f"{path}/{name}")

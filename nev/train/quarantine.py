@@ -5,6 +5,7 @@ Columns: step, uid, shard, row_group (in the shard), row (in the row group), rea
 
 from __future__ import annotations
 
+import io
 import re
 from collections import Counter
 from typing import Any
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 
 from nev.config import Experiment
 from nev.data.block import Block
-from nev.data.storage import filesystem, join, make_folder
+from nev.data.storage import files_below, filesystem, join, naming, write_whole
 from nev.errors import NevError
 
 
@@ -41,13 +42,18 @@ class Quarantine:
 
     def _take_up(self, first_step: int) -> None:
         fs, folder = filesystem(self.folder)
-        for path in fs.glob(f"{folder}/step-*.parquet"):
-            if int(path.rsplit("/", 1)[1].split("-")[1]) > first_step:
-                fs.rm_file(path)
+        with naming(self.folder, "listed"):
+            names = files_below(self.folder)
+        for name in names:
+            if not (found := re.fullmatch(r"step-(\d+)-rank-\d+\.parquet", name)):
                 continue
-            with fs.open(path, "rb") as file:
-                for row in pq.read_table(file, columns=["shard", "reason"]).to_pylist():
-                    self._count(row["shard"], row["reason"])
+            with naming(join(self.folder, name), "taken up", "It is damaged: remove it, and its rows are not counted."):
+                if int(found[1]) > first_step:
+                    fs.rm_file(f"{folder}/{name}")
+                    continue
+                table = pq.read_table(pa.BufferReader(fs.cat_file(f"{folder}/{name}")), columns=["shard", "reason"])
+            for row in table.to_pylist():
+                self._count(row["shard"], row["reason"])
 
     def note(self, step: int, blocks: list[Block]) -> None:
         """Keep the invalid rows of a step's blocks."""
@@ -74,10 +80,10 @@ class Quarantine:
         """Write what was kept since the last flush, named by step and rank, so that a repeated step overwrites itself."""
         if not self._rows:
             return
-        fs, path = filesystem(join(self.folder, f"step-{done:08d}-rank-{self._rank}.parquet"))
-        make_folder(fs, path.rsplit("/", 1)[0])
-        with fs.open(path, "wb") as sink:
-            pq.write_table(pa.Table.from_pylist(self._rows), sink)
+        location, sink = join(self.folder, f"step-{done:08d}-rank-{self._rank}.parquet"), io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(self._rows), sink)
+        with naming(location, "written"):
+            write_whole(location, sink.getvalue())
         self._rows = []
 
     def totals(self) -> tuple[Counter[str], Counter[str]]:

@@ -14,11 +14,12 @@ from nev.data.block import BlockReader
 from nev.data.index import DataError, Index, build_index, read_column, reading
 from nev.data.plan import Plan
 from nev.data.sidecar import check_sidecars, sidecar_key
-from nev.data.storage import filesystem, join
+from nev.data.storage import filesystem
 from nev.eval.validation import Validation, metric_names
 from nev.eval.zeroshot import class_embeddings
 from nev.train.job import Job
 from nev.train.manifest import CheckpointError, latest, read_manifest
+from nev.train.output import refuse_lost_output, run_folder
 
 if TYPE_CHECKING:
     from nev.models.text import TextTower
@@ -35,16 +36,7 @@ def absolute(config: Experiment) -> Experiment:
 
     Raises ConfigError for an `output` that would be lost or cannot be written.
     """
-    if "://" in config.output:
-        raise ConfigError(
-            f"output = {config.output!r}: runs are written to a folder, not to a URL. On a cluster give one that every "
-            "node sees (EFS, FSx, NFS); data.train and data.val may be s3://."
-        )
-    if "working_dir_files" in Path.cwd().parts and not Path(config.output).expanduser().is_absolute():
-        raise ConfigError(
-            f"output = {config.output!r} is relative, and a submitted job's folder goes away with the node: give an "
-            "absolute folder that every node sees, with --set output=/shared/runs"
-        )
+    refuse_lost_output(config.output)
 
     def whole(path: str | None) -> str | None:
         return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
@@ -59,11 +51,6 @@ def absolute(config: Experiment) -> Experiment:
         evaluation = evaluation.model_copy(update={"zero_shot": zero_shot})
     changed = {"data": data, "vision": vision, "text": text, "eval": evaluation, "output": whole(config.output)}
     return config.model_copy(update=changed)
-
-
-def run_folder(config: Experiment) -> str:
-    """`<output>/<name>`."""
-    return join(config.output, config.name)
 
 
 def prepare_job(config: Experiment, text: TextTower, stop_after: int | None = None) -> Job:

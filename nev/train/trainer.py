@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -47,23 +49,24 @@ def fit(job: Job, reader: BlockReader, tracker: Tracker, console: Console) -> di
     job = dataclasses.replace(job, mlflow_run_id=tracker.run_id)
     watcher = Watcher(board, tracker, console, job.total_steps, where(job.run).step)
     workers = job.config.workers
-    trainer = TorchTrainer(
-        work,
-        train_loop_config={"job": job, "board": board},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers.count, use_gpu=workers.gpus > 0, resources_per_worker=resources(job.config)
-        ),
-        run_config=ray.train.RunConfig(
-            name=f"attempt-{int(time.time())}",
-            storage_path=join(job.run, "ray"),
-            failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
-        ),
-        datasets={"train": lambda: stream_from_here(job, reader)},
-        dataset_config=ray.train.DataConfig(execution_options=stream_options()),
-    )
     try:
-        with watcher.watching():
-            trainer.fit()
+        with ray_folder(job.run) as folder:
+            trainer = TorchTrainer(
+                work,
+                train_loop_config={"job": job, "board": board},
+                scaling_config=ray.train.ScalingConfig(
+                    num_workers=workers.count, use_gpu=workers.gpus > 0, resources_per_worker=resources(job.config)
+                ),
+                run_config=ray.train.RunConfig(
+                    name=f"attempt-{int(time.time())}",
+                    storage_path=folder,
+                    failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
+                ),
+                datasets={"train": lambda: stream_from_here(job, reader)},
+                dataset_config=ray.train.DataConfig(execution_options=stream_options()),
+            )
+            with watcher.watching():
+                trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise TrainingFailed(first_cause(error)) from error
     finally:
@@ -71,6 +74,19 @@ def fit(job: Job, reader: BlockReader, tracker: Tracker, console: Console) -> di
     if watcher.errors:
         raise TrainingFailed(watcher.errors[0])
     return watcher.latest
+
+
+@contextmanager
+def ray_folder(run: str) -> Iterator[str]:
+    """Ray Train's own storage: in the run's folder, or for a run on S3 a folder of this node that goes away.
+
+    Ray writes no more than a marker there: the workers report no checkpoint to it, so they need not see the folder.
+    """
+    if not run.startswith("s3://"):
+        yield join(run, "ray")
+        return
+    with tempfile.TemporaryDirectory(prefix="nev-ray-") as folder:
+        yield folder
 
 
 def resources(config: Experiment) -> dict[str, float]:
@@ -198,9 +214,10 @@ def first_of_all(problem: str | None, world: int) -> str | None:
 
 
 def first_cause(error: BaseException) -> str:
-    """The innermost message of a failure that went through Ray."""
+    """The message of a failure that went through Ray: nev's own, else the innermost."""
     failures = getattr(error, "worker_failures", None)
     inner = next(iter(failures.values())) if failures else error
-    while (deeper := getattr(inner, "cause", None) or inner.__cause__) is not None:
+    while not isinstance(inner, NevError) and (deeper := getattr(inner, "cause", None) or inner.__cause__) is not None:
         inner = deeper
-    return f"{type(inner).__name__}: {str(inner).strip().splitlines()[-1] if str(inner).strip() else inner!r}"
+    said = str(inner).strip() or repr(inner)
+    return f"{type(inner).__name__}: {said if isinstance(inner, NevError) else said.splitlines()[-1]}"

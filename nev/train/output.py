@@ -1,0 +1,61 @@
+"""Where a run is kept: a folder that its processes see, or a prefix of an S3 bucket. What cannot work is told before any work."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+from nev.config import ConfigError, Experiment
+from nev.data.storage import files_below, filesystem, join, remedy, storage_errors, write_whole
+from nev.tracking import tracking_uri
+
+
+def run_folder(config: Experiment) -> str:
+    """`<output>/<name>`."""
+    return join(config.output, config.name)
+
+
+def refuse_lost_output(output: str) -> None:
+    """Raise ConfigError for an `output` that nev cannot write to, or that would be lost."""
+    if "://" in output:
+        bucket = output.removeprefix("s3://").split("/")[0]
+        if not output.startswith("s3://") or not bucket:
+            raise ConfigError(f"output = {output!r}: give a folder, or s3://BUCKET/PREFIX")
+    elif "working_dir_files" in Path.cwd().parts and not Path(output).expanduser().is_absolute():
+        raise ConfigError(
+            f"output = {output!r} is relative, and a submitted job's folder goes away with the node: give an absolute "
+            "folder that every node sees, or s3://BUCKET/PREFIX, with --set output=..."
+        )
+
+
+def check_output(config: Experiment) -> None:
+    """Raise ConfigError where the run cannot be kept on S3: a small object is written, listed and deleted in its folder.
+
+    On S3 there is no place for MLflow's default file, so `tracking.uri` has to be given. A folder is not probed.
+    """
+    tracking_uri(config.tracking, config.output)
+    if not config.output.startswith("s3://"):
+        return
+    probe = join(run_folder(config), f".probe-{uuid.uuid4().hex}")
+    fs, path = filesystem(probe)
+    try:
+        write_whole(join(probe, "file"), b"nev")
+        seen = files_below(probe)
+        fs.rm_file(f"{path}/file")
+    except storage_errors() as error:
+        raise ConfigError(f"output = {config.output!r} cannot be used: {error}. {what_to_do(error, path)}") from error
+    if seen != ["file"]:
+        raise ConfigError(f"output = {config.output!r} cannot be used: what is written there is not listed at once.")
+
+
+def what_to_do(error: Exception, path: str) -> str:
+    """The remedy for an output on S3 that failed its probe at `path`."""
+    bucket = path.split("/")[0]
+    if isinstance(error, FileNotFoundError):
+        return f"Make the bucket (aws s3 mb s3://{bucket}), or give another one with --set output=s3://BUCKET/PREFIX."
+    if isinstance(error, PermissionError):
+        return (
+            f"A run needs s3:PutObject, GetObject and DeleteObject on s3://{bucket}/*, and s3:ListBucket on the bucket: "
+            "allow them, or check AWS_PROFILE or AWS_ACCESS_KEY_ID."
+        )
+    return remedy(error, "")
