@@ -1,5 +1,7 @@
 """Prepare on Ray and from S3 to S3 gives what it gives here, and the same errors."""
 
+import importlib
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -80,7 +82,19 @@ def test_an_error_in_a_task_is_the_error_of_the_run(on_ray: Run, tmp_path: Path)
     assert type(caught.value) is ConfigError
     with pytest.raises(ConfigError, match=r"seed"):
         prepare(source(), tmp_path / "set", run=on_ray, seed=1)
-    assert list(on_ray(len, [[1], [1, 2]], 2**60)) in ([1, 2], [2, 1])  # more memory than there is
+    assert list(on_ray(len, [[1], [1, 2]], 2**45)) in ([1, 2], [2, 1])  # more memory than there is
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_function_that_ray_cannot_import_ends_the_run(
+    on_ray: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "only_here.py").write_text("def double(number):\n    return 2 * number\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    double = importlib.import_module("only_here").double
+    with pytest.raises(RuntimeError, match="only_here"):
+        list(on_ray(double, [1, 2], 2**20))
 
 
 @pytest.mark.ray
@@ -190,8 +204,16 @@ def test_requests_to_s3(s3: Proxy, tmp_path: Path) -> None:
     s3.reset()
     options = SourceOptions(part_bytes=1)
     found = SOURCES["webdataset"](["s3://bucket/in/*.tar"], options)._replace(nbytes=4 * 2**27)
+    spans: list[str] = []
+
+    def watch(method: str, path: str, span: str, before: int) -> None:
+        if method == "GET" and "/run-" in path:
+            spans.append(span)
+
+    s3.rule = watch
     prepare(found, "s3://bucket/out/set", layout=LAYOUT, memory_bytes=2**20)
     runs, shards = 3, 4
-    assert sum(number for (verb, path), number in s3.seen.items() if verb == "GET" and "/run-" in path) == runs * shards
+    assert len(spans) == runs * shards
+    assert all(re.fullmatch(r"bytes=\d+-\d+", span) for span in spans)
     assert all(s3.count("GET", f"{number:05d}.tar") <= 2 for number in range(3))
     assert s3.count("PUT", ".parquet") == shards

@@ -9,9 +9,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from nev.config import Columns, ConfigError
-from nev.data import prepare as prepare_module
 from nev.data.filters import Filters
 from nev.data.index import UNFINISHED, DataError, build_index
 from nev.data.prepare import Progress, Report, Run, prepare, run_here
@@ -141,20 +141,25 @@ def test_after_a_kill_only_what_is_missing_is_done(
     assert contents(output) == undisturbed
 
 
+@pytest.mark.parametrize("at", ["plan.json", "job.json"])
 def test_a_job_cut_off_while_it_cleans_up_has_nothing_left_to_do(
-    tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    at: str, tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "set"
+    remove = LocalFileSystem.rm_file
 
-    def die(*_: Any) -> None:
-        raise Crash
+    def die(self: Any, path: str) -> None:
+        if path.endswith(at):
+            raise Crash
+        remove(self, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "remove", die)
+        patch.setattr(LocalFileSystem, "rm_file", die)
         with pytest.raises(Crash):
             make(output)
-    for path in (output / UNFINISHED / "part-000001").iterdir():
-        path.unlink()
+    assert {path.name for path in (output / UNFINISHED).iterdir()} == {at, "plan.json"}
+    with pytest.raises(DataError, match="not finished"):
+        build_index(str(output), Columns())
     again: list[Any] = []
     report = make(output, counting(again))
     assert (again, report.kept, report.dropped) == ([], ROWS, {})

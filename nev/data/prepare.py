@@ -125,7 +125,7 @@ def prepare(
         if plan is None:
             parts = _scattered(source, state, job, run, progress)
             plan, order = _cut(output, parts, state, job, layout)
-            state = State({}, plan, {})
+            state = State(state.job, {}, plan, {})
         shards = _gathered(output, plan, order, state, job, layout, run, progress)
         classes, samples = _beside(output, plan, limits)
         nbytes = sum(shards_in(output).values())
@@ -157,7 +157,7 @@ def _scattered(source: Source, state: State, job: Scatter, run: Run, progress: P
 
 def _cut(output: str, parts: list[Facts], state: State, job: Scatter, layout: Layout) -> tuple[Facts, Order]:
     """The second stage: `plan.json`, and the order of the rows. Older shards are removed once nothing can go wrong."""
-    plan = merged(parts, job.known)
+    plan = merged(parts, job.known) | {"job": state.job}
     plan["parts"] = [[part["rows"], len(part["files"])] for part in parts]
     order = _order(job.work, plan)
     plan["dropped"] |= order.dropped

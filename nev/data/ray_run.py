@@ -13,6 +13,7 @@ from typing import Any
 import ray
 import ray.data
 from ray.data import DataContext, ExecutionOptions
+from ray.exceptions import RaySystemError
 
 from nev.errors import NevError
 
@@ -20,7 +21,7 @@ from nev.errors import NevError
 def ray_run(function: Callable[[Any], Any], items: Sequence[Any], task_bytes: int) -> Iterator[Any]:
     """Run `function` on each of `items`, each in a task of one CPU and `task_bytes` of memory, and yield what they return.
 
-    A NevError that a task raises is raised here.
+    A NevError that a task raises is raised here. Where `function` can't be imported by Ray's processes, RuntimeError.
     """
     if not items:
         return
@@ -41,9 +42,11 @@ def ray_run(function: Callable[[Any], Any], items: Sequence[Any], task_bytes: in
 def _task(row: dict[str, Any], source: list[ray.ObjectRef[Any]]) -> dict[str, Any]:
     # An error of nev's own comes back as a result: Ray would wrap it in others, and print their traces.
     try:
-        outcome = False, _function(source[0])(pickle.loads(row["item"]))  # noqa: S301 - it comes from our own driver
+        outcome: tuple[bool, Any] = False, _function(source[0])(pickle.loads(row["item"]))  # noqa: S301 - it comes from our own driver
     except NevError as error:
         outcome = True, error
+    except RaySystemError as error:  # the function can't be unpacked: Ray would try that for ever
+        outcome = True, RuntimeError(str(error))
     return {"result": pickle.dumps(outcome)}
 
 

@@ -1,7 +1,8 @@
 """What a `prepare` under way keeps in `<output>/_prepare`, path or s3:// URL, so that it can be gone on with.
 
-`job.json` holds what determines the result, and comes first and goes last. `part-*/part.json` says that a part of the input is
-scattered. `plan.json` says that older shards are gone and every shard in the folder is one of this job.
+`job.json` holds what determines the result, and comes first. `part-*/part.json` says that a part of the input is scattered.
+`plan.json` says that older shards are gone and every shard in the folder is one of this job; it says again what determines the
+result, and goes last.
 """
 
 from __future__ import annotations
@@ -26,8 +27,12 @@ Facts = dict[str, Any]
 
 
 class State(NamedTuple):
-    """Where a job stands. parts: number -> what its `part.json` says; plan: `plan.json`; shards: file name -> bytes."""
+    """Where a job stands. parts: number -> what its `part.json` says; plan: `plan.json`; shards: file name -> bytes.
 
+    job: what determines the result.
+    """
+
+    job: Facts
     parts: dict[int, Facts]
     plan: Facts | None
     shards: dict[str, int]
@@ -46,11 +51,11 @@ def begin(output: str, facts: Facts | None, overwrite: bool) -> State:
     """
     work, shards = work_in(output), shards_in(output)
     facts = json.loads(json.dumps(facts))  # lists for tuples, as they are read again
-    before = read_json(join(work, "job.json"))
+    plan = read_json(join(work, "plan.json"))
+    before = read_json(join(work, "job.json")) if plan is None else plan["job"]
     if before is not None and before == facts:
-        plan = read_json(join(work, "plan.json"))
         if plan is not None:
-            return State({}, plan, shards)
+            return State(before, {}, plan, shards)
     elif before is not None and facts is not None and not overwrite:
         differing = ", ".join(
             sorted(name for name in before.keys() | facts.keys() if before.get(name) != facts.get(name))
@@ -65,10 +70,10 @@ def begin(output: str, facts: Facts | None, overwrite: bool) -> State:
             "Use a new folder, or --overwrite to replace them."
         )
     if before is not None and before == facts:
-        return State(_done_parts(work), None, shards)
+        return State(before, _done_parts(work), None, shards)
     remove(work)
     write_json(join(work, "job.json"), facts or {})
-    return State({}, None, shards)
+    return State(facts or {}, {}, None, shards)
 
 
 def _done_parts(work: str) -> dict[int, Facts]:
@@ -84,12 +89,12 @@ def _done_parts(work: str) -> dict[int, Facts]:
 
 
 def remove(work: str) -> None:
-    """Remove a job's work, `job.json` last: a job that is cut off here is known for what it is."""
+    """Remove a job's work, `plan.json` last: a job that is cut off here is known for what it is."""
     fs, path = filesystem(work)
     with writing(work):
         if not fs.exists(path):
             return
-        last = [f"{path}/plan.json", f"{path}/job.json"]
+        last = [f"{path}/job.json", f"{path}/plan.json"]
         found = fs.ls(path, detail=False) if is_local(fs) else fs.find(path)
         if rest := [name for name in found if name not in last]:
             fs.rm(rest, recursive=is_local(fs))
