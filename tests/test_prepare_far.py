@@ -177,6 +177,23 @@ def test_s3_is_gone_on_with_and_refused(s3: Proxy, tmp_path: Path) -> None:
     assert report.shards[0] == "s3://bucket/out/set/00000.parquet"
 
 
+def test_every_first_try_may_fail(s3: Proxy, impatient: None, tmp_path: Path) -> None:
+    fs, _ = filesystem("s3://bucket")
+    for file in tars(tmp_path / "in").iterdir():
+        fs.pipe_file(f"bucket/in/{file.name}", file.read_bytes())
+    s3.reset()
+    s3.rule = lambda method, path, span, before: None if before else "503"
+    here, there = (
+        prepare(SOURCES["webdataset"]([inputs], SourceOptions(part_bytes=1)), output, layout=LAYOUT)
+        for inputs, output in ((tmp_path / "in", f"{tmp_path}/out/set"), ("s3://bucket/in", "s3://bucket/out/set"))
+    )
+    assert s3.broken["503"] > 20
+    s3.reset()
+    assert here.kept == there.kept == 60
+    local = {f"bucket/out/{name}": content for name, content in contents(tmp_path / "out/set").items()}
+    assert {name: fs.cat_file(name) for name in fs.find("bucket/out")} == local
+
+
 def test_what_s3_lacks_is_named(s3: Proxy, tmp_path: Path) -> None:
     fs, _ = filesystem("s3://bucket")
     fs.pipe_file("bucket/in/_own/0.tar", b"x")

@@ -1,5 +1,7 @@
 """A prepare that is cut off: the same call goes on with it, another is refused, and nobody trains on half of a split."""
 
+import errno
+import fcntl
 import signal
 import subprocess
 import sys
@@ -254,6 +256,17 @@ def test_two_at_once_are_kept_apart(tmp_path: Path) -> None:
     ):
         make(tmp_path / "set")
     assert make(tmp_path / "set").kept == ROWS
+
+
+def test_a_folder_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert make(tmp_path / "set").kept == ROWS
+    assert "set: no lock can be had there" in caplog.text
 
 
 def test_a_label_with_two_names_in_two_parts_is_refused(tmp_path: Path) -> None:

@@ -20,20 +20,21 @@ from nev.data.unfinished import Facts
 
 
 class Order(NamedTuple):
-    """The rows of a set; a row's position is its place in the input. digests: bytes [rows], by position.
+    """The rows of a set, in the order of their digests.
 
-    kept, left_out: int64 positions, in the order of their digests. offsets: int64 [runs, buckets + 1] of all runs.
+    kept: digests of those that stay, bytes. left_out: int64 places in the input of the others, and left_digests, bytes.
+    offsets: int64 [runs, buckets + 1] of all runs.
     """
 
-    digests: Keys
-    kept: NDArray[np.int64]
+    kept: Keys
     left_out: NDArray[np.int64]
+    left_digests: Keys
     offsets: NDArray[np.int64]
     dropped: dict[str, int]
 
 
 class Shard(NamedTuple):
-    """What a shard gets: the rows with digests from `low` to `high`, save those at the positions `left_out`.
+    """What a shard gets: the rows with digests from `low` to `high`, save those at the places `left_out` in the input.
 
     ranges: int64 [runs, 2], the bytes of each run that hold these rows, and at both ends some that belong to neighbours.
     """
@@ -52,7 +53,8 @@ def order_of(parts: Sequence[PartKeys]) -> Order:
     images = np.concatenate([part.images for part in parts])
     stays = np.ones(len(digests), bool)
     order = np.argsort(digests, kind="stable")
-    again = order[1:][_equal_before(digests[order])]
+    digests = digests[order]
+    again = order[1:][_equal_before(digests)]
     stays[again] = False
     dropped = {"duplicate uid": len(again)}
     if len(images):
@@ -62,10 +64,10 @@ def order_of(parts: Sequence[PartKeys]) -> Order:
         again = rest[by_image[1:][_equal_before(known[by_image])]]
         stays[again] = False
         dropped["duplicate image"] = len(again)
-    in_order = stays[order]
+    stays = stays[order]
     offsets = np.concatenate([part.offsets for part in parts])
     found = {reason: count for reason, count in dropped.items() if count}
-    return Order(digests, order[in_order], order[~in_order], offsets, found)
+    return Order(digests[stays], order[~stays], digests[~stays], offsets, found)
 
 
 def _equal_before(keys: Keys) -> NDArray[np.bool_]:
@@ -76,11 +78,8 @@ def _equal_before(keys: Keys) -> NDArray[np.bool_]:
 def shard_of(order: Order, number: int, rows_per_shard: int) -> Shard:
     """What shard `number` gets: `rows_per_shard` rows, the last one of a set the rest."""
     own = order.kept[number * rows_per_shard : (number + 1) * rows_per_shard]
-    low, high = (bytes(order.digests[at]).ljust(KEY.itemsize, b"\0") for at in (own[0], own[-1]))  # NumPy strips zeros
-    first, end = (
-        np.searchsorted(order.digests[order.left_out], low),
-        np.searchsorted(order.digests[order.left_out], high, side="right"),
-    )
+    low, high = (bytes(digest).ljust(KEY.itemsize, b"\0") for digest in (own[0], own[-1]))  # NumPy strips zeros
+    first, end = np.searchsorted(order.left_digests, low), np.searchsorted(order.left_digests, high, side="right")
     buckets = order.offsets.shape[1] - 1
     ranges = order.offsets[:, [bucket_of(low, buckets), bucket_of(high, buckets) + 1]]
     return Shard(number, len(own), low, high, ranges, order.left_out[first:end])

@@ -21,7 +21,7 @@ from nev.data.unfinished import DAMAGED, whole_file
 
 
 class Gather(NamedTuple):
-    """How a shard is made. runs: location of each run, and the position of its part's first row."""
+    """How a shard is made. runs: location of each run, and the place in the input of its part's first row."""
 
     output: str
     work: str
@@ -44,8 +44,8 @@ def gather(shard: Shard, job: Gather) -> int:
             with reading(run, DAMAGED):
                 for batch in read_batches(content):
                     digests = np.frombuffer(batch["digest"].buffers()[1], KEY, len(batch))
-                    positions = first + batch["row"].to_numpy()
-                    fits = (digests >= shard.low) & (digests <= shard.high) & ~np.isin(positions, shard.left_out)
+                    places = first + batch["row"].to_numpy()
+                    fits = (digests >= shard.low) & (digests <= shard.high) & ~np.isin(places, shard.left_out)
                     (at,) = np.nonzero(fits)
                     if len(at):
                         found.append((digests[at], np.full(len(at), len(batches)), at))
@@ -86,7 +86,7 @@ def _rows(batches: list[pa.RecordBatch], which: NDArray[np.int64], at: NDArray[n
 
 
 def runs_of(parts: list[tuple[list[str], int]]) -> Iterator[tuple[str, int]]:
-    """(location, position of the part's first row) of all runs, from (locations of its runs, rows) of each part."""
+    """(location, place in the input of the part's first row) of all runs, from (locations of its runs, rows) of each part."""
     first = 0
     for runs, rows in parts:
         yield from ((run, first) for run in runs)

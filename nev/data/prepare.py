@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from nev.data.contact import contact_sheet
 from nev.data.cut import Order, merged, order_of, shard_of
 from nev.data.filters import Filters
 from nev.data.gather import Gather, gather, runs_of
-from nev.data.index import writing
+from nev.data.index import FOOTER_READERS, writing
 from nev.data.resize import Resize
 from nev.data.rows import Row
 from nev.data.scatter import Scatter, buckets_for, read_keys, run_location, scatter, seed_key
@@ -173,7 +174,8 @@ def _cut(output: str, parts: list[Facts], state: State, job: Scatter, layout: La
 
 
 def _order(work: str, plan: Facts) -> Order:
-    return order_of([read_keys(work, number) for number in range(len(plan["parts"]))])
+    with ThreadPoolExecutor(FOOTER_READERS) as pool:
+        return order_of(list(pool.map(partial(read_keys, work), range(len(plan["parts"])))))
 
 
 def _gathered(

@@ -8,6 +8,7 @@ result, and goes last.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from nev.data.shards import shards_in
 from nev.data.storage import filesystem, is_local, join, make_folder
 
 DAMAGED = "Start anew with --overwrite."
+
+log = logging.getLogger("nev.prepare")
 
 Facts = dict[str, Any]
 
@@ -164,7 +167,8 @@ def _sync(path: Path) -> None:
 def alone(output: str) -> Iterator[None]:
     """Keep other processes on this machine from preparing the same local folder; on S3 nobody is kept away.
 
-    Raises ConfigError where another one does. The lock goes with the process, however that ends.
+    Raises ConfigError where another one does. The lock goes with the process, however that ends. File systems without locks
+    are a warning.
     """
     import fcntl
 
@@ -180,6 +184,8 @@ def alone(output: str) -> Iterator[None]:
     except BlockingIOError:
         os.close(handle)
         raise ConfigError(f"{output}: another prepare is at work in this folder. Wait for its end.") from None
+    except OSError as error:
+        log.warning("%s: no lock can be had there (%s): nothing keeps a second prepare away", output, error)
     try:
         yield
     finally:
