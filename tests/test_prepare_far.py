@@ -1,9 +1,12 @@
 """Prepare on Ray and from S3 to S3 gives what it gives here, and the same errors."""
 
 import importlib
+import os
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +39,18 @@ def tars(folder: Path, count: int = 3, rows: int = 20) -> Path:
 
 
 @pytest.fixture
-def on_ray(ray_cluster: None) -> Run:
+def on_ray(ray_cluster: None) -> Iterator[Run]:
     """Ray's way of running tasks; its processes are sent what these tests define, which they could not import."""
     from ray import cloudpickle
 
     from nev.data.ray_run import ray_run
 
-    for name in (__name__, "test_unfinished"):
-        cloudpickle.register_pickle_by_value(sys.modules[name])
-    return ray_run
+    modules = [sys.modules[name] for name in (__name__, "test_unfinished")]
+    for module in modules:
+        cloudpickle.register_pickle_by_value(module)
+    yield ray_run
+    for module in modules:
+        cloudpickle.unregister_pickle_by_value(module)
 
 
 def failing(numbers: Sequence[int]) -> Iterator[Row]:
@@ -83,6 +89,21 @@ def test_an_error_in_a_task_is_the_error_of_the_run(on_ray: Run, tmp_path: Path)
     with pytest.raises(ConfigError, match=r"seed"):
         prepare(source(), tmp_path / "set", run=on_ray, seed=1)
     assert list(on_ray(len, [[1], [1, 2]], 2**45)) in ([1, 2], [2, 1])  # more memory than there is
+
+
+def deadly_once(marker: Path, number: int) -> int:
+    if number == 2 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_task_whose_process_dies_is_run_again(on_ray: Run, tmp_path: Path) -> None:
+    marker = tmp_path / "died"
+    assert sorted(on_ray(partial(deadly_once, marker), range(4), 2**20)) == [0, 1, 2, 3]
+    assert marker.exists()
 
 
 @pytest.mark.ray
@@ -192,6 +213,19 @@ def test_every_first_try_may_fail(s3: Proxy, impatient: None, tmp_path: Path) ->
     assert here.kept == there.kept == 60
     local = {f"bucket/out/{name}": content for name, content in contents(tmp_path / "out/set").items()}
     assert {name: fs.cat_file(name) for name in fs.find("bucket/out")} == local
+
+
+def test_a_shard_that_cannot_be_written_is_named_and_absent(s3: Proxy, impatient: None) -> None:
+    fs, _ = filesystem("s3://bucket")
+    target: Any = "s3://bucket/out/set"
+    s3.rule = lambda method, path, span, before: "403" if (method, path[-14:]) == ("PUT", "/00002.parquet") else None
+    with pytest.raises(DataError, match=r"s3://bucket/out/set/00002\.parquet cannot be written .*AWS_PROFILE"):
+        make(target)
+    s3.reset()
+    assert [name[-13:] for name in fs.glob("bucket/out/set/*.parquet")] == ["00000.parquet", "00001.parquet"]
+    again: list[Any] = []
+    make(target, counting(again))
+    assert len(again) == SHARDS - 2
 
 
 def test_what_s3_lacks_is_named(s3: Proxy, tmp_path: Path) -> None:

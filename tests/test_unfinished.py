@@ -210,6 +210,13 @@ def test_another_job_is_refused_and_named(tmp_path: Path, undisturbed: dict[str,
     assert contents(output) == undisturbed
 
 
+def test_another_job_that_has_done_nothing_yet_is_forgotten(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    with pytest.raises(Crash):
+        make(tmp_path / "set", counting([], 0), seed=1)
+    make(tmp_path / "set")
+    assert contents(tmp_path / "set") == undisturbed
+
+
 def test_a_list_of_uids_that_changed_is_another_job(tmp_path: Path) -> None:
     output, listed = tmp_path / "set", tmp_path / "uids.txt"
     listed.write_text("\n".join(f"row-{k}" for k in range(40)))

@@ -50,16 +50,17 @@ def begin(output: str, facts: Facts | None, overwrite: bool) -> State:
     """Begin the job `facts` in the folder `output`, or go on with it if it was begun there.
 
     facts: JSON; None for a job that can only be begun. Raises ConfigError where shards are there and `overwrite` is not
-    set, and where another job was begun, unless `overwrite` is set: that one's work is removed then.
+    set, and where something of another job is done, unless `overwrite` is set: that job's work is removed then.
     """
     work, shards = work_in(output), shards_in(output)
     facts = json.loads(json.dumps(facts))  # lists for tuples, as they are read again
     plan = read_json(join(work, "plan.json"))
     before = read_json(join(work, "job.json")) if plan is None else plan["job"]
-    if before is not None and before == facts:
-        if plan is not None:
-            return State(before, {}, plan, shards)
-    elif before is not None and facts is not None and not overwrite:
+    same = before is not None and before == facts
+    if same and plan is not None:
+        return State(plan["job"], {}, plan, shards)
+    parts = {} if before is None else _done_parts(work)
+    if before is not None and facts is not None and not same and not overwrite and (parts or plan is not None):
         differing = ", ".join(
             sorted(name for name in before.keys() | facts.keys() if before.get(name) != facts.get(name))
         )
@@ -72,8 +73,8 @@ def begin(output: str, facts: Facts | None, overwrite: bool) -> State:
             f"{output}: already holds {len(shards)} shard(s) ({next(iter(shards))}, ...). "
             "Use a new folder, or --overwrite to replace them."
         )
-    if before is not None and before == facts:
-        return State(before, _done_parts(work), None, shards)
+    if same:
+        return State(facts, parts, None, shards)
     remove(work)
     write_json(join(work, "job.json"), facts or {})
     return State(facts or {}, {}, None, shards)
