@@ -85,6 +85,7 @@ def test_no_classes_file_where_labels_are_missing(tmp_path: Path) -> None:
     file = labelled(tmp_path / "a.parquet", [0, 2], ["cat", "dog"])
     out = prepare("--source", "hf-parquet", "--input", file, "--template", "a {}", "--output", tmp_path / "set/train")
     assert "classes:" not in out
+    assert "classes.txt is written: some label between 0 and the highest has no name" in out
     assert not (tmp_path / "set/classes.txt").exists()
 
 

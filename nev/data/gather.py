@@ -11,13 +11,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from nev.data.cut import Shard
-from nev.data.index import FOOTER_READERS, DataError, reading
+from nev.data.index import DataError, reading, writing
 from nev.data.rows import Row
 from nev.data.scatter import read_batches
 from nev.data.shards import shard_location, write_shard
-from nev.data.storage import filesystem, is_local
+from nev.data.storage import PARALLEL_REQUESTS, filesystem, is_local, whole_file
 from nev.data.uids import KEY
-from nev.data.unfinished import DAMAGED, whole_file
+from nev.data.unfinished import DAMAGED
 
 
 class Gather(NamedTuple):
@@ -38,7 +38,7 @@ def gather(shard: Shard, job: Gather) -> int:
     """
     batches: list[pa.RecordBatch] = []
     found: list[tuple[Any, ...]] = []
-    with ThreadPoolExecutor(FOOTER_READERS) as pool:
+    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         contents = pool.map(_read, (run for run, _ in job.runs), shard.ranges)
         for (run, first), content in zip(job.runs, contents, strict=True):
             with reading(run, DAMAGED):
@@ -56,7 +56,8 @@ def gather(shard: Shard, job: Gather) -> int:
     order = np.argsort(digests)
     groups = (order[start : start + job.row_group_rows] for start in range(0, len(order), job.row_group_rows))
     _, work = filesystem(job.work)
-    with whole_file(shard_location(job.output, shard.number), work) as path:
+    location = shard_location(job.output, shard.number)
+    with writing(location), whole_file(location, work) as path:
         write_shard(path, (_rows(batches, which[group], at[group]) for group in groups), job.schema)
     return shard.rows
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +21,9 @@ from numpy.typing import NDArray
 from nev.config import Columns
 from nev.data import index_cache
 from nev.data.index_cache import RowGroups
-from nev.data.storage import filesystem, open_parquet, remedy, storage_errors
+from nev.data.storage import PARALLEL_REQUESTS, filesystem, naming, open_parquet
 from nev.errors import NevError
 
-FOOTER_READERS = 16
 UNFINISHED = "_prepare"  # the folder in which `prepare` keeps its work until a split is whole
 CUT_SHORT = "It may be cut short: delete it, or prepare the shard again."
 
@@ -47,22 +45,14 @@ class DataError(NevError, ValueError):
     """Data that cannot be trained on. The message says which file or column, what was found, and what to do."""
 
 
-@contextmanager
-def reading(what: str, damaged: str) -> Iterator[None]:
+def reading(what: str, damaged: str) -> AbstractContextManager[None]:
     """Turn what storage and parquet raise into a DataError that names `what`; `damaged` says what to do if it is no good."""
-    try:
-        yield
-    except storage_errors() as error:
-        raise DataError(f"{what} cannot be read ({error}). {remedy(error, damaged)}") from error
+    return naming(what, "read", damaged, DataError)
 
 
-@contextmanager
-def writing(what: str) -> Iterator[None]:
+def writing(what: str) -> AbstractContextManager[None]:
     """Turn what storage raises into a DataError that names `what`, which could not be written."""
-    try:
-        yield
-    except storage_errors() as error:
-        raise DataError(f"{what} cannot be written ({error}). {remedy(error, 'Start again.')}") from error
+    return naming(what, "written", "Start again.", DataError)
 
 
 @dataclass(frozen=True)
@@ -143,7 +133,7 @@ def _read_footers(
         sizes = [(part.num_rows, part.total_byte_size) for part in map(meta.row_group, range(meta.num_row_groups))]
         return meta.schema.to_arrow_schema(), np.array(sizes, np.int64).reshape(-1, 2)
 
-    with ThreadPoolExecutor(FOOTER_READERS) as pool:
+    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         schemas, sizes = zip(*pool.map(footer, relative), strict=True)
 
     resolved = resolve_columns(schemas[0], columns, f"{root.rstrip('/')}/{relative[0]}")

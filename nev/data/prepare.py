@@ -21,15 +21,15 @@ from nev.data.contact import contact_sheet
 from nev.data.cut import Order, merged, order_of, shard_of
 from nev.data.filters import Filters
 from nev.data.gather import Gather, gather, runs_of
-from nev.data.index import FOOTER_READERS, writing
+from nev.data.index import writing
 from nev.data.resize import Resize
 from nev.data.rows import Row
 from nev.data.scatter import Scatter, buckets_for, read_keys, run_location, scatter, seed_key
 from nev.data.shards import Layout, schema_of, shard_location, shards_in
 from nev.data.sources.common import S3, Source
-from nev.data.storage import filesystem, is_local, join
+from nev.data.storage import PARALLEL_REQUESTS, filesystem, is_local, join, write_whole
 from nev.data.uids import read_uids
-from nev.data.unfinished import Facts, State, alone, begin, remove, work_in, write_json, write_whole
+from nev.data.unfinished import Facts, State, alone, begin, remove, work_in, write_json
 
 FORMAT = 1  # of `_prepare`: raised when what is in there, or what it leads to, changes
 MEMORY_BYTES = 512 * 2**20
@@ -128,7 +128,7 @@ def prepare(
             plan, order = _cut(output, parts, state, job, layout)
             state = State(state.job, {}, plan, {})
         shards = _gathered(output, plan, order, state, job, layout, run, progress)
-        classes, samples = _beside(output, plan, limits)
+        classes, samples = _beside(output, plan, limits, progress)
         nbytes = sum(shards_in(output).values())
         remove(job.work)
     return Report(
@@ -174,7 +174,7 @@ def _cut(output: str, parts: list[Facts], state: State, job: Scatter, layout: La
 
 
 def _order(work: str, plan: Facts) -> Order:
-    with ThreadPoolExecutor(FOOTER_READERS) as pool:
+    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         return order_of(list(pool.map(partial(read_keys, work), range(len(plan["parts"])))))
 
 
@@ -215,14 +215,24 @@ def _gathered(
     return shards
 
 
-def _beside(output: str, plan: Facts, limits: Limits) -> tuple[str | None, str]:
+def _beside(output: str, plan: Facts, limits: Limits, progress: Progress) -> tuple[str | None, str]:
     """Write classes.txt and the contact sheet; return where they are, the first if there is one."""
     parent, name = _parent(output), output.rpartition("/")[2]
     classes, samples = join(parent, "classes.txt"), join(parent, f"{name}-samples.png")
-    if plan["names"] and labels.known(classes) is None:
-        write_whole(classes, "".join(f"{one}\n" for one in plan["names"]).encode())
-    write_whole(samples, contact_sheet(shard_location(output, 0), limits))
-    return (classes if plan["labelled"] and labels.known(classes) is not None else None), samples
+    there = labels.known(classes) is not None
+    if plan["names"] and not there:
+        with writing(classes):
+            write_whole(classes, "".join(f"{one}\n" for one in plan["names"]).encode())
+        there = True
+    if plan["labelled"] and not there:
+        progress.note(
+            f"no {classes} is written: some label between 0 and the highest has no name in the rows that were kept. "
+            "Scoring by class needs that file: one name a line, in the order of the labels."
+        )
+    sheet = contact_sheet(shard_location(output, 0), limits)
+    with writing(samples):
+        write_whole(samples, sheet)
+    return (classes if plan["labelled"] and there else None), samples
 
 
 def _first_rows(parts: Sequence[Any], read: Callable[[Any], Iterable[Row]], limit: int) -> Iterator[Row]:

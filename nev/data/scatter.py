@@ -29,9 +29,9 @@ from nev.data.labels import Known, Names
 from nev.data.resize import Resize, resized
 from nev.data.rows import Row, captions_of, usable
 from nev.data.shards import OPTIONAL, SCHEMA, table_of
-from nev.data.storage import filesystem, join, make_folder
+from nev.data.storage import filesystem, join, make_folder, write_whole
 from nev.data.uids import KEY, Keys
-from nev.data.unfinished import DAMAGED, Facts, write_json, write_whole
+from nev.data.unfinished import DAMAGED, Facts, write_json
 
 ROW_OVERHEAD = 1024  # bytes of Python objects around one row, roughly; what `memory_bytes` counts beside the image
 MESSAGE_BYTES = 32 * 2**20  # rows are copied into Arrow so many at a time
@@ -117,7 +117,8 @@ def scatter(item: tuple[int, Any], job: Scatter) -> Facts:
     )
     packed = io.BytesIO()
     np.savez(packed, **keys._asdict())
-    write_whole(join(folder, "keys.npz"), packed.getvalue())
+    with writing(join(folder, "keys.npz")):
+        write_whole(join(folder, "keys.npz"), packed.getvalue())
     done = {
         "number": number,
         "rows_in": read["rows"],

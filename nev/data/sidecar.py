@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from nev.data.index import CUT_SHORT, FOOTER_READERS, DataError, Index, read_column, reading, writing
+from nev.data.index import CUT_SHORT, DataError, Index, read_column, reading, writing
 from nev.data.rows import captions_of
-from nev.data.storage import filesystem, join, make_folder, open_parquet
+from nev.data.storage import PARALLEL_REQUESTS, filesystem, join, open_parquet, whole_file
 
 WRITE_AGAIN = "Delete this file and write it again with `python pipelines/embed_text.py`."
 LAYOUT = 1  # counts changes of the file's layout: sidecars of another one have another key
@@ -69,18 +69,15 @@ def write_sidecar(index: Index, shard: int, key: str, width: int, encode: Encode
 
     metadata = {"nev.key": key, "nev.shard": shard_fingerprint(index, shard), "nev.width": str(width)}
     schema = pa.schema([("uid", pa.string()), ("vectors", pa.binary())], metadata=metadata)
-    fs, path = filesystem(sidecar_location(index, shard, key))
-    with writing(sidecar_location(index, shard, key)):
-        make_folder(fs, path.rsplit("/", 1)[0])
-        partial = f"{path}.partial"
-        with (
-            fs.open(partial, "wb") as sink,
-            pq.ParquetWriter(sink, schema, compression="none", write_statistics=False) as writer,
-        ):
-            for names, group in zip(uids, groups, strict=True):
-                rows = [vectors[[place[caption] for caption in captions]].tobytes() for captions in group]
-                writer.write_table(pa.table({"uid": names, "vectors": rows}, schema), row_group_size=max(1, len(rows)))
-        fs.mv(partial, path)
+    location = sidecar_location(index, shard, key)
+    with (
+        writing(location),
+        whole_file(location) as sink,
+        pq.ParquetWriter(sink, schema, compression="none", write_statistics=False) as writer,
+    ):
+        for names, group in zip(uids, groups, strict=True):
+            rows = [vectors[[place[caption] for caption in captions]].tobytes() for captions in group]
+            writer.write_table(pa.table({"uid": names, "vectors": rows}, schema), row_group_size=max(1, len(rows)))
     return sum(len(captions) for group in groups for captions in group)
 
 
@@ -92,7 +89,7 @@ def missing_sidecars(index: Index, key: str) -> list[int]:
         with reading(sidecar_location(index, shard, key), damaged=""):
             return not fs.exists(path)
 
-    with ThreadPoolExecutor(FOOTER_READERS) as pool:
+    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         return [shard for shard, lacks in enumerate(pool.map(absent, range(len(index.paths)))) if lacks]
 
 
@@ -128,7 +125,7 @@ def check_sidecars(index: Index, key: str, width: int) -> None:
             if uids_of(read_column(location, "uid", WRITE_AGAIN)) != own_uids:
                 raise not_beside(location)
 
-    with ThreadPoolExecutor(FOOTER_READERS) as pool:
+    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         list(pool.map(check, range(len(index.paths))))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ import pyarrow as pa
 from fsspec.core import url_to_fs
 
 from nev.errors import NevError
+
+PARALLEL_REQUESTS = 16  # of small files, which are mostly waiting
 
 
 class StorageError(NevError, RuntimeError):
@@ -62,20 +64,46 @@ def make_folder(fs: Any, path: str) -> None:
         fs.makedirs(path, exist_ok=True)
 
 
-def write_whole(location: str, data: bytes) -> None:
-    """Write a file that is complete or absent, with the folders above it, in place of one that was there.
+@contextmanager
+def whole_file(location: str, folder: str | None = None) -> Iterator[str]:
+    """A local path to write to, whose content comes to `location` in one step at the end; after an error it is dropped.
 
-    S3 shows an object when all of it has come, in one request or in parts. A rename there is a copy and a deletion, so it
-    is for local files alone.
+    folder: where a local file is written meanwhile, on the same disk; beside `location` if None. S3 shows an object when all
+    of it has come, in one request or in parts; a rename there is a copy and a deletion, so it is for local files alone.
     """
     fs, path = filesystem(location)
-    if not is_local(fs):
+    local, home = is_local(fs), path.rpartition("/")[0]
+    make_folder(fs, home)
+    if folder:
+        make_folder(fs, folder)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=(folder or home) if local else None) as own:
+        partial = Path(own, path.rpartition("/")[2])
+        yield str(partial)
+        if not local:
+            fs.put_file(str(partial), path)
+            return
+        _sync(partial)
+        partial.replace(path)
+        _sync(Path(home))
+
+
+def write_whole(location: str, data: bytes) -> None:
+    """Write a file that is complete or absent, with the folders above it, in place of one that was there."""
+    fs, path = filesystem(location)
+    if is_local(fs):
+        with whole_file(location) as partial:
+            Path(partial).write_bytes(data)
+    else:
         fs.pipe_file(path, data)
-        return
-    make_folder(fs, path.rsplit("/", 1)[0])
-    partial = f"{path}.partial"
-    fs.pipe_file(partial, data)
-    fs.mv(partial, path)
+
+
+def _sync(path: Path) -> None:
+    """See that the disk has what was written to a file, or in a folder: a power cut leaves no half of it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def files_below(location: str) -> list[str]:
@@ -130,12 +158,14 @@ def upload(source: Path, location: str) -> None:
 
 
 @contextmanager
-def naming(location: str, doing: str, damaged: str = "") -> Iterator[None]:
-    """Turn what storage raises into a StorageError: `location` cannot be `doing` ("read", "written"), and what to do."""
+def naming(
+    location: str, doing: str, damaged: str = "", kind: Callable[[str], NevError] = StorageError
+) -> Iterator[None]:
+    """Turn what storage raises into an error of `kind`: `location` cannot be `doing` ("read", "written"), and what to do."""
     try:
         yield
     except storage_errors() as error:
-        raise StorageError(f"{location} cannot be {doing} ({error}). {remedy(error, damaged)}".rstrip()) from error
+        raise kind(f"{location} cannot be {doing} ({error}). {remedy(error, damaged)}".rstrip()) from error
 
 
 def storage_errors() -> tuple[type[Exception], ...]:

@@ -10,17 +10,15 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from nev.config import ConfigError
-from nev.data.index import FOOTER_READERS, UNFINISHED, reading, writing
+from nev.data.index import UNFINISHED, reading, writing
 from nev.data.shards import shards_in
-from nev.data.storage import filesystem, is_local, join, make_folder
+from nev.data.storage import PARALLEL_REQUESTS, filesystem, is_local, join, make_folder, write_whole
 
 DAMAGED = "Start anew with --overwrite."
 
@@ -86,7 +84,7 @@ def _done_parts(work: str) -> dict[int, Facts]:
     with reading(work, damaged=""):
         sizes = {name[len(path) + 1 :]: entry["size"] for name, entry in fs.find(path, detail=True).items()}
     names = sorted(name for name in sizes if name.endswith("/part.json"))
-    with ThreadPoolExecutor(FOOTER_READERS) as pool:
+    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         found = [part for part in pool.map(lambda name: read_json(join(work, name)), names) if part]
     whole = [part for part in found if all(sizes.get(name) == size for name, size in part["files"].items())]
     return {part["number"]: part for part in whole}
@@ -123,45 +121,8 @@ def read_json(location: str) -> Facts | None:
 
 def write_json(location: str, content: Facts) -> None:
     """Write a JSON object, whole or not at all."""
-    write_whole(location, json.dumps(content, indent=1).encode())
-
-
-def write_whole(location: str, content: bytes) -> None:
-    """Write a file, whole or not at all."""
-    with whole_file(location) as path:
-        Path(path).write_bytes(content)
-
-
-@contextmanager
-def whole_file(location: str, folder: str | None = None) -> Iterator[str]:
-    """A local path to write to, whose content is moved to `location` in one step at the end; after an error it is dropped.
-
-    folder: where a local file is written meanwhile, on the same disk; beside `location` if None.
-    """
-    fs, path = filesystem(location)
-    here = folder or path.rpartition("/")[0]
     with writing(location):
-        if is_local(fs):
-            make_folder(fs, here)
-            make_folder(fs, path.rpartition("/")[0])
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=here if is_local(fs) else None) as own:
-            partial = Path(own, path.rpartition("/")[2])
-            yield str(partial)
-            if is_local(fs):
-                _sync(partial)
-                partial.replace(path)
-                _sync(Path(path).parent)
-            else:
-                fs.put_file(str(partial), path)
-
-
-def _sync(path: Path) -> None:
-    """See that the disk has what was written to a file, or in a folder: a power cut leaves no half of it."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        write_whole(location, json.dumps(content, indent=1).encode())
 
 
 @contextmanager
