@@ -1,7 +1,7 @@
 """The data plane side by side: nev's stream, torch's DataLoader, open_clip's WebDataset pipeline, and the bare decoding loop.
 
 make bench NAME=data
-NEV_DATA=../shared/data python benchmarks/data.py --batches 16 --repetitions 5
+NEV_DATA=../shared/data python benchmarks/data.py --repetitions 5
 
 Every contestant feeds one consumer on this machine's cores. Run it on a quiet machine: it takes a quarter of an hour.
 """
@@ -24,7 +24,7 @@ from nev.cli import command, explained
 DATALOADER_GOAL, OPEN_CLIP_GOAL, LIMIT_GOAL, RESUME_GOAL = 1.0, 2.0, 0.9, 1.2
 NOTES = (
     "Every measurement has a process of its own; nev's starts a Ray of this machine's CPUs and warms it with two short "
-    "streams. Batches and blocks have 256 rows; the first 4 are left out of the rate.",
+    "streams. Batches and blocks have 256 rows. A rate is that of 5 s, from 2.5 s after the first batch on.",
     "stream: parquet shards with text sidecars -> Ray Data -> iter_batches in one consumer, with the text vectors. dataloader: "
     "torch's DataLoader with a worker a core and nev's decoding, bytes in memory. open_clip: its WebDataset pipeline with a "
     "worker a core, its own transform and tokenizer. limit: nev's decoding and resizing alone, a process a core, no batch "
@@ -42,7 +42,6 @@ def main(
         "../shared/data"
     ),
     size: Annotated[int, typer.Option(min=8, help="Side of the pictures, in pixels.")] = 224,
-    batches: Annotated[int, typer.Option(min=2, help="Batches of 256 that count, after the warm-up.")] = 16,
     rows: Annotated[int, typer.Option(min=1024, help="Rows of each set.")] = 4096,
     repetitions: Annotated[int, typer.Option(min=1, help="Rounds; every contestant runs once in each.")] = 5,
     results: Annotated[
@@ -69,7 +68,7 @@ def main(
             console.print(f"[yellow]open_clip is left out: {', '.join(missing)} not installed ({open_clip.INSTALL})[/]")
 
         def stream(own: pictures.Pictures) -> float:
-            found = in_own_process(streams.nev_stream, own, size, batches)
+            found = in_own_process(streams.nev_stream, own, size)
             for key in ("first_batch_s", "resume_first_s", "resume_last_s"):
                 beside.setdefault(f"{own.name}_{key}", []).append(getattr(found, key))
             return found.images_per_s
@@ -79,12 +78,12 @@ def main(
                 f"{own.name}_{kind}_images_per_s" for kind in ("stream", "dataloader", "open_clip", "limit")
             )
             contestants[ours] = partial(stream, own)
-            contestants[loader] = partial(in_own_process, streams.dataloader, own, size, batches)
-            contestants[bare] = partial(in_own_process, streams.limit, own, size, batches)
+            contestants[loader] = partial(in_own_process, streams.dataloader, own, size)
+            contestants[bare] = partial(in_own_process, streams.limit, own, size)
             ratios[f"stream_vs_dataloader_{own.name}"] = report.Ratio(ours, loader, DATALOADER_GOAL)
             ratios[f"stream_vs_limit_{own.name}"] = report.Ratio(ours, bare, LIMIT_GOAL)
             if not missing:
-                contestants[theirs] = partial(in_own_process, streams.open_clip_stream, own, size, batches)
+                contestants[theirs] = partial(in_own_process, streams.open_clip_stream, own, size)
                 ratios[f"stream_vs_open_clip_{own.name}"] = report.Ratio(ours, theirs, OPEN_CLIP_GOAL)
             ratios[f"resume_last_vs_first_{own.name}"] = report.Ratio(
                 f"{own.name}_resume_last_s", f"{own.name}_resume_first_s", RESUME_GOAL, at_most=True

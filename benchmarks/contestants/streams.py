@@ -23,7 +23,12 @@ from nev.data.decode import read_header
 from nev.data.index import build_index
 from nev.data.plan import Plan
 
-WARM_UP = 4  # batches that no rate counts
+WARM_UP_S = (
+    2.5  # of a stream, that no rate counts: Ray Data knows its limits after a second, and fills what it may hold
+)
+MEASURED_S = 5.0
+START = 4  # batches of a stream whose start alone is measured
+MANY = 4_000  # batches: more than anyone gives in WARM_UP_S + MEASURED_S
 AUGMENT = Augment()
 RESUMES = 5
 
@@ -43,7 +48,7 @@ def reader_and_plan(pictures: Pictures, size: int) -> tuple[BlockReader, Plan]:
     return BlockReader(index, size, Limits(), 0, AUGMENT, KEY, WIDTH), Plan(index.rows, 0, BLOCK, BLOCK)
 
 
-def nev_stream(pictures: Pictures, size: int, batches: int) -> StreamFigures:
+def nev_stream(pictures: Pictures, size: int) -> StreamFigures:
     """nev's stream on a Ray of this machine's CPUs into one consumer."""
     import ray
 
@@ -59,11 +64,11 @@ def nev_stream(pictures: Pictures, size: int, batches: int) -> StreamFigures:
 
     def first_batch(step: int) -> float:
         begin = time.perf_counter()
-        blocks = stream(step, WARM_UP)
+        blocks = stream(step, START)
         block = next(blocks)
         seconds = time.perf_counter() - begin
         assert block["block"][0] == step
-        assert sum(1 for _ in blocks) == WARM_UP - 1  # to its end, so that nothing of it runs beside the next
+        assert sum(1 for _ in blocks) == START - 1  # to its end, so that nothing of it runs beside the next
         return seconds
 
     first_batch(0)  # warms the cluster: its decoding processes import what they need
@@ -71,10 +76,10 @@ def nev_stream(pictures: Pictures, size: int, batches: int) -> StreamFigures:
     first, last = plan.steps_per_epoch, 2 * plan.steps_per_epoch - 1
     pairs = [(first_batch(first), first_batch(last)) for _ in range(RESUMES)]
     begin = time.perf_counter()
-    blocks = stream(0, WARM_UP + batches)
+    blocks = stream(0, MANY)
     taken = next(blocks)
     first_s = time.perf_counter() - begin
-    rate = _rate(blocks, WARM_UP - 1, batches)
+    rate = _rate(blocks)
     assert taken["image"].shape == (BLOCK, size, size, 3)
     ray.shutdown()
     starts = np.median(np.array(pairs), axis=0)
@@ -96,7 +101,7 @@ class _Rows:
         return out, self.texts[row]
 
 
-def dataloader(pictures: Pictures, size: int, batches: int) -> float:
+def dataloader(pictures: Pictures, size: int) -> float:
     """torch's DataLoader with a worker a core, the same decoding, and no file to read: the bytes are in memory."""
     from torch.utils.data import DataLoader
 
@@ -111,10 +116,10 @@ def dataloader(pictures: Pictures, size: int, batches: int) -> float:
         while True:
             yield from loader
 
-    return _rate(endless(), WARM_UP, batches)
+    return _rate(endless())
 
 
-def open_clip_stream(pictures: Pictures, size: int, batches: int) -> float:
+def open_clip_stream(pictures: Pictures, size: int) -> float:
     """open_clip's WebDataset pipeline, a worker a core, its own transform and tokenizer."""
     import open_clip
     from open_clip.transform import AugmentationCfg, image_transform
@@ -124,7 +129,7 @@ def open_clip_stream(pictures: Pictures, size: int, batches: int) -> float:
     transform = image_transform(size, is_train=True, aug_cfg=AugmentationCfg(scale=AUGMENT.scale))
     args = SimpleNamespace(
         train_data="::".join(pictures.tars),
-        train_num_samples=(WARM_UP + batches + 8) * BLOCK,
+        train_num_samples=MANY * BLOCK,
         train_data_upsampling_factors=None,
         dataset_resampled=False,
         workers=os.cpu_count() or 1,
@@ -133,17 +138,15 @@ def open_clip_stream(pictures: Pictures, size: int, batches: int) -> float:
         seed=0,
     )
     data = get_wds_dataset(args, transform, is_train=True, tokenizer=open_clip.get_tokenizer("ViT-B-32"))
-    return _rate(iter(data.dataloader), WARM_UP, batches)
+    return _rate(iter(data.dataloader))
 
 
-def limit(pictures: Pictures, size: int, batches: int) -> float:
+def limit(pictures: Pictures, size: int) -> float:
     """The decode and resize alone, a process a core, bytes in memory, no batch handed to anyone: what the cores can do."""
     context = get_context("spawn")
     cores = os.cpu_count() or 1
     barrier, rates = context.Barrier(cores), context.Queue()
-    processes = [
-        context.Process(target=_decode_alone, args=(pictures, size, batches, barrier, rates)) for _ in range(cores)
-    ]
+    processes = [context.Process(target=_decode_alone, args=(pictures, size, barrier, rates)) for _ in range(cores)]
     for process in processes:
         process.start()
     total: float = sum(rates.get() for _ in processes)
@@ -152,7 +155,7 @@ def limit(pictures: Pictures, size: int, batches: int) -> float:
     return total
 
 
-def _decode_alone(pictures: Pictures, size: int, batches: int, barrier: Any, rates: Any) -> None:
+def _decode_alone(pictures: Pictures, size: int, barrier: Any, rates: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -166,20 +169,24 @@ def _decode_alone(pictures: Pictures, size: int, batches: int, barrier: Any, rat
 
     decode(0)
     barrier.wait()
-    share = max(1, batches // (os.cpu_count() or 1))
-    begin = time.perf_counter()
-    for batch in range(share):
-        decode(batch)
-    rates.put(share * BLOCK / (time.perf_counter() - begin))
+    begin, done = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - begin) < MEASURED_S:
+        decode(done)
+        done += 1
+    rates.put(done * BLOCK / seconds)
 
 
-def _rate(batches: Iterator[Any], warm_up: int, count: int) -> float:
-    for _ in range(warm_up):
-        next(batches)
+def _rate(batches: Iterator[Any]) -> float:
+    """images/s of `MEASURED_S`, after `WARM_UP_S` from the first batch on; from batch to batch, so that none counts in part."""
+    next(batches)
     begin = time.perf_counter()
-    for _ in range(count):
+    while time.perf_counter() - begin < WARM_UP_S:
         next(batches)
-    return count * BLOCK / (time.perf_counter() - begin)
+    begin, taken = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - begin) < MEASURED_S:
+        next(batches)
+        taken += 1
+    return taken * BLOCK / seconds
 
 
 def _encoded(pictures: Pictures) -> list[bytes]:
