@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from multiprocessing import get_context, set_start_method
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -58,9 +58,9 @@ def nev_stream(pictures: Pictures, size: int) -> StreamFigures:
     connect()
     reader, plan = reader_and_plan(pictures, size)
 
-    def stream(first: int, count: int) -> Iterator[Any]:
+    def stream(first: int, count: int) -> Generator[Any]:
         blocks = make_stream(reader, plan, first, first + count)
-        return iter(blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2))
+        yield from blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
 
     def first_batch(step: int) -> float:
         begin = time.perf_counter()
@@ -80,6 +80,7 @@ def nev_stream(pictures: Pictures, size: int) -> StreamFigures:
     taken = next(blocks)
     first_s = time.perf_counter() - begin
     rate = _rate(blocks)
+    blocks.close()  # ends the stream, or its tasks would fail noisily when Ray goes
     assert taken["image"].shape == (BLOCK, size, size, 3)
     ray.shutdown()
     starts = np.median(np.array(pairs), axis=0)
