@@ -46,7 +46,11 @@ def test_rows_that_cannot_be_used_are_masked_with_a_reason(layout: str, tmp_path
         rows[2]["image"] = None  # the struct itself is null
         rows[3]["image"] = {"bytes": b"", "path": None}
     write_shard(tmp_path / "a.parquet", rows, [4, 5], pa.schema(kinds))
-    block = reader_of(embedded(tmp_path)).read([Segment(0, 0, 4), Segment(1, 0, 5)], epoch=0)
+    used = np.full((9, SIZE, SIZE, 3), 200, np.uint8)  # memory that held another block
+    segments = [Segment(0, 0, 4), Segment(1, 0, 5)]
+    block = reader_of(embedded(tmp_path)).read(segments, epoch=0, pictures=used)
+    assert block["image"] is used
+    assert equal(block, reader_of(embedded(tmp_path)).read(segments, epoch=0))
     assert {name: (column.shape, column.dtype) for name, column in block.items()} == {
         "image": ((9, SIZE, SIZE, 3), np.uint8),
         "text": ((9, WIDTH), np.float16),

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from data_helpers import WIDTH, encode, rows_of, write_shard
+from numpy.typing import NDArray
 
 from nev.config import Columns, Limits
 from nev.data.block import Block, BlockReader
@@ -31,9 +33,9 @@ def counting_reader(folder: Path, count: int) -> BlockReader:
     class Counting(BlockReader):
         log: str = ""
 
-        def read(self, segments: list[Segment], epoch: int) -> Block:
+        def read(self, segments: list[Segment], epoch: int, pictures: NDArray[np.uint8] | None = None) -> Block:
             Path(self.log, f"{epoch}-{segments[0].group}-{segments[0].start}").touch()
-            return super().read(segments, epoch)
+            return super().read(segments, epoch, pictures)
 
     (folder / "read").mkdir()
     write_shard(folder / "a.parquet", rows_of(count), [count])

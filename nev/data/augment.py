@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,7 +77,7 @@ def random_crop(height: int, width: int, augment: Augment, rng: random.Random) -
     low, high = augment.ratio
     for _ in range(10):
         area = height * width * (augment.scale[0] + rng.random() * (augment.scale[1] - augment.scale[0]))
-        ratio = float(np.exp(np.log(low) + rng.random() * (np.log(high) - np.log(low))))
+        ratio = math.exp(math.log(low) + rng.random() * (math.log(high) - math.log(low)))
         columns, rows = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
         if 0 < columns <= width and 0 < rows <= height:
             return Box(

@@ -49,15 +49,17 @@ class BlockReader:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict()}
 
-    def read(self, segments: list[Segment], epoch: int) -> Block:
-        """Read rows in order, R of them in all.
+    def read(self, segments: list[Segment], epoch: int, pictures: NDArray[np.uint8] | None = None) -> Block:
+        """Read rows in order, R of them in all. pictures: memory for them, uint8 [R, S, S, 3], written over; new if None.
 
-        image: uint8 [R, S, S, 3]; text: float16 [R, D]; valid: bool [R]; uid, reason: str [R] (reason is empty where valid);
-        shard, row_group (in the shard), row (in the row group): int32 [R]; with_labels adds label: int64 [R].
+        image: uint8 [R, S, S, 3], 0 where not valid; text: float16 [R, D]; valid: bool [R]; uid, reason: str [R] (reason is
+        empty where valid); shard, row_group (in the shard), row (in the row group): int32 [R]; with_labels adds label: int64 [R].
         """
         total = sum(segment.stop - segment.start for segment in segments)
+        if pictures is None:
+            pictures = room_for(total, self.image_size)
         block: Block = {
-            "image": np.zeros((total, self.image_size, self.image_size, 3), np.uint8),
+            "image": pictures,
             "valid": np.ones(total, np.bool_),
             "uid": np.empty(total, object),
             "reason": np.full(total, "", object),
@@ -90,12 +92,12 @@ class BlockReader:
         if self.text_key:
             self._fill_text(part, shard, group, segment, epoch)
         for row, value in enumerate(_encoded(table[columns.image])):
-            if not part["valid"][row]:
-                continue
             try:
-                self._view(value, part["uid"][row], epoch, part["image"][row])
+                if part["valid"][row]:
+                    self._view(value, part["uid"][row], epoch, part["image"][row])
             except BadImage as bad:
                 part["valid"][row], part["reason"][row] = False, str(bad)
+        part["image"][~part["valid"]] = 0
 
     def _fill_text(self, part: Block, shard: int, group: int, segment: Segment, epoch: int) -> None:
         """One caption's vector a row, drawn by (seed, epoch, uid) where there are several."""
@@ -144,6 +146,11 @@ class BlockReader:
             while len(self._files) > OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
         return self._files[location]
+
+
+def room_for(rows: int, size: int) -> NDArray[np.uint8]:
+    """Memory for the pictures of a block: uint8 [rows, size, size, 3], with anything in it."""
+    return np.empty((rows, size, size, 3), np.uint8)
 
 
 def _encoded(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -14,18 +14,16 @@ from typing import Any
 import numpy as np
 import ray
 import ray.data
+from numpy.typing import NDArray
 from ray.data import DataContext, Dataset, ExecutionOptions
 
-from nev.data.block import Block, BlockReader
+from nev.data.block import Block, BlockReader, room_for
 from nev.data.pacing import pace
 from nev.data.plan import Plan
 
 NUMBERS_PER_TASK = 1000
 NUMBERS_BUFFERED = 64  # by default a task makes two and waits until they are fetched, a turn of 0.1 s later
 NUMBER_TASKS = 1000  # at most: each is put into the object store before the first one runs
-# The executor looks at its tasks every 0.1 s: where one has ended, another is there already. Twice as many tasks as CPUs would
-# leave none idle either, but cost 5 to 20 % in caches that they share.
-TASK_CPUS = 0.66
 STEPS_AHEAD = 2  # decoded and not yet taken; each rank fetches two more (`nev.train.trainer.blocks_of`)
 
 
@@ -41,7 +39,7 @@ def make_stream(reader: BlockReader, plan: Plan, first_step: int, last_step: int
         tasks = min(max(1, count // NUMBERS_PER_TASK), NUMBER_TASKS)
         numbers = ray.data.range(count, override_num_blocks=tasks)
         read = functools.partial(read_block, source=[source], first=first)
-        return numbers.repartition(target_num_rows_per_block=1).map_batches(read, batch_size=1, num_cpus=TASK_CPUS)
+        return numbers.repartition(target_num_rows_per_block=1).map_batches(read, batch_size=1, num_cpus=1)
 
 
 def read_block(numbers: Any, source: list[ray.ObjectRef[Any]], first: int) -> Block:
@@ -50,7 +48,8 @@ def read_block(numbers: Any, source: list[ray.ObjectRef[Any]], first: int) -> Bl
         raise RuntimeError(f"a task got {len(numbers['id'])} block numbers, not one: blocks would not be R rows")
     reader, plan = _source(source[0])
     number = first + int(numbers["id"][0])
-    block = reader.read(plan.segments(number), plan.epoch_of(number))
+    pictures = _pictures(plan.block_rows, reader.image_size)
+    block = reader.read(plan.segments(number), plan.epoch_of(number), pictures)
     block["block"] = np.full(len(block["valid"]), number, np.int64)
     return block
 
@@ -63,6 +62,15 @@ def _source(reference: ray.ObjectRef[Any]) -> tuple[BlockReader, Plan]:
     torch.set_num_threads(1)  # one task a core: threads inside a task would only get in each other's way
     reader, plan = ray.get(reference)
     return reader, plan
+
+
+@functools.lru_cache(maxsize=1)
+def _pictures(rows: int, size: int) -> NDArray[np.uint8]:
+    """Memory for a block's pictures, kept for the life of the process: the pages of a new one cost 4 % of the rate.
+
+    Ray has copied a block into the object store when the process gets its next task.
+    """
+    return room_for(rows, size)
 
 
 def stream_context(blocks_ahead: int, block_bytes: int) -> DataContext:
