@@ -17,7 +17,7 @@ from nev.data.block import Block, BlockReader
 from nev.data.index import DataError, Index, build_index
 from nev.data.plan import Plan
 from nev.data.sidecar import check_sidecars, missing_sidecars, sidecar_key, sidecar_location, write_sidecar
-from nev.data.storage import filesystem
+from nev.data.storage import filesystem, whole_file, write_whole
 from nev.experiment import run_experiment
 from nev.train import checkpoint
 
@@ -217,6 +217,19 @@ def test_requests_are_few(local: Path, s3: Proxy) -> None:
         seen.append((s3.count("HEAD"), s3.count("GET")))
     # A row group and its vectors are one request each. A file's first use asks for its size and its footer besides.
     assert sorted(seen) == [(0, 2)] * 4 + [(2, 4)] * 2
+
+
+def test_a_file_in_a_folder_is_replaced_in_one_step_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "file"
+    write_whole(str(file), b"old")
+    with file.open("rb") as reader:
+        write_whole(str(file), b"another")
+        assert reader.read() == b"old"  # who reads it meanwhile reads one or the other, never a mixture
+    with pytest.raises(KeyError), whole_file(str(file)) as partial:
+        Path(partial).write_bytes(b"half")
+        raise KeyError
+    assert file.read_bytes() == b"another"
+    assert list(file.parent.iterdir()) == [file]
 
 
 def test_a_sidecar_that_cannot_be_written_is_named_and_leaves_nothing(local: Path, s3: Proxy, impatient: None) -> None:
