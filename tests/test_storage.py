@@ -225,9 +225,14 @@ def test_a_file_in_a_folder_is_replaced_in_one_step_or_not_at_all(tmp_path: Path
     with file.open("rb") as reader:
         write_whole(str(file), b"another")
         assert reader.read() == b"old"  # who reads it meanwhile reads one or the other, never a mixture
-    with pytest.raises(KeyError), whole_file(str(file)) as partial:
-        Path(partial).write_bytes(b"half")
-        raise KeyError
+
+    def half() -> None:
+        with whole_file(str(file)) as partial:
+            Path(partial).write_bytes(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        half()
     assert file.read_bytes() == b"another"
     assert list(file.parent.iterdir()) == [file]
 
