@@ -66,7 +66,7 @@ def _source(reference: ray.ObjectRef[Any]) -> tuple[BlockReader, Plan]:
 
 @functools.lru_cache(maxsize=1)
 def _pictures(rows: int, size: int) -> NDArray[np.uint8]:
-    """Memory for a block's pictures, kept for the life of the process: the pages of a new one cost 4 % of the rate.
+    """Memory for a block's pictures, kept for the life of the process: the pages of a new one cost 2 to 6 % of the rate.
 
     Ray has copied a block into the object store when the process gets its next task.
     """
