@@ -31,7 +31,7 @@ from nev.data.sources.common import (
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 TABLES = (".csv", ".tsv", ".jsonl")
-FILE_COLUMNS = ("file_name", "filepath", "image", "path")
+FILE_COLUMNS = ("file_name", "filename", "file", "filepath", "image", "path")
 CAPTION_COLUMNS = ("caption", "text", "title")
 PART_PICTURES = 4096
 PICTURE_BYTES = 100_000  # a guess, where asking each file for its size would take long

@@ -123,7 +123,8 @@ def _columns(schema: pa.Schema, options: SourceOptions, path: str) -> dict[str, 
     found: dict[str, str] = {}
     for role, named in wanted.items():
         if named is not None and named not in schema.names:
-            raise ConfigError(f"{path}: no column {named!r} for {role} (columns: {schema.names})")
+            option = "--name" if role == "label_name" else f"--{role}"
+            raise ConfigError(f"{path}: no column {named!r} (columns: {schema.names}). Name one of these with {option}")
         usual = [
             name
             for name in USUAL[role]
