@@ -20,14 +20,20 @@ Overrides = Annotated[
 
 
 @contextmanager
-def explained(console: Console) -> Iterator[None]:
-    """Keep libraries quiet; print a NevError as one message and exit with 2; let a bug keep its traceback."""
+def explained(console: Console, interrupted: str = "Nothing is lost but this command's work.") -> Iterator[None]:
+    """Keep libraries quiet; print a NevError as one message and exit with 2; let a bug keep its traceback.
+
+    interrupted: what a user who pressed Ctrl-C wants to know; the exit status is 130 then, as the shell has it.
+    """
     quiet()
     try:
         yield
     except NevError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        console.print(f"[bold]interrupted.[/] {escape(interrupted)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
 
 
 def command(main: object, example: str) -> typer.Typer:

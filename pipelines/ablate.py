@@ -24,7 +24,7 @@ def main(
 ) -> None:
     """Run an ablation: every point of the grid with every seed; --set overrides the base experiment."""
     console = Console()
-    with explained(console):
+    with explained(console, "The same command goes on; finished trials are kept."):
         sweep = parse(Sweep, read_yaml(config), sweep_overrides or [], where=config)
         from nev.experiment import how_to_look
         from nev.sweep import outcome_table, plan_trials, run_sweep

@@ -14,7 +14,7 @@ from nev.config import load
 def main(config: ConfigFile, overrides: Overrides = None) -> None:
     """Write the text sidecars of an experiment's shards; shards that have theirs are passed over."""
     console = Console()
-    with explained(console):
+    with explained(console, "The same command goes on with the shards that are left."):
         experiment = load(config, overrides or [])
         from nev.embedding import embed_captions
         from nev.runtime import connect

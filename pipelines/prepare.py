@@ -116,7 +116,7 @@ def main(
 ) -> None:
     """Turn a source into shards, in an order that is random over the whole set, and report what was left out."""
     console = Console(stderr=True)
-    with explained(console):
+    with explained(console, "The same command goes on with what is done."):
         _fitting(source, _given(context))
         layout = Layout(rows_per_shard, row_group_rows, overwrite)
         filters = parse(

@@ -25,7 +25,7 @@ def main(
     """Draw captioned pictures, train a vision encoder into a locked text space, and show what it learnt."""
     console = Console()
     begin = time.perf_counter()
-    with explained(console):
+    with explained(console, "The same command goes on from the latest checkpoint."):
         experiment = load(config, overrides or [])
         from nev.data.shards import Layout
         from nev.data.synthetic import write_synthetic

@@ -26,7 +26,7 @@ def main(
 ) -> None:
     """Train a vision encoder into the space of a locked text encoder; the same command goes on where a run stopped."""
     console = Console()
-    with explained(console):
+    with explained(console, "The same command goes on from the latest checkpoint."):
         experiment = load(config, overrides or [])
         from nev.experiment import run_experiment, show_summary
 

@@ -69,6 +69,8 @@ def fit(job: Job, reader: BlockReader, tracker: Tracker, console: Console) -> di
                 trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise TrainingFailed(first_cause(error)) from error
+    except SystemExit as end:  # how Ray Train's own handler of Ctrl-C ends
+        raise KeyboardInterrupt from end
     finally:
         ray.kill(board)  # its name is the run's: another start of this run may need it at once
     if watcher.errors:
