@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import ray
 from rich.console import Console
 from rich.progress import track
 
-from nev.config import Columns, Text
+from nev.config import Columns, ConfigError, Text
 from nev.data.index import Index, build_index
 from nev.data.sidecar import missing_sidecars, sidecar_key, write_sidecar
 from nev.models.text import TextTower, load_text
@@ -34,22 +35,18 @@ class Place(NamedTuple):
     shard: int
 
 
-class _Embedder:
-    def __init__(self, text: Text, indexes: list[Index], fingerprint: str) -> None:
-        self._indexes = indexes
-        self._tower = load_text(text, "cuda" if ray.get_gpu_ids() else "cpu")
-        if self._tower.fingerprint != fingerprint:
-            raise RuntimeError("this node's text encoder is not the driver's: install the same one on every node")
+def embed_captions(
+    roots: Sequence[str], columns: Columns, text: Text, console: Console, gpus: int | None = None
+) -> Written:
+    """Write the sidecars that the shards under `roots` lack. Needs a connected Ray.
 
-    def write(self, place: Place) -> int:
-        return _write(self._indexes, place, self._tower)
-
-
-def embed_captions(roots: Sequence[str], columns: Columns, text: Text, console: Console) -> Written:
-    """Write the sidecars that the shards under `roots` lack. Needs a connected Ray. Raises DataError for unusable shards.
-
+    gpus: how many to ask the cluster for, whose autoscaler may have to bring them; by default those that are there now.
     On one machine without a GPU the tower of this process does it: actors would each load another.
+    Raises DataError for unusable shards, ConfigError for GPUs that a Ray of this machine alone has not.
     """
+    there = cluster_gpus()
+    if gpus is not None and gpus > there and not os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(f"this machine has {there} GPUs, not {gpus}: leave --gpus out, or submit this to a cluster")
     indexes = [build_index(root, columns) for root in roots]
     tower = load_text(text)
     missing = [
@@ -60,10 +57,14 @@ def embed_captions(roots: Sequence[str], columns: Columns, text: Text, console: 
     if not missing:
         return Written(0, 0, 0.0)
     begin = time.perf_counter()
-    alone = cluster_nodes() == 1 and not cluster_gpus()
-    counts = (
-        (_write(indexes, place, tower) for place in missing) if alone else _by_actors(text, indexes, tower, missing)
-    )
+    wanted = there if gpus is None else gpus
+    if not wanted and os.environ.get("RAY_ADDRESS"):
+        console.print("no GPU is up: embedding on CPUs (--gpus N asks the cluster for some)", highlight=False)
+    counts: Iterator[int]
+    if not wanted and cluster_nodes() == 1:
+        counts = (_write(indexes, place, tower) for place in missing)
+    else:
+        counts = _by_actors(text, indexes, tower, missing, wanted)
     shown = track(
         counts,
         "embedding captions",
@@ -76,16 +77,31 @@ def embed_captions(roots: Sequence[str], columns: Columns, text: Text, console: 
     return Written(len(missing), captions, time.perf_counter() - begin)
 
 
-def _by_actors(text: Text, indexes: list[Index], tower: TextTower, missing: list[Place]) -> Iterator[int]:
-    gpus, cpus = cluster_gpus(), cluster_cpus()
+def _by_actors(text: Text, indexes: list[Index], tower: TextTower, missing: list[Place], gpus: int) -> Iterator[int]:
+    from nev.data.ray_run import ray_run_on_actors
+
+    cpus = cluster_cpus()
     threads = 1 if gpus else min(CPUS_AN_ACTOR, cpus)  # Ray gives torch as many threads as an actor has CPUs
-    actor = ray.remote(_Embedder).options(
-        num_gpus=1 if gpus else 0, num_cpus=threads, max_restarts=-1, max_task_retries=-1
-    )
     count = min(gpus or cpus // threads, len(missing))
-    pool = ray.util.ActorPool([actor.remote(text, indexes, tower.fingerprint) for _ in range(count)])
-    counts: Iterator[int] = pool.map_unordered(lambda one, place: one.write.remote(place), missing)
-    return counts
+    write = functools.partial(_write_there, text=text, indexes=indexes, fingerprint=tower.fingerprint)
+    return ray_run_on_actors(write, missing, count, threads, 1 if gpus else 0)
+
+
+def _write_there(place: Place, text: Text, indexes: list[Index], fingerprint: str) -> int:
+    return _write(indexes, place, _tower(text, fingerprint))
+
+
+@functools.lru_cache(maxsize=1)
+def _tower(text: Text, fingerprint: str) -> TextTower:
+    """The tower of an actor's process, on its GPU if it has one."""
+    import torch
+
+    tower = load_text(text, "cuda" if torch.cuda.is_available() else "cpu")
+    if tower.fingerprint != fingerprint:
+        raise ConfigError(
+            f"text.encoder {text.encoder!r}: this node's is not the driver's. Install the same everywhere."
+        )
+    return tower
 
 
 def _write(indexes: list[Index], place: Place, tower: TextTower) -> int:

@@ -1,4 +1,4 @@
-"""The tasks of `prepare` as a Ray Data job: one item a block, one block a task, results as they come.
+"""Independent items as a Ray Data job: one item a block, one block a task, results as they come.
 
 A task whose worker dies is run again by Ray: tasks leave whole files or none, so nothing is lost by it.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 import ray.data
-from ray.data import DataContext, ExecutionOptions
+from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionOptions
 from ray.exceptions import RaySystemError
 
 from nev.errors import NevError
@@ -23,20 +23,54 @@ def ray_run(function: Callable[[Any], Any], items: Sequence[Any], task_bytes: in
 
     A NevError that a task raises is raised here. Where `function` can't be imported by Ray's processes, RuntimeError.
     """
+    memory = min(task_bytes, int(max(node["Resources"].get("memory", 0) for node in ray.nodes())))  # type: ignore[no-untyped-call]
+    return _results(
+        function,
+        items,
+        lambda rows, source: rows.map(functools.partial(_task, source=source), num_cpus=1, memory=memory),
+    )
+
+
+def ray_run_on_actors(
+    function: Callable[[Any], Any], items: Sequence[Any], count: int, cpus: float, gpus: float
+) -> Iterator[Any]:
+    """The same on `count` actors of so many CPUs and GPUs, which keep in memory what `function` caches.
+
+    Those that start later, on nodes that an autoscaler brings, join those that are at work. Of a cluster that can have none
+    of them this waits for ever.
+    """
+    pool = ActorPoolStrategy(size=count)
+    actor: Any = _Actor  # Ray's types know functions only
+    return _results(
+        function,
+        items,
+        lambda rows, source: rows.map(actor, fn_constructor_args=(source,), compute=pool, num_cpus=cpus, num_gpus=gpus),
+    )
+
+
+def _results(
+    function: Callable[[Any], Any],
+    items: Sequence[Any],
+    job: Callable[[Dataset, list[ray.ObjectRef[Any]]], Dataset],
+) -> Iterator[Any]:
     if not items:
         return
     packed = [{"item": pickle.dumps(item)} for item in items]
-    memory = min(task_bytes, int(max(node["Resources"].get("memory", 0) for node in ray.nodes())))  # type: ignore[no-untyped-call]
     with DataContext.current(_context()):
-        source = [ray.put(function)]
-        tasks = ray.data.from_items(packed, override_num_blocks=len(packed)).map(
-            functools.partial(_task, source=source), num_cpus=1, memory=memory
-        )
-        for row in tasks.iter_rows():
+        done = job(ray.data.from_items(packed, override_num_blocks=len(packed)), [ray.put(function)])
+        for row in done.iter_rows():
             failed, result = pickle.loads(row["result"])  # noqa: S301 - it comes from our own tasks
             if failed:
                 raise result
             yield result
+
+
+class _Actor:
+    def __init__(self, source: list[ray.ObjectRef[Any]]) -> None:
+        self._source = source
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return _task(row, self._source)
 
 
 def _task(row: dict[str, Any], source: list[ray.ObjectRef[Any]]) -> dict[str, Any]:
