@@ -13,7 +13,7 @@ from rich.progress import track
 
 from nev.config import Columns, ConfigError, Text
 from nev.data.index import Index, build_index
-from nev.data.sidecar import missing_sidecars, sidecar_key, write_sidecar
+from nev.data.sidecar import sidecar_key, sidecars_to_write, write_sidecar
 from nev.models.text import TextTower, load_text
 from nev.runtime import cluster_cpus, cluster_gpus, cluster_nodes
 
@@ -38,7 +38,7 @@ class Place(NamedTuple):
 def embed_captions(
     roots: Sequence[str], columns: Columns, text: Text, console: Console, gpus: int | None = None
 ) -> Written:
-    """Write the sidecars that the shards under `roots` lack. Needs a connected Ray.
+    """Write the sidecars that the shards under `roots` lack, or that don't fit them any more. Needs a connected Ray.
 
     gpus: how many to ask the cluster for, whose autoscaler may have to bring them; by default those that are there now.
     On one machine without a GPU the tower of this process does it: actors would each load another.
@@ -52,7 +52,7 @@ def embed_captions(
     missing = [
         Place(root, shard)
         for root, index in enumerate(indexes)
-        for shard in missing_sidecars(index, sidecar_key(tower.fingerprint, str(index.columns.caption)))
+        for shard in sidecars_to_write(index, _key(index, tower), tower.width)
     ]
     if not missing:
         return Written(0, 0, 0.0)
@@ -106,6 +106,8 @@ def _tower(text: Text, fingerprint: str) -> TextTower:
 
 def _write(indexes: list[Index], place: Place, tower: TextTower) -> int:
     index = indexes[place.root]
-    assert index.columns.caption
-    key = sidecar_key(tower.fingerprint, index.columns.caption)
-    return write_sidecar(index, place.shard, key, tower.width, tower.encode)
+    return write_sidecar(index, place.shard, _key(index, tower), tower.width, tower.encode)
+
+
+def _key(index: Index, tower: TextTower) -> str:
+    return sidecar_key(tower.fingerprint, str(index.columns.caption))

@@ -100,7 +100,11 @@ def test_webdataset_limit_and_overwrite(tmp_path: Path) -> None:
     prepare(*args, "--rows-per-shard", 8, "--row-group-rows", 4)
     assert [pq.read_metadata(path).num_rows for path in sorted((tmp_path / "out").glob("*"))] == [8, 8, 4]
     assert "already holds 3 shard(s)" in prepare(*args, code=2)
+    sidecar = tmp_path / "out/_text/key/00000.parquet"  # vectors of rows that will not be there any more
+    sidecar.parent.mkdir(parents=True)
+    sidecar.touch()
     assert "rows in 5" in prepare(*args, "--overwrite", "--limit", 5)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["00000.parquet"]
     assert pq.read_table(tmp_path / "out").num_rows == 5
 
 

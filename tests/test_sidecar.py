@@ -19,6 +19,7 @@ from nev.data.sidecar import (
     missing_sidecars,
     sidecar_key,
     sidecar_location,
+    sidecars_to_write,
     vectors_of,
     write_sidecar,
 )
@@ -64,7 +65,7 @@ def test_missing_sidecars_are_counted_and_named(tmp_path: Path) -> None:
     index = embedded(three_shards(tmp_path))
     check_sidecars(index, KEY, WIDTH)
     Path(sidecar_location(index, 1, KEY)).unlink()
-    assert missing_sidecars(index, KEY) == [1]
+    assert missing_sidecars(index, KEY) == sidecars_to_write(index, KEY, WIDTH) == [1]
     with pytest.raises(
         DataError, match=r"1 of 3 shards .* \(first: b\.parquet\)\. Write them with `python pipelines/embed_text"
     ):
@@ -132,6 +133,11 @@ def test_a_sidecar_that_does_not_match_is_refused_with_a_remedy(change: Any, mes
     change(index, path)
     with pytest.raises(DataError, match=rf"{path.name}:? {message}(.|\n)*write it again"):
         check_sidecars(build_index(str(tmp_path), Columns()), KEY, WIDTH)
+    after = build_index(str(tmp_path), Columns())
+    assert sidecars_to_write(after, KEY, WIDTH) == [0]
+    write_sidecar(after, 0, KEY, WIDTH, encode)
+    assert sidecars_to_write(after, KEY, WIDTH) == []
+    check_sidecars(after, KEY, WIDTH)
 
 
 @pytest.mark.parametrize("groups", [[6], [3, 3]])

@@ -16,7 +16,7 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from nev.config import ConfigError, Limits
-from nev.data import labels
+from nev.data import labels, sidecar
 from nev.data.contact import contact_sheet
 from nev.data.cut import Order, merged, order_of, shard_of
 from nev.data.filters import Filters
@@ -157,7 +157,10 @@ def _scattered(source: Source, state: State, job: Scatter, run: Run, progress: P
 
 
 def _cut(output: str, parts: list[Facts], state: State, job: Scatter, layout: Layout) -> tuple[Facts, Order]:
-    """The second stage: `plan.json`, and the order of the rows. Older shards are removed once nothing can go wrong."""
+    """The second stage: `plan.json`, and the order of the rows. Older shards are removed once nothing can go wrong.
+
+    With them go their sidecars: vectors of captions that lay in other rows.
+    """
     plan = merged(parts, job.known) | {"job": state.job}
     plan["parts"] = [[part["rows"], len(part["files"])] for part in parts]
     order = _order(job.work, plan)
@@ -169,6 +172,8 @@ def _cut(output: str, parts: list[Facts], state: State, job: Scatter, layout: La
     with writing(output):
         for name in state.shards:
             fs.rm_file(join(path, name))
+        if state.shards and fs.exists(join(path, sidecar.FOLDER)):
+            fs.rm(join(path, sidecar.FOLDER), recursive=True)
     write_json(join(job.work, "plan.json"), plan)
     return plan, order
 

@@ -23,6 +23,7 @@ from nev.data.rows import captions_of
 from nev.data.storage import PARALLEL_REQUESTS, filesystem, join, open_parquet, whole_file
 
 WRITE_AGAIN = "Delete this file and write it again with `python pipelines/embed_text.py`."
+FOLDER = "_text"
 LAYOUT = 1  # counts changes of the file's layout: sidecars of another one have another key
 
 Encode = Callable[[Sequence[str]], NDArray[np.float32]]
@@ -35,7 +36,7 @@ def sidecar_key(text_fingerprint: str, caption_column: str) -> str:
 
 def sidecar_location(index: Index, shard: int, key: str) -> str:
     """Path or URL of a shard's sidecar."""
-    return join(index.root, "_text", key[:16], index.paths[shard])
+    return join(index.root, FOLDER, key[:16], index.paths[shard])
 
 
 def shard_fingerprint(index: Index, shard: int) -> str:
@@ -101,32 +102,47 @@ def check_sidecars(index: Index, key: str, width: int) -> None:
             f"(first: {index.paths[missing[0]]}). Write them with `python pipelines/embed_text.py --config CONFIG`."
         )
 
-    def check(shard: int) -> None:
-        location = sidecar_location(index, shard, key)
-        fs, path = filesystem(location)
-        with reading(location, WRITE_AGAIN), open_parquet(fs, path) as file:
-            footer = pq.read_metadata(file)
-        found = {name.decode(): value.decode() for name, value in (footer.metadata or {}).items()}
-        wanted = {"nev.key": key, "nev.shard": shard_fingerprint(index, shard), "nev.width": str(width)}
-        for name, value in wanted.items():
-            if found.get(name) != value:
-                raise DataError(
-                    f"{location}: {name} is {found.get(name)}, this run needs {value}. The shard or the encoder changed: "
-                    "delete this file and write it again with `python pipelines/embed_text.py`."
-                )
-        rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
-        own = index.groups_of(shard)
-        if [rows[group] for group in index.group[own] if group < len(rows)] != index.rows[own].tolist():
-            raise not_beside(location)
-        # In a shard of one row group no footer tells that its rows were put in another order. Where there are more,
-        # their sizes tell, and the reader compares the uids of what it reads besides.
-        if len(rows) == 1:
-            own_uids = uids_of(read_column(index.location(shard), str(index.columns.uid)))
-            if uids_of(read_column(location, "uid", WRITE_AGAIN)) != own_uids:
-                raise not_beside(location)
+    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+        list(pool.map(lambda shard: _check(index, shard, key, width), range(len(index.paths))))
+
+
+def sidecars_to_write(index: Index, key: str, width: int) -> list[int]:
+    """Shards whose sidecar `check_sidecars` would refuse: absent, damaged, or beside a shard that was written anew."""
+
+    def unfit(shard: int) -> bool:
+        try:
+            _check(index, shard, key, width)
+        except DataError:
+            return True
+        return False
 
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
-        list(pool.map(check, range(len(index.paths))))
+        return [shard for shard, unfits in enumerate(pool.map(unfit, range(len(index.paths)))) if unfits]
+
+
+def _check(index: Index, shard: int, key: str, width: int) -> None:
+    location = sidecar_location(index, shard, key)
+    fs, path = filesystem(location)
+    with reading(location, WRITE_AGAIN), open_parquet(fs, path) as file:
+        footer = pq.read_metadata(file)
+    found = {name.decode(): value.decode() for name, value in (footer.metadata or {}).items()}
+    wanted = {"nev.key": key, "nev.shard": shard_fingerprint(index, shard), "nev.width": str(width)}
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise DataError(
+                f"{location}: {name} is {found.get(name)}, this run needs {value}. The shard or the encoder changed: "
+                "write it again with `python pipelines/embed_text.py`."
+            )
+    rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+    own = index.groups_of(shard)
+    if [rows[group] for group in index.group[own] if group < len(rows)] != index.rows[own].tolist():
+        raise not_beside(location)
+    # In a shard of one row group no footer tells that its rows were put in another order. Where there are more,
+    # their sizes tell, and the reader compares the uids of what it reads besides.
+    if len(rows) == 1:
+        own_uids = uids_of(read_column(index.location(shard), str(index.columns.uid)))
+        if uids_of(read_column(location, "uid", WRITE_AGAIN)) != own_uids:
+            raise not_beside(location)
 
 
 def not_beside(location: str) -> DataError:
