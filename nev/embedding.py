@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from nev.config import Columns, ConfigError, Text
 from nev.data.index import Index, build_index
 from nev.data.sidecar import sidecar_key, sidecars_to_write, write_sidecar
 from nev.models.text import TextTower, load_text
-from nev.runtime import cluster_cpus, cluster_gpus, cluster_nodes
+from nev.runtime import cluster_cpus, cluster_gpus, cluster_nodes, may_grow
 
 CPUS_AN_ACTOR = 4
 
@@ -45,7 +44,7 @@ def embed_captions(
     Raises DataError for unusable shards, ConfigError for GPUs that a Ray of this machine alone has not.
     """
     there = cluster_gpus()
-    if gpus is not None and gpus > there and not os.environ.get("RAY_ADDRESS"):
+    if gpus is not None and gpus > there and not may_grow():
         raise ConfigError(f"this machine has {there} GPUs, not {gpus}: leave --gpus out, or submit this to a cluster")
     indexes = [build_index(root, columns) for root in roots]
     tower = load_text(text)
@@ -58,7 +57,7 @@ def embed_captions(
         return Written(0, 0, 0.0)
     begin = time.perf_counter()
     wanted = there if gpus is None else gpus
-    if not wanted and os.environ.get("RAY_ADDRESS"):
+    if not wanted and may_grow():
         console.print("no GPU is up: embedding on CPUs (--gpus N asks the cluster for some)", highlight=False)
     counts: Iterator[int]
     if not wanted and cluster_nodes() == 1:

@@ -18,7 +18,7 @@ from nev.train.job import where
 from nev.train.manifest import CheckpointError, best, latest, read_manifest
 from nev.train.output import check_output
 from nev.train.setup import absolute, class_names, make_validation, prepare_job, train_reader
-from nev.train.trainer import fit
+from nev.train.trainer import check_room, fit
 
 if TYPE_CHECKING:
     from nev.eval.validation import Embedded, Validation
@@ -53,6 +53,7 @@ def run_experiment(
     lock = lock_of(text)
     job = prepare_job(config, text, stop_after)
     connect()
+    check_room(config.workers)
     tracker = track(job, parent)
     ok = False
     try:

@@ -43,6 +43,11 @@ def connect() -> None:
     _quiet_data()
 
 
+def may_grow() -> bool:
+    """Whether the connected cluster is another than the one that `connect` starts here, so that more may come to it."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 def cluster_gpus() -> int:
     """GPUs of the connected cluster, as it stands now."""
     return int(_resources().get("GPU", 0))

@@ -31,7 +31,7 @@ from nev.train.manifest import CheckpointError, latest, read_manifest
 from nev.train.quarantine import TooManyBadRows
 from nev.train.setup import absolute, prepare_job, train_reader
 from nev.train.step import choose_precision
-from nev.train.trainer import TrainingFailed, build_learner
+from nev.train.trainer import TrainingFailed, build_learner, check_room
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")
@@ -233,6 +233,27 @@ def test_output_that_would_be_lost_is_refused(tiny: Make, tmp_path: Path, monkey
     with pytest.raises(ConfigError, match="goes away with the node"):
         absolute(tiny(output="runs"))
     assert absolute(tiny(output=str(tmp_path))).output == str(tmp_path)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"workers__gpus": 1}, r"workers\.count = 1 times workers\.gpus = 1 are more than this machine's 0 GPUs"),
+        ({"workers__count": 2, "workers__cpus": 1}, r"workers\.cpus = 1 leave none of this machine's 2 CPUs to decode"),
+        ({"workers__cpus": 1.5}, r"workers\.cpus = 1\.5 leave none"),
+    ],
+)
+def test_workers_that_would_wait_for_ever_are_refused(
+    asked: dict[str, float], message: str, ray_cluster: None, tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(**asked)
+    with pytest.raises(ConfigError, match=message):
+        run_experiment(config, Console(quiet=True))
+    assert not Path(config.output, "mlflow.db").exists(), "no run is left behind in MLflow"
+    check_room(tiny(workers__cpus=1).workers)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    check_room(config.workers)  # an autoscaler may bring what is missing
 
 
 def curve(summary: Summary) -> list[float]:

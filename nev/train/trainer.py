@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from nev.config import ConfigError, Experiment
+from nev.config import ConfigError, Experiment, Workers
 from nev.data.block import Block, BlockReader
 from nev.data.storage import join
 from nev.errors import NevError
+from nev.runtime import cluster_cpus, cluster_gpus, may_grow
 from nev.tracking import Tracker
 from nev.train.job import Job, Start, where
 from nev.train.manifest import CheckpointError, latest
@@ -89,6 +90,26 @@ def ray_folder(run: str) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="nev-ray-") as folder:
         yield folder
+
+
+def check_room(workers: Workers) -> None:
+    """Raise ConfigError for workers that never start, or whose stream never does: Ray would wait for room without a word.
+
+    Needs a connected Ray. A cluster that may grow is given the benefit of the doubt.
+    """
+    if may_grow():
+        return
+    gpus, cpus = cluster_gpus(), cluster_cpus()
+    if workers.count * workers.gpus > gpus:
+        raise ConfigError(
+            f"workers.count = {workers.count} times workers.gpus = {workers.gpus:g} are more than this machine's {gpus} GPUs: "
+            "lower one of them, or submit the run to a cluster"
+        )
+    if workers.cpus and workers.count * workers.cpus > cpus - 1:
+        raise ConfigError(
+            f"workers.count = {workers.count} times workers.cpus = {workers.cpus:g} leave none of this machine's {cpus} CPUs "
+            "to decode: lower one of them; with workers.cpus = 0, training and decoding share them"
+        )
 
 
 def resources(config: Experiment) -> dict[str, float]:
