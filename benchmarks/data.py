@@ -3,7 +3,7 @@
 make bench NAME=data
 NEV_DATA=../shared/data python benchmarks/data.py --repetitions 5
 
-Every contestant feeds one consumer on this machine's cores. Run it on a quiet machine: it takes a quarter of an hour.
+Every contestant feeds one consumer on this machine's cores. Run it on a quiet machine: it takes twenty minutes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nev.cli import command, explained
 DATALOADER_GOAL, OPEN_CLIP_GOAL, LIMIT_GOAL, RESUME_GOAL = 1.0, 2.0, 0.9, 1.2
 NOTES = (
     "Every measurement has a process of its own; nev's starts a Ray of this machine's CPUs and warms it with two short "
-    "streams. Batches and blocks have 256 rows. A rate is that of 5 s, from 2.5 s after the first batch on.",
+    "streams. Batches and blocks have 256 rows. A rate is that of 10 s, from 5 s after the first batch on.",
     "stream: parquet shards with text sidecars -> Ray Data -> iter_batches in one consumer, with the text vectors. dataloader: "
     "torch's DataLoader with a worker a core and nev's decoding, bytes in memory. open_clip: its WebDataset pipeline with a "
     "worker a core, its own transform and tokenizer. limit: nev's decoding and resizing alone, a process a core, no batch "

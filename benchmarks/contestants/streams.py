@@ -23,10 +23,10 @@ from nev.data.decode import read_header
 from nev.data.index import build_index
 from nev.data.plan import Plan
 
-WARM_UP_S = (
-    2.5  # of a stream, that no rate counts: Ray Data knows its limits after a second, and fills what it may hold
-)
-MEASURED_S = 5.0
+# Of a stream, that no rate counts: Ray Data fills what it may hold, and the decoding processes touch the pages of the object
+# store for the first time.
+WARM_UP_S = 5.0
+MEASURED_S = 10.0
 START = 4  # batches of a stream whose start alone is measured
 MANY = 4_000  # batches: more than anyone gives in WARM_UP_S + MEASURED_S
 AUGMENT = Augment()
