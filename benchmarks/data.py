@@ -3,7 +3,7 @@
 make bench NAME=data
 NEV_DATA=../shared/data python benchmarks/data.py --repetitions 5
 
-Every contestant feeds one consumer on this machine's cores. Run it on a quiet machine: it takes twenty minutes.
+Every contestant feeds one consumer on this machine's cores. Run it on a quiet machine: it takes seventeen minutes.
 """
 
 from __future__ import annotations
