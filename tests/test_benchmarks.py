@@ -13,8 +13,8 @@ import pytest
 import typer
 from rich.console import Console
 
-from benchmarks import data, report, train
-from benchmarks.contestants import open_clip, pictures, processes, ray_job, streams
+from benchmarks import data, loss, report, train
+from benchmarks.contestants import losses, open_clip, pictures, processes, ray_job, streams
 from nev.config import Experiment, load
 
 REPO = Path(__file__).parents[1]
@@ -228,6 +228,32 @@ def test_data_reports_the_ratios_of_both_sets(tmp_path: Path, monkeypatch: pytes
     assert written["figures"]["first_batch_s"] == 1.0
     assert written["figures"]["bytes_copied_per_row"] == 300.0
     assert written["repetitions"]["flickr8k_limit_images_per_s"] == [200.0, 200.0]
+
+
+def test_loss_reports_its_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`loss` with contestants that answer at once: nev 2 s and 10 MiB, open_clip 8 s and 400 MiB, a product at 1 GFLOP/s."""
+
+    def answer(contestant: object, *args: object) -> object:
+        if contestant is losses.cost:
+            return losses.Cost(2.0, 10.0) if args[0] == "nev" else losses.Cost(8.0, 400.0)
+        return 1e9 if contestant is losses.gemm_flops else 1e-7
+
+    monkeypatch.setattr(processes, "in_own_process", answer)
+    monkeypatch.setattr(open_clip, "not_installed", list)
+    loss.main(width=64, sizes=[1024, 2048], alone=[4096], repetitions=2, results=tmp_path)
+    written = json.loads((tmp_path / "loss.json").read_text())
+    assert written["ratios"]["time_vs_open_clip_2048"] == 0.25
+    assert written["ratios"]["memory_vs_open_clip_1024"] == 0.025
+    assert written["ratios"]["flops_vs_gemm"] == pytest.approx(6 * 2048**2 * 64 / 2 / 1e9, rel=1e-3)
+    assert written["figures"]["nev_4096_s"] == 2.0
+    assert written["figures"]["gradient_difference"] == 1e-7
+
+
+def test_a_loss_costs_time_and_memory() -> None:
+    seconds, mib = processes.in_own_process(losses.cost, "nev", 2048, 16)
+    assert seconds > 0
+    assert 0 < mib < 200
+    assert losses.gemm_flops(16) > 1e6
 
 
 def test_a_goal_may_be_a_bound_from_above(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 from torch.nn.parallel import DistributedDataParallel
 
+from nev.losses import tiles
 from nev.losses.contrastive import contrastive_loss
 
 N, WIDTH, DIM = 16, 5, 7
@@ -275,6 +276,7 @@ def _count(group: dist.ProcessGroup | None) -> tuple[dict[str, int], dict[str, i
 def _worker(rank: int, folder: str) -> None:
     """Four processes; two pairs of them, and each alone, are process groups of their own."""
     torch.set_num_threads(1)
+    tiles.TILE_ROWS, tiles.TILE_COLUMNS = 3, 5  # so that pairs lie on, and across, the borders of tiles
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=4)
     results = {}
     for world in (1, 2, 4):

@@ -8,12 +8,13 @@ column terms c_j = LSE_i s_ij over the N valid pairs of all ranks (van den Oord 
     dL/dlog tau  = sum_i <x_i, dL/dx_i>
 
 The forward computes the loss and both gradients, because every number that they need is there: no collective runs in
-the backward, and the b x N scores are freed before it. A row term is local; a column term takes two all-reduces.
+the backward. The b x N scores are never there: they are computed a tile at a time, twice (`nev.losses.tiles`), so that memory
+is O(N D). A row term is local; a column term takes two all-reduces.
 
 Collectives a call, always in this order, none of them when W = 1:
   1. all_gather  [b, D + 1]  the texts in their own dtype; the last column says which pairs are valid
-  2. all_reduce  [N] MAX     the column maxima
-  3. all_reduce  [N + 2] SUM the column sums, this rank's part of the loss, this rank's number of correct images
+  2. all_reduce  [N] MAX     the column terms over each rank's images
+  3. all_reduce  [N + 2] SUM what they are of the sums, this rank's part of the loss, its number of correct images
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from nev.losses.tiles import gradient, statistics
 
 
 class Contrastive(NamedTuple):
@@ -110,28 +113,25 @@ def _infonce(
     """(loss, correct, pairs, W times dL/dx). x [b, D] in the dtype to compute in, its invalid rows 0."""
     rank, world = _place(group)
     texts, valid_texts = _gather(text, valid, group, world)
-    texts = texts.to(x.dtype).masked_fill(~valid_texts[:, None], 0)
-    rows = torch.arange(len(x), device=x.device)
-    own = rows + rank * len(x)
+    first = rank * len(x)
+    own = slice(first, first + len(x))
     pairs = valid_texts.sum()
     zero = x.new_zeros(())
 
-    # A score of -inf takes its pair out of every maximum and every sum of exponentials. An invalid row or column has
-    # nothing else, and -inf - -inf is NaN, so the maximum that is subtracted from it becomes 0.
-    scores = (scale * x) @ texts.T
-    scores.masked_fill_(~valid_texts, -torch.inf).masked_fill_(~valid[:, None], -torch.inf)
-    own_scores = torch.where(valid, scores[rows, own], zero)
-
-    row_lse = torch.where(valid, scores.logsumexp(1), zero)
-    column_max = scores.amax(0)
+    scaled = scale * x
+    found = statistics(scaled, texts, valid, valid_texts, first)
+    row_lse, own_scores = (torch.where(valid, value, zero) for value in (found.row, found.own))
+    column_max = found.column
     if world > 1:
+        column_max = column_max + found.shift  # each rank has its own
         dist.all_reduce(column_max, dist.ReduceOp.MAX, group)
+        column_max -= found.shift
     column_max = torch.where(valid_texts, column_max, zero)
-    column_sum = (scores - column_max).exp_().sum(0)
+    column_sum = (found.column - column_max).exp_()
 
-    # Every term of the loss is at least 0 (r_i >= s_ii, c_j >= max_j >= s_jj): nothing large cancels in the sum.
+    # Every term of the loss is at least 0 (r_i >= s_ii, c_j >= s_jj): nothing large cancels in the sum.
     part = (row_lse - own_scores).sum() + (column_max[own] - own_scores).sum()
-    correct = ((scores.argmax(1) == own) & valid).sum()
+    correct = ((found.best == torch.arange(own.start, own.stop, device=x.device)) & valid).sum()
     sums = torch.cat([column_sum, torch.stack([part, correct.to(x.dtype)])])
     if world > 1:
         dist.all_reduce(sums, dist.ReduceOp.SUM, group)
@@ -141,11 +141,9 @@ def _infonce(
     correct = sums[-1].round().long()
     if not with_grad:
         return loss, correct, pairs, None
-
-    weights = (scores - row_lse[:, None]).exp_()
-    weights += scores.sub_(column_max + log_column_sum).exp_()
-    weights[rows, own] -= 2 * valid.to(x.dtype)
-    return loss, correct, pairs, (weights @ texts).mul_(world * scale * half_mean)
+    everywhere = found._replace(column=column_max + log_column_sum)
+    grad = gradient(scaled, texts, valid, valid_texts, first, everywhere)
+    return loss, correct, pairs, grad.mul_(world * scale * half_mean)
 
 
 def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
@@ -162,7 +160,7 @@ def _gather(text: Tensor, valid: Tensor, group: dist.ProcessGroup | None, world:
     packed = torch.cat([text, valid[:, None].to(text.dtype)], dim=1)
     gathered = packed.new_empty(world * len(packed), packed.shape[1])
     dist.all_gather_into_tensor(gathered, packed, group)
-    return gathered[:, :-1].contiguous(), gathered[:, -1] == 1
+    return gathered[:, :-1], gathered[:, -1] == 1
 
 
 def _check(image: Tensor, text: Tensor, log_scale: Tensor, valid: Tensor | None) -> None:

@@ -1,0 +1,90 @@
+"""A loss forward and backward, each in a process of its own: seconds, and how much more memory it took at its peak."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from nev.losses.tiles import TILE_COLUMNS, TILE_ROWS
+
+SCALE = 1 / 0.07
+GEMM_S = 2.0
+
+
+class Cost(NamedTuple):
+    """seconds of a forward and backward; mib: most memory above what the inputs take, in MiB."""
+
+    seconds: float
+    mib: float
+
+
+def pairs(n: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit vectors, image [n, width] and text likewise, alike by pairs; the log of the scale. float32."""
+    generator = torch.Generator().manual_seed(0)
+    text = normalize(torch.randn(n, width, generator=generator))
+    image = normalize(text + 1.5 * normalize(torch.randn(n, width, generator=generator)))
+    return image.requires_grad_(), text, torch.tensor(math.log(SCALE), requires_grad=True)
+
+
+def nev_loss(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
+    """nev's loss of a process alone."""
+    from nev.losses.contrastive import contrastive_loss
+
+    return contrastive_loss(image, text, log_scale).loss
+
+
+def open_clip_loss(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
+    """open_clip's ClipLoss of a process alone; the text has no gradient here either."""
+    from open_clip.loss import ClipLoss
+
+    loss: Tensor = ClipLoss()(image, text, log_scale.exp())
+    return loss
+
+
+LOSSES = {"nev": nev_loss, "open_clip": open_clip_loss}
+
+
+def cost(name: str, n: int, width: int) -> Cost:
+    """What one forward and backward over n pairs costs, after a small one."""
+    loss = LOSSES[name]
+    torch.autograd.backward(loss(*pairs(256, width)))
+    inputs = pairs(n, width)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = _kib("VmRSS")
+    begin = time.perf_counter()
+    torch.autograd.backward(loss(*inputs))
+    return Cost(time.perf_counter() - begin, (_kib("VmHWM") - before) / 1024)
+
+
+def difference(n: int, width: int) -> float:
+    """The largest difference between the two gradients of the images, as a share of the largest gradient."""
+    found = []
+    for loss in LOSSES.values():
+        image, text, log_scale = pairs(n, width)
+        found += torch.autograd.grad(loss(image, text, log_scale), image)
+    ours, theirs = found
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def gemm_flops(width: int) -> float:
+    """FLOP/s of a matrix product of a tile's shape, again and again on the same memory."""
+    x, text, scores = (
+        torch.randn(*shape) for shape in ((TILE_ROWS, width), (TILE_COLUMNS, width), (TILE_ROWS, TILE_COLUMNS))
+    )
+    torch.mm(x, text.T, out=scores)
+    begin, done = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - begin) < GEMM_S:
+        torch.mm(x, text.T, out=scores)
+        done += 1
+    return 2 * x.numel() * len(text) * done / seconds
+
+
+def _kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

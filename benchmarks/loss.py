@@ -1,0 +1,84 @@
+"""The contrastive loss side by side: nev's tiles, open_clip's ClipLoss, and a plain matrix product of the tile's shape.
+
+make bench NAME=loss
+python benchmarks/loss.py --repetitions 3
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks import report
+from nev.cli import command, explained
+
+TIME_GOAL, MEMORY_GOAL, FLOPS_GOAL = 0.33, 0.05, 0.65
+NOTES = (
+    "Forward and backward, float32, one process on every core; each measurement in a process of its own. The texts have no "
+    "gradient in either. mib: most memory above what the inputs take.",
+    "flops: the three matrix products of nev's loss, 6 N^2 D, over its seconds. gemm_flops: a matrix product of one tile, again "
+    "and again. gradient_difference: largest, over the largest gradient, at the least N.",
+)
+
+
+def main(
+    width: Annotated[int, typer.Option(min=8, help="D, numbers of a vector.")] = 768,
+    sizes: Annotated[list[int] | None, typer.Option("--size", min=256, help="N. May be repeated.")] = None,
+    alone: Annotated[list[int] | None, typer.Option(min=256, help="N of nev alone, once. May be repeated.")] = None,
+    repetitions: Annotated[int, typer.Option(min=1, help="Rounds; every contestant runs once in each.")] = 5,
+    results: Annotated[
+        Path, typer.Option(help="Folder of loss.json.", show_default="benchmarks/results")
+    ] = report.RESULTS,
+) -> None:
+    """Measure the contrastive loss beside open_clip's; writes benchmarks/results/loss.json."""
+    from benchmarks.contestants import losses, open_clip
+    from benchmarks.contestants.processes import in_own_process
+
+    console = Console()
+    with explained(console):
+        beside: dict[str, list[float]] = {}
+
+        def seconds(name: str, n: int) -> float:
+            found = in_own_process(losses.cost, name, n, width)
+            beside.setdefault(f"{name}_{n}_mib", []).append(found.mib)
+            if name == "nev":
+                beside.setdefault(f"{name}_{n}_flops", []).append(6 * n**2 * width / found.seconds)
+            return found.seconds
+
+        sizes = sizes or [4096, 8192, 16384]
+        names = list(losses.LOSSES)
+        if missing := open_clip.not_installed():
+            console.print(f"[yellow]open_clip is left out: {', '.join(missing)} not installed ({open_clip.INSTALL})[/]")
+            names.remove("open_clip")
+        contestants: dict[str, Callable[[], float]] = {"gemm_flops": partial(in_own_process, losses.gemm_flops, width)}
+        ratios: dict[str, report.Ratio] = {}
+        for n in sizes:
+            contestants |= {f"{name}_{n}_s": partial(seconds, name, n) for name in names}
+            goals = (TIME_GOAL, MEMORY_GOAL, FLOPS_GOAL) if n == 16384 else (None, None, None)
+            if "open_clip" in names:
+                ratios[f"time_vs_open_clip_{n}"] = report.Ratio(
+                    f"nev_{n}_s", f"open_clip_{n}_s", goals[0], at_most=True
+                )
+                ratios[f"memory_vs_open_clip_{n}"] = report.Ratio(
+                    f"nev_{n}_mib", f"open_clip_{n}_mib", goals[1], at_most=True
+                )
+            ratios[f"flops_vs_gemm_{n}"] = report.Ratio(f"nev_{n}_flops", "gemm_flops", goals[2])
+        ratios["flops_vs_gemm"] = ratios[f"flops_vs_gemm_{sizes[-1]}"]
+        figures = report.measure_interleaved(contestants, repetitions, console) | beside
+        if "open_clip" in names:
+            figures["gradient_difference"] = [in_own_process(losses.difference, min(sizes), width)]
+        for n in alone or []:
+            found = in_own_process(losses.cost, "nev", n, width)
+            figures |= {f"nev_{n}_s": [found.seconds], f"nev_{n}_mib": [found.mib]}
+        report.write("loss", report.this_command(), figures, ratios, NOTES, results, console)
+
+
+app = command(main, "make bench NAME=loss")
+
+if __name__ == "__main__":
+    app()

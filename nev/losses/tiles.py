@@ -1,0 +1,134 @@
+"""The scores of all pairs a tile at a time, so that the b x N matrix of them is never there.
+
+Two walks over the tiles: `statistics` for the log-sum-exps of rows and columns, `gradient` for the weights that follow from
+them, times the texts. Each computes the scores anew: three matrix products in all, where keeping them would take two.
+
+A tile's exponentials are taken once, around one shift for the whole matrix, and serve its rows and its columns alike. That is
+exact while every log-sum-exp lies in a window around the shift: what underflows is less than e^-32 of its sum, and nothing
+overflows. Scores of unit vectors at a scale of 100 lie within 200 of each other and their sums far closer, so it nearly always
+does. Where it does not, the same walk is made with a shift for each row and column, at twice the exponentials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE_ROWS, TILE_COLUMNS = 1024, 512  # 2 MiB in fp32: a tile stays in a core's cache between its product and its sums
+LOW, HIGH = -55.0, 75.0  # the window: e^-87 is the least normal float32, and e^88 nearly the greatest
+ABOVE = 40.0  # how far the scores of the pairs themselves may lie above the shift
+
+
+class Statistics(NamedTuple):
+    """Of the scores of b images with N texts, all less `shift` (0-d), which would cost digits; invalid ones are left out.
+
+    row: [b], log-sum-exp over all texts. column: [N], log-sum-exp over these images, -inf where there is none. own: [b], the
+    score of each pair. best: int64 [b], the text with the highest score, the first of equal ones.
+    In invalid rows anything may stand.
+    """
+
+    row: Tensor
+    column: Tensor
+    own: Tensor
+    best: Tensor
+    shift: Tensor
+
+
+class Tile(NamedTuple):
+    """Scores [r, c] less the shift, in memory that the next tile takes; -inf for invalid texts."""
+
+    rows: slice
+    columns: slice
+    texts: Tensor
+    scores: Tensor
+
+
+def walk(x: Tensor, texts: Tensor, valid_texts: Tensor, shift: Tensor) -> Iterator[Tile]:
+    """The tiles of x [b, D] times texts [N, D], the latter converted to x's dtype a tile at a time."""
+    room = x.new_empty(min(TILE_ROWS, len(x)) * min(TILE_COLUMNS, len(texts)))
+    for start in range(0, len(texts), TILE_COLUMNS):
+        columns = slice(start, min(start + TILE_COLUMNS, len(texts)))
+        keep = valid_texts[columns]
+        # What an invalid row holds must not reach a product, not even with weight 0: NaN * 0 is NaN.
+        some = texts[columns].to(x.dtype).masked_fill(~keep[:, None], 0)
+        bias = torch.where(keep, -shift, -torch.inf)
+        for first in range(0, len(x), TILE_ROWS):
+            rows = slice(first, min(first + TILE_ROWS, len(x)))
+            scores = room[: (rows.stop - first) * len(some)].view(-1, len(some))
+            yield Tile(rows, columns, some, torch.addmm(bias, x[rows], some.T, out=scores))
+
+
+def statistics(x: Tensor, texts: Tensor, valid: Tensor, valid_texts: Tensor, first: int) -> Statistics:
+    """Statistics of the scores of x [b, D], already times the scale and 0 in invalid rows, with texts [N, D].
+
+    The text of image i is number first + i.
+    """
+    pairs = (x * texts[first : first + len(x)].to(x.dtype)).sum(1)
+    shift = torch.where(valid, pairs, -torch.inf).amax() - ABOVE
+    shift = torch.where(shift.isfinite(), shift, 0)
+    row, column = x.new_zeros(len(x)), x.new_zeros(len(texts))
+    own, highest, best = (
+        x.new_zeros(len(x)),
+        x.new_full((len(x),), -torch.inf),
+        torch.zeros_like(valid, dtype=torch.int64),
+    )
+    counts = valid.to(x.dtype)
+    for rows, columns, _, scores in walk(x, texts, valid_texts, shift):
+        offset = first + rows.start - columns.start
+        pairs = _pairs_in(scores, offset)
+        start = rows.start + max(0, -offset)
+        own[start : start + len(pairs)] = pairs
+        top, at = scores.max(1)
+        best[rows] = torch.where(top > highest[rows], at + columns.start, best[rows])
+        torch.maximum(highest[rows], top, out=highest[rows])
+        exponentials = scores.exp_()
+        row[rows] += exponentials.sum(1)
+        column[columns] += counts[rows] @ exponentials
+    row, column = row.log_(), column.log_()
+    if in_window(row, valid) and in_window(column, valid_texts):
+        return Statistics(row, column, own, best, shift)
+    return Statistics(*_each_with_its_own_shift(x, texts, valid, valid_texts), own + shift, best, x.new_zeros(()))
+
+
+def gradient(x: Tensor, texts: Tensor, valid: Tensor, valid_texts: Tensor, first: int, found: Statistics) -> Tensor:
+    """sum_j (e^(s_ij - row_i) + e^(s_ij - column_j)) t_j - 2 t_i: [b, D], 0 in invalid rows.
+
+    found: of `statistics`, but `column` the log-sum-exp over all ranks' images. The others as there.
+    """
+    row, column = found.row, found.column
+    narrow = in_window(row, valid) and in_window(column, valid_texts)
+    by_row, by_column = (-row).exp(), (-column).exp()
+    total = torch.zeros_like(x)
+    for rows, columns, some, scores in walk(x, texts, valid_texts, found.shift):
+        if narrow:
+            weights = scores.exp_().mul_(by_row[rows, None] + by_column[columns])
+        else:
+            weights = (scores - row[rows, None]).exp_() + scores.sub_(column[columns]).exp_()
+        # Before the product: where a pair stands out, its weight is nearly 2, and the difference would lose its digits after.
+        _pairs_in(weights, first + rows.start - columns.start).sub_(2)
+        total[rows].addmm_(weights, some)
+    return total.masked_fill_(~valid[:, None], 0)
+
+
+def in_window(shifted: Tensor, counts: Tensor) -> bool:
+    """Whether the log-sum-exps that count lie where one shift is exact. On a GPU the host waits here."""
+    return bool((((shifted > LOW) & (shifted < HIGH)) | ~counts).all())
+
+
+def _pairs_in(tile: Tensor, offset: int) -> Tensor:
+    """A view of the entries of a tile that are scores of pairs, which lie on its diagonal `offset`; it may be empty."""
+    height, width = tile.shape
+    return tile.diagonal(offset) if -height < offset < width else tile[0, :0]
+
+
+def _each_with_its_own_shift(x: Tensor, texts: Tensor, valid: Tensor, valid_texts: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exps of rows [b] and columns [N], whatever their spread."""
+    row, column = x.new_full((len(x),), -torch.inf), x.new_full((len(texts),), -torch.inf)
+    for rows, columns, _, scores in walk(x, texts, valid_texts, x.new_zeros(())):
+        row[rows] = torch.logaddexp(row[rows], scores.logsumexp(1))
+        scores.masked_fill_(~valid[rows, None], -torch.inf)
+        column[columns] = torch.logaddexp(column[columns], scores.logsumexp(0))
+    return row, column
