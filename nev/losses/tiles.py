@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nev.models.onednn import product
+
 TILE_ROWS, TILE_COLUMNS = 1024, 512  # 2 MiB in fp32: a tile stays in a core's cache between its product and its sums
 LOW, HIGH = -55.0, 75.0  # the window: e^-87 is the least normal float32, and e^88 nearly the greatest
 ABOVE = 40.0  # how far the scores of the pairs themselves may lie above the shift
@@ -38,27 +40,26 @@ class Statistics(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Scores [r, c] less the shift, in memory that the next tile takes; -inf for invalid texts."""
+    """Scores [r, c] less the shift, -inf for invalid texts; across: the texts, [D, c]."""
 
     rows: slice
     columns: slice
-    texts: Tensor
+    across: Tensor
     scores: Tensor
 
 
 def walk(x: Tensor, texts: Tensor, valid_texts: Tensor, shift: Tensor) -> Iterator[Tile]:
     """The tiles of x [b, D] times texts [N, D], the latter converted to x's dtype a tile at a time."""
-    room = x.new_empty(min(TILE_ROWS, len(x)) * min(TILE_COLUMNS, len(texts)))
     for start in range(0, len(texts), TILE_COLUMNS):
         columns = slice(start, min(start + TILE_COLUMNS, len(texts)))
         keep = valid_texts[columns]
         # What an invalid row holds must not reach a product, not even with weight 0: NaN * 0 is NaN.
         some = texts[columns].to(x.dtype).masked_fill(~keep[:, None], 0)
+        across = some.T.contiguous()
         bias = torch.where(keep, -shift, -torch.inf)
         for first in range(0, len(x), TILE_ROWS):
             rows = slice(first, min(first + TILE_ROWS, len(x)))
-            scores = room[: (rows.stop - first) * len(some)].view(-1, len(some))
-            yield Tile(rows, columns, some, torch.addmm(bias, x[rows], some.T, out=scores))
+            yield Tile(rows, columns, across, product(x[rows], some, bias))
 
 
 def statistics(x: Tensor, texts: Tensor, valid: Tensor, valid_texts: Tensor, first: int) -> Statistics:
@@ -102,14 +103,14 @@ def gradient(x: Tensor, texts: Tensor, valid: Tensor, valid_texts: Tensor, first
     narrow = in_window(row, valid) and in_window(column, valid_texts)
     by_row, by_column = (-row).exp(), (-column).exp()
     total = torch.zeros_like(x)
-    for rows, columns, some, scores in walk(x, texts, valid_texts, found.shift):
+    for rows, columns, across, scores in walk(x, texts, valid_texts, found.shift):
         if narrow:
             weights = scores.exp_().mul_(by_row[rows, None] + by_column[columns])
         else:
             weights = (scores - row[rows, None]).exp_() + scores.sub_(column[columns]).exp_()
         # Before the product: where a pair stands out, its weight is nearly 2, and the difference would lose its digits after.
         _pairs_in(weights, first + rows.start - columns.start).sub_(2)
-        total[rows].addmm_(weights, some)
+        total[rows] += product(weights, across)
     return total.masked_fill_(~valid[:, None], 0)
 
 
