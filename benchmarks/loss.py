@@ -22,7 +22,8 @@ NOTES = (
     "Forward and backward, float32, one process on every core; each measurement in a process of its own. The texts have no "
     "gradient in either. mib: most memory above what the inputs take.",
     "flops: the three matrix products of nev's loss, 6 N^2 D, over its seconds. gemm_flops: a product of one tile, again and "
-    "again, by torch's way (MKL) or oneDNN's, whichever is faster. gradient_difference: largest, over the largest gradient, at the least N.",
+    "again, by torch's way (MKL) or oneDNN's, whichever is faster. gradient_difference: largest, over the largest gradient, at "
+    "the least N.",
 )
 
 
