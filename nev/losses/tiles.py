@@ -6,7 +6,7 @@ them, times the texts. Each computes the scores anew: three matrix products in a
 A tile's exponentials are taken once, around one shift for the whole matrix, and serve its rows and its columns alike. That is
 exact while every log-sum-exp lies in a window around the shift: what underflows is less than e^-32 of its sum, and nothing
 overflows. Scores of unit vectors at a scale of 100 lie within 200 of each other and their sums far closer, so it nearly always
-does. Where it does not, the same walk is made with a shift for each row and column, at twice the exponentials.
+does. Where it does not, or on a GPU, another walk is made with a shift for each row and column, at twice the exponentials.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from nev.models.onednn import product
 
 TILE_ROWS, TILE_COLUMNS = 1024, 512  # 2 MiB in fp32: a tile stays in a core's cache between its product and its sums
+GPU_TILE_ROWS, GPU_TILE_COLUMNS = 8192, 4096  # 128 MiB: there a tile costs a dozen launches, whatever its size
 LOW, HIGH = -55.0, 75.0  # the window: e^-87 is the least normal float32, and e^88 nearly the greatest
 ABOVE = 40.0  # how far the scores of the pairs themselves may lie above the shift
 
@@ -50,15 +51,17 @@ class Tile(NamedTuple):
 
 def walk(x: Tensor, texts: Tensor, valid_texts: Tensor, shift: Tensor) -> Iterator[Tile]:
     """The tiles of x [b, D] times texts [N, D], the latter converted to x's dtype a tile at a time."""
-    for start in range(0, len(texts), TILE_COLUMNS):
-        columns = slice(start, min(start + TILE_COLUMNS, len(texts)))
+    on_cpu = x.device.type == "cpu"
+    height, width = (TILE_ROWS, TILE_COLUMNS) if on_cpu else (GPU_TILE_ROWS, GPU_TILE_COLUMNS)
+    for start in range(0, len(texts), width):
+        columns = slice(start, min(start + width, len(texts)))
         keep = valid_texts[columns]
         # What an invalid row holds must not reach a product, not even with weight 0: NaN * 0 is NaN.
         some = texts[columns].to(x.dtype).masked_fill(~keep[:, None], 0)
         across = some.T.contiguous()
         bias = torch.where(keep, -shift, -torch.inf)
-        for first in range(0, len(x), TILE_ROWS):
-            rows = slice(first, min(first + TILE_ROWS, len(x)))
+        for first in range(0, len(x), height):
+            rows = slice(first, min(first + height, len(x)))
             yield Tile(rows, columns, across, product(x[rows], some, bias))
 
 
@@ -115,8 +118,8 @@ def gradient(x: Tensor, texts: Tensor, valid: Tensor, valid_texts: Tensor, first
 
 
 def in_window(shifted: Tensor, counts: Tensor) -> bool:
-    """Whether the log-sum-exps that count lie where one shift is exact. On a GPU the host waits here."""
-    return bool((((shifted > LOW) & (shifted < HIGH)) | ~counts).all())
+    """Whether the log-sum-exps that count lie where one shift is exact. A GPU is not asked: the host would wait for it."""
+    return shifted.device.type == "cpu" and bool((((shifted > LOW) & (shifted < HIGH)) | ~counts).all())
 
 
 def _pairs_in(tile: Tensor, offset: int) -> Tensor:
