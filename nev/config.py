@@ -73,7 +73,7 @@ class Limits(Section):
     """What one encoded image may cost. Checked before it is decoded."""
 
     max_bytes: Positive = 32 * 2**20
-    max_pixels: Positive = 64_000_000
+    max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 64_000_000  # beyond that Pillow takes it for a bomb
 
 
 class Data(Section):

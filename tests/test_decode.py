@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from data_helpers import encoded, mutated, photo
 from PIL import Image
+from pydantic import ValidationError
 
 from nev.config import Limits
 from nev.data.decode import BadImage, decode, read_header
@@ -160,6 +161,15 @@ def test_limits_hold_to_the_pixel_and_to_the_byte() -> None:
             decode(data, Limits(max_pixels=40 * 48 - 1))
         with pytest.raises(BadImage, match=rf"{len(data)} bytes, more than limits\.max_bytes"):
             decode(data, Limits(max_bytes=len(data) - 1))
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "JPEG"])
+def test_the_limit_is_the_same_for_every_format(fmt: str) -> None:
+    data = encoded(Image.new("L", (10_000, 9_500)), fmt)  # 95 M pixels: Pillow alone warns above 89 M
+    header = read_header(data, Limits(max_pixels=100_000_000))
+    assert (header.height, header.width) == (9_500, 10_000)
+    with pytest.raises(ValidationError, match="max_pixels"):
+        Limits(max_pixels=200_000_000)  # Pillow refuses those
 
 
 def test_damaged_pictures_are_bad_images_and_nothing_worse() -> None:

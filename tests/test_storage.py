@@ -1,6 +1,7 @@
 """Storage: S3 over HTTP, through faults, gives what the local folder gives; failures for good name the object."""
 
 import logging
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from nev.config import Augment, Columns, Experiment, Limits
 from nev.data import s3 as s3_module
 from nev.data.block import Block, BlockReader
 from nev.data.index import DataError, Index, build_index
-from nev.data.plan import Plan
+from nev.data.plan import Plan, Segment
 from nev.data.sidecar import check_sidecars, missing_sidecars, sidecar_key, sidecar_location, write_sidecar
 from nev.data.storage import filesystem, whole_file, write_whole
 from nev.experiment import run_experiment
@@ -217,6 +218,27 @@ def test_requests_are_few(local: Path, s3: Proxy) -> None:
         seen.append((s3.count("HEAD"), s3.count("GET")))
     # A row group and its vectors are one request each. A file's first use asks for its size and its footer besides.
     assert sorted(seen) == [(0, 2)] * 4 + [(2, 4)] * 2
+
+
+def test_open_files_keep_no_row_group(tmp_path: Path, s3: Proxy) -> None:
+    fs, path = filesystem(REMOTE)
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        rows = [{**row, "image": rng.bytes(2**16)} for row in rows_of(8, first=100 * number)]
+        write_shard(tmp_path / "shard.parquet", rows, [8])
+        fs.pipe_file(f"{path}/{number:02}.parquet", (tmp_path / "shard.parquet").read_bytes())
+    index = build_index(REMOTE, Columns())
+    reader = BlockReader(index, 16, Limits(), 5, None)
+    reader.read([Segment(0, 0, 8)], 0)
+    tracemalloc.start()
+    try:
+        for group in range(1, 12):
+            reader.read([Segment(group, 0, 8)], 0)
+        kept = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert index.nbytes.min() > 2**19
+    assert kept < 2 * index.nbytes.max()
 
 
 def test_a_file_in_a_folder_is_replaced_in_one_step_or_not_at_all(tmp_path: Path) -> None:

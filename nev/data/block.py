@@ -39,7 +39,7 @@ class BlockReader:
     text_key: str | None = None
     text_width: int = 0
     with_labels: bool = False
-    _files: OrderedDict[str, pq.ParquetFile] = field(default_factory=OrderedDict, repr=False)
+    _files: OrderedDict[str, tuple[Any, pq.FileMetaData]] = field(default_factory=OrderedDict, repr=False)
 
     @property
     def row_bytes(self) -> int:
@@ -135,17 +135,20 @@ class BlockReader:
         return table.slice(segment.start, segment.stop - segment.start)
 
     def _file(self, location: str) -> pq.ParquetFile:
-        """Open files are kept, the least recently used ones closed, so that a footer is parsed once."""
+        """The file with its footer as it was parsed at first use. The least recently used ones are closed.
+
+        A new reader each time: one that reads ahead (`pre_buffer`, a request for each row group) keeps what it has read.
+        """
         if location in self._files:
             self._files.move_to_end(location)
         else:
             fs, path = filesystem(location)
-            local = is_local(fs)
-            source = path if local else open_parquet(fs, path)
-            self._files[location] = pq.ParquetFile(source, memory_map=local, pre_buffer=not local)
+            source = pa.memory_map(path) if is_local(fs) else open_parquet(fs, path)
+            self._files[location] = source, pq.read_metadata(source)
             while len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)[1].close()
-        return self._files[location]
+                self._files.popitem(last=False)[1][0].close()
+        source, footer = self._files[location]
+        return pq.ParquetFile(source, metadata=footer, pre_buffer=not isinstance(source, pa.MemoryMappedFile))
 
 
 def room_for(rows: int, size: int) -> NDArray[np.uint8]:

@@ -23,8 +23,14 @@ from nev.data.orientation import SIDEWAYS, jpeg_orientation, orientation_of, upr
 if TYPE_CHECKING:
     from PIL import Image
 
+# Of torn metadata and large pictures Pillow warns once a picture, in a worker's log: both are dealt with here.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 # What Pillow may open. Among its other formats is EPS, which it hands to Ghostscript: a program in the bytes of a picture.
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+
+# Where a PNG can say how it is to be turned: its own chunk, and what ImageMagick and Adobe's programs write.
+PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 
 Picture = NDArray[np.uint8]
 SHRINKS = (8, 4, 2)  # what libjpeg-turbo has fast code for; the factors between cost more than they save
@@ -93,16 +99,26 @@ def _jpeg(data: bytes | memoryview, limits: Limits) -> Encoded:
 def _pillow(data: bytes | memoryview, limits: Limits) -> Encoded:
     with _explained(), _opened(data) as image:
         _check_pixels(image.width, image.height, limits)
-        # Before loading, TIFF says how it is to be turned, too; loading turns it and takes the tag away.
-        height, width = _upright_size(image.height, image.width, orientation_of(image.getexif))
-        return Encoded(height, width, str(image.format), partial(_pillow_pixels, data))
+        orientation = _orientation(image, data)
+        height, width = _upright_size(image.height, image.width, orientation)
+        return Encoded(height, width, str(image.format), partial(_pillow_pixels, data, orientation))
 
 
-def _pillow_pixels(data: bytes | memoryview, shrink: int) -> Picture:
+def _pillow_pixels(data: bytes | memoryview, orientation: int, shrink: int) -> Picture:
     """The whole picture: Pillow's formats do not shrink."""
     with _explained(), _opened(data) as image:
-        pixels = np.array(_rgb(image))  # a copy: Pillow's own memory is read-only, which torch warns about
-        return upright(pixels, orientation_of(image.getexif))  # after loading: TIFF is upright by then
+        # A copy: Pillow's own memory is read-only, which torch warns about.
+        return upright(np.array(_rgb(image)), orientation)
+
+
+def _orientation(image: Image.Image, data: bytes | memoryview) -> int:
+    """What is left to turn after loading: Pillow turns a TIFF itself, and gives its upright size from the start.
+
+    Of a PNG Pillow looks for it behind the pixels as well, and decodes them all on the way: only where it can be there.
+    """
+    if image.format == "TIFF" or (image.format == "PNG" and not any(mark in bytes(data) for mark in PNG_ORIENTATION)):
+        return 1
+    return orientation_of(image.getexif)
 
 
 def _opened(data: bytes | memoryview) -> Image.Image:
@@ -113,13 +129,11 @@ def _opened(data: bytes | memoryview) -> Image.Image:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Whatever Pillow raises over torn bytes becomes BadImage; so does its warning of a decompression bomb."""
-    from PIL import Image, UnidentifiedImageError
+    """Whatever Pillow raises over torn bytes becomes BadImage."""
+    from PIL import UnidentifiedImageError
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
+        yield
     except BadImage:
         raise
     except UnidentifiedImageError as error:

@@ -6,7 +6,6 @@ The eight values are those of the Exif standard (CIPA DC-008, section 4.6.4); 1 
 from __future__ import annotations
 
 import struct
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
@@ -67,11 +66,7 @@ def _loaded(block: bytes) -> Image.Exif:
 def orientation_of(read: Callable[[], Image.Exif]) -> int:
     """The tag in the EXIF data that `read` gives; 1 where they are torn: the picture may be whole all the same."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # Pillow says of torn data what the 1 says, once a picture, in a worker's log
-            value = read().get(TAG, 1)
+        value = read().get(TAG, 1)
     except (SyntaxError, ValueError, LookupError, OSError, TypeError, OverflowError, struct.error):
         return 1
     return value if isinstance(value, int) else 1
