@@ -59,6 +59,18 @@ def test_shards_in_subfolders_count_and_hidden_ones_do_not(tmp_path: Path) -> No
     assert after.fingerprint == before.fingerprint
 
 
+def test_a_link_to_a_folder_is_refused_and_one_to_a_shard_counts(tmp_path: Path) -> None:
+    shards(tmp_path / "set")
+    write_shard(tmp_path / "other" / "c.parquet", rows_of(2), [2])
+    (tmp_path / "set/_text").mkdir()
+    (tmp_path / "set/_text/key").symlink_to(tmp_path / "other")
+    (tmp_path / "set/c.parquet").symlink_to(tmp_path / "other/c.parquet")
+    assert build_index(str(tmp_path / "set"), Columns()).total_rows == 14
+    (tmp_path / "set/more").symlink_to(tmp_path / "other")
+    with pytest.raises(DataError, match=r"set/more: a link to a folder, which is not followed\. Copy"):
+        build_index(str(tmp_path / "set"), Columns())
+
+
 def test_the_fingerprint_is_of_the_data_not_of_its_place(tmp_path: Path) -> None:
     first = build_index(str(shards(tmp_path / "here")), Columns()).fingerprint
     shutil.copytree(tmp_path / "here", tmp_path / "there" / "deep")

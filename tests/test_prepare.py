@@ -81,6 +81,19 @@ def test_splits_of_one_folder_must_agree_on_their_classes(tmp_path: Path) -> Non
     )
 
 
+def test_a_class_name_is_one_line(tmp_path: Path) -> None:
+    blank = labelled(tmp_path / "a.parquet", [0, 1], ["  ", "dog"])
+    args = ("--source", "hf-parquet", "--label", "label", "--name", "label_name", "--template", "a {}", "--output")
+    assert "some label between 0 and the highest has no name" in prepare("--input", blank, *args, tmp_path / "a/train")
+    assert not (tmp_path / "a/classes.txt").exists()
+    broken = labelled(tmp_path / "b.parquet", [0, 1], ["cat", "dog\nand fox"])
+    out = prepare("--input", broken, *args, tmp_path / "b/train", code=2)
+    assert "row b-00000001: label 1 is 'dog\\nand fox'" in " ".join(out.split())
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/classes.txt").write_text("cat\n\ndog\n")
+    assert "classes.txt: line 2 is blank" in prepare("--input", blank, *args, tmp_path / "c/train", code=2)
+
+
 def test_no_classes_file_where_labels_are_missing(tmp_path: Path) -> None:
     file = labelled(tmp_path / "a.parquet", [0, 2], ["cat", "dog"])
     out = prepare("--source", "hf-parquet", "--input", file, "--template", "a {}", "--output", tmp_path / "set/train")

@@ -226,6 +226,9 @@ def test_unusable_rows_are_counted_by_reason() -> None:
         row("f", caption=[]),
         row("g", caption=[""]),
         {**row("h"), "reject": "status failed"},
+        {**row("i"), "label": 2**63},
+        {**row("j"), "label": 0, "label_name": "\ud83d"},
+        {**row("k"), "caption": "\ud83d"},
     ]
     dropped: Counter[str] = Counter()
     kept = list(usable(made, dropped, Limits(max_bytes=10)))  # type: ignore[arg-type]
@@ -236,4 +239,6 @@ def test_unusable_rows_are_counted_by_reason() -> None:
         "image over 10 bytes": 1,
         "empty caption": 4,
         "status failed": 1,
+        "label beyond 64 bits": 1,
+        "uid, caption or class name with half a surrogate pair": 2,
     }

@@ -122,7 +122,7 @@ def test_half_an_emoji_is_counted_and_goes_no_further(tmp_path: Path) -> None:
     dropped: Counter[str] = Counter()
     kept = usable(read("webdataset", [tar_of(tmp_path / "0.tar", members)], DEFAULT), dropped, Limits())
     assert [row["caption"] for row in kept] == [["\U0001f600"]]
-    assert dropped == {"uid or caption with half a surrogate pair": 1}
+    assert dropped == {"uid, caption or class name with half a surrogate pair": 1}
 
 
 def test_webdataset_looks_at_regular_members_only(tmp_path: Path) -> None:
@@ -290,6 +290,16 @@ def test_hf_parquet_names_a_file_that_is_not_readable(tmp_path: Path) -> None:
 def test_a_template_without_a_slot_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a template needs exactly one"):
         SourceOptions(templates=("a photo",))
+
+
+def test_a_link_to_a_folder_is_refused(tmp_path: Path) -> None:
+    for name in ("set/a.tar", "other/b.tar"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    (tmp_path / "set/more").symlink_to(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"set/more: a link to a folder, which is not followed"):
+        find_files([tmp_path / "set"], (".tar",))
+    assert len(find_files([tmp_path / "set/more"], (".tar",))) == 1
 
 
 def test_inputs_are_files_folders_or_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

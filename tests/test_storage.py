@@ -12,7 +12,7 @@ from data_helpers import WIDTH, encode, rows_of, write_shard
 from rich.console import Console
 from s3_server import Proxy, mixed_faults
 
-from nev.config import Augment, Columns, Experiment, Limits
+from nev.config import Augment, Columns, ConfigError, Experiment, Limits
 from nev.data import s3 as s3_module
 from nev.data.block import Block, BlockReader
 from nev.data.index import DataError, Index, build_index
@@ -141,6 +141,14 @@ def test_aws_max_attempts_bounds_the_tries(
     with pytest.raises(DataError, match=r"s3://bucket/set/train/a\.parquet cannot be read .*AWS_ENDPOINT_URL"):
         build_index(REMOTE, Columns())
     assert s3.count("GET", "/a.parquet") == 2
+
+
+@pytest.mark.parametrize("tries", ["x", "0", ""])
+def test_aws_max_attempts_is_a_number(tries: str, s3: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", tries)
+    s3_module._filesystem.cache_clear()
+    with pytest.raises(ConfigError, match=rf"AWS_MAX_ATTEMPTS={tries}: it says how often"):
+        build_index(REMOTE, Columns())
 
 
 def test_what_is_missing_or_refused_is_named(local: Path, s3: Proxy, impatient: None) -> None:

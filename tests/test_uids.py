@@ -58,6 +58,13 @@ def test_a_big_endian_list_is_read_by_its_numbers(tmp_path: Path) -> None:
     assert find(read_uids(tmp_path / "list.npy"), f"{1:016x}{2:016x}") == 0
 
 
+def test_a_line_of_text_is_a_uid_spaces_and_all(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes("\ufeffcat/my photo.jpg\r\n\r\nb\u2028c\nlast".encode())
+    keys = read_uids(tmp_path / "list.txt")
+    assert len(keys) == 3
+    assert all(find(keys, uid) is not None for uid in ("cat/my photo.jpg", "b\u2028c", "last"))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

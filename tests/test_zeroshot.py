@@ -2,14 +2,17 @@
 
 import tracemalloc
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nev.config import ConfigError, ZeroShot
 from nev.eval import ranks
 from nev.eval.zeroshot import class_embeddings, zero_shot
+from nev.train.setup import class_names
 
 
 def unit(rows) -> np.ndarray:
@@ -145,3 +148,26 @@ def test_bad_class_embeddings_are_named() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             class_embeddings(encode, classes, templates)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"cat\n\ndog\n", r"classes\.txt: line 2 is blank"),
+        (b"\n \n", r"classes\.txt is empty; it needs one class name a line"),
+        (b"caf\xe9\n", r"classes\.txt is not text in UTF-8"),
+        (None, r"eval\.zero_shot\.classes: no such file: .*classes\.txt"),
+    ],
+)
+def test_a_file_of_class_names_that_would_shift_the_labels(tmp_path: Path, content: bytes | None, message: str) -> None:
+    file = tmp_path / "classes.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        class_names(ZeroShot(classes=str(file), templates=("a {}",)))
+
+
+def test_a_file_of_class_names_is_read_line_by_line(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_bytes("\ufeffcat\r\n polar bear \r\n\n".encode())
+    found = class_names(ZeroShot(classes=str(tmp_path / "classes.txt"), templates=("a {}",)))
+    assert found == ["cat", "polar bear"]

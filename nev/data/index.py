@@ -25,6 +25,7 @@ from nev.data.storage import PARALLEL_REQUESTS, filesystem, naming, open_parquet
 from nev.errors import NevError
 
 UNFINISHED = "_prepare"  # the folder in which `prepare` keeps its work until a split is whole
+LINKED_FOLDER = "a link to a folder, which is not followed. Copy that folder here, or link its files one by one."
 CUT_SHORT = "It may be cut short: delete it, or prepare the shard again."
 
 KNOWN_NAMES = {
@@ -91,8 +92,8 @@ def build_index(root: str, columns: Columns) -> Index:
     """Index the shards (`*.parquet`) of a folder or `s3://` prefix; folders whose name begins with `_` are passed over.
 
     Footers are read once for every listing (`nev/data/index_cache.py`); an error is never cached.
-    Raises DataError when the folder cannot be listed, `prepare` has not finished it, there is no shard, a footer is unreadable,
-    a column is missing, or no row is there.
+    Raises DataError when the folder cannot be listed, `prepare` has not finished it, a folder in it is a link,
+    there is no shard, a footer is unreadable, a column is missing, or no row is there.
     """
     fs, base = filesystem(root)
     base = base.rstrip("/")
@@ -102,8 +103,12 @@ def build_index(root: str, columns: Columns) -> Index:
         found = {path[len(base) :].lstrip("/"): entry for path, entry in fs.find(base, detail=True).items()}
     if any(UNFINISHED in path.split("/")[:-1] for path in found):
         raise DataError(f"{root}: not finished (there is a folder {UNFINISHED}): run the same prepare command again.")
-    shards = [path for path in found if path.endswith(".parquet")]
-    relative = sorted(path for path in shards if not any(part.startswith(("_", ".")) for part in path.split("/")))
+    seen = {path for path in found if not any(part.startswith(("_", ".")) for part in path.split("/"))}
+    if linked := next(
+        (path for path in sorted(seen) if found[path].get("islink") and fs.isdir(f"{base}/{path}")), None
+    ):
+        raise DataError(f"{root}/{linked}: {LINKED_FOLDER}")
+    relative = sorted(path for path in seen if path.endswith(".parquet"))
     if not relative:
         raise DataError(
             f"{root}: no .parquet shard in this folder. Make some with `python pipelines/prepare.py --help`."

@@ -24,14 +24,29 @@ def known(location: str) -> Known | None:
     """What the classes.txt at `location` (path or URL) says, or None where there is none."""
     fs, path = filesystem(location)
     with reading(location, damaged=""):
-        return Known(location, fs.cat_file(path).decode().splitlines()) if fs.exists(path) else None
+        content = fs.cat_file(path) if fs.exists(path) else None
+    return None if content is None else Known(location, lines_of(content, location))
+
+
+def lines_of(content: bytes, where: str) -> list[str]:
+    """The names in a classes.txt, which `where` names. Raises ConfigError for other bytes than UTF-8 and for a blank line."""
+    try:
+        names = content.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where} is not text in UTF-8 ({error}); it needs one class name a line") from error
+    while names and not names[-1].strip():
+        names.pop()
+    if not all(name.strip() for name in names):
+        line = next(number for number, name in enumerate(names, 1) if not name.strip())
+        raise ConfigError(f"{where}: line {line} is blank. A class is known by its line: give it a name there.")
+    return names
 
 
 def watch(rows: Iterable[Row], names: Names, against: Known | None) -> Iterator[Row]:
-    """Pass the rows on and gather the names of their labels in `names`. Raises ConfigError as `add` does."""
+    """Pass the rows on and gather the names of their labels in `names`; a blank one is none. Raises ConfigError as `add` does."""
     for row in rows:
         label, name = row.get("label"), row.get("label_name")
-        if label is not None and name is not None:
+        if label is not None and name and name.strip():
             add(names, label, name, row["uid"], against)
         yield row
 
@@ -39,8 +54,10 @@ def watch(rows: Iterable[Row], names: Names, against: Known | None) -> Iterator[
 def add(names: Names, label: int, name: str, uid: str, against: Known | None) -> None:
     """Note that the row `uid` calls `label` `name`.
 
-    Raises ConfigError if one label has two names, or another name than `against` gives it.
+    Raises ConfigError if a name has line breaks, if one label has two names, or another name than `against` gives it.
     """
+    if name.splitlines() != [name]:
+        raise ConfigError(f"row {uid}: label {label} is {name!r}, but a name is one line in classes.txt: mend it")
     if (before := names.setdefault(label, (name, uid))[0]) != name:
         raise ConfigError(f"row {uid}: label {label} is {name!r} here and {before!r} in an earlier row")
     if against is None:

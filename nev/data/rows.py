@@ -51,8 +51,10 @@ def fault(row: Row, limits: Limits) -> str | None:
     captions = captions_of(row["caption"])
     if not captions:
         return "empty caption"
-    if not all(map(_encodes, [row["uid"], *captions])):
-        return "uid or caption with half a surrogate pair"
+    if not all(map(_encodes, [row["uid"], row.get("label_name") or "", *captions])):
+        return "uid, caption or class name with half a surrogate pair"
+    if not -(2**63) <= (row.get("label") or 0) < 2**63:
+        return "label beyond 64 bits"
     return None
 
 

@@ -19,6 +19,8 @@ from aiobotocore.session import AioSession
 from botocore.exceptions import HTTPClientError
 from s3fs import S3FileSystem
 
+from nev.config import ConfigError
+
 REQUEST_TRIES = 6
 BODY_TRIES = 3
 CONNECT_SECONDS = 10
@@ -50,17 +52,23 @@ def _filesystem(process: int) -> S3FileSystem:
     _tell_of_lost_bodies()
     session = AioSession()
     session.register("needs-retry.s3", _tell_of_failed_try)
-    tries = int(os.environ.get("AWS_MAX_ATTEMPTS", REQUEST_TRIES))
     return BoundedS3(
         session=session,
         config_kwargs={
-            "retries": {"mode": "standard", "total_max_attempts": tries},
+            "retries": {"mode": "standard", "total_max_attempts": _request_tries()},
             "connect_timeout": CONNECT_SECONDS,
             "read_timeout": SILENT_SECONDS,
         },
         use_listings_cache=False,  # other processes write while this one runs
         skip_instance_cache=True,
     )
+
+
+def _request_tries() -> int:
+    given = os.environ.get("AWS_MAX_ATTEMPTS", str(REQUEST_TRIES))
+    if not given.isdecimal() or int(given) < 1:
+        raise ConfigError(f"AWS_MAX_ATTEMPTS={given}: it says how often a request is tried: a number from 1")
+    return int(given)
 
 
 def _tell_of_failed_try(

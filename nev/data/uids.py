@@ -90,4 +90,5 @@ def _parquet(path: Path) -> Keys:
 
 
 def _txt(path: Path) -> Keys:
-    return keys_of(path.read_text(encoding="utf-8").split())
+    lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at what a uid may hold
+    return keys_of([line.rstrip("\r") for line in lines if line.strip()])

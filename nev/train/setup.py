@@ -12,6 +12,7 @@ from nev.config import ConfigError, Data, Experiment, ZeroShot
 from nev.data.augment import auto_augment
 from nev.data.block import BlockReader
 from nev.data.index import DataError, Index, build_index, read_column, reading
+from nev.data.labels import lines_of
 from nev.data.plan import Plan
 from nev.data.sidecar import check_sidecars, sidecar_key
 from nev.data.storage import filesystem
@@ -172,14 +173,16 @@ def val_reader(data: Data, index: Index) -> BlockReader:
 
 
 def class_names(zero_shot: ZeroShot) -> list[str]:
-    """The class names, in label order. Raises ConfigError for a file that is absent or empty."""
+    """The class names, in label order. Raises ConfigError for a file that is absent, empty or no list of names."""
     if not isinstance(zero_shot.classes, str):
         return list(zero_shot.classes)
     fs, path = filesystem(zero_shot.classes)
-    with reading(f"eval.zero_shot.classes: {zero_shot.classes}", damaged=""):
+    where = f"eval.zero_shot.classes: {zero_shot.classes}"
+    with reading(where, damaged=""):
         if not fs.exists(path):
             raise ConfigError(f"eval.zero_shot.classes: no such file: {zero_shot.classes}")
-        names = [line.strip() for line in fs.cat_file(path).decode().splitlines() if line.strip()]
+        content = fs.cat_file(path)
+    names = [line.strip() for line in lines_of(content, where)]
     if not names:
         raise ConfigError(f"eval.zero_shot.classes: {zero_shot.classes} is empty; it needs one class name a line")
     return names

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from pydantic import field_validator
 
 from nev.config import Columns, ConfigError, Limits, Positive, Section
-from nev.data.index import reading
+from nev.data.index import LINKED_FOLDER, reading
 from nev.data.rows import Row
 from nev.data.storage import filesystem, remedy, storage_errors
 
@@ -135,9 +135,20 @@ def _local(given: str) -> tuple[list[File], bool]:
     if path.is_file():
         return [_stamped(path)], False
     if path.is_dir():
-        return [_stamped(file) for file in path.rglob("*") if file.is_file() and not hidden(file, path)], True
+        return [_stamped(file) for file in inside(path) if file.is_file()], True
     matches = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
     return [_stamped(file) for file in matches if file.is_file()], False
+
+
+def inside(folder: Path) -> list[Path]:
+    """What lies in a folder of this machine at any depth, sorted, but for names with '_' or '.' in front.
+
+    Raises ConfigError for a link to a folder: what is behind it would be left out, or be read again and again.
+    """
+    found = [path for path in sorted(folder.rglob("*")) if not hidden(path, folder)]
+    if linked := next((path for path in found if path.is_symlink() and path.is_dir()), None):
+        raise ConfigError(f"{linked}: {LINKED_FOLDER}")
+    return found
 
 
 def _remote(given: str) -> tuple[list[File], bool]:

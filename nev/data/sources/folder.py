@@ -24,7 +24,7 @@ from nev.data.sources.common import (
     fill,
     find_files,
     folder_of,
-    hidden,
+    inside,
     name_in,
     shared_folder,
 )
@@ -147,12 +147,12 @@ def _images(root: Path, given: Path) -> list[Path]:
     if not root.is_dir():
         found = "this is a file" if root.exists() else "no such file or folder"
         raise ConfigError(f"{given}: {found}. A folder with a sub-folder for each class is needed.")
-    inside = [path for path in sorted(root.rglob("*")) if not hidden(path, root)]
-    images = [path for path in inside if path.suffix.lower() in IMAGES and not path.is_dir()]
+    there = inside(root)
+    images = [path for path in there if path.suffix.lower() in IMAGES and not path.is_dir()]
     full = {path.relative_to(root).parts[0] for path in images}
-    empty = [path.name for path in inside if path.parent == root and path.is_dir() and path.name not in full]
+    empty = [path.name for path in there if path.parent == root and path.is_dir() and path.name not in full]
     if not any(path.parent != root for path in images):
-        others = ", ".join(sorted({path.suffix or path.name for path in inside})) or "nothing"
+        others = ", ".join(sorted({path.suffix or path.name for path in there})) or "nothing"
         raise ConfigError(f"{given}: no sub-folder with pictures, one a class (it holds: {others})")
     if empty:
         raise ConfigError(f"{given / empty[0]}: a class without pictures ({', '.join(IMAGES)}). Remove that folder.")
