@@ -144,9 +144,13 @@ class Optim(Section):
 
 
 class Train(Section):
-    """How long, how large, how often. Exactly one of `epochs`, `steps` and `samples` sets the length."""
+    """How long, how large, how often. Exactly one of `epochs`, `steps` and `samples` sets the length.
+
+    `micro_batch`: images a worker embeds at a time, where its share of the global batch does not fit in memory.
+    """
 
     global_batch: Positive
+    micro_batch: Positive | None = None
     epochs: Positive | None = None
     steps: Positive | None = None
     samples: Positive | None = None
@@ -247,6 +251,12 @@ class Experiment(Section):
             raise ValueError(
                 f"train.global_batch ({batch}) must be a multiple of data.block_rows x workers.count "
                 f"({block} x {world} = {block * world}), so that every rank gets whole blocks"
+            )
+        local, part = batch // world, self.train.micro_batch
+        if part is not None and local % min(part, local):
+            raise ValueError(
+                f"train.micro_batch ({part}) must divide a worker's share of the batch, train.global_batch / workers.count = "
+                f"{local}, so that all parts are of one size"
             )
         return self
 

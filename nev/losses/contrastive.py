@@ -12,7 +12,8 @@ the backward. The b x N scores are never there: they are computed a tile at a ti
 is O(N D). A row term is local; a column term takes two all-reduces.
 
 Collectives a call, always in this order, none of them when W = 1:
-  1. all_gather  [b, D + 1]  the texts in their own dtype; the last column says which pairs are valid
+  1. all_gather  [b, D + 1]  the texts in their own dtype; the last column says which pairs are valid (`nev.losses.gather`:
+                             begun before the images are embedded, it costs no time)
   2. all_reduce  [N] MAX     the column terms over each rank's images
   3. all_reduce  [N + 2] SUM what they are of the sums, this rank's part of the loss, its number of correct images
 """
@@ -26,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nev.losses.gather import Gathering, gather
 from nev.losses.tiles import gradient, statistics
 
 
@@ -45,20 +47,20 @@ class Contrastive(NamedTuple):
 
 def contrastive_loss(
     image: Tensor,
-    text: Tensor,
+    text: Tensor | Gathering,
     log_scale: Tensor,
     valid: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Contrastive:
     """Symmetric InfoNCE between this rank's images and the texts of all ranks of `group`.
 
-    image: [b, D] unit rows, any floating dtype. text: [b, D] unit rows, any floating dtype, without gradient.
+    image: [b, D] unit rows, any floating dtype. text: [b, D] unit rows, any floating dtype, without gradient; or
+    what `gather` made of them, of `valid` and of `group`, which are not given again then.
     log_scale: 0-d, the logarithm of 1 / temperature, equal on every rank.
     valid: bool [b]; a False row is left out as an image, as a text and as anybody's negative, whatever it holds (NaN
     too), and its gradient is exactly 0. None: all valid.
     group: the ranks that share the batch; None: all of them, or this process alone where torch.distributed is not
-    initialised. b, D and the dtype of text must be equal on every rank; no collective is spent on checking it
-    (gloo aborts on a difference, NCCL does not say what happens).
+    initialised. b, D and the dtype of text must be equal on every rank (see `gather`).
 
     Gradients: the loss is global, and rank w holds only its own images, so the gradients that it gets are its *part* of
     the sum over ranks, times W. Averaging them over the W ranks, as DistributedDataParallel does, therefore gives every
@@ -69,29 +71,28 @@ def contrastive_loss(
     The result is deterministic wherever torch's matrix product is. Raises ValueError for shapes, dtypes or devices that
     do not fit, and for a text that requires a gradient, since it would silently get none.
     """
-    _check(image, text, log_scale, valid)
-    if valid is None:
-        valid = torch.ones(len(image), dtype=torch.bool, device=image.device)
+    if isinstance(text, Gathering):
+        if valid is not None or group is not None:
+            raise ValueError("valid and group belong to the texts that were gathered: give them to gather")
+        _check(image, text.own, log_scale, text.valid)
+        texts = text
+    else:
+        _check(image, text, log_scale, valid)
+        texts = gather(text, valid, group)
     with_grad = torch.is_grad_enabled() and (image.requires_grad or log_scale.requires_grad)
-    return Contrastive(*_InfoNCE.apply(image, text, log_scale, valid, group, with_grad))
+    return Contrastive(*_InfoNCE.apply(image, log_scale, texts, with_grad))
 
 
 class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        image: Tensor,
-        text: Tensor,
-        log_scale: Tensor,
-        valid: Tensor,
-        group: dist.ProcessGroup | None,
-        with_grad: bool,
+        ctx: Any, image: Tensor, log_scale: Tensor, texts: Gathering, with_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
+        dtype = torch.promote_types(torch.promote_types(image.dtype, texts.own.dtype), torch.float32)
         with torch.autocast(image.device.type, enabled=False):
             # What an invalid row holds must not reach a product, not even with weight 0: NaN * 0 is NaN.
-            x = image.to(dtype).masked_fill(~valid[:, None], 0)
-            loss, correct, pairs, grad = _infonce(x, text, log_scale.to(dtype).exp(), valid, group, with_grad)
+            x = image.to(dtype).masked_fill(~texts.valid[:, None], 0)
+            loss, correct, pairs, grad = _infonce(x, texts, log_scale.to(dtype).exp(), with_grad)
             if grad is not None:
                 ctx.save_for_backward(grad, torch.sum(x * grad))
         ctx.dtypes = image.dtype, log_scale.dtype
@@ -104,16 +105,15 @@ class _InfoNCE(torch.autograd.Function):
         grad_image, grad_log_scale = (grad_loss * grad for grad in ctx.saved_tensors)
         # Rounded last: a gradient of 1/N underflows in fp16 unless a loss scaler has enlarged it first.
         image_dtype, scale_dtype = ctx.dtypes
-        return grad_image.to(image_dtype), None, grad_log_scale.to(scale_dtype), None, None, None
+        return grad_image.to(image_dtype), grad_log_scale.to(scale_dtype), None, None
 
 
 def _infonce(
-    x: Tensor, text: Tensor, scale: Tensor, valid: Tensor, group: dist.ProcessGroup | None, with_grad: bool
+    x: Tensor, gathering: Gathering, scale: Tensor, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(loss, correct, pairs, W times dL/dx). x [b, D] in the dtype to compute in, its invalid rows 0."""
-    rank, world = _place(group)
-    texts, valid_texts = _gather(text, valid, group, world)
-    first = rank * len(x)
+    valid, first, world, group = gathering.valid, gathering.first, gathering.world, gathering.group
+    texts, valid_texts = gathering.arrived()
     own = slice(first, first + len(x))
     pairs = valid_texts.sum()
     zero = x.new_zeros(())
@@ -144,23 +144,6 @@ def _infonce(
     everywhere = found._replace(column=column_max + log_column_sum)
     grad = gradient(scaled, texts, valid, valid_texts, first, everywhere)
     return loss, correct, pairs, grad.mul_(world * scale * half_mean)
-
-
-def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """(rank, W) in `group`, or (0, 1) for a process alone."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(group), dist.get_world_size(group)
-
-
-def _gather(text: Tensor, valid: Tensor, group: dist.ProcessGroup | None, world: int) -> tuple[Tensor, Tensor]:
-    """Texts [N, D] and valid [N] of all ranks, in rank order; `valid` rides as a column to save a collective."""
-    if world == 1:
-        return text, valid
-    packed = torch.cat([text, valid[:, None].to(text.dtype)], dim=1)
-    gathered = packed.new_empty(world * len(packed), packed.shape[1])
-    dist.all_gather_into_tensor(gathered, packed, group)
-    return gathered[:, :-1], gathered[:, -1] == 1
 
 
 def _check(image: Tensor, text: Tensor, log_scale: Tensor, valid: Tensor | None) -> None:

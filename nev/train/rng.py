@@ -17,6 +17,13 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
     return states
 
 
+def set_rng_state(states: dict[str, Tensor], device: torch.device) -> None:
+    """Put back what `rng_state` gave, here or on a machine with another device."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
 def gather_rng(device: torch.device, world: int) -> dict[str, Tensor]:
     """The states of all ranks by `<rank>/<name>`, on every rank. One gather of objects, none where W = 1."""
     states: list[Any] = [rng_state(device)]
@@ -32,9 +39,7 @@ def restore_rng(states: dict[str, Tensor], rank: int, device: torch.device, seed
     if "cpu" not in own:
         seed_rank(rank, seed, step)
         return
-    torch.set_rng_state(own["cpu"])
-    if "cuda" in own and device.type == "cuda":
-        torch.cuda.set_rng_state(own["cuda"], device)
+    set_rng_state(own, device)
 
 
 def seed_rank(rank: int, seed: int, step: int) -> None:

@@ -9,15 +9,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from nev.config import Experiment
 from nev.losses.contrastive import contrastive_loss
+from nev.losses.gather import gather
 from nev.models.vision import VisionTower, normalise
+from nev.train.gradcache import backward_in_parts
 
 
 class Batch(NamedTuple):
-    """A rank's share of a step. images: uint8 [b, S, S, 3]; text: float [b, D]; valid: bool [b]."""
+    """A rank's share of a step. images: uint8 [b, S, S, 3]; text: unit vectors, float [b, D]; valid: bool [b]."""
 
     images: Tensor
     text: Tensor
@@ -47,6 +49,13 @@ class LockedTextModel(nn.Module):
         return self.vision(images), self.log_scale
 
 
+def log_scale_of(model: nn.Module) -> Tensor:
+    """The parameter of a LockedTextModel, bare or under DDP."""
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    assert isinstance(bare, LockedTextModel)
+    return bare.log_scale
+
+
 @dataclass(frozen=True)
 class Precision:
     """What autocast runs in: float32 (no autocast) or bfloat16."""
@@ -71,20 +80,29 @@ def train_step(
 ) -> StepResult:
     """One update of `model` (a LockedTextModel, bare or under DDP) on the global batch that `batch` is a share of.
 
-    Collectives: those of the loss and DDP's gradient reduction. The scale is clamped to `loss.max_scale` after the update.
+    With `train.micro_batch` below the local batch it is embedded in parts (`nev.train.gradcache`). Collectives: those of the loss
+    and DDP's gradient reduction. The scale is clamped to `loss.max_scale` after the update.
     """
-    pixels = normalise(batch.images, config.data.mean, config.data.std)
-    with precision.autocast():
-        embeddings, log_scale = model(pixels)
-    text = F.normalize(batch.text.float(), dim=-1)
-    result = contrastive_loss(embeddings.float(), text, log_scale, batch.valid)
+
+    def embed(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = normalise(images, config.data.mean, config.data.std)
+        with precision.autocast():
+            vectors, log_scale = model(pixels)
+        return vectors.float(), log_scale
+
     optimizer.zero_grad(set_to_none=True)
-    torch.autograd.backward(result.loss)
+    texts = gather(batch.text, batch.valid)  # they come, in the fp16 of the sidecars, while the images are embedded
+    if config.train.micro_batch is not None and config.train.micro_batch < len(batch.images):
+        result = backward_in_parts(model, batch.images, texts, config.train.micro_batch, embed)
+    else:
+        embeddings, log_scale = embed(model, batch.images)
+        result = contrastive_loss(embeddings, texts, log_scale)
+        torch.autograd.backward(result.loss)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     limit = config.optim.clip_norm if config.optim.clip_norm is not None else math.inf
     grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
     optimizer.step()
     if config.loss.max_scale is not None:
         with torch.no_grad():
-            log_scale.clamp_(max=math.log(config.loss.max_scale))
+            log_scale_of(model).clamp_(max=math.log(config.loss.max_scale))
     return StepResult(result.loss.detach(), result.correct, result.pairs, grad_norm.detach())

@@ -192,6 +192,7 @@ def build_learner(job: Job, me: Rank) -> tuple[Learner, Start]:
 
     from nev.models.vision import build_vision
     from nev.train.checkpoint import load, load_optimizer
+    from nev.train.gradcache import refuse_batch_norm
     from nev.train.loop import Learner
     from nev.train.optim import make_optimizer
     from nev.train.rng import restore_rng, seed_rank
@@ -204,6 +205,8 @@ def build_learner(job: Job, me: Rank) -> tuple[Learner, Start]:
     if newest is not None:  # its weights replace all: neither hub nor file is needed
         source = source.model_copy(update={"pretrained": False, "weights": None})
     vision = build_vision(source, config.data.image_size, job.text_width)
+    if config.train.micro_batch is not None:
+        refuse_batch_norm(vision)
     model = LockedTextModel(vision, config.loss.init_scale, config.loss.learn_scale).to(me.device).train()
     optimizer = make_optimizer(model, config.optim)
     seed_rank(me.rank, config.seed, 0)

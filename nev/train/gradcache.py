@@ -1,0 +1,67 @@
+"""The gradient of a batch of which only a part fits in memory (GradCache: Gao et al. 2021, arXiv 2101.06983).
+
+The loss needs the embeddings of the whole batch, but the graph behind them only to carry its gradient back. So:
+
+    1. embed part after part without a graph,                       b images forward
+    2. take the loss of all embeddings, and its gradient in them,   no model
+    3. embed each part again, with its graph, and send its share of that gradient back.     b images forward and backward
+
+Forward costs 1 and backward 2, so 4/3 of the plain step's work, in the memory of one part. The result is the plain step's: each
+part draws the same dropout twice, its random state being put back before the second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nev.config import ConfigError
+from nev.losses.contrastive import Contrastive, contrastive_loss
+from nev.losses.gather import Gathering
+from nev.train.rng import rng_state, set_rng_state
+
+Embed = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+
+
+def backward_in_parts(model: nn.Module, images: Tensor, texts: Gathering, part_rows: int, embed: Embed) -> Contrastive:
+    """The loss of `images` [b, ...] against `texts`, its gradient added to the parameters of `model`.
+
+    embed(model, part): unit vectors [rows, D] and the log of the logit scale (0-d). `model` may be under DDP, which reduces
+    its gradients once, with the last part. It must have no batch norm (`refuse_batch_norm`).
+    """
+    parts = torch.split(images, part_rows)
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    states, vectors = [], []
+    with torch.no_grad():
+        for part in parts:
+            states.append(rng_state(images.device))
+            some, log_scale = embed(bare, part)
+            vectors.append(some)
+    embeddings = torch.cat(vectors).requires_grad_()
+    log_scale = log_scale.detach().requires_grad_()
+    result = contrastive_loss(embeddings, texts, log_scale)
+    gradient, scale_gradient = torch.autograd.grad(result.loss, (embeddings, log_scale))
+    for number, (part, state, share) in enumerate(zip(parts, states, torch.split(gradient, part_rows), strict=True)):
+        set_rng_state(state, images.device)
+        last = number == len(parts) - 1
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
+            some, log_scale = embed(model, part)
+            if last and log_scale.requires_grad:
+                torch.autograd.backward((some, log_scale), (share, scale_gradient))
+            else:
+                torch.autograd.backward((some,), (share,))
+    return result
+
+
+def refuse_batch_norm(model: nn.Module) -> None:
+    """Raise ConfigError for a layer whose result depends on which images share a forward: parts would change it."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ConfigError(
+                f"train.micro_batch: {name} is a batch norm, whose result depends on the images beside each other, so that a "
+                "batch in parts would be another batch. Choose a trunk without it, or leave micro_batch out."
+            )

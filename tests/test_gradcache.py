@@ -1,0 +1,229 @@
+"""A batch in parts has the gradient of the whole: dropout and drop-path included, alone and over two processes."""
+
+import multiprocessing
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
+
+from nev.config import ConfigError, Experiment, Vision, parse
+from nev.losses.contrastive import contrastive_loss
+from nev.losses.gather import gather
+from nev.models.vision import build_vision
+from nev.train.gradcache import backward_in_parts, refuse_batch_norm
+from nev.train.optim import make_optimizer
+from nev.train.rng import rng_state
+from nev.train.step import Batch, LockedTextModel, Precision, train_step
+
+CPU = torch.device("cpu")
+ROWS, SIZE, WIDTH = 24, 16, 12
+TRUNK = {
+    "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2,
+    "drop_path_rate": 0.4, "proj_drop_rate": 0.2, "attn_drop_rate": 0.2, "pos_drop_rate": 0.1,
+}  # fmt: skip
+VALID = torch.arange(ROWS) % 7 != 3
+CLOSE = {"rtol": 1e-9, "atol": 1e-12}  # the goal is 1e-6 in float64
+
+
+def made(learn_scale: bool = True) -> LockedTextModel:
+    torch.manual_seed(1)
+    vision = build_vision(Vision(trunk="vit_tiny_patch16_224", trunk_args=TRUNK, pool="map"), SIZE, WIDTH)
+    return LockedTextModel(vision, 10.0, learn_scale).double().train()
+
+
+def batch(dtype: torch.dtype = torch.float64) -> Batch:
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randint(0, 256, (ROWS, SIZE, SIZE, 3), generator=generator, dtype=torch.uint8)
+    text = normalize(torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64))
+    return Batch(images, text.to(dtype), VALID)
+
+
+def embed(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    # In float64 throughout: VisionTower itself ends in float32.
+    vision = model.vision if isinstance(model, LockedTextModel) else None
+    pixels = images.permute(0, 3, 1, 2).double() / 255
+    if vision is None:
+        vectors, log_scale = model(pixels)
+        return vectors, log_scale
+    return normalize(vision.features(pixels)), model.log_scale
+
+
+def whole_graph(model: nn.Module, given: Batch, part_rows: int) -> Tensor:
+    """The loss by a graph over all parts at once, whose dropout is drawn as the parts draw it."""
+    parts = [embed(model, part) for part in torch.split(given.images, part_rows)]
+    loss = contrastive_loss(torch.cat([vectors for vectors, _ in parts]), given.text, parts[0][1], given.valid).loss
+    loss.backward()
+    return loss.detach()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("part_rows", [1, 4, 12])
+def test_parts_give_the_gradient_of_the_whole_under_dropout(part_rows: int) -> None:
+    model, other, given = made(), made(), batch()
+    torch.manual_seed(5)
+    want = whole_graph(other, given, part_rows)
+    after = rng_state(CPU)["cpu"]
+    torch.manual_seed(5)
+    got = backward_in_parts(model, given.images, gather(given.text, given.valid), part_rows, embed)
+    torch.testing.assert_close(got.loss.detach(), want, **CLOSE)
+    assert got.pairs == VALID.sum()
+    expected, found = gradients(other), gradients(model)
+    assert found.keys() == expected.keys() == dict(model.named_parameters()).keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, **CLOSE)
+    assert torch.equal(rng_state(CPU)["cpu"], after), "the next step draws what it would have drawn"
+
+
+def test_dropout_was_on() -> None:
+    model, given = made(), batch()
+    torch.manual_seed(5)
+    first = whole_graph(model, given, 4)
+    torch.manual_seed(6)
+    assert abs(whole_graph(model, given, 4) - first) > 1e-3
+
+
+def test_without_dropout_parts_equal_one_forward() -> None:
+    model, other, given = made().eval(), made().eval(), batch()
+    whole_graph(other, given, ROWS)
+    backward_in_parts(model, given.images, gather(given.text, given.valid), 8, embed)
+    for name, gradient in gradients(other).items():
+        torch.testing.assert_close(gradients(model)[name], gradient, **CLOSE)
+
+
+def test_a_scale_that_is_not_learned_stays() -> None:
+    model, given = made(learn_scale=False), batch()
+    backward_in_parts(model, given.images, gather(given.text, given.valid), 8, embed)
+    assert model.log_scale.grad is None
+    assert model.vision.projection.weight.grad is not None
+
+
+def test_one_part_at_a_time_is_in_memory() -> None:
+    """Of the graph, what is kept for the backward is one part's."""
+    model, given = made(), batch()
+    held = most = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal held, most
+        held += 1
+        most = max(most, held)
+        return tensor
+
+    def counted(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal held
+        held = 0  # the graph of the part before is gone: its backward has run
+        return embed(model, images)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        backward_in_parts(model, given.images, gather(given.text, given.valid), 4, counted)
+        in_parts, most = most, 0
+        whole_graph(made(), given, 4)
+    assert in_parts < most / 3
+
+
+def experiment(**train: Any) -> Experiment:
+    return parse(
+        Experiment,
+        {
+            "name": "parts",
+            "data": {"train": "nowhere", "image_size": SIZE, "block_rows": 4},
+            "vision": {"trunk": "vit_tiny_patch16_224"},
+            "optim": {"lr": 0.01},
+            "train": {"global_batch": ROWS, "steps": 1, **train},
+        },
+    )
+
+
+def test_a_step_in_parts_is_the_step() -> None:
+    given = batch(torch.float16)
+    results = {}
+    for part in (None, 8):
+        model = made().float().eval()
+        config = experiment(micro_batch=part)
+        result = train_step(model, make_optimizer(model, config.optim), given, config, Precision(CPU, torch.float32))
+        results[part] = result, gradients(model)
+    (whole, wanted), (parts, found) = results.values()
+    for ours, theirs in zip(whole, parts, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():  # as they were clipped
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_parts_must_divide_a_workers_share() -> None:
+    with pytest.raises(ConfigError, match=r"train\.micro_batch \(5\) must divide .* = 24, so that"):
+        experiment(micro_batch=5)
+    assert experiment(micro_batch=1000).train.micro_batch == 1000  # more than the share: the whole at once
+
+
+def test_batch_norm_is_refused_by_name() -> None:
+    vision = build_vision(Vision(trunk="resnet18", pool="mean"), 64, WIDTH)
+    with pytest.raises(ConfigError, match=r"train\.micro_batch: trunk\.bn1 is a batch norm"):
+        refuse_batch_norm(vision)
+    refuse_batch_norm(made())
+
+
+# Two processes
+
+
+class Pair(nn.Module):
+    """What `embed` does, as a forward that DDP can wrap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = made()
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return normalize(self.model.vision.features(pixels)), self.model.log_scale + 0
+
+
+def _worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
+    given = Batch(*(column[rows] for column in batch()))
+    got: dict[str, Any] = {}
+    for parts in (False, True):
+        torch.manual_seed(7 + rank)
+        model = DistributedDataParallel(Pair())
+        calls: Counter[str] = Counter()
+
+        def counted(
+            state: object, bucket: dist.GradBucket, calls: Counter[str] = calls
+        ) -> torch.futures.Future[Tensor]:
+            calls["buckets"] += 1
+            return dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future().then(lambda f: f.value()[0])
+
+        model.register_comm_hook(None, counted)
+        torch.manual_seed(7 + rank)
+        if parts:
+            backward_in_parts(model, given.images, gather(given.text, given.valid), 4, embed)
+        else:
+            with model.no_sync():
+                early = [embed(model, part) for part in torch.split(given.images[:8], 4)]
+            late = embed(model, given.images[8:])
+            vectors = torch.cat([v for v, _ in (*early, late)])
+            contrastive_loss(vectors, given.text, late[1], given.valid).loss.backward()
+        got[f"{parts}"] = {**gradients(model), "buckets": calls["buckets"]}
+    torch.save(got, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_reduce_once_and_agree_with_the_whole(tmp_path: Path) -> None:
+    multiprocessing.set_forkserver_preload(["torch._dynamo", "hypothesis", "pytest"])
+    mp.start_processes(_worker, (str(tmp_path),), nprocs=2, start_method="forkserver")
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert found[0]["True"]["buckets"] == found[0]["False"]["buckets"] >= 1
+    for rank in range(2):
+        for name, gradient in found[0]["False"].items():
+            if name != "buckets":
+                torch.testing.assert_close(found[rank]["True"][name], gradient, **CLOSE)
