@@ -86,6 +86,27 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(
         lambda x, scale: contrastive_loss(x, text, scale, valid).loss, (image, log_scale_of(3.0))
     )
+    assert torch.autograd.gradcheck(
+        lambda x, t, scale: contrastive_loss(x, t, scale, valid).loss, (image, text.requires_grad_(), log_scale_of(3.0))
+    )
+
+
+def test_a_locked_image_side_is_the_same_with_both_exchanged() -> None:
+    text, image = inputs()  # the text wants a gradient, the image does not
+    want = naive(image, text, log_scale_of())
+    got = contrastive_loss(text, image, log_scale_of()).loss
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(gradients(got, text)[0], gradients(want, text)[0])
+
+
+def test_half_texts_get_half_gradients() -> None:
+    image, text = inputs(64, 16, dtype=torch.bfloat16)
+    text.requires_grad_()
+    exact = text.detach().double().requires_grad_()
+    want = gradients(naive(image.detach().double(), exact, log_scale_of(100.0)), exact)[0]
+    got = gradients(contrastive_loss(image, text, log_scale_of(100.0, torch.float32)).loss, text)[0]
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=1e-6)
 
 
 def test_gradient_is_scaled_by_what_comes_after_the_loss() -> None:
@@ -185,7 +206,6 @@ def test_bad_input_is_named() -> None:
         ((image, text, scale[None]), "0-d"),
         ((image, text, scale, torch.ones(N)), "valid must be bool"),
         ((image, text, scale, torch.ones(N - 1, dtype=torch.bool)), "valid must be bool"),
-        ((image, text.clone().requires_grad_(), scale), "locked"),
         ((image, text.to("meta"), scale), "one device"),
     ]
     for arguments, message in cases:
@@ -238,6 +258,9 @@ def _share(rank: int, world: int, group: dist.ProcessGroup | None) -> dict[str, 
         result = contrastive_loss(image, text[rows], log_scale, valid, group)
         got[f"{name}/loss"], got[f"{name}/correct"], got[f"{name}/pairs"] = (item.detach() for item in result)
         got[f"{name}/image"], got[f"{name}/scale"] = gradients(result.loss, image, log_scale)
+        free = text[rows].clone().requires_grad_()
+        unlocked = contrastive_loss(image, free, log_scale, valid, group).loss
+        got[f"{name}/both/image"], got[f"{name}/both/text"] = gradients(unlocked, image, free)
 
         model = DistributedDataParallel(tower(), process_group=group)
         image, log_scale = model(pixels()[rows])
@@ -247,7 +270,7 @@ def _share(rank: int, world: int, group: dist.ProcessGroup | None) -> dict[str, 
     return got
 
 
-def _count(group: dist.ProcessGroup | None) -> tuple[dict[str, int], dict[str, int]]:
+def _count(group: dist.ProcessGroup | None, locked: bool) -> tuple[dict[str, int], dict[str, int]]:
     """Collectives of one forward, and of its backward."""
     calls: Counter[str] = Counter()
     originals = {name: getattr(dist, name) for name in COLLECTIVES}
@@ -260,6 +283,7 @@ def _count(group: dist.ProcessGroup | None) -> tuple[dict[str, int], dict[str, i
         return call
 
     image, text = inputs(4)
+    text.requires_grad_(not locked)
     try:
         for name in COLLECTIVES:
             setattr(dist, name, counting(name))
@@ -283,7 +307,8 @@ def _worker(rank: int, folder: str) -> None:
         group = None if world == 4 else dist.new_subgroups(world)[0]
         results[world] = _share(rank % world, world, group)
         if world > 1:
-            results[world]["collectives"] = _count(group)
+            results[world]["collectives"] = _count(group, locked=True)
+            results[world]["collectives unlocked"] = _count(group, locked=False)
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -310,6 +335,9 @@ def whole() -> dict[str, Tensor]:
         loss = naive(image, text, log_scale, valid) if any(mask) else (image * 0).sum() + log_scale * 0
         want[f"{name}/loss"] = loss.detach()
         want[f"{name}/image"], want[f"{name}/scale"] = gradients(loss, image, log_scale)
+        free = text.clone().requires_grad_()
+        both = naive(image, free, log_scale, valid) if any(mask) else (free * 0).sum()
+        want[f"{name}/text"] = gradients(both, free)[0]
         image, log_scale = model(pixels())
         loss = naive(image, text, log_scale, valid) if any(mask) else (image * 0).sum() + log_scale * 0
         loss.backward()
@@ -328,10 +356,15 @@ def test_processes_give_what_one_process_gives(ranks: list[dict], whole: dict, w
     parts = [ranks[rank][world] for rank in range(world)]
     torch.testing.assert_close(torch.cat([part[f"{mask}/image"] for part in parts]) / world, whole[f"{mask}/image"])
     torch.testing.assert_close(sum(part[f"{mask}/scale"] for part in parts) / world, whole[f"{mask}/scale"])
+    for side in ("image", "text"):  # of unlocked texts
+        both = torch.cat([part[f"{mask}/both/{side}"] for part in parts]) / world
+        torch.testing.assert_close(both, whole[f"{mask}/{side}"])
     assert all(torch.equal(part[f"{mask}/loss"], parts[0][f"{mask}/loss"]) for part in parts)
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_three_collectives_forward_and_none_backward(ranks: list[dict], world: int) -> None:
+def test_three_collectives_forward_one_more_for_unlocked_texts_and_none_backward(ranks: list[dict], world: int) -> None:
     for rank in range(world):
-        assert ranks[rank][world]["collectives"] == ({"all_gather_into_tensor": 1, "all_reduce": 2}, {})
+        forward = {"all_gather_into_tensor": 1, "all_reduce": 2}
+        assert ranks[rank][world]["collectives"] == (forward, {})
+        assert ranks[rank][world]["collectives unlocked"] == (forward | {"reduce_scatter_tensor": 1}, {})

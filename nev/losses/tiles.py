@@ -97,15 +97,20 @@ def statistics(x: Tensor, texts: Tensor, valid: Tensor, valid_texts: Tensor, fir
     return Statistics(*_each_with_its_own_shift(x, texts, valid, valid_texts), own + shift, best, x.new_zeros(()))
 
 
-def gradient(x: Tensor, texts: Tensor, valid: Tensor, valid_texts: Tensor, first: int, found: Statistics) -> Tensor:
-    """sum_j (e^(s_ij - row_i) + e^(s_ij - column_j)) t_j - 2 t_i: [b, D], 0 in invalid rows.
+def gradient(
+    x: Tensor, texts: Tensor, valid: Tensor, valid_texts: Tensor, first: int, found: Statistics, of_texts: bool
+) -> tuple[Tensor, Tensor | None]:
+    """With g_ij = e^(s_ij - row_i) + e^(s_ij - column_j), less 2 where i and j are a pair:
 
+    sum_j g_ij t_j, [b, D], 0 in invalid rows; and, where asked for, sum_i g_ij x_i over these images, [N, D], 0 for
+    invalid texts.
     found: of `statistics`, but `column` the log-sum-exp over all ranks' images. The others as there.
     """
     row, column = found.row, found.column
     narrow = in_window(row, valid) and in_window(column, valid_texts)
     by_row, by_column = (-row).exp(), (-column).exp()
     total = torch.zeros_like(x)
+    total_texts = x.new_zeros(texts.shape) if of_texts else None
     for rows, columns, across, scores in walk(x, texts, valid_texts, found.shift):
         if narrow:
             weights = scores.exp_().mul_(by_row[rows, None] + by_column[columns])
@@ -114,7 +119,11 @@ def gradient(x: Tensor, texts: Tensor, valid: Tensor, valid_texts: Tensor, first
         # Before the product: where a pair stands out, its weight is nearly 2, and the difference would lose its digits after.
         _pairs_in(weights, first + rows.start - columns.start).sub_(2)
         total[rows] += product(weights, across)
-    return total.masked_fill_(~valid[:, None], 0)
+        if total_texts is not None:  # invalid images are 0 in x, so what stands in their weights does not count
+            total_texts[columns] += product(weights.T.contiguous(), x[rows].T.contiguous())
+    if total_texts is not None:
+        total_texts.masked_fill_(~valid_texts[:, None], 0)
+    return total.masked_fill_(~valid[:, None], 0), total_texts
 
 
 def in_window(shifted: Tensor, counts: Tensor) -> bool:
