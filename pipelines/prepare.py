@@ -39,6 +39,7 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
@@ -228,7 +229,7 @@ def _table(reports: dict[str, Report]) -> Table:
         ("seconds", lambda report: f"{report.seconds:.1f}"),
     ]
     for title, cell in rows:
-        table.add_row(title, *(cell(report) for report in reports.values()))
+        table.add_row(escape(title), *(cell(report) for report in reports.values()))
     return table
 
 

@@ -136,7 +136,7 @@ def test_quarantine_is_written_and_taken_up(fault: str, s3: Proxy, impatient: No
     for rank in range(2):
         quarantine = Quarantine(RUN, ("a.parquet",), rank, first_step=0)
         for step in (7, 9):
-            quarantine.note(step, [bad_row(f"v{rank}")])
+            quarantine.note(step, bad_row(f"v{rank}"))
             quarantine.flush(step + 1)
     with filesystem(RUN)[0].open(f"{PATH}/quarantine/step-00000008-rank-1.parquet") as file:
         place = {"shard": "a.parquet", "row_group": 0, "row": 0}

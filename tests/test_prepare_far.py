@@ -22,6 +22,7 @@ from nev.config import Columns, ConfigError
 from nev.data.filters import Filters
 from nev.data.index import DataError, build_index
 from nev.data.prepare import Progress, Run, prepare
+from nev.data.ray_run import TaskDied
 from nev.data.rows import Row
 from nev.data.shards import Layout
 from nev.data.sources import SOURCES, SourceOptions
@@ -104,6 +105,19 @@ def test_a_task_whose_process_dies_is_run_again(on_ray: Run, tmp_path: Path) -> 
     marker = tmp_path / "died"
     assert sorted(on_ray(partial(deadly_once, marker), range(4), 2**20)) == [0, 1, 2, 3]
     assert marker.exists()
+
+
+def deadly(number: int) -> int:
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_task_whose_process_always_dies_ends_the_run(on_ray: Run) -> None:
+    with pytest.raises(TaskDied, match=r"the process of a task died 6 times, \d of 4 tasks are done"):
+        list(on_ray(deadly, range(4), 2**20))
 
 
 @pytest.mark.ray

@@ -6,8 +6,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from nev.config import Experiment, parse
 from nev.data.block import Block
-from nev.train.quarantine import Quarantine, kind
+from nev.data.plan import Plan
+from nev.train.quarantine import Quarantine, kind, too_many
 
 SHARDS = ("a.parquet", "b.parquet")
 
@@ -23,7 +25,8 @@ def block(*bad: tuple[str, int, int, int, str]) -> Block:
 
 def test_a_bad_row_is_kept_with_its_place(tmp_path: Path) -> None:
     quarantine = Quarantine(str(tmp_path), SHARDS, rank=0, first_step=0)
-    quarantine.note(3, [block(), block(("u", 1, 4, 17, "JPEG: cut short"))])
+    for one in (block(), block(("u", 1, 4, 17, "JPEG: cut short"))):
+        quarantine.note(3, one)
     quarantine.flush(10)
     (path,) = (tmp_path / "quarantine").iterdir()
     place = {"shard": "b.parquet", "row_group": 4, "row": 17}
@@ -40,9 +43,9 @@ def test_rows_are_counted_by_reason_without_what_is_their_own(tmp_path: Path) ->
         "image has 9 bytes, more than limits.max_bytes",
         "image is 7x9, more than …",
     )
-    quarantine.note(0, [block(*(("u", 0, 0, n, reason) for n, reason in enumerate(reasons)))])
+    quarantine.note(0, block(*(("u", 0, 0, n, reason) for n, reason in enumerate((*reasons, "jpeg!: cut")))))
     assert quarantine.metrics() == {
-        "bad_rows/jpeg": 2.0,
+        "bad_rows/jpeg": 3.0,
         "bad_rows/image_has_n_bytes_more_than_limits_max_bytes": 1.0,
         "bad_rows/image_is_n_more_than": 1.0,
     }
@@ -53,15 +56,34 @@ def test_rows_are_counted_by_reason_without_what_is_their_own(tmp_path: Path) ->
 def test_a_resumed_run_counts_what_came_before_once_whatever_the_world(world: int, tmp_path: Path) -> None:
     first = [Quarantine(str(tmp_path), SHARDS, rank, first_step=0) for rank in range(4)]
     for rank, quarantine in enumerate(first):
-        quarantine.note(1, [block((f"u{rank}", 0, 0, rank, "image is null"))])
+        quarantine.note(1, block((f"u{rank}", 0, 0, rank, "image is null")))
         quarantine.flush(2)
-        quarantine.note(2, [block((f"v{rank}", 1, 0, rank, "image is null"))])  # is repeated after step 2
+        quarantine.note(2, block((f"v{rank}", 1, 0, rank, "image is null")))  # is repeated after step 2
         quarantine.flush(4)
     resumed = [Quarantine(str(tmp_path), SHARDS, rank, first_step=2) for rank in range(world)]
     assert sum(one.by_reason["image is null"] for one in resumed) == 4
     for rank, quarantine in enumerate(resumed):
-        quarantine.note(2, [block(*((f"v{n}", 1, 0, n, "image is null") for n in range(rank, 4, world)))])
+        quarantine.note(2, block(*((f"v{n}", 1, 0, n, "image is null") for n in range(rank, 4, world))))
         quarantine.flush(4)
     rows = [row for path in (tmp_path / "quarantine").iterdir() for row in pq.read_table(path).to_pylist()]
     assert sorted(row["uid"] for row in rows) == sorted(f"{kind}{n}" for kind in "uv" for n in range(4))
     assert sum((one.by_shard for one in resumed), start=type(resumed[0].by_shard)()) == {"a.parquet": 4, "b.parquet": 4}
+
+
+@pytest.mark.parametrize(("rows", "least"), [(100_000, 10_000), (2_000, 1_920)])
+def test_a_rotten_row_group_at_the_start_is_no_large_share(rows: int, least: int) -> None:
+    config = parse(
+        Experiment,
+        {
+            "name": "bad",
+            "data": {"train": "nowhere", "block_rows": 128, "max_bad_share": 0.05},
+            "vision": {"trunk": "vit_tiny_patch16_224"},
+            "optim": {"lr": 0.01},
+            "train": {"global_batch": 128, "steps": 1},
+        },
+    )
+    plan = Plan(np.full(rows // 100, 100, np.int64), 0, 128, 128)
+    assert not too_many(least // 20, 10, plan, config)
+    assert too_many(least // 20 + 1, 10, plan, config)
+    assert not too_many(6_400, 1_000, plan, config)
+    assert too_many(6_401, 1_000, plan, config)

@@ -173,3 +173,25 @@ def test_real_folders_of_classes(data_folder: Path, name: str, classes: list[str
     assert len({row["uid"] for row in found}) == len(found) == sum(1 for _ in (data_folder / name).rglob("*.jpg"))
     assert all(row["image"] and row.get("label_name") == classes[row.get("label") or 0] for row in found)
     assert set(Counter(row.get("label") for row in found)) == set(range(len(classes)))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ('file,caption\na.jpg,"one\nb.jpg,two\n', r"0\.csv: not readable as a table .*a quote inside a caption"),
+        ('file\tcaption\na.jpg\t"to be\nb.jpg\ttwo\n', r"0\.csv: not readable as a table"),
+        ("file,caption\na.jpg,A dog, running, fast\n", r"0\.csv:2: 4 cells, and 2 in the first line"),
+    ],
+)
+def test_a_table_that_would_lose_words_or_lines_is_refused(tmp_path: Path, table: str, message: str) -> None:
+    (tmp_path / "0.csv").write_text(table)
+    with pytest.raises(ConfigError, match=message):
+        list(read("folder-captions", [tmp_path / "0.csv"], SourceOptions()))
+
+
+def test_captions_of_one_picture_in_two_tables_are_all_its_own(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"A")
+    (tmp_path / "0.csv").write_text("file,caption\na.jpg,one\n./a.jpg,two\n")
+    (tmp_path / "1.csv").write_text("file,caption\na.jpg,three\n")
+    (found,) = read("folder-captions", [tmp_path], SourceOptions())
+    assert (found["uid"], found["caption"]) == ("a.jpg", ["one", "two", "three"])

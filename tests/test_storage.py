@@ -18,7 +18,7 @@ from nev.data.block import Block, BlockReader
 from nev.data.index import DataError, Index, build_index
 from nev.data.plan import Plan, Segment
 from nev.data.sidecar import check_sidecars, missing_sidecars, sidecar_key, sidecar_location, write_sidecar
-from nev.data.storage import filesystem, whole_file, write_whole
+from nev.data.storage import StorageError, at_hand, filesystem, whole_file, write_whole
 from nev.experiment import run_experiment
 from nev.train import checkpoint
 
@@ -181,6 +181,16 @@ def test_a_shard_written_anew_under_a_reader_is_noticed(local: Path, s3: Proxy, 
     upload(local)
     with pytest.raises(DataError, match=r"s3://bucket/set/train/a\.parquet: row group"):
         reader.read(plan.segments(block), 0)
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "a//b", "./a"])
+def test_a_key_that_leads_out_of_its_folder_is_refused(
+    name: str, s3: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("nev.data.storage.files_below", lambda location: [name])
+    with pytest.raises(StorageError, match=r"leads out of its folder"), at_hand(REMOTE):
+        pass
+    assert s3.count("GET", "evil") == 0
 
 
 def test_what_another_process_writes_is_seen(local: Path, s3: Proxy, impatient: None) -> None:

@@ -1,6 +1,8 @@
 """The stream: the plan's blocks, whole and in order, through Ray Data and the split that Ray Train makes of it."""
 
+import os
 import random
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -177,3 +179,41 @@ def test_a_task_with_more_than_one_number_is_refused() -> None:
 
     with pytest.raises(RuntimeError, match="2 block numbers, not one"):
         read_block({"id": np.array([4, 5])}, [], 0)
+
+
+class Deadly(BlockReader):
+    """Its process dies over the third block, again and again, as over a picture that crashes its decoder."""
+
+    def read(self, segments: Any, epoch: int, pictures: Any = None) -> Block:
+        if segments[0].group == self.index.shard.searchsorted(1):
+            os._exit(1)
+        return super().read(segments, epoch, pictures)
+
+
+def test_a_block_that_always_kills_its_process_ends_the_stream(tmp_path: Path, ray_cluster: None) -> None:
+    from ray import cloudpickle
+    from ray.exceptions import WorkerCrashedError
+
+    from nev.data.stream import make_stream
+
+    fine = reader_over(tmp_path, 52)
+    deadly = Deadly(fine.index, 8, fine.limits, fine.seed, fine.augment, KEY, WIDTH)
+    plan = Plan(fine.index.rows, 3, global_batch=4, block_rows=4)
+    here = sys.modules[__name__]
+    cloudpickle.register_pickle_by_value(here)  # Ray's processes could not import it
+    try:
+        with pytest.raises(WorkerCrashedError):
+            list(make_stream(deadly, plan, 0, plan.steps_per_epoch).iter_batches(batch_size=None))
+    finally:
+        cloudpickle.unregister_pickle_by_value(here)
+
+
+def test_what_a_rank_fetches_ahead_fits_the_object_store() -> None:
+    from nev.train.trainer import fetch_ahead
+
+    plan = Plan(np.full(1000, 256, np.int64), 0, global_batch=1024, block_rows=256)
+    assert fetch_ahead(plan, 1, 10, 1e9) == 8  # two steps
+    assert fetch_ahead(plan, 4, 10, 1e9) == 2
+    assert fetch_ahead(plan, 1, 40_000_000, 800e6) == 5  # a quarter of the store
+    assert fetch_ahead(plan, 2, 40_000_000, 800e6) == 2
+    assert fetch_ahead(plan, 1, 40_000_000, 1e6) == 1

@@ -182,14 +182,42 @@ def test_a_part_whose_runs_are_not_whole_is_done_again(
     assert contents(output) == undisturbed
 
 
-def test_a_run_that_is_damaged_after_all_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["run-00000", "keys.npz"])
+def test_a_run_that_is_damaged_after_all_is_named(file: str, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     output = tmp_path / "set"
     with pytest.raises(Crash):
         make(output, counting([], PARTS + 1))
-    run = output / UNFINISHED / "part-000001/run-00000"
+    run = output / UNFINISHED / "part-000001" / file
     run.write_bytes(bytes(len(run.read_bytes())))
-    with pytest.raises(DataError, match=r"part-000001/run-00000 cannot be read .*--overwrite"):
+    with pytest.raises(DataError, match=rf"part-000001/{file} .*Delete it and run the same command again"):
         make(output)
+    run.unlink()
+    again: list[Any] = []
+    make(output, counting(again))
+    assert len(again) == 1 + SHARDS  # that part, and all shards
+    assert contents(output) == undisturbed
+
+
+@pytest.mark.parametrize("left", [b"", b'{"numb'])
+def test_a_part_file_that_was_being_written_is_no_part(
+    left: bytes, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    output = tmp_path / "set"
+    with pytest.raises(Crash):
+        make(output, counting([], 2))
+    torn = output / UNFINISHED / "part-000002/.writing-x/part.json"
+    torn.parent.mkdir(parents=True)
+    torn.write_bytes(left)
+    make(output)
+    assert contents(output) == undisturbed
+
+
+def test_sidecars_of_older_shards_go_though_the_shards_are_gone_already(tmp_path: Path) -> None:
+    output = tmp_path / "set"
+    (output / "_text/key").mkdir(parents=True)
+    (output / "_text/key/00000.parquet").touch()
+    make(output)
+    assert not (output / "_text").exists()
 
 
 def test_another_job_is_refused_and_named(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:

@@ -52,7 +52,10 @@ def gather(shard: Shard, job: Gather) -> int:
                         batches.append(batch.select(job.schema.names))
     digests, which, at = (np.concatenate(column) for column in zip(*found, strict=True))
     if len(digests) != shard.rows:
-        raise DataError(f"{job.work}: holds {len(digests)} rows for shard {shard.number}, not {shard.rows}. {DAMAGED}")
+        raise DataError(
+            f"{job.work}: holds {len(digests)} rows for shard {shard.number}, not {shard.rows}. "
+            "Delete it and start anew with --overwrite."
+        )
     order = np.argsort(digests)
     groups = (order[start : start + job.row_group_rows] for start in range(0, len(order), job.row_group_rows))
     _, work = filesystem(job.work)

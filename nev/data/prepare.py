@@ -162,7 +162,7 @@ def _cut(output: str, parts: list[Facts], state: State, job: Scatter, layout: La
     With them go their sidecars: vectors of captions that lay in other rows.
     """
     plan = merged(parts, job.known) | {"job": state.job}
-    plan["parts"] = [[part["rows"], len(part["files"])] for part in parts]
+    plan["parts"] = [[part["rows"], len(part["files"]) - 1] for part in parts]  # runs, beside keys.npz
     order = _order(job.work, plan)
     plan["dropped"] |= order.dropped
     plan["kept"] = len(order.kept)
@@ -172,7 +172,7 @@ def _cut(output: str, parts: list[Facts], state: State, job: Scatter, layout: La
     with writing(output):
         for name in state.shards:
             fs.rm_file(join(path, name))
-        if state.shards and fs.exists(join(path, sidecar.FOLDER)):
+        if fs.exists(join(path, sidecar.FOLDER)):
             fs.rm(join(path, sidecar.FOLDER), recursive=True)
     write_json(join(job.work, "plan.json"), plan)
     return plan, order

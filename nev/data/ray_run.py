@@ -13,21 +13,30 @@ from typing import Any
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionOptions
-from ray.exceptions import RaySystemError
+from ray.exceptions import RaySystemError, WorkerCrashedError
 
 from nev.errors import NevError
+
+DEATHS = 5  # of a task's process before the job ends; by default Ray tries for ever
+
+
+class TaskDied(NevError, RuntimeError):
+    """A task's process dies whenever it is run."""
 
 
 def ray_run(function: Callable[[Any], Any], items: Sequence[Any], task_bytes: int) -> Iterator[Any]:
     """Run `function` on each of `items`, each in a task of one CPU and `task_bytes` of memory, and yield what they return.
 
-    A NevError that a task raises is raised here. Where `function` can't be imported by Ray's processes, RuntimeError.
+    A NevError that a task raises is raised here, and TaskDied where a task's process dies again and again. Where
+    `function` can't be imported by Ray's processes, RuntimeError.
     """
     memory = min(task_bytes, int(max(node["Resources"].get("memory", 0) for node in ray.nodes())))  # type: ignore[no-untyped-call]
     return _results(
         function,
         items,
-        lambda rows, source: rows.map(functools.partial(_task, source=source), num_cpus=1, memory=memory),
+        lambda rows, source: rows.map(
+            functools.partial(_task, source=source), num_cpus=1, memory=memory, max_retries=DEATHS
+        ),
     )
 
 
@@ -58,11 +67,20 @@ def _results(
     packed = [{"item": pickle.dumps(item)} for item in items]
     with DataContext.current(_context()):
         done = job(ray.data.from_items(packed, override_num_blocks=len(packed)), [ray.put(function)])
-        for row in done.iter_rows():
-            failed, result = pickle.loads(row["result"])  # noqa: S301 - it comes from our own tasks
-            if failed:
-                raise result
-            yield result
+        finished = 0
+        try:
+            for row in done.iter_rows():
+                failed, result = pickle.loads(row["result"])  # noqa: S301 - it comes from our own tasks
+                if failed:
+                    raise result
+                yield result
+                finished += 1
+        except WorkerCrashedError as error:
+            raise TaskDied(
+                f"the process of a task died {DEATHS + 1} times, {finished} of {len(items)} tasks are done. It wants more "
+                "memory than there is, or a picture crashes its decoder: Ray's logs tell (worker-*.err, raylet.out). What is "
+                "done is kept."
+            ) from error
 
 
 class _Actor:

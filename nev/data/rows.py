@@ -12,6 +12,8 @@ from typing import NotRequired, TypedDict
 
 from nev.config import Limits
 
+MAX_REASON, MAX_REASONS = 100, 100  # characters, and how many: a source may bring its own (`status`)
+
 
 class Row(TypedDict):
     """One picture with its caption(s).
@@ -41,7 +43,7 @@ def captions_of(caption: str | list[str] | None) -> list[str]:
 def fault(row: Row, limits: Limits) -> str | None:
     """Why `row` can't go into a shard, or None. Looks at sizes only: nothing is decoded."""
     if "reject" in row:
-        return row["reject"]
+        return row["reject"].encode(errors="backslashreplace").decode()[:MAX_REASON]
     if not row["uid"]:
         return "empty uid"
     if not row["image"]:
@@ -71,6 +73,6 @@ def usable(rows: Iterable[Row], dropped: Counter[str], limits: Limits) -> Iterat
     """Pass on the rows without a fault, their captions cleaned; count the others in `dropped` by reason."""
     for row in rows:
         if reason := fault(row, limits):
-            dropped[reason] += 1
+            dropped[reason if reason in dropped or len(dropped) < MAX_REASONS else "other reasons"] += 1
         else:
             yield {**row, "caption": captions_of(row["caption"])}

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +26,7 @@ from numpy.typing import NDArray
 from nev.config import Limits
 from nev.data import labels
 from nev.data.filters import Filters, select
-from nev.data.index import reading, writing
+from nev.data.index import DataError, reading, writing
 from nev.data.labels import Known, Names
 from nev.data.resize import Resize, resized
 from nev.data.rows import Row, captions_of, usable
@@ -119,6 +121,7 @@ def scatter(item: tuple[int, Any], job: Scatter) -> Facts:
     np.savez(packed, **keys._asdict())
     with writing(join(folder, "keys.npz")):
         write_whole(join(folder, "keys.npz"), packed.getvalue())
+    files[f"part-{number:06d}/keys.npz"] = len(packed.getvalue())
     done = {
         "number": number,
         "rows_in": read["rows"],
@@ -141,8 +144,13 @@ def read_keys(work: str, part: int) -> PartKeys:
     """The keys of a part that is done."""
     location = join(work, f"part-{part:06d}", "keys.npz")
     fs, path = filesystem(location)
-    with reading(location, DAMAGED), np.load(io.BytesIO(fs.cat_file(path))) as arrays:
-        return PartKeys(*(arrays[name] for name in PartKeys._fields))
+    with reading(location, DAMAGED):
+        content = fs.cat_file(path)
+    try:
+        with np.load(io.BytesIO(content)) as arrays:
+            return PartKeys(*(arrays[name] for name in PartKeys._fields))
+    except (BadZipFile, zlib.error, ValueError, KeyError, EOFError) as error:
+        raise DataError(f"{location} is damaged ({error}). {DAMAGED}") from error
 
 
 def held(rows: Iterable[Row], memory_bytes: int) -> Iterator[list[Row]]:

@@ -94,8 +94,11 @@ def missing_sidecars(index: Index, key: str) -> list[int]:
         return [shard for shard, lacks in enumerate(pool.map(absent, range(len(index.paths)))) if lacks]
 
 
-def check_sidecars(index: Index, key: str, width: int) -> None:
-    """Refuse sidecars that are absent, of another encoder or width, or not row for row beside their shard (DataError)."""
+def check_sidecars(index: Index, key: str, width: int, every_row: bool = False) -> None:
+    """Refuse sidecars that are absent, of another encoder or width, or not row for row beside their shard (DataError).
+
+    every_row: compare the uids of all rows, for a set whose reader will not (it reads the vectors of a whole shard at once).
+    """
     if missing := missing_sidecars(index, key):
         raise DataError(
             f"{index.root}: {len(missing)} of {len(index.paths)} shards have no text sidecar of this encoder "
@@ -103,7 +106,7 @@ def check_sidecars(index: Index, key: str, width: int) -> None:
         )
 
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
-        list(pool.map(lambda shard: _check(index, shard, key, width), range(len(index.paths))))
+        list(pool.map(lambda shard: _check(index, shard, key, width, every_row), range(len(index.paths))))
 
 
 def sidecars_to_write(index: Index, key: str, width: int) -> list[int]:
@@ -120,7 +123,7 @@ def sidecars_to_write(index: Index, key: str, width: int) -> list[int]:
         return [shard for shard, unfits in enumerate(pool.map(unfit, range(len(index.paths)))) if unfits]
 
 
-def _check(index: Index, shard: int, key: str, width: int) -> None:
+def _check(index: Index, shard: int, key: str, width: int, every_row: bool = False) -> None:
     location = sidecar_location(index, shard, key)
     fs, path = filesystem(location)
     with reading(location, WRITE_AGAIN), open_parquet(fs, path) as file:
@@ -138,8 +141,8 @@ def _check(index: Index, shard: int, key: str, width: int) -> None:
     if [rows[group] for group in index.group[own] if group < len(rows)] != index.rows[own].tolist():
         raise not_beside(location)
     # In a shard of one row group no footer tells that its rows were put in another order. Where there are more,
-    # their sizes tell, and the reader compares the uids of what it reads besides.
-    if len(rows) == 1:
+    # their sizes mostly tell, and the training reader compares the uids of what it reads besides.
+    if len(rows) == 1 or every_row:
         own_uids = uids_of(read_column(index.location(shard), str(index.columns.uid)))
         if uids_of(read_column(location, "uid", WRITE_AGAIN)) != own_uids:
             raise not_beside(location)

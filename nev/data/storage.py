@@ -127,6 +127,10 @@ def at_hand(location: str) -> Iterator[Path]:
         with naming(location, "listed"):
             names = files_below(location)
         for name in names or [""]:
+            if name and any(part in ("", ".", "..") for part in name.split("/")):
+                raise StorageError(
+                    f"{location}/{name}: this name leads out of its folder, so nothing is copied. Rename it."
+                )
             target = copy / name
             target.parent.mkdir(parents=True, exist_ok=True)
             with naming(f"{location}/{name}".rstrip("/"), "read"):

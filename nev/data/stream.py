@@ -24,6 +24,9 @@ from nev.data.plan import Plan
 NUMBERS_PER_TASK = 1000
 NUMBERS_BUFFERED = 64  # by default a task makes two and waits until they are fetched, a turn of 0.1 s later
 NUMBER_TASKS = 1000  # at most: each is put into the object store before the first one runs
+DEATHS = (
+    5  # of the process over one block: lost nodes, or a picture that kills its decoder. By default Ray tries for ever
+)
 STEPS_AHEAD = 2  # decoded and not yet taken; each rank fetches two more (`nev.train.trainer.blocks_of`)
 
 
@@ -39,29 +42,29 @@ def make_stream(reader: BlockReader, plan: Plan, first_step: int, last_step: int
         tasks = min(max(1, count // NUMBERS_PER_TASK), NUMBER_TASKS)
         numbers = ray.data.range(count, override_num_blocks=tasks)
         read = functools.partial(read_block, source=[source], first=first)
-        return numbers.repartition(target_num_rows_per_block=1).map_batches(read, batch_size=1, num_cpus=1)
+        one_each = numbers.repartition(target_num_rows_per_block=1)
+        return one_each.map_batches(read, batch_size=1, num_cpus=1, max_retries=DEATHS)
 
 
 def read_block(numbers: Any, source: list[ray.ObjectRef[Any]], first: int) -> Block:
     """The Ray Data task: one block number in, its rows out."""
     if len(numbers["id"]) != 1:
         raise RuntimeError(f"a task got {len(numbers['id'])} block numbers, not one: blocks would not be R rows")
-    reader, plan = _source(source[0])
+    reader, plan = fetched(source[0])
     number = first + int(numbers["id"][0])
     pictures = _pictures(plan.block_rows, reader.image_size)
-    block = reader.read(plan.segments(number), plan.epoch_of(number), pictures)
+    block: Block = reader.read(plan.segments(number), plan.epoch_of(number), pictures)
     block["block"] = np.full(len(block["valid"]), number, np.int64)
     return block
 
 
 @functools.lru_cache(maxsize=4)
-def _source(reference: ray.ObjectRef[Any]) -> tuple[BlockReader, Plan]:
+def fetched(reference: ray.ObjectRef[Any]) -> Any:
     """The reader and the plan, fetched once a process: with them live its open files and the epoch's order."""
     import torch
 
     torch.set_num_threads(1)  # one task a core: threads inside a task would only get in each other's way
-    reader, plan = ray.get(reference)
-    return reader, plan
+    return ray.get(reference)
 
 
 @functools.lru_cache(maxsize=1)
@@ -79,6 +82,9 @@ def stream_context(blocks_ahead: int, block_bytes: int) -> DataContext:
     pace(context, blocks_ahead, block_bytes)
     context._max_num_blocks_in_streaming_gen_buffer = NUMBERS_BUFFERED
     context.target_max_block_size = None
+    context.execution_no_progress_timeout_s = (
+        -1
+    )  # a trainer that validates for an hour, or waits for nodes, is no failure
     context.op_resource_reservation_enabled = False
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from nev.data.index import UNFINISHED, reading, writing
 from nev.data.shards import shards_in
 from nev.data.storage import PARALLEL_REQUESTS, filesystem, is_local, join, make_folder, write_whole
 
-DAMAGED = "Start anew with --overwrite."
+DAMAGED = "Delete it and run the same command again."
 
 log = logging.getLogger("nev.prepare")
 
@@ -56,7 +57,15 @@ def begin(output: str, facts: Facts | None, overwrite: bool) -> State:
     before = read_json(join(work, "job.json")) if plan is None else plan["job"]
     same = before is not None and before == facts
     if same and plan is not None:
-        return State(plan["job"], {}, plan, shards)
+        if len(shards) == -(-plan["kept"] // plan["job"]["rows_per_shard"]):
+            return State(plan["job"], {}, plan, shards)
+        parts = _done_parts(work)
+        if len(parts) == len(plan["parts"]):
+            return State(plan["job"], {}, plan, shards)
+        log.warning(
+            "%s: a part of what was read is damaged or gone. It is read again, and the shards are made anew.", work
+        )
+        return State(plan["job"], parts, None, shards)
     parts = {} if before is None else _done_parts(work)
     if before is not None and facts is not None and not same and not overwrite and (parts or plan is not None):
         differing = ", ".join(
@@ -83,7 +92,7 @@ def _done_parts(work: str) -> dict[int, Facts]:
     fs, path = filesystem(work)
     with reading(work, damaged=""):
         sizes = {name[len(path) + 1 :]: entry["size"] for name, entry in fs.find(path, detail=True).items()}
-    names = sorted(name for name in sizes if name.endswith("/part.json"))
+    names = sorted(name for name in sizes if re.fullmatch(r"part-\d+/part\.json", name))
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         found = [part for part in pool.map(lambda name: read_json(join(work, name)), names) if part]
     whole = [part for part in found if all(sizes.get(name) == size for name, size in part["files"].items())]

@@ -15,7 +15,7 @@ from ray.data import DataContext
 
 from nev.data.block import Block
 from nev.data.plan import in_order
-from nev.data.stream import stream_context
+from nev.data.stream import DEATHS, fetched, stream_context
 from nev.eval.validation import Embed, Embedded, Validation, collect, embed_block, embedder
 from nev.runtime import cluster_gpus
 
@@ -45,13 +45,14 @@ def embed_set(task: Validation, tower: Tower) -> Embedded:
         reader = ray.put((task.reader, blocks))
         numbers = ray.data.range(len(blocks), override_num_blocks=1)
         decoded = numbers.repartition(target_num_rows_per_block=1).map_batches(
-            functools.partial(read_numbered, source=[reader]), batch_size=1
+            functools.partial(read_numbered, source=[reader]), batch_size=1, max_retries=DEATHS
         )
         embedded = decoded.map_batches(
             functools.partial(embed_numbered, source=[ray.put(tower)]),
             batch_size=None,
             num_cpus=0 if gpus else 1,
             num_gpus=1 if gpus else 0,
+            max_retries=DEATHS,
             max_calls=0,  # Ray would end a process that has a GPU after each block, and load the tower again
         )
         parts: list[Any] = list(embedded.iter_batches(batch_size=None, batch_format="numpy"))
@@ -61,7 +62,7 @@ def embed_set(task: Validation, tower: Tower) -> Embedded:
 
 def read_numbered(numbers: Any, source: list[Any]) -> Block:
     """The Ray Data task of evaluation: one block number in, its decoded rows out."""
-    reader, blocks = ray.get(source[0])
+    reader, blocks = fetched(source[0])
     number = int(numbers["id"][0])
     block: Block = reader.read(blocks[number], 0)
     kept = {name: block[name] for name in ("image", "valid", "label")}

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nev.data.block import Block, BlockReader
-from nev.data.index import Index, read_column
+from nev.data.index import DataError, Index, read_column
 from nev.data.plan import in_order
 from nev.data.sidecar import WRITE_AGAIN, sidecar_location, vectors_of
 from nev.data.storage import filesystem, join
@@ -121,14 +121,21 @@ def score(task: Validation, embedded: Embedded) -> dict[str, float]:
     metrics = {"val/rows": float(len(embedded.valid)), "val/bad_rows": float((~embedded.valid).sum())}
     if task.classes is not None:
         labelled = embedded.valid & (embedded.labels >= 0)
+        _refuse_none(labelled, task, "a label and an image that can be decoded")
         metrics |= zero_shot(embedded.images[labelled], embedded.labels[labelled], task.classes)
     if task.retrieval:
         texts, owner = load_texts(task.reader.index, task.text_key, task.text_width)
         captioned = np.isin(np.arange(len(embedded.valid)), owner) & embedded.valid
+        _refuse_none(captioned, task, "a caption and an image that can be decoded")
         kept = captioned[owner]
         position = np.cumsum(captioned) - 1
         metrics |= retrieval(embedded.images[captioned], texts[kept], position[owner[kept]])
     return metrics
+
+
+def _refuse_none(rows: NDArray[np.bool_], task: Validation, what: str) -> None:
+    if not rows.any():
+        raise DataError(f"{task.reader.index.root}: no row has {what}, so there is nothing to score. Mend data.val.")
 
 
 def load_texts(index: Index, key: str, width: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -12,7 +12,8 @@ does. Where it does not, or on a GPU, another walk is made with a shift for each
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -29,15 +30,39 @@ class Statistics(NamedTuple):
     """Of the scores of b images with N texts, all less `shift` (0-d), which would cost digits; invalid ones are left out.
 
     row: [b], log-sum-exp over all texts. column: [N], log-sum-exp over these images, -inf where there is none. own: [b], the
-    score of each pair. best: int64 [b], the text with the highest score, the first of equal ones.
+    score of each pair. best: of the texts, for each image.
     In invalid rows anything may stand.
     """
 
     row: Tensor
     column: Tensor
     own: Tensor
-    best: Tensor
+    best: Best
     shift: Tensor
+
+
+@dataclass
+class Best:
+    """The text with the highest score for each of b images, the first of equal ones, as tile after tile is seen."""
+
+    score: Tensor
+    text: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Self:
+        """Before any tile is seen. x: [b, D]."""
+        return cls(x.new_full((len(x),), -torch.inf), torch.zeros(len(x), dtype=torch.int64, device=x.device))
+
+    def see(self, rows: slice, columns: slice, scores: Tensor) -> None:
+        """Take a tile of scores into account, the one with the first columns first."""
+        top, at = scores.max(1)
+        self.text[rows] = torch.where(top > self.score[rows], at + columns.start, self.text[rows])
+        torch.maximum(self.score[rows], top, out=self.score[rows])
+
+    def correct(self, first: int, valid: Tensor) -> Tensor:
+        """How many valid images have their own text for the best; that of image i is number first + i. int64, 0-d."""
+        own = torch.arange(first, first + len(valid), device=valid.device)
+        return ((self.text == own) & valid).sum()
 
 
 class Tile(NamedTuple):
@@ -74,20 +99,14 @@ def statistics(x: Tensor, texts: Tensor, valid: Tensor, valid_texts: Tensor, fir
     shift = torch.where(valid, pairs, -torch.inf).amax() - ABOVE
     shift = torch.where(shift.isfinite(), shift, 0)
     row, column = x.new_zeros(len(x)), x.new_zeros(len(texts))
-    own, highest, best = (
-        x.new_zeros(len(x)),
-        x.new_full((len(x),), -torch.inf),
-        torch.zeros_like(valid, dtype=torch.int64),
-    )
+    own, best = x.new_zeros(len(x)), Best.of(x)
     counts = valid.to(x.dtype)
     for rows, columns, _, scores in walk(x, texts, valid_texts, shift):
         offset = first + rows.start - columns.start
-        pairs = _pairs_in(scores, offset)
+        pairs = pairs_in(scores, offset)
         start = rows.start + max(0, -offset)
         own[start : start + len(pairs)] = pairs
-        top, at = scores.max(1)
-        best[rows] = torch.where(top > highest[rows], at + columns.start, best[rows])
-        torch.maximum(highest[rows], top, out=highest[rows])
+        best.see(rows, columns, scores)
         exponentials = scores.exp_()
         row[rows] += exponentials.sum(1)
         column[columns] += counts[rows] @ exponentials
@@ -117,7 +136,7 @@ def gradient(
         else:
             weights = (scores - row[rows, None]).exp_() + scores.sub_(column[columns]).exp_()
         # Before the product: where a pair stands out, its weight is nearly 2, and the difference would lose its digits after.
-        _pairs_in(weights, first + rows.start - columns.start).sub_(2)
+        pairs_in(weights, first + rows.start - columns.start).sub_(2)
         total[rows] += product(weights, across)
         if total_texts is not None:  # invalid images are 0 in x, so what stands in their weights does not count
             total_texts[columns] += product(weights.T.contiguous(), x[rows].T.contiguous())
@@ -131,7 +150,7 @@ def in_window(shifted: Tensor, counts: Tensor) -> bool:
     return shifted.device.type == "cpu" and bool((((shifted > LOW) & (shifted < HIGH)) | ~counts).all())
 
 
-def _pairs_in(tile: Tensor, offset: int) -> Tensor:
+def pairs_in(tile: Tensor, offset: int) -> Tensor:
     """A view of the entries of a tile that are scores of pairs, which lie on its diagonal `offset`; it may be empty."""
     height, width = tile.shape
     return tile.diagonal(offset) if -height < offset < width else tile[0, :0]

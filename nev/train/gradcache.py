@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nev.config import ConfigError
-from nev.losses.contrastive import Contrastive, contrastive_loss
+from nev.losses.contrastive import contrastive_loss
 from nev.losses.gather import Gathering
+from nev.losses.pairwise import Contrastive
 from nev.train.rng import rng_state, set_rng_state
 
 Embed = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from nev.train.job import Job, Start
 from nev.train.manifest import State, prune
 from nev.train.meter import Clock, Totals
 from nev.train.optim import learning_rate, set_learning_rate
-from nev.train.quarantine import Quarantine, TooManyBadRows, describe
+from nev.train.quarantine import Quarantine, TooManyBadRows, describe, too_many
 from nev.train.rng import gather_rng
 from nev.train.step import Batch, LockedTextModel, Precision, train_step
 
@@ -67,10 +67,14 @@ def train(job: Job, me: Rank, learner: Learner, start: Start, blocks: Iterator[B
     for step in range(start.step, job.stop_step):
         rate = learning_rate(step, job.total_steps, config.optim)
         set_learning_rate(learner.optimizer, rate)
-        with clock.waiting():
-            taken = [next_block(blocks, number) for number in plan.rank_blocks(step, me.rank, me.world)]
-        quarantine.note(step, taken)
-        result = train_step(learner.wrapped, learner.optimizer, to_batch(taken, me.device), config, me.precision)
+        filling = Filling(plan.rank_blocks(step, me.rank, me.world), plan.block_rows, me.device)
+        for number in filling.numbers:
+            with clock.waiting():
+                block = next_block(blocks, number)
+            quarantine.note(step, block)
+            filling.add(block)
+            del block  # its memory in the object store is free now
+        result = train_step(learner.wrapped, learner.optimizer, filling.batch(), config, me.precision)
         totals.add(result, batch_rows)
         done = step + 1
         last = done == job.stop_step
@@ -78,7 +82,7 @@ def train(job: Job, me: Rank, learner: Learner, start: Start, blocks: Iterator[B
         save = score or done % config.train.checkpoint_every == 0
         if done % config.train.log_every == 0 or save:
             metrics = totals.metrics(result, learner.model, rate) | clock.metrics(done, batch_rows)
-            if totals.bad_rows() > config.data.max_bad_share * batch_rows * done:
+            if too_many(totals.bad_rows(), done, plan, config):
                 raise TooManyBadRows(describe(quarantine, totals.bad_rows(), done, config))
             if me.rank == 0:
                 report(done, metrics)
@@ -150,16 +154,27 @@ def next_block(blocks: Iterator[Block], expected: int) -> Block:
     return block
 
 
-def to_batch(blocks: list[Block], device: torch.device) -> Batch:
-    """Blocks of R rows as one batch on the device: one copy into (pinned) host memory, one to the device if it is another."""
-    pinned = device.type == "cuda"
+class Filling:
+    """A rank's batch on its way: block after block is copied into (pinned) host memory, then all to another device."""
 
-    def stacked(name: str) -> Tensor:
-        columns = [block[name] for block in blocks]
-        shape = (sum(len(column) for column in columns), *columns[0].shape[1:])
-        dtype = torch.from_numpy(np.empty(0, columns[0].dtype)).dtype
-        host = torch.empty(shape, dtype=dtype, pin_memory=pinned)
-        np.concatenate(columns, out=host.numpy())
-        return host.to(device, non_blocking=True)
+    def __init__(self, numbers: Sequence[int], block_rows: int, device: torch.device) -> None:
+        self.numbers = numbers
+        self._block_rows, self._device = block_rows, device
+        self._host: dict[str, Tensor] = {}
+        self._filled = 0
 
-    return Batch(stacked("image"), stacked("text"), stacked("valid"))
+    def add(self, block: Block) -> None:
+        """Copy the next block of `numbers`; nothing of it is kept."""
+        place = slice(self._filled, self._filled + self._block_rows)
+        for name in ("image", "text", "valid"):
+            column = block[name]
+            if name not in self._host:
+                shape = (len(self.numbers) * self._block_rows, *column.shape[1:])
+                dtype = torch.from_numpy(np.empty(0, column.dtype)).dtype
+                self._host[name] = torch.empty(shape, dtype=dtype, pin_memory=self._device.type == "cuda")
+            np.copyto(self._host[name].numpy()[place], column)
+        self._filled = place.stop
+
+    def batch(self) -> Batch:
+        """The batch on the device."""
+        return Batch(*(self._host[name].to(self._device, non_blocking=True) for name in ("image", "text", "valid")))

@@ -15,8 +15,11 @@ import pyarrow.parquet as pq
 
 from nev.config import Experiment
 from nev.data.block import Block
+from nev.data.plan import Plan
 from nev.data.storage import files_below, filesystem, join, naming, write_whole
 from nev.errors import NevError
+
+LEAST_ROWS = 10_000  # row groups come whole: a rotten one at the start is a large share of few rows
 
 
 class TooManyBadRows(NevError, RuntimeError):
@@ -55,22 +58,21 @@ class Quarantine:
             for row in table.to_pylist():
                 self._count(row["shard"], row["reason"])
 
-    def note(self, step: int, blocks: list[Block]) -> None:
-        """Keep the invalid rows of a step's blocks."""
-        for block in blocks:
-            for at in (~block["valid"]).nonzero()[0]:
-                shard, reason = self._shards[int(block["shard"][at])], str(block["reason"][at])
-                self._rows.append(
-                    {
-                        "step": step,
-                        "uid": str(block["uid"][at]),
-                        "shard": shard,
-                        "row_group": int(block["row_group"][at]),
-                        "row": int(block["row"][at]),
-                        "reason": reason,
-                    }
-                )
-                self._count(shard, reason)
+    def note(self, step: int, block: Block) -> None:
+        """Keep the invalid rows of one of a step's blocks."""
+        for at in (~block["valid"]).nonzero()[0]:
+            shard, reason = self._shards[int(block["shard"][at])], str(block["reason"][at])
+            self._rows.append(
+                {
+                    "step": step,
+                    "uid": str(block["uid"][at]),
+                    "shard": shard,
+                    "row_group": int(block["row_group"][at]),
+                    "row": int(block["row"][at]),
+                    "reason": reason,
+                }
+            )
+            self._count(shard, reason)
 
     def _count(self, shard: str, reason: str) -> None:
         self.by_shard[shard] += 1
@@ -100,7 +102,17 @@ class Quarantine:
     def metrics(self) -> dict[str, float]:
         """`bad_rows/REASON` -> rows since the run's first step, over all ranks, which call this together."""
         _, reasons = self.totals()
-        return {f"bad_rows/{_slug(reason)}": float(count) for reason, count in reasons.items()}
+        found: Counter[str] = Counter()
+        for reason, count in reasons.items():
+            found[f"bad_rows/{_slug(reason)}"] += count  # two reasons may differ by signs alone
+        return {name: float(count) for name, count in found.items()}
+
+
+def too_many(bad_rows: int, done: int, plan: Plan, config: Experiment) -> bool:
+    """Whether `bad_rows` of the rows of `done` steps are more than `data.max_bad_share`; of 10,000, or an epoch, at least."""
+    batch = config.train.global_batch
+    least = min(LEAST_ROWS, plan.steps_per_epoch * batch)
+    return bad_rows > config.data.max_bad_share * max(done * batch, least)
 
 
 def kind(reason: str) -> str:
@@ -122,5 +134,6 @@ def describe(quarantine: Quarantine, bad_rows: int, done: int, config: Experimen
     return (
         f"{bad_rows} of {done * config.train.global_batch} rows could not be used, more than "
         f"data.max_bad_share = {config.data.max_bad_share}. Worst shards: {worst}. Reasons: {why}. "
-        f"The rows are listed in {quarantine.folder}. Mend or drop those shards, or raise data.max_bad_share."
+        f"The rows are listed in {quarantine.folder}. Raise data.max_bad_share to go on, or mend or "
+        "drop those shards and start under another name."
     )

@@ -124,7 +124,7 @@ def make_validation(config: Experiment, text: TextTower) -> Validation:
     index = build_index(config.data.val, config.data.columns)
     key = text_key(index, text)
     if config.eval.retrieval:
-        check_sidecars(index, key, text.width)
+        check_sidecars(index, key, text.width, every_row=True)
     if config.eval.zero_shot and not index.columns.label:
         raise DataError(f"{config.data.val}: zero-shot needs an integer label column; name it with data.columns.label")
     classes = class_vectors(config.eval.zero_shot, text) if config.eval.zero_shot else None

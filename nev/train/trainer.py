@@ -27,6 +27,7 @@ from nev.train.quarantine import TooManyBadRows
 if TYPE_CHECKING:
     from torch import nn
 
+    from nev.data.plan import Plan
     from nev.train.loop import Learner, Rank
     from nev.train.step import LockedTextModel
 
@@ -178,12 +179,23 @@ def after(first: Future[Block | None], blocks: Iterator[Block]) -> Iterator[Bloc
 
 
 def blocks_of(job: Job, me: Rank) -> Iterator[Block]:
-    """This rank's blocks, as they left the tasks; the blocks of the next step are fetched while this one computes."""
+    """This rank's blocks, as they left the tasks; the blocks of the next steps are fetched while this one computes."""
+    import ray
     import ray.train
 
-    ahead = 2 * job.plan.blocks_per_step // me.world
+    row_bytes = job.config.data.image_size**2 * 3 + 2 * job.text_width
+    store_bytes = ray.cluster_resources().get("object_store_memory", 0.0)  # type: ignore[no-untyped-call]
+    ahead = fetch_ahead(job.plan, me.world, job.plan.block_rows * row_bytes, store_bytes)
     shard = ray.train.get_dataset_shard("train")
     return iter(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=ahead))
+
+
+def fetch_ahead(plan: Plan, world: int, block_bytes: int, store_bytes: float) -> int:
+    """How many blocks a rank holds fetched: two steps' or, where the ranks' would be more, a quarter of the object store.
+
+    The blocks that the tasks are ahead take up to half of it (`nev.data.pacing`); beyond all of it Ray spills to the disk.
+    """
+    return max(1, min(2 * plan.blocks_per_step // world, int(store_bytes / 4 / world // block_bytes)))
 
 
 def build_learner(job: Job, me: Rank) -> tuple[Learner, Start]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import lzma
 import os
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -95,9 +97,9 @@ def facts_of(kind: str, options: SourceOptions, files: Iterable[File]) -> dict[s
 def parts_of(files: Iterable[File], part_bytes: int) -> list[list[str]]:
     """The locations of `files`, in order, in groups of `part_bytes` at most; a larger file is a group of its own."""
     parts: list[list[str]] = []
-    held = part_bytes
+    held = 0
     for file in files:
-        if held + file.size > part_bytes:
+        if not parts or held + file.size > part_bytes:
             parts.append([])
             held = 0
         parts[-1].append(file.location)
@@ -204,7 +206,7 @@ def input_file(location: str, wanted: str) -> Iterator[None]:
     """Turn what a damaged or unreachable file raises into a ConfigError: '<location>: not <wanted> (...)'."""
     try:
         yield
-    except (tarfile.TarError, EOFError, gzip.BadGzipFile) as error:
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
         raise ConfigError(f"{location}: not {wanted} ({error}). {FETCH_AGAIN}") from error
     except storage_errors() as error:
         advice = remedy(error, FETCH_AGAIN)

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from nev.config import ConfigError, Limits
-from nev.data.rows import Row
+from nev.data.rows import Row, captions_of
 from nev.data.sources.common import (
     S3,
     File,
@@ -48,7 +48,7 @@ class Picture(NamedTuple):
 
 
 def captions(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
-    """One row a file that a table names, in the order of the tables; its lines are its captions.
+    """One row a file that a table names, in the order of the tables; its lines, in whichever table, are its captions.
 
     `inputs` are the tables (.csv, .tsv, .jsonl, their first line or their keys naming the columns), or folders with
     tables in them; paths in a table start at its own folder. uid: the path from the folder that all tables share. The
@@ -56,14 +56,19 @@ def captions(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
     """
     tables = find_files(_at_home(inputs), TABLES)
     root = shared_folder(folder_of(table.location) for table in tables)
-    pictures = []
+    found: dict[str, Picture] = {}
     for table in tables:
         folder = folder_of(table.location)
         for name, said in _captions(Path(table.location), options).items():
+            path = str(Path(folder, name))
+            if path in found:
+                found[path].row["caption"] = [*captions_of(found[path].row["caption"]), *said]
+                continue
             row: Row = {"uid": str(PurePosixPath(name_in(root, folder)) / name), "image": None, "caption": said}
             if Path(name).suffix.lower() not in IMAGES:
                 row["reject"] = "not an image file"
-            pictures.append(Picture(row, folder, str(Path(folder, name))))
+            found[path] = Picture(row, folder, path)
+    pictures = list(found.values())
     nbytes = len(pictures) * PICTURE_BYTES
     return Source(_parts(pictures), partial(read, limits=options.limits), nbytes, facts_of("captions", options, tables))
 
@@ -164,7 +169,7 @@ def _captions(table: Path, options: SourceOptions) -> Captions:
     captions: Captions = {}
     try:
         with open(table, encoding="utf-8-sig", newline="") as text:
-            lines = _json_lines(text, table) if table.suffix == ".jsonl" else _cells(text)
+            lines = _json_lines(text, table) if table.suffix == ".jsonl" else _cells(text, table)
             file_column = caption_column = ""
             for number, cells in lines:
                 if not file_column:
@@ -178,20 +183,31 @@ def _captions(table: Path, options: SourceOptions) -> Captions:
                 listed = said if isinstance(said, list) else [said]
                 captions.setdefault(name, []).extend(one for one in listed if isinstance(one, str))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{table}: not readable as a table in UTF-8 ({error})") from error
+        raise ConfigError(
+            f"{table}: not readable as a table in UTF-8 ({error}). In a CSV or TSV a quote inside a caption is written twice, "
+            "and the caption in quotes."
+        ) from error
     if not captions:
         raise ConfigError(f"{table}: no line names a picture")
     return captions
 
 
-def _cells(text: Iterable[str]) -> Iterator[tuple[int, dict[str, object]]]:
-    """The lines of a CSV or TSV. Which of them it is shows in its first line: open_clip's own .csv has tabs."""
+def _cells(text: Iterable[str], table: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    """The lines of a CSV or TSV. Which of them it is shows in its first line: open_clip's own .csv has tabs.
+
+    Raises csv.Error for quotes that do not pair: they would swallow lines.
+    """
     lines = iter(text)
     head = next(lines, "")
     delimiter = "\t" if "\t" in head else ","
     names = next(csv.reader([head], delimiter=delimiter), [])
-    reader = csv.reader(lines, delimiter=delimiter)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     for cells in reader:
+        if len(cells) > len(names):
+            raise ConfigError(
+                f"{table}:{reader.line_num + 1}: {len(cells)} cells, and {len(names)} in the first line. Put quotes around a "
+                "caption that holds the delimiter."
+            )
         if cells:
             yield reader.line_num + 1, dict(zip(names, cells, strict=False))
 

@@ -23,6 +23,7 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("txt", "json", "cls")
 MAX_TEXT_BYTES = 2**20
+MAX_TAIL_BYTES = 2**20  # tar fills its last record with zeros: 10 KiB, or what it was told
 AHEAD_BYTES = 8 * 2**20  # of a tar on S3: one request
 
 
@@ -57,7 +58,11 @@ def read(files: Iterable[str], options: SourceOptions) -> Iterator[Row]:
 
 def _members(path: str, limits: Limits) -> Iterator[tuple[str, str, bytes | None]]:
     """(key, extension, content) of the members that are used; content is None for one above its limit."""
-    with input_file(path, "a whole tar file"), _open(path) as file, tarfile.open(fileobj=file, mode="r:*") as tar:
+    with (
+        input_file(path, "a whole tar file"),
+        _open(path) as file,
+        tarfile.open(fileobj=file, mode="r:*", tarinfo=_BoundedHeader) as tar,
+    ):
         for member in tar:
             folder, _, name = member.name.rpartition("/")
             stem, _, extension = name.partition(".")
@@ -73,6 +78,19 @@ def _members(path: str, limits: Limits) -> Iterator[tuple[str, str, bytes | None
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"neither a header nor the end mark at byte {tar.offset}")
+        # Zeros are what a download leaves that was cut off in a file of the whole length, and a second tar may follow the first.
+        rest = tar.fileobj.read(MAX_TAIL_BYTES + 1)
+        if len(rest) > MAX_TAIL_BYTES or rest.strip(b"\0"):
+            raise tarfile.ReadError(f"the end mark at byte {tar.offset} is not at the end")
+
+
+class _BoundedHeader(tarfile.TarInfo):
+    """A header that may not go on for long: tarfile reads what belongs to it (long names, attributes) into memory, whole."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> Any:
+        if not self.isreg() and self.size > MAX_TEXT_BYTES:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc]
 
 
 def _open(location: str) -> Any:

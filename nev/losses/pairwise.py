@@ -1,0 +1,107 @@
+"""What every loss over pairs shares: its result, its input, and gradients that are computed along with it. torch only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nev.losses.gather import Gathering, gather
+
+
+class Contrastive(NamedTuple):
+    """The loss of the global batch, and two counts of it. All three are 0-d and equal on every rank.
+
+    loss: float32 (float64 for float64 inputs), differentiable in `image`, `log_scale`, and `text` where it wants a gradient.
+    correct: int64, valid images whose highest-scoring valid text is their own. Of tied texts the first one wins, so
+        that collapsed embeddings score 1 of N, and one of several images with one caption can. Detached.
+    pairs: int64, N, the valid pairs. Detached.
+    """
+
+    loss: Tensor
+    correct: Tensor
+    pairs: Tensor
+
+
+class Computed(NamedTuple):
+    """`Contrastive`, and d loss / d input for each input in its own order, None for one that wants none."""
+
+    loss: Tensor
+    correct: Tensor
+    pairs: Tensor
+    gradients: tuple[Tensor | None, ...]
+
+
+class AlongWithGradients(torch.autograd.Function):
+    """apply(compute, *inputs): what `compute()` gives, its gradients kept for the backward, which then costs nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Callable[[], Computed], *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss and the two counts of it; `compute` runs without autocast."""
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            loss, correct, pairs, gradients = compute()
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = tuple(one.dtype for one in inputs)
+        ctx.mark_non_differentiable(correct, pairs)
+        return loss, correct, pairs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients that are there already, times what comes after the loss."""
+        # Rounded last: a gradient of 1/N underflows in fp16 unless a loss scaler has enlarged it first.
+        found = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return None, *(None if grad is None else (grad_loss * grad).to(dtype) for grad, dtype in found)
+
+
+def gathered(
+    image: Tensor, text: Tensor | Gathering, log_scale: Tensor, valid: Tensor | None, group: dist.ProcessGroup | None
+) -> Gathering:
+    """The texts on their way, after the input of a loss was checked. Raises ValueError where it does not fit together."""
+    if not isinstance(text, Gathering):
+        _check(image, text, log_scale, valid)
+        return gather(text, valid, group)
+    if valid is not None or group is not None:
+        raise ValueError("valid and group belong to the texts that were gathered: give them to gather")
+    _check(image, text.own, log_scale, text.valid)
+    return text
+
+
+def wide(image: Tensor, texts: Gathering) -> Tensor:
+    """The images in the dtype to compute in, at least float32, 0 in invalid rows.
+
+    What an invalid row holds must not reach a product, not even with weight 0: NaN * 0 is NaN.
+    """
+    dtype = torch.promote_types(torch.promote_types(image.dtype, texts.own.dtype), torch.float32)
+    return image.to(dtype).masked_fill(~texts.valid[:, None], 0)
+
+
+def own_share(parts: Tensor, gathering: Gathering) -> Tensor:
+    """Of [N, D] on each rank, the sum over the ranks of this rank's rows: [b, D]."""
+    if gathering.world == 1:
+        return parts
+    own = parts.new_empty(len(parts) // gathering.world, parts.shape[1])
+    dist.reduce_scatter_tensor(own, parts, dist.ReduceOp.SUM, gathering.group)
+    return own
+
+
+def _check(image: Tensor, text: Tensor, log_scale: Tensor, valid: Tensor | None) -> None:
+    if image.ndim != 2 or image.shape != text.shape or not len(image):
+        raise ValueError(
+            f"image and text must both be [b, D] with b >= 1, not {list(image.shape)} and {list(text.shape)}: "
+            "project them to one width, and give every image its own text"
+        )
+    if log_scale.ndim:
+        raise ValueError(f"log_scale must be 0-d, not {list(log_scale.shape)}")
+    for name, tensor in (("image", image), ("text", text), ("log_scale", log_scale)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, not {tensor.dtype}")
+    if valid is not None and (valid.dtype != torch.bool or valid.shape != image.shape[:1]):
+        raise ValueError(f"valid must be bool [{len(image)}], not {valid.dtype} {list(valid.shape)}")
+    devices = {str(tensor.device) for tensor in (image, text, log_scale, valid) if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(f"image, text, log_scale and valid must be on one device, not on {sorted(devices)}")

@@ -1,0 +1,96 @@
+"""The sigmoid loss over the all-gathered batch (SigLIP: Zhai et al. 2023, arXiv 2303.15343), the text side locked or not.
+
+With scores s_ij = tau <x_i, t_j> + beta, z_ij = 1 for pairs and -1 for all others, over the N valid pairs of all ranks:
+
+    L            = -1/N sum_ij log sigmoid(z_ij s_ij)
+    dL/ds_ij     = 1/N (sigmoid(s_ij) - [i and j are a pair])
+    dL/dx_i      = tau sum_j dL/ds_ij t_j;   dL/dlog tau = sum_i <x_i, dL/dx_i>;   dL/dbeta = sum_ij dL/ds_ij
+
+A score's term needs no other score, so one walk over the tiles (`nev.losses.tiles`) gives the loss and its gradients: two matrix
+products, three with unlocked texts.
+
+Collectives a call, in this order, none of them when W = 1: the all_gather of the texts (`nev.losses.gather`); all_reduce [2]
+SUM, of this rank's part of the loss and its number of correct images; for texts that want a gradient one reduce_scatter [N, D].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from nev.losses.gather import Gathering
+from nev.losses.pairwise import AlongWithGradients, Computed, Contrastive, gathered, own_share, wide
+from nev.losses.tiles import Best, pairs_in, walk
+from nev.models.onednn import product
+
+LINEAR_FROM = 50.0  # softplus(x) is x there, to float64's last digit
+
+
+def sigmoid_loss(
+    image: Tensor,
+    text: Tensor | Gathering,
+    log_scale: Tensor,
+    bias: Tensor,
+    valid: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Contrastive:
+    """The sigmoid loss between this rank's images and the texts of all ranks of `group`.
+
+    bias: beta, 0-d, equal on every rank (the paper starts at -10, and with a scale of 10). Everything else, the scale of the
+    gradients included, is as `contrastive_loss` has it. Raises ValueError as that does, and for a bias that is not 0-d.
+    """
+    if bias.ndim:
+        raise ValueError(f"bias must be 0-d, not {list(bias.shape)}")
+    texts = gathered(image, text, log_scale, valid, group)
+    inputs = image, texts.own, log_scale, bias
+    with_grad = torch.is_grad_enabled() and any(one.requires_grad for one in inputs)
+
+    def compute() -> Computed:
+        x = wide(image, texts)
+        of_texts = with_grad and texts.own.requires_grad
+        return _sigmoid(x, texts, log_scale.to(x.dtype).exp(), bias.to(x.dtype), with_grad, of_texts)
+
+    return Contrastive(*AlongWithGradients.apply(compute, *inputs))
+
+
+def _sigmoid(x: Tensor, gathering: Gathering, scale: Tensor, bias: Tensor, with_grad: bool, of_texts: bool) -> Computed:
+    """The loss, and its gradients times W. x: [b, D] in the dtype to compute in, its invalid rows 0."""
+    valid, first, world = gathering.valid, gathering.first, gathering.world
+    texts, valid_texts = gathering.arrived()
+    scaled = scale * x
+    best = Best.of(x)
+    terms, excess = x.new_zeros(len(x)), x.new_zeros(len(x))
+    grad = torch.zeros_like(x)
+    grad_texts = x.new_zeros(texts.shape) if of_texts else None
+    for rows, columns, across, scores in walk(scaled, texts, valid_texts, -bias):
+        best.see(rows, columns, scores)
+        offset = first + rows.start - columns.start
+        part = F.softplus(scores, threshold=LINEAR_FROM)
+        pairs = pairs_in(part, offset)
+        pairs.copy_(F.softplus(-pairs_in(scores, offset), threshold=LINEAR_FROM))
+        terms[rows] += part.sum(1)
+        if not with_grad:
+            continue
+        weights = scores.sigmoid_()
+        pairs_in(weights, offset).sub_(1)
+        excess[rows] += weights.sum(1)
+        grad[rows] += product(weights, across)
+        if grad_texts is not None:  # invalid images are 0 in x, so what stands in their weights does not count
+            grad_texts[columns] += product(weights.T.contiguous(), scaled[rows].T.contiguous())
+    zero = x.new_zeros(())
+    sums = torch.stack([torch.where(valid, terms, zero).sum(), best.correct(first, valid).to(x.dtype)])
+    if world > 1:
+        dist.all_reduce(sums, dist.ReduceOp.SUM, gathering.group)
+    pairs = valid_texts.sum()
+    mean = 1 / pairs.clamp(min=1).to(x.dtype)
+    loss, correct = sums[0] * mean, sums[1].round().long()
+    if not with_grad:
+        return Computed(loss, correct, pairs, (None, None, None, None))
+    grad.masked_fill_(~valid[:, None], 0).mul_(world * scale * mean)
+    if grad_texts is not None:
+        grad_texts.masked_fill_(~valid_texts[:, None], 0)
+        grad_texts = own_share(grad_texts.mul_(world * mean), gathering)
+    grad_bias = torch.where(valid, excess, zero).sum() * (world * mean)
+    return Computed(loss, correct, pairs, (grad, grad_texts, torch.sum(x * grad), grad_bias))
