@@ -8,6 +8,7 @@ The consumer is slow for the second half of the long run: the stream has to hold
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from pathlib import Path
@@ -21,12 +22,14 @@ from nev.cli import command, explained
 
 MIB = 2**20
 SLOW_S = 0.4  # what the slow consumer takes for a batch: the stream could give several in that time
-FLAT = 1.1  # the last tenth of the long run may hold this much more than the second one
+FLAT = 1.1  # what a later tenth may hold of an earlier one with the same consumer
+TENTHS = {"second": 1, "fifth": 4, "seventh": 6, "last": 9}
 NOTES = (
     "One consumer takes blocks of 256 Flickr8k pictures at 224 px with their text vectors. object_store: bytes in use there. "
     "heap: memory of their own (USS) of all Ray worker processes and of the consumer.",
     "short: the highest value of a run of N batches. long_*: of tenths of a run of 10 N batches, whose second half has a "
-    f"consumer that takes {SLOW_S} s a batch. The first tenth holds the start of the decoding processes.",
+    f"consumer that takes {SLOW_S} s a batch. The first tenth holds the start of the decoding processes. Tenths are compared "
+    "with those of the same consumer.",
 )
 
 
@@ -62,17 +65,22 @@ def main(
         figures: dict[str, list[float]] = {}
         for kind in ("object_store", "heap"):
             figures[f"short_{kind}_mib"] = [max(getattr(one, kind) for one in short)]
-            for label, first, last in (("second", 1, 2), ("fifth", 4, 5), ("last", 9, 10)):
-                tenth = [getattr(one, kind) for one in long if first * batches <= one.batch < last * batches]
-                figures[f"long_{label}_tenth_{kind}_mib"] = [max(tenth)]
+            for label, tenth in TENTHS.items():
+                figures[f"long_{label}_tenth_{kind}_mib"] = [highest(long, kind, tenth, batches)]
         ratios = {
-            f"long_last_vs_second_tenth_{kind}": report.Ratio(
-                f"long_last_tenth_{kind}_mib", f"long_second_tenth_{kind}_mib", FLAT, at_most=True
+            f"long_{later}_vs_{earlier}_tenth_{kind}": report.Ratio(
+                f"long_{later}_tenth_{kind}_mib", f"long_{earlier}_tenth_{kind}_mib", FLAT, at_most=True
             )
             for kind in ("object_store", "heap")
+            for later, earlier in (("fifth", "second"), ("last", "seventh"))
         }
         report.write("memory", report.this_command(), figures, ratios, NOTES, results, console)
         draw(long, 5 * batches, picture)
+
+
+def highest(found: list[Sample], kind: str, tenth: int, batches: int) -> float:
+    """The most that was held in a tenth (from 0) of a run of 10 times `batches`."""
+    return max(getattr(one, kind) for one in found if tenth * batches <= one.batch < (tenth + 1) * batches)
 
 
 def samples(own: object, size: int, batches: int, fast: int) -> list[Sample]:
@@ -99,7 +107,10 @@ def samples(own: object, size: int, batches: int, fast: int) -> list[Sample]:
         used = node_stats(*raylet).store_stats.object_store_bytes_used
         me = psutil.Process(os.getpid())
         workers = [process for process in me.children(recursive=True) if process.name().startswith("ray::")]
-        heap = sum(process.memory_full_info().uss for process in (me, *workers) if process.is_running())
+        heap = 0
+        for process in (me, *workers):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since it was listed
+                heap += process.memory_full_info().uss
         found.append(Sample(number, used / MIB, heap / MIB))
         if number >= fast:
             time.sleep(SLOW_S)

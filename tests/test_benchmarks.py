@@ -260,3 +260,11 @@ def test_a_goal_may_be_a_bound_from_above(tmp_path: Path, capsys: pytest.Capture
     ratios = {"slower": report.Ratio("late_s", "early_s", 1.2, at_most=True)}
     report.write("x", "run", {"late_s": [2.0], "early_s": [1.0]}, ratios, folder=tmp_path)
     assert "at most 1.2" in capsys.readouterr().out
+
+
+def test_a_tenth_of_a_run_is_its_own_batches() -> None:
+    from benchmarks.memory import TENTHS, Sample, highest
+
+    found = [Sample(number, number, 2.0 * number) for number in range(400)]
+    assert [highest(found, "object_store", tenth, 40) for tenth in TENTHS.values()] == [79, 199, 279, 399]
+    assert highest(found, "heap", 0, 40) == 78
