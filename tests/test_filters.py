@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,6 +34,11 @@ def chosen(rows: list[Row], limits: Limits | None = None, **filters: Any) -> tup
     kept = list(select(rows, Filters(**filters), limits or Limits(), dropped, listed))
     assert len(kept) + dropped.total() == len(rows)
     return kept, dict(dropped)
+
+
+def test_a_score_stored_in_half_the_bits_is_not_below_itself() -> None:
+    kept, _ = chosen([row(score=float(np.float32(0.7))), row(score=0.6999)], score="sim", min_score=0.7)
+    assert len(kept) == 1
 
 
 def test_no_filter_drops_nothing() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Self
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from nev.config import Limits, Positive, Section
@@ -92,7 +93,8 @@ def _scored(least: float) -> Rule:
         score = row.get("score")
         if score is None or score != score:  # NaN
             return "no score"
-        return f"score below {least:g}" if score < least else None
+        # In float32, as scores are mostly stored: there 0.7 is less than 0.7.
+        return f"score below {least:g}" if np.float32(score) < np.float32(least) else None
 
     return rule
 

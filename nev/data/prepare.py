@@ -24,7 +24,7 @@ from nev.data.gather import Gather, gather, runs_of
 from nev.data.index import writing
 from nev.data.resize import Resize
 from nev.data.rows import Row
-from nev.data.scatter import Scatter, buckets_for, read_keys, run_location, scatter, seed_key
+from nev.data.scatter import Scatter, buckets_for, fetch_keys, read_keys, run_location, scatter, seed_key
 from nev.data.shards import Layout, schema_of, shard_location, shards_in
 from nev.data.sources.common import S3, Source
 from nev.data.storage import PARALLEL_REQUESTS, filesystem, is_local, join, write_whole
@@ -180,7 +180,8 @@ def _cut(output: str, parts: list[Facts], state: State, job: Scatter, layout: La
 
 def _order(work: str, plan: Facts) -> Order:
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
-        return order_of(list(pool.map(partial(read_keys, work), range(len(plan["parts"])))))
+        contents = pool.map(partial(fetch_keys, work), range(len(plan["parts"])))
+        return order_of([read_keys(content, work, part) for part, content in enumerate(contents)])
 
 
 def _gathered(

@@ -36,6 +36,7 @@ from nev.data.uids import KEY, Keys
 from nev.data.unfinished import DAMAGED, Facts, write_json
 
 ROW_OVERHEAD = 1024  # bytes of Python objects around one row, roughly; what `memory_bytes` counts beside the image
+STRING_BYTES = 60  # of a string beside its characters
 MESSAGE_BYTES = 32 * 2**20  # rows are copied into Arrow so many at a time
 BUCKET_BYTES = 128 * 2**20
 MAX_BUCKETS = 4096
@@ -140,17 +141,26 @@ def run_location(work: str, part: int, run: int) -> str:
     return join(work, f"part-{part:06d}", f"run-{run:05d}")
 
 
-def read_keys(work: str, part: int) -> PartKeys:
-    """The keys of a part that is done."""
-    location = join(work, f"part-{part:06d}", "keys.npz")
+def fetch_keys(work: str, part: int) -> bytes:
+    """The file of keys of a part that is done."""
+    location = _keys_location(work, part)
     fs, path = filesystem(location)
     with reading(location, DAMAGED):
-        content = fs.cat_file(path)
+        content: bytes = fs.cat_file(path)
+    return content
+
+
+def read_keys(content: bytes, work: str, part: int) -> PartKeys:
+    """What is in that file. For one thread: NumPy parses its headers by `ast`, which Python 3.11 cannot do in several at once."""
     try:
         with np.load(io.BytesIO(content)) as arrays:
             return PartKeys(*(arrays[name] for name in PartKeys._fields))
     except (BadZipFile, zlib.error, ValueError, KeyError, EOFError) as error:
-        raise DataError(f"{location} is damaged ({error}). {DAMAGED}") from error
+        raise DataError(f"{_keys_location(work, part)} is damaged ({error}). {DAMAGED}") from error
+
+
+def _keys_location(work: str, part: int) -> str:
+    return join(work, f"part-{part:06d}", "keys.npz")
 
 
 def held(rows: Iterable[Row], memory_bytes: int) -> Iterator[list[Row]]:
@@ -159,7 +169,8 @@ def held(rows: Iterable[Row], memory_bytes: int) -> Iterator[list[Row]]:
     size = 0
     for row in rows:
         some.append(row)
-        size += len(row["image"] or b"") + ROW_OVERHEAD
+        said = sum(STRING_BYTES + len(caption) for caption in captions_of(row["caption"]))
+        size += len(row["image"] or b"") + said + ROW_OVERHEAD
         if size >= memory_bytes:
             yield some
             some.clear()
