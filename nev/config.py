@@ -6,8 +6,9 @@ Every section is frozen and refuses keys that it does not know, so a misspelt ke
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from urllib.parse import urlsplit
 
 import yaml
@@ -164,7 +165,10 @@ class Train(Section):
     def _one_length(self) -> Self:
         given = [name for name in ("epochs", "steps", "samples") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of epochs, steps, samples; got {given or 'none'}")
+            raise ValueError(
+                f"give exactly one of epochs, steps, samples; got {given or 'none'} (--set train.{(given or ['steps'])[-1]}=null "
+                "takes one away)"
+            )
         return self
 
 
@@ -297,8 +301,25 @@ def parse(
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, item['loc'])) or '(whole file)'}: {item['msg']}" for item in error.errors()]
+        lines = [
+            f"  {'.'.join(map(str, item['loc'])) or '(whole file)'}: {_said(schema, item)}" for item in error.errors()
+        ]
         raise ConfigError(f"{where}: {len(lines)} problem(s)\n" + "\n".join(lines)) from None
+
+
+def _said(schema: type[BaseModel], problem: Any) -> str:
+    """A problem that pydantic found, in plain words: for an unknown key the known ones that are like it."""
+    if problem["type"] != "extra_forbidden":
+        return str(problem["msg"]).removeprefix("Value error, ")
+    *sections, key = map(str, problem["loc"])
+    for name in sections:
+        kind = schema.model_fields[name].annotation if name in schema.model_fields else None
+        kinds = [one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, BaseModel)]
+        if not kinds:
+            return "unknown key"
+        schema = kinds[0]
+    close = difflib.get_close_matches(key, schema.model_fields, n=3) or list(schema.model_fields)
+    return f"unknown key; there is {', '.join(close)}"
 
 
 def _replaced(tree: dict[str, Any], keys: list[str], value: Any, override: str) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def run_experiment(
     job = prepare_job(config, text, stop_after)
     connect()
     check_room(config.workers)
+    console.print(extent(job))
     tracker = track(job, parent)
     ok = False
     try:
@@ -66,6 +67,14 @@ def run_experiment(
     finally:
         tracker.finish(ok)
     return summary
+
+
+def extent(job: Job) -> str:
+    """What lies before a run, in a line."""
+    plan, begun = job.plan, where(job.run).step
+    steps = f"steps {begun:,} to {job.stop_step:,}" if begun else f"{job.stop_step:,} steps"
+    left = f", {plan.tail_rows:,} rows left over" if plan.tail_rows else ""
+    return f"{job.config.name}: {plan.total_rows:,} rows, {plan.steps_per_epoch:,} steps an epoch{left}; {steps}"
 
 
 def track(job: Job, parent: str | None) -> Tracker:

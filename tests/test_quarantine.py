@@ -49,6 +49,8 @@ def test_rows_are_counted_by_reason_without_what_is_their_own(tmp_path: Path) ->
         "bad_rows/image_has_n_bytes_more_than_limits_max_bytes": 1.0,
         "bad_rows/image_is_n_more_than": 1.0,
     }
+    assert quarantine.totals()[2]["JPEG"] == "u: JPEG: cut"
+    assert kind("not one of JPEG, JPEG2000") == "not one of JPEG, JPEG2000"
     assert kind("image is 70x90, more than limits.max_pixels") == kind("image is 8x8, more than limits.max_pixels")
 
 

@@ -25,6 +25,7 @@ def files(folder: Path, *names: str) -> Path:
     [
         ("t.csv", 'filename,caption\na.jpg,"one, two"\nsub/b.PNG,three\n\na.jpg,four\n'),
         ("t.csv", "filepath\ttitle\na.jpg\tone, two\nsub/b.PNG\tthree\na.jpg\tfour\n"),  # as open_clip has it
+        ("t.csv", "file;caption\na.jpg;one, two\nsub/b.PNG;three\na.jpg;four\n"),  # Excel's, in Europe
         ("t.tsv", "\ufeffpath\tn\ttext\r\na.jpg\t1\tone, two\r\nsub/b.PNG\t2\tthree\r\na.jpg\t3\tfour\r\n"),
         ("t.jsonl", '{"image": "a.jpg", "text": ["one, two", "four"]}\n\n{"image": "sub/b.PNG", "text": "three"}\n'),
     ],

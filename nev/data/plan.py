@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def tail_rows(self) -> int:
-        """Rows that an epoch leaves out, fewer than B. They are other rows in each epoch."""
+        """Rows that an epoch leaves out, fewer than B. They are in other row groups in each epoch."""
         return self.total_rows - self.steps_per_epoch * self.global_batch
 
     @property

@@ -35,7 +35,9 @@ def read_manifest(location: str) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(fs.cat_file(f"{path}/state.json"))
     except FileNotFoundError:
-        raise CheckpointError(f"{location}: not a checkpoint (there is no state.json in it)") from None
+        raise CheckpointError(
+            f"{location}: not a checkpoint (there is no state.json in it). Checkpoints lie in RUN/checkpoints/step-..."
+        ) from None
     except ValueError as error:
         raise CheckpointError(f"{location}/state.json: damaged ({error})") from error
     except storage_errors() as error:

@@ -37,6 +37,7 @@ class Quarantine:
         self.folder = join(run, "quarantine")
         self.by_shard: Counter[str] = Counter()
         self.by_reason: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}  # kind of reason -> a row's uid and its own reason
         self._shards = shards
         self._rank = rank
         self._rows: list[dict[str, str | int]] = []
@@ -54,9 +55,11 @@ class Quarantine:
                 if int(found[1]) > first_step:
                     fs.rm_file(f"{folder}/{name}")
                     continue
-                table = pq.read_table(pa.BufferReader(fs.cat_file(f"{folder}/{name}")), columns=["shard", "reason"])
+                table = pq.read_table(
+                    pa.BufferReader(fs.cat_file(f"{folder}/{name}")), columns=["shard", "uid", "reason"]
+                )
             for row in table.to_pylist():
-                self._count(row["shard"], row["reason"])
+                self._count(row["shard"], row["uid"], row["reason"])
 
     def note(self, step: int, block: Block) -> None:
         """Keep the invalid rows of one of a step's blocks."""
@@ -72,9 +75,10 @@ class Quarantine:
                     "reason": reason,
                 }
             )
-            self._count(shard, reason)
+            self._count(shard, str(block["uid"][at]), reason)
 
-    def _count(self, shard: str, reason: str) -> None:
+    def _count(self, shard: str, uid: str, reason: str) -> None:
+        self.examples.setdefault(kind(reason), f"{uid}: {reason}")
         self.by_shard[shard] += 1
         self.by_reason[kind(reason)] += 1
 
@@ -88,20 +92,21 @@ class Quarantine:
             write_whole(location, sink.getvalue())
         self._rows = []
 
-    def totals(self) -> tuple[Counter[str], Counter[str]]:
-        """(by shard, by reason) over all ranks, which call this together."""
+    def totals(self) -> tuple[Counter[str], Counter[str], dict[str, str]]:
+        """(by shard, by reason, examples) over all ranks, which call this together."""
         import torch.distributed as dist
 
-        mine = (self.by_shard, self.by_reason)
+        mine = (self.by_shard, self.by_reason, self.examples)
         counts: list[Any] = [mine]
         if dist.is_initialized() and dist.get_world_size() > 1:
             counts = [None] * dist.get_world_size()
             dist.all_gather_object(counts, mine)
-        return sum((part[0] for part in counts), Counter()), sum((part[1] for part in counts), Counter())
+        examples = {key: said for part in reversed(counts) for key, said in part[2].items()}  # the first rank's
+        return sum((part[0] for part in counts), Counter()), sum((part[1] for part in counts), Counter()), examples
 
     def metrics(self) -> dict[str, float]:
         """`bad_rows/REASON` -> rows since the run's first step, over all ranks, which call this together."""
-        _, reasons = self.totals()
+        _, reasons, _ = self.totals()
         found: Counter[str] = Counter()
         for reason, count in reasons.items():
             found[f"bad_rows/{_slug(reason)}"] += count  # two reasons may differ by signs alone
@@ -117,7 +122,7 @@ def too_many(bad_rows: int, done: int, plan: Plan, config: Experiment) -> bool:
 
 def kind(reason: str) -> str:
     """A reason without what is a row's own: numbers, and the detail behind the first colon."""
-    return re.sub(r"\d+(x\d+)?", "N", reason.split(":")[0])
+    return re.sub(r"\b\d+(x\d+)?\b", "N", reason.split(":")[0])
 
 
 def _slug(reason: str) -> str:
@@ -127,13 +132,13 @@ def _slug(reason: str) -> str:
 
 def describe(quarantine: Quarantine, bad_rows: int, done: int, config: Experiment) -> str:
     """The error past `data.max_bad_share`, the same on every rank: they all call it together, at the same step."""
-    shards, reasons = quarantine.totals()
+    shards, reasons, examples = quarantine.totals()
     quarantine.flush(done)
     worst = ", ".join(f"{name} ({count})" for name, count in shards.most_common(5))
-    why = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
+    why = ", ".join(f"{reason} ({count}, such as {examples[reason]})" for reason, count in reasons.most_common(3))
     return (
         f"{bad_rows} of {done * config.train.global_batch} rows could not be used, more than "
         f"data.max_bad_share = {config.data.max_bad_share}. Worst shards: {worst}. Reasons: {why}. "
-        f"The rows are listed in {quarantine.folder}. Raise data.max_bad_share to go on, or mend or "
-        "drop those shards and start under another name."
+        f"Each row, as often as it was met, is listed in {quarantine.folder} (parquet). Raise data.max_bad_share to go on, or "
+        "mend or drop those shards and start under another name."
     )

@@ -193,13 +193,13 @@ def _captions(table: Path, options: SourceOptions) -> Captions:
 
 
 def _cells(text: Iterable[str], table: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    """The lines of a CSV or TSV. Which of them it is shows in its first line: open_clip's own .csv has tabs.
+    """The lines of a CSV or TSV. What divides cells shows in the first line: open_clip's own .csv has tabs, others semicolons.
 
     Raises csv.Error for quotes that do not pair: they would swallow lines.
     """
     lines = iter(text)
     head = next(lines, "")
-    delimiter = "\t" if "\t" in head else ","
+    delimiter = next((sign for sign in "\t,;" if sign in head), ",")
     names = next(csv.reader([head], delimiter=delimiter), [])
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     for cells in reader:
