@@ -124,8 +124,13 @@ class Vision(Section):
 
 
 class Loss(Section):
-    """InfoNCE over the all-gathered batch. `init_scale` is 1 / temperature."""
+    """A loss over the all-gathered batch: `softmax` (InfoNCE), or `sigmoid` (SigLIP, arXiv 2303.15343).
 
+    `init_scale` is 1 / temperature; SigLIP starts at 10. `init_bias`, of the sigmoid loss alone, is learned.
+    """
+
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    init_bias: float = -10.0
     init_scale: float = Field(default=1 / 0.07, gt=0)
     learn_scale: bool = True
     max_scale: float | None = Field(default=100.0, gt=0)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from nev.config import ConfigError, Experiment, Vision, parse
+from nev.config import ConfigError, Experiment, Loss, Vision, parse
 from nev.losses.contrastive import contrastive_loss
 from nev.losses.gather import gather
+from nev.losses.pairwise import Contrastive
 from nev.models.vision import build_vision
 from nev.train.gradcache import backward_in_parts, refuse_batch_norm
 from nev.train.optim import make_optimizer
@@ -32,10 +34,10 @@ VALID = torch.arange(ROWS) % 7 != 3
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}  # the goal is 1e-6 in float64
 
 
-def made(learn_scale: bool = True) -> LockedTextModel:
+def made(learn_scale: bool = True, kind: str = "softmax") -> LockedTextModel:
     torch.manual_seed(1)
     vision = build_vision(Vision(trunk="vit_tiny_patch16_224", trunk_args=TRUNK, pool="map"), SIZE, WIDTH)
-    return LockedTextModel(vision, 10.0, learn_scale).double().train()
+    return LockedTextModel(vision, Loss(kind=kind, init_scale=10.0, learn_scale=learn_scale)).double().train()
 
 
 def batch(dtype: torch.dtype = torch.float64) -> Batch:
@@ -53,6 +55,12 @@ def embed(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         vectors, log_scale = model(pixels)
         return vectors, log_scale
     return normalize(vision.features(pixels)), model.log_scale
+
+
+def against(given: Batch) -> Callable[..., Contrastive]:
+    """The loss of vectors with the texts of a batch."""
+    texts = gather(given.text, given.valid)
+    return lambda vectors, log_scale: contrastive_loss(vectors, texts, log_scale)
 
 
 def whole_graph(model: nn.Module, given: Batch, part_rows: int) -> Tensor:
@@ -74,7 +82,7 @@ def test_parts_give_the_gradient_of_the_whole_under_dropout(part_rows: int) -> N
     want = whole_graph(other, given, part_rows)
     after = rng_state(CPU)["cpu"]
     torch.manual_seed(5)
-    got = backward_in_parts(model, given.images, gather(given.text, given.valid), part_rows, embed)
+    got = backward_in_parts(model, given.images, part_rows, embed, against(given))
     torch.testing.assert_close(got.loss.detach(), want, **CLOSE)
     assert got.pairs == VALID.sum()
     expected, found = gradients(other), gradients(model)
@@ -95,14 +103,14 @@ def test_dropout_was_on() -> None:
 def test_without_dropout_parts_equal_one_forward() -> None:
     model, other, given = made().eval(), made().eval(), batch()
     whole_graph(other, given, ROWS)
-    backward_in_parts(model, given.images, gather(given.text, given.valid), 8, embed)
+    backward_in_parts(model, given.images, 8, embed, against(given))
     for name, gradient in gradients(other).items():
         torch.testing.assert_close(gradients(model)[name], gradient, **CLOSE)
 
 
 def test_a_scale_that_is_not_learned_stays() -> None:
     model, given = made(learn_scale=False), batch()
-    backward_in_parts(model, given.images, gather(given.text, given.valid), 8, embed)
+    backward_in_parts(model, given.images, 8, embed, against(given))
     assert model.log_scale.grad is None
     assert model.vision.projection.weight.grad is not None
 
@@ -124,7 +132,7 @@ def test_one_part_at_a_time_is_in_memory() -> None:
         return embed(model, images)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        backward_in_parts(model, given.images, gather(given.text, given.valid), 4, counted)
+        backward_in_parts(model, given.images, 4, counted, against(given))
         in_parts, most = most, 0
         whole_graph(made(), given, 4)
     assert in_parts < most / 3
@@ -143,18 +151,21 @@ def experiment(**train: Any) -> Experiment:
     )
 
 
-def test_a_step_in_parts_is_the_step() -> None:
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_a_step_in_parts_is_the_step(kind: str) -> None:
     given = batch(torch.float16)
     results = {}
     for part in (None, 8):
-        model = made().float().eval()
+        model = made(kind=kind).float().eval()
         config = experiment(micro_batch=part)
+        config = config.model_copy(update={"loss": config.loss.model_copy(update={"kind": kind})})
         result = train_step(model, make_optimizer(model, config.optim), given, config, Precision(CPU, torch.float32))
         results[part] = result, gradients(model)
     (whole, wanted), (parts, found) = results.values()
     for ours, theirs in zip(whole, parts, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert found.keys() == wanted.keys()
+    assert ("bias" in wanted) == (kind == "sigmoid")
     for name, gradient in wanted.items():  # as they were clipped
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
@@ -206,7 +217,7 @@ def _worker(rank: int, folder: str) -> None:
         model.register_comm_hook(None, counted)
         torch.manual_seed(7 + rank)
         if parts:
-            backward_in_parts(model, given.images, gather(given.text, given.valid), 4, embed)
+            backward_in_parts(model, given.images, 4, embed, against(given))
         else:
             with model.no_sync():
                 early = [embed(model, part) for part in torch.split(given.images[:8], 4)]

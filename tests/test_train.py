@@ -157,6 +157,20 @@ def test_learned_scale_is_clamped_and_a_fixed_one_stays(tiny: Make, text: TextTo
     )
 
 
+def test_the_sigmoid_loss_in_parts_trains_and_goes_on_from_its_checkpoint(tiny: Make, text: TextTower) -> None:
+    sigmoid = {"loss__kind": "sigmoid", "loss__init_scale": 10, "train__micro_batch": 32}
+    config = tiny(name="sigmoid", train__steps=6, train__checkpoint_every=3, **sigmoid)
+    reported = run_bare(prepare_job(config, text, stop_after=3), train_reader(config, text))
+    reported |= run_bare(prepare_job(config, text), train_reader(config, text))
+    assert reported[6]["loss"] < reported[1]["loss"]
+    assert reported[1]["logit_bias"] == pytest.approx(-10, abs=0.01)
+    assert reported[6]["logit_bias"] != reported[3]["logit_bias"]
+    whole = tiny(name="whole", train__steps=6, train__checkpoint_every=3, **sigmoid | {"train__micro_batch": None})
+    expected = run_bare(prepare_job(whole, text), train_reader(whole, text))
+    for step in range(1, 7):  # parts are exact, and so is going on
+        assert reported[step]["loss"] == pytest.approx(expected[step]["loss"], rel=1e-4)
+
+
 def test_bf16_autocast_trains(tiny: Make, text: TextTower) -> None:
     config = tiny(train__precision="bf16", train__steps=3)
     reported = run_bare(prepare_job(config, text), train_reader(config, text))

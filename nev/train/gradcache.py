@@ -20,19 +20,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nev.config import ConfigError
-from nev.losses.contrastive import contrastive_loss
-from nev.losses.gather import Gathering
 from nev.losses.pairwise import Contrastive
 from nev.train.rng import rng_state, set_rng_state
 
-Embed = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+Embed = Callable[[nn.Module, Tensor], tuple[Tensor, ...]]
 
 
-def backward_in_parts(model: nn.Module, images: Tensor, texts: Gathering, part_rows: int, embed: Embed) -> Contrastive:
-    """The loss of `images` [b, ...] against `texts`, its gradient added to the parameters of `model`.
+def backward_in_parts(
+    model: nn.Module, images: Tensor, part_rows: int, embed: Embed, loss: Callable[..., Contrastive]
+) -> Contrastive:
+    """The loss of `images` [b, ...], its gradient added to the parameters of `model`.
 
-    embed(model, part): unit vectors [rows, D] and the log of the logit scale (0-d). `model` may be under DDP, which reduces
-    its gradients once, with the last part. It must have no batch norm (`refuse_batch_norm`).
+    embed(model, part): unit vectors [rows, D], and scalars of the model that the loss takes beside them (the log of the logit
+    scale, 0-d, ...); loss(vectors, *scalars) with the vectors of all parts. `model` may be under DDP, which reduces its
+    gradients once, with the last part. It must have no batch norm (`refuse_batch_norm`).
     """
     parts = torch.split(images, part_rows)
     bare = model.module if isinstance(model, DistributedDataParallel) else model
@@ -40,21 +41,20 @@ def backward_in_parts(model: nn.Module, images: Tensor, texts: Gathering, part_r
     with torch.no_grad():
         for part in parts:
             states.append(rng_state(images.device))
-            some, log_scale = embed(bare, part)
+            some, *scalars = embed(bare, part)
             vectors.append(some)
     embeddings = torch.cat(vectors).requires_grad_()
-    log_scale = log_scale.detach().requires_grad_()
-    result = contrastive_loss(embeddings, texts, log_scale)
-    gradient, scale_gradient = torch.autograd.grad(result.loss, (embeddings, log_scale))
+    scalars = [one.detach().requires_grad_() for one in scalars]
+    result = loss(embeddings, *scalars)
+    gradient, *scalar_gradients = torch.autograd.grad(result.loss, (embeddings, *scalars))
     for number, (part, state, share) in enumerate(zip(parts, states, torch.split(gradient, part_rows), strict=True)):
         set_rng_state(state, images.device)
         last = number == len(parts) - 1
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
-            some, log_scale = embed(model, part)
-            if last and log_scale.requires_grad:
-                torch.autograd.backward((some, log_scale), (share, scale_gradient))
-            else:
-                torch.autograd.backward((some,), (share,))
+            some, *scalars = embed(model, part)
+            ends = [(some, share), *(zip(scalars, scalar_gradients, strict=True) if last else ())]
+            wanted = [end for end in ends if end[0].requires_grad]
+            torch.autograd.backward([tensor for tensor, _ in wanted], [wished for _, wished in wanted])
     return result
 
 

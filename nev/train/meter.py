@@ -31,7 +31,8 @@ class Totals:
     def metrics(self, result: StepResult, model: LockedTextModel, rate: float) -> dict[str, float]:
         """The step's numbers as floats (this waits for the device)."""
         pairs = max(1, int(result.pairs))
-        return {
+        bias = {"logit_bias": float(model.bias.detach())} if hasattr(model, "bias") else {}
+        return bias | {
             "loss": float(result.loss),
             "learning_rate": rate,
             "logit_scale": float(model.log_scale.detach().exp()),

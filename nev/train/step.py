@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nev.config import Experiment
+from nev.config import Experiment, Loss
 from nev.losses.contrastive import contrastive_loss
 from nev.losses.gather import gather
+from nev.losses.pairwise import Contrastive
+from nev.losses.sigmoid import sigmoid_loss
 from nev.models.vision import VisionTower, normalise
 from nev.train.gradcache import backward_in_parts
 
@@ -38,15 +40,17 @@ class StepResult(NamedTuple):
 class LockedTextModel(nn.Module):
     """The vision tower and the logit scale: what is trained (the text tower is a constant, its vectors come with the batch)."""
 
-    def __init__(self, vision: VisionTower, init_scale: float, learn_scale: bool = True) -> None:
+    def __init__(self, vision: VisionTower, loss: Loss) -> None:
         super().__init__()
         self.vision = vision
-        self.log_scale = nn.Parameter(torch.tensor(math.log(init_scale)), requires_grad=learn_scale)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(loss.init_scale)), requires_grad=loss.learn_scale)
+        if loss.kind == "sigmoid":
+            self.bias = nn.Parameter(torch.tensor(loss.init_bias))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """float [b, 3, S, S] -> unit vectors float32 [b, D], and the log of the logit scale (0-d)."""
-        # The scale goes through forward so that DDP reduces its gradient with the rest.
-        return self.vision(images), self.log_scale
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """float [b, 3, S, S] -> unit vectors float32 [b, D], the log of the logit scale, of the sigmoid loss its bias (0-d)."""
+        # What is learned beside the tower goes through forward so that DDP reduces its gradient with the rest.
+        return self.vision(images), self.log_scale, *((self.bias,) if hasattr(self, "bias") else ())
 
 
 def log_scale_of(model: nn.Module) -> Tensor:
@@ -84,19 +88,21 @@ def train_step(
     and DDP's gradient reduction. The scale is clamped to `loss.max_scale` after the update.
     """
 
-    def embed(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
         pixels = normalise(images, config.data.mean, config.data.std)
         with precision.autocast():
-            vectors, log_scale = model(pixels)
-        return vectors.float(), log_scale
+            vectors, *scalars = model(pixels)
+        return vectors.float(), *scalars
+
+    def loss(vectors: Tensor, log_scale: Tensor, *bias: Tensor) -> Contrastive:
+        return sigmoid_loss(vectors, texts, log_scale, bias[0]) if bias else contrastive_loss(vectors, texts, log_scale)
 
     optimizer.zero_grad(set_to_none=True)
     texts = gather(batch.text, batch.valid)  # they come, in the fp16 of the sidecars, while the images are embedded
     if config.train.micro_batch is not None and config.train.micro_batch < len(batch.images):
-        result = backward_in_parts(model, batch.images, texts, config.train.micro_batch, embed)
+        result = backward_in_parts(model, batch.images, config.train.micro_batch, embed, loss)
     else:
-        embeddings, log_scale = embed(model, batch.images)
-        result = contrastive_loss(embeddings, texts, log_scale)
+        result = loss(*embed(model, batch.images))
         torch.autograd.backward(result.loss)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     limit = config.optim.clip_norm if config.optim.clip_norm is not None else math.inf

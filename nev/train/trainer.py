@@ -219,7 +219,7 @@ def build_learner(job: Job, me: Rank) -> tuple[Learner, Start]:
     vision = build_vision(source, config.data.image_size, job.text_width)
     if config.train.micro_batch is not None:
         refuse_batch_norm(vision)
-    model = LockedTextModel(vision, config.loss.init_scale, config.loss.learn_scale).to(me.device).train()
+    model = LockedTextModel(vision, config.loss).to(me.device).train()
     optimizer = make_optimizer(model, config.optim)
     seed_rank(me.rank, config.seed, 0)
     start = Start()
