@@ -13,8 +13,8 @@ import pytest
 import typer
 from rich.console import Console
 
-from benchmarks import data, loss, report, train
-from benchmarks.contestants import losses, open_clip, pictures, processes, ray_job, streams
+from benchmarks import data, loss, report, step, train
+from benchmarks.contestants import losses, open_clip, pictures, processes, ray_job, steps, streams
 from nev.config import Experiment, load
 
 REPO = Path(__file__).parents[1]
@@ -247,6 +247,25 @@ def test_loss_reports_its_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert written["ratios"]["flops_vs_gemm"] == pytest.approx(6 * 2048**2 * 64 / 2 / 1e9, rel=1e-3)
     assert written["figures"]["nev_4096_s"] == 2.0
     assert written["figures"]["gradient_difference"] == 1e-7
+
+
+def test_step_reports_its_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`step` with contestants that answer at once: in parts 8 s and 110 MiB, plain 6 s and 100 MiB."""
+
+    def answer(contestant: object, images: int, batch: int, part: int) -> losses.Cost:
+        assert (contestant, images, part) == (steps.cost, 512, 64)
+        return {512: losses.Cost(8.0, 110.0), 64: losses.Cost(6.0, 100.0)}[batch]
+
+    monkeypatch.setattr(processes, "in_own_process", answer)
+    step.main(batch=512, part=64, repetitions=2, results=tmp_path)
+    written = json.loads((tmp_path / "step.json").read_text())
+    assert written["ratios"] == {"gradcache_memory": 1.1, "gradcache_time": pytest.approx(4 / 3, rel=1e-4)}
+
+
+def test_a_step_in_parts_costs_time_and_memory() -> None:
+    seconds, mib = processes.in_own_process(steps.cost, 64, 64, 32)
+    assert seconds > 0
+    assert 20 < mib < 1500
 
 
 def test_a_loss_costs_time_and_memory() -> None:

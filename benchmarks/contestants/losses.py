@@ -58,10 +58,10 @@ def cost(name: str, n: int, width: int) -> Cost:
     torch.autograd.backward(loss(*pairs(256, width)))
     inputs = pairs(n, width)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = _kib("VmRSS")
+    before = resident_mib("VmRSS")
     begin = time.perf_counter()
     torch.autograd.backward(loss(*inputs))
-    return Cost(time.perf_counter() - begin, (_kib("VmHWM") - before) / 1024)
+    return Cost(time.perf_counter() - begin, resident_mib("VmHWM") - before)
 
 
 def difference(n: int, width: int) -> float:
@@ -94,6 +94,7 @@ def _rate(call: Callable[[], Tensor]) -> float:
     return done / seconds
 
 
-def _kib(field: str) -> int:
+def resident_mib(field: str) -> float:
+    """A line of /proc/self/status: VmRSS, what is resident now, or VmHWM, its peak. In MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024

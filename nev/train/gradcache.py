@@ -44,6 +44,7 @@ def backward_in_parts(
             some, *scalars = embed(bare, part)
             vectors.append(some)
     embeddings = torch.cat(vectors).requires_grad_()
+    del vectors
     scalars = [one.detach().requires_grad_() for one in scalars]
     result = loss(embeddings, *scalars)
     gradient, *scalar_gradients = torch.autograd.grad(result.loss, (embeddings, *scalars))
