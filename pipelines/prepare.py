@@ -117,7 +117,10 @@ def main(
 ) -> None:
     """Turn a source into shards, in an order that is random over the whole set, and report what was left out."""
     console = Console(stderr=True)
-    with explained(console, "The same command goes on with what is done."):
+    anew = source == "synthetic"  # it is drawn in seconds, and a split that is there already is refused
+    with explained(
+        console, f"The same command {'with --overwrite begins anew' if anew else 'goes on with what is done'}."
+    ):
         _fitting(source, _given(context))
         layout = Layout(rows_per_shard, row_group_rows, overwrite)
         filters = parse(

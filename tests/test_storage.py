@@ -17,7 +17,14 @@ from nev.data import s3 as s3_module
 from nev.data.block import Block, BlockReader
 from nev.data.index import DataError, Index, build_index
 from nev.data.plan import Plan, Segment
-from nev.data.sidecar import check_sidecars, missing_sidecars, sidecar_key, sidecar_location, write_sidecar
+from nev.data.sidecar import (
+    check_sidecars,
+    missing_sidecars,
+    sidecar_key,
+    sidecar_location,
+    sidecars_to_write,
+    write_sidecar,
+)
 from nev.data.storage import StorageError, at_hand, filesystem, whole_file, write_whole
 from nev.experiment import run_experiment
 from nev.train import checkpoint
@@ -169,6 +176,15 @@ def test_what_is_missing_or_refused_is_named(local: Path, s3: Proxy, impatient: 
         build_index(REMOTE, Columns())
     with pytest.raises(DataError, match=r"s3://bucket/set/train/_text/.* cannot be read .*AWS_PROFILE"):
         missing_sidecars(index, KEY)
+
+
+def test_storage_that_refuses_is_no_reason_to_embed_anew(local: Path, s3: Proxy, impatient: None) -> None:
+    upload(local)
+    index = embedded(REMOTE)
+    assert sidecars_to_write(index, KEY, WIDTH) == []
+    s3.rule = lambda method, path, span, before: "403" if "_text" in path else None
+    with pytest.raises(DataError, match=r"_text/.* cannot be read .*AWS_PROFILE"):
+        sidecars_to_write(index, KEY, WIDTH)
 
 
 def test_a_shard_written_anew_under_a_reader_is_noticed(local: Path, s3: Proxy, impatient: None) -> None:

@@ -47,7 +47,7 @@ class Plan:
         if self.steps_per_epoch == 0:
             raise DataError(
                 f"the data set has {self.total_rows} rows, fewer than one global batch of {self.global_batch}: "
-                "lower train.global_batch or add data."
+                "lower train.global_batch (and data.block_rows with it), or add data."
             )
 
     @functools.cached_property

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from nev.data.index import CUT_SHORT, DataError, Index, read_column, reading, writing
 from nev.data.rows import captions_of
-from nev.data.storage import PARALLEL_REQUESTS, filesystem, join, open_parquet, whole_file
+from nev.data.storage import PARALLEL_REQUESTS, filesystem, is_damage, join, open_parquet, whole_file
 
 WRITE_AGAIN = "Delete this file and write it again with `python pipelines/embed_text.py`."
 FOLDER = "_text"
@@ -115,8 +115,11 @@ def sidecars_to_write(index: Index, key: str, width: int) -> list[int]:
     def unfit(shard: int) -> bool:
         try:
             _check(index, shard, key, width)
-        except DataError:
-            return True
+        except DataError as error:
+            cause = error.__cause__
+            if cause is None or isinstance(cause, FileNotFoundError) or is_damage(cause):
+                return True
+            raise  # storage that is away, or refuses: nothing is known of the file
         return False
 
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:

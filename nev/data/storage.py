@@ -181,9 +181,14 @@ def storage_errors() -> tuple[type[Exception], ...]:
     return (OSError, pa.ArrowException, BotoCoreError, ResponseParserError, ClientError)
 
 
+def is_damage(error: BaseException | None) -> bool:
+    """Whether the bytes came and are no good: parquet's own words."""
+    return isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)
+
+
 def remedy(error: Exception, damaged: str) -> str:
     """What to do about a storage error: `damaged` where the bytes came and are no good."""
-    if isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None):  # parquet's own words
+    if is_damage(error):
         return damaged
     if isinstance(error, FileNotFoundError):
         return "It is not there (any more): put it back, or start anew without it."
