@@ -100,6 +100,7 @@ def _infonce(x: Tensor, gathering: Gathering, scale: Tensor, with_grad: bool, of
         return Computed(loss, correct, pairs, (None, None, None))
     everywhere = found._replace(column=column_max + log_column_sum)
     grad, grad_texts = gradient(scaled, texts, valid, valid_texts, first, everywhere, of_texts)
+    del scaled  # the peak is below, where x and its gradient are multiplied
     grad.mul_(world * scale * half_mean)
     if grad_texts is not None:
         grad_texts = own_share(grad_texts.mul_(world * half_mean), gathering)

@@ -88,6 +88,7 @@ def _sigmoid(x: Tensor, gathering: Gathering, scale: Tensor, bias: Tensor, with_
     loss, correct = sums[0] * mean, sums[1].round().long()
     if not with_grad:
         return Computed(loss, correct, pairs, (None, None, None, None))
+    del scaled  # the peak is below, where x and its gradient are multiplied
     grad.masked_fill_(~valid[:, None], 0).mul_(world * scale * mean)
     if grad_texts is not None:
         grad_texts.masked_fill_(~valid_texts[:, None], 0)
