@@ -6,15 +6,15 @@ Every section is frozen and refuses keys that it does not know, so a misspelt ke
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nev.errors import NevError
+from nev.plain_words import in_plain_words
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -124,10 +124,7 @@ class Vision(Section):
 
 
 class Loss(Section):
-    """A loss over the all-gathered batch: `softmax` (InfoNCE), or `sigmoid` (SigLIP, arXiv 2303.15343).
-
-    `init_scale` is 1 / temperature; SigLIP starts at 10. `init_bias`, of the sigmoid loss alone, is learned.
-    """
+    """InfoNCE, or SigLIP's loss (arXiv 2303.15343), which wants a scale of 10. `init_scale` is 1 / temperature."""
 
     kind: Literal["softmax", "sigmoid"] = "softmax"
     init_bias: float = -10.0
@@ -170,10 +167,7 @@ class Train(Section):
     def _one_length(self) -> Self:
         given = [name for name in ("epochs", "steps", "samples") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"give exactly one of epochs, steps, samples; got {given or 'none'} (--set train.{(given or ['steps'])[-1]}=null "
-                "takes one away)"
-            )
+            raise ValueError(f"give exactly one of epochs, steps, samples (null takes one away); got {given or 'none'}")
         return self
 
 
@@ -263,10 +257,7 @@ class Experiment(Section):
             )
         local, part = batch // world, self.train.micro_batch
         if part is not None and local % min(part, local):
-            raise ValueError(
-                f"train.micro_batch ({part}) must divide a worker's share of the batch, train.global_batch / workers.count = "
-                f"{local}, so that all parts are of one size"
-            )
+            raise ValueError(f"train.micro_batch ({part}) must divide train.global_batch / workers.count = {local}")
         return self
 
 
@@ -307,24 +298,10 @@ def parse(
         return schema.model_validate(raw)
     except ValidationError as error:
         lines = [
-            f"  {'.'.join(map(str, item['loc'])) or '(whole file)'}: {_said(schema, item)}" for item in error.errors()
+            f"  {'.'.join(map(str, item['loc'])) or '(whole file)'}: {in_plain_words(schema, item)}"
+            for item in error.errors()
         ]
         raise ConfigError(f"{where}: {len(lines)} problem(s)\n" + "\n".join(lines)) from None
-
-
-def _said(schema: type[BaseModel], problem: Any) -> str:
-    """A problem that pydantic found, in plain words: for an unknown key the known ones that are like it."""
-    if problem["type"] != "extra_forbidden":
-        return str(problem["msg"]).removeprefix("Value error, ")
-    *sections, key = map(str, problem["loc"])
-    for name in sections:
-        kind = schema.model_fields[name].annotation if name in schema.model_fields else None
-        kinds = [one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, BaseModel)]
-        if not kinds:
-            return "unknown key"
-        schema = kinds[0]
-    close = difflib.get_close_matches(key, schema.model_fields, n=3) or list(schema.model_fields)
-    return f"unknown key; there is {', '.join(close)}"
 
 
 def _replaced(tree: dict[str, Any], keys: list[str], value: Any, override: str) -> dict[str, Any]:

@@ -242,3 +242,14 @@ def test_unusable_rows_are_counted_by_reason() -> None:
         "label beyond 64 bits": 1,
         "uid, caption or class name with half a surrogate pair": 2,
     }
+
+
+def test_reasons_of_a_source_are_bounded() -> None:
+    rows = [
+        {"uid": f"{n}", "image": b"x", "caption": "x", "reject": f"status {n}\ud83d" + "y" * 200} for n in range(150)
+    ]
+    dropped: Counter[str] = Counter()
+    assert not list(usable(rows, dropped, Limits()))  # type: ignore[arg-type]
+    assert len(dropped) == 101
+    assert dropped["other reasons"] == 50
+    assert all(len(reason.encode()) <= 100 for reason in dropped)
