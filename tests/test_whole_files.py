@@ -1,0 +1,38 @@
+"""Files that are written whole or not at all, and copies that stay in their folder."""
+
+from pathlib import Path
+
+import pytest
+from s3_server import Proxy
+
+from nev.data.storage import StorageError, at_hand, whole_file, write_whole
+
+REMOTE = "s3://bucket/set/train"
+
+
+def test_a_file_in_a_folder_is_replaced_in_one_step_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "file"
+    write_whole(str(file), b"old")
+    with file.open("rb") as reader:
+        write_whole(str(file), b"another")
+        assert reader.read() == b"old"  # who reads it meanwhile reads one or the other, never a mixture
+
+    def half() -> None:
+        with whole_file(str(file)) as partial:
+            Path(partial).write_bytes(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        half()
+    assert file.read_bytes() == b"another"
+    assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "a//b", "./a"])
+def test_a_key_that_leads_out_of_its_folder_is_refused(
+    name: str, s3: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("nev.data.storage.files_below", lambda location: [name])
+    with pytest.raises(StorageError, match=r"leads out of its folder"), at_hand(REMOTE):
+        pass
+    assert s3.count("GET", "evil") == 0
