@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import track
 
 from nev.config import Columns, ConfigError, Text
 from nev.data.index import Index, build_index
 from nev.data.sidecar import sidecar_key, sidecars_to_write, write_sidecar
 from nev.models.text import TextTower, load_text
+from nev.progress import progress
 from nev.runtime import cluster_cpus, cluster_gpus, cluster_nodes, may_grow
 
 CPUS_AN_ACTOR = 4
@@ -64,15 +64,13 @@ def embed_captions(
         counts = (_write(indexes, place, tower) for place in missing)
     else:
         counts = _by_actors(text, indexes, tower, missing, wanted)
-    shown = track(
-        counts,
-        "embedding captions",
-        total=len(missing),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    captions = sum(shown)
+    captions = 0
+    with progress(console) as tell:
+        tell("shards embedded", 0, len(missing), "")
+        for done, count in enumerate(counts, 1):
+            captions += count
+            rate = captions / (time.perf_counter() - begin)
+            tell("shards embedded", done, len(missing), f"{captions:,} captions, {rate:,.0f} captions/s")
     return Written(len(missing), captions, time.perf_counter() - begin)
 
 

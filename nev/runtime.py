@@ -85,6 +85,8 @@ def _quiet_data() -> None:
     """Ray Data's logger writes INFO to the console by a handler of its own; its log file keeps everything."""
     import ray.data  # it gives its logger that handler when it is imported: later, it would speak up again
 
+    # Ray 2.60 has no other way to bound a task's retries (`max_retries`), and says that this one will go.
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     for handler in logging.getLogger(ray.data.__name__).handlers:
         if handler.name == "console":
             handler.setLevel(logging.ERROR)

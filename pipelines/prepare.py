@@ -40,18 +40,18 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bars
 from rich.table import Table
 
 from nev.cli import command, explained
 from nev.config import ConfigError, parse
+from nev.data.cut import DUPLICATE_UID
 from nev.data.filters import Filters
 from nev.data.prepare import Progress, Report, Run, prepare, run_here
 from nev.data.resize import Resize
 from nev.data.shards import Layout
-from nev.data.sources import SOURCES, Source, SourceOptions
+from nev.data.sources import SOURCES, Source, SourceOptions, refuse_inside
 from nev.data.synthetic import write_synthetic
+from nev.progress import progress
 
 EXAMPLE = "python pipelines/prepare.py --source webdataset --input tars/train --output data/flickr8k/train"
 Kind = Literal["webdataset", "hf-parquet", "datacomp", "folder-captions", "folder-classes", "synthetic"]
@@ -67,13 +67,15 @@ SCORE = {"--score", "--min-score"}
 FOREIGN = {"--input", "--limit", "--resize"} | ENCODING | FILTERS
 # What each source takes beside COMMON; anything else would be silently without effect, so it is an error.
 TAKES: dict[str, set[str]] = {
-    "webdataset": FOREIGN | SCORE,
+    "webdataset": FOREIGN | SCORE | {"--tar-in-uid"},
     "hf-parquet": FOREIGN | SCORE | {"--uid", "--image", "--caption", "--label", "--name", "--template"},
     "datacomp": FOREIGN | SCORE | {"--metadata", "--uid", "--caption"},
     "folder-captions": FOREIGN | {"--image", "--caption"},
     "folder-classes": FOREIGN | {"--template"},
     "synthetic": {"--train", "--val", "--processes"},
 }
+
+READS_WHAT_IT_WRITES = ("hf-parquet", "folder-classes")
 
 
 def main(
@@ -94,6 +96,9 @@ def main(
     caption: Annotated[str | None, Column(help="Caption column, if it has an unusual name.")] = None,
     label: Annotated[str | None, Column(help="Integer label column, if it has an unusual name.")] = None,
     name: Annotated[str | None, Column(help="Class name column, if it has an unusual name.")] = None,
+    tar_in_uid: Annotated[
+        bool, Column("--tar-in-uid", help="webdataset: uids are TAR/KEY, for keys that repeat from tar to tar.")
+    ] = False,
     template: Annotated[list[str] | None, Column(help="Caption with '{}' for the class name; may be repeated.")] = None,
     uids: Annotated[Path | None, Filter(help="Keep these: .npy of u8,u8, .parquet with uid, or .txt.")] = None,
     min_side: Annotated[int | None, Filter(help="Least pixels of the shorter side.")] = None,
@@ -133,7 +138,7 @@ def main(
         )
         shrink = {"side": resize, "format": encoding, "quality": quality}
         smaller = None if resize is None else parse(Resize, shrink, where="resize")
-        with _progress(console) as progress:
+        with _progress(console) as shown:
             if source == "synthetic":
                 reports = write_synthetic(
                     output,
@@ -142,12 +147,19 @@ def main(
                     seed=seed,
                     processes=processes,
                     layout=layout,
-                    progress=progress,
+                    progress=shown,
                 )
             else:
                 columns = {"uid": uid, "image": image, "caption": caption, "label": label}
-                settings = {"columns": columns, "label_name": name, "templates": template or (), "score": score}
-                options = parse(SourceOptions, {**settings, "metadata": metadata or ()}, where="options")
+                settings: dict[str, object] = {
+                    "columns": columns,
+                    "label_name": name,
+                    "templates": template or (),
+                    "score": score,
+                }
+                settings |= {"metadata": metadata or (), "tar_in_uid": tar_in_uid}
+                options = parse(SourceOptions, settings, where="options")
+                refuse_inside(output, [*(inputs or []) * (source in READS_WHAT_IT_WRITES), *options.metadata])
                 rows = SOURCES[source](inputs or [], options)
                 report = prepare(
                     rows,
@@ -159,7 +171,7 @@ def main(
                     resize=smaller,
                     layout=layout,
                     run=_run(rows, limit, options.part_bytes),
-                    progress=progress,
+                    progress=shown,
                 )
                 reports = {output.rstrip("/").rpartition("/")[2]: report}
     Console().print(_table(reports))
@@ -168,6 +180,13 @@ def main(
         typer.echo(f"samples: {report.samples}")
     if report.classes:
         typer.echo(f"classes: {report.classes}")
+    again = report.dropped.get(DUPLICATE_UID, 0)
+    if again and source == "webdataset" and not tar_in_uid:
+        console.print(
+            f"[yellow]{again:,} rows have the uid of another row, and only the first of equal ones is kept. Where keys repeat "
+            "from tar to tar they are other pictures: --tar-in-uid --overwrite tells them apart.[/]",
+            highlight=False,
+        )
 
 
 def _given(context: typer.Context) -> set[str]:
@@ -198,23 +217,13 @@ def _run(source: Source, limit: int | None, part_bytes: int) -> Run:
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Progress]:
-    """Two bars on the terminal: parts of the input that were read, and shards that were written."""
-    bars = Bars(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f} of {task.total:,.0f} {task.fields[unit]}, {task.fields[rows]:,} rows"),
-        TimeElapsedColumn(),
-        console=console,
-    )
-    with bars:
-        tasks: dict[str, TaskID] = {}
-
-        def show(name: str, unit: str, done: int, total: int, rows: int) -> None:
-            if done == 0 or name not in tasks:  # the synthetic set has two splits, one after the other
-                tasks[name] = bars.add_task(name, total=total, unit=unit, rows=rows)
-            bars.update(tasks[name], completed=done, rows=rows)
-
-        yield Progress(partial(show, "read   ", "parts"), partial(show, "written", "shards"), console.print)
+    """Two lines: parts of the input that were read, and shards that were written."""
+    with progress(console) as tell:
+        yield Progress(
+            lambda done, total, rows: tell("parts read    ", done, total, f"{rows:,} rows"),
+            lambda done, total, rows: tell("shards written", done, total, f"{rows:,} rows"),
+            lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
+        )
 
 
 def _table(reports: dict[str, Report]) -> Table:

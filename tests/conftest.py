@@ -166,3 +166,13 @@ def tiny(pictures: Path, tmp_path: Path) -> Callable[..., Experiment]:
         return parse(Experiment, raw, flat)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of `prepare_helpers.make` where nothing went wrong."""
+    from prepare_helpers import SHARDS, contents, make
+
+    output = tmp_path_factory.mktemp("whole") / "set"
+    assert len(make(output).shards) == SHARDS
+    return contents(output)

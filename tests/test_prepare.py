@@ -102,6 +102,40 @@ def test_no_classes_file_where_labels_are_missing(tmp_path: Path) -> None:
     assert not (tmp_path / "set/classes.txt").exists()
 
 
+def test_a_label_that_nothing_names_is_missed_even_if_it_is_the_highest(tmp_path: Path) -> None:
+    file = labelled(tmp_path / "a.parquet", [0, 1, 2], ["cat", "dog", None])
+    pq.write_table(pq.read_table(file).append_column("caption", pa.array(["x", "y", "z"])), file)
+    out = prepare("--source", "hf-parquet", "--input", file, "--output", tmp_path / "set/train")
+    assert "some label between 0 and the highest has no name" in out
+    assert not (tmp_path / "set/classes.txt").exists()
+
+
+@pytest.mark.parametrize("inside", [".", "set/train"])
+def test_an_output_inside_the_input_is_refused(inside: str, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    labelled(folder / "a.parquet", [0], ["cat"])
+    args = ("--source", "hf-parquet", "--template", "a {}", "--input")
+    assert "in: lies in the input" in prepare(*args, folder, "--output", folder, code=2)
+    out = prepare(*args, folder, "--output", folder / inside, code=2)
+    assert "so the next prepare would read what this one writes" in out
+    assert [path.name for path in folder.iterdir()] == ["a.parquet"]
+    prepare(*args, folder, "--output", tmp_path / "in-shards")
+    prepare(*args, folder / "*.parquet", "--output", folder / "set/train")
+
+
+def test_keys_that_repeat_are_dropped_with_a_word_on_what_to_do(tmp_path: Path) -> None:
+    for tar in range(2):
+        tar_of(tmp_path / f"{tar}.tar", {"a.jpg": b"A", "a.txt": f"in {tar}"})
+    args = ("--source", "webdataset", "--input", tmp_path, "--output", tmp_path / "set/train")
+    out = prepare(*args)
+    assert "dropped: duplicate uid 1" in out
+    assert "1 rows have the uid of another row" in out
+    out = prepare(*args, "--tar-in-uid", "--overwrite")
+    assert "of another row" not in out
+    assert sorted(pq.read_table(tmp_path / "set/train")["uid"].to_pylist()) == ["0.tar/a", "1.tar/a"]
+
+
 def test_webdataset_limit_and_overwrite(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for key in range(20):

@@ -20,7 +20,7 @@ from nev.data.prepare import Report, prepare
 from nev.data.rows import Row, usable
 from nev.data.scatter import BUCKET_BYTES
 from nev.data.shards import Layout
-from nev.data.sources import Source, of_rows
+from nev.data.sources import Part, Source, of_rows
 
 
 def rows(count: int, **more: Any) -> list[Row]:
@@ -41,7 +41,9 @@ def write_shards(rows: Iterable[Row], folder: Path, **options: Any) -> list[Path
 def in_parts(rows: list[Row], count: int, buckets: int) -> Source:
     size = -(-len(rows) // count)
     parts = [rows[at : at + size] for at in range(0, len(rows), size)]
-    return Source(parts, iter, buckets * BUCKET_BYTES, {"rows": len(rows)})
+    return Source(
+        [Part(f"p{at}", part) for at, part in enumerate(parts)], iter, buckets * BUCKET_BYTES, {"rows": len(rows)}
+    )
 
 
 def test_rows_come_back_whole_in_row_groups_of_the_asked_size(tmp_path: Path) -> None:
@@ -198,6 +200,14 @@ def test_a_folder_with_shards_is_refused_unless_overwrite(tmp_path: Path) -> Non
     (tmp_path / "foreign.parquet").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"nev did not write \(foreign\.parquet"):
         write_shards(rows(3), tmp_path, seed=0, layout=Layout(overwrite=True))
+
+
+def test_shards_in_a_folder_below_are_refused_as_they_would_be_read(tmp_path: Path) -> None:
+    write_shards(rows(3), tmp_path / "train/old", seed=0)
+    with pytest.raises(ConfigError, match=r"nev did not write \(old/00000\.parquet"):
+        write_shards(rows(3), tmp_path / "train", seed=0, layout=Layout(overwrite=True))
+    (tmp_path / "train/old").rename(tmp_path / "train/_old")  # the index does not look there either
+    write_shards(rows(3), tmp_path / "train", seed=0)
 
 
 def test_wrong_settings_and_empty_input_are_refused(tmp_path: Path) -> None:

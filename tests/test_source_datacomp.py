@@ -49,6 +49,18 @@ def test_a_sample_that_failed_stays_rejected(tmp_path: Path) -> None:
     assert [row.get("reject") for row in read("datacomp", [tmp_path], options)] == [None, "status failed_to_resize"]
 
 
+def test_a_caption_that_is_not_utf8_concerns_its_row_alone(tmp_path: Path) -> None:
+    tar_of(tmp_path / "0.tar", members(A, B))
+    texts = pa.array([b"caf\xe9", b"bee"]).view(pa.string())
+    file = tmp_path / "m.parquet"
+    pq.write_table(pa.table({"uid": [A, B], "text": texts}), file)
+    found = [
+        (row["caption"], row.get("reject"))
+        for row in read("datacomp", [tmp_path / "0.tar"], SourceOptions(metadata=(str(file),)))
+    ]
+    assert found == [("of the tar", "caption not in UTF-8"), ("bee", None)]
+
+
 def test_of_metadata_with_one_uid_the_first_counts(tmp_path: Path) -> None:
     tar_of(tmp_path / "0.tar", members(A, B))
     uids, texts = [A, B] * 500, [f"{at}" for at in range(1000)]

@@ -5,80 +5,33 @@ import fcntl
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
+from prepare_helpers import (
+    PARTS,
+    ROWS,
+    SHARDS,
+    TASKS,
+    Crash,
+    contents,
+    counting,
+    make,
+    row,
+)
 
 from nev.config import Columns, ConfigError
 from nev.data.filters import Filters
 from nev.data.index import UNFINISHED, DataError, build_index
-from nev.data.prepare import Progress, Report, Run, prepare, run_here
+from nev.data.prepare import Progress, prepare
 from nev.data.rows import Row
-from nev.data.scatter import BUCKET_BYTES
 from nev.data.shards import Layout
-from nev.data.sources import Source
+from nev.data.sources import Part, Source
 from nev.data.unfinished import alone
-
-PARTS, ROWS = 4, 70
-LAYOUT = Layout(rows_per_shard=16, row_group_rows=8)
-SHARDS = 5
-TASKS = PARTS + SHARDS
-
-
-class Crash(Exception):
-    """Power off."""
-
-
-def row(number: int) -> Row:
-    label = number % 3
-    return {
-        **{"uid": f"row-{number}", "image": f"image {number}".encode() * 9, "caption": f"caption {number}"},  # type: ignore[typeddict-item]
-        **{"label": label, "label_name": "abc"[label]},
-    }
-
-
-def read(numbers: Sequence[int]) -> Iterator[Row]:
-    return map(row, numbers)
-
-
-def source(count: int = ROWS) -> Source:
-    parts = [range(at, min(at + 18, count)) for at in range(0, count, 18)]
-    return Source(parts, read, 6 * BUCKET_BYTES, {"source": "test", "rows": count})
-
-
-def make(output: Path, run: Run = run_here, **options: Any) -> Report:
-    return prepare(source(), output, **{"layout": LAYOUT, "memory_bytes": 5 * 1024, "run": run, **options})
-
-
-def counting(done: list[Any], stop_after: int = TASKS) -> Run:
-    """Runs tasks here, notes them in `done`, and crashes when so many are done."""
-
-    def run(function: Callable[[Any], Any], items: Sequence[Any], task_bytes: int) -> Iterator[Any]:
-        for item in items:
-            if len(done) == stop_after:
-                raise Crash
-            done.append(item)
-            yield function(item)
-
-    return run
-
-
-def contents(output: Path) -> dict[str, bytes]:
-    """All files of a split and beside it."""
-    return {
-        str(path.relative_to(output.parent)): path.read_bytes() for path in output.parent.rglob("*") if path.is_file()
-    }
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    output = tmp_path_factory.mktemp("whole") / "set"
-    assert len(make(output).shards) == SHARDS
-    return contents(output)
 
 
 @pytest.mark.parametrize("after", range(TASKS))
@@ -108,7 +61,7 @@ def test_after_a_crash_only_what_is_missing_is_done(after: int, tmp_path: Path, 
 KILLED = """
 import os, signal, sys
 sys.path[:0] = [{tests!r}]
-from test_unfinished import make
+from prepare_helpers import make
 from nev.data import gather, scatter
 from pathlib import Path
 module, name = {where}
@@ -175,10 +128,10 @@ def test_a_part_whose_runs_are_not_whole_is_done_again(
     output = tmp_path / "set"
     with pytest.raises(Crash):
         make(output, counting([], 3))
-    damage(output / UNFINISHED / "part-000001/run-00002")
+    damage(output / UNFINISHED / "part-from18/run-00002")
     again: list[Any] = []
     make(output, counting(again))
-    assert [item[0] for item in again[:2]] == [1, 3]
+    assert [item.stamp for item in again[:2]] == ["from18", "from54"]
     assert contents(output) == undisturbed
 
 
@@ -187,9 +140,9 @@ def test_a_run_that_is_damaged_after_all_is_named(file: str, tmp_path: Path, und
     output = tmp_path / "set"
     with pytest.raises(Crash):
         make(output, counting([], PARTS + 1))
-    run = output / UNFINISHED / "part-000001" / file
+    run = output / UNFINISHED / "part-from18" / file
     run.write_bytes(bytes(len(run.read_bytes())))
-    with pytest.raises(DataError, match=rf"part-000001/{file} .*Delete it and run the same command again"):
+    with pytest.raises(DataError, match=rf"part-from18/{file} .*Delete it and run the same command again"):
         make(output)
     run.unlink()
     again: list[Any] = []
@@ -205,7 +158,7 @@ def test_a_part_file_that_was_being_written_is_no_part(
     output = tmp_path / "set"
     with pytest.raises(Crash):
         make(output, counting([], 2))
-    torn = output / UNFINISHED / "part-000002/.writing-x/part.json"
+    torn = output / UNFINISHED / "part-from36/.writing-x/part.json"
     torn.parent.mkdir(parents=True)
     torn.write_bytes(left)
     make(output)
@@ -218,41 +171,6 @@ def test_sidecars_of_older_shards_go_though_the_shards_are_gone_already(tmp_path
     (output / "_text/key/00000.parquet").touch()
     make(output)
     assert not (output / "_text").exists()
-
-
-def test_another_job_is_refused_and_named(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
-    output = tmp_path / "set"
-    with pytest.raises(Crash):
-        make(output, counting([], 6))
-    with pytest.raises(ConfigError, match=r"begun with other options \(filters, seed\).*--overwrite to start anew"):
-        make(output, seed=1, filters=Filters(min_caption=2))
-    with pytest.raises(ConfigError, match=r"begun with other options \(limit, parts\)"):
-        make(output, limit=50)
-    with pytest.raises(ConfigError, match=r"begun with other options \(parts, rows\)"):
-        prepare(source(50), output, layout=LAYOUT)
-    again: list[Any] = []
-    make(output, counting(again), seed=1, layout=Layout(16, 8, overwrite=True))
-    assert len(again) == TASKS
-    assert contents(output) != undisturbed
-    make(output, layout=Layout(16, 8, overwrite=True))
-    assert contents(output) == undisturbed
-
-
-def test_another_job_that_has_done_nothing_yet_is_forgotten(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
-    with pytest.raises(Crash):
-        make(tmp_path / "set", counting([], 0), seed=1)
-    make(tmp_path / "set")
-    assert contents(tmp_path / "set") == undisturbed
-
-
-def test_a_list_of_uids_that_changed_is_another_job(tmp_path: Path) -> None:
-    output, listed = tmp_path / "set", tmp_path / "uids.txt"
-    listed.write_text("\n".join(f"row-{k}" for k in range(40)))
-    with pytest.raises(Crash):
-        make(output, counting([], 2), filters=Filters(uids=listed))
-    listed.write_text("row-3")
-    with pytest.raises(ConfigError, match=r"begun with other options \(uids\)"):
-        make(output, filters=Filters(uids=listed))
 
 
 def test_a_failure_before_the_first_shard_leaves_older_shards(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
@@ -306,7 +224,7 @@ def test_a_folder_without_locks_is_a_warning(
 
 def test_a_label_with_two_names_in_two_parts_is_refused(tmp_path: Path) -> None:
     rows: list[Row] = [{**row(0), "label_name": "x"}, {**row(1), "label_name": "b"}, {**row(3), "label_name": "y"}]
-    apart = Source([rows[:2], rows[2:]], iter, 0, {})
+    apart = Source([Part("a", rows[:2]), Part("b", rows[2:])], iter, 0, {})
     with pytest.raises(ConfigError, match="row row-3: label 0 is 'y' here and 'x' in an earlier row"):
         prepare(apart, tmp_path / "set")
     assert not list(tmp_path.glob("set/*.parquet"))

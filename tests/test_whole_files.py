@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and copies that stay in their folder."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,24 @@ def test_a_file_in_a_folder_is_replaced_in_one_step_or_not_at_all(tmp_path: Path
         half()
     assert file.read_bytes() == b"another"
     assert list(file.parent.iterdir()) == [file]
+
+
+def test_the_disk_has_a_file_before_its_name_and_then_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted_fsync(handle: int) -> None:
+        done.append(("sync", Path(f"/proc/self/fd/{handle}").resolve().name))
+        fsync(handle)
+
+    def noted_replace(self: Path, target: str) -> Path:
+        done.append(("replace", self.name))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    write_whole(str(tmp_path / "file"), b"content")
+    assert done == [("sync", "file"), ("replace", "file"), ("sync", tmp_path.name)]
 
 
 @pytest.mark.parametrize("name", ["../evil", "a/../../evil", "a//b", "./a"])

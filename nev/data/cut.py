@@ -18,6 +18,8 @@ from nev.data.scatter import PartKeys, bucket_of
 from nev.data.uids import KEY, Keys
 from nev.data.unfinished import Facts
 
+DUPLICATE_UID = "duplicate uid"
+
 
 class Order(NamedTuple):
     """The rows of a set, in the order of their digests.
@@ -56,7 +58,7 @@ def order_of(parts: Sequence[PartKeys]) -> Order:
     digests = digests[order]
     again = order[1:][_equal_before(digests)]
     stays[again] = False
-    dropped = {"duplicate uid": len(again)}
+    dropped = {DUPLICATE_UID: len(again)}
     if len(images):
         rest = np.flatnonzero(stays)
         known = images[rest]
@@ -89,6 +91,7 @@ def merged(parts: Sequence[Facts], known: Known | None) -> Facts:
     """What all parts together say: rows_in, dropped, seen, names. Raises ConfigError where they call a label by two names."""
     dropped: Counter[str] = Counter()
     names: Names = {}
+    highest = max(part["highest"] for part in parts)
     for part in parts:
         dropped.update(part["dropped"])
         for label, name, uid in part["names"]:
@@ -97,6 +100,6 @@ def merged(parts: Sequence[Facts], known: Known | None) -> Facts:
         "rows_in": sum(part["rows_in"] for part in parts),
         "dropped": dict(dropped),
         "seen": sorted({name for part in parts for name in part["seen"]}),
-        "names": [name for _, (name, _) in sorted(names.items())] if labels.complete(names) else [],
-        "labelled": bool(names),
+        "names": [name for _, (name, _) in sorted(names.items())] if labels.complete(names, highest) else [],
+        "labelled": highest >= 0,
     }

@@ -70,6 +70,6 @@ def add(names: Names, label: int, name: str, uid: str, against: Known | None) ->
         )
 
 
-def complete(names: Names) -> bool:
-    """Whether `names` names every label from 0 up."""
-    return sorted(names) == list(range(len(names)))
+def complete(names: Names, highest: int) -> bool:
+    """Whether `names` names every label from 0 to the highest."""
+    return sorted(names) == list(range(highest + 1))

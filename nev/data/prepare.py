@@ -26,12 +26,12 @@ from nev.data.resize import Resize
 from nev.data.rows import Row
 from nev.data.scatter import Scatter, buckets_for, fetch_keys, read_keys, run_location, scatter, seed_key
 from nev.data.shards import Layout, schema_of, shard_location, shards_in
-from nev.data.sources.common import S3, Source
+from nev.data.sources.common import S3, Part, Source, stamp_of
 from nev.data.storage import PARALLEL_REQUESTS, filesystem, is_local, join, write_whole
 from nev.data.uids import read_uids
 from nev.data.unfinished import Facts, State, alone, begin, remove, work_in, write_json
 
-FORMAT = 1  # of `_prepare`: raised when what is in there, or what it leads to, changes
+FORMAT = 2  # of `_prepare`: raised when what is in there, or what it leads to, changes
 MEMORY_BYTES = 512 * 2**20
 TASK_BYTES = 384 * 2**20  # of a process that does nothing yet, and the rows that it has just in hand
 
@@ -99,7 +99,8 @@ def prepare(
     layout.check()
     output = _absolute(os.fspath(output))
     if limit is not None:
-        source = source._replace(parts=[source.parts], read=partial(_first_rows, read=source.read, limit=limit))
+        every = Part(stamp_of([part.stamp for part in source.parts]), [part.content for part in source.parts])
+        source = source._replace(parts=[every], read=partial(_first_rows, read=source.read, limit=limit))
     job = Scatter(
         work=work_in(output),
         read=source.read,
@@ -117,10 +118,10 @@ def prepare(
     if source.facts is not None:
         more = {"seed": seed, "limit": limit, "rows_per_shard": layout.rows_per_shard}
         facts = {**source.facts, **_facts(filters, resize), **more, "row_group_rows": layout.row_group_rows}
-        facts |= {"limits": limits.model_dump(), "parts": len(source.parts), "format": FORMAT}
+        facts |= {"limits": limits.model_dump(), "format": FORMAT}
     with alone(output):
-        state = begin(output, facts, layout.overwrite)
-        _tell(state, len(source.parts), layout.rows_per_shard, progress)
+        state = begin(output, facts, [part.stamp for part in source.parts], layout.overwrite)
+        _tell(state, source, layout.rows_per_shard, progress)
         order = None
         plan = state.plan
         if plan is None:
@@ -145,15 +146,16 @@ def prepare(
 
 def _scattered(source: Source, state: State, job: Scatter, run: Run, progress: Progress) -> list[Facts]:
     """The first stage: what `scatter` says of each part."""
-    parts = dict(state.parts)
-    todo = [(number, part) for number, part in enumerate(source.parts) if number not in parts]
+    stamps = {part.stamp for part in source.parts}
+    parts = {stamp: part for stamp, part in state.parts.items() if stamp in stamps}
+    todo = [part for part in source.parts if part.stamp not in parts]
     rows = sum(part["rows_in"] for part in parts.values())
     progress.read(len(parts), len(source.parts), rows)
     for part in run(partial(scatter, job=job), todo, job.memory_bytes + TASK_BYTES):
-        parts[part["number"]] = part
+        parts[part["stamp"]] = part
         rows += part["rows_in"]
         progress.read(len(parts), len(source.parts), rows)
-    return [parts[number] for number in range(len(source.parts))]
+    return [parts[part.stamp] for part in source.parts]
 
 
 def _cut(output: str, parts: list[Facts], state: State, job: Scatter, layout: Layout) -> tuple[Facts, Order]:
@@ -162,7 +164,8 @@ def _cut(output: str, parts: list[Facts], state: State, job: Scatter, layout: La
     With them go their sidecars: vectors of captions that lay in other rows.
     """
     plan = merged(parts, job.known) | {"job": state.job}
-    plan["parts"] = [[part["rows"], len(part["files"]) - 1] for part in parts]  # runs, beside keys.npz
+    # Beside its runs a part has keys.npz.
+    plan["parts"] = [[part["stamp"], part["rows"], len(part["files"]) - 1] for part in parts]
     order = _order(job.work, plan)
     plan["dropped"] |= order.dropped
     plan["kept"] = len(order.kept)
@@ -180,8 +183,9 @@ def _cut(output: str, parts: list[Facts], state: State, job: Scatter, layout: La
 
 def _order(work: str, plan: Facts) -> Order:
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
-        contents = pool.map(partial(fetch_keys, work), range(len(plan["parts"])))
-        return order_of([read_keys(content, work, part) for part, content in enumerate(contents)])
+        stamps = [stamp for stamp, *_ in plan["parts"]]
+        contents = pool.map(partial(fetch_keys, work), stamps)
+        return order_of([read_keys(content, work, part) for part, content in zip(stamps, contents, strict=True)])
 
 
 def _gathered(
@@ -203,10 +207,7 @@ def _gathered(
     if not missing:
         return shards
     order = order or _order(job.work, plan)
-    runs = [
-        ([run_location(job.work, number, run) for run in range(runs)], rows)
-        for number, (rows, runs) in enumerate(plan["parts"])
-    ]
+    runs = [([run_location(job.work, stamp, run) for run in range(runs)], rows) for stamp, rows, runs in plan["parts"]]
     schema = schema_of(plan["seen"], "captions" in plan["seen"])
     task = partial(gather, job=Gather(output, job.work, list(runs_of(runs)), schema, layout.row_group_rows))
     needs = TASK_BYTES
@@ -254,11 +255,12 @@ def _facts(filters: Filters, resize: Resize | None) -> Facts:
     return facts
 
 
-def _tell(state: State, parts: int, rows_per_shard: int, progress: Progress) -> None:
+def _tell(state: State, source: Source, rows_per_shard: int, progress: Progress) -> None:
+    parts = sum(part.stamp in state.parts for part in source.parts)
     if state.plan is not None:
         done = f"all parts, {len(state.shards)} of {-(-state.plan['kept'] // rows_per_shard)} shards are done"
     elif state.parts:
-        done = f"{len(state.parts)} of {parts} parts are done"
+        done = f"{parts} of {len(source.parts)} parts are done"
     else:
         return
     progress.note(f"going on with an unfinished prepare: {done}")

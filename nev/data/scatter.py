@@ -31,6 +31,7 @@ from nev.data.labels import Known, Names
 from nev.data.resize import Resize, resized
 from nev.data.rows import Row, captions_of, usable
 from nev.data.shards import OPTIONAL, SCHEMA, table_of
+from nev.data.sources.common import Part
 from nev.data.storage import filesystem, join, make_folder, write_whole
 from nev.data.uids import KEY, Keys
 from nev.data.unfinished import DAMAGED, Facts, write_json
@@ -82,12 +83,11 @@ def bucket_of(digest: bytes, buckets: int) -> int:
     return int.from_bytes(digest[:8], "big") * buckets >> 64
 
 
-def scatter(item: tuple[int, Any], job: Scatter) -> Facts:
-    """The task: read part `item` (number, what `job.read` takes), write its runs, keys and `part.json`; return that one.
+def scatter(part: Part, job: Scatter) -> Facts:
+    """The task: read `part`, write its runs, keys and `part.json`; return what that one says.
 
     Raises ConfigError as the source's reader does, and where a label has two names.
     """
-    number, part = item
     read: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     names: Names = {}
@@ -95,21 +95,27 @@ def scatter(item: tuple[int, Any], job: Scatter) -> Facts:
     seen: set[str] = set()
     digests, images = bytearray(), bytearray()
     offsets: list[NDArray[np.int64]] = []
-    folder = join(job.work, f"part-{number:06d}")
+    folder = join(job.work, f"part-{part.stamp}")
+    highest = -1
     make_folder(*filesystem(folder))
     chosen = select(
-        usable(_counted(job.read(part), read), dropped, job.limits), job.filters, job.limits, dropped, job.listed
+        usable(_counted(job.read(part.content), read), dropped, job.limits),
+        job.filters,
+        job.limits,
+        dropped,
+        job.listed,
     )
     small = resized(chosen, job.resize, job.limits, dropped, job.threads) if job.resize else chosen
     for rows in held(labels.watch(small, names, job.known), job.memory_bytes):
         own = [
             hashlib.blake2b(row["uid"].encode(), digest_size=KEY.itemsize, key=job.seed_key).digest() for row in rows
         ]
-        location = run_location(job.work, number, len(offsets))
+        location = run_location(job.work, part.stamp, len(offsets))
         offsets.append(_write_run(location, rows, own, len(digests) // KEY.itemsize, job.buckets))
         files[location.removeprefix(f"{job.work}/")] = int(offsets[-1][-1])
         digests += b"".join(own)
         images += b"".join(row["image_hash"] for row in rows if "image_hash" in row)
+        highest = max(highest, *(-1 if (label := row.get("label")) is None else label for row in rows))
         seen.update(name for name in OPTIONAL for row in rows if row.get(name) is not None)
         if any(len(captions_of(row["caption"])) > 1 for row in rows):
             seen.add("captions")
@@ -122,26 +128,27 @@ def scatter(item: tuple[int, Any], job: Scatter) -> Facts:
     np.savez(packed, **keys._asdict())
     with writing(join(folder, "keys.npz")):
         write_whole(join(folder, "keys.npz"), packed.getvalue())
-    files[f"part-{number:06d}/keys.npz"] = len(packed.getvalue())
+    files[f"part-{part.stamp}/keys.npz"] = len(packed.getvalue())
     done = {
-        "number": number,
+        "stamp": part.stamp,
         "rows_in": read["rows"],
         "rows": len(keys.digests),
         "dropped": dict(dropped),
         "seen": sorted(seen),
         "names": [[label, *named] for label, named in names.items()],
+        "highest": highest,
         "files": files,
     }
     write_json(join(folder, "part.json"), done)
     return done
 
 
-def run_location(work: str, part: int, run: int) -> str:
-    """Path or URL of a run."""
-    return join(work, f"part-{part:06d}", f"run-{run:05d}")
+def run_location(work: str, stamp: str, run: int) -> str:
+    """Path or URL of a run of the part with this stamp."""
+    return join(work, f"part-{stamp}", f"run-{run:05d}")
 
 
-def fetch_keys(work: str, part: int) -> bytes:
+def fetch_keys(work: str, part: str) -> bytes:
     """The file of keys of a part that is done."""
     location = _keys_location(work, part)
     fs, path = filesystem(location)
@@ -150,7 +157,7 @@ def fetch_keys(work: str, part: int) -> bytes:
     return content
 
 
-def read_keys(content: bytes, work: str, part: int) -> PartKeys:
+def read_keys(content: bytes, work: str, part: str) -> PartKeys:
     """What is in that file. For one thread: NumPy parses its headers by `ast`, which Python 3.11 cannot do in several at once."""
     try:
         with np.load(io.BytesIO(content)) as arrays:
@@ -159,8 +166,8 @@ def read_keys(content: bytes, work: str, part: int) -> PartKeys:
         raise DataError(f"{_keys_location(work, part)} is damaged ({error}). {DAMAGED}") from error
 
 
-def _keys_location(work: str, part: int) -> str:
-    return join(work, f"part-{part:06d}", "keys.npz")
+def _keys_location(work: str, stamp: str) -> str:
+    return join(work, f"part-{stamp}", "keys.npz")
 
 
 def held(rows: Iterable[Row], memory_bytes: int) -> Iterator[list[Row]]:

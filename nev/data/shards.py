@@ -55,16 +55,21 @@ def shard_location(folder: str, number: int) -> str:
 
 
 def shards_in(folder: str) -> dict[str, int]:
-    """File name -> bytes of the shards in `folder` (path or URL) itself; none where there is no such folder.
+    """File name -> bytes of the shards in `folder` (path or URL); none where there is no such folder.
 
-    Raises ConfigError for other parquet files there: they would be read as part of the split.
+    Raises ConfigError for other parquet files there, or in a folder below: they would be read as part of the split.
     """
     fs, path = filesystem(folder)
+    found: dict[str, int] = {}
     with reading(folder, damaged=""):
-        if not fs.exists(path):
-            return {}
-        found = {entry["name"].rpartition("/")[2]: entry["size"] for entry in fs.ls(path, detail=True)}
-    files = {name: size for name, size in sorted(found.items()) if name.endswith(".parquet") and name[0] not in "._"}
+        for below, folders, entries in fs.walk(path, detail=True) if fs.exists(path) else ():
+            for name in [name for name in folders if name[0] in "._"]:
+                del folders[name]  # not walked: the work of a prepare, the sidecars
+            prefix = f"{below[len(path) :].strip('/')}/".lstrip("/")
+            found |= {
+                f"{prefix}{name}": entry["size"] for name, entry in entries.items() if name and name[0] not in "._"
+            }
+    files = {name: size for name, size in sorted(found.items()) if name.endswith(".parquet")}
     shards = {name: size for name, size in files.items() if re.fullmatch(r"\d{5,}\.parquet", name)}
     if foreign := [name for name in files if name not in shards]:
         raise ConfigError(

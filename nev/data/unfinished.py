@@ -1,8 +1,9 @@
 """What a `prepare` under way keeps in `<output>/_prepare`, path or s3:// URL, so that it can be gone on with.
 
-`job.json` holds what determines the result, and comes first. `part-*/part.json` says that a part of the input is scattered.
-`plan.json` says that older shards are gone and every shard in the folder is one of this job; it says again what determines the
-result, and goes last.
+`job.json` holds the options that determine the result, and comes first. `part-STAMP/part.json` says that a part of the input
+is scattered; the stamp is that of its files, so that one that is mended, or put in, concerns its own part alone. `plan.json`
+says that older shards are gone and every shard in the folder is one of this job; it has the options and all stamps again, and
+goes last.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -29,13 +30,13 @@ Facts = dict[str, Any]
 
 
 class State(NamedTuple):
-    """Where a job stands. parts: number -> what its `part.json` says; plan: `plan.json`; shards: file name -> bytes.
+    """Where a job stands. plan: `plan.json`; shards: file name -> bytes.
 
-    job: what determines the result.
+    parts: stamp -> what its `part.json` says, of parts that are not asked for, too. job: the options.
     """
 
     job: Facts
-    parts: dict[int, Facts]
+    parts: dict[str, Facts]
     plan: Facts | None
     shards: dict[str, int]
 
@@ -45,22 +46,24 @@ def work_in(output: str) -> str:
     return join(output, UNFINISHED)
 
 
-def begin(output: str, facts: Facts | None, overwrite: bool) -> State:
+def begin(output: str, facts: Facts | None, stamps: Sequence[str], overwrite: bool) -> State:
     """Begin the job `facts` in the folder `output`, or go on with it if it was begun there.
 
-    facts: JSON; None for a job that can only be begun. Raises ConfigError where shards are there and `overwrite` is not
-    set, and where something of another job is done, unless `overwrite` is set: that job's work is removed then.
+    facts: JSON; None for a job that can only be begun. stamps: of the parts of its input. Raises ConfigError where
+    shards are there and `overwrite` is not set, and where something of another job is done, unless `overwrite` is set: that
+    job's work is removed then.
     """
     work, shards = work_in(output), shards_in(output)
-    facts = json.loads(json.dumps(facts))  # lists for tuples, as they are read again
+    facts, stamps = json.loads(json.dumps(facts)), list(stamps)  # as they are read again
     plan = read_json(join(work, "plan.json"))
     before = read_json(join(work, "job.json")) if plan is None else plan["job"]
-    same = before is not None and before == facts
+    planned = stamps if plan is None else [stamp for stamp, *_ in plan["parts"]]
+    same = before is not None and before == facts and planned == stamps
     if same and plan is not None:
         if len(shards) == -(-plan["kept"] // plan["job"]["rows_per_shard"]):
             return State(plan["job"], {}, plan, shards)
         parts = _done_parts(work)
-        if len(parts) == len(plan["parts"]):
+        if all(stamp in parts for stamp in stamps):
             return State(plan["job"], {}, plan, shards)
         log.warning(
             "%s: a part of what was read is damaged or gone. It is read again, and the shards are made anew.", work
@@ -70,6 +73,7 @@ def begin(output: str, facts: Facts | None, overwrite: bool) -> State:
     if before is not None and facts is not None and not same and not overwrite and (parts or plan is not None):
         differing = ", ".join(
             sorted(name for name in before.keys() | facts.keys() if before.get(name) != facts.get(name))
+            + ["input"] * (planned != stamps)
         )
         raise ConfigError(
             f"{output}: holds an unfinished prepare, begun with other options ({differing}). Finish it with those, "
@@ -87,16 +91,16 @@ def begin(output: str, facts: Facts | None, overwrite: bool) -> State:
     return State(facts or {}, {}, None, shards)
 
 
-def _done_parts(work: str) -> dict[int, Facts]:
+def _done_parts(work: str) -> dict[str, Facts]:
     """The parts that are scattered, their runs whole."""
     fs, path = filesystem(work)
     with reading(work, damaged=""):
         sizes = {name[len(path) + 1 :]: entry["size"] for name, entry in fs.find(path, detail=True).items()}
-    names = sorted(name for name in sizes if re.fullmatch(r"part-\d+/part\.json", name))
+    names = sorted(name for name in sizes if re.fullmatch(r"part-\w+/part\.json", name))
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         found = [part for part in pool.map(lambda name: read_json(join(work, name)), names) if part]
     whole = [part for part in found if all(sizes.get(name) == size for name, size in part["files"].items())]
-    return {part["number"]: part for part in whole}
+    return {part["stamp"]: part for part in whole}
 
 
 def remove(work: str) -> None:

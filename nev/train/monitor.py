@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nev.errors import NevError
+from nev.progress import rarely
 from nev.tracking import Tracker
 
 POLL_S = 0.5
 SEND_S = 5.0  # to MLflow: every call to a SQLite store costs CPU that training on one machine would miss
-PLAIN_LINE_S = 15.0  # how often a console that cannot redraw a line gets a new one
 
 
 class Post(NamedTuple):
@@ -73,7 +73,8 @@ class Watcher:
         self._total = total_steps
         self._line = _progress(console)
         self._task = self._line.add_task("", total=total_steps, completed=first_step, numbers="starting")
-        self._printed = self._sent = 0.0
+        self._plain = rarely(lambda line: console.print(line, highlight=False))
+        self._sent = 0.0
         self._away = False
 
     def read(self) -> None:
@@ -102,9 +103,8 @@ class Watcher:
             if key in now
         )
         self._line.update(self._task, completed=step, numbers=numbers)
-        if not self._console.is_terminal and time.monotonic() - self._printed > PLAIN_LINE_S:
-            self._printed = time.monotonic()
-            self._console.print(f"step {step}/{self._total}  {numbers}", highlight=False)
+        if not self._console.is_terminal:
+            self._plain(f"step {step}/{self._total}  {numbers}")
 
     def _send(self) -> None:
         """A tracker that is away must not stop the training: metrics are kept and sent with a later call."""

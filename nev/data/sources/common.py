@@ -30,7 +30,8 @@ class SourceOptions(Section):
     """How to read a source. `templates` make the captions of a labelled set: '{}' stands for the class name.
 
     score: the column with the similarity of picture and caption. metadata: DataComp's parquet files or their folder.
-    part_bytes: files are grouped to parts of about this size, a part is one task.
+    tar_in_uid: the name of its tar is a part of a row's uid. part_bytes: files are grouped to parts of about this size, a
+    part is one task.
     """
 
     columns: Columns = Columns()
@@ -38,6 +39,7 @@ class SourceOptions(Section):
     templates: tuple[str, ...] = ()
     score: str | None = None
     metadata: tuple[str, ...] = ()
+    tar_in_uid: bool = False
     limits: Limits = Limits()
     part_bytes: Positive = 512 * 2**20
 
@@ -58,14 +60,22 @@ class File(NamedTuple):
     stamp: str
 
 
+class Part(NamedTuple):
+    """What is read apart from the rest. stamp: changes when what is read does, and differs from part to part."""
+
+    stamp: str
+    content: Any
+
+
 class Source(NamedTuple):
     """Rows to come, cut to parts that are read apart from each other, in any process.
 
-    read: the rows of one of `parts`, in order; it and the parts can be pickled. nbytes: of the input, roughly. facts:
-    what the rows depend on, as JSON; None for rows that can be read once only.
+    read: the rows of one part, from its content, in order; it and the parts can be pickled. nbytes: of the input, roughly.
+    facts: what the rows of any part depend on beside what its stamp stands for, as JSON; None for rows that can be read once
+    only.
     """
 
-    parts: Sequence[Any]
+    parts: Sequence[Part]
     read: Callable[[Any], Iterable[Row]]
     nbytes: int
     facts: dict[str, Any] | None
@@ -73,12 +83,12 @@ class Source(NamedTuple):
 
 def rows_of(source: Source) -> Iterator[Row]:
     """All rows of a source, in the order of its parts."""
-    return chain.from_iterable(map(source.read, source.parts))
+    return chain.from_iterable(source.read(part.content) for part in source.parts)
 
 
 def of_rows(rows: Iterable[Row], nbytes: int = 0, facts: dict[str, Any] | None = None) -> Source:
     """The source of rows at hand: one part, read in this process."""
-    return Source([rows], iter, nbytes, facts)
+    return Source([Part("rows", rows)], iter, nbytes, facts)
 
 
 def fill(templates: tuple[str, ...], name: str) -> list[str]:
@@ -86,25 +96,27 @@ def fill(templates: tuple[str, ...], name: str) -> list[str]:
     return [template.replace("{}", name.replace("_", " ")) for template in templates]
 
 
-def facts_of(kind: str, options: SourceOptions, files: Iterable[File]) -> dict[str, Any]:
-    """What the rows of a source depend on: options, and names, sizes and stamps of its files."""
-    given = list(files)
-    digest = hashlib.sha256(json.dumps(given).encode()).hexdigest()
-    inputs = {"files": len(given), "bytes": sum(file.size for file in given), "digest": digest}
-    return {"source": kind, "inputs": inputs, **options.model_dump(mode="json")}
+def facts_of(kind: str, options: SourceOptions, **more: str) -> dict[str, Any]:
+    """What the rows of every part depend on, of whatever files it has."""
+    return {"source": kind, **more, **options.model_dump(mode="json")}
 
 
-def parts_of(files: Iterable[File], part_bytes: int) -> list[list[str]]:
+def stamp_of(content: Any) -> str:
+    """A short digest of JSON."""
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=12).hexdigest()
+
+
+def parts_of(files: Iterable[File], part_bytes: int) -> list[Part]:
     """The locations of `files`, in order, in groups of `part_bytes` at most; a larger file is a group of its own."""
-    parts: list[list[str]] = []
+    groups: list[list[File]] = []
     held = 0
     for file in files:
-        if not parts or held + file.size > part_bytes:
-            parts.append([])
+        if not groups or held + file.size > part_bytes:
+            groups.append([])
             held = 0
-        parts[-1].append(file.location)
+        groups[-1].append(file)
         held += file.size
-    return parts
+    return [Part(stamp_of(group), [file.location for file in group]) for group in groups]
 
 
 def find_files(inputs: Iterable[str | Path], suffixes: tuple[str, ...]) -> list[File]:
@@ -129,6 +141,24 @@ def find_files(inputs: Iterable[str | Path], suffixes: tuple[str, ...]) -> list[
     if not files:
         raise ConfigError("a source needs at least one input: a file, a folder or a pattern")
     return sorted(files.values(), key=lambda file: file.location.split("/"))
+
+
+def refuse_inside(output: str, inputs: Iterable[str | Path]) -> None:
+    """Raise ConfigError for an output in a folder of the input: what is written there would be input the next time."""
+    at = _whole(output)
+    for given in map(str, inputs):
+        if f"{at}/".startswith(f"{_whole(given)}/"):
+            raise ConfigError(
+                f"{output}: lies in the input {given}, so the next prepare would read what this one writes. Use a folder "
+                "beside it, or name the input's files by a pattern."
+            )
+
+
+def _whole(location: str) -> str:
+    """The same location, absolute, and without links."""
+    if location.startswith(S3):
+        return location.rstrip("/")
+    return str(Path(location).expanduser().resolve())
 
 
 def _local(given: str) -> tuple[list[File], bool]:

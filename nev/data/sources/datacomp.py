@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from nev.config import ConfigError
 from nev.data.rows import Row
 from nev.data.sources import webdataset
-from nev.data.sources.common import Source, SourceOptions, facts_of, find_files, input_file, parts_of
+from nev.data.sources.common import Source, SourceOptions, facts_of, find_files, input_file, parts_of, stamp_of
 from nev.data.storage import filesystem, open_parquet
 from nev.data.uids import BATCH_ROWS, Keys, find, keys_of
 
@@ -49,7 +49,7 @@ def source(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
         parts_of(tars, options.part_bytes),
         partial(read, metadata=_load([file.location for file in files], options), options=options),
         sum(file.size for file in tars),
-        facts_of("datacomp", options, [*tars, *files]),
+        facts_of("datacomp", options, metadata_files=stamp_of(files)),
     )
 
 
@@ -65,7 +65,10 @@ def read(tars: Iterable[str], metadata: Metadata, options: SourceOptions) -> Ite
             yield {**row, "reject": "uid not in the metadata"}
         else:
             score = None if metadata.scores is None else metadata.scores[at].as_py()
-            yield {**row, "caption": metadata.texts[at].as_py(), "score": score}
+            try:
+                yield {**row, "caption": metadata.texts[at].as_py(), "score": score}
+            except UnicodeDecodeError:
+                yield {**row, "reject": "caption not in UTF-8"}
 
 
 def _load(files: list[str], options: SourceOptions) -> Metadata:

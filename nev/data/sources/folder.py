@@ -17,7 +17,7 @@ from nev.config import ConfigError, Limits
 from nev.data.rows import Row, captions_of
 from nev.data.sources.common import (
     S3,
-    File,
+    Part,
     Source,
     SourceOptions,
     facts_of,
@@ -27,6 +27,7 @@ from nev.data.sources.common import (
     inside,
     name_in,
     shared_folder,
+    stamp_of,
 )
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -70,7 +71,7 @@ def captions(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
             found[path] = Picture(row, folder, path)
     pictures = list(found.values())
     nbytes = len(pictures) * PICTURE_BYTES
-    return Source(_parts(pictures), partial(read, limits=options.limits), nbytes, facts_of("captions", options, tables))
+    return Source(_parts(pictures), partial(read, limits=options.limits), nbytes, facts_of("captions", options))
 
 
 def classes(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
@@ -99,9 +100,15 @@ def classes(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
             name = file.relative_to(root).parts[0]
             row |= {"caption": said[name], "label": labels[name], "label_name": name}
         pictures.append(Picture(row, str(root), str(file)))
-    files = [File(str(file), found.st_size, str(found.st_mtime_ns)) for file, found in _entries(found)]
-    nbytes = sum(file.size for file in files)
-    return Source(_parts(pictures), partial(read, limits=options.limits), nbytes, facts_of("classes", options, files))
+    # Of a link itself, since what it leads to may be missing.
+    entries = {str(file): file.lstat() for _, file in found}
+    nbytes = sum(entry.st_size for entry in entries.values())
+    return Source(
+        _parts(pictures, {path: (entry.st_size, entry.st_mtime_ns) for path, entry in entries.items()}),
+        partial(read, limits=options.limits),
+        nbytes,
+        facts_of("classes", options),
+    )
 
 
 def read(pictures: Iterable[Picture], limits: Limits) -> Iterator[Row]:
@@ -128,8 +135,10 @@ def _fill_in(row: Row, picture: Picture, limits: Limits) -> None:
         row["reject"] = "file not readable"
 
 
-def _parts(pictures: list[Picture]) -> list[list[Picture]]:
-    return [pictures[at : at + PART_PICTURES] for at in range(0, len(pictures), PART_PICTURES)]
+def _parts(pictures: list[Picture], stamps: dict[str, tuple[int, int]] | None = None) -> list[Part]:
+    """`pictures` in parts, each known by its rows and, where they are given, (bytes, mtime in ns) of its files by path."""
+    parts = [pictures[at : at + PART_PICTURES] for at in range(0, len(pictures), PART_PICTURES)]
+    return [Part(stamp_of([[*picture, (stamps or {}).get(picture.path)] for picture in part]), part) for part in parts]
 
 
 def _at_home(inputs: Iterable[str | Path]) -> list[str]:
@@ -140,12 +149,6 @@ def _at_home(inputs: Iterable[str | Path]) -> list[str]:
                 f"{one}: folders of pictures are read from disks alone. Copy it here, or make tars of it."
             )
     return given
-
-
-def _entries(found: Iterable[tuple[Path, Path]]) -> Iterator[tuple[Path, os.stat_result]]:
-    """Each file with what the folder says about it: of a link itself, since what it leads to may be missing."""
-    for _, file in found:
-        yield file, file.lstat()
 
 
 def _images(root: Path, given: Path) -> list[Path]:

@@ -51,7 +51,7 @@ def source(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
         parts_of(files, options.part_bytes),
         partial(read, root=root, options=options),
         sum(file.size for file in files),
-        facts_of("hf-parquet", options, files),
+        facts_of("hf-parquet", options, root=root),
     )
 
 

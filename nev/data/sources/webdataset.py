@@ -7,6 +7,7 @@ file's name). Nothing is extracted to disk, only regular members are looked at, 
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -14,9 +15,19 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from nev.config import ConfigError, Limits
+from nev.config import Limits
 from nev.data.rows import Row
-from nev.data.sources.common import Source, SourceOptions, facts_of, find_files, input_file, parts_of
+from nev.data.sources.common import (
+    Source,
+    SourceOptions,
+    facts_of,
+    find_files,
+    folder_of,
+    input_file,
+    name_in,
+    parts_of,
+    shared_folder,
+)
 from nev.data.storage import filesystem, is_local
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -25,35 +36,40 @@ TEXTS = ("txt", "json", "cls")
 MAX_TEXT_BYTES = 2**20
 MAX_TAIL_BYTES = 2**20  # tar fills its last record with zeros: 10 KiB, or what it was told
 AHEAD_BYTES = 8 * 2**20  # of a tar on S3: one request
+NUMBER = re.compile(r"[+-]?\d+")
 
 
 def source(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
     """The tars that `inputs` name, in parts of whole tars (see `read`). Raises ConfigError as `find_files` does."""
     files = find_files(inputs, SUFFIXES)
+    # What uids start from, where the tars' names are in them.
+    root = shared_folder(folder_of(file.location) for file in files) if options.tar_in_uid else ""
     return Source(
         parts_of(files, options.part_bytes),
-        partial(read, options=options),
+        partial(read, options=options, root=root),
         sum(file.size for file in files),
-        facts_of("webdataset", options, files),
+        facts_of("webdataset", options, root=root),
     )
 
 
-def read(files: Iterable[str], options: SourceOptions) -> Iterator[Row]:
+def read(files: Iterable[str], options: SourceOptions, root: str = "") -> Iterator[Row]:
     """Yield one row a key, in the order of the files (paths or s3:// URLs).
 
     uid: `uid` of the JSON, else the key. caption: `captions` of the JSON, else its `caption`, else the text file.
-    label: `label` of the JSON or the .cls member; label_name and, named by `options.score`, score: of the JSON. A
-    sample whose `status` is not "success" is rejected with that status. Raises ConfigError for a file that is not a
-    whole tar or holds no image.
+    label: `label` of the JSON or the .cls member, where it is a number, else it is the label_name; label_name and, named by
+    `options.score`, score: of the JSON. With `options.tar_in_uid` a uid is 'TAR/uid', the tar's name from `root` on. A
+    sample whose `status` is not "success" is rejected with that status, and a tar without a sample as one row. Raises
+    ConfigError for a file that is not a whole tar.
     """
     for path in files:
-        images = 0
+        tar = name_in(root, path)
+        rows = 0
         for key, members in groupby(_members(path, options.limits), key=lambda member: member[0]):
             row = _row(key, {extension: content for _, extension, content in members}, options.score)
-            images += bool(row["image"])
-            yield row
-        if not images:
-            raise ConfigError(f"{path}: no image in this tar (looked for members named KEY.{', KEY.'.join(IMAGES)})")
+            rows += 1
+            yield {**row, "uid": f"{tar}/{row['uid']}"} if options.tar_in_uid else row
+        if not rows:
+            yield {"uid": tar, "image": None, "caption": None, "reject": f"tar without KEY.{', KEY.'.join(IMAGES)}"}
 
 
 def _members(path: str, limits: Limits) -> Iterator[tuple[str, str, bytes | None]]:
@@ -115,8 +131,8 @@ def _row(key: str, parts: dict[str, bytes | None], score: str | None) -> Row:
         text = (parts.get("txt") or b"").decode()
         row["uid"] = str(facts.get("uid") or key)
         row["caption"] = _caption(facts.get("captions") or facts.get("caption") or text)
-        row["label"] = _label(facts["label"] if "label" in facts else parts.get("cls"))
-        row["label_name"] = None if facts.get("label_name") is None else str(facts["label_name"])
+        row["label"], name = _label(facts["label"] if "label" in facts else parts.get("cls"))
+        row["label_name"] = name if facts.get("label_name") is None else str(facts["label_name"])
         if score:
             row["score"] = None if facts.get(score) is None else float(facts[score])
     # A number may be too large, and lists may be nested too deep; JSONDecodeError and UnicodeDecodeError are ValueErrors.
@@ -138,8 +154,14 @@ def _caption(given: Any) -> str | list[str]:
     raise TypeError(f"a caption is a string or a list of strings, not {given!r}")
 
 
-def _label(given: Any) -> int | None:
-    label = None if given is None else int(given)
-    if label is not None and not -(2**63) <= label < 2**63:
+def _label(given: Any) -> tuple[int | None, str | None]:
+    """(label, name): a class is given by its number or, as text that is none, by its name."""
+    if given is None:
+        return None, None
+    text = given.decode() if isinstance(given, bytes) else given
+    if isinstance(text, str) and not NUMBER.fullmatch(text.strip()):
+        return None, text.strip()
+    label = int(text)
+    if not -(2**63) <= label < 2**63:
         raise OverflowError("a label has 64 bits")
-    return label
+    return label, None

@@ -1,0 +1,55 @@
+"""How far a command is: live lines on a terminal, and now and then a new line where none can be redrawn, as in a job's log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_LINE_S = 15.0
+
+# (name of the work, done, in all, what else there is to say)
+Tell = Callable[[str, int, int, str], None]
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[Tell]:
+    """Yield a function that shows how far some work is, a line for each name. Work that is done may begin anew."""
+    if console.is_terminal:
+        bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}  {task.fields[said]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        tasks: dict[str, TaskID] = {}
+
+        def show(name: str, done: int, total: int, said: str) -> None:
+            if done == 0 or name not in tasks:
+                tasks[name] = bars.add_task(name, total=total, said=said)
+            bars.update(tasks[name], completed=done, said=said)
+
+        with bars:
+            yield show
+    else:
+        now_and_then = rarely(lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+        yield lambda name, done, total, said: now_and_then(f"{name.strip()} {done:,}/{total:,}  {said}")
+
+
+def rarely(show: Callable[[str], None], seconds: float = PLAIN_LINE_S) -> Callable[[str], None]:
+    """`show`, but at most once in so many seconds; what comes between is passed over."""
+    last = -seconds
+
+    def maybe(line: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            show(line)
+
+    return maybe

@@ -1,0 +1,47 @@
+"""How far a command is, on a terminal and in a log."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from nev import progress as module
+from nev.progress import progress, rarely
+
+
+def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    console = Console(file=io.StringIO(), width=40)
+    with progress(console) as tell:
+        for done in range(40):
+            tell("shards [read]", done, 4000, f"{done * 1000:,} rows of a long line that no width may break")
+            clock[0] += 1
+    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+        f"shards [read] {done}/4,000  {done * 1000:,} rows of a long line that no width may break"
+        for done in (0, 15, 30)
+    ]
+
+
+def test_a_terminal_gets_a_bar_for_each_name_and_a_new_one_for_work_that_begins_anew() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with progress(console) as tell:
+        tell("read", 0, 2, "")
+        tell("read", 2, 2, "two")
+        tell("read", 0, 3, "")
+        tell("read", 1, 3, "one of three")
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue())  # type: ignore[attr-defined]
+    last = [line for line in shown.replace("\r", "\n").splitlines() if line.startswith("read")][-2:]
+    assert "2/2  two" in last[0]
+    assert "1/3  one of three" in last[1]
+
+
+def test_rarely_shows_the_first_of_each_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, shown = [0.0], []
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    maybe = rarely(shown.append, 10)
+    for second in (0, 9, 10, 11, 25, 34, 35):
+        clock[0] = second
+        maybe(str(second))
+    assert shown == ["0", "10", "25", "35"]
