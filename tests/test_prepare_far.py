@@ -13,10 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from prepare_helpers import LAYOUT, PARTS, ROWS, SHARDS, Crash, contents, counting, make, source
 from s3_server import Proxy
 from tar_helpers import tar_of
 from test_prepare import prepare as command
-from test_unfinished import LAYOUT, PARTS, ROWS, SHARDS, Crash, contents, counting, make, source
 
 from nev.config import Columns, ConfigError
 from nev.data.filters import Filters
@@ -46,7 +46,7 @@ def on_ray(ray_cluster: None) -> Iterator[Run]:
 
     from nev.data.ray_run import ray_run
 
-    modules = [sys.modules[name] for name in (__name__, "test_unfinished")]
+    modules = [sys.modules[name] for name in (__name__, "prepare_helpers")]
     for module in modules:
         cloudpickle.register_pickle_by_value(module)
     yield ray_run
