@@ -84,7 +84,7 @@ def ready(path: str, overrides: list[str], console: Console) -> Experiment:
     Raises ConfigError for a wrong config, and BenchmarkFailed, with what to do, where the shards are absent.
     """
     from benchmarks.contestants.processes import BenchmarkFailed, run_script
-    from nev.config import load, to_yaml
+    from nev.config_file import load, to_yaml
     from nev.train.setup import absolute
 
     experiment = absolute(load(path, [*overrides, *FIXED]))

@@ -1,24 +1,19 @@
-"""The schema of an experiment: one YAML file, whole and readable on one screen.
+"""The schema of an experiment: one YAML file, whole and readable on one screen (`nev.config_file` reads it).
 
 Every section is frozen and refuses keys that it does not know, so a misspelt key is an error before anything starts.
-`load` reads a file, applies `section.key=value` overrides, and reports every problem at once, with its place.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nev.errors import NevError
-from nev.plain_words import in_plain_words
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Section_ = TypeVar("Section_", bound="Section")
 
 
 class ConfigError(NevError, ValueError):
@@ -259,76 +254,6 @@ class Experiment(Section):
         if part is not None and local % min(part, local):
             raise ValueError(f"train.micro_batch ({part}) must divide train.global_batch / workers.count = {local}")
         return self
-
-
-def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Experiment:
-    """Read an experiment from YAML and apply `section.key=value` overrides (values are YAML).
-
-    Raises ConfigError listing every problem with its place in the file.
-    """
-    return parse(Experiment, read_yaml(path), overrides, where=str(path))
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping with the safe loader (no tags). Raises ConfigError if it is not one."""
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file. The shipped experiments are in configs/.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a mapping of sections is needed, this is a {type(raw).__name__}")
-    return raw
-
-
-def parse(
-    schema: type[Section_], raw: dict[str, Any], overrides: tuple[str, ...] | list[str] = (), where: str = "config"
-) -> Section_:
-    """Validate `raw` with `overrides` applied. Raises ConfigError naming each wrong key by its dotted path."""
-    for override in overrides:
-        dotted, equals, value = override.partition("=")
-        if not equals:
-            raise ConfigError(f"override {override!r}: write it as section.key=value")
-        try:
-            raw = _replaced(raw, dotted.split("."), yaml.safe_load(value), override)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
-    try:
-        return schema.model_validate(raw)
-    except ValidationError as error:
-        lines = [
-            f"  {'.'.join(map(str, item['loc'])) or '(whole file)'}: {in_plain_words(schema, item)}"
-            for item in error.errors()
-        ]
-        raise ConfigError(f"{where}: {len(lines)} problem(s)\n" + "\n".join(lines)) from None
-
-
-def _replaced(tree: dict[str, Any], keys: list[str], value: Any, override: str) -> dict[str, Any]:
-    head, *rest = keys
-    if not rest:
-        return {**tree, head: value}
-    child = tree.get(head) or {}
-    if not isinstance(child, dict):
-        raise ConfigError(f"override {override!r}: {head!r} is a value, not a section")
-    return {**tree, head: _replaced(child, rest, value, override)}
-
-
-def flatten(section: BaseModel) -> dict[str, str | int | float | bool]:
-    """Dotted keys to plain values, as MLflow parameters want them."""
-    flat: dict[str, str | int | float | bool] = {}
-    for key, value in section.model_dump(mode="json").items():
-        child = getattr(section, key)
-        if isinstance(child, BaseModel):
-            flat.update({f"{key}.{name}": leaf for name, leaf in flatten(child).items()})
-        else:
-            flat[key] = value if isinstance(value, str | int | float | bool) else str(value)
-    return flat
-
-
-def to_yaml(section: BaseModel) -> str:
-    """The whole section, defaults included, as YAML that `load` reads back to an equal one."""
-    return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, width=120)
 
 
 class Sweep(Section):

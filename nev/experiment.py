@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from nev.config import ConfigError, Experiment, parse, to_yaml
+from nev.config import ConfigError, Experiment
+from nev.config_file import parse, to_yaml
 from nev.data.storage import folder_to_fill, join
 from nev.tracking import Tracker, open_run, tracking_uri
 from nev.train.job import where

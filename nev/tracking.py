@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from nev.config import ConfigError, Tracking, flatten
+from nev.config import ConfigError, Tracking
+from nev.config_file import flatten
 from nev.data.storage import at_hand, join, upload
 
 MAX_METRICS_A_CALL = 1000  # MLflow's own limit for one log_batch

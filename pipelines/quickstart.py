@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from nev.cli import Overrides, command, explained
-from nev.config import load
+from nev.config_file import load
 
 
 def main(

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from nev.cli import ConfigFile, Overrides, command, explained
-from nev.config import load
+from nev.config_file import load
 
 
 def main(

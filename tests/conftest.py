@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
-from nev.config import Experiment, parse
+from nev.config import Experiment
+from nev.config_file import parse
 
 if TYPE_CHECKING:
     from s3_server import Proxy

@@ -15,7 +15,8 @@ from rich.console import Console
 
 from benchmarks import data, loss, report, step, train
 from benchmarks.contestants import losses, open_clip, pictures, processes, ray_job, steps, streams
-from nev.config import Experiment, load
+from nev.config import Experiment
+from nev.config_file import load
 
 REPO = Path(__file__).parents[1]
 BENCHMARKS = sorted(path for path in (REPO / "benchmarks").glob("*.py") if path.name != "report.py")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from nev.config import ConfigError, Experiment, Loss, Vision, parse
+from nev.config import ConfigError, Experiment, Loss, Vision
+from nev.config_file import parse
 from nev.losses.contrastive import contrastive_loss
 from nev.losses.gather import gather
 from nev.losses.pairwise import Contrastive

@@ -16,7 +16,8 @@ import typer
 from rich.console import Console
 
 from nev.cli import explained
-from nev.config import Experiment, to_yaml
+from nev.config import Experiment
+from nev.config_file import to_yaml
 from nev.train.manifest import checkpoints
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from nev.config import ConfigError, Experiment, Sweep, parse, read_yaml, to_yaml
+from nev.config import ConfigError, Experiment, Sweep
+from nev.config_file import parse, read_yaml, to_yaml
 from nev.sweep import plan_trials, run_sweep
 
 ROOT = Path(__file__).parent.parent

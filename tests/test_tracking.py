@@ -15,7 +15,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from nev.config import Experiment, Tracking, flatten
+from nev.config import Experiment, Tracking
+from nev.config_file import flatten
 from nev.tracking import Tracker, open_run, tracking_uri
 
 POSTGRES = Path("/usr/lib/postgresql/15/bin")
