@@ -166,6 +166,15 @@ class Train(Section):
         return self
 
 
+class Guards(Section):
+    """Steps that go wrong. One whose loss or gradient is not finite changes nothing; more than `max_skipped` of the last
+    1,000 end the run. A loss more than `spike_sigmas` standard deviations above its running mean is told (`None`: never).
+    """
+
+    max_skipped: int = Field(default=10, ge=0)
+    spike_sigmas: float | None = Field(default=6.0, gt=0)
+
+
 class Workers(Section):
     """Training processes. `cpus` is what each one reserves from Ray; what is left decodes images.
 
@@ -238,6 +247,7 @@ class Experiment(Section):
     loss: Loss = Loss()
     optim: Optim
     train: Train
+    guards: Guards = Guards()
     eval: Eval = Eval()
     workers: Workers = Workers()
     tracking: Tracking = Tracking()

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def state(step: int, **metrics: float) -> State:
-    return State(step, {"name": "x"}, {"plan": "p"}, "run", metrics, world_size=1, bad_rows=0)
+    return State(step, {"name": "x"}, {"plan": "p"}, "run", metrics, world_size=1, bad_rows=0, history={})
 
 
 def trained(steps: int = 2) -> tuple[nn.Module, torch.optim.AdamW]:

@@ -1,16 +1,14 @@
 """The contrastive loss against a naive reference, alone and over 1, 2 and 4 processes."""
 
 import math
-import multiprocessing
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from gloo_helpers import on_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -262,11 +260,9 @@ def _count(group: dist.ProcessGroup | None, locked: bool) -> tuple[dict[str, int
     return forward, dict(calls)
 
 
-def _worker(rank: int, folder: str) -> None:
+def _worker(rank: int) -> dict:
     """Four processes; two pairs of them, and each alone, are process groups of their own."""
-    torch.set_num_threads(1)
     tiles.TILE_ROWS, tiles.TILE_COLUMNS = 3, 5  # so that pairs lie on, and across, the borders of tiles
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=4)
     results = {}
     for world in (1, 2, 4):
         group = None if world == 4 else dist.new_subgroups(world)[0]
@@ -274,17 +270,12 @@ def _worker(rank: int, folder: str) -> None:
         if world > 1:
             results[world]["collectives"] = _count(group, locked=True)
             results[world]["collectives unlocked"] = _count(group, locked=False)
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("gloo")
-    # The imports (DDP brings torch._dynamo, 4 s) are done once, in the fork server, and not in each of the four.
-    multiprocessing.set_forkserver_preload(["torch._dynamo", "hypothesis", "pytest"])
-    mp.start_processes(_worker, (str(folder),), nprocs=4, start_method="forkserver")
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(4)]
+    return on_ranks(_worker, 4, tmp_path_factory.mktemp("gloo"))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """A batch in parts has the gradient of the whole: dropout and drop-path included, alone and over two processes."""
 
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from gloo_helpers import on_ranks
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
@@ -198,9 +197,7 @@ class Pair(nn.Module):
         return normalize(self.model.vision.features(pixels)), self.model.log_scale + 0
 
 
-def _worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def _worker(rank: int) -> dict[str, Any]:
     rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
     given = Batch(*(column[rows] for column in batch()))
     got: dict[str, Any] = {}
@@ -226,14 +223,11 @@ def _worker(rank: int, folder: str) -> None:
             vectors = torch.cat([v for v, _ in (*early, late)])
             contrastive_loss(vectors, given.text, late[1], given.valid).loss.backward()
         got[f"{parts}"] = {**gradients(model), "buckets": calls["buckets"]}
-    torch.save(got, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return got
 
 
 def test_two_processes_reduce_once_and_agree_with_the_whole(tmp_path: Path) -> None:
-    multiprocessing.set_forkserver_preload(["torch._dynamo", "hypothesis", "pytest"])
-    mp.start_processes(_worker, (str(tmp_path),), nprocs=2, start_method="forkserver")
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    found = on_ranks(_worker, 2, tmp_path)
     assert found[0]["True"]["buckets"] == found[0]["False"]["buckets"] >= 1
     for rank in range(2):
         for name, gradient in found[0]["False"].items():

@@ -48,7 +48,7 @@ def trained() -> tuple[torch.nn.Linear, torch.optim.AdamW, dict[str, Tensor]]:
 
 
 def state(step: int, score: float) -> manifest.State:
-    return manifest.State(step, {}, {"plan": "p"}, None, {"score": score}, world_size=1, bad_rows=0)
+    return manifest.State(step, {}, {"plan": "p"}, None, {"score": score}, world_size=1, bad_rows=0, history={})
 
 
 def step_folder(step: int) -> str:

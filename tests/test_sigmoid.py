@@ -1,12 +1,11 @@
 """The sigmoid loss against SigLIP's own formula, alone and over 1, 2 and 4 processes, the texts locked or not."""
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from gloo_helpers import on_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from test_contrastive import MASKS, N, gradients, inputs, log_scale_of
@@ -83,10 +82,8 @@ def test_a_bias_must_be_one_number() -> None:
         sigmoid_loss(image, text, log_scale_of(), bias_of()[None])
 
 
-def _worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def _worker(rank: int) -> dict[str, list[Tensor | None]]:
     tiles.TILE_ROWS, tiles.TILE_COLUMNS = 3, 5
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=4)
     found = {}
     for world in (1, 2, 4):
         group = None if world == 4 else dist.new_subgroups(world)[0]
@@ -96,14 +93,11 @@ def _worker(rank: int, folder: str) -> None:
             leaves = image, text, log_scale_of(10.0), bias_of()
             got = sigmoid_loss(*leaves, torch.tensor(mask)[rows], group)
             found[f"{world}/{name}"] = [*(one.detach() for one in got), *gradients(got.loss, *leaves)]
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
-    multiprocessing.set_forkserver_preload(["torch._dynamo", "hypothesis", "pytest"])
-    mp.start_processes(_worker, (str(tmp_path),), nprocs=4, start_method="forkserver")
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(4)]
+    ranks = on_ranks(_worker, 4, tmp_path)
     close = {"rtol": 1e-12, "atol": 1e-12}
     for name, mask in MASKS.items():
         image, text = inputs()

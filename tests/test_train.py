@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,8 +25,9 @@ from nev.experiment import Summary, run_experiment
 from nev.models.text import TextTower, load_text
 from nev.tracking import Tracker
 from nev.train import checkpoint
-from nev.train.job import Job, Start, where
-from nev.train.loop import Diverged, Rank, StreamError, train
+from nev.train.guards import Diverged
+from nev.train.job import Job, where
+from nev.train.loop import Rank, StreamError, train
 from nev.train.manifest import CheckpointError, latest, read_manifest
 from nev.train.quarantine import TooManyBadRows
 from nev.train.setup import absolute, prepare_job, train_reader
@@ -57,7 +58,7 @@ def run_bare(job: Job, reader: BlockReader, stream: Iterator[Block] | None = Non
     learner, start = build_learner(job, me)
     reported: dict[int, dict[str, float]] = {}
 
-    def report(step: int, metrics: dict[str, float]) -> None:
+    def report(step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None:
         reported.setdefault(step, {}).update(metrics)
 
     train(job, me, learner, start, stream or blocks(reader, job.plan, start.step, job.stop_step), report)
@@ -142,7 +143,7 @@ def test_invalid_rows_are_left_out_and_counted(tiny: Make, text: TextTower) -> N
     reported = run_bare(job, reader, spoilt())
     assert [reported[step]["bad_rows"] for step in (1, 2, 3)] == [6, 12, 18]
     assert all(math.isfinite(reported[step]["loss"]) for step in reported)
-    assert where(job.run) == Start(3, 18)
+    assert (where(job.run).step, where(job.run).bad_rows) == (3, 18)
 
 
 def test_learned_scale_is_clamped_and_a_fixed_one_stays(tiny: Make, text: TextTower) -> None:
@@ -203,7 +204,9 @@ def test_a_loss_that_is_no_number_stops_the_run_before_its_checkpoint(tiny: Make
         train__steps=20, train__checkpoint_every=1, train__log_every=20, optim__lr=1e30, optim__warmup_steps=0
     )
     job = prepare_job(config, text)
-    with pytest.raises(Diverged, match=r"loss .* at step \d+ \(learning rate"):
+    with pytest.raises(
+        Diverged, match=r"11 of the last 1,000 steps had no finite loss .* at learning rate \S+, loss None"
+    ):
         run_bare(job, train_reader(config, text))
     newest = latest(job.run)
     assert newest is None or all(torch.isfinite(tensor).all() for tensor in checkpoint.load_model(newest)[1].values())
@@ -217,7 +220,7 @@ def test_a_resumed_run_needs_no_pretrained_weights(tiny: Make, text: TextTower, 
     run_bare(prepare_job(config, text, stop_after=2), train_reader(config, text))
     file.unlink()
     run_bare(prepare_job(config, text), train_reader(config, text))
-    assert where(prepare_job(config, text).run) == Start(4, 0)
+    assert where(prepare_job(config, text).run).step == 4
 
 
 def test_the_vectors_of_the_validation_are_in_the_checkpoint(tiny: Make, text: TextTower) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from nev.config import Experiment
 from nev.data.plan import Plan
@@ -32,10 +33,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run stands: updates done, and rows left out on the way."""
+    """Where a run stands: steps done, rows left out on the way, and what its guards remember (`nev.train.guards.History`)."""
 
     step: int = 0
     bad_rows: int = 0
+    history: dict[str, Any] = field(default_factory=dict)
 
 
 def where(run: str) -> Start:
@@ -44,4 +46,4 @@ def where(run: str) -> Start:
     if newest is None:
         return Start()
     manifest = read_manifest(newest)
-    return Start(manifest["step"], manifest["bad_rows"])
+    return Start(manifest["step"], manifest["bad_rows"], manifest["history"])

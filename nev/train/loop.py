@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from nev.config import Experiment
 from nev.data.block import Block
-from nev.errors import NevError
 from nev.eval.validation import Result, Validation, embedded_bytes, embedded_file, embedder, validate
 from nev.models.vision import normalise
-from nev.train import checkpoint
+from nev.train import checkpoint, guards
 from nev.train.job import Job, Start
 from nev.train.manifest import State, prune
 from nev.train.meter import Clock, Totals
@@ -24,15 +23,15 @@ from nev.train.quarantine import Quarantine, TooManyBadRows, describe, too_many
 from nev.train.rng import gather_rng
 from nev.train.step import Batch, LockedTextModel, Precision, train_step
 
-Report = Callable[[int, dict[str, float]], None]
+
+class Report(Protocol):
+    """Takes metrics of a step, and lines for the person who watches."""
+
+    def __call__(self, step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None: ...  # noqa: D102
 
 
 class StreamError(RuntimeError):
     """The stream gave other rows than the plan names for this step."""
-
-
-class Diverged(NevError, RuntimeError):
-    """The loss or the gradient is no number any more."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,13 @@ class Learner:
 def train(job: Job, me: Rank, learner: Learner, start: Start, blocks: Iterator[Block], report: Report) -> None:
     """Train from `start.step` to `job.stop_step`, writing checkpoints under `job.run`.
 
-    `report(step, metrics)` is called on rank 0 alone. Raises StreamError when a block is not the one that the plan names,
-    TooManyBadRows past `data.max_bad_share`, and Diverged where the loss is no number.
+    `report` is called on rank 0 alone. Raises StreamError when a block is not the one that the plan names, TooManyBadRows past
+    `data.max_bad_share`, and Diverged past `guards.max_skipped`.
     """
     config, plan, batch_rows = job.config, job.plan, job.config.train.global_batch
     quarantine = Quarantine(job.run, job.shards, me.rank, start.step)
     totals = Totals(me.device, start.bad_rows)
+    watch = guards.Watch(config.guards, plan, job.shards, guards.History(**start.history))
     clock = Clock(start.step)
     for step in range(start.step, job.stop_step):
         rate = learning_rate(step, job.total_steps, config.optim)
@@ -72,21 +72,27 @@ def train(job: Job, me: Rank, learner: Learner, start: Start, blocks: Iterator[B
             with clock.waiting():
                 block = next_block(blocks, number)
             quarantine.note(step, block)
+            watch.read(step, np.unique(block["shard"]))
             filling.add(block)
             del block  # its memory in the object store is free now
         result = train_step(learner.wrapped, learner.optimizer, filling.batch(), config, me.precision)
         totals.add(result, batch_rows)
+        watch.note(step, rate, result)
         done = step + 1
         last = done == job.stop_step
         score = last or (config.train.eval_every is not None and done % config.train.eval_every == 0)
         save = score or done % config.train.checkpoint_every == 0
         if done % config.train.log_every == 0 or save:
             metrics = totals.metrics(result, learner.model, rate) | clock.metrics(done, batch_rows)
+            found = watch.look()
             if too_many(totals.bad_rows(), done, plan, config):
                 raise TooManyBadRows(describe(quarantine, totals.bad_rows(), done, config))
             if me.rank == 0:
-                report(done, metrics)
-            refuse_divergence(done, metrics)
+                guards.write(found, job.run)
+                counts = {"skipped_steps": watch.history.skips, "loss_spikes": watch.history.spikes}
+                metrics |= {name: float(count) for name, count in counts.items() if count}
+                report(done, metrics, [guards.told(one, job.run) for one in found])
+            guards.refuse_divergence(watch.history, found, config.guards)
         if save:
             with clock.paused():
                 quarantine.flush(done)
@@ -96,17 +102,7 @@ def train(job: Job, me: Rank, learner: Learner, start: Start, blocks: Iterator[B
                 scored = validate_model(job.validation, me, learner.model, config) if score and job.validation else None
                 if scored:
                     report(done, scored.metrics)
-                keep(job, me, learner, Start(done, totals.bad_rows()), scored)
-
-
-def refuse_divergence(step: int, metrics: dict[str, float]) -> None:
-    """Raise Diverged where the loss or the gradient is not finite: the same on every rank, and before a checkpoint."""
-    if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-        raise Diverged(
-            f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {step} (learning rate "
-            f"{metrics['learning_rate']:.3g}). The newest checkpoint is sound. Start anew under another name with a lower "
-            "optim.lr, a longer optim.warmup_steps or optim.clip_norm set."
-        )
+                keep(job, me, learner, Start(done, totals.bad_rows(), asdict(watch.history)), scored)
 
 
 def keep(job: Job, me: Rank, learner: Learner, at: Start, scored: Result | None) -> None:
@@ -122,6 +118,7 @@ def keep(job: Job, me: Rank, learner: Learner, at: Start, scored: Result | None)
         metrics=scored.metrics if scored else {},
         world_size=me.world,
         bad_rows=at.bad_rows,
+        history=at.history,
     )
     beside = {embedded_file(job.validation): embedded_bytes(scored.embedded)} if scored and job.validation else {}
     checkpoint.save(job.run, state, learner.model, learner.optimizer, rng, beside)

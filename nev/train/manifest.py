@@ -9,7 +9,7 @@ from typing import Any
 from nev.data.storage import files_below, filesystem, is_local, join, naming, remedy, storage_errors
 from nev.errors import NevError
 
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(NevError, RuntimeError):
@@ -27,6 +27,7 @@ class State:
     metrics: dict[str, float]
     world_size: int
     bad_rows: int
+    history: dict[str, Any]
 
 
 def read_manifest(location: str) -> dict[str, Any]:

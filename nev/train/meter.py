@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -29,10 +30,10 @@ class Totals:
         return self._before + self._expected - int(self._pairs)
 
     def metrics(self, result: StepResult, model: LockedTextModel, rate: float) -> dict[str, float]:
-        """The step's numbers as floats (this waits for the device)."""
+        """The step's numbers as floats (this waits for the device); of a step that was skipped those that are numbers."""
         pairs = max(1, int(result.pairs))
         bias = {"logit_bias": float(model.bias.detach())} if hasattr(model, "bias") else {}
-        return bias | {
+        metrics = bias | {
             "loss": float(result.loss),
             "learning_rate": rate,
             "logit_scale": float(model.log_scale.detach().exp()),
@@ -40,6 +41,7 @@ class Totals:
             "batch_accuracy": int(result.correct) / pairs,
             "bad_rows": float(self.bad_rows()),
         }
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 class Clock:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import ray
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nev.errors import NevError
@@ -24,11 +25,12 @@ SEND_S = 5.0  # to MLflow: every call to a SQLite store costs CPU that training 
 
 
 class Post(NamedTuple):
-    """One message of a training process: metrics of a step, or (`error`) why the run cannot go on."""
+    """One message of a training process: metrics of a step, lines for the person, or (`error`) why the run cannot go on."""
 
     step: int
     metrics: dict[str, float]
     error: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 class _Board:
@@ -83,6 +85,8 @@ class Watcher:
             if post.error:
                 self.errors.append(post.error)
                 continue
+            for note in post.notes:
+                self._console.print(f"[yellow]{escape(note)}[/]", highlight=False, soft_wrap=True)
             self.latest.update(post.metrics)
             self._tracker.log(post.step, post.metrics)
             self._show(post.step)

@@ -27,7 +27,17 @@ if TYPE_CHECKING:
 
 # A run may go on with these changed: they do not touch what is computed.
 FREE_TO_CHANGE = (
-    *("output", "workers", "tracking", "eval", "text.encoder", "data.train", "data.val", "data.max_bad_share"),
+    *(
+        "output",
+        "workers",
+        "tracking",
+        "eval",
+        "guards",
+        "text.encoder",
+        "data.train",
+        "data.val",
+        "data.max_bad_share",
+    ),
     *("train.micro_batch", "train.log_every", "train.checkpoint_every", "train.keep_last", "train.eval_every"),
 )
 

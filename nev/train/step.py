@@ -29,7 +29,10 @@ class Batch(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """Detached 0-d tensors on the training device, equal on every rank: nothing here waits for the device."""
+    """Detached 0-d tensors on the training device, equal on every rank: nothing here waits for the device.
+
+    grad_norm: before it was clipped. A step where it, or the loss, is not finite has changed nothing.
+    """
 
     loss: Tensor
     correct: Tensor
@@ -84,8 +87,9 @@ def train_step(
 ) -> StepResult:
     """One update of `model` (a LockedTextModel, bare or under DDP) on the global batch that `batch` is a share of.
 
-    With `train.micro_batch` below the local batch it is embedded in parts (`nev.train.gradcache`). Collectives: those of the loss
-    and DDP's gradient reduction. The scale is clamped to `loss.max_scale` after the update.
+    With `train.micro_batch` below the local batch it is embedded in parts (`nev.train.gradcache`). Collectives: those of the
+    loss and DDP's gradient reduction. Without a finite loss and gradient nothing is updated. The scale is clamped to
+    `loss.max_scale` after the update.
     """
 
     def embed(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
@@ -107,6 +111,8 @@ def train_step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     limit = config.optim.clip_norm if config.optim.clip_norm is not None else math.inf
     grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
+    # Where this is 1, fused AdamW leaves weights, moments and its count of steps alone: nobody waits for the device to ask.
+    optimizer.found_inf = 1.0 - (torch.isfinite(result.loss) & torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]
     optimizer.step()
     if config.loss.max_scale is not None:
         with torch.no_grad():

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -134,7 +134,8 @@ def work(setting: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
-    from nev.train.loop import Diverged, Rank, train
+    from nev.train.guards import Diverged
+    from nev.train.loop import Rank, train
     from nev.train.step import choose_precision
 
     job: Job = setting["job"]
@@ -145,8 +146,8 @@ def work(setting: dict[str, Any]) -> None:
     precision = choose_precision(job.config.train.precision, device)
     me = Rank(context.get_world_rank(), context.get_world_size(), device, precision)
 
-    def report(step: int, metrics: dict[str, float]) -> None:
-        setting["board"].post.remote(Post(step, metrics))
+    def report(step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None:
+        setting["board"].post.remote(Post(step, metrics, notes=tuple(notes)))
 
     def give_up(error: str) -> None:
         # All ranks return together: raised, the error would be tried again, to the same end.
@@ -228,7 +229,7 @@ def build_learner(job: Job, me: Rank) -> tuple[Learner, Start]:
         model.load_state_dict(weights)
         load_optimizer(model, optimizer, moments)
         restore_rng(rng, me.rank, me.device, config.seed, state.step)
-        start = Start(state.step, state.bad_rows)
+        start = Start(state.step, state.bad_rows, state.history)
     return Learner(model, model, optimizer), start
 
 

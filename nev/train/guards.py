@@ -1,0 +1,182 @@
+"""Steps that go wrong: one without a finite loss and gradient changes nothing, and a loss far above its past is told.
+
+A step never waits for the device here: what steps gave is read where a line is logged. Every rank sees the same numbers,
+those of the global batch, so that all skip, tell and stop alike.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nev.config import Guards
+from nev.data.plan import Plan
+from nev.data.storage import join, naming, write_whole
+from nev.errors import NevError
+from nev.train.step import StepResult
+
+WINDOW = 1000  # steps over which skipped ones are counted
+MEMORY = 100  # losses that the running mean and variance look back on, and how many they need before they judge
+LEAST_DEVIATION = 0.01  # of the mean: a loss that hardly moves must not make every ripple a spike
+SHARDS_NAMED = 5
+
+
+class Diverged(NevError, RuntimeError):
+    """Too many steps had no finite loss and gradient."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run has seen of itself; with every checkpoint, so that a resumed run judges as an undisturbed one.
+
+    skipped: those of the last 1,000 steps that were skipped; skips, spikes: all so far. mean, variance: of the losses,
+    exponentially weighted; losses: how many there were.
+    """
+
+    skipped: tuple[int, ...] = ()
+    skips: int = 0
+    spikes: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+    losses: int = 0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A step that went wrong. loss, grad_norm: as JSON has them, None for one that is no number."""
+
+    kind: str
+    step: int
+    epoch: int
+    blocks: tuple[int, int]
+    learning_rate: float
+    loss: float | None
+    grad_norm: float | None
+    usual_loss: float
+    shards: tuple[str, ...]
+
+
+def judge(
+    history: History, step: int, loss: float, grad_norm: float, sigmas: float | None
+) -> tuple[History, str | None]:
+    """The history with this step in it, and "skipped", "spike" or None. Only a loss *above* its past is a spike."""
+    kept = tuple(one for one in history.skipped if one > step - WINDOW)
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        return replace(history, skipped=(*kept, step), skips=history.skips + 1), "skipped"
+    deviation = max(math.sqrt(history.variance), LEAST_DEVIATION * abs(history.mean))
+    bound = history.mean + (sigmas or math.inf) * deviation
+    spike = history.losses >= MEMORY and loss > bound
+    seen = min(loss, bound) if history.losses >= MEMORY else loss  # or the first spike would hide the next
+    weight = 1 / min(history.losses + 1, MEMORY)
+    off = seen - history.mean
+    after = replace(
+        history,
+        skipped=kept,
+        spikes=history.spikes + spike,
+        mean=history.mean + weight * off,
+        variance=(1 - weight) * (history.variance + weight * off**2),
+        losses=history.losses + 1,
+    )
+    return after, "spike" if spike else None
+
+
+class Watch:
+    """One rank's notes of the steps since it last looked."""
+
+    def __init__(self, config: Guards, plan: Plan, shards: tuple[str, ...], history: History) -> None:
+        self.history = history
+        self._config, self._plan, self._shards = config, plan, shards
+        self._steps: list[tuple[int, float]] = []
+        self._results: list[Tensor] = []
+        self._own: dict[int, set[int]] = {}
+
+    def read(self, step: int, shards: Iterable[int]) -> None:
+        """Note the shards (numbers) that rows of this rank's share of a step came from."""
+        self._own.setdefault(step, set()).update(map(int, shards))
+
+    def note(self, step: int, rate: float, result: StepResult) -> None:
+        """Note what a step gave, on the device."""
+        self._steps.append((step, rate))
+        self._results.append(torch.stack([result.loss.double(), result.grad_norm.double()]))
+
+    def look(self) -> list[Finding]:
+        """What went wrong since the last look, the same on every rank: all call this together. It waits for the device."""
+        if not self._results:
+            return []
+        found = []
+        for (step, rate), (loss, norm) in zip(self._steps, torch.stack(self._results).tolist(), strict=True):
+            usual = self.history.mean
+            self.history, kind = judge(self.history, step, loss, norm, self._config.spike_sigmas)
+            if kind:
+                found.append((kind, step, rate, loss, norm, usual))
+        shards = self._shards_of([step for _, step, *_ in found]) if found else {}
+        findings = [
+            Finding(
+                kind=kind,
+                step=step,
+                epoch=self._plan.epoch_of(self._plan.step_blocks(step).start),
+                blocks=(self._plan.step_blocks(step).start, self._plan.step_blocks(step).stop - 1),
+                learning_rate=rate,
+                loss=loss if math.isfinite(loss) else None,
+                grad_norm=norm if math.isfinite(norm) else None,
+                usual_loss=usual,
+                shards=shards[step],
+            )
+            for kind, step, rate, loss, norm, usual in found
+        ]
+        self._steps, self._results, self._own = [], [], {}
+        return findings
+
+    def _shards_of(self, steps: list[int]) -> dict[int, tuple[str, ...]]:
+        mine = {step: self._own.get(step, set()) for step in steps}
+        every: list[Any] = [mine]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            every = [None] * dist.get_world_size()
+            dist.all_gather_object(every, mine)
+        return {
+            step: tuple(self._shards[one] for one in sorted(set().union(*(of[step] for of in every)))) for step in steps
+        }
+
+
+def refuse_divergence(history: History, findings: list[Finding], config: Guards) -> None:
+    """Raise Diverged past `guards.max_skipped`: the same on every rank, and before a checkpoint."""
+    last = next((one for one in reversed(findings) if one.kind == "skipped"), None)
+    if last is None or len(history.skipped) <= config.max_skipped:
+        return
+    steps = ", ".join(map(str, history.skipped))
+    more = f" and {len(last.shards) - SHARDS_NAMED} more" if len(last.shards) > SHARDS_NAMED else ""
+    raise Diverged(
+        f"{len(history.skipped)} of the last {WINDOW:,} steps had no finite loss and gradient and were skipped, more than "
+        f"guards.max_skipped = {config.max_skipped}: steps {steps}. The last at learning rate {last.learning_rate:.3g}, loss "
+        f"{last.loss}, gradient norm {last.grad_norm}, with rows of {', '.join(last.shards[:SHARDS_NAMED])}{more}. Start anew "
+        "under another name with a lower optim.lr, a longer optim.warmup_steps or optim.clip_norm set."
+    )
+
+
+def told(finding: Finding, run: str) -> str:
+    """A finding as a line for the console."""
+    first, last = finding.blocks
+    what = (
+        "no finite loss and gradient, the step is skipped"
+        if finding.kind == "skipped"
+        else f"loss {finding.loss:.4g}, usual {finding.usual_loss:.4g}"
+    )
+    return (
+        f"step {finding.step}: {what} (epoch {finding.epoch}, blocks {first} to {last}, learning rate "
+        f"{finding.learning_rate:.3g}; shards in {join(run, 'guards')})"
+    )
+
+
+def write(findings: list[Finding], run: str) -> None:
+    """Write findings to `<run>/guards/step-XXXXXXXX.json`, one file a step, so that a repeated step overwrites itself."""
+    for finding in findings:
+        location = join(run, "guards", f"step-{finding.step:08d}.json")
+        with naming(location, "written"):
+            write_whole(location, json.dumps(asdict(finding), indent=1).encode())
