@@ -145,6 +145,7 @@ class Train(Section):
     """How long, how large, how often. Exactly one of `epochs`, `steps` and `samples` sets the length.
 
     `micro_batch`: images a worker embeds at a time, where its share of the global batch does not fit in memory.
+    `activation_checkpointing`: keep less for the backward, compute it again. `compile`: torch.compile the vision tower.
     """
 
     global_batch: Positive
@@ -153,6 +154,8 @@ class Train(Section):
     steps: Positive | None = None
     samples: Positive | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    activation_checkpointing: bool = False
+    compile: bool = False
     log_every: Positive = 10
     checkpoint_every: Positive = 500
     keep_last: Positive = 2

@@ -9,6 +9,7 @@ under the head `nomic`; its D is the text width, 768, and there is no projection
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import re
 import sys
@@ -107,9 +108,16 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"normalise needs uint8 [b, H, W, 3], not {images.dtype} {tuple(images.shape)}")
-    offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(3, 1, 1)
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(3, 1, 1)
+    offset, scale = _channels(tuple(mean), tuple(std), images.device)
     return torch.addcmul(offset, images.permute(0, 3, 1, 2), scale)
+
+
+@functools.lru_cache(maxsize=8)
+def _channels(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """What to add and to multiply by, float32 [3, 1, 1]; brought to the device once, since that waits for it."""
+    offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(3, 1, 1)
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(3, 1, 1)
+    return offset, scale
 
 
 def _create_trunk(config: Vision, image_size: int) -> Any:

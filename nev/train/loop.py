@@ -22,6 +22,7 @@ from nev.train.optim import learning_rate, set_learning_rate
 from nev.train.quarantine import Quarantine, TooManyBadRows, describe, too_many
 from nev.train.rng import gather_rng
 from nev.train.step import Batch, LockedTextModel, Precision, train_step
+from nev.train.tower import uncompiled
 
 
 class Report(Protocol):
@@ -136,7 +137,8 @@ def validate_model(task: Validation, me: Rank, model: LockedTextModel, config: E
     model.eval()
     try:
         embed = embedder(forward, lambda images: normalise(images, config.data.mean, config.data.std), me.device)
-        return validate(task, embed, me.rank, me.world)
+        with uncompiled():
+            return validate(task, embed, me.rank, me.world)
     finally:
         model.train()
 

@@ -38,7 +38,15 @@ FREE_TO_CHANGE = (
         "data.val",
         "data.max_bad_share",
     ),
-    *("train.micro_batch", "train.log_every", "train.checkpoint_every", "train.keep_last", "train.eval_every"),
+    *(
+        "train.micro_batch",
+        "train.activation_checkpointing",
+        "train.compile",
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.keep_last",
+        "train.eval_every",
+    ),
 )
 
 

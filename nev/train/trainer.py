@@ -210,6 +210,7 @@ def build_learner(job: Job, me: Rank) -> tuple[Learner, Start]:
     from nev.train.optim import make_optimizer
     from nev.train.rng import restore_rng, seed_rank
     from nev.train.step import LockedTextModel
+    from nev.train.tower import make_ready
 
     config = job.config
     torch.manual_seed(config.seed)
@@ -220,6 +221,7 @@ def build_learner(job: Job, me: Rank) -> tuple[Learner, Start]:
     vision = build_vision(source, config.data.image_size, job.text_width)
     if config.train.micro_batch is not None:
         refuse_batch_norm(vision)
+    make_ready(vision, config.train)
     model = LockedTextModel(vision, config.loss).to(me.device).train()
     optimizer = make_optimizer(model, config.optim)
     seed_rank(me.rank, config.seed, 0)
