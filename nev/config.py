@@ -119,13 +119,17 @@ class Vision(Section):
 
 
 class Loss(Section):
-    """InfoNCE, or SigLIP's loss (arXiv 2303.15343), which wants a scale of 10. `init_scale` is 1 / temperature."""
+    """InfoNCE, or SigLIP's loss (arXiv 2303.15343), which wants a scale of 10. `init_scale` is 1 / temperature.
+
+    `matryoshka`: width to weight. The first so many numbers are trained as embeddings of their own, too (arXiv 2205.13147).
+    """
 
     kind: Literal["softmax", "sigmoid"] = "softmax"
     init_bias: float = -10.0
     init_scale: float = Field(default=1 / 0.07, gt=0)
     learn_scale: bool = True
     max_scale: float | None = Field(default=100.0, gt=0)
+    matryoshka: dict[Positive, Annotated[float, Field(gt=0)]] = {}
 
 
 class Optim(Section):

@@ -172,6 +172,21 @@ def test_the_sigmoid_loss_in_parts_trains_and_goes_on_from_its_checkpoint(tiny: 
         assert reported[step]["loss"] == pytest.approx(expected[step]["loss"], rel=1e-4)
 
 
+def test_nested_widths_train_in_parts_too_and_must_end_with_the_texts(tiny: Make, text: TextTower) -> None:
+    widths = {32: 0.5, text.width: 1.0}
+    found = []
+    for part in (None, 32):
+        config = tiny(name=f"nested-{part}", loss__matryoshka=widths, train__steps=3, train__micro_batch=part)
+        found.append(run_bare(prepare_job(config, text), train_reader(config, text)))
+        run_bare(prepare_job(config, text), train_reader(config, text), iter(()))  # goes on with nothing left
+    assert found[0][1]["loss"] == pytest.approx(1.5 * math.log(64), rel=0.3)
+    assert [found[0][step]["loss"] for step in (1, 2, 3)] == pytest.approx(
+        [found[1][step]["loss"] for step in (1, 2, 3)], rel=1e-4
+    )
+    with pytest.raises(ConfigError, match=r"loss\.matryoshka: the widest must be 384, .* not 64"):
+        prepare_job(tiny(loss__matryoshka={64: 1.0}), text)
+
+
 def test_bf16_autocast_trains(tiny: Make, text: TextTower) -> None:
     config = tiny(train__precision="bf16", train__steps=3)
     reported = run_bare(prepare_job(config, text), train_reader(config, text))

@@ -79,12 +79,7 @@ def _infonce(x: Tensor, gathering: Gathering, scale: Tensor, with_grad: bool, of
     scaled = scale * x
     found = statistics(scaled, texts, valid, valid_texts, first)
     row_lse, own_scores = (torch.where(valid, value, zero) for value in (found.row, found.own))
-    column_max = found.column
-    if world > 1:
-        column_max = column_max + found.shift  # each rank has its own
-        dist.all_reduce(column_max, dist.ReduceOp.MAX, group)
-        column_max -= found.shift
-    column_max = torch.where(valid_texts, column_max, zero)
+    column_max = highest(found.column, found.shift, valid_texts, gathering)
     column_sum = (found.column - column_max).exp_()
 
     # Every term of the loss is at least 0 (r_i >= s_ii, c_j >= s_jj): nothing large cancels in the sum.
@@ -105,3 +100,12 @@ def _infonce(x: Tensor, gathering: Gathering, scale: Tensor, with_grad: bool, of
     if grad_texts is not None:
         grad_texts = own_share(grad_texts.mul_(world * half_mean), gathering)
     return Computed(loss, correct, pairs, (grad, grad_texts, torch.sum(x * grad)))
+
+
+def highest(column: Tensor, shift: Tensor, valid_texts: Tensor, gathering: Gathering) -> Tensor:
+    """The highest of the ranks' column terms [..., N], which are less each rank's own `shift`; 0 for invalid texts."""
+    if gathering.world > 1:
+        column = column + shift
+        dist.all_reduce(column, dist.ReduceOp.MAX, gathering.group)
+        column -= shift
+    return torch.where(valid_texts, column, 0)

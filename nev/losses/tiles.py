@@ -12,7 +12,7 @@ does. Where it does not, or on a GPU, another walk is made with a shift for each
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
 import torch
@@ -74,10 +74,14 @@ class Tile(NamedTuple):
     scores: Tensor
 
 
+def tile_shape(device: torch.device) -> tuple[int, int]:
+    """(rows, columns) of a tile."""
+    return (TILE_ROWS, TILE_COLUMNS) if device.type == "cpu" else (GPU_TILE_ROWS, GPU_TILE_COLUMNS)
+
+
 def walk(x: Tensor, texts: Tensor, valid_texts: Tensor, shift: Tensor) -> Iterator[Tile]:
     """The tiles of x [b, D] times texts [N, D], the latter converted to x's dtype a tile at a time."""
-    on_cpu = x.device.type == "cpu"
-    height, width = (TILE_ROWS, TILE_COLUMNS) if on_cpu else (GPU_TILE_ROWS, GPU_TILE_COLUMNS)
+    height, width = tile_shape(x.device)
     for start in range(0, len(texts), width):
         columns = slice(start, min(start + width, len(texts)))
         keep = valid_texts[columns]
@@ -96,24 +100,65 @@ def statistics(x: Tensor, texts: Tensor, valid: Tensor, valid_texts: Tensor, fir
     The text of image i is number first + i.
     """
     pairs = (x * texts[first : first + len(x)].to(x.dtype)).sum(1)
-    shift = torch.where(valid, pairs, -torch.inf).amax() - ABOVE
-    shift = torch.where(shift.isfinite(), shift, 0)
-    row, column = x.new_zeros(len(x)), x.new_zeros(len(texts))
-    own, best = x.new_zeros(len(x)), Best.of(x)
-    counts = valid.to(x.dtype)
-    for rows, columns, _, scores in walk(x, texts, valid_texts, shift):
-        offset = first + rows.start - columns.start
+    sums = LogSums.of(pairs, len(texts), valid, first)
+    best = Best.of(x)
+    for rows, columns, _, scores in walk(x, texts, valid_texts, sums.shift):
+        best.see(rows, columns, scores)
+        sums.see(rows, columns, scores)
+    if not sums.exact(valid_texts):
+        sums = sums.with_own_shifts()
+        for rows, columns, _, scores in walk(x, texts, valid_texts, sums.shift):
+            sums.see(rows, columns, scores)
+    return Statistics(sums.row, sums.column, sums.own, best, sums.shift)
+
+
+@dataclass
+class LogSums:
+    """Log-sum-exps of rows [b] and columns [N], and the scores of the pairs [b], as tile after tile is seen.
+
+    Exponentials are taken around one shift for all scores (0-d), or (`with_own_shifts`) around one for each row and column.
+    """
+
+    shift: Tensor
+    own: Tensor
+    row: Tensor
+    column: Tensor
+    valid: Tensor
+    first: int
+    one_shift: bool = True
+
+    @classmethod
+    def of(cls, pairs: Tensor, texts: int, valid: Tensor, first: int) -> Self:
+        """Before any tile is seen. pairs: [b], the scores of the pairs, roughly, of which the shift is made."""
+        shift = torch.where(valid, pairs, -torch.inf).amax() - ABOVE
+        shift = torch.where(shift.isfinite(), shift, 0)
+        return cls(shift, torch.zeros_like(pairs), torch.zeros_like(pairs), pairs.new_zeros(texts), valid, first)
+
+    def with_own_shifts(self) -> Self:
+        """The same before any tile is seen, for scores of any spread."""
+        row, column = (torch.full_like(one, -torch.inf) for one in (self.row, self.column))
+        own = torch.zeros_like(self.own)
+        return replace(self, shift=torch.zeros_like(self.shift), own=own, row=row, column=column, one_shift=False)
+
+    def see(self, rows: slice, columns: slice, scores: Tensor) -> None:
+        """Take a tile of scores, less the shift, into account; nothing of it is left."""
+        offset = self.first + rows.start - columns.start
         pairs = pairs_in(scores, offset)
         start = rows.start + max(0, -offset)
-        own[start : start + len(pairs)] = pairs
-        best.see(rows, columns, scores)
-        exponentials = scores.exp_()
-        row[rows] += exponentials.sum(1)
-        column[columns] += counts[rows] @ exponentials
-    row, column = row.log_(), column.log_()
-    if in_window(row, valid) and in_window(column, valid_texts):
-        return Statistics(row, column, own, best, shift)
-    return Statistics(*_each_with_its_own_shift(x, texts, valid, valid_texts), own + shift, best, x.new_zeros(()))
+        self.own[start : start + len(pairs)] = pairs
+        if self.one_shift:
+            exponentials = scores.exp_()
+            self.row[rows] += exponentials.sum(1)
+            self.column[columns] += self.valid[rows].to(scores.dtype) @ exponentials
+        else:
+            self.row[rows] = torch.logaddexp(self.row[rows], scores.logsumexp(1))
+            scores.masked_fill_(~self.valid[rows, None], -torch.inf)
+            self.column[columns] = torch.logaddexp(self.column[columns], scores.logsumexp(0))
+
+    def exact(self, valid_texts: Tensor) -> bool:
+        """Take the logarithms of what was summed; return whether one shift was enough for them."""
+        self.row.log_(), self.column.log_()
+        return in_window(self.row, self.valid) and in_window(self.column, valid_texts)
 
 
 def gradient(
@@ -154,13 +199,3 @@ def pairs_in(tile: Tensor, offset: int) -> Tensor:
     """A view of the entries of a tile that are scores of pairs, which lie on its diagonal `offset`; it may be empty."""
     height, width = tile.shape
     return tile.diagonal(offset) if -height < offset < width else tile[0, :0]
-
-
-def _each_with_its_own_shift(x: Tensor, texts: Tensor, valid: Tensor, valid_texts: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exps of rows [b] and columns [N], whatever their spread."""
-    row, column = x.new_full((len(x),), -torch.inf), x.new_full((len(texts),), -torch.inf)
-    for rows, columns, _, scores in walk(x, texts, valid_texts, x.new_zeros(())):
-        row[rows] = torch.logaddexp(row[rows], scores.logsumexp(1))
-        scores.masked_fill_(~valid[rows, None], -torch.inf)
-        column[columns] = torch.logaddexp(column[columns], scores.logsumexp(0))
-    return row, column

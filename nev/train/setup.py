@@ -81,6 +81,11 @@ def prepare_job(config: Experiment, text: TextTower, stop_after: int | None = No
         auto_augment(
             config.data.augment.auto, config.data.image_size
         )  # an unknown name is an error now, not in a worker
+    if (widths := config.loss.matryoshka) and max(widths) != text.width:
+        raise ConfigError(
+            f"loss.matryoshka: the widest must be {text.width}, the text encoder's own width, not {max(widths)}. Give it a "
+            "weight, and to narrower ones."
+        )
     index = build_index(config.data.train, config.data.columns)
     key = text_key(index, text)
     check_sidecars(index, key, text.width)

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nev.config import Experiment, Loss
 from nev.losses.contrastive import contrastive_loss
 from nev.losses.gather import gather
+from nev.losses.matryoshka import matryoshka_loss
 from nev.losses.pairwise import Contrastive
 from nev.losses.sigmoid import sigmoid_loss
 from nev.models.vision import VisionTower, normalise
@@ -99,6 +100,8 @@ def train_step(
         return vectors.float(), *scalars
 
     def loss(vectors: Tensor, log_scale: Tensor, *bias: Tensor) -> Contrastive:
+        if config.loss.matryoshka:
+            return matryoshka_loss(vectors, texts, log_scale, config.loss.matryoshka, bias[0] if bias else None)
         return sigmoid_loss(vectors, texts, log_scale, bias[0]) if bias else contrastive_loss(vectors, texts, log_scale)
 
     optimizer.zero_grad(set_to_none=True)

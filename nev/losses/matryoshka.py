@@ -1,0 +1,257 @@
+"""InfoNCE or the sigmoid loss at nested widths, over one set of tiles (Matryoshka: Kusupati et al. 2022, arXiv 2205.13147).
+
+The first d_l numbers of an embedding, scaled to unit length again, are an embedding of their own. With a_i = 1/|x_i,:d_l|,
+b_j = 1/|t_j,:d_l| and P_ij = sum_{k < d_l} x_ik t_jk, the scores of level l are s_ij = tau a_i b_j P_ij (+ beta), and
+
+    L            = sum_l lambda_l L_l
+    dL/dx_ik     = sum_{l: d_l > k} [ sum_j H_ij t_jk - rho_i a_i^2 x_ik ],    H = lambda_l tau a b dL_l/ds
+    dL/dlog tau  = sum_l sum_i rho_i,                                          rho_i = lambda_l sum_j dL_l/ds_ij tau a_i b_j P_ij
+    dL/dbeta     = sum_l lambda_l sum_ij dL_l/ds_ij
+
+P of a level is that of the level below plus one product of a segment, and H summed from the widest level down serves each
+segment once: the products are those of a loss of the widest width alone, whatever the number of levels.
+
+Collectives are those of `contrastive_loss` and `sigmoid_loss`, with the columns of all levels in one message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from nev.losses.contrastive import highest
+from nev.losses.gather import Gathering
+from nev.losses.pairwise import AlongWithGradients, Computed, Contrastive, gathered, own_share, wide
+from nev.losses.sigmoid import LINEAR_FROM
+from nev.losses.tiles import Best, LogSums, pairs_in, tile_shape
+from nev.models.onednn import product
+
+NEVER = -1e30  # the score of an invalid text: its exponential is 0, and so is 0 times it
+
+
+class Level(NamedTuple):
+    """A width, its weight lambda, and what its scores take beside the product: tau a, [b], and b, [N]; 0 in invalid rows."""
+
+    width: int
+    weight: float
+    rows: Tensor
+    columns: Tensor
+
+
+class Tile(NamedTuple):
+    """Scores of each level [r, c] less its shift, NEVER for invalid texts; texts: [c, D], 0 where they are invalid."""
+
+    rows: slice
+    columns: slice
+    texts: Tensor
+    scores: list[Tensor]
+
+
+def matryoshka_loss(
+    image: Tensor,
+    text: Tensor | Gathering,
+    log_scale: Tensor,
+    widths: Mapping[int, float],
+    bias: Tensor | None = None,
+    valid: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Contrastive:
+    """The weighted sum of the losses at `widths` (width to weight): of `contrastive_loss`, or with a `bias` `sigmoid_loss`.
+
+    The widest must be D. `correct` is that of the widest; everything else, the scale of the gradients included, is as those
+    two have it. Raises ValueError as they do, and for widths that do not fit D.
+    """
+    texts = gathered(image, text, log_scale, valid, group)
+    if not widths or max(widths) != image.shape[1] or min(widths) < 1:
+        raise ValueError(f"widths must be from 1 to D = {image.shape[1]} and hold it, not {sorted(widths)}")
+    inputs = image, texts.own, log_scale, *(() if bias is None else (bias,))
+    with_grad = torch.is_grad_enabled() and any(one.requires_grad for one in inputs)
+
+    def compute() -> Computed:
+        x = wide(image, texts)
+        _, valid_texts = texts.arrived()
+        scale = log_scale.to(x.dtype).exp()
+        levels = levels_of(x, texts, scale, widths)
+        back = Back(x, levels, scale, len(valid_texts) if texts.own.requires_grad else 0) if with_grad else None
+        if bias is None:
+            return _infonce(x, texts, levels, back)
+        return _sigmoid(x, texts, levels, bias.to(x.dtype), back)
+
+    return Contrastive(*AlongWithGradients.apply(compute, *inputs))
+
+
+def levels_of(x: Tensor, gathering: Gathering, scale: Tensor, widths: Mapping[int, float]) -> list[Level]:
+    """The levels, narrowest first. x: [b, D], its invalid rows 0."""
+    texts, valid_texts = gathering.arrived()
+    return [
+        Level(
+            width,
+            weight,
+            scale * _inverse_norms(x[:, :width]),
+            torch.where(valid_texts, _inverse_norms(texts[:, :width].to(x.dtype)), 0),
+        )
+        for width, weight in sorted(widths.items())
+    ]
+
+
+def tiles_of(x: Tensor, gathering: Gathering, levels: Sequence[Level], shifts: Sequence[Tensor]) -> Iterator[Tile]:
+    """The tiles of the scores of x [b, D] with all texts."""
+    texts, valid_texts = gathering.arrived()
+    height, width = tile_shape(x.device)
+    starts = [0, *(level.width for level in levels)]
+    segments = [slice(*ends) for ends in pairwise(starts)]
+    parts = [x[:, segment].contiguous() for segment in segments]
+    for start in range(0, len(texts), width):
+        columns = slice(start, min(start + width, len(texts)))
+        keep = valid_texts[columns]
+        # What an invalid row holds must not reach a product, not even with weight 0: NaN * 0 is NaN.
+        some = texts[columns].to(x.dtype).masked_fill(~keep[:, None], 0)
+        pieces = [some[:, segment].contiguous() for segment in segments]
+        offsets = [torch.where(keep, -shift, NEVER) for shift in shifts]
+        for first in range(0, len(x), height):
+            rows = slice(first, min(first + height, len(x)))
+            so_far = product(parts[0][rows], pieces[0])
+            scores = []
+            for at, level in enumerate(levels):
+                if at:
+                    so_far = so_far.add_(product(parts[at][rows], pieces[at]))
+                score = so_far * level.rows[rows, None]
+                scores.append(score.mul_(level.columns[columns]).add_(offsets[at]))
+            yield Tile(rows, columns, some, scores)
+
+
+class Back:
+    """The gradients, times N, as tile after tile is seen. texts: N where they want one, else 0."""
+
+    def __init__(self, x: Tensor, levels: Sequence[Level], scale: Tensor, texts: int) -> None:
+        self._x, self._levels, self._scale = x, levels, scale
+        self._images = torch.zeros_like(x)
+        self._texts = x.new_zeros(texts, x.shape[1])
+        self._rho = x.new_zeros(len(levels), len(x))
+        self._sigma = x.new_zeros(len(levels), texts)
+        self.bias = x.new_zeros(())
+
+    def see(self, tile: Tile, slopes: Sequence[Tensor], shifts: Sequence[Tensor]) -> None:
+        """Take a tile into account. slopes: lambda dL/ds of each level, [r, c], 0 in invalid rows and columns."""
+        rows, columns, some, scores = tile
+        above: Tensor | None = None
+        for at in reversed(range(len(self._levels))):
+            level, slope = self._levels[at], slopes[at]
+            segment = slice(self._levels[at - 1].width if at else 0, level.width)
+            self.bias += slope.sum()
+            dots = slope * scores[at].add_(shifts[at])
+            self._rho[at, rows] += dots.sum(1)
+            weights = slope.mul_(level.rows[rows, None]).mul_(level.columns[columns])
+            above = weights if above is None else above.add_(weights)
+            self._images[rows, segment] += product(above, some[:, segment].T.contiguous())
+            if len(self._texts):
+                self._sigma[at, columns] += dots.sum(0)
+                piece = self._x[rows, segment].T.contiguous()
+                self._texts[columns, segment] += product(above.T.contiguous(), piece)
+
+    def finish(self, gathering: Gathering, mean: Tensor, bias: bool) -> tuple[Tensor | None, ...]:
+        """The gradients in image, text, log tau and, where there is one, bias; mean: 1 / N."""
+        texts, valid_texts = gathering.arrived()
+        factor = gathering.world * mean
+        self._images.masked_fill_(~gathering.valid[:, None], 0)
+        for at, level in enumerate(self._levels):
+            self._images[:, : level.width] -= (self._rho[at] * (level.rows / self._scale) ** 2)[:, None] * self._x[
+                :, : level.width
+            ]
+        of_texts = None
+        if len(self._texts):
+            own = texts.to(self._x.dtype).masked_fill(~valid_texts[:, None], 0)
+            for at, level in enumerate(self._levels):
+                share = self._sigma[at] * level.columns**2
+                self._texts[:, : level.width] -= share[:, None] * own[:, : level.width]
+            of_texts = own_share(self._texts.mul_(factor), gathering)
+        ends = self._images.mul_(factor), of_texts, self._rho.sum() * factor
+        return (*ends, self.bias * factor) if bias else ends
+
+
+def _infonce(x: Tensor, gathering: Gathering, levels: Sequence[Level], back: Back | None) -> Computed:
+    valid, first, world = gathering.valid, gathering.first, gathering.world
+    texts, valid_texts = gathering.arrived()
+    own = slice(first, first + len(x))
+    together = torch.cumsum(x * texts[own].to(x.dtype).masked_fill(~valid[:, None], 0), 1)
+    sums = [
+        LogSums.of(together[:, level.width - 1] * level.rows * level.columns[own], len(texts), valid, first)
+        for level in levels
+    ]
+    best = Best.of(x)
+    for tile in tiles_of(x, gathering, levels, [one.shift for one in sums]):
+        best.see(tile.rows, tile.columns, tile.scores[-1])
+        for one, scores in zip(sums, tile.scores, strict=True):
+            one.see(tile.rows, tile.columns, scores)
+    exact = [one.exact(valid_texts) for one in sums]
+    if not all(exact):
+        sums = [one.with_own_shifts() for one in sums]
+        for tile in tiles_of(x, gathering, levels, [one.shift for one in sums]):
+            for one, scores in zip(sums, tile.scores, strict=True):
+                one.see(tile.rows, tile.columns, scores)
+
+    lambdas = x.new_tensor([level.weight for level in levels])[:, None]
+    shifts = torch.stack([one.shift for one in sums])
+    columns = torch.stack([one.column for one in sums])
+    column_max = highest(columns, shifts[:, None], valid_texts, gathering)
+    rows, pairs = (torch.stack([getattr(one, name) for one in sums]) for name in ("row", "own"))
+    terms = torch.where(valid, rows - pairs + column_max[:, own] - pairs, 0)
+    counts = torch.stack([(lambdas * terms).sum(), best.correct(first, valid).to(x.dtype)])
+    added = torch.cat([(columns - column_max).exp_().flatten(), counts])
+    if world > 1:
+        dist.all_reduce(added, dist.ReduceOp.SUM, gathering.group)
+    log_sums = torch.where(valid_texts, added[:-2].view(len(levels), -1), 1).log()
+    count = valid_texts.sum()
+    mean = 1 / count.clamp(min=1).to(x.dtype)
+    loss = (added[-2] + (lambdas * log_sums).sum()) * mean * 0.5
+    correct = added[-1].round().long()
+    if back is None:
+        return Computed(loss, correct, count, (None, None, None))
+    columns = column_max + log_sums
+    for tile in tiles_of(x, gathering, levels, list(shifts)):
+        slopes = []
+        for at, (level, score) in enumerate(zip(levels, tile.scores, strict=True)):
+            slope = (score - rows[at, tile.rows, None]).exp_().add_((score - columns[at, tile.columns]).exp_())
+            pairs_in(slope, first + tile.rows.start - tile.columns.start).sub_(2)
+            slopes.append(slope.mul_(0.5 * level.weight).masked_fill_(~valid[tile.rows, None], 0))
+        back.see(tile, slopes, list(shifts))
+    return Computed(loss, correct, count, back.finish(gathering, mean, bias=False))
+
+
+def _sigmoid(x: Tensor, gathering: Gathering, levels: Sequence[Level], bias: Tensor, back: Back | None) -> Computed:
+    valid, first = gathering.valid, gathering.first
+    _, valid_texts = gathering.arrived()
+    best, terms = Best.of(x), x.new_zeros(())
+    shifts = [-bias] * len(levels)
+    for tile in tiles_of(x, gathering, levels, shifts):
+        offset = first + tile.rows.start - tile.columns.start
+        best.see(tile.rows, tile.columns, tile.scores[-1])
+        slopes = []
+        for level, score in zip(levels, tile.scores, strict=True):
+            part = F.softplus(score, threshold=LINEAR_FROM)
+            pairs_in(part, offset).copy_(F.softplus(-pairs_in(score, offset), threshold=LINEAR_FROM))
+            terms += level.weight * torch.where(valid[tile.rows], part.sum(1), 0).sum()
+            slope = score.sigmoid()
+            pairs_in(slope, offset).sub_(1)
+            slopes.append(slope.mul_(level.weight).masked_fill_(~valid[tile.rows, None], 0))
+        if back is not None:
+            back.see(tile, slopes, shifts)
+    added = torch.stack([terms, best.correct(first, valid).to(x.dtype)])
+    if gathering.world > 1:
+        dist.all_reduce(added, dist.ReduceOp.SUM, gathering.group)
+    count = valid_texts.sum()
+    mean = 1 / count.clamp(min=1).to(x.dtype)
+    ends = (None,) * 4 if back is None else back.finish(gathering, mean, bias=True)
+    return Computed(added[0] * mean, added[1].round().long(), count, ends)
+
+
+def _inverse_norms(rows: Tensor) -> Tensor:
+    """1 / |row|, [n]; 0 for a row of zeros."""
+    norms = rows.norm(dim=1)
+    return torch.where(norms > 0, 1 / norms, 0)
