@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -33,13 +34,22 @@ def progress(console: Console) -> Iterator[Tell]:
         def show(name: str, done: int, total: int, said: str) -> None:
             if done == 0 or name not in tasks:
                 tasks[name] = bars.add_task(name, total=total, said=said)
-            bars.update(tasks[name], completed=done, said=said)
+            bars.update(tasks[name], completed=done, total=total, said=said)
 
         with bars:
             yield show
     else:
-        now_and_then = rarely(lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
-        yield lambda name, done, total, said: now_and_then(f"{name.strip()} {done:,}/{total:,}  {said}")
+
+        def line(text: str) -> None:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+        lines: defaultdict[str, Callable[[str], None]] = defaultdict(lambda: rarely(line))
+
+        def say(name: str, done: int, total: int, said: str) -> None:
+            show_it = line if done == total else lines[name]
+            show_it(f"{name.strip()} {done:,}/{total:,}  {said}")
+
+        yield say
 
 
 def rarely(show: Callable[[str], None], seconds: float = PLAIN_LINE_S) -> Callable[[str], None]:

@@ -176,12 +176,13 @@ def main(
                 )
                 reports = {output.rstrip("/").rpartition("/")[2]: report}
     Console().print(_table(reports))
+    last = list(reports.values())[-1]  # the synthetic set has two splits, with one classes.txt
     for report in reports.values():
         typer.echo(f"shards: {report.shards[0].rpartition('/')[0]}")
         typer.echo(f"samples: {report.samples}")
-    if report.classes:
-        typer.echo(f"classes: {report.classes}")
-    again = report.dropped.get(DUPLICATE_UID, 0)
+    if last.classes:
+        typer.echo(f"classes: {last.classes}")
+    again = last.dropped.get(DUPLICATE_UID, 0)
     if again and source == "webdataset" and not tar_in_uid:
         console.print(
             f"[yellow]{again:,} rows have the uid of another row, and only the first of equal ones is kept. Where keys repeat "

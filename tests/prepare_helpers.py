@@ -34,9 +34,9 @@ def read(numbers: Sequence[int]) -> Iterator[Row]:
     return map(row, numbers)
 
 
-def source(count: int = ROWS) -> Source:
+def source(count: int = ROWS, nbytes: int = 6 * BUCKET_BYTES) -> Source:
     parts = [Part(f"from{at}", range(at, min(at + 18, count))) for at in range(0, count, 18)]
-    return Source(parts, read, 6 * BUCKET_BYTES, {"source": "test", "rows": count})
+    return Source(parts, read, nbytes, {"source": "test", "rows": count})
 
 
 def make(output: Path, run: Run = run_here, **options: Any) -> Report:

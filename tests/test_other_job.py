@@ -1,17 +1,22 @@
 """A prepare in a folder where another one was begun: what the result depends on decides whether it goes on."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prepare_helpers import LAYOUT, PARTS, SHARDS, TASKS, Crash, contents, counting, make, source
+from prepare_helpers import LAYOUT, PARTS, ROWS, SHARDS, TASKS, Crash, contents, counting, make, row, source
 
-from nev.config import ConfigError, Limits
+from nev.config import Columns, ConfigError, Limits
+from nev.data import unfinished
 from nev.data.filters import Filters
-from nev.data.prepare import prepare
+from nev.data.index import UNFINISHED, DataError, build_index
+from nev.data.prepare import Report, prepare
 from nev.data.resize import Resize
+from nev.data.scatter import BUCKET_BYTES
 from nev.data.shards import Layout
+from nev.data.sources import Part, Source, of_rows
 
 
 def test_another_job_is_refused_and_named(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
@@ -46,7 +51,7 @@ def test_an_option_that_the_result_depends_on_makes_another_job(
 
 
 def test_an_input_that_is_mended_concerns_its_own_part(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
-    torn = source()
+    torn = source(nbytes=2 * BUCKET_BYTES)  # mended, it is larger
     torn = torn._replace(
         parts=[part._replace(stamp="torn") if part.content.start == 18 else part for part in torn.parts]
     )
@@ -67,6 +72,77 @@ def test_an_input_that_is_mended_concerns_its_own_part(tmp_path: Path, undisturb
     assert [item.stamp for item in again[:1]] == ["from18"]
     assert len(again) == 1 + SHARDS
     assert contents(tmp_path / "set") == undisturbed
+
+
+def test_parts_of_an_input_that_has_none_of_them_are_another_jobs_work(tmp_path: Path) -> None:
+    with pytest.raises(Crash):
+        make(tmp_path / "set", counting([], 2))
+    other = source()
+    other = other._replace(parts=[part._replace(stamp=f"other{part.stamp}") for part in other.parts])
+    with pytest.raises(ConfigError, match=r"begun with other options \(input\)"):
+        make_of(other, tmp_path)
+    with pytest.raises(ConfigError, match=r"begun with other options \(.*source.*input\)"):
+        make_of(of_rows([row(0)]), tmp_path)
+    again: list[Any] = []
+    make(tmp_path / "set", counting(again))
+    assert len(again) == TASKS - 2
+    anew = Layout(16, 8, overwrite=True)
+    with pytest.raises(Crash):
+        make(tmp_path / "set", counting([], 2), layout=anew)
+    make_of(other, tmp_path, layout=anew)
+
+
+def make_of(other: Source, tmp_path: Path, **options: Any) -> Report:
+    return prepare(other, tmp_path / "set", **{"layout": LAYOUT, "memory_bytes": 5 * 1024, **options})
+
+
+def test_parts_that_are_not_asked_for_any_more_go(tmp_path: Path) -> None:
+    with pytest.raises(Crash):
+        make(tmp_path / "set", counting([], 3))
+    less = source()
+    with pytest.raises(Crash):
+        make_of(less._replace(parts=less.parts[1:]), tmp_path, run=counting([], 2))
+    left = sorted(path.name for path in (tmp_path / "set" / UNFINISHED).glob("part-*"))
+    assert left == ["part-from18", "part-from36", "part-from54"]
+
+
+def test_stamps_that_do_not_tell_parts_apart_are_refused(tmp_path: Path) -> None:
+    for stamps in (["a", "a"], ["a", "b/c"]):
+        parts = [Part(stamp, range(3)) for stamp in stamps]
+        with pytest.raises(ValueError, match="stamps of parts must be words, and differ"):
+            make_of(source()._replace(parts=parts), tmp_path)
+
+
+@pytest.mark.parametrize("at", ["write_json", "_drop"])  # before the new job's options are written, and after
+def test_half_of_another_jobs_split_is_never_trained_on(
+    at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Crash):
+        make(tmp_path / "set", counting([], TASKS - 1))
+    anew = Layout(16, 8, overwrite=True)
+
+    def die(*_: Any) -> None:
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unfinished, at, die)
+        with pytest.raises(Crash):
+            make(tmp_path / "set", seed=1, layout=anew)
+    with pytest.raises(DataError, match="not finished"):
+        build_index(str(tmp_path / "set"), Columns())
+    make(tmp_path / "set", seed=1, layout=anew)
+    assert build_index(str(tmp_path / "set"), Columns()).total_rows == ROWS
+
+
+def test_work_of_an_older_version_is_not_used(tmp_path: Path) -> None:
+    with pytest.raises(Crash):
+        make(tmp_path / "set", counting([], 2))
+    for file in (tmp_path / "set" / UNFINISHED).rglob("*.json"):
+        facts = {key: value for key, value in json.loads(file.read_text()).items() if key != "stamp"}
+        file.write_text(json.dumps({**facts, "format": 1}))
+    again: list[Any] = []
+    make(tmp_path / "set", counting(again))
+    assert len(again) == TASKS
 
 
 def test_other_input_is_another_job_once_all_was_read(tmp_path: Path) -> None:

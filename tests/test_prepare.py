@@ -84,7 +84,7 @@ def test_splits_of_one_folder_must_agree_on_their_classes(tmp_path: Path) -> Non
 def test_a_class_name_is_one_line(tmp_path: Path) -> None:
     blank = labelled(tmp_path / "a.parquet", [0, 1], ["  ", "dog"])
     args = ("--source", "hf-parquet", "--label", "label", "--name", "label_name", "--template", "a {}", "--output")
-    assert "some label between 0 and the highest has no name" in prepare("--input", blank, *args, tmp_path / "a/train")
+    assert "do not name every label from 0 to the highest" in prepare("--input", blank, *args, tmp_path / "a/train")
     assert not (tmp_path / "a/classes.txt").exists()
     broken = labelled(tmp_path / "b.parquet", [0, 1], ["cat", "dog\nand fox"])
     out = prepare("--input", broken, *args, tmp_path / "b/train", code=2)
@@ -98,7 +98,7 @@ def test_no_classes_file_where_labels_are_missing(tmp_path: Path) -> None:
     file = labelled(tmp_path / "a.parquet", [0, 2], ["cat", "dog"])
     out = prepare("--source", "hf-parquet", "--input", file, "--template", "a {}", "--output", tmp_path / "set/train")
     assert "classes:" not in out
-    assert "classes.txt is written: some label between 0 and the highest has no name" in out
+    assert "classes.txt is written: the rows that were kept do not name every label from 0 to the highest" in out
     assert not (tmp_path / "set/classes.txt").exists()
 
 
@@ -106,7 +106,7 @@ def test_a_label_that_nothing_names_is_missed_even_if_it_is_the_highest(tmp_path
     file = labelled(tmp_path / "a.parquet", [0, 1, 2], ["cat", "dog", None])
     pq.write_table(pq.read_table(file).append_column("caption", pa.array(["x", "y", "z"])), file)
     out = prepare("--source", "hf-parquet", "--input", file, "--output", tmp_path / "set/train")
-    assert "some label between 0 and the highest has no name" in out
+    assert "do not name every label from 0 to the highest" in out
     assert not (tmp_path / "set/classes.txt").exists()
 
 

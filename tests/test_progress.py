@@ -24,6 +24,20 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None
     ]
 
 
+def test_a_log_gets_the_end_of_each_work_whenever_it_comes() -> None:
+    console = Console(file=io.StringIO(), width=40)
+    with progress(console) as tell:
+        for name in ("read   ", "written"):
+            for done in range(4):
+                tell(name, done, 3, "")
+    assert [line.strip() for line in console.file.getvalue().splitlines()] == [  # type: ignore[attr-defined]
+        "read 0/3",
+        "read 3/3",
+        "written 0/3",
+        "written 3/3",
+    ]
+
+
 def test_a_terminal_gets_a_bar_for_each_name_and_a_new_one_for_work_that_begins_anew() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     with progress(console) as tell:

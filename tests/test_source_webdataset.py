@@ -56,6 +56,19 @@ def test_webdataset_keys_that_repeat_from_tar_to_tar_are_told_apart_by_the_tars(
     assert {row["uid"] for row in read("webdataset", [tmp_path], DEFAULT)} == {"x", "own"}
 
 
+def test_webdataset_tells_neighbours_of_one_key_apart(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, content in (("a.jpg", b"1"), ("a.txt", b"one"), ("a.jpg", b"2"), ("a.cls", b""), ("a.txt", b"two")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    found = [
+        (row["uid"], row["image"], row["caption"], row.get("label_name"))
+        for row in read("webdataset", [tmp_path], DEFAULT)
+    ]
+    assert found == [("a", b"1", "one", None), ("a", b"2", "two", None)]
+
+
 def test_webdataset_counts_a_tar_without_a_sample(tmp_path: Path) -> None:
     tar_of(tmp_path / "0.tar", {})
     tar_of(tmp_path / "1.tar", {"a.tiff": b"no member that is used"})
@@ -121,6 +134,8 @@ def test_webdataset_rejects_bad_samples_with_a_reason(tmp_path: Path) -> None:
         '{"caption": "x", "label": 1e999}',
         '{"caption": "x", "label": 9223372036854775808}',
         '{"caption": "x", "label": ["cat"]}',
+        '{"caption": "x", "label": 3.7}',
+        '{"caption": "x", "label": true}',
         '{"caption": "x", "a": ' + "[" * 100_000 + "]" * 100_000 + "}",
     ],
 )

@@ -158,6 +158,21 @@ def test_a_link_to_a_folder_is_refused(tmp_path: Path) -> None:
     assert len(find_files([tmp_path / "set/more"], (".tar",))) == 1
 
 
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in/closed").mkdir(parents=True)
+    (tmp_path / "in/a.tar").touch()
+    scan = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ConfigError, match=r"in/closed: this folder can't be listed \(Permission denied\)"):
+        find_files([tmp_path / "in"], (".tar",))
+
+
 def test_inputs_are_files_folders_or_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("b/2.tar", "a/1.tar", "a/notes.txt", "_cache/3.tar"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -12,17 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
-from prepare_helpers import (
-    PARTS,
-    ROWS,
-    SHARDS,
-    TASKS,
-    Crash,
-    contents,
-    counting,
-    make,
-    row,
-)
+from prepare_helpers import LAYOUT, PARTS, ROWS, SHARDS, TASKS, Crash, contents, counting, make, row, source
 
 from nev.config import Columns, ConfigError
 from nev.data.filters import Filters
@@ -149,6 +139,72 @@ def test_a_run_that_is_damaged_after_all_is_named(file: str, tmp_path: Path, und
     make(output, counting(again))
     assert len(again) == 1 + SHARDS  # that part, and all shards
     assert contents(output) == undisturbed
+
+
+@pytest.mark.parametrize("file", ["job.json", "plan.json"])
+def test_damaged_facts_of_a_job_are_named(file: str, tmp_path: Path) -> None:
+    with pytest.raises(Crash):
+        make(tmp_path / "set", counting([], PARTS + 1))
+    (tmp_path / "set" / UNFINISHED / "plan.json").touch()
+    if file == "job.json":
+        (tmp_path / "set" / UNFINISHED / "plan.json").unlink()
+    damaged = tmp_path / "set" / UNFINISHED / file
+    damaged.write_bytes(bytes(50))
+    with pytest.raises(DataError, match=rf"{file} is damaged .*Delete it and run the same command again"):
+        make(tmp_path / "set")
+
+
+def test_damaged_facts_of_a_part_are_no_part(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    with pytest.raises(Crash):
+        make(tmp_path / "set", counting([], 3))
+    (tmp_path / "set" / UNFINISHED / "part-from18/part.json").write_bytes(b"\xff" * 50)
+    again: list[Any] = []
+    make(tmp_path / "set", counting(again))
+    assert [item.stamp for item in again[:2]] == ["from18", "from54"]
+    assert contents(tmp_path / "set") == undisturbed
+
+
+@pytest.mark.parametrize("memory", [3 * 1024, 50 * 1024])
+def test_a_part_that_is_read_again_with_other_memory_has_other_runs_than_the_plan_says(
+    memory: int, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    output = tmp_path / "set"
+    with pytest.raises(Crash):
+        make(output, counting([], PARTS + 1))
+    (output / UNFINISHED / "part-from18/part.json").unlink()
+    with pytest.raises(Crash):
+        make(output, counting([], 1), memory_bytes=memory)  # that part, and no further
+    make(output, memory_bytes=memory)
+    assert contents(output) == undisturbed
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "set"
+    make(output)
+    listed = LocalFileSystem.ls
+
+    def refuse(self: Any, path: str, *args: Any, **options: Any) -> Any:
+        if path.rstrip("/") == str(output):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return listed(self, path, *args, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "ls", refuse)
+    with pytest.raises(DataError, match=r"set.*Permission denied"):
+        prepare(source(20), output, layout=LAYOUT)
+    with pytest.raises(DataError, match=r"set.*Permission denied"):
+        build_index(str(output), Columns())
+
+
+def test_names_are_held_against_those_that_another_split_has_written_meanwhile(tmp_path: Path) -> None:
+    rows: list[Row] = [{**row(at), "label": at % 2, "label_name": "ab"[at % 2]} for at in range(20)]
+    apart = Source([Part("a", rows)], iter, 0, {})
+    with pytest.raises(Crash):
+        prepare(apart, tmp_path / "train", layout=LAYOUT, run=counting([], 2))
+    (tmp_path / "classes.txt").write_text("x\ny\n")
+    with pytest.raises(ConfigError, match=r"classes\.txt: label 0 is 'x' there and 'a' in row row-0"):
+        prepare(apart, tmp_path / "train", layout=LAYOUT)
 
 
 @pytest.mark.parametrize("left", [b"", b'{"numb'])

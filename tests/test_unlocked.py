@@ -40,3 +40,11 @@ def test_bad_input_is_named() -> None:
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             contrastive_loss(*arguments)
+
+
+def test_an_invalid_image_may_not_reach_a_text_by_an_infinite_weight() -> None:
+    text = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    image = torch.tensor([[-1.0, 0.0], [1.0, 0.0]], requires_grad=True)
+    valid = torch.tensor([True, False])
+    loss = contrastive_loss(image, text, log_scale_of(100.0, torch.float32), valid).loss
+    assert gradients(loss, text)[0].isfinite().all()

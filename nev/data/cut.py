@@ -88,7 +88,7 @@ def shard_of(order: Order, number: int, rows_per_shard: int) -> Shard:
 
 
 def merged(parts: Sequence[Facts], known: Known | None) -> Facts:
-    """What all parts together say: rows_in, dropped, seen, names. Raises ConfigError where they call a label by two names."""
+    """What all parts together say. Raises ConfigError where they call a label by two names."""
     dropped: Counter[str] = Counter()
     names: Names = {}
     highest = max(part["highest"] for part in parts)
@@ -100,6 +100,7 @@ def merged(parts: Sequence[Facts], known: Known | None) -> Facts:
         "rows_in": sum(part["rows_in"] for part in parts),
         "dropped": dict(dropped),
         "seen": sorted({name for part in parts for name in part["seen"]}),
+        "named": [[label, name, uid] for label, (name, uid) in sorted(names.items())],
         "names": [name for _, (name, _) in sorted(names.items())] if labels.complete(names, highest) else [],
         "labelled": highest >= 0,
     }

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from nev.config import Columns
 from nev.data import index_cache
 from nev.data.index_cache import RowGroups
-from nev.data.storage import PARALLEL_REQUESTS, filesystem, naming, open_parquet
+from nev.data.storage import PARALLEL_REQUESTS, entries_below, filesystem, naming, open_parquet
 from nev.errors import NevError
 
 UNFINISHED = "_prepare"  # the folder in which `prepare` keeps its work until a split is whole
@@ -100,7 +100,7 @@ def build_index(root: str, columns: Columns) -> Index:
     with reading(root, damaged=""):
         if not fs.isdir(base):
             raise DataError(f"{root}: no such folder. Make shards with `python pipelines/prepare.py --help`.")
-        found = {path[len(base) :].lstrip("/"): entry for path, entry in fs.find(base, detail=True).items()}
+        found = {path[len(base) :].lstrip("/"): entry for path, entry in entries_below(fs, base).items()}
     if any(UNFINISHED in path.split("/")[:-1] for path in found):
         raise DataError(f"{root}: not finished (there is a folder {UNFINISHED}): run the same prepare command again.")
     seen = {path for path in found if not any(part.startswith(("_", ".")) for part in path.split("/"))}

@@ -29,7 +29,7 @@ from nev.data.shards import Layout, schema_of, shard_location, shards_in
 from nev.data.sources.common import S3, Part, Source, stamp_of
 from nev.data.storage import PARALLEL_REQUESTS, filesystem, is_local, join, write_whole
 from nev.data.uids import read_uids
-from nev.data.unfinished import Facts, State, alone, begin, remove, work_in, write_json
+from nev.data.unfinished import Facts, State, alone, begin, forget, remove, work_in, write_json
 
 FORMAT = 2  # of `_prepare`: raised when what is in there, or what it leads to, changes
 MEMORY_BYTES = 512 * 2**20
@@ -121,6 +121,10 @@ def prepare(
         facts |= {"limits": limits.model_dump(), "format": FORMAT}
     with alone(output):
         state = begin(output, facts, [part.stamp for part in source.parts], layout.overwrite)
+        if not source.parts:
+            raise ConfigError("the source has no parts: nothing to read")
+        for part in state.parts.values():  # of one size for all, though an input that was mended is larger
+            job = job._replace(buckets=part["buckets"])
         _tell(state, source, layout.rows_per_shard, progress)
         order = None
         plan = state.plan
@@ -155,6 +159,7 @@ def _scattered(source: Source, state: State, job: Scatter, run: Run, progress: P
         parts[part["stamp"]] = part
         rows += part["rows_in"]
         progress.read(len(parts), len(source.parts), rows)
+    forget(job.work, state.parts.keys() - stamps)
     return [parts[part.stamp] for part in source.parts]
 
 
@@ -226,14 +231,18 @@ def _beside(output: str, plan: Facts, limits: Limits, progress: Progress) -> tup
     """Write classes.txt and the contact sheet; return where they are, the first if there is one."""
     parent, name = _parent(output), output.rpartition("/")[2]
     classes, samples = join(parent, "classes.txt"), join(parent, f"{name}-samples.png")
-    there = labels.known(classes) is not None
+    known = labels.known(classes)
+    if known:  # another split may have written it since this one was begun
+        for label, called, uid in plan["named"]:
+            labels.add({}, label, called, uid, known)
+    there = known is not None
     if plan["names"] and not there:
         with writing(classes):
             write_whole(classes, "".join(f"{one}\n" for one in plan["names"]).encode())
         there = True
     if plan["labelled"] and not there:
         progress.note(
-            f"no {classes} is written: some label between 0 and the highest has no name in the rows that were kept. "
+            f"no {classes} is written: the rows that were kept do not name every label from 0 to the highest, and no other. "
             "Scoring by class needs that file: one name a line, in the order of the labels."
         )
     sheet = contact_sheet(shard_location(output, 0), limits)

@@ -137,6 +137,7 @@ def scatter(part: Part, job: Scatter) -> Facts:
         "seen": sorted(seen),
         "names": [[label, *named] for label, named in names.items()],
         "highest": highest,
+        "buckets": job.buckets,
         "files": files,
     }
     write_json(join(folder, "part.json"), done)

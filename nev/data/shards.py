@@ -62,7 +62,7 @@ def shards_in(folder: str) -> dict[str, int]:
     fs, path = filesystem(folder)
     found: dict[str, int] = {}
     with reading(folder, damaged=""):
-        for below, folders, entries in fs.walk(path, detail=True) if fs.exists(path) else ():
+        for below, folders, entries in fs.walk(path, detail=True, on_error="raise") if fs.exists(path) else ():
             for name in [name for name in folders if name[0] in "._"]:
                 del folders[name]  # not walked: the work of a prepare, the sidecars
             prefix = f"{below[len(path) :].strip('/')}/".lstrip("/")

@@ -112,7 +112,14 @@ def files_below(location: str) -> list[str]:
     For S3 that is one listing, a page for 1,000 objects.
     """
     fs, path = filesystem(location.rstrip("/"))
-    return sorted(found[len(path) + 1 :] for found in fs.find(path) if len(found) > len(path))
+    return sorted(found[len(path) + 1 :] for found in entries_below(fs, path) if len(found) > len(path))
+
+
+def entries_below(fs: Any, path: str) -> dict[str, dict[str, Any]]:
+    """All files below a folder, at any depth, by their whole path. One that can't be listed is an error, not an empty one."""
+    strict = {"on_error": "raise"} if is_local(fs) and fs.exists(path) else {}
+    found: dict[str, dict[str, Any]] = fs.find(path, detail=True, **strict)
+    return found
 
 
 @contextmanager

@@ -12,17 +12,19 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 from nev.config import ConfigError
-from nev.data.index import UNFINISHED, reading, writing
+from nev.data.index import UNFINISHED, DataError, reading, writing
 from nev.data.shards import shards_in
-from nev.data.storage import PARALLEL_REQUESTS, filesystem, is_local, join, make_folder, write_whole
+from nev.data.storage import PARALLEL_REQUESTS, entries_below, filesystem, is_local, join, make_folder, write_whole
 
 DAMAGED = "Delete it and run the same command again."
+LAST = ("job.json", "plan.json")
 
 log = logging.getLogger("nev.prepare")
 
@@ -55,6 +57,8 @@ def begin(output: str, facts: Facts | None, stamps: Sequence[str], overwrite: bo
     """
     work, shards = work_in(output), shards_in(output)
     facts, stamps = json.loads(json.dumps(facts)), list(stamps)  # as they are read again
+    if len(set(stamps)) < len(stamps) or not all(re.fullmatch(r"\w+", stamp) for stamp in stamps):
+        raise ValueError(f"stamps of parts must be words, and differ: {stamps}")
     plan = read_json(join(work, "plan.json"))
     before = read_json(join(work, "job.json")) if plan is None else plan["job"]
     planned = stamps if plan is None else [stamp for stamp, *_ in plan["parts"]]
@@ -63,17 +67,20 @@ def begin(output: str, facts: Facts | None, stamps: Sequence[str], overwrite: bo
         if len(shards) == -(-plan["kept"] // plan["job"]["rows_per_shard"]):
             return State(plan["job"], {}, plan, shards)
         parts = _done_parts(work)
-        if all(stamp in parts for stamp in stamps):
+        # A part that was read again may have other runs than the plan says.
+        if all(stamp in parts and len(parts[stamp]["files"]) - 1 == runs for stamp, _, runs in plan["parts"]):
             return State(plan["job"], {}, plan, shards)
         log.warning(
             "%s: a part of what was read is damaged or gone. It is read again, and the shards are made anew.", work
         )
         return State(plan["job"], parts, None, shards)
     parts = {} if before is None else _done_parts(work)
-    if before is not None and facts is not None and not same and not overwrite and (parts or plan is not None):
+    other_input = planned != stamps or (bool(parts) and not parts.keys() & set(stamps))
+    if before and (not same or other_input) and not overwrite and (parts or plan is not None):
+        asked = facts or {}
         differing = ", ".join(
-            sorted(name for name in before.keys() | facts.keys() if before.get(name) != facts.get(name))
-            + ["input"] * (planned != stamps)
+            sorted(name for name in before.keys() | asked.keys() if before.get(name) != asked.get(name))
+            + ["input"] * other_input
         )
         raise ConfigError(
             f"{output}: holds an unfinished prepare, begun with other options ({differing}). Finish it with those, "
@@ -84,10 +91,11 @@ def begin(output: str, facts: Facts | None, stamps: Sequence[str], overwrite: bo
             f"{output}: already holds {len(shards)} shard(s) ({next(iter(shards))}, ...). "
             "Use a new folder, or --overwrite to replace them."
         )
-    if same:
+    if same and not other_input:
         return State(facts, parts, None, shards)
-    remove(work)
+    _clear(work)
     write_json(join(work, "job.json"), facts or {})
+    _drop(work, "plan.json")  # until here the other job's shards are known for half a split
     return State(facts or {}, {}, None, shards)
 
 
@@ -95,29 +103,58 @@ def _done_parts(work: str) -> dict[str, Facts]:
     """The parts that are scattered, their runs whole."""
     fs, path = filesystem(work)
     with reading(work, damaged=""):
-        sizes = {name[len(path) + 1 :]: entry["size"] for name, entry in fs.find(path, detail=True).items()}
+        sizes = {name[len(path) + 1 :]: entry["size"] for name, entry in entries_below(fs, path).items()}
     names = sorted(name for name in sizes if re.fullmatch(r"part-\w+/part\.json", name))
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
-        found = [part for part in pool.map(lambda name: read_json(join(work, name)), names) if part]
+        found = [part for part in pool.map(partial(_read_part, work), names) if part]
     whole = [part for part in found if all(sizes.get(name) == size for name, size in part["files"].items())]
     return {part["stamp"]: part for part in whole}
 
 
+def _read_part(work: str, name: str) -> Facts | None:
+    """What a `part.json` says; None where it is damaged, or an older version's."""
+    try:
+        part = read_json(join(work, name))
+    except DataError:
+        return None
+    return part if part and "stamp" in part else None
+
+
 def remove(work: str) -> None:
     """Remove a job's work, `plan.json` last: a job that is cut off here is known for what it is."""
+    _clear(work)
+    for name in LAST:
+        _drop(work, name)
+    fs, path = filesystem(work)
+    with writing(work):
+        if is_local(fs) and fs.exists(path):
+            fs.rmdir(path)
+
+
+def forget(work: str, stamps: Iterable[str]) -> None:
+    """Remove parts that are not asked for."""
+    fs, path = filesystem(work)
+    with writing(work):
+        for stamp in stamps:
+            fs.rm(f"{path}/part-{stamp}", recursive=True)
+
+
+def _clear(work: str) -> None:
+    """Remove all but `job.json` and `plan.json`."""
     fs, path = filesystem(work)
     with writing(work):
         if not fs.exists(path):
             return
-        last = [f"{path}/job.json", f"{path}/plan.json"]
         found = fs.ls(path, detail=False) if is_local(fs) else fs.find(path)
-        if rest := [name for name in found if name not in last]:
+        if rest := [name for name in found if name.rpartition("/")[2] not in LAST]:
             fs.rm(rest, recursive=is_local(fs))
-        for name in last:
-            if fs.exists(name):
-                fs.rm_file(name)
-        if is_local(fs):
-            fs.rmdir(path)
+
+
+def _drop(work: str, name: str) -> None:
+    fs, path = filesystem(join(work, name))
+    with writing(work):
+        if fs.exists(path):
+            fs.rm_file(path)
 
 
 def read_json(location: str) -> Facts | None:
@@ -128,7 +165,10 @@ def read_json(location: str) -> Facts | None:
             content = fs.cat_file(path)
         except FileNotFoundError:
             return None
-    found: Facts = json.loads(content)
+    try:
+        found: Facts = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{location} is damaged ({error}). {DAMAGED}") from error
     return found
 
 

@@ -183,7 +183,8 @@ def gradient(
         # Before the product: where a pair stands out, its weight is nearly 2, and the difference would lose its digits after.
         pairs_in(weights, first + rows.start - columns.start).sub_(2)
         total[rows] += product(weights, across)
-        if total_texts is not None:  # invalid images are 0 in x, so what stands in their weights does not count
+        if total_texts is not None:
+            weights.masked_fill_(~valid[rows, None], 0)  # there anything may stand, inf too
             total_texts[columns] += product(weights.T.contiguous(), x[rows].T.contiguous())
     if total_texts is not None:
         total_texts.masked_fill_(~valid_texts[:, None], 0)

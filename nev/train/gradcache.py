@@ -6,8 +6,8 @@ The loss needs the embeddings of the whole batch, but the graph behind them only
     2. take the loss of all embeddings, and its gradient in them,   no model
     3. embed each part again, with its graph, and send its share of that gradient back.     b images forward and backward
 
-Forward costs 1 and backward 2, so 4/3 of the plain step's work, in the memory of one part. The result is the plain step's: each
-part draws the same dropout twice, its random state being put back before the second time.
+Forward costs 1 and backward 2, so 4/3 of the plain step's work, in the memory of one part. The result is the plain step's, with
+the dropout of one forward a part: each part draws the same twice, its random state being put back before the second time.
 """
 
 from __future__ import annotations

@@ -177,10 +177,17 @@ def inside(folder: Path) -> list[Path]:
 
     Raises ConfigError for a link to a folder: what is behind it would be left out, or be read again and again.
     """
-    found = [path for path in sorted(folder.rglob("*")) if not hidden(path, folder)]
+    names = [Path(at, name) for at, folders, files in os.walk(folder, onerror=_refuse) for name in (*folders, *files)]
+    found = [path for path in sorted(names) if not hidden(path, folder)]
     if linked := next((path for path in found if path.is_symlink() and path.is_dir()), None):
         raise ConfigError(f"{linked}: {LINKED_FOLDER}")
     return found
+
+
+def _refuse(error: OSError) -> None:
+    raise ConfigError(
+        f"{error.filename}: this folder can't be listed ({error.strerror}). Allow it, or name the others."
+    )
 
 
 def _remote(given: str) -> tuple[list[File], bool]:

@@ -11,7 +11,6 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +63,26 @@ def read(files: Iterable[str], options: SourceOptions, root: str = "") -> Iterat
     for path in files:
         tar = name_in(root, path)
         rows = 0
-        for key, members in groupby(_members(path, options.limits), key=lambda member: member[0]):
-            row = _row(key, {extension: content for _, extension, content in members}, options.score)
+        for key, parts in _samples(path, options.limits):
+            row = _row(key, parts, options.score)
             rows += 1
             yield {**row, "uid": f"{tar}/{row['uid']}"} if options.tar_in_uid else row
         if not rows:
             yield {"uid": tar, "image": None, "caption": None, "reject": f"tar without KEY.{', KEY.'.join(IMAGES)}"}
+
+
+def _samples(path: str, limits: Limits) -> Iterator[tuple[str, dict[str, bytes | None]]]:
+    """(key, content by extension): neighbours of one key. Where an extension comes again, another sample of that key begins."""
+    last = ""
+    parts: dict[str, bytes | None] = {}
+    for key, extension, content in _members(path, limits):
+        if parts and (key != last or extension in parts):
+            yield last, parts
+            parts = {}
+        last = key
+        parts[extension] = content
+    if parts:
+        yield last, parts
 
 
 def _members(path: str, limits: Limits) -> Iterator[tuple[str, str, bytes | None]]:
@@ -160,8 +173,10 @@ def _label(given: Any) -> tuple[int | None, str | None]:
         return None, None
     text = given.decode() if isinstance(given, bytes) else given
     if isinstance(text, str) and not NUMBER.fullmatch(text.strip()):
-        return None, text.strip()
+        return None, text.strip() or None
     label = int(text)
+    if isinstance(text, bool | float) and (isinstance(text, bool) or label != text):
+        raise TypeError(f"a label is a whole number or a name, not {text}")
     if not -(2**63) <= label < 2**63:
         raise OverflowError("a label has 64 bits")
     return label, None
