@@ -11,7 +11,7 @@ from rich.console import Console
 
 from nev.config import Columns, ConfigError, Text
 from nev.data.index import Index, build_index
-from nev.data.sidecar import sidecar_key, sidecars_to_write, write_sidecar
+from nev.data.sidecar import Encode, sidecar_key, sidecars_to_write, write_sidecar
 from nev.models.text import TextTower, load_text
 from nev.progress import progress
 from nev.runtime import cluster_cpus, cluster_gpus, cluster_nodes, may_grow
@@ -59,18 +59,24 @@ def embed_captions(
     wanted = there if gpus is None else gpus
     if not wanted and may_grow():
         console.print("no GPU is up: embedding on CPUs (--gpus N asks the cluster for some)", highlight=False)
-    counts: Iterator[int]
-    if not wanted and cluster_nodes() == 1:
-        counts = (_write(indexes, place, tower) for place in missing)
-    else:
-        counts = _by_actors(text, indexes, tower, missing, wanted)
-    captions = 0
+    captions = done = 0
     with progress(console) as tell:
-        tell("shards embedded", 0, len(missing), "")
-        for done, count in enumerate(counts, 1):
+
+        def show(more: int) -> None:
+            rate = (captions + more) / (time.perf_counter() - begin)
+            tell("shards embedded", done, len(missing), f"{captions + more:,} captions, {rate:,.0f} captions/s")
+
+        counts: Iterator[int]
+        if not wanted and cluster_nodes() == 1:
+            encode = functools.partial(tower.encode, done=show)
+            counts = (_write(indexes, place, tower, encode) for place in missing)
+        else:
+            counts = _by_actors(text, indexes, tower, missing, wanted)
+        show(0)
+        for count in counts:
             captions += count
-            rate = captions / (time.perf_counter() - begin)
-            tell("shards embedded", done, len(missing), f"{captions:,} captions, {rate:,.0f} captions/s")
+            done += 1
+            show(0)
     return Written(len(missing), captions, time.perf_counter() - begin)
 
 
@@ -85,7 +91,8 @@ def _by_actors(text: Text, indexes: list[Index], tower: TextTower, missing: list
 
 
 def _write_there(place: Place, text: Text, indexes: list[Index], fingerprint: str) -> int:
-    return _write(indexes, place, _tower(text, fingerprint))
+    own = _tower(text, fingerprint)
+    return _write(indexes, place, own, own.encode)
 
 
 @functools.lru_cache(maxsize=1)
@@ -101,9 +108,9 @@ def _tower(text: Text, fingerprint: str) -> TextTower:
     return tower
 
 
-def _write(indexes: list[Index], place: Place, tower: TextTower) -> int:
+def _write(indexes: list[Index], place: Place, tower: TextTower, encode: Encode) -> int:
     index = indexes[place.root]
-    return write_sidecar(index, place.shard, _key(index, tower), tower.width, tower.encode)
+    return write_sidecar(index, place.shard, _key(index, tower), tower.width, encode)
 
 
 def _key(index: Index, tower: TextTower) -> str:

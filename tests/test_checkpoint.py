@@ -77,8 +77,12 @@ def test_folder_without_manifest_is_not_a_checkpoint(tmp_path: Path) -> None:
     assert manifest.latest(str(tmp_path)) == newer
     Path(newer, "state.json").unlink()  # as a process that died before its last write would leave it
     assert manifest.latest(str(tmp_path)) == older
-    with pytest.raises(CheckpointError, match="not a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint .*There are .*step-00000001"):
         checkpoint.load(newer)
+    with pytest.raises(CheckpointError, match=r"not a checkpoint .*There are .*step-00000001"):
+        checkpoint.load(str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"not a checkpoint .*Checkpoints lie in RUN/checkpoints/step-\.\.\."):
+        checkpoint.load(str(tmp_path / "nothing"))
     assert checkpoint.save(str(tmp_path), state(2), model, optimizer, gather_rng(CPU, 1)) == newer
     assert manifest.latest(str(tmp_path)) == newer
 

@@ -156,6 +156,12 @@ def test_order_is_kept_and_company_does_not_matter(minilm):
     assert minilm.encode([]).shape == (0, 384)
 
 
+def test_it_tells_how_far_it_is(minilm):
+    told = []
+    minilm.encode(["a", "bb", "ccc", "dd dd", "e"], batch_size=2, done=told.append)
+    assert told == [2, 4, 5]
+
+
 def test_max_tokens_cuts(minilm):
     short = load_text(Text(max_tokens=6))  # [CLS], four words, [SEP]
     same = short.encode(["a dog on snow", "a dog on snow with a red ball"])

@@ -235,6 +235,7 @@ def test_a_failure_before_the_first_shard_leaves_older_shards(tmp_path: Path, un
     anew = {"layout": Layout(16, 8, overwrite=True)}
     with pytest.raises(ConfigError, match="no rows to write"):
         make(output, filters=Filters(min_caption=1000), **anew)
+    assert not (output / UNFINISHED).exists()  # another filter may follow, without a word about this one
     older = {f"set/{path.name}": path.read_bytes() for path in output.glob("*.parquet")}
     assert older == {name: content for name, content in undisturbed.items() if name.endswith(".parquet")}
     with pytest.raises(Crash):
@@ -256,6 +257,17 @@ def test_a_shard_of_an_older_set_is_not_taken_for_one_of_this(tmp_path: Path, un
         make(output)
     make(output, layout=Layout(16, 8, overwrite=True))
     assert contents(output) == undisturbed
+
+
+def test_an_output_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "set").touch()
+    with pytest.raises(ConfigError, match=r"set: is a file\. A split is a folder"):
+        make(tmp_path / "set")
+
+
+def test_an_output_where_nothing_can_be_made_is_named() -> None:
+    with pytest.raises(DataError, match=r"/proc/nowhere/set.* Nothing can be made at this place"):
+        make(Path("/proc/nowhere/set"))
 
 
 def test_two_at_once_are_kept_apart(tmp_path: Path) -> None:

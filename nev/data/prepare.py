@@ -175,7 +175,9 @@ def _cut(output: str, parts: list[Facts], state: State, job: Scatter, layout: La
     plan["dropped"] |= order.dropped
     plan["kept"] = len(order.kept)
     if not len(order.kept):
-        raise ConfigError(f"{output}: no rows to write. Dropped by reason: {plan['dropped'] or 'none'}")
+        remove(job.work)  # there is nothing to go on with
+        reasons = ", ".join(f"{reason} ({count:,})" for reason, count in plan["dropped"].items()) or "none was read"
+        raise ConfigError(f"{output}: no rows to write. Dropped by reason: {reasons}")
     fs, path = filesystem(output)
     with writing(output):
         for name in state.shards:

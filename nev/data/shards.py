@@ -73,7 +73,8 @@ def shards_in(folder: str) -> dict[str, int]:
     shards = {name: size for name, size in files.items() if re.fullmatch(r"\d{5,}\.parquet", name)}
     if foreign := [name for name in files if name not in shards]:
         raise ConfigError(
-            f"{folder}: holds parquet files that nev did not write ({foreign[0]}, ...). Use a new folder."
+            f"{folder}: holds other parquet files ({foreign[0]}, ...), which would be read as rows of this split. Use a new "
+            "folder."
         )
     return shards
 

@@ -176,7 +176,9 @@ def naming(
     try:
         yield
     except storage_errors() as error:
-        raise kind(f"{location} cannot be {doing} ({error}). {remedy(error, damaged)}".rstrip()) from error
+        absent = doing == "written" and isinstance(error, FileNotFoundError)
+        what = "Nothing can be made at this place: choose another." if absent else remedy(error, damaged)
+        raise kind(f"{location} cannot be {doing} ({error}). {what}".rstrip()) from error
 
 
 def storage_errors() -> tuple[type[Exception], ...]:

@@ -191,6 +191,8 @@ def alone(output: str) -> Iterator[None]:
     if not is_local(fs):
         yield
         return
+    if fs.exists(path) and not fs.isdir(path):
+        raise ConfigError(f"{output}: is a file. A split is a folder: give another name.")
     with writing(output):
         make_folder(fs, path)
         handle = os.open(path, os.O_RDONLY)

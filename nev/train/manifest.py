@@ -36,9 +36,10 @@ def read_manifest(location: str) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(fs.cat_file(f"{path}/state.json"))
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{location}: not a checkpoint (there is no state.json in it). Checkpoints lie in RUN/checkpoints/step-..."
-        ) from None
+        runs = (location, location.rstrip("/").rpartition("/checkpoints")[0])
+        near = [found for run in runs if run for found in checkpoints(run)]
+        there = f"There are {', '.join(near)}." if near else "Checkpoints lie in RUN/checkpoints/step-..."
+        raise CheckpointError(f"{location}: not a checkpoint (there is no state.json in it). {there}") from None
     except ValueError as error:
         raise CheckpointError(f"{location}/state.json: damaged ({error})") from error
     except storage_errors() as error:

@@ -33,7 +33,7 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("txt", "json", "cls")
 MAX_TEXT_BYTES = 2**20
-MAX_TAIL_BYTES = 2**20  # tar fills its last record with zeros: 10 KiB, or what it was told
+MAX_TAIL_BYTES = 2**16  # tar fills its last record with zeros: of 10 KiB, or what it was told
 AHEAD_BYTES = 8 * 2**20  # of a tar on S3: one request
 NUMBER = re.compile(r"[+-]?\d+")
 
