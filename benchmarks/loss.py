@@ -24,7 +24,11 @@ NOTES = (
     "flops: the three matrix products of nev's loss, 6 N^2 D, over its seconds. gemm_flops: a product of one tile, again and "
     "again, by torch's way (MKL) or oneDNN's, whichever is faster. gradient_difference: largest, over the largest gradient, at "
     "the least N.",
+    "collectives, sent_mib: of a forward and backward on 4 gloo processes of N / 4 pairs, the greatest N, as torch.distributed "
+    "dispatches them, and what a ring sends from each rank for them. open_clip: --local-loss --gather-with-grad, as NCCL would "
+    "be asked; unlocked: the texts want a gradient.",
 )
+WORLD = 4
 
 
 def main(
@@ -37,7 +41,7 @@ def main(
     ] = report.RESULTS,
 ) -> None:
     """Measure the contrastive loss beside open_clip's; writes benchmarks/results/loss.json."""
-    from benchmarks.contestants import losses, open_clip
+    from benchmarks.contestants import collectives, losses, open_clip
     from benchmarks.contestants.processes import in_own_process
 
     console = Console()
@@ -73,6 +77,15 @@ def main(
         figures = report.measure_interleaved(contestants, repetitions, console) | beside
         if "open_clip" in names:
             figures["gradient_difference"] = [in_own_process(losses.difference, min(sizes), width)]
+        for locked in (True, False):
+            kind = "" if locked else "unlocked_"
+            for name in names:
+                sent = collectives.traffic(name, WORLD, max(sizes) // WORLD, width, locked)
+                figures |= {f"{name}_{kind}collectives": [sent.collectives], f"{name}_{kind}sent_mib": [sent.mib]}
+            if "open_clip" in names:
+                ratios[f"{kind}sent_vs_open_clip"] = report.Ratio(
+                    f"nev_{kind}sent_mib", f"open_clip_{kind}sent_mib", None, at_most=True
+                )
         for n in alone or []:
             found = in_own_process(losses.cost, "nev", n, width)
             figures |= {f"nev_{n}_s": [found.seconds], f"nev_{n}_mib": [found.mib]}

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import data, loss, report, step, train
-from benchmarks.contestants import losses, open_clip, pictures, processes, ray_job, steps, streams
+from benchmarks.contestants import collectives, losses, open_clip, pictures, processes, ray_job, steps, streams
 from nev.config import Experiment
 from nev.config_file import load
 
@@ -240,6 +240,12 @@ def test_loss_reports_its_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return 1e9 if contestant is losses.gemm_flops else 1e-7
 
     monkeypatch.setattr(processes, "in_own_process", answer)
+
+    def sent(name: str, world: int, rows: int, width: int, locked: bool) -> collectives.Traffic:
+        assert (world, rows, width) == (4, 512, 64)
+        return collectives.Traffic(3, (1.0 if name == "nev" else 4.0) * (1 if locked else 2))
+
+    monkeypatch.setattr(collectives, "traffic", sent)
     monkeypatch.setattr(open_clip, "not_installed", list)
     loss.main(width=64, sizes=[1024, 2048], alone=[4096], repetitions=2, results=tmp_path)
     written = json.loads((tmp_path / "loss.json").read_text())
@@ -248,6 +254,18 @@ def test_loss_reports_its_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert written["ratios"]["flops_vs_gemm"] == pytest.approx(6 * 2048**2 * 64 / 2 / 1e9, rel=1e-3)
     assert written["figures"]["nev_4096_s"] == 2.0
     assert written["figures"]["gradient_difference"] == 1e-7
+    assert written["ratios"]["sent_vs_open_clip"] == written["ratios"]["unlocked_sent_vs_open_clip"] == 0.25
+    assert written["figures"]["open_clip_unlocked_sent_mib"] == 8.0
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_what_a_loss_sends_is_counted(locked: bool) -> None:
+    found = collectives.traffic("nev", 2, 8, 16, locked)
+    texts = 16 * 17 * (2 if locked else 4)  # N (D + 1) numbers, half of them from each rank
+    columns = 2 * 4 * (16 + 18)  # N in one all-reduce, N + 2 in the next
+    gradient = 0 if locked else 4 * 16 * 16
+    assert found.collectives == (3 if locked else 4)
+    assert found.mib * 2**20 == (texts + columns + gradient) / 2
 
 
 def test_step_reports_its_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
