@@ -118,7 +118,14 @@ def test_every_number_reaches_the_run(
         block["block"] = np.full(2, number)
         blocks.append(block)
     reported: dict[int, dict[str, float]] = {}
-    train(task, me, learner, start, iter(blocks), lambda step, metrics: reported.setdefault(step, metrics) and None)
+    train(
+        task,
+        me,
+        learner,
+        start,
+        iter(blocks),
+        lambda step, metrics, notes=(): reported.setdefault(step, metrics) and None,
+    )
 
     decayed, plain = learner.optimizer.param_groups
     for group in (decayed, plain):

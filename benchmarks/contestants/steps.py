@@ -31,23 +31,31 @@ def experiment(batch: int, part: int | None) -> Experiment:
 
 def cost(images: int, batch: int, part: int | None) -> Cost:
     """What training on `images` images costs, `batch` a step. mib: all that the run takes, its weights and images included."""
+    return cost_of(experiment(batch, part), images // batch)
+
+
+def cost_of(config: Experiment, steps: int) -> Cost:
+    """The same of some steps of an experiment, on made-up images."""
     from nev.models.vision import build_vision
     from nev.train.optim import make_optimizer
     from nev.train.step import Batch, LockedTextModel, choose_precision, train_step
+    from nev.train.tower import make_ready
 
-    config, device = experiment(batch, part), torch.device("cpu")
+    batch, size, device = config.train.global_batch, config.data.image_size, torch.device("cpu")
     before = resident_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     torch.manual_seed(0)
-    model = LockedTextModel(build_vision(config.vision, SIZE, WIDTH), config.loss).train()
+    vision = build_vision(config.vision, size, WIDTH)
+    make_ready(vision, config.train)
+    model = LockedTextModel(vision, config.loss).train()
     optimizer = make_optimizer(model, config.optim)
     given = Batch(
-        torch.randint(0, 256, (batch, SIZE, SIZE, 3), dtype=torch.uint8),
+        torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8),
         normalize(torch.randn(batch, WIDTH)).half(),
         torch.ones(batch, dtype=torch.bool),
     )
     precision = choose_precision("fp32", device)
     begin = time.perf_counter()
-    for _ in range(images // batch):
+    for _ in range(steps):
         train_step(model, optimizer, given, config, precision)
     return Cost(time.perf_counter() - begin, resident_mib("VmHWM") - before)

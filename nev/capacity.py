@@ -1,0 +1,188 @@
+"""How much memory a training step takes, and what its ranks say to each other, before there is a machine for it.
+
+The vision tower is built without weights and run once, forward and backward, on tensors that have shapes and no memory (torch's
+FakeTensorMode): what is alive at each moment is counted as it would be allocated. The rest of a step is counted from its shapes.
+Not in it: what the process takes before it has a model (torch alone some 300 MiB), blocks in Ray's object store, and what
+torch.compile saves.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nev.config import Experiment
+from nev.losses.tiles import GPU_TILE_COLUMNS, GPU_TILE_ROWS, TILE_COLUMNS, TILE_ROWS
+from nev.models.vision import VisionTower, build_vision
+from nev.train.step import LockedTextModel
+from nev.train.tower import make_ready
+
+BUCKET_BYTES = 25 * 2**20  # DDP's default
+FP32, FP16 = 4, 2
+SLACK = 0.12  # measured with glibc's allocator and oneDNN: `benchmarks/results/capacity.json`
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Bytes of one rank at the peak of a step.
+
+    weights: parameters and buffers; gradients: of all parameters, under DDP its buckets; optimiser: AdamW's two moments;
+    activations: what the tower keeps for its backward and needs beside, of a micro-batch; images: the rank's share of the
+    batch, uint8; embeddings: of the images and of all texts, and their gradients; tiles: of the loss. The loss and the
+    tower's backward may not be at their peak together, so `alive` is at most the sum. slack: for what the allocator keeps for
+    later and kernels want beside; peak: with it.
+    """
+
+    weights: int
+    gradients: int
+    optimiser: int
+    activations: int
+    images: int
+    embeddings: int
+    tiles: int
+    alive: int
+    slack: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class Collective:
+    """What is said between the ranks a step: kind, what for, how often, and bytes of the whole buffer in all."""
+
+    kind: str
+    what: str
+    count: int
+    nbytes: int
+
+
+def capacity(config: Experiment, text_width: int, bf16: bool = False, gpu: bool = False) -> Capacity:
+    """The memory of a rank. bf16: under autocast; gpu: with its larger tiles. Raises ConfigError as `build_vision` does."""
+    world, batch = config.workers.count, config.train.global_batch
+    local = batch // world
+    part = min(config.train.micro_batch or local, local)
+    with torch.device("meta"):
+        vision = build_vision(
+            config.vision.model_copy(update={"pretrained": False, "weights": None}), config.data.image_size, text_width
+        )
+        model = LockedTextModel(vision, config.loss).train()
+    make_ready(vision, config.train.model_copy(update={"compile": False}))
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    learned = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    kept, tower = tower_bytes(vision, part, config.data.image_size, bf16)
+    images = local * config.data.image_size**2 * 3
+    levels = max(1, len(config.loss.matryoshka))
+    # The texts as they come (one process has its own alone), log-sum-exps of the columns, and of the images the embedding,
+    # its working copy, that times the scale, and the gradient.
+    texts = local * text_width * FP16 if world == 1 else batch * (text_width + 1) * FP16 + local * text_width * FP16
+    nested = 2 * bool(config.loss.matryoshka)  # segments of the images apart, and their sums
+    embeddings = texts + 4 * levels * batch * FP32 + (4 + nested) * local * text_width * FP32
+    rows, columns = (GPU_TILE_ROWS, GPU_TILE_COLUMNS) if gpu else (TILE_ROWS, TILE_COLUMNS)
+    rows, columns = min(rows, local), min(columns, batch)
+    at_once = 2 * levels + 4 if nested else 3 if config.loss.kind == "sigmoid" else 2 + gpu
+    tiles = FP32 * (at_once * rows * columns + 2 * columns * text_width + rows * text_width)
+    whole = part == local
+    # Whole, the loss is taken while all that the backward needs is there; in parts, while nothing of it is.
+    at_loss = embeddings + tiles + (kept if whole else 0)
+    at_backward = embeddings + tower
+    steady = weights + 2 * learned + images
+    gradients = (
+        learned if world > 1 or not whole else 0
+    )  # else they come as the activations go, and are counted with these
+    alive = steady + gradients + max(at_loss, at_backward)
+    slack = int(SLACK * alive)
+    return Capacity(
+        weights=weights,
+        gradients=learned,
+        optimiser=2 * learned,
+        activations=tower,
+        images=images,
+        embeddings=embeddings,
+        tiles=tiles,
+        alive=alive,
+        slack=slack,
+        peak=alive + slack,
+    )
+
+
+def collectives(config: Experiment, text_width: int, learned: int) -> list[Collective]:
+    """What the ranks say to each other a step; `learned`: bytes of the gradients. None for a process alone."""
+    if config.workers.count == 1:
+        return []
+    batch, levels = config.train.global_batch, max(1, len(config.loss.matryoshka))
+    texts = Collective("all_gather", "texts", 1, batch * (text_width + 1) * FP16)
+    columns = Collective("all_reduce", "columns", 2, (2 * levels * batch + 2) * FP32)
+    counts = Collective("all_reduce", "loss and counts", 1, 2 * FP32)
+    gradients = Collective("all_reduce", "gradients (DDP)", math.ceil(learned / BUCKET_BYTES), learned)
+    return [texts, counts if config.loss.kind == "sigmoid" else columns, gradients]
+
+
+def tower_bytes(vision: VisionTower, rows: int, size: int, bf16: bool) -> tuple[int, int]:
+    """(what it keeps for its backward, its peak) over a forward and backward of `rows` images beyond its weights, in bytes."""
+    with FakeTensorMode():
+        _without_memory(vision)
+        live = Live()
+        for tensor in (*vision.parameters(), *vision.buffers()):
+            live.see(tensor)
+        weights = live.now
+        with live:
+            pixels = torch.empty(rows, size, size, 3).permute(0, 3, 1, 2)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                vectors = vision(pixels)
+            kept = live.now - weights
+            torch.autograd.backward(vectors, torch.empty_like(vectors))
+        return kept, live.peak - weights
+
+
+def _without_memory(module: nn.Module) -> None:
+    """Give every parameter and buffer a shape on the CPU, and nothing behind it."""
+    for one in module.modules():
+        for name, parameter in one._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                one._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        for name, buffer in one._buffers.items():
+            if buffer is not None:
+                one._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes that are alive, and the most that ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def see(self, tensor: Tensor) -> None:
+        """Count the memory of a tensor until it goes, once."""
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, storage.nbytes())
+
+    def _gone(self, nbytes: int) -> None:
+        self.now -= nbytes
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and count what it gives."""
+        found = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, Tensor):
+                self.see(leaf)
+        return found
+
+
+def table(found: Capacity) -> list[tuple[str, int]]:
+    """The parts in the order of `Capacity`, the peak last."""
+    return [(field.name, getattr(found, field.name)) for field in fields(found)]

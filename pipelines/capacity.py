@@ -1,0 +1,54 @@
+"""How much memory a step of an experiment takes on each worker, and what the workers say to each other; nothing is trained.
+
+python pipelines/capacity.py --config configs/nomic_embed_vision_v1_5.yaml --set train.micro_batch=256
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from nev.cli import ConfigFile, Overrides, command, explained
+from nev.config_file import load
+
+EXAMPLE = "python pipelines/capacity.py --config configs/nomic_embed_vision_v1_5.yaml --set train.micro_batch=256"
+
+
+def main(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    width: Annotated[int, typer.Option(min=1, help="Numbers of a text vector.")] = 768,
+) -> None:
+    """Print the bytes of a worker at the peak of a step, by what they are for, and the collectives of a step."""
+    console = Console()
+    with explained(console):
+        experiment = load(config, overrides or [])
+        from nev.capacity import capacity, collectives, table
+
+        gpu = experiment.workers.gpus > 0
+        bf16 = experiment.train.precision == "bf16" or (experiment.train.precision == "auto" and gpu)
+        found = capacity(experiment, width, bf16, gpu)
+        said = collectives(experiment, width, found.gradients)
+    shown = Table(title=f"{experiment.name}: a worker of {experiment.workers.count}", title_justify="left")
+    shown.add_column("")
+    shown.add_column("bytes", justify="right")
+    for name, nbytes in table(found):
+        shown.add_row(name, decimal(nbytes), style="bold" if name == "peak" else None)
+    console.print(shown)
+    if said:
+        spoken = Table(title="collectives a step", title_justify="left")
+        for column in ("kind", "what", "count", "bytes"):
+            spoken.add_column(column, justify="right" if column in ("count", "bytes") else "left")
+        for one in said:
+            spoken.add_row(one.kind, one.what, str(one.count), decimal(one.nbytes))
+        console.print(spoken)
+
+
+app = command(main, EXAMPLE)
+
+if __name__ == "__main__":
+    app()

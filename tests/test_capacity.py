@@ -1,0 +1,165 @@
+"""The memory of a step, told beforehand: against what is alive in a real one, byte by byte, and against a process's peak."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+from typer.testing import CliRunner
+
+from nev.capacity import Live, capacity, collectives
+from nev.config import Experiment
+from nev.config_file import parse, to_yaml
+from nev.models.vision import build_vision
+from nev.train.optim import make_optimizer
+from nev.train.step import Batch, LockedTextModel, choose_precision, train_step
+from nev.train.tower import make_ready
+
+CPU = torch.device("cpu")
+WIDTH = 48
+TRUNK = {"patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2}
+
+
+def experiment(batch: int = 64, **sections: Any) -> Experiment:
+    raw: dict[str, Any] = {
+        "name": "capacity",
+        "data": {"train": "nowhere", "image_size": 32, "block_rows": 16},
+        "vision": {"trunk": "vit_tiny_patch16_224", "trunk_args": TRUNK, "pool": "map"},
+        "optim": {"lr": 1e-4},
+        "train": {"global_batch": batch, "steps": 1, "precision": "fp32", **sections.pop("train", {})},
+        **sections,
+    }
+    return parse(Experiment, raw)
+
+
+def one_step(config: Experiment, live: Live | None = None) -> None:
+    """Two training steps of a process alone; the second under `live`."""
+    rows, size = config.train.global_batch, config.data.image_size
+    vision = build_vision(config.vision, size, WIDTH)
+    make_ready(vision, config.train)
+    model = LockedTextModel(vision, config.loss).train()
+    optimizer = make_optimizer(model, config.optim)
+    given = Batch(
+        torch.randint(0, 256, (rows, size, size, 3), dtype=torch.uint8),
+        normalize(torch.randn(rows, WIDTH)).half(),
+        torch.ones(rows, dtype=torch.bool),
+    )
+    precision = choose_precision(config.train.precision, CPU)
+    train_step(model, optimizer, given, config, precision)
+    if live:
+        optimizer.zero_grad(set_to_none=True)
+        state = [one for slots in optimizer.state.values() for one in slots.values()]
+        for tensor in (*model.parameters(), *model.buffers(), *given, *state):
+            live.see(tensor)
+        with live:
+            train_step(model, optimizer, given, config, precision)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"train": {"micro_batch": 16}},
+        {"train": {"activation_checkpointing": True}},
+        {"train": {"precision": "bf16"}},
+        {"batch": 2048, "train": {"micro_batch": 16}},
+        {"batch": 2048, "train": {"micro_batch": 16}, "loss": {"kind": "sigmoid"}},
+        {"batch": 2048, "train": {"micro_batch": 16}, "loss": {"matryoshka": {8: 1.0, 16: 1.0, WIDTH: 1.0}}},
+        {"vision": {"trunk": "eva02_tiny_patch14_224", "trunk_args": {"patch_size": 8, "depth": 3}, "pool": "nomic"}},
+    ],
+    ids=["whole", "in parts", "few activations", "bf16", "large", "large sigmoid", "large nested", "eva02"],
+)
+def test_the_peak_is_what_is_alive_in_a_real_step(sections: dict[str, Any]) -> None:
+    config = experiment(**sections)
+    live = Live()
+    one_step(config, live)
+    told = capacity(config, WIDTH, bf16=config.train.precision == "bf16")
+    assert told.alive == pytest.approx(live.peak, rel=0.1)
+
+
+def test_nothing_is_allocated_and_a_large_tower_is_told_in_seconds() -> None:
+    config = experiment(
+        batch=65536,
+        vision={"trunk": "vit_large_patch16_224", "pool": "map"},
+        data={"train": "nowhere", "image_size": 224, "block_rows": 256},
+        train={"micro_batch": 256},
+        workers={"count": 16},
+    )
+    told = capacity(config, 768, bf16=True, gpu=True)
+    parameters = 303e6
+    assert told.weights == pytest.approx(4 * parameters, rel=0.1)
+    assert told.optimiser == pytest.approx(2 * told.weights, rel=0.01)
+    assert told.images == 4096 * 224 * 224 * 3
+    assert told.peak > told.weights + told.gradients + told.optimiser + told.images
+
+
+def test_the_parts_follow_the_settings() -> None:
+    small, large = (capacity(experiment(batch=512, train={"micro_batch": part}), WIDTH) for part in (16, 128))
+    assert small.activations < large.activations / 6
+    assert small.images == large.images
+    few = capacity(experiment(train={"activation_checkpointing": True}), WIDTH)
+    assert few.activations < capacity(experiment(), WIDTH).activations / 2
+
+
+RSS = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}]
+from test_capacity import experiment, one_step, real
+
+def resident(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+one_step(experiment(batch=16))  # the process, its threads and its libraries
+Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS")
+one_step(real())
+print(resident("VmHWM") - before)
+"""
+
+
+def real() -> Experiment:
+    return experiment(
+        batch=64,
+        vision={"trunk": "vit_small_patch16_224", "pool": "map"},
+        data={"train": "nowhere", "image_size": 224, "block_rows": 16},
+        train={"micro_batch": 32},
+    )
+
+
+def test_the_peak_of_a_process_is_within_15_percent() -> None:
+    code = RSS.format(tests=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert capacity(real(), WIDTH).peak == pytest.approx(int(done.stdout), rel=0.15)
+
+
+def test_what_is_said_between_ranks() -> None:
+    assert collectives(experiment(), WIDTH, 1000) == []
+    said = collectives(experiment(batch=64, workers={"count": 4}), WIDTH, 60 * 2**20)
+    assert [(one.kind, one.count, one.nbytes) for one in said] == [
+        ("all_gather", 1, 64 * (WIDTH + 1) * 2),
+        ("all_reduce", 2, (2 * 64 + 2) * 4),
+        ("all_reduce", 3, 60 * 2**20),
+    ]
+    sigmoid = collectives(experiment(workers={"count": 4}, loss={"kind": "sigmoid"}), WIDTH, 1000)
+    assert [one.nbytes for one in sigmoid[1:]] == [8, 1000]
+
+
+def test_the_command_prints_a_table(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location(
+        "capacity_pipeline", Path(__file__).parents[1] / "pipelines/capacity.py"
+    )
+    assert spec
+    assert spec.loader
+    pipeline = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pipeline)
+    (tmp_path / "x.yaml").write_text(to_yaml(experiment(workers={"count": 4})))
+    done = CliRunner().invoke(pipeline.app, ["--config", str(tmp_path / "x.yaml"), "--width", "48"])
+    assert done.exit_code == 0, done.output
+    for word in ("activations", "peak", "all_gather", "gradients (DDP)"):
+        assert word in done.output
