@@ -36,8 +36,9 @@ SETTINGS: dict[str, tuple[dict[str, Any], int, int, dict[str, Any]]] = {
     "narrow_batch_4096_in_parts_of_256": (NARROW, 32, 4096, {"micro_batch": 256}),
 }
 NOTES = (
-    "Float32, AdamW, one process on every core, texts of 384 numbers. told: the peak of nev.capacity. measured: the peak of a fresh "
-    "process over two steps, less what it took before it built the model; glibc's allocator as it is.",
+    "Float32, AdamW, one process on every core, texts of 384 numbers. told: the peak of nev.capacity. measured: the peak of a "
+    "fresh process over two steps, less what it took before it built the model, with the libraries' own first calls in it; "
+    "glibc's allocator as it is.",
 )
 
 

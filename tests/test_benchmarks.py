@@ -13,7 +13,7 @@ import pytest
 import typer
 from rich.console import Console
 
-from benchmarks import data, loss, report, step, train
+from benchmarks import capacity, data, loss, report, step, train
 from benchmarks.contestants import collectives, losses, open_clip, pictures, processes, ray_job, steps, streams
 from nev.config import Experiment
 from nev.config_file import load
@@ -266,6 +266,18 @@ def test_what_a_loss_sends_is_counted(locked: bool) -> None:
     gradient = 0 if locked else 4 * 16 * 16
     assert found.collectives == (3 if locked else 4)
     assert found.mib * 2**20 == (texts + columns + gradient) / 2
+
+
+def test_capacity_reports_what_was_told_over_what_was_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(contestant: object, config: Experiment, count: int) -> losses.Cost:
+        assert contestant is steps.cost_of
+        return losses.Cost(1.0, 1000.0)
+
+    monkeypatch.setattr(processes, "in_own_process", answer)
+    monkeypatch.setattr(capacity, "SETTINGS", {"narrow": (capacity.NARROW, 32, 64, {"micro_batch": 32})})
+    capacity.main(repetitions=1, results=tmp_path)
+    written = json.loads((tmp_path / "capacity.json").read_text())
+    assert written["ratios"]["told_vs_measured_narrow"] == pytest.approx(written["figures"]["narrow_told_mib"] / 1000)
 
 
 def test_step_reports_its_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
