@@ -1,5 +1,6 @@
 """Steps that go wrong: skipped on every rank alike, counted, told with their place in the plan, and too many end the run."""
 
+import io
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ import torch
 from gloo_helpers import on_ranks
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from test_gradcache import batch, experiment, made
 from test_train import blocks, weights
 from torch import Tensor
@@ -18,10 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from nev.config import Experiment, Guards
 from nev.data.block import Block
 from nev.models.text import TextTower, load_text
+from nev.tracking import Tracker
 from nev.train.guards import MEMORY, WINDOW, Diverged, History, judge
 from nev.train.job import Job, where
 from nev.train.loop import Rank, train
 from nev.train.manifest import latest, read_manifest
+from nev.train.monitor import Post, Watcher, open_board
 from nev.train.optim import make_optimizer
 from nev.train.setup import prepare_job, train_reader
 from nev.train.step import Batch, LockedTextModel, Precision, choose_precision, train_step
@@ -240,3 +244,34 @@ def test_the_limit_and_the_bound_may_change_between_attempts(tiny: Make, text: T
     job = prepare_job(config, text)
     run(job, blocks(train_reader(config, text), job.plan, 0, 2))
     prepare_job(config.model_copy(update={"guards": Guards(max_skipped=0, spike_sigmas=None)}), text)
+
+
+@pytest.mark.ray
+def test_the_person_who_watches_is_told(ray_cluster: None, tmp_path: Path) -> None:
+    import ray
+
+    console = Console(file=io.StringIO(), width=60)
+    board = open_board(str(tmp_path))
+    watcher = Watcher(board, Silent(), console, total_steps=9, first_step=0)
+    ray.get(
+        board.post.remote(
+            Post(4, {"loss": 1.0}, notes=("step 3: [no] finite loss and gradient, and a line that no width may break",))
+        )
+    )
+    watcher.read()
+    ray.kill(board)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown.splitlines()[0] == "step 3: [no] finite loss and gradient, and a line that no width may break"
+
+
+class Silent(Tracker):
+    """A tracker that nobody reads."""
+
+    def __init__(self) -> None:
+        pass
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass

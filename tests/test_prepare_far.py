@@ -242,6 +242,23 @@ def test_a_shard_that_cannot_be_written_is_named_and_absent(s3: Proxy, impatient
     assert len(again) == SHARDS - 2
 
 
+def test_a_prefix_that_cannot_be_listed_is_not_taken_for_an_empty_one(s3: Proxy, impatient: None) -> None:
+    target: Any = "s3://bucket/out/set"
+    make(target)
+    for allowed in range(3):  # the first listings only ask whether anything is there
+        left = iter(range(allowed))
+
+        def rule(method: str, path: str, span: str, before: int, left: Iterator[int] = left) -> str | None:
+            listing = method == "GET" and path.rstrip("/") == "/bucket"
+            return "403" if listing and next(left, None) is None else None
+
+        s3.rule = rule
+        with pytest.raises((DataError, ConfigError), match=r"s3://bucket/out/set.*(Denied|Forbidden|already holds 5)"):
+            prepare(source(20), target, layout=LAYOUT)
+        s3.reset()
+    assert len(filesystem("s3://bucket")[0].glob("bucket/out/set/*.parquet")) == SHARDS
+
+
 def test_what_s3_lacks_is_named(s3: Proxy, tmp_path: Path) -> None:
     fs, _ = filesystem("s3://bucket")
     fs.pipe_file("bucket/in/_own/0.tar", b"x")
