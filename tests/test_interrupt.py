@@ -60,7 +60,7 @@ def test_prepare_is_interrupted_and_goes_on(tmp_path: Path) -> None:
     command += ["--template", "a {}", "--output", "out"]
     begun = tmp_path / "out" / "_prepare" / "job.json"
     status, _, errors = interrupted(command, begun.exists, tmp_path)
-    assert status == 130
+    assert status == 130, errors
     assert errors.endswith("interrupted. The same command goes on with what is done.\n")
     assert not list((tmp_path / "out").glob("*.parquet"))
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=WAIT_S)
