@@ -196,20 +196,19 @@ def _infonce(x: Tensor, gathering: Gathering, levels: Sequence[Level], back: Bac
             for one, scores in zip(sums, tile.scores, strict=True):
                 one.see(tile.rows, tile.columns, scores)
 
-    lambdas = x.new_tensor([level.weight for level in levels])[:, None]
     shifts = torch.stack([one.shift for one in sums])
     columns = torch.stack([one.column for one in sums])
     column_max = highest(columns, shifts[:, None], valid_texts, gathering)
     rows, pairs = (torch.stack([getattr(one, name) for one in sums]) for name in ("row", "own"))
     terms = torch.where(valid, rows - pairs + column_max[:, own] - pairs, 0)
-    counts = torch.stack([(lambdas * terms).sum(), best.correct(first, valid).to(x.dtype)])
+    counts = torch.stack([_weighted(terms, levels), best.correct(first, valid).to(x.dtype)])
     added = torch.cat([(columns - column_max).exp_().flatten(), counts])
     if world > 1:
         dist.all_reduce(added, dist.ReduceOp.SUM, gathering.group)
     log_sums = torch.where(valid_texts, added[:-2].view(len(levels), -1), 1).log()
     count = valid_texts.sum()
     mean = 1 / count.clamp(min=1).to(x.dtype)
-    loss = (added[-2] + (lambdas * log_sums).sum()) * mean * 0.5
+    loss = (added[-2] + _weighted(log_sums, levels)) * mean * 0.5
     correct = added[-1].round().long()
     if back is None:
         return Computed(loss, correct, count, (None, None, None))
@@ -249,6 +248,12 @@ def _sigmoid(x: Tensor, gathering: Gathering, levels: Sequence[Level], bias: Ten
     mean = 1 / count.clamp(min=1).to(x.dtype)
     ends = (None,) * 4 if back is None else back.finish(gathering, mean, bias=True)
     return Computed(added[0] * mean, added[1].round().long(), count, ends)
+
+
+def _weighted(terms: Tensor, levels: Sequence[Level]) -> Tensor:
+    """The sum of [L, n], each level times its weight. (A tensor of weights would be sent to the device at every step.)"""
+    parts = [level.weight * part.sum() for level, part in zip(levels, terms, strict=True)]
+    return torch.stack(parts).sum()
 
 
 def _inverse_norms(rows: Tensor) -> Tensor:

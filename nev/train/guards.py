@@ -175,7 +175,7 @@ def told(finding: Finding, run: str) -> str:
 
 
 def write(findings: list[Finding], run: str) -> None:
-    """Write findings to `<run>/guards/step-XXXXXXXX.json`, one file a step, so that a repeated step overwrites itself."""
+    """Write findings to `<run>/guards/step-00001234.json`, one file a step, so that a repeated step overwrites itself."""
     for finding in findings:
         location = join(run, "guards", f"step-{finding.step:08d}.json")
         with naming(location, "written"):
