@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from nev.config import Experiment
 from nev.losses.tiles import GPU_TILE_COLUMNS, GPU_TILE_ROWS, TILE_COLUMNS, TILE_ROWS
 from nev.models.vision import VisionTower, build_vision
-from nev.train.step import LockedTextModel
+from nev.train.step import DualEncoder
 from nev.train.tower import make_ready
 
 BUCKET_BYTES = 25 * 2**20  # DDP's default
@@ -72,7 +72,7 @@ def capacity(config: Experiment, text_width: int, bf16: bool = False, gpu: bool 
         vision = build_vision(
             config.vision.model_copy(update={"pretrained": False, "weights": None}), config.data.image_size, text_width
         )
-        model = LockedTextModel(vision, config.loss).train()
+        model = DualEncoder(vision, config.loss).train()
     make_ready(vision, config.train.model_copy(update={"compile": False}))
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     learned = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)

@@ -150,6 +150,7 @@ class Train(Section):
 
     `micro_batch`: images a worker embeds at a time, where its share of the global batch does not fit in memory.
     `activation_checkpointing`: keep less for the backward, compute it again. `compile`: torch.compile the vision tower.
+    `fsdp`: split weights, gradients and moments over the workers, for a trunk that does not fit on one.
     """
 
     global_batch: Positive
@@ -160,6 +161,7 @@ class Train(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     activation_checkpointing: bool = False
     compile: bool = False
+    fsdp: bool = False
     log_every: Positive = 10
     checkpoint_every: Positive = 500
     keep_last: Positive = 2

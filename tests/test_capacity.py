@@ -16,7 +16,7 @@ from nev.config import Experiment
 from nev.config_file import parse, to_yaml
 from nev.models.vision import build_vision
 from nev.train.optim import make_optimizer
-from nev.train.step import Batch, LockedTextModel, choose_precision, train_step
+from nev.train.step import Batch, DualEncoder, choose_precision, train_step
 from nev.train.tower import make_ready
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def one_step(config: Experiment, live: Live | None = None) -> None:
     rows, size = config.train.global_batch, config.data.image_size
     vision = build_vision(config.vision, size, WIDTH)
     make_ready(vision, config.train)
-    model = LockedTextModel(vision, config.loss).train()
+    model = DualEncoder(vision, config.loss).train()
     optimizer = make_optimizer(model, config.optim)
     given = Batch(
         torch.randint(0, 256, (rows, size, size, 3), dtype=torch.uint8),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nev.config import Optim
 from nev.train import checkpoint, manifest
+from nev.train.checkpoint import gather_tensors
 from nev.train.manifest import CheckpointError, State
 from nev.train.optim import make_optimizer
 from nev.train.rng import gather_rng, restore_rng
@@ -43,7 +44,7 @@ def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 def test_resumed_training_equals_undisturbed_bit_for_bit(tmp_path: Path) -> None:
     model, optimizer = trained()
-    location = checkpoint.save(str(tmp_path), state(2), model, optimizer, gather_rng(CPU, 1))
+    location = checkpoint.save(str(tmp_path), state(2), gather_tensors(model, optimizer), gather_rng(CPU, 1))
     for _ in range(3):
         step(model, optimizer)
 
@@ -72,8 +73,8 @@ def test_another_world_size_draws_differently_on_each_rank() -> None:
 
 def test_folder_without_manifest_is_not_a_checkpoint(tmp_path: Path) -> None:
     model, optimizer = trained()
-    older = checkpoint.save(str(tmp_path), state(1), model, optimizer, gather_rng(CPU, 1))
-    newer = checkpoint.save(str(tmp_path), state(2), model, optimizer, gather_rng(CPU, 1))
+    older = checkpoint.save(str(tmp_path), state(1), gather_tensors(model, optimizer), gather_rng(CPU, 1))
+    newer = checkpoint.save(str(tmp_path), state(2), gather_tensors(model, optimizer), gather_rng(CPU, 1))
     assert manifest.latest(str(tmp_path)) == newer
     Path(newer, "state.json").unlink()  # as a process that died before its last write would leave it
     assert manifest.latest(str(tmp_path)) == older
@@ -83,14 +84,14 @@ def test_folder_without_manifest_is_not_a_checkpoint(tmp_path: Path) -> None:
         checkpoint.load(str(tmp_path))
     with pytest.raises(CheckpointError, match=r"not a checkpoint .*Checkpoints lie in RUN/checkpoints/step-\.\.\."):
         checkpoint.load(str(tmp_path / "nothing"))
-    assert checkpoint.save(str(tmp_path), state(2), model, optimizer, gather_rng(CPU, 1)) == newer
+    assert checkpoint.save(str(tmp_path), state(2), gather_tensors(model, optimizer), gather_rng(CPU, 1)) == newer
     assert manifest.latest(str(tmp_path)) == newer
 
 
 @pytest.mark.parametrize("part", ["model.safetensors", "optimizer.safetensors", "rng.safetensors"])
 def test_damage_is_found_and_named(tmp_path: Path, part: str) -> None:
     model, optimizer = trained()
-    location = checkpoint.save(str(tmp_path), state(1), model, optimizer, gather_rng(CPU, 1))
+    location = checkpoint.save(str(tmp_path), state(1), gather_tensors(model, optimizer), gather_rng(CPU, 1))
     data = bytearray(Path(location, part).read_bytes())
     data[-1] ^= 1
     Path(location, part).write_bytes(data)
@@ -100,7 +101,7 @@ def test_damage_is_found_and_named(tmp_path: Path, part: str) -> None:
 
 def test_manifest_that_is_not_json_is_an_error(tmp_path: Path) -> None:
     model, optimizer = trained()
-    location = checkpoint.save(str(tmp_path), state(1), model, optimizer, gather_rng(CPU, 1))
+    location = checkpoint.save(str(tmp_path), state(1), gather_tensors(model, optimizer), gather_rng(CPU, 1))
     Path(location, "state.json").write_text("{")
     with pytest.raises(CheckpointError, match="damaged"):
         checkpoint.load(location)
@@ -108,7 +109,7 @@ def test_manifest_that_is_not_json_is_an_error(tmp_path: Path) -> None:
 
 def test_nothing_but_safetensors_and_json(tmp_path: Path) -> None:
     model, optimizer = trained()
-    location = checkpoint.save(str(tmp_path), state(1), model, optimizer, gather_rng(CPU, 1))
+    location = checkpoint.save(str(tmp_path), state(1), gather_tensors(model, optimizer), gather_rng(CPU, 1))
     assert sorted(path.name for path in Path(location).iterdir()) == [
         "model.safetensors",
         "optimizer.safetensors",
@@ -121,7 +122,7 @@ def test_nothing_but_safetensors_and_json(tmp_path: Path) -> None:
 def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     model, optimizer = trained()
     for number, score in enumerate([0.1, 0.9, 0.2, 0.3, 0.4], 1):
-        checkpoint.save(str(tmp_path), state(number, top1=score), model, optimizer, gather_rng(CPU, 1))
+        checkpoint.save(str(tmp_path), state(number, top1=score), gather_tensors(model, optimizer), gather_rng(CPU, 1))
     manifest.prune(str(tmp_path), keep_last=2, keep_best="top1")
     kept = [int(location.rsplit("-", 1)[1]) for location in manifest.checkpoints(str(tmp_path))]
     assert kept == [2, 4, 5]
@@ -132,6 +133,5 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
 def test_optimizer_state_of_another_model_is_refused() -> None:
     model, optimizer = trained()
     tensors = checkpoint.optimizer_tensors(model, optimizer)
-    other = nn.Sequential(nn.Linear(4, 8))
     with pytest.raises(CheckpointError, match="lacks"):
-        checkpoint.load_optimizer(other, make_optimizer(other, Optim(lr=0.1)), tensors)
+        checkpoint.refuse_unknown(nn.Sequential(nn.Linear(4, 8)), tensors)

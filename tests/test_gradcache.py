@@ -22,7 +22,7 @@ from nev.models.vision import build_vision
 from nev.train.gradcache import backward_in_parts, refuse_batch_norm
 from nev.train.optim import make_optimizer
 from nev.train.rng import rng_state
-from nev.train.step import Batch, LockedTextModel, Precision, train_step
+from nev.train.step import Batch, DualEncoder, Precision, train_step
 
 CPU = torch.device("cpu")
 ROWS, SIZE, WIDTH = 24, 16, 12
@@ -34,10 +34,10 @@ VALID = torch.arange(ROWS) % 7 != 3
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}  # the goal is 1e-6 in float64
 
 
-def made(learn_scale: bool = True, kind: str = "softmax") -> LockedTextModel:
+def made(learn_scale: bool = True, kind: str = "softmax") -> DualEncoder:
     torch.manual_seed(1)
     vision = build_vision(Vision(trunk="vit_tiny_patch16_224", trunk_args=TRUNK, pool="map"), SIZE, WIDTH)
-    return LockedTextModel(vision, Loss(kind=kind, init_scale=10.0, learn_scale=learn_scale)).double().train()
+    return DualEncoder(vision, Loss(kind=kind, init_scale=10.0, learn_scale=learn_scale)).double().train()
 
 
 def batch(dtype: torch.dtype = torch.float64) -> Batch:
@@ -49,7 +49,7 @@ def batch(dtype: torch.dtype = torch.float64) -> Batch:
 
 def embed(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     # In float64 throughout: VisionTower itself ends in float32.
-    vision = model.vision if isinstance(model, LockedTextModel) else None
+    vision = model.vision if isinstance(model, DualEncoder) else None
     pixels = images.permute(0, 3, 1, 2).double() / 255
     if vision is None:
         vectors, log_scale = model(pixels)

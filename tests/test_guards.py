@@ -23,13 +23,13 @@ from nev.models.text import TextTower, load_text
 from nev.tracking import Tracker
 from nev.train.guards import MEMORY, WINDOW, Diverged, History, judge
 from nev.train.job import Job, where
-from nev.train.loop import Rank, train
+from nev.train.learner import Rank, build, learner_of
+from nev.train.loop import train
 from nev.train.manifest import latest, read_manifest
 from nev.train.monitor import Post, Watcher, open_board
 from nev.train.optim import make_optimizer
 from nev.train.setup import prepare_job, train_reader
-from nev.train.step import Batch, LockedTextModel, Precision, choose_precision, train_step
-from nev.train.trainer import build_learner
+from nev.train.step import Batch, DualEncoder, Precision, choose_precision, train_step
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")
@@ -147,7 +147,7 @@ def _worker(rank: int) -> tuple[bool, Tensor]:
     return skipped, _weights(model)
 
 
-def _weights(model: LockedTextModel) -> Tensor:
+def _weights(model: DualEncoder) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
@@ -163,7 +163,7 @@ def test_all_ranks_skip_what_one_of_them_spoils(tmp_path: Path) -> None:
 
 def run(job: Job, stream: Iterator[Block]) -> tuple[dict[int, dict[str, float]], list[str]]:
     me = Rank(0, 1, CPU, choose_precision("fp32", CPU))
-    learner, start = build_learner(job, me)
+    learner, start = learner_of(build(job), job, me)
     reported: dict[int, dict[str, float]] = {}
     told: list[str] = []
 

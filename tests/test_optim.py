@@ -6,6 +6,7 @@ import itertools
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -39,11 +40,13 @@ def test_rate_stays_in_bounds_and_never_rises_after_warm_up(warmup: int, length:
 
 def test_decay_leaves_out_biases_norms_and_the_logit_scale() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    model.log_scale = nn.Parameter(torch.tensor(1.0))
     optimizer = make_optimizer(model, Optim(lr=0.1, betas=(0.8, 0.9), weight_decay=0.3, eps=1e-7))
-    decayed, plain = optimizer.param_groups
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    decayed, plain, scalars = optimizer.param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"], scalars["weight_decay"]) == (0.3, 0.0, 0.0)
     assert [tuple(p.shape) for p in decayed["params"]] == [(4, 3)]
     assert [p.ndim for p in plain["params"]] == [1, 1, 1]
+    assert scalars["params"] == [model.log_scale]
     assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
     set_learning_rate(optimizer, 0.5)
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}

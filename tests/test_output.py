@@ -25,6 +25,7 @@ from nev.errors import NevError
 from nev.experiment import Summary, evaluate_checkpoint, run_experiment
 from nev.tracking import Tracker, open_run
 from nev.train import checkpoint, manifest
+from nev.train.checkpoint import gather_tensors
 from nev.train.output import check_output
 from nev.train.quarantine import Quarantine
 from nev.train.trainer import first_cause
@@ -66,7 +67,7 @@ def test_checkpoints_are_kept_as_in_a_folder(fault: str, s3: Proxy, impatient: N
     s3.rule = lambda method, path, span, before: fault if before == 0 else None
     model, optimizer, rng = trained()
     for step, score in ((1, 0.1), (2, 0.9), (3, 0.5), (3, 0.4), (4, 0.2)):  # step 3 is reached twice
-        saved = checkpoint.save(RUN, state(step, score), model, optimizer, rng, {"more.bin": b"beside"})
+        saved = checkpoint.save(RUN, state(step, score), gather_tensors(model, optimizer), rng, {"more.bin": b"beside"})
         assert saved == manifest.latest(RUN) == step_folder(step)
     assert manifest.best(RUN, "score") == step_folder(2)
     manifest.prune(RUN, keep_last=1, keep_best="score")
@@ -82,22 +83,22 @@ def test_checkpoints_are_kept_as_in_a_folder(fault: str, s3: Proxy, impatient: N
 
 def test_a_checkpoint_is_there_with_its_last_request(s3: Proxy, impatient: None) -> None:
     model, optimizer, rng = trained()
-    checkpoint.save(RUN, state(1, 0.5), model, optimizer, rng)
+    checkpoint.save(RUN, state(1, 0.5), gather_tensors(model, optimizer), rng)
     puts = [path.rsplit("/", 1)[1] for method, path in s3.seen if method == "PUT"]
     assert sorted(puts[:-1]) == ["model.safetensors", "optimizer.safetensors", "rng.safetensors"]
     assert puts[-1] == "state.json", "the manifest comes last, and nothing is renamed, which S3 cannot do in one piece"
 
     s3.rule = lambda method, path, span, before: "403" if (method, path[-5:]) == ("PUT", ".json") else None
     with pytest.raises(StorageError, match=r"00002/state\.json cannot be written .*AWS_PROFILE"):
-        checkpoint.save(RUN, state(2, 0.5), model, optimizer, rng)
+        checkpoint.save(RUN, state(2, 0.5), gather_tensors(model, optimizer), rng)
     s3.reset()
     assert manifest.checkpoints(RUN) == [step_folder(1)]
-    assert checkpoint.save(RUN, state(2, 0.5), model, optimizer, rng) == manifest.latest(RUN)
+    assert checkpoint.save(RUN, state(2, 0.5), gather_tensors(model, optimizer), rng) == manifest.latest(RUN)
 
 
 def test_what_another_process_writes_and_removes_is_seen(s3: Proxy, impatient: None) -> None:
     model, optimizer, rng = trained()
-    checkpoint.save(RUN, state(1, 0.5), model, optimizer, rng)
+    checkpoint.save(RUN, state(1, 0.5), gather_tensors(model, optimizer), rng)
     assert manifest.checkpoints(RUN) == [step_folder(1)]
     other, path = another_process(), f"{PATH}/checkpoints/step-00000002"
     assert other is not filesystem(RUN)[0]
@@ -111,11 +112,11 @@ def test_what_another_process_writes_and_removes_is_seen(s3: Proxy, impatient: N
 
 def test_a_failure_for_good_names_the_object_and_what_to_do(s3: Proxy, impatient: None) -> None:
     model, optimizer, rng = trained()
-    checkpoint.save(RUN, state(1, 0.5), model, optimizer, rng)
+    checkpoint.save(RUN, state(1, 0.5), gather_tensors(model, optimizer), rng)
     attempts: dict[str, tuple[str, Callable[[], object]]] = {
         r"00002/model\.safetensors cannot be written": (
             "PUT",
-            lambda: checkpoint.save(RUN, state(2, 0.5), model, optimizer, rng),
+            lambda: checkpoint.save(RUN, state(2, 0.5), gather_tensors(model, optimizer), rng),
         ),
         "checkpoints cannot be listed": ("GET", lambda: manifest.latest(RUN)),
         "step-00000001 cannot be removed": ("DELETE", lambda: manifest.remove(step_folder(1))),

@@ -20,10 +20,10 @@ from nev.data.sidecar import write_sidecar
 from nev.models.text import load_text
 from nev.train import step as step_module
 from nev.train.job import Job
-from nev.train.loop import Rank, train
+from nev.train.learner import Rank, build, learner_of
+from nev.train.loop import train
 from nev.train.setup import prepare_job, text_key, train_reader
 from nev.train.step import choose_precision
-from nev.train.trainer import build_learner
 
 CONFIG = Path(__file__).parent.parent / "configs" / "nomic_embed_vision_v1_5.yaml"
 CPU = torch.device("cpu")
@@ -86,23 +86,23 @@ def test_every_number_reaches_the_run(
     assert task.total_steps == 3 * task.plan.steps_per_epoch, "three epochs"
 
     seen: dict[str, list[object]] = {"clip": [], "dtype": [], "pixels": []}
-    clip = torch.nn.utils.clip_grad_norm_
+    clip = step_module.clip_gradients
 
-    def watched_clip(parameters: list[torch.Tensor], max_norm: float) -> torch.Tensor:
-        seen["clip"].append(max_norm)
-        return clip(parameters, max_norm)
+    def watched_clip(parameters: list[torch.nn.Parameter], limit: float) -> torch.Tensor:
+        seen["clip"].append(limit)
+        return clip(parameters, limit)
 
     def watched_normalise(images: torch.Tensor, mean: object, std: object) -> torch.Tensor:
         seen["pixels"].append((tuple(images.shape), mean, std))
         return normalise(images, mean, std)
 
     normalise = step_module.normalise
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched_clip)
+    monkeypatch.setattr(step_module, "clip_gradients", watched_clip)
     monkeypatch.setattr(step_module, "normalise", watched_normalise)
 
     me = Rank(0, 1, CPU, choose_precision(config.train.precision, CPU))
     assert me.precision.dtype is torch.bfloat16
-    learner, start = build_learner(task, me)
+    learner, start = learner_of(build(task), task, me)
     tower = learner.model.vision
     for layer in tower.trunk.blocks.modules():
         if isinstance(
@@ -127,11 +127,10 @@ def test_every_number_reaches_the_run(
         lambda step, metrics, notes=(): reported.setdefault(step, metrics) and None,
     )
 
-    decayed, plain = learner.optimizer.param_groups
-    for group in (decayed, plain):
+    for group in learner.optimizer.param_groups:
         assert group["betas"] == (0.9, 0.95)
         assert group["weight_decay"] == 0.0
-    assert sum(len(group["params"]) for group in (decayed, plain)) == len(before)
+    assert sum(len(group["params"]) for group in learner.optimizer.param_groups) == len(before)
     assert [reported[step]["learning_rate"] for step in (1, 2)] == pytest.approx([1e-3 / 2000, 2e-3 / 2000])
     assert seen["clip"] == [1.0, 1.0]
     shape, mean, std = seen["pixels"][0]  # type: ignore[misc]

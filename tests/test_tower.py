@@ -17,7 +17,7 @@ from nev.losses import tiles
 from nev.models.vision import build_vision, normalise
 from nev.train.gradcache import backward_in_parts
 from nev.train.optim import make_optimizer
-from nev.train.step import LockedTextModel, Precision, StepResult, train_step
+from nev.train.step import DualEncoder, Precision, StepResult, train_step
 from nev.train.tower import keep_few_activations, make_ready, uncompiled
 
 FP32 = Precision(torch.device("cpu"), torch.float32)
@@ -147,7 +147,7 @@ class Attention(TorchFunctionMode):
 @pytest.mark.parametrize(("trunk", "pool"), [("vit_tiny_patch16_224", "map"), ("eva02_tiny_patch14_224", "nomic")])
 def test_every_attention_of_trunk_and_head_is_the_fused_one(trunk: str, pool: str) -> None:
     vision = build_vision(Vision(trunk=trunk, trunk_args={"depth": 2, "patch_size": 8}, pool=pool), SIZE, WIDTH)
-    model = LockedTextModel(vision, experiment().loss)
+    model = DualEncoder(vision, experiment().loss)
     with Attention() as attention:
         model(torch.zeros(2, 3, SIZE, SIZE))
     assert attention.calls == 3

@@ -27,12 +27,13 @@ from nev.tracking import Tracker
 from nev.train import checkpoint
 from nev.train.guards import Diverged
 from nev.train.job import Job, where
-from nev.train.loop import Rank, StreamError, train
+from nev.train.learner import Rank, build, learner_of
+from nev.train.loop import StreamError, train
 from nev.train.manifest import CheckpointError, latest, read_manifest
 from nev.train.quarantine import TooManyBadRows
 from nev.train.setup import absolute, prepare_job, train_reader
 from nev.train.step import choose_precision
-from nev.train.trainer import TrainingFailed, build_learner, check_room
+from nev.train.trainer import TrainingFailed, check_room
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ def blocks(reader: BlockReader, plan: Plan, first: int, last: int) -> Iterator[B
 def run_bare(job: Job, reader: BlockReader, stream: Iterator[Block] | None = None) -> dict[int, dict[str, float]]:
     """Train in this process from where the job stands; returns the reported metrics by step."""
     me = Rank(0, 1, CPU, choose_precision(job.config.train.precision, CPU))
-    learner, start = build_learner(job, me)
+    learner, start = learner_of(build(job), job, me)
     reported: dict[int, dict[str, float]] = {}
 
     def report(step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None:
@@ -199,9 +200,9 @@ def test_a_loss_that_is_no_number_stops_the_run_before_its_checkpoint(tiny: Make
 
 
 def test_a_resumed_run_needs_no_pretrained_weights(tiny: Make, text: TextTower, tmp_path: Path) -> None:
-    trunk = build_learner(prepare_job(tiny(train__steps=4), text), Rank(0, 1, CPU, choose_precision("fp32", CPU)))[0]
+    trunk = build(prepare_job(tiny(train__steps=4), text)).model.vision.trunk
     file = tmp_path / "trunk.safetensors"
-    save_file(trunk.model.vision.trunk.state_dict(), file)
+    save_file(trunk.state_dict(), file)
     config = tiny(train__steps=4, vision__weights=str(file))
     run_bare(prepare_job(config, text, stop_after=2), train_reader(config, text))
     file.unlink()

@@ -38,7 +38,7 @@ def cost_of(config: Experiment, steps: int) -> Cost:
     """The same of some steps of an experiment, on made-up images."""
     from nev.models.vision import build_vision
     from nev.train.optim import make_optimizer
-    from nev.train.step import Batch, LockedTextModel, choose_precision, train_step
+    from nev.train.step import Batch, DualEncoder, choose_precision, train_step
     from nev.train.tower import make_ready
 
     batch, size, device = config.train.global_batch, config.data.image_size, torch.device("cpu")
@@ -47,7 +47,7 @@ def cost_of(config: Experiment, steps: int) -> Cost:
     torch.manual_seed(0)
     vision = build_vision(config.vision, size, WIDTH)
     make_ready(vision, config.train)
-    model = LockedTextModel(vision, config.loss).train()
+    model = DualEncoder(vision, config.loss).train()
     optimizer = make_optimizer(model, config.optim)
     given = Batch(
         torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8),

@@ -60,12 +60,14 @@ def metric_names(zero_shot_classes: int, retrieves: bool) -> list[str]:
     return names + [f"retrieval/{way}/r{k}" for way in ways for k in (1, 5, 10)]
 
 
-def validate(task: Validation, embed: Embed, rank: int = 0, world: int = 1) -> Result | None:
+def validate(task: Validation, embed: Embed, rank: int = 0, world: int = 1, lockstep: bool = False) -> Result | None:
     """Embed rank r's blocks (every W-th), gather on rank 0, score. Returns the result on rank 0, None on the others.
+
+    lockstep: every rank must call `embed` equally often, as a tower under FSDP wants it.
 
     Collectives: one gather of objects, none where W = 1.
     """
-    parts = embed_blocks(task, embed, rank, world)
+    parts = embed_blocks(task, embed, rank, world, lockstep)
     gathered: list[Any] = [None] * world
     if world > 1:
         import torch.distributed as dist
@@ -80,10 +82,13 @@ def validate(task: Validation, embed: Embed, rank: int = 0, world: int = 1) -> R
     return Result(score(task, embedded), embedded)
 
 
-def embed_blocks(task: Validation, embed: Embed, rank: int, world: int) -> dict[int, Embedded]:
+def embed_blocks(task: Validation, embed: Embed, rank: int, world: int, lockstep: bool) -> dict[int, Embedded]:
     """Embed blocks rank, rank + W, ... of the set, by block number."""
     blocks = list(enumerate(in_order(task.reader.index.rows, task.batch)))
-    return {number: embed_block(task.reader.read(segments, 0), embed) for number, segments in blocks[rank::world]}
+    own = {number: embed_block(task.reader.read(segments, 0), embed) for number, segments in blocks[rank::world]}
+    if lockstep and len(own) < -(-len(blocks) // world):  # ranks before this one have one more
+        embed(np.zeros((1, task.reader.image_size, task.reader.image_size, 3), np.uint8))
+    return own
 
 
 def embed_block(block: Block, embed: Embed) -> Embedded:

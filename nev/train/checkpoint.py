@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -22,15 +22,35 @@ from nev.config import Experiment
 from nev.data.storage import files_below, filesystem, join, naming, remedy, storage_errors, write_whole
 from nev.models.vision import VisionTower, build_vision
 from nev.train.manifest import FORMAT, CheckpointError, State, read_manifest, remove
+from nev.train.parallel import share_of, whole
+
+
+class Tensors(NamedTuple):
+    """By name: the model's parameters and buffers, and `<parameter>/<slot>` of the optimiser. On the CPU, contiguous."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def gather_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True) -> Tensors:
+    """What a checkpoint holds of a model and its optimiser, empty unless `keep`.
+
+    Of what FSDP has split (`nev.train.parallel`) each rank gives its part, one tensor after another: every rank must come here.
+    """
+    return Tensors(_gather(model.state_dict(), keep), _gather(optimizer_tensors(model, optimizer), keep))
+
+
+def _gather(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    found = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        if keep:
+            found[name] = full.detach().cpu().contiguous().clone()
+    return found
 
 
 def save(
-    run: str,
-    state: State,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    rng: dict[str, Tensor],
-    beside: dict[str, bytes] | None = None,
+    run: str, state: State, tensors: Tensors, rng: dict[str, Tensor], beside: dict[str, bytes] | None = None
 ) -> str:
     """Write a checkpoint under `run` (path or URL) and return its location. Raises StorageError.
 
@@ -42,8 +62,8 @@ def save(
     if left:
         remove(location)  # by a run that died here, or by one that reached this step before
     parts = {
-        "model.safetensors": safetensors.torch.save(_cpu(model.state_dict())),
-        "optimizer.safetensors": safetensors.torch.save(_cpu(optimizer_tensors(model, optimizer))),
+        "model.safetensors": safetensors.torch.save(tensors.model),
+        "optimizer.safetensors": safetensors.torch.save(tensors.optimizer),
         "rng.safetensors": safetensors.torch.save(rng),
         **(beside or {}),
     }
@@ -110,17 +130,17 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put `optimizer_tensors` back. Raises CheckpointError where the parameters are not those of the model."""
-    parameters = dict(model.named_parameters())
-    if unknown := {key.rpartition("/")[0] for key in tensors} - set(parameters):
+def refuse_unknown(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Raise CheckpointError where the parameters of `optimizer_tensors` are not those of the model."""
+    if unknown := {key.rpartition("/")[0] for key in tensors} - {name for name, _ in model.named_parameters()}:
         raise CheckpointError(f"optimiser state of parameters that the model lacks: {sorted(unknown)[:5]}")
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put `optimizer_tensors` back, whole as they are, into an optimiser whose parameters FSDP may have split."""
+    parameters = dict(model.named_parameters())
     for key, value in tensors.items():
         name, _, slot = key.rpartition("/")
         parameter = parameters[name]
-        # AdamW keeps `step` in float32 and the moments in the parameter's dtype; fused AdamW wants all on its device.
-        optimizer.state[parameter][slot] = value.to(parameter.device)
-
-
-def _cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        # AdamW keeps `step` as one number in float32; fused AdamW wants all on the parameter's device.
+        optimizer.state[parameter][slot] = share_of(value, parameter) if value.ndim else value.to(parameter.device)

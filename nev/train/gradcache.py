@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nev.config import ConfigError
 from nev.losses.pairwise import Contrastive
+from nev.train.parallel import bare
 from nev.train.rng import rng_state, set_rng_state
 
 Embed = Callable[[nn.Module, Tensor], tuple[Tensor, ...]]
@@ -33,15 +34,15 @@ def backward_in_parts(
 
     embed(model, part): unit vectors [rows, D], and scalars of the model that the loss takes beside them (the log of the logit
     scale, 0-d, ...); loss(vectors, *scalars) with the vectors of all parts. `model` may be under DDP, which reduces its
-    gradients once, with the last part. It must have no batch norm (`refuse_batch_norm`).
+    gradients once, with the last part, or under FSDP, which does so with each: it has no room for whole ones. It must have no
+    batch norm (`refuse_batch_norm`).
     """
     parts = torch.split(images, part_rows)
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
     states, vectors = [], []
     with torch.no_grad():
         for part in parts:
             states.append(rng_state(images.device))
-            some, *scalars = embed(bare, part)
+            some, *scalars = embed(bare(model), part)
             vectors.append(some)
     embeddings = torch.cat(vectors).requires_grad_()
     del vectors

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nev.config import Experiment
 from nev.data.block import Block
@@ -16,12 +16,13 @@ from nev.eval.validation import Result, Validation, embedded_bytes, embedded_fil
 from nev.models.vision import normalise
 from nev.train import checkpoint, guards
 from nev.train.job import Job, Start
+from nev.train.learner import Learner, Rank
 from nev.train.manifest import State, prune
 from nev.train.meter import Clock, Totals
 from nev.train.optim import learning_rate, set_learning_rate
 from nev.train.quarantine import Quarantine, TooManyBadRows, describe, too_many
 from nev.train.rng import gather_rng
-from nev.train.step import Batch, LockedTextModel, Precision, train_step
+from nev.train.step import Batch, DualEncoder, train_step
 from nev.train.tower import uncompiled
 
 
@@ -33,25 +34,6 @@ class Report(Protocol):
 
 class StreamError(RuntimeError):
     """The stream gave other rows than the plan names for this step."""
-
-
-@dataclass(frozen=True)
-class Rank:
-    """This process among the W."""
-
-    rank: int
-    world: int
-    device: torch.device
-    precision: Precision
-
-
-@dataclass(frozen=True)
-class Learner:
-    """What is trained: `wrapped` is `model`, bare or under DDP, and shares its parameters."""
-
-    model: LockedTextModel
-    wrapped: nn.Module
-    optimizer: torch.optim.Optimizer
 
 
 def train(job: Job, me: Rank, learner: Learner, start: Start, blocks: Iterator[Block], report: Report) -> None:
@@ -107,8 +89,9 @@ def train(job: Job, me: Rank, learner: Learner, start: Start, blocks: Iterator[B
 
 
 def keep(job: Job, me: Rank, learner: Learner, at: Start, scored: Result | None) -> None:
-    """Write a checkpoint (rank 0 does; the others give their random states), then drop those that are not kept."""
+    """Write a checkpoint (rank 0 does; the others give what they alone have), then drop those that are not kept."""
     rng = gather_rng(me.device, me.world)
+    tensors = checkpoint.gather_tensors(learner.model, learner.optimizer, keep=me.rank == 0)
     if me.rank != 0:
         return
     state = State(
@@ -122,11 +105,11 @@ def keep(job: Job, me: Rank, learner: Learner, at: Start, scored: Result | None)
         history=at.history,
     )
     beside = {embedded_file(job.validation): embedded_bytes(scored.embedded)} if scored and job.validation else {}
-    checkpoint.save(job.run, state, learner.model, learner.optimizer, rng, beside)
+    checkpoint.save(job.run, state, tensors, rng, beside)
     prune(job.run, job.config.train.keep_last, job.config.eval.best)
 
 
-def validate_model(task: Validation, me: Rank, model: LockedTextModel, config: Experiment) -> Result | None:
+def validate_model(task: Validation, me: Rank, model: DualEncoder, config: Experiment) -> Result | None:
     """Score the model as it stands: eval mode, no graph, then back to training mode."""
 
     def forward(pixels: Tensor) -> Tensor:
@@ -138,7 +121,7 @@ def validate_model(task: Validation, me: Rank, model: LockedTextModel, config: E
     try:
         embed = embedder(forward, lambda images: normalise(images, config.data.mean, config.data.std), me.device)
         with uncompiled():
-            return validate(task, embed, me.rank, me.world)
+            return validate(task, embed, me.rank, me.world, lockstep=config.train.fsdp)
     finally:
         model.train()
 

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
-from nev.train.step import LockedTextModel, StepResult
+from nev.train.step import DualEncoder, StepResult
 
 
 class Totals:
@@ -29,7 +29,7 @@ class Totals:
         """Rows left out since the run's first step, over all ranks."""
         return self._before + self._expected - int(self._pairs)
 
-    def metrics(self, result: StepResult, model: LockedTextModel, rate: float) -> dict[str, float]:
+    def metrics(self, result: StepResult, model: DualEncoder, rate: float) -> dict[str, float]:
         """The step's numbers as floats (this waits for the device); of a step that was skipped those that are numbers."""
         pairs = max(1, int(result.pairs))
         bias = {"logit_bias": float(model.bias.detach())} if hasattr(model, "bias") else {}

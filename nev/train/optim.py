@@ -16,10 +16,12 @@ def make_optimizer(model: nn.Module, config: Optim) -> torch.optim.AdamW:
     Weight decay is for matrices alone: biases, norms and the logit scale (fewer than two dimensions) have none.
     """
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in wanted if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in wanted if p.ndim < 2], "weight_decay": 0.0},
+    decays = [
+        ([p for p in wanted if p.ndim >= 2], config.weight_decay),
+        ([p for p in wanted if p.ndim == 1], 0.0),
+        ([p for p in wanted if p.ndim == 0], 0.0),  # apart, because FSDP splits the others and not these
     ]
+    groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 

@@ -42,6 +42,7 @@ FREE_TO_CHANGE = (
         "train.micro_batch",
         "train.activation_checkpointing",
         "train.compile",
+        "train.fsdp",
         "train.log_every",
         "train.checkpoint_every",
         "train.keep_last",

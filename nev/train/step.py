@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from nev.config import Experiment, Loss
 from nev.losses.contrastive import contrastive_loss
@@ -19,6 +18,7 @@ from nev.losses.pairwise import Contrastive
 from nev.losses.sigmoid import sigmoid_loss
 from nev.models.vision import VisionTower, normalise
 from nev.train.gradcache import backward_in_parts
+from nev.train.parallel import bare, clip_gradients
 
 
 class Batch(NamedTuple):
@@ -41,7 +41,7 @@ class StepResult(NamedTuple):
     grad_norm: Tensor
 
 
-class LockedTextModel(nn.Module):
+class DualEncoder(nn.Module):
     """The vision tower and the logit scale: what is trained (the text tower is a constant, its vectors come with the batch)."""
 
     def __init__(self, vision: VisionTower, loss: Loss) -> None:
@@ -58,10 +58,10 @@ class LockedTextModel(nn.Module):
 
 
 def log_scale_of(model: nn.Module) -> Tensor:
-    """The parameter of a LockedTextModel, bare or under DDP."""
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
-    assert isinstance(bare, LockedTextModel)
-    return bare.log_scale
+    """The parameter of a DualEncoder, bare or under DDP."""
+    dual = bare(model)
+    assert isinstance(dual, DualEncoder)
+    return dual.log_scale
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, config: Experiment, precision: Precision
 ) -> StepResult:
-    """One update of `model` (a LockedTextModel, bare or under DDP) on the global batch that `batch` is a share of.
+    """One update of `model` (a DualEncoder, bare, under DDP or FSDP) on the global batch that `batch` is a share of.
 
     With `train.micro_batch` below the local batch it is embedded in parts (`nev.train.gradcache`). Collectives: those of the
-    loss and DDP's gradient reduction. Without a finite loss and gradient nothing is updated. The scale is clamped to
+    loss and of DDP or FSDP. Without a finite loss and gradient nothing is updated. The scale is clamped to
     `loss.max_scale` after the update.
     """
 
@@ -113,7 +113,7 @@ def train_step(
         torch.autograd.backward(result.loss)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     limit = config.optim.clip_norm if config.optim.clip_norm is not None else math.inf
-    grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
+    grad_norm = clip_gradients(parameters, limit)
     # Where this is 1, fused AdamW leaves weights, moments and its count of steps alone: nobody waits for the device to ask.
     optimizer.found_inf = 1.0 - (torch.isfinite(result.loss) & torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]
     optimizer.step()

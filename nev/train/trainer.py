@@ -19,17 +19,14 @@ from nev.data.storage import join
 from nev.errors import NevError
 from nev.runtime import cluster_cpus, cluster_gpus, may_grow
 from nev.tracking import Tracker
-from nev.train.job import Job, Start, where
-from nev.train.manifest import CheckpointError, latest
+from nev.train.job import Job, where
+from nev.train.manifest import CheckpointError
 from nev.train.monitor import Post, Watcher, open_board
 from nev.train.quarantine import TooManyBadRows
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from nev.data.plan import Plan
-    from nev.train.loop import Learner, Rank
-    from nev.train.step import LockedTextModel
+    from nev.train.learner import Rank
 
 
 class TrainingFailed(NevError, RuntimeError):
@@ -135,7 +132,8 @@ def work(setting: dict[str, Any]) -> None:
     import torch
 
     from nev.train.guards import Diverged
-    from nev.train.loop import Rank, train
+    from nev.train.learner import Rank, build, learner_of
+    from nev.train.loop import train
     from nev.train.step import choose_precision
 
     job: Job = setting["job"]
@@ -157,16 +155,17 @@ def work(setting: dict[str, Any]) -> None:
     # Asked for now, the first block is made while this process still imports and builds the model.
     blocks = blocks_of(job, me)
     first = ThreadPoolExecutor(1).submit(next, blocks, None)
-    problem = None
+    problem = built = None
     try:
-        learner, start = build_learner(job, me)
+        built = build(job)
     except (ConfigError, CheckpointError) as error:
         problem = str(error)  # perhaps of this node alone: the others must not wait for it
     if found := first_of_all(problem, me.world):
         return give_up(found)
-    wrapped = wrap(learner.model, me)
+    assert built
+    learner, start = learner_of(built, job, me)
     try:
-        train(job, me, dataclasses.replace(learner, wrapped=wrapped), start, after(first, blocks), report)
+        train(job, me, learner, start, after(first, blocks), report)
     except (TooManyBadRows, Diverged) as error:  # every rank meets these at the same step
         give_up(str(error))
 
@@ -197,50 +196,6 @@ def fetch_ahead(plan: Plan, world: int, block_bytes: int, store_bytes: float) ->
     The blocks that the tasks are ahead take up to half of it (`nev.data.pacing`); beyond all of it Ray spills to the disk.
     """
     return max(1, min(2 * plan.blocks_per_step // world, int(store_bytes / 4 / world // block_bytes)))
-
-
-def build_learner(job: Job, me: Rank) -> tuple[Learner, Start]:
-    """Model and optimiser, alike on every rank: from the seed, or from the run's latest checkpoint. Not under DDP yet."""
-    import torch
-
-    from nev.models.vision import build_vision
-    from nev.train.checkpoint import load, load_optimizer
-    from nev.train.gradcache import refuse_batch_norm
-    from nev.train.loop import Learner
-    from nev.train.optim import make_optimizer
-    from nev.train.rng import restore_rng, seed_rank
-    from nev.train.step import LockedTextModel
-    from nev.train.tower import make_ready
-
-    config = job.config
-    torch.manual_seed(config.seed)
-    newest = latest(job.run)
-    source = config.vision
-    if newest is not None:  # its weights replace all: neither hub nor file is needed
-        source = source.model_copy(update={"pretrained": False, "weights": None})
-    vision = build_vision(source, config.data.image_size, job.text_width)
-    if config.train.micro_batch is not None:
-        refuse_batch_norm(vision)
-    make_ready(vision, config.train)
-    model = LockedTextModel(vision, config.loss).to(me.device).train()
-    optimizer = make_optimizer(model, config.optim)
-    seed_rank(me.rank, config.seed, 0)
-    start = Start()
-    if newest is not None:
-        state, weights, moments, rng = load(newest)
-        model.load_state_dict(weights)
-        load_optimizer(model, optimizer, moments)
-        restore_rng(rng, me.rank, me.device, config.seed, state.step)
-        start = Start(state.step, state.bad_rows, state.history)
-    return Learner(model, model, optimizer), start
-
-
-def wrap(model: LockedTextModel, me: Rank) -> nn.Module:
-    """The model under DDP where there are several ranks: every rank must come here."""
-    from torch.nn.parallel import DistributedDataParallel
-
-    ids = [me.device.index] if me.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True) if me.world > 1 else model
 
 
 def first_of_all(problem: str | None, world: int) -> str | None:

@@ -1,0 +1,86 @@
+"""What is trained, on this rank: the model and its optimiser, from the seed or from the run's latest checkpoint. No Ray in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nev.models.vision import build_vision
+from nev.train import checkpoint
+from nev.train.gradcache import refuse_batch_norm
+from nev.train.job import Job, Start
+from nev.train.manifest import State, latest
+from nev.train.optim import make_optimizer
+from nev.train.parallel import distribute
+from nev.train.rng import restore_rng, seed_rank
+from nev.train.step import DualEncoder, Precision
+from nev.train.tower import make_ready
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among the W."""
+
+    rank: int
+    world: int
+    device: torch.device
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What is trained: `wrapped` is `model`, bare or under DDP, and shares its parameters."""
+
+    model: DualEncoder
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+class Built(NamedTuple):
+    """A model on the host, alike on every rank, and what its checkpoint holds beside the weights, if it comes from one."""
+
+    model: DualEncoder
+    state: State | None
+    moments: dict[str, Tensor]
+    rng: dict[str, Tensor]
+
+
+def build(job: Job) -> Built:
+    """Build the model that the job trains, and read its checkpoint. It speaks to no other rank.
+
+    Raises ConfigError for a tower that cannot be built, CheckpointError for a checkpoint that cannot be read or does not fit.
+    """
+    config = job.config
+    torch.manual_seed(config.seed)
+    newest = latest(job.run)
+    source = config.vision
+    if newest is not None:  # its weights replace all: neither hub nor file is needed
+        source = source.model_copy(update={"pretrained": False, "weights": None})
+    vision = build_vision(source, config.data.image_size, job.text_width)
+    if config.train.micro_batch is not None:
+        refuse_batch_norm(vision)
+    make_ready(vision, config.train)
+    model = DualEncoder(vision, config.loss).train()
+    if newest is None:
+        return Built(model, None, {}, {})
+    state, weights, moments, rng = checkpoint.load(newest)
+    model.load_state_dict(weights)
+    checkpoint.refuse_unknown(model, moments)
+    return Built(model, state, moments, rng)
+
+
+def learner_of(built: Built, job: Job, me: Rank) -> tuple[Learner, Start]:
+    """The model on this rank's device, under DDP or FSDP, with its optimiser: every rank must come here."""
+    config, model = job.config, built.model
+    wrapped = distribute(model, config.train.fsdp, me.world, me.device)
+    optimizer = make_optimizer(model, config.optim)
+    if built.state is None:
+        seed_rank(me.rank, config.seed, 0)
+        return Learner(model, wrapped, optimizer), Start()
+    state = built.state
+    checkpoint.load_optimizer(model, optimizer, built.moments)
+    restore_rng(built.rng, me.rank, me.device, config.seed, state.step)
+    return Learner(model, wrapped, optimizer), Start(state.step, state.bad_rows, state.history)

@@ -1,0 +1,100 @@
+"""How W ranks hold one model: each the whole of it (DDP), or each a W-th of the towers' weights (`train.fsdp`: FSDP2).
+
+Under FSDP2 (`fully_shard`; Zhao et al. 2023, arXiv 2304.11277) the rows of every weight, of its gradient and of its moments
+are split over the ranks. A block's weights are gathered before its forward and again before its backward, and dropped after
+it. The result is DDP's to rounding. Three numbers beside the towers (the logit scale, a bias) stay whole on every rank,
+because FSDP2 takes no 0-d parameter: their gradients are averaged here.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def distribute(model: nn.Module, fsdp: bool, world: int, device: torch.device) -> nn.Module:
+    """Put the model on `device` and make its gradients the means over the W ranks: every rank must come here.
+
+    Every rank brings the same weights. What is returned is called for a forward. Under FSDP it is `model` itself, whose
+    parameters are other objects afterwards (DTensors, of which a rank has a part): make the optimiser after this.
+    """
+    if fsdp and world > 1:
+        _shard(model, world, device)
+    model.to(device)
+    if world == 1 or fsdp:
+        return model
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def _shard(model: nn.Module, world: int, device: torch.device) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (world,))
+    for tower in model.children():
+        for block in reversed(blocks_of(tower)):  # the inner ones first
+            fully_shard(block, mesh=mesh)
+        fully_shard(tower, mesh=mesh)
+
+
+def blocks_of(tower: nn.Module) -> list[nn.Module]:
+    """What is gathered in one piece: the elements of every list of layers that have layers themselves, outer ones first."""
+    lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    elements = [element for one in lists for element in one if any(True for _ in element.children())]
+    return [block for block in elements if any(True for _ in block.parameters())]
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model without DDP around it."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank has a part of it alone. (DTensor by what it can: its import takes a second.)"""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it. Of a sharded one every rank must ask."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
+
+
+def share_of(full: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole tensor (equal on every rank), on the device of `like` and split like it. No collective."""
+    full = full.to(like.device)
+    if not is_sharded(like):
+        return full
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """Average what FSDP left apart, then scale all gradients so that their norm is at most `limit`. Returns it before, 0-d."""
+    wanted = [parameter for parameter in parameters if parameter.grad is not None]
+    kinds = [[p for p in wanted if not is_sharded(p)], [p for p in wanted if is_sharded(p)]]
+    if kinds[1]:
+        _average([parameter.grad for parameter in kinds[0]])
+    kinds = [kind for kind in kinds if kind]
+    norms = [whole(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    for kind in kinds:
+        nn.utils.clip_grads_with_norm_(kind, limit, norm)
+    return norm
+
+
+def _average(gradients: list[Tensor | None]) -> None:
+    """Replace 0-d gradients by their means over the ranks: one all-reduce."""
+    found = [gradient for gradient in gradients if gradient is not None]
+    if not found:
+        return
+    together = torch.stack(found)
+    dist.all_reduce(together)
+    together /= dist.get_world_size()
+    for gradient, mean in zip(found, together, strict=True):
+        gradient.copy_(mean)

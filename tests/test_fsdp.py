@@ -1,0 +1,207 @@
+"""FSDP2 on two processes: the step, the checkpoint and the validation of one process, and half of its memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from gloo_helpers import on_ranks
+from rich.console import Console
+from test_gradcache import CPU, ROWS, SIZE, WIDTH, batch
+from test_guards import poisoned
+from test_train import run_bare
+from torch import Tensor, nn
+
+from nev.config import Experiment, Vision
+from nev.config_file import parse
+from nev.experiment import run_experiment
+from nev.models.text import load_text
+from nev.models.vision import build_vision
+from nev.tracking import Tracker
+from nev.train import checkpoint
+from nev.train.manifest import State
+from nev.train.optim import make_optimizer
+from nev.train.parallel import blocks_of, distribute, is_sharded, whole
+from nev.train.setup import prepare_job, train_reader
+from nev.train.step import Batch, DualEncoder, Precision, train_step
+from nev.train.tower import make_ready
+
+Make = Callable[..., Experiment]
+WORLD, STEPS = 2, 3
+FP32 = Precision(CPU, torch.float32)
+TRUNK = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}  # float32, sums in another order
+
+
+def experiment(kind: str = "softmax", **train: Any) -> Experiment:
+    return parse(
+        Experiment,
+        {
+            "name": "shards",
+            "data": {"train": "nowhere", "image_size": SIZE, "block_rows": 4},
+            "vision": {"trunk": "vit_tiny_patch16_224", "trunk_args": TRUNK, "pool": "map"},
+            "loss": {"kind": kind, "init_scale": 10.0},
+            # eps: without it the first update is the gradient's sign, and rounding decides where it is nearly 0.
+            "optim": {"lr": 0.01, "eps": 1e-3, "clip_norm": 0.05, "weight_decay": 0.1},
+            "train": {"global_batch": ROWS, "steps": STEPS, "fsdp": True, **train},
+        },
+    )
+
+
+def made(config: Experiment) -> DualEncoder:
+    torch.manual_seed(1)
+    vision = build_vision(config.vision, SIZE, WIDTH)
+    make_ready(vision, config.train, backend="aot_eager")
+    return DualEncoder(vision, config.loss).train()
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, config: Experiment, given: Batch, count: int) -> Tensor:
+    """(loss, correct, pairs, norm) of each of some steps on one batch, [count, 4]."""
+    found = [train_step(model, optimizer, given, config, FP32) for _ in range(count)]
+    return torch.tensor([[float(value) for value in one] for one in found])
+
+
+def share(rank: int) -> Batch:
+    return Batch(*(part.chunk(WORLD)[rank] for part in batch(torch.float32)))
+
+
+def alone(config: Experiment) -> tuple[Tensor, checkpoint.Tensors]:
+    model = made(config)
+    optimizer = make_optimizer(model, config.optim)
+    return steps(model, optimizer, config, batch(torch.float32), STEPS), checkpoint.gather_tensors(model, optimizer)
+
+
+def _trains(rank: int, config: Experiment) -> dict[str, Any]:
+    model = made(config)
+    wrapped = distribute(model, True, WORLD, CPU)
+    optimizer = make_optimizer(model, config.optim)
+    found = steps(wrapped, optimizer, config, share(rank), STEPS)
+    held = [*model.parameters(), *(slot for slots in optimizer.state.values() for slot in slots.values())]
+    mine = sum(one.to_local().numel() for one in held if is_sharded(one))
+    tensors = checkpoint.gather_tensors(model, optimizer)
+    return {
+        "found": found,
+        "mine": mine,
+        "all": sum(one.numel() for one in held if is_sharded(one)),
+        **tensors._asdict(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "train"),
+    [
+        ("softmax", {}),
+        ("sigmoid", {"micro_batch": 4}),
+        ("softmax", {"micro_batch": 6, "activation_checkpointing": True}),
+        ("softmax", {"compile": True}),
+    ],
+)
+def test_steps_are_those_of_one_process(kind: str, train: dict[str, Any], tmp_path: Path) -> None:
+    config = experiment(kind, **train)
+    results, expected = alone(experiment(kind))
+    ranks = on_ranks(functools.partial(_trains, config=config), WORLD, tmp_path)
+    for rank in ranks:
+        torch.testing.assert_close(rank["found"], results, **CLOSE)
+        for held in ("model", "optimizer"):
+            assert rank[held].keys() == getattr(expected, held).keys()
+            for name, tensor in getattr(expected, held).items():
+                torch.testing.assert_close(
+                    rank[held][name], tensor, **CLOSE, msg=lambda text, name=name: f"{name}: {text}"
+                )
+        assert rank["mine"] < 0.6 * rank["all"], "uneven rows aside, each rank holds its half"
+    assert (results[:, 3] > config.optim.clip_norm).all(), "the gradients were clipped"
+
+
+def _goes_on(rank: int, folder: str) -> dict[str, Any]:
+    config = experiment()
+    model = made(config)
+    wrapped = distribute(model, True, WORLD, CPU)
+    optimizer = make_optimizer(model, config.optim)
+    steps(wrapped, optimizer, config, share(rank), 1)
+    tensors = checkpoint.gather_tensors(model, optimizer, keep=rank == 0)
+    if rank == 0:
+        checkpoint.save(folder, State(1, {}, {}, None, {}, WORLD, 0, {}), tensors, {})
+    straight = steps(wrapped, optimizer, config, share(rank), 2)
+    dist.barrier()
+
+    again = made(config.model_copy(update={"seed": 5}))
+    _, weights, moments, _ = checkpoint.load(f"{folder}/checkpoints/step-00000001")
+    again.load_state_dict(weights)
+    checkpoint.refuse_unknown(again, moments)
+    wrapped_again = distribute(again, True, WORLD, CPU)
+    optimizer_again = make_optimizer(again, config.optim)
+    checkpoint.load_optimizer(again, optimizer_again, moments)
+    resumed = steps(wrapped_again, optimizer_again, config, share(rank), 2)
+    equal = all(torch.equal(whole(a), whole(b)) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    return {
+        "empty": not (rank == 0 or tensors.model or tensors.optimizer),
+        "same": equal,
+        "straight": straight,
+        "resumed": resumed,
+    }
+
+
+def test_a_checkpoint_is_whole_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    first, second = on_ranks(functools.partial(_goes_on, folder=folder), WORLD, tmp_path)
+    assert second["nothing"], "no other rank holds a whole copy"
+    for rank in (first, second):
+        assert rank["same"]
+        assert torch.equal(rank["straight"], rank["resumed"])
+    _, weights = checkpoint.load_model(f"{folder}/checkpoints/step-00000001")
+    made(experiment()).load_state_dict(weights)  # one process can take it up
+
+
+def _meets_nan(rank: int) -> bool:
+    config = experiment()
+    model = made(config)
+    wrapped = distribute(model, True, WORLD, CPU)
+    optimizer = make_optimizer(model, config.optim)
+    before = [whole(parameter).detach().clone() for parameter in model.parameters()]
+    given = share(rank)
+    train_step(wrapped, optimizer, poisoned(given) if rank else given, config, FP32)
+    return all(torch.equal(whole(now), was) for now, was in zip(model.parameters(), before, strict=True))
+
+
+def test_a_step_that_one_rank_spoils_changes_nothing_on_any(tmp_path: Path) -> None:
+    assert on_ranks(_meets_nan, WORLD, tmp_path) == [True, True]
+
+
+def test_every_block_of_a_trunk_is_gathered_apart() -> None:
+    vit = build_vision(experiment().vision, SIZE, WIDTH)
+    assert [type(one).__name__ for one in blocks_of(vit)] == ["Block"] * 3
+    convnext = build_vision(Vision(trunk="convnext_atto", pool="mean"), 64, WIDTH)
+    names = [type(one).__name__ for one in blocks_of(convnext)]
+    assert names.count("ConvNeXtBlock") == 12
+    assert names.count("ConvNeXtStage") == 4
+    assert names.index("ConvNeXtBlock") > names.index("ConvNeXtStage"), "outer ones first"
+
+
+def test_a_process_alone_splits_nothing() -> None:
+    model = made(experiment())
+    assert distribute(model, True, 1, CPU) is model
+    assert not any(map(is_sharded, model.parameters()))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_on_ray_validates_in_lockstep_and_goes_on_under_ddp(ray_cluster: None, tiny: Make) -> None:
+    """Three blocks to validate for two ranks; stopped under FSDP, gone on with under DDP."""
+    options = {"train__steps": 12, "train__eval_every": 4, "eval__batch": 48, "optim__eps": 1e-3}
+    alone = tiny(name="alone", **options)
+    text = load_text(alone.text)
+    straight = run_bare(prepare_job(alone, text), train_reader(alone, text))
+    split = {"name": "fsdp", "workers__count": 2, **options}
+    run_experiment(tiny(train__fsdp=True, **split), Console(quiet=True), stop_after=8)
+    found = run_experiment(tiny(**split), Console(quiet=True))
+    curve = Tracker(found.tracking_uri, found.mlflow_run_id).history("loss")[1]
+    expected = [straight[step]["loss"] for step in range(1, 13)]
+    torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    key = "retrieval/text_to_image/r10"
+    assert found.metrics[key] == pytest.approx(straight[int(found.checkpoint[-8:])][key], abs=0.03)
