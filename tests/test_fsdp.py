@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nev.config import Experiment, Vision
 from nev.config_file import parse
 from nev.experiment import run_experiment
+from nev.models.dual_encoder import DualEncoder
 from nev.models.text import load_text
 from nev.models.vision import build_vision
 from nev.tracking import Tracker
@@ -28,7 +29,7 @@ from nev.train.manifest import State
 from nev.train.optim import make_optimizer
 from nev.train.parallel import blocks_of, distribute, is_sharded, whole
 from nev.train.setup import prepare_job, train_reader
-from nev.train.step import Batch, DualEncoder, Precision, train_step
+from nev.train.step import Batch, Precision, train_step
 from nev.train.tower import make_ready
 
 Make = Callable[..., Experiment]
@@ -139,7 +140,7 @@ def _goes_on(rank: int, folder: str) -> dict[str, Any]:
     resumed = steps(wrapped_again, optimizer_again, config, share(rank), 2)
     equal = all(torch.equal(whole(a), whole(b)) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     return {
-        "empty": not (rank == 0 or tensors.model or tensors.optimizer),
+        "nothing": not (rank == 0 or tensors.model or tensors.optimizer),
         "same": equal,
         "straight": straight,
         "resumed": resumed,

@@ -18,11 +18,12 @@ from nev.config_file import parse
 from nev.losses.contrastive import contrastive_loss
 from nev.losses.gather import gather
 from nev.losses.pairwise import Contrastive
+from nev.models.dual_encoder import DualEncoder, Embedded
 from nev.models.vision import build_vision
 from nev.train.gradcache import backward_in_parts, refuse_batch_norm
 from nev.train.optim import make_optimizer
 from nev.train.rng import rng_state
-from nev.train.step import Batch, DualEncoder, Precision, train_step
+from nev.train.step import Batch, Precision, train_step
 
 CPU = torch.device("cpu")
 ROWS, SIZE, WIDTH = 24, 16, 12
@@ -47,26 +48,39 @@ def batch(dtype: torch.dtype = torch.float64) -> Batch:
     return Batch(images, text.to(dtype), VALID)
 
 
-def embed(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    # In float64 throughout: VisionTower itself ends in float32.
-    vision = model.vision if isinstance(model, DualEncoder) else None
-    pixels = images.permute(0, 3, 1, 2).double() / 255
-    if vision is None:
-        vectors, log_scale = model(pixels)
-        return vectors, log_scale
-    return normalize(vision.features(pixels)), model.log_scale
+def embed(given: Batch) -> Callable[[nn.Module, slice], Embedded]:
+    """In float64 throughout: VisionTower itself ends in float32."""
+
+    def run(model: nn.Module, rows: slice) -> Embedded:
+        pixels = given.images[rows].permute(0, 3, 1, 2).double() / 255
+        if not isinstance(model, DualEncoder):
+            found: Embedded = model(pixels)
+            return found
+        return (normalize(model.vision.features(pixels)),), (model.log_scale,)
+
+    return run
+
+
+def parts_of(part_rows: int, rows: int = ROWS) -> list[slice]:
+    return [slice(start, start + part_rows) for start in range(0, rows, part_rows)]
+
+
+def in_parts(model: nn.Module, given: Batch, part_rows: int) -> Contrastive:
+    parts = parts_of(part_rows, len(given.images))
+    return backward_in_parts(model, parts, embed(given), against(given), CPU)
 
 
 def against(given: Batch) -> Callable[..., Contrastive]:
     """The loss of vectors with the texts of a batch."""
     texts = gather(given.text, given.valid)
-    return lambda vectors, log_scale: contrastive_loss(vectors, texts, log_scale)
+    return lambda vectors, scalars: contrastive_loss(vectors[0], texts, scalars[0])
 
 
 def whole_graph(model: nn.Module, given: Batch, part_rows: int) -> Tensor:
     """The loss by a graph over all parts at once, whose dropout is drawn as the parts draw it."""
-    parts = [embed(model, part) for part in torch.split(given.images, part_rows)]
-    loss = contrastive_loss(torch.cat([vectors for vectors, _ in parts]), given.text, parts[0][1], given.valid).loss
+    found = [embed(given)(model, part) for part in parts_of(part_rows)]
+    vectors = torch.cat([vectors for (vectors,), _ in found])
+    loss = contrastive_loss(vectors, given.text, found[0][1][0], given.valid).loss
     loss.backward()
     return loss.detach()
 
@@ -82,7 +96,7 @@ def test_parts_give_the_gradient_of_the_whole_under_dropout(part_rows: int) -> N
     want = whole_graph(other, given, part_rows)
     after = rng_state(CPU)["cpu"]
     torch.manual_seed(5)
-    got = backward_in_parts(model, given.images, part_rows, embed, against(given))
+    got = in_parts(model, given, part_rows)
     torch.testing.assert_close(got.loss.detach(), want, **CLOSE)
     assert got.pairs == VALID.sum()
     expected, found = gradients(other), gradients(model)
@@ -103,14 +117,14 @@ def test_dropout_was_on() -> None:
 def test_without_dropout_parts_equal_one_forward() -> None:
     model, other, given = made().eval(), made().eval(), batch()
     whole_graph(other, given, ROWS)
-    backward_in_parts(model, given.images, 8, embed, against(given))
+    in_parts(model, given, 8)
     for name, gradient in gradients(other).items():
         torch.testing.assert_close(gradients(model)[name], gradient, **CLOSE)
 
 
 def test_a_scale_that_is_not_learned_stays() -> None:
     model, given = made(learn_scale=False), batch()
-    backward_in_parts(model, given.images, 8, embed, against(given))
+    in_parts(model, given, 8)
     assert model.log_scale.grad is None
     assert model.vision.projection.weight.grad is not None
 
@@ -126,16 +140,16 @@ def test_one_part_at_a_time_is_in_memory() -> None:
         most = max(most, held)
         return tensor
 
-    def counted(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    def counted(model: nn.Module, rows: slice) -> Embedded:
         nonlocal held
         held = 0  # the graph of the part before is gone: its backward has run
-        return embed(model, images)
+        return embed(given)(model, rows)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        backward_in_parts(model, given.images, 4, counted, against(given))
-        in_parts, most = most, 0
+        backward_in_parts(model, parts_of(4), counted, against(given), CPU)
+        of_a_part, most = most, 0
         whole_graph(made(), given, 4)
-    assert in_parts < most / 3
+    assert of_a_part < most / 3
 
 
 def experiment(**train: Any) -> Experiment:
@@ -193,8 +207,8 @@ class Pair(nn.Module):
         super().__init__()
         self.model = made()
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        return normalize(self.model.vision.features(pixels)), self.model.log_scale + 0
+    def forward(self, pixels: Tensor) -> Embedded:
+        return (normalize(self.model.vision.features(pixels)),), (self.model.log_scale + 0,)
 
 
 def _worker(rank: int) -> dict[str, Any]:
@@ -215,13 +229,13 @@ def _worker(rank: int) -> dict[str, Any]:
         model.register_comm_hook(None, counted)
         torch.manual_seed(7 + rank)
         if parts:
-            backward_in_parts(model, given.images, 4, embed, against(given))
+            in_parts(model, given, 4)
         else:
             with model.no_sync():
-                early = [embed(model, part) for part in torch.split(given.images[:8], 4)]
-            late = embed(model, given.images[8:])
-            vectors = torch.cat([v for v, _ in (*early, late)])
-            contrastive_loss(vectors, given.text, late[1], given.valid).loss.backward()
+                early = [embed(given)(model, part) for part in parts_of(4, 8)]
+            late = embed(given)(model, slice(8, None))
+            vectors = torch.cat([v for (v,), _ in (*early, late)])
+            contrastive_loss(vectors, given.text, late[1][0], given.valid).loss.backward()
         got[f"{parts}"] = {**gradients(model), "buckets": calls["buckets"]}
     return got
 

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nev.config import Experiment, Guards
 from nev.data.block import Block
+from nev.models.dual_encoder import DualEncoder
 from nev.models.text import TextTower, load_text
 from nev.tracking import Tracker
 from nev.train.guards import MEMORY, WINDOW, Diverged, History, judge
@@ -29,7 +30,7 @@ from nev.train.manifest import latest, read_manifest
 from nev.train.monitor import Post, Watcher, open_board
 from nev.train.optim import make_optimizer
 from nev.train.setup import prepare_job, train_reader
-from nev.train.step import Batch, DualEncoder, Precision, choose_precision, train_step
+from nev.train.step import Batch, Precision, choose_precision, train_step
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")

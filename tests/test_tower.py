@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_gradcache import CLOSE, ROWS, SIZE, WIDTH, against, batch, embed, experiment, gradients, made
+from test_gradcache import CLOSE, ROWS, SIZE, WIDTH, against, batch, embed, experiment, gradients, in_parts, made
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nev.config import ConfigError, Train, Vision
 from nev.losses import tiles
+from nev.models.dual_encoder import DualEncoder
 from nev.models.vision import build_vision, normalise
-from nev.train.gradcache import backward_in_parts
 from nev.train.optim import make_optimizer
-from nev.train.step import DualEncoder, Precision, StepResult, train_step
+from nev.train.step import Precision, StepResult, train_step
 from nev.train.tower import keep_few_activations, make_ready, uncompiled
 
 FP32 = Precision(torch.device("cpu"), torch.float32)
@@ -41,11 +41,11 @@ def test_few_activations_give_the_same_gradient_under_dropout(parts: int | None)
 
         torch.manual_seed(5)
         if parts:
-            backward_in_parts(model, given.images, parts, embed, against(given))
+            in_parts(model, given, parts)
         else:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                vectors, log_scale = embed(model, given.images)
-            torch.autograd.backward(against(given)(vectors, log_scale).loss)
+                vectors, scalars = embed(given)(model, slice(None))
+            torch.autograd.backward(against(given)(vectors, scalars).loss)
         found.append((gradients(model), held))
     (wanted, all_of_it), (got, little) = found
     assert got.keys() == wanted.keys()
@@ -149,5 +149,5 @@ def test_every_attention_of_trunk_and_head_is_the_fused_one(trunk: str, pool: st
     vision = build_vision(Vision(trunk=trunk, trunk_args={"depth": 2, "patch_size": 8}, pool=pool), SIZE, WIDTH)
     model = DualEncoder(vision, experiment().loss)
     with Attention() as attention:
-        model(torch.zeros(2, 3, SIZE, SIZE))
+        model(torch.zeros(2, 3, SIZE, SIZE), None)
     assert attention.calls == 3

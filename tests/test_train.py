@@ -20,7 +20,7 @@ from nev.config import ConfigError, Experiment
 from nev.data.block import Block, BlockReader
 from nev.data.index import DataError
 from nev.data.plan import Plan
-from nev.eval.validation import embedded_file, load_embedded, score
+from nev.eval.validation import kept_file, load_kept, score
 from nev.experiment import Summary, run_experiment
 from nev.models.text import TextTower, load_text
 from nev.tracking import Tracker
@@ -216,10 +216,10 @@ def test_the_vectors_of_the_validation_are_in_the_checkpoint(tiny: Make, text: T
     newest = latest(job.run)
     assert newest
     assert job.validation
-    kept = load_embedded(newest, job.validation)
+    kept = load_kept(newest, job.validation)
     assert kept
-    assert score(job.validation, kept) == read_manifest(newest)["metrics"]
-    assert embedded_file(job.validation) in read_manifest(newest)["sha256"], "checksummed with the rest"
+    assert score(job.validation, *kept) == read_manifest(newest)["metrics"]
+    assert kept_file(job.validation) in read_manifest(newest)["sha256"], "checksummed with the rest"
 
 
 def test_best_without_a_validation_set_is_refused(tiny: Make, text: TextTower) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +19,12 @@ from nev.data.augment import draw, eval_view, train_view
 from nev.data.decode import BadImage, read_header
 from nev.data.index import DataError, Index, reading
 from nev.data.plan import Segment
+from nev.data.rows import captions_of
 from nev.data.sidecar import not_beside, sidecar_location, uids_of, vectors_of
 from nev.data.storage import filesystem, is_local, open_parquet
+
+if TYPE_CHECKING:
+    from nev.data.tokens import Tokens
 
 OPEN_FILES = 32
 
@@ -29,7 +33,9 @@ Block = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class BlockReader:
-    """How rows become arrays. `augment` None is the evaluation view; `text_key` None leaves the text vectors out."""
+    """How rows become arrays. `augment` None is the evaluation view. text is a sidecar's vectors under `text_key`, or
+    token ids by `tokens`, or left out.
+    """
 
     index: Index
     image_size: int
@@ -38,13 +44,14 @@ class BlockReader:
     augment: Augment | None
     text_key: str | None = None
     text_width: int = 0
+    tokens: Tokens | None = None
     with_labels: bool = False
     _files: OrderedDict[str, tuple[Any, pq.FileMetaData]] = field(default_factory=OrderedDict, repr=False)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row's arrays: the picture and the text vector."""
-        return self.image_size**2 * 3 + 2 * self.text_width
+        """Bytes of a row's arrays: the picture, and the text's vector or tokens."""
+        return self.image_size**2 * 3 + (4 * self.tokens.width if self.tokens else 2 * self.text_width)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict()}
@@ -52,8 +59,9 @@ class BlockReader:
     def read(self, segments: list[Segment], epoch: int, pictures: NDArray[np.uint8] | None = None) -> Block:
         """Read rows in order, R of them in all. pictures: memory for them, uint8 [R, S, S, 3], written over; new if None.
 
-        image: uint8 [R, S, S, 3], 0 where not valid; text: float16 [R, D]; valid: bool [R]; uid, reason: str [R] (reason is
-        empty where valid); shard, row_group (in the shard), row (in the row group): int32 [R]; with_labels adds label: int64 [R].
+        image: uint8 [R, S, S, 3], 0 where not valid; text: float16 [R, D] or int32 [R, T], -1 after the end; valid: bool [R];
+        uid, reason: str [R] (reason is empty where valid); shard, row_group (in the shard), row (in the row group): int32 [R];
+        with_labels adds label: int64 [R].
         """
         total = sum(segment.stop - segment.start for segment in segments)
         if pictures is None:
@@ -67,7 +75,9 @@ class BlockReader:
             "row_group": np.empty(total, np.int32),
             "row": np.empty(total, np.int32),
         }
-        if self.text_key:
+        if self.tokens:
+            block["text"] = np.tile(self.tokens([""]), (total, 1))  # an invalid row, too, goes through the tower
+        elif self.text_key:
             block["text"] = np.zeros((total, self.text_width), np.float16)
         if self.with_labels:
             block["label"] = np.full(total, -1, np.int64)
@@ -82,15 +92,18 @@ class BlockReader:
         """Fill views of the block with one segment."""
         shard, group = int(self.index.shard[segment.group]), int(self.index.group[segment.group])
         columns = self.index.columns
-        names = [name for name in (columns.uid, columns.image, columns.label if self.with_labels else None) if name]
+        more = (columns.label if self.with_labels else None, columns.caption if self.tokens else None)
+        names = [name for name in (columns.uid, columns.image, *more) if name]
         table = self._table(self.index.location(shard), group, names, segment)
         part["shard"][:], part["row_group"][:] = shard, group
         part["row"][:] = np.arange(segment.start, segment.stop)
         part["uid"][:] = uids_of(table[columns.uid])
         if self.with_labels and columns.label:
             part["label"][:] = [-1 if label is None else label for label in table[columns.label].to_pylist()]
-        if self.text_key:
-            self._fill_text(part, shard, group, segment, epoch)
+        if self.tokens:
+            self._fill_tokens(part, table[columns.caption], epoch, self.tokens)
+        elif self.text_key:
+            self._fill_vectors(part, shard, group, segment, epoch)
         for row, value in enumerate(_encoded(table[columns.image])):
             try:
                 if part["valid"][row]:
@@ -99,8 +112,25 @@ class BlockReader:
                 part["valid"][row], part["reason"][row] = False, str(bad)
         part["image"][~part["valid"]] = 0
 
-    def _fill_text(self, part: Block, shard: int, group: int, segment: Segment, epoch: int) -> None:
-        """One caption's vector a row, drawn by (seed, epoch, uid) where there are several."""
+    def _fill_tokens(self, part: Block, column: pa.ChunkedArray, epoch: int, tokens: Tokens) -> None:
+        """One caption's tokens a row."""
+        captions = [captions_of(value) for value in column.to_pylist()]
+        counts = np.array([len(of_row) for of_row in captions])
+        chosen = self._drawn(part, counts, epoch)
+        has_text = _captioned(part, counts)
+        sentences = [of_row[which] for of_row, which in zip(captions, chosen, strict=True) if of_row]
+        if sentences:
+            part["text"][has_text] = tokens(sentences)
+
+    def _drawn(self, part: Block, counts: NDArray[np.int64], epoch: int) -> list[int]:
+        """The number of each row's caption, drawn by (seed, epoch, uid) where there are several."""
+        return [
+            int(draw(self.seed, epoch, uid, "caption").random() * count) if count > 1 else 0
+            for uid, count in zip(part["uid"], counts.tolist(), strict=True)
+        ]
+
+    def _fill_vectors(self, part: Block, shard: int, group: int, segment: Segment, epoch: int) -> None:
+        """One caption's vector a row."""
         assert self.text_key
         location = sidecar_location(self.index, shard, self.text_key)
         table = self._table(location, group, ["uid", "vectors"], segment)
@@ -108,14 +138,9 @@ class BlockReader:
             raise not_beside(location)
         vectors, starts = vectors_of(table["vectors"], self.text_width)
         counts = np.diff(starts)
-        several = [
-            int(draw(self.seed, epoch, uid, "caption").random() * count) if count > 1 else 0
-            for uid, count in zip(part["uid"], counts.tolist(), strict=True)
-        ]
-        has_text = counts > 0
-        part["text"][has_text] = vectors[(starts[:-1] + several)[has_text]]
-        part["valid"][~has_text] = False
-        part["reason"][~has_text] = "caption is empty"
+        chosen = self._drawn(part, counts, epoch)
+        has_text = _captioned(part, counts)
+        part["text"][has_text] = vectors[(starts[:-1] + chosen)[has_text]]
 
     def _view(self, value: pa.Scalar, uid: str, epoch: int, out: NDArray[np.uint8]) -> None:
         buffer = value.as_buffer()
@@ -154,6 +179,14 @@ class BlockReader:
 def room_for(rows: int, size: int) -> NDArray[np.uint8]:
     """Memory for the pictures of a block: uint8 [rows, size, size, 3], with anything in it."""
     return np.empty((rows, size, size, 3), np.uint8)
+
+
+def _captioned(part: Block, counts: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which rows have a caption; the others are left out of the loss."""
+    has_text: NDArray[np.bool_] = counts > 0
+    part["valid"][~has_text] = False
+    part["reason"][~has_text] = "caption is empty"
+    return has_text
 
 
 def _encoded(column: pa.ChunkedArray) -> pa.ChunkedArray:

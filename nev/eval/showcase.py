@@ -8,23 +8,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nev.data.index import Index, read_column
-from nev.data.rows import captions_of
 from nev.eval.engine import pictures
 from nev.eval.plots import curve, gallery
-from nev.eval.validation import Embedded, Validation, load_texts
+from nev.eval.texts import Texts, all_captions
+from nev.eval.validation import Embedded, Validation
 from nev.tracking import Tracker
 
 QUERIES = 7
 RESULTS = 6
 
 
-def retrieval_gallery(path: str | Path, task: Validation, embedded: Embedded, seed: int = 0) -> None:
+def retrieval_gallery(path: str | Path, task: Validation, embedded: Embedded, texts: Texts, seed: int = 0) -> None:
     """Captions drawn from the set, each with the pictures nearest to it; its own picture is framed."""
-    texts, owner = load_texts(task.reader.index, task.text_key, task.text_width)
-    chosen = np.random.default_rng(seed).choice(len(texts), min(QUERIES, len(texts)), replace=False)
+    vectors, owner = texts.captions, texts.owner
+    assert vectors is not None
+    assert owner is not None
+    chosen = np.random.default_rng(seed).choice(len(vectors), min(QUERIES, len(vectors)), replace=False)
     captions = all_captions(task.reader.index)
-    scores = texts[chosen] @ np.where(embedded.valid[:, None], embedded.images, 0).T
+    scores = vectors[chosen] @ np.where(embedded.valid[:, None], embedded.images, 0).T
     nearest = np.argsort(-scores, axis=1, kind="stable")[:, :RESULTS]
     gallery(
         path,
@@ -35,11 +36,13 @@ def retrieval_gallery(path: str | Path, task: Validation, embedded: Embedded, se
     )
 
 
-def class_gallery(path: str | Path, task: Validation, embedded: Embedded, names: list[str]) -> None:
+def class_gallery(path: str | Path, task: Validation, embedded: Embedded, texts: Texts) -> None:
     """Class prompts, each with the pictures nearest to it; those of the class are framed."""
-    assert task.classes is not None
+    assert task.classes
+    assert texts.classes is not None
+    names = task.classes.names
     chosen: NDArray[np.int64] = np.linspace(0, len(names) - 1, min(QUERIES, len(names))).round().astype(np.int64)
-    scores = task.classes[chosen] @ np.where(embedded.valid[:, None], embedded.images, 0).T
+    scores = texts.classes[chosen] @ np.where(embedded.valid[:, None], embedded.images, 0).T
     nearest = np.argsort(-scores, axis=1, kind="stable")[:, :RESULTS]
     gallery(
         path,
@@ -48,15 +51,6 @@ def class_gallery(path: str | Path, task: Validation, embedded: Embedded, names:
         scores=np.take_along_axis(scores, nearest, axis=1).tolist(),
         correct=[(embedded.labels[rows] == label).tolist() for rows, label in zip(nearest, chosen, strict=True)],
     )
-
-
-def all_captions(index: Index) -> list[str]:
-    """Every caption of a set, in the order of its sidecars."""
-    captions: list[str] = []
-    for shard in range(len(index.paths)):
-        column = read_column(index.location(shard), str(index.columns.caption)).to_pylist()
-        captions += [caption for value in column for caption in captions_of(value)]
-    return captions
 
 
 def run_curves(path: str | Path, tracker: Tracker, name: str) -> None:

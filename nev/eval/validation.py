@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nev.data.block import Block, BlockReader
-from nev.data.index import DataError, Index, read_column
+from nev.data.index import DataError
 from nev.data.plan import in_order
-from nev.data.sidecar import WRITE_AGAIN, sidecar_location, vectors_of
+from nev.data.sidecar import Encode
 from nev.data.storage import filesystem, join
 from nev.eval.retrieval import retrieval
-from nev.eval.zeroshot import zero_shot
+from nev.eval.texts import Classes, Texts, all_captions, caption_owners, load_texts
+from nev.eval.zeroshot import class_embeddings, zero_shot
 
 if TYPE_CHECKING:
     import torch
@@ -39,17 +40,18 @@ class Result(NamedTuple):
 
     metrics: dict[str, float]
     embedded: Embedded
+    texts: Texts
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What to score. classes: unit float32 [C, D] or None; retrieval uses the captions' sidecar under `text_key`."""
+    """What to score. retrieval uses the captions' sidecars under `text_key`, None where the text tower runs in the loop."""
 
     reader: BlockReader
     batch: int
-    classes: NDArray[np.float32] | None
+    classes: Classes | None
     retrieval: bool
-    text_key: str
+    text_key: str | None
     text_width: int
 
 
@@ -60,10 +62,18 @@ def metric_names(zero_shot_classes: int, retrieves: bool) -> list[str]:
     return names + [f"retrieval/{way}/r{k}" for way in ways for k in (1, 5, 10)]
 
 
-def validate(task: Validation, embed: Embed, rank: int = 0, world: int = 1, lockstep: bool = False) -> Result | None:
+def validate(
+    task: Validation,
+    embed: Embed,
+    encode: Encode | None = None,
+    rank: int = 0,
+    world: int = 1,
+    lockstep: bool = False,
+) -> Result | None:
     """Embed rank r's blocks (every W-th), gather on rank 0, score. Returns the result on rank 0, None on the others.
 
-    lockstep: every rank must call `embed` equally often, as a tower under FSDP wants it.
+    encode: sentences to vectors, where the text tower runs in the loop. lockstep: every rank must call `embed` equally often,
+    and `encode`, as towers under FSDP want it.
 
     Collectives: one gather of objects, none where W = 1.
     """
@@ -75,11 +85,12 @@ def validate(task: Validation, embed: Embed, rank: int = 0, world: int = 1, lock
         dist.gather_object(parts, gathered if rank == 0 else None)
     else:
         gathered = [parts]
+    texts = texts_of(task, encode) if rank == 0 or (lockstep and encode) else Texts()
     if rank != 0:
         return None
     merged = sorted((number, part) for share in gathered for number, part in share.items())
     embedded = collect([part for _, part in merged])
-    return Result(score(task, embedded), embedded)
+    return Result(score(task, embedded, texts), embedded, texts)
 
 
 def embed_blocks(task: Validation, embed: Embed, rank: int, world: int, lockstep: bool) -> dict[int, Embedded]:
@@ -101,59 +112,66 @@ def collect(parts: list[Embedded]) -> Embedded:
     return Embedded(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
-def embedded_file(task: Validation) -> str:
+def texts_of(task: Validation, encode: Encode | None) -> Texts:
+    """The class prompts and captions of a task: embedded by `encode` or, without it, as they were embedded before."""
+    classes = captions = owner = None
+    if task.classes:
+        named = task.classes
+        classes = class_embeddings(encode, named.names, named.templates) if encode else named.vectors
+    if task.retrieval and encode:
+        captions = np.asarray(encode(all_captions(task.reader.index)), np.float32)
+        owner = caption_owners(task.reader.index)
+    elif task.retrieval:
+        assert task.text_key
+        captions, owner = load_texts(task.reader.index, task.text_key, task.text_width)
+    return Texts(classes, captions, owner)
+
+
+def kept_file(task: Validation) -> str:
     """The file in a checkpoint that keeps the vectors of its validation: who looks at the results need not embed again."""
     return f"validation-{task.reader.index.fingerprint[:16]}.safetensors"
 
 
-def embedded_bytes(embedded: Embedded) -> bytes:
-    """A set as safetensors."""
+def kept_bytes(task: Validation, result: Result) -> bytes:
+    """The vectors as safetensors; those of texts where they are nowhere else."""
     from safetensors.numpy import save
 
-    return save(embedded._asdict())
+    texts = {} if task.text_key else {k: v for k, v in result.texts._asdict().items() if v is not None}
+    return save(result.embedded._asdict() | texts)
 
 
-def load_embedded(checkpoint: str, task: Validation) -> Embedded | None:
-    """The vectors of this validation set that a checkpoint keeps, or None."""
+def load_kept(checkpoint: str, task: Validation) -> tuple[Embedded, Texts] | None:
+    """The vectors of this validation that a checkpoint keeps, or None."""
     from safetensors.numpy import load
 
-    fs, path = filesystem(join(checkpoint, embedded_file(task)))
-    return Embedded(**load(fs.cat_file(path))) if fs.exists(path) else None
+    fs, path = filesystem(join(checkpoint, kept_file(task)))
+    if not fs.exists(path):
+        return None
+    found = load(fs.cat_file(path))
+    embedded = Embedded(**{name: found.pop(name) for name in Embedded._fields})
+    return embedded, texts_of(task, None) if task.text_key else Texts(**found)
 
 
-def score(task: Validation, embedded: Embedded) -> dict[str, float]:
+def score(task: Validation, embedded: Embedded, texts: Texts) -> dict[str, float]:
     """The metrics that the task asks for, over the rows that could be decoded."""
     metrics = {"val/rows": float(len(embedded.valid)), "val/bad_rows": float((~embedded.valid).sum())}
-    if task.classes is not None:
+    if texts.classes is not None:
         labelled = embedded.valid & (embedded.labels >= 0)
         _refuse_none(labelled, task, "a label and an image that can be decoded")
-        metrics |= zero_shot(embedded.images[labelled], embedded.labels[labelled], task.classes)
-    if task.retrieval:
-        texts, owner = load_texts(task.reader.index, task.text_key, task.text_width)
+        metrics |= zero_shot(embedded.images[labelled], embedded.labels[labelled], texts.classes)
+    if texts.captions is not None and texts.owner is not None:
+        owner = texts.owner
         captioned = np.isin(np.arange(len(embedded.valid)), owner) & embedded.valid
         _refuse_none(captioned, task, "a caption and an image that can be decoded")
         kept = captioned[owner]
         position = np.cumsum(captioned) - 1
-        metrics |= retrieval(embedded.images[captioned], texts[kept], position[owner[kept]])
+        metrics |= retrieval(embedded.images[captioned], texts.captions[kept], position[owner[kept]])
     return metrics
 
 
 def _refuse_none(rows: NDArray[np.bool_], task: Validation, what: str) -> None:
     if not rows.any():
         raise DataError(f"{task.reader.index.root}: no row has {what}, so there is nothing to score. Mend data.val.")
-
-
-def load_texts(index: Index, key: str, width: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Every caption's vector, unit float32 [m, D], and the row that it describes, int64 [m], in index order."""
-    vectors, owner, row = [], [], 0
-    for shard in range(len(index.paths)):
-        column = read_column(sidecar_location(index, shard, key), "vectors", WRITE_AGAIN)
-        part, starts = vectors_of(column, width)
-        vectors.append(part.astype(np.float32))
-        owner.append(row + np.repeat(np.arange(len(starts) - 1), np.diff(starts)))
-        row += len(starts) - 1
-    stacked = np.concatenate(vectors)
-    return stacked / np.linalg.norm(stacked, axis=1, keepdims=True), np.concatenate(owner)
 
 
 def embedder(

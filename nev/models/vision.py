@@ -75,9 +75,10 @@ def build_vision(config: Vision, image_size: int, width: int) -> VisionTower:
     """Build the tower that `config` describes for images of `image_size` pixels and texts of `width` numbers.
 
     Weights are random, or timm's own (`pretrained`, from its hub), or the trunk's from a file (`weights`: position
-    and patch embeddings are resampled by timm's filter to this size). With the head `nomic` on an EVA-02 trunk the
-    blocks also take the two details in which the released tower departs from timm (`nomic.as_released`). Linear layers
-    compute through oneDNN on CPUs where that pays (`onednn.through_onednn`); their parameters and names stay.
+    and patch embeddings are resampled by timm's filter to this size), or the whole tower's from a checkpoint of nev.
+    With the head `nomic` on an EVA-02 trunk the blocks also take the two details in which the released tower departs
+    from timm (`nomic.as_released`). Linear layers compute through oneDNN on CPUs where that pays
+    (`onednn.through_onednn`); their parameters and names stay.
 
     Raises ConfigError for an unknown trunk or trunk argument (with close matches), weights that do not fit, a head
     that the trunk cannot feed.
@@ -87,8 +88,9 @@ def build_vision(config: Vision, image_size: int, width: int) -> VisionTower:
         module = getattr(trunk, part, None)
         if isinstance(module, nn.Module) and any(True for _ in module.parameters()):
             setattr(trunk, part, nn.Identity())
-    if config.weights:
-        _load_trunk(trunk, config)
+    state = read_weights(config.weights) if config.weights else {}
+    if state and not _is_tower(state):
+        _load_trunk(trunk, state, config)
     if not config.final_norm:
         if not isinstance(getattr(trunk, "norm", None), nn.Module):
             raise ConfigError(f"vision.final_norm: false, but trunk {config.trunk!r} has no last norm: leave it true")
@@ -96,8 +98,24 @@ def build_vision(config: Vision, image_size: int, width: int) -> VisionTower:
     if config.pool == "nomic":
         nomic.as_released(trunk)
     tower = VisionTower(trunk, build_head(config, trunk), width, config.trunk)
+    if _is_tower(state):
+        _load_tower(tower, state, config)
     through_onednn(tower)
     return tower
+
+
+def refuse_random_lock(tower: VisionTower, config: Vision) -> None:
+    """Raise ConfigError where weights that no file brought would be locked: `weights` and `pretrained` may be the trunk's."""
+    if config.weights and _is_tower(read_weights(config.weights)):
+        return
+    beyond = [name for name, _ in tower.named_parameters() if not name.startswith("trunk.")]
+    if beyond:
+        source = "weights" if config.weights else "pretrained"
+        raise ConfigError(
+            f"lock: image would lock random weights: vision.{source} brings the trunk's alone, and the tower has "
+            f"{', '.join(beyond[:3])} besides. Give vision.weights a whole tower (the model.safetensors of a "
+            "checkpoint of nev), or choose vision.pool: mean or cls on a trunk as wide as the texts."
+        )
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -161,9 +179,21 @@ def _arguments(model: str, owner: str | None) -> list[str]:
     return list(inspect.signature(getattr(module, owner)).parameters) if owner and hasattr(module, owner) else []
 
 
-def _load_trunk(trunk: Any, config: Vision) -> None:
-    """Put the file `config.weights` into `trunk`. Every parameter must be met; only the classifier's may be left."""
-    state = read_weights(str(config.weights))
+def _is_tower(state: dict[str, Tensor]) -> bool:
+    """Whether this is the model of a checkpoint of nev, the tower whole, and not a trunk."""
+    return any(name.startswith("vision.trunk.") for name in state)
+
+
+def _load_tower(tower: VisionTower, state: dict[str, Tensor], config: Vision) -> None:
+    own = {name.removeprefix("vision."): tensor for name, tensor in state.items() if name.startswith("vision.")}
+    try:
+        tower.load_state_dict(own)
+    except RuntimeError as error:
+        raise ConfigError(f"vision.weights {config.weights}: another tower than this experiment's: {error}") from error
+
+
+def _load_trunk(trunk: Any, state: dict[str, Tensor], config: Vision) -> None:
+    """Put the file's weights into `trunk`. Every parameter must be met; only the classifier's may be left."""
     if nomic.RELEASED_MARK in state:
         raise ConfigError(
             f"vision.weights {config.weights}: this is a whole tower in nomic-embed-vision's released layout, not a "

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from nev.config import Experiment
 from nev.data.storage import files_below, filesystem, join, naming, remedy, storage_errors, write_whole
+from nev.models.text import TextTower, load_text
 from nev.models.vision import VisionTower, build_vision
 from nev.train.manifest import FORMAT, CheckpointError, State, read_manifest, remove
 from nev.train.parallel import share_of, whole
@@ -115,9 +116,21 @@ def load_vision(location: str, config: Experiment, text_width: int) -> VisionTow
     own = config.vision.model_copy(update={"pretrained": False, "weights": None})
     vision = build_vision(own, config.data.image_size, text_width)
     _, weights = load_model(location)
-    prefix = "vision."
-    vision.load_state_dict({name[len(prefix) :]: w for name, w in weights.items() if name.startswith(prefix)})
+    vision.load_state_dict(_below("vision.", weights))
     return vision
+
+
+def load_tower(location: str, config: Experiment) -> TextTower:
+    """The text tower of a checkpoint of `config`, on the CPU: as the run found it, or as it trained it."""
+    tower = load_text(config.text)
+    if config.lock != "text":
+        _, weights = load_model(location)
+        tower.model.load_state_dict(_below("text.model.", weights))
+    return tower
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ the dropout of one forward a part: each part draws the same twice, its random st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -21,40 +21,43 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nev.config import ConfigError
 from nev.losses.pairwise import Contrastive
+from nev.models.dual_encoder import Embedded
 from nev.train.parallel import bare
 from nev.train.rng import rng_state, set_rng_state
 
-Embed = Callable[[nn.Module, Tensor], tuple[Tensor, ...]]
+Embed = Callable[[nn.Module, slice], Embedded]
+Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Contrastive]
 
 
 def backward_in_parts(
-    model: nn.Module, images: Tensor, part_rows: int, embed: Embed, loss: Callable[..., Contrastive]
+    model: nn.Module, parts: Sequence[slice], embed: Embed, loss: Loss, device: torch.device
 ) -> Contrastive:
-    """The loss of `images` [b, ...], its gradient added to the parameters of `model`.
+    """The loss of a batch, its gradient added to the parameters of `model`.
 
-    embed(model, part): unit vectors [rows, D], and scalars of the model that the loss takes beside them (the log of the logit
-    scale, 0-d, ...); loss(vectors, *scalars) with the vectors of all parts. `model` may be under DDP, which reduces its
-    gradients once, with the last part, or under FSDP, which does so with each: it has no room for whole ones. It must have no
-    batch norm (`refuse_batch_norm`).
+    parts: equally many rows each, all of them in order. embed(model, part): unit vectors [rows, D] of each side that is
+    trained, and scalars of the model that the loss takes beside them (the log of the logit scale, 0-d, ...); loss(vectors,
+    scalars) with the vectors of all parts. `model` may be under DDP, which reduces its gradients once, with the last part, or
+    under FSDP, which does so with each: it has no room for whole ones. It must have no batch norm (`refuse_batch_norm`).
     """
-    parts = torch.split(images, part_rows)
-    states, vectors = [], []
+    states, found = [], []
     with torch.no_grad():
         for part in parts:
-            states.append(rng_state(images.device))
-            some, *scalars = embed(bare(model), part)
-            vectors.append(some)
-    embeddings = torch.cat(vectors).requires_grad_()
-    del vectors
-    scalars = [one.detach().requires_grad_() for one in scalars]
-    result = loss(embeddings, *scalars)
-    gradient, *scalar_gradients = torch.autograd.grad(result.loss, (embeddings, *scalars))
-    for number, (part, state, share) in enumerate(zip(parts, states, torch.split(gradient, part_rows), strict=True)):
-        set_rng_state(state, images.device)
+            states.append(rng_state(device))
+            vectors, scalars = embed(bare(model), part)
+            found.append(vectors)
+    embeddings = [torch.cat(side).requires_grad_() for side in zip(*found, strict=True)]
+    del found
+    leaves = [one.detach().requires_grad_() for one in scalars]
+    result = loss(embeddings, leaves)
+    gradients = torch.autograd.grad(result.loss, (*embeddings, *leaves))
+    sides, scalar_gradients = gradients[: len(embeddings)], gradients[len(embeddings) :]
+    for number, (part, state) in enumerate(zip(parts, states, strict=True)):
+        set_rng_state(state, device)
         last = number == len(parts) - 1
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
-            some, *scalars = embed(model, part)
-            ends = [(some, share), *(zip(scalars, scalar_gradients, strict=True) if last else ())]
+            vectors, scalars = embed(model, part)
+            ends = list(zip(vectors, (side[part] for side in sides), strict=True))
+            ends += zip(scalars, scalar_gradients, strict=True) if last else ()
             wanted = [end for end in ends if end[0].requires_grad]
             torch.autograd.backward([tensor for tensor, _ in wanted], [wished for _, wished in wanted])
     return result
@@ -63,7 +66,7 @@ def backward_in_parts(
 def refuse_batch_norm(model: nn.Module) -> None:
     """Raise ConfigError for a layer whose result depends on which images share a forward: parts would change it."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             raise ConfigError(
                 f"train.micro_batch: {name} is a batch norm, whose result depends on the images beside each other, so that a "
                 "batch in parts would be another batch. Choose a trunk without it, or leave micro_batch out."

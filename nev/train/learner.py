@@ -8,7 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nev.models.vision import build_vision
+from nev.config import ConfigError
+from nev.models.dual_encoder import DualEncoder
+from nev.models.text import TextTower, load_text
+from nev.models.text_encoder import encoder_of, unlock
+from nev.models.vision import build_vision, refuse_random_lock
 from nev.train import checkpoint
 from nev.train.gradcache import refuse_batch_norm
 from nev.train.job import Job, Start
@@ -16,7 +20,7 @@ from nev.train.manifest import State, latest
 from nev.train.optim import make_optimizer
 from nev.train.parallel import distribute
 from nev.train.rng import restore_rng, seed_rank
-from nev.train.step import DualEncoder, Precision
+from nev.train.step import Precision
 from nev.train.tower import make_ready
 
 
@@ -32,17 +36,22 @@ class Rank:
 
 @dataclass(frozen=True)
 class Learner:
-    """What is trained: `wrapped` is `model`, bare or under DDP, and shares its parameters."""
+    """What is trained: `wrapped` is `model`, bare or under DDP, and shares its parameters.
+
+    tower: the text tower where it runs in the loop; one that is trained is the model's own.
+    """
 
     model: DualEncoder
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
+    tower: TextTower | None = None
 
 
 class Built(NamedTuple):
     """A model on the host, alike on every rank, and what its checkpoint holds beside the weights, if it comes from one."""
 
     model: DualEncoder
+    tower: TextTower | None
     state: State | None
     moments: dict[str, Tensor]
     rng: dict[str, Tensor]
@@ -54,33 +63,45 @@ def build(job: Job) -> Built:
     Raises ConfigError for a tower that cannot be built, CheckpointError for a checkpoint that cannot be read or does not fit.
     """
     config = job.config
+    tower = load_text(config.text) if config.text_online else None
+    if tower and tower.fingerprint != job.fingerprints["text"]:
+        raise ConfigError(
+            f"text.encoder {config.text.encoder!r}: this node's is not the driver's. Install the same everywhere."
+        )
     torch.manual_seed(config.seed)
     newest = latest(job.run)
     source = config.vision
     if newest is not None:  # its weights replace all: neither hub nor file is needed
         source = source.model_copy(update={"pretrained": False, "weights": None})
     vision = build_vision(source, config.data.image_size, job.text_width)
-    if config.train.micro_batch is not None:
-        refuse_batch_norm(vision)
     make_ready(vision, config.train)
-    model = DualEncoder(vision, config.loss).train()
+    text = encoder_of(tower) if tower and config.lock != "text" else None
+    if text:
+        unlock(text, config.train.activation_checkpointing)
+    if config.lock == "image" and newest is None:
+        refuse_random_lock(vision, config.vision)
+    model = DualEncoder(vision, config.loss, text, vision_locked=config.lock == "image").train()
+    if config.train.micro_batch is not None:
+        refuse_batch_norm(model)
     if newest is None:
-        return Built(model, None, {}, {})
+        return Built(model, tower, None, {}, {})
     state, weights, moments, rng = checkpoint.load(newest)
     model.load_state_dict(weights)
     checkpoint.refuse_unknown(model, moments)
-    return Built(model, state, moments, rng)
+    return Built(model, tower, state, moments, rng)
 
 
 def learner_of(built: Built, job: Job, me: Rank) -> tuple[Learner, Start]:
     """The model on this rank's device, under DDP or FSDP, with its optimiser: every rank must come here."""
-    config, model = job.config, built.model
+    config, model, tower = job.config, built.model, built.tower
+    if tower:
+        tower.model.to(me.device)
     wrapped = distribute(model, config.train.fsdp, me.world, me.device)
     optimizer = make_optimizer(model, config.optim)
     if built.state is None:
         seed_rank(me.rank, config.seed, 0)
-        return Learner(model, wrapped, optimizer), Start()
+        return Learner(model, wrapped, optimizer, tower), Start()
     state = built.state
     checkpoint.load_optimizer(model, optimizer, built.moments)
     restore_rng(built.rng, me.rank, me.device, config.seed, state.step)
-    return Learner(model, wrapped, optimizer), Start(state.step, state.bad_rows, state.history)
+    return Learner(model, wrapped, optimizer, tower), Start(state.step, state.bad_rows, state.history)

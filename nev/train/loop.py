@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Protocol
 
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from nev.config import Experiment
 from nev.data.block import Block
-from nev.eval.validation import Result, Validation, embedded_bytes, embedded_file, embedder, validate
+from nev.eval.validation import Result, Validation, embedder, kept_bytes, kept_file, validate
+from nev.models.text import TextTower
+from nev.models.text_encoder import encoder_of
 from nev.models.vision import normalise
 from nev.train import checkpoint, guards
 from nev.train.job import Job, Start
@@ -22,7 +24,7 @@ from nev.train.meter import Clock, Totals
 from nev.train.optim import learning_rate, set_learning_rate
 from nev.train.quarantine import Quarantine, TooManyBadRows, describe, too_many
 from nev.train.rng import gather_rng
-from nev.train.step import Batch, DualEncoder, train_step
+from nev.train.step import Batch, train_step
 from nev.train.tower import uncompiled
 
 
@@ -47,6 +49,7 @@ def train(job: Job, me: Rank, learner: Learner, start: Start, blocks: Iterator[B
     totals = Totals(me.device, start.bad_rows)
     watch = guards.Watch(config.guards, plan, job.shards, guards.History(**start.history))
     clock = Clock(start.step)
+    locked_text = locked_encoder(learner.tower, config) if learner.tower and config.lock == "text" else None
     for step in range(start.step, job.stop_step):
         rate = learning_rate(step, job.total_steps, config.optim)
         set_learning_rate(learner.optimizer, rate)
@@ -58,7 +61,10 @@ def train(job: Job, me: Rank, learner: Learner, start: Start, blocks: Iterator[B
             watch.read(step, np.unique(block["shard"]))
             filling.add(block)
             del block  # its memory in the object store is free now
-        result = train_step(learner.wrapped, learner.optimizer, filling.batch(), config, me.precision)
+        batch = filling.batch()
+        if locked_text:
+            batch = batch._replace(text=locked_text(batch.text))
+        result = train_step(learner.wrapped, learner.optimizer, batch, config, me.precision)
         totals.add(result, batch_rows)
         watch.note(step, rate, result)
         done = step + 1
@@ -82,7 +88,7 @@ def train(job: Job, me: Rank, learner: Learner, start: Start, blocks: Iterator[B
                 reasons = quarantine.metrics()
                 if reasons and me.rank == 0:
                     report(done, reasons)
-                scored = validate_model(job.validation, me, learner.model, config) if score and job.validation else None
+                scored = validate_model(job.validation, me, learner, config) if score and job.validation else None
                 if scored:
                     report(done, scored.metrics)
                 keep(job, me, learner, Start(done, totals.bad_rows(), asdict(watch.history)), scored)
@@ -104,13 +110,27 @@ def keep(job: Job, me: Rank, learner: Learner, at: Start, scored: Result | None)
         bad_rows=at.bad_rows,
         history=at.history,
     )
-    beside = {embedded_file(job.validation): embedded_bytes(scored.embedded)} if scored and job.validation else {}
+    beside = {kept_file(job.validation): kept_bytes(job.validation, scored)} if scored and job.validation else {}
     checkpoint.save(job.run, state, tensors, rng, beside)
     prune(job.run, job.config.train.keep_last, job.config.eval.best)
 
 
-def validate_model(task: Validation, me: Rank, model: DualEncoder, config: Experiment) -> Result | None:
+def locked_encoder(tower: TextTower, config: Experiment) -> Callable[[Tensor], Tensor]:
+    """Tokens [b, T] to vectors, float16 [b, D] as sidecars hold them, a micro-batch at a time."""
+    encoder = encoder_of(tower)
+
+    def encode(tokens: Tensor) -> Tensor:
+        rows = config.train.micro_batch or len(tokens)
+        with torch.no_grad():
+            return torch.cat([encoder(tokens[at : at + rows]).half() for at in range(0, len(tokens), rows)])
+
+    return encode
+
+
+def validate_model(task: Validation, me: Rank, learner: Learner, config: Experiment) -> Result | None:
     """Score the model as it stands: eval mode, no graph, then back to training mode."""
+    model = learner.model
+    encode = learner.tower.encode if learner.tower else None
 
     def forward(pixels: Tensor) -> Tensor:
         with me.precision.autocast():
@@ -121,7 +141,7 @@ def validate_model(task: Validation, me: Rank, model: DualEncoder, config: Exper
     try:
         embed = embedder(forward, lambda images: normalise(images, config.data.mean, config.data.std), me.device)
         with uncompiled():
-            return validate(task, embed, me.rank, me.world, lockstep=config.train.fsdp)
+            return validate(task, embed, encode, me.rank, me.world, lockstep=config.train.fsdp)
     finally:
         model.train()
 
@@ -158,5 +178,8 @@ class Filling:
         self._filled = place.stop
 
     def batch(self) -> Batch:
-        """The batch on the device."""
+        """The batch on the device. Of tokens as many columns as its longest text has."""
+        text = self._host["text"]
+        if not text.is_floating_point():
+            self._host["text"] = text[:, : int((text >= 0).sum(1).amax())].contiguous()
         return Batch(*(self._host[name].to(self._device, non_blocking=True) for name in ("image", "text", "valid")))

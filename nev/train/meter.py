@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
-from nev.train.step import DualEncoder, StepResult
+from nev.models.dual_encoder import DualEncoder
+from nev.train.step import StepResult
 
 
 class Totals:

@@ -13,8 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nev.models.dual_encoder import DualEncoder
 
-def distribute(model: nn.Module, fsdp: bool, world: int, device: torch.device) -> nn.Module:
+
+def distribute(model: DualEncoder, fsdp: bool, world: int, device: torch.device) -> nn.Module:
     """Put the model on `device` and make its gradients the means over the W ranks: every rank must come here.
 
     Every rank brings the same weights. What is returned is called for a forward. Under FSDP it is `model` itself, whose
@@ -29,12 +31,12 @@ def distribute(model: nn.Module, fsdp: bool, world: int, device: torch.device) -
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
 
-def _shard(model: nn.Module, world: int, device: torch.device) -> None:
+def _shard(model: DualEncoder, world: int, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (world,))
-    for tower in model.children():
+    for tower in model.towers():
         for block in reversed(blocks_of(tower)):  # the inner ones first
             fully_shard(block, mesh=mesh)
         fully_shard(tower, mesh=mesh)

@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from nev.config import ConfigError, Data, Experiment, ZeroShot
 from nev.data.augment import auto_augment
 from nev.data.block import BlockReader
@@ -16,6 +13,8 @@ from nev.data.labels import lines_of
 from nev.data.plan import Plan
 from nev.data.sidecar import check_sidecars, sidecar_key
 from nev.data.storage import filesystem
+from nev.data.tokens import tokens_of
+from nev.eval.texts import Classes
 from nev.eval.validation import Validation, metric_names
 from nev.eval.zeroshot import class_embeddings
 from nev.train.job import Job
@@ -88,8 +87,12 @@ def prepare_job(config: Experiment, text: TextTower, stop_after: int | None = No
             "weight, and to narrower ones."
         )
     index = build_index(config.data.train, config.data.columns)
-    key = text_key(index, text)
-    check_sidecars(index, key, text.width)
+    if config.text_online:
+        from nev.models.text_encoder import refuse_other_vectors
+
+        refuse_other_vectors(text, tokens_of(text))
+    else:
+        check_sidecars(index, text_key(index, text), text.width)
     plan = Plan(index.rows, config.seed, config.train.global_batch, config.data.block_rows)
     validation = make_validation(config, text) if config.data.val else None
     if config.eval.best:
@@ -111,7 +114,7 @@ def prepare_job(config: Experiment, text: TextTower, stop_after: int | None = No
     return job
 
 
-def train_reader(config: Experiment, text: TextTower | None = None, key: str = "", width: int = 0) -> BlockReader:
+def train_reader(config: Experiment, text: TextTower) -> BlockReader:
     """The reader of training blocks (its index costs a listing: this machine may have the footers cached)."""
     index = build_index(config.data.train, config.data.columns)
     return BlockReader(
@@ -120,8 +123,9 @@ def train_reader(config: Experiment, text: TextTower | None = None, key: str = "
         limits=config.data.limits,
         seed=config.seed,
         augment=config.data.augment,
-        text_key=text_key(index, text) if text else key,
-        text_width=text.width if text else width,
+        text_key=None if config.text_online else text_key(index, text),
+        text_width=text.width,
+        tokens=tokens_of(text) if config.text_online else None,
     )
 
 
@@ -146,14 +150,14 @@ def make_validation(config: Experiment, text: TextTower) -> Validation:
     """What `config.eval` asks for on `data.val`, class prompts embedded. Raises DataError for missing labels or sidecars."""
     assert config.data.val
     index = build_index(config.data.val, config.data.columns)
-    key = text_key(index, text)
-    if config.eval.retrieval:
+    key = None if config.text_online else text_key(index, text)
+    if config.eval.retrieval and key:
         check_sidecars(index, key, text.width, every_row=True)
     if config.eval.zero_shot and not index.columns.label:
         raise DataError(f"{config.data.val}: zero-shot needs an integer label column; name it with data.columns.label")
-    classes = class_vectors(config.eval.zero_shot, text) if config.eval.zero_shot else None
-    if classes is not None:
-        check_labels(index, len(classes))
+    classes = class_sentences(config.eval.zero_shot, None if config.text_online else text)
+    if classes:
+        check_labels(index, len(classes.names))
     return Validation(
         reader=val_reader(config.data, index),
         batch=config.eval.batch,
@@ -168,7 +172,7 @@ def refuse_unknown_metric(name: str, where: str, validation: Validation | None) 
     """Raise ConfigError unless the validation gives a metric of this name."""
     if validation is None:
         raise ConfigError(f"{where} = {name!r} needs a validation set: give data.val")
-    classes = 0 if validation.classes is None else len(validation.classes)
+    classes = len(validation.classes.names) if validation.classes else 0
     names = metric_names(classes, validation.retrieval)
     if name not in names:
         raise ConfigError(
@@ -212,9 +216,13 @@ def class_names(zero_shot: ZeroShot) -> list[str]:
     return names
 
 
-def class_vectors(zero_shot: ZeroShot, text: TextTower) -> NDArray[np.float32]:
-    """Unit float32 [C, D]."""
-    return class_embeddings(text.encode, class_names(zero_shot), zero_shot.templates)
+def class_sentences(zero_shot: ZeroShot | None, text: TextTower | None) -> Classes | None:
+    """The classes to score, embedded where a tower is given."""
+    if not zero_shot:
+        return None
+    names = class_names(zero_shot)
+    vectors = class_embeddings(text.encode, names, zero_shot.templates) if text else None
+    return Classes(tuple(names), zero_shot.templates, vectors)
 
 
 def refuse_other_run(job: Job) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,17 +13,21 @@ from torch import Tensor, nn
 
 from nev.config import Experiment, Loss
 from nev.losses.contrastive import contrastive_loss
-from nev.losses.gather import gather
+from nev.losses.gather import Gathering, gather
 from nev.losses.matryoshka import matryoshka_loss
 from nev.losses.pairwise import Contrastive
 from nev.losses.sigmoid import sigmoid_loss
-from nev.models.vision import VisionTower, normalise
+from nev.models.dual_encoder import DualEncoder, Embedded
+from nev.models.vision import normalise
 from nev.train.gradcache import backward_in_parts
 from nev.train.parallel import bare, clip_gradients
 
 
 class Batch(NamedTuple):
-    """A rank's share of a step. images: uint8 [b, S, S, 3]; text: unit vectors, float [b, D]; valid: bool [b]."""
+    """A rank's share of a step. images: uint8 [b, S, S, 3]; valid: bool [b].
+
+    text: unit vectors, float [b, D] or, where the text tower is trained, token ids, int32 [b, T], -1 after the end.
+    """
 
     images: Tensor
     text: Tensor
@@ -39,29 +44,6 @@ class StepResult(NamedTuple):
     correct: Tensor
     pairs: Tensor
     grad_norm: Tensor
-
-
-class DualEncoder(nn.Module):
-    """The vision tower and the logit scale: what is trained (the text tower is a constant, its vectors come with the batch)."""
-
-    def __init__(self, vision: VisionTower, loss: Loss) -> None:
-        super().__init__()
-        self.vision = vision
-        self.log_scale = nn.Parameter(torch.tensor(math.log(loss.init_scale)), requires_grad=loss.learn_scale)
-        if loss.kind == "sigmoid":
-            self.bias = nn.Parameter(torch.tensor(loss.init_bias))
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """float [b, 3, S, S] -> unit vectors float32 [b, D], the log of the logit scale, of the sigmoid loss its bias (0-d)."""
-        # What is learned beside the tower goes through forward so that DDP reduces its gradient with the rest.
-        return self.vision(images), self.log_scale, *((self.bias,) if hasattr(self, "bias") else ())
-
-
-def log_scale_of(model: nn.Module) -> Tensor:
-    """The parameter of a DualEncoder, bare or under DDP."""
-    dual = bare(model)
-    assert isinstance(dual, DualEncoder)
-    return dual.log_scale
 
 
 @dataclass(frozen=True)
@@ -92,24 +74,38 @@ def train_step(
     loss and of DDP or FSDP. Without a finite loss and gradient nothing is updated. The scale is clamped to
     `loss.max_scale` after the update.
     """
+    dual = bare(model)
+    assert isinstance(dual, DualEncoder)
+    local = len(batch.images)
+    part = min(config.train.micro_batch or local, local)
+    parts = [slice(start, start + part) for start in range(0, local, part)]
 
-    def embed(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
-        pixels = normalise(images, config.data.mean, config.data.std)
+    def pixels(rows: slice) -> Tensor:
+        return normalise(batch.images[rows], config.data.mean, config.data.std)
+
+    def embed(model: nn.Module, rows: slice) -> Embedded:
+        images, tokens = None if dual.vision_locked else pixels(rows), batch.text[rows] if dual.text else None
         with precision.autocast():
-            vectors, *scalars = model(pixels)
-        return vectors.float(), *scalars
+            embedded: Embedded = model(images, tokens)
+        return embedded
 
-    def loss(vectors: Tensor, log_scale: Tensor, *bias: Tensor) -> Contrastive:
-        if config.loss.matryoshka:
-            return matryoshka_loss(vectors, texts, log_scale, config.loss.matryoshka, bias[0] if bias else None)
-        return sigmoid_loss(vectors, texts, log_scale, bias[0]) if bias else contrastive_loss(vectors, texts, log_scale)
+    def loss(vectors: Sequence[Tensor], scalars: Sequence[Tensor]) -> Contrastive:
+        others = gather(vectors[1], batch.valid) if constant is None else constant
+        return loss_of(config.loss, vectors[0], others, *scalars)
 
     optimizer.zero_grad(set_to_none=True)
-    texts = gather(batch.text, batch.valid)  # they come, in the fp16 of the sidecars, while the images are embedded
-    if config.train.micro_batch is not None and config.train.micro_batch < len(batch.images):
-        result = backward_in_parts(model, batch.images, config.train.micro_batch, embed, loss)
+    # The side that is not trained is on its way, as fp16 from sidecars, while the other one is embedded.
+    constant = None
+    if dual.text is None:
+        constant = gather(batch.text, batch.valid)
+    elif dual.vision_locked:
+        with torch.no_grad(), precision.autocast():
+            images = torch.cat([dual.vision(pixels(rows)) for rows in parts])
+        constant = gather(images, batch.valid)
+    if len(parts) > 1:
+        result = backward_in_parts(model, parts, embed, loss, batch.images.device)
     else:
-        result = loss(*embed(model, batch.images))
+        result = loss(*embed(model, slice(None)))
         torch.autograd.backward(result.loss)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     limit = config.optim.clip_norm if config.optim.clip_norm is not None else math.inf
@@ -119,5 +115,12 @@ def train_step(
     optimizer.step()
     if config.loss.max_scale is not None:
         with torch.no_grad():
-            log_scale_of(model).clamp_(max=math.log(config.loss.max_scale))
+            dual.log_scale.clamp_(max=math.log(config.loss.max_scale))
     return StepResult(result.loss.detach(), result.correct, result.pairs, grad_norm.detach())
+
+
+def loss_of(config: Loss, own: Tensor, others: Gathering, log_scale: Tensor, bias: Tensor | None = None) -> Contrastive:
+    """The loss that `config` names, between this rank's vectors of one side and all of the other side's."""
+    if config.matryoshka:
+        return matryoshka_loss(own, others, log_scale, config.matryoshka, bias)
+    return contrastive_loss(own, others, log_scale) if bias is None else sigmoid_loss(own, others, log_scale, bias)

@@ -183,7 +183,8 @@ def blocks_of(job: Job, me: Rank) -> Iterator[Block]:
     import ray
     import ray.train
 
-    row_bytes = job.config.data.image_size**2 * 3 + 2 * job.text_width
+    text = 4 * job.config.text.max_tokens if job.config.text_online else 2 * job.text_width
+    row_bytes = job.config.data.image_size**2 * 3 + text
     store_bytes = ray.cluster_resources().get("object_store_memory", 0.0)  # type: ignore[no-untyped-call]
     ahead = fetch_ahead(job.plan, me.world, job.plan.block_rows * row_bytes, store_bytes)
     shard = ray.train.get_dataset_shard("train")

@@ -1,0 +1,38 @@
+"""Captions to token ids in the tasks that read them, for runs whose text tower is in the loop (`text.mode: online`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from nev.models.text import TextTower
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Sentences to int32 [n, width], -1 after the end of each. `tokenizer` cuts at `width`, special tokens included."""
+
+    tokenizer: Tokenizer
+    prefix: str
+    width: int
+
+    def __call__(self, sentences: Sequence[str]) -> NDArray[np.int32]:
+        """Ids as the tower's own tokenizer gives them."""
+        ids = np.full((len(sentences), self.width), -1, np.int32)
+        for row, found in zip(ids, self.tokenizer.encode_batch([self.prefix + one for one in sentences]), strict=True):
+            row[: len(found.ids)] = found.ids
+        return ids
+
+
+def tokens_of(tower: TextTower) -> Tokens:
+    """How a tower reads sentences, as something that travels to a task (transformers is not imported there)."""
+    tokenizer = Tokenizer.from_str(tower.tokenizer.backend_tokenizer.to_str())
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(tower.max_tokens)
+    return Tokens(tokenizer, tower.prefix, tower.max_tokens)
