@@ -181,7 +181,7 @@ def test_the_loss_is_the_same_by_either_way(interpreted: Run, dtype: torch.dtype
     ours, theirs = interpreted(losses, dtype, unlocked, False)
     for one, other in zip(ours, theirs, strict=True):
         rtol = 1e-3 if one.dtype == torch.float16 else 1e-5  # a gradient that is rounded to fp16 at last
-        torch.testing.assert_close(one, other, rtol=rtol, atol=1e-6)
+        torch.testing.assert_close(one, other, rtol=rtol, atol=1e-5)
     assert 5 < ours[1] < ours[2]
 
 
@@ -337,8 +337,7 @@ def test_the_kernels_compile_for_gpus_and_fit_them(
     kernel = getattr(kernels, name)
     signature = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
     source = triton.compiler.ASTSource(kernel, signature, {key: fixed[key] for key in signature if key in fixed})
-    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=blocks.options())
     assert ("mma.sync" if capability == 80 else "wgmma.mma_async") in made.asm["ptx"], "tensor cores"
     assert made.metadata.shared <= GPU_SHARED
 
