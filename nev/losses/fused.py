@@ -37,7 +37,7 @@ class Blocks(NamedTuple):
     stages: int
 
     def options(self) -> dict[str, int]:
-        """What Triton compiles a kernel with. Fused multiply-adds are its default up to 3.9, and it warns that this will change."""
+        """What Triton compiles a kernel with. It warns where fused multiply-adds are left to it: its default will change."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
