@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 
 from nev.losses import contrastive, fused, tiles
 from nev.losses.contrastive import contrastive_loss
+from nev.losses.matryoshka import matryoshka_loss
 
 BLOCKS = (fused.Blocks(4, 8, 4, 8, 4, 2), fused.Blocks(16, 4, 16, 4, 4, 2), fused.Blocks(8, 16, 2, 16, 4, 2))
 GPU_SHARED = 99 * 1024  # bytes that the smallest of the GPUs (8.6, 8.9, 12.0) lets a program have
@@ -235,7 +236,7 @@ def capable(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(fused, "find_spec", lambda name: name)
     monkeypatch.setattr(fused.shutil, "which", lambda name: name)
-    monkeypatch.setattr(fused.sysconfig, "get_path", lambda name: Path(__file__).parent)
+    monkeypatch.setattr(fused.sysconfig, "get_path", lambda *names: Path(__file__).parent)
     monkeypatch.setattr(Path, "is_file", lambda path: path.name == "Python.h")
     fused._compiles.cache_clear()
     yield monkeypatch
@@ -300,19 +301,23 @@ def test_triton_is_not_imported_where_it_is_not_used() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "4\n"
 
 
-def test_tiles_on_a_gpu_walk_once_for_the_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
-    shifts: list[bool] = []
+@pytest.mark.parametrize("nested", [False, True])
+def test_tiles_on_a_gpu_walk_once_for_the_statistics(nested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
     original = tiles.LogSums.see
 
     def see(self: tiles.LogSums, *args: Any) -> None:
-        shifts.append(self.one_shift)
+        seen.append(self.one_shift)
         original(self, *args)
 
     monkeypatch.setattr(tiles.LogSums, "see", see)
-    with FakeTensorMode():
-        x, valid = torch.empty(8, 3, device="cuda"), torch.ones(8, dtype=torch.bool, device="cuda")
-        tiles.statistics(x, x, valid, valid, 0)
-    assert shifts == [False]
+    with FakeTensorMode(), torch.no_grad():
+        x, log_scale = torch.empty(8, 3, device="cuda", dtype=torch.float64), torch.empty((), device="cuda")
+        if nested:
+            matryoshka_loss(x, x, log_scale, {2: 1.0, 3: 1.0})
+        else:
+            contrastive_loss(x, x, log_scale)
+    assert seen == [False] * (1 + nested)
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -44,8 +44,8 @@ class Blocks(NamedTuple):
 # By what the compiler says of registers and shared memory for compute capabilities 8.0 to 12.0; no GPU has timed them yet.
 HALF = Blocks(128, 128, 32, 32, 8, 3)
 SINGLE = Blocks(64, 64, 32, 32, 8, 2)
-PROGRAMS = 256  # at least as many run where there are few rows: some split the columns then. The largest GPUs have 150 processors
-PARTIAL_BYTES = 2**27  # the most that parts of what is summed here take, and as much again while they are summed
+PROGRAMS = 256  # about as many run where there are few rows: they split the columns then. The largest GPUs have some 150 processors
+PARTIAL_BYTES = 2**27  # the most that parts of what is summed here take (up to D = 1,024), and as much again meanwhile
 
 
 def usable(x: Tensor) -> bool:
@@ -57,7 +57,7 @@ def usable(x: Tensor) -> bool:
 def _compiles(device: torch.device) -> bool:
     # Triton builds its launcher with a C compiler and Python's headers, which a slim image may lack.
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    built = compiler is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
+    built = compiler is not None and Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").is_file()
     nvidia = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
     return nvidia and built and find_spec("triton") is not None
 
