@@ -44,7 +44,7 @@ class Blocks(NamedTuple):
 # By what the compiler says of registers and shared memory for compute capabilities 8.0 to 12.0; no GPU has timed them yet.
 HALF = Blocks(128, 128, 32, 32, 8, 3)
 SINGLE = Blocks(64, 64, 32, 32, 8, 2)
-PROGRAMS = 256  # about as many run where there are few rows: they split the columns then. The largest GPUs have some 150 processors
+PROGRAMS = 256  # about as many run where rows are few: they split the columns then. Large GPUs have 150 processors
 PARTIAL_BYTES = 2**27  # the most that parts of what is summed here take (up to D = 1,024), and as much again meanwhile
 
 
@@ -69,7 +69,8 @@ def statistics(
     from nev.losses import kernels
 
     (b, width), many = x.shape, len(texts)
-    texts, counts, text_counts = aligned(texts), as_bytes(valid), as_bytes(valid_texts)
+    x, texts = aligned(x), aligned(texts)
+    counts, text_counts = as_bytes(valid), as_bytes(valid_texts)
     blocks = blocks or blocks_for(x, texts)
     column = x.new_full((many,), -torch.inf)
     found = []
@@ -182,9 +183,9 @@ def precision() -> str:
 
 
 def aligned(rows: Tensor) -> Tensor:
-    """Rows [n, D] that begin at multiples of 16 bytes, if D allows it, so that a thread loads as many at once.
+    """Rows [n, D] whose numbers lie side by side, from multiples of 16 bytes on if D allows it: a thread loads as many at once.
 
-    The rows of gathered texts are one number longer than D: they are copied.
+    The rows of gathered texts lie D + 1 numbers apart: they are copied.
     """
     fits = rows.stride(1) == 1 and rows.stride(0) * rows.element_size() % 16 == 0
     return rows if fits else rows.contiguous()

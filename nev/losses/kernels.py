@@ -171,7 +171,7 @@ def gradient(
         weights = tl.exp(scores - by_row[:, None]) + tl.exp(scores - by_column[None, :])
         # Before the product: where a pair stands out, its weight is nearly 2, and the difference would lose its digits after.
         weights = tl.where(column[None, :] == first + row[:, None], weights - 2.0, weights)
-        weights = tl.where(counts[:, None] & keep[None, :], weights, 0.0)
+        weights = tl.where(keep[None, :], weights, 0.0)  # a row that does not count is not stored
         b_at = columns + column.to(tl.int64)[:, None] * column_stride + wide[None, :]
         for chunk in range(0, D, BLOCK_D):
             inside = chunk + wide < D
