@@ -13,10 +13,11 @@ import pytest
 import typer
 from rich.console import Console
 
-from benchmarks import capacity, data, loss, report, step, train
+from benchmarks import capacity, data, loss, loss_gpu, report, step, train
 from benchmarks.contestants import collectives, losses, open_clip, pictures, processes, ray_job, steps, streams
 from nev.config import Experiment
 from nev.config_file import load
+from nev.losses import contrastive, tiles
 
 REPO = Path(__file__).parents[1]
 BENCHMARKS = sorted(path for path in (REPO / "benchmarks").glob("*.py") if path.name != "report.py")
@@ -256,6 +257,55 @@ def test_loss_reports_its_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert written["figures"]["gradient_difference"] == 1e-7
     assert written["ratios"]["sent_vs_open_clip"] == written["ratios"]["unlocked_sent_vs_open_clip"] == 0.25
     assert written["figures"]["open_clip_unlocked_sent_mib"] == 8.0
+
+
+def test_loss_gpu_reports_its_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`loss_gpu` with ways that answer at once: the kernels 0.5 s and 100 MiB, the tiles 2 s and 400 MiB."""
+    answers = {"kernels": (0.5, 100.0), "tiles": (2.0, 400.0)}
+    monkeypatch.setattr(loss_gpu, "require_gpu", lambda: None)
+    monkeypatch.setattr(loss_gpu, "cost", lambda way, n, width: answers[way])
+    monkeypatch.setattr(loss_gpu, "difference", lambda n, width: 1e-6 * n)
+    loss_gpu.main(width=64, rows=[2048, 1024], repetitions=2, results=tmp_path)
+    written = json.loads((tmp_path / "loss_gpu.json").read_text())
+    assert written["ratios"] == {f"{kind}_vs_tiles_{n}": 0.25 for n in (2048, 1024) for kind in ("time", "memory")}
+    assert written["figures"]["kernels_2048_ms"] == 500
+    assert written["figures"]["tiles_1024_tflop_per_s"] == pytest.approx(6 * 1024**2 * 64 / 2e12, rel=1e-3)
+    assert written["figures"]["gradient_difference"] == pytest.approx(1.024e-3)
+
+
+def test_loss_gpu_compares_two_ways_on_the_same_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    class Walks:
+        """What the kernels would be: the tiles."""
+
+        def __getattr__(self, name: str) -> object:
+            asked.append(True)
+            return getattr(tiles, name)
+
+        @staticmethod
+        def usable(x: object) -> bool:
+            raise AssertionError("the way is given")
+
+    monkeypatch.setattr(contrastive, "fused", walks := Walks())
+    monkeypatch.setattr("nev.losses.fused", walks)
+    monkeypatch.setattr(loss_gpu, "pairs", losses.pairs)
+    assert loss_gpu.difference(64, 16) == 0
+    assert asked == [True, True], "statistics and gradient, by the kernels alone"
+
+
+def test_loss_gpu_says_what_it_lacks() -> None:
+    """And it needs little: no Ray, and nothing of what trains."""
+    code = (
+        "import sys\n"
+        "for name in ('ray', 'timm', 'transformers', 'pyarrow', 'mlflow', 'numpy', 'yaml'):\n"
+        "    sys.modules[name] = None\n"
+        "import torch; torch.cuda.is_available = lambda: False\n"
+        "from benchmarks.loss_gpu import app; app([])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 2
+    assert "needs an NVIDIA GPU" in done.stdout
 
 
 @pytest.mark.parametrize("locked", [True, False])

@@ -26,12 +26,12 @@ class Cost(NamedTuple):
     mib: float
 
 
-def pairs(n: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def pairs(n: int, width: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """Unit vectors, image [n, width] and text likewise, alike by pairs; the log of the scale. float32."""
-    generator = torch.Generator().manual_seed(0)
-    text = normalize(torch.randn(n, width, generator=generator))
-    image = normalize(text + 1.5 * normalize(torch.randn(n, width, generator=generator)))
-    return image.requires_grad_(), text, torch.tensor(math.log(SCALE), requires_grad=True)
+    generator = torch.Generator(device).manual_seed(0)
+    text = normalize(torch.randn(n, width, generator=generator, device=device))
+    image = normalize(text + 1.5 * normalize(torch.randn(n, width, generator=generator, device=device)))
+    return image.requires_grad_(), text, torch.tensor(math.log(SCALE), requires_grad=True, device=device)
 
 
 def nev_loss(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:

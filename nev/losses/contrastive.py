@@ -9,8 +9,8 @@ column terms c_j = LSE_i s_ij over the N valid pairs of all ranks (van den Oord 
     dL/dt_j      = as dL/dx_i with the roles exchanged; its sum runs over the images of all ranks
 
 The forward computes the loss and the gradients, because every number that they need is there: no collective runs in
-the backward. The b x N scores are never there: they are computed a tile at a time, twice (`nev.losses.tiles`), so that memory
-is O(N D). A row term is local; a column term takes two all-reduces.
+the backward. The b x N scores are never there: they are computed a tile at a time, twice (`nev.losses.tiles`, on a
+GPU `nev.losses.fused`), so that memory is O(N D). A row term is local; a column term takes two all-reduces.
 
 Collectives a call, always in this order, none of them when W = 1:
   1. all_gather  [b, D + 1]  the texts in their own dtype; the last column says which pairs are valid (`nev.losses.gather`:
@@ -26,9 +26,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nev.losses import fused, tiles
 from nev.losses.gather import Gathering
 from nev.losses.pairwise import AlongWithGradients, Computed, Contrastive, gathered, own_share, wide
-from nev.losses.tiles import gradient, statistics
 
 
 def contrastive_loss(
@@ -77,7 +77,8 @@ def _infonce(x: Tensor, gathering: Gathering, scale: Tensor, with_grad: bool, of
     zero = x.new_zeros(())
 
     scaled = scale * x
-    found = statistics(scaled, texts, valid, valid_texts, first)
+    walks = fused if fused.usable(scaled) else tiles
+    found = walks.statistics(scaled, texts, valid, valid_texts, first)
     row_lse, own_scores = (torch.where(valid, value, zero) for value in (found.row, found.own))
     column_max = highest(found.column, found.shift, valid_texts, gathering)
     column_sum = (found.column - column_max).exp_()
@@ -94,7 +95,7 @@ def _infonce(x: Tensor, gathering: Gathering, scale: Tensor, with_grad: bool, of
     if not with_grad:
         return Computed(loss, correct, pairs, (None, None, None))
     everywhere = found._replace(column=column_max + log_column_sum)
-    grad, grad_texts = gradient(scaled, texts, valid, valid_texts, first, everywhere, of_texts)
+    grad, grad_texts = walks.gradient(scaled, texts, valid, valid_texts, first, everywhere, of_texts)
     del scaled  # the peak is below, where x and its gradient are multiplied
     grad.mul_(world * scale * half_mean)
     if grad_texts is not None:

@@ -6,7 +6,8 @@ them, times the texts. Each computes the scores anew: three matrix products in a
 A tile's exponentials are taken once, around one shift for the whole matrix, and serve its rows and its columns alike. That is
 exact while every log-sum-exp lies in a window around the shift: what underflows is less than e^-32 of its sum, and nothing
 overflows. Scores of unit vectors at a scale of 100 lie within 200 of each other and their sums far closer, so it nearly always
-does. Where it does not, or on a GPU, another walk is made with a shift for each row and column, at twice the exponentials.
+does. Where it does not, another walk is made with a shift for each row and column, at twice the exponentials; a GPU takes that
+way at once, since the host would have to wait for an answer.
 """
 
 from __future__ import annotations
@@ -129,10 +130,11 @@ class LogSums:
 
     @classmethod
     def of(cls, pairs: Tensor, texts: int, valid: Tensor, first: int) -> Self:
-        """Before any tile is seen. pairs: [b], the scores of the pairs, roughly, of which the shift is made."""
+        """Before any tile is seen. pairs: [b], the scores of the pairs, roughly, of which a CPU's shift is made."""
         shift = torch.where(valid, pairs, -torch.inf).amax() - ABOVE
         shift = torch.where(shift.isfinite(), shift, 0)
-        return cls(shift, torch.zeros_like(pairs), torch.zeros_like(pairs), pairs.new_zeros(texts), valid, first)
+        made = cls(shift, torch.zeros_like(pairs), torch.zeros_like(pairs), pairs.new_zeros(texts), valid, first)
+        return made if pairs.device.type == "cpu" else made.with_own_shifts()
 
     def with_own_shifts(self) -> Self:
         """The same before any tile is seen, for scores of any spread."""
@@ -156,7 +158,9 @@ class LogSums:
             self.column[columns] = torch.logaddexp(self.column[columns], scores.logsumexp(0))
 
     def exact(self, valid_texts: Tensor) -> bool:
-        """Take the logarithms of what was summed; return whether one shift was enough for them."""
+        """Take the logarithms of what was summed around one shift; return whether it was enough for them."""
+        if not self.one_shift:
+            return True
         self.row.log_(), self.column.log_()
         return in_window(self.row, self.valid) and in_window(self.column, valid_texts)
 
