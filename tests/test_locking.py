@@ -1,0 +1,307 @@
+"""Which tower is trained: neither lock moves a bit of what it holds, and a text tower in the loop is trained exactly."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import rows_of, write_shard
+from gloo_helpers import on_ranks
+from rich.console import Console
+from test_fsdp import steps
+from test_gradcache import CLOSE, CPU, ROWS, SIZE, TRUNK, VALID, WIDTH, batch, gradients, parts_of
+from test_train import run_bare, weights
+from torch import nn
+from torch.nn.functional import normalize
+from transformers import BertConfig, BertModel
+
+from nev.config import Columns, ConfigError, Experiment, Limits
+from nev.config_file import parse
+from nev.data.block import BlockReader
+from nev.data.index import build_index
+from nev.data.plan import Segment
+from nev.data.sidecar import sidecar_key, write_sidecar
+from nev.data.tokens import tokens_of
+from nev.eval.validation import load_kept, score
+from nev.experiment import evaluate_checkpoint, run_experiment
+from nev.losses.contrastive import contrastive_loss
+from nev.losses.gather import gather
+from nev.models.dual_encoder import DualEncoder, Embedded
+from nev.models.text import CANARIES, TextTower, load_text, weight_digests
+from nev.models.text_encoder import TextEncoder, encoder_of, refuse_other_vectors
+from nev.models.vision import build_vision
+from nev.train import checkpoint
+from nev.train.gradcache import backward_in_parts
+from nev.train.manifest import latest, read_manifest
+from nev.train.optim import make_optimizer
+from nev.train.parallel import distribute
+from nev.train.setup import prepare_job, train_reader
+from nev.train.step import Batch
+
+Make = Callable[..., Experiment]
+WORLD, STEPS, LONGEST = 2, 3, 7
+NEAR = {"rtol": 1e-4, "atol": 1e-6}  # float32, sums in another order
+
+
+@pytest.fixture(scope="module")
+def text() -> TextTower:
+    torch.set_num_threads(1)
+    return load_text(Experiment.model_fields["text"].default)
+
+
+# Steps, with small towers
+
+
+def experiment(lock: str, **train: Any) -> Experiment:
+    raw = {
+        "name": "locks",
+        "lock": lock,
+        "data": {"train": "nowhere", "image_size": SIZE, "block_rows": 4},
+        "vision": {"trunk": "vit_tiny_patch16_224", "weights": "nowhere.safetensors"},
+        "loss": {"init_scale": 10.0},
+        "optim": {"lr": 0.01, "eps": 1e-3, "clip_norm": 0.05, "weight_decay": 0.1},
+        "train": {"global_batch": ROWS, "steps": STEPS, **train},
+    }
+    return parse(Experiment, raw)
+
+
+def made(lock: str, dropout: float = 0.0) -> DualEncoder:
+    torch.manual_seed(1)
+    trunk = {name: value if "rate" not in name else min(value, dropout) for name, value in TRUNK.items()}
+    config = experiment(lock).vision.model_copy(update={"trunk_args": trunk, "weights": None, "pool": "map"})
+    bert = BertModel(
+        BertConfig(
+            vocab_size=50,
+            hidden_size=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+        ),
+        add_pooling_layer=False,
+    )
+    text = TextEncoder(bert, "mean", layer_norm=False, pad=0)
+    return DualEncoder(build_vision(config, SIZE, WIDTH), experiment(lock).loss, text, lock == "image").train()
+
+
+def tokenised() -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(1, 50, (ROWS, LONGEST), generator=generator, dtype=torch.int32)
+    lengths = torch.randint(1, LONGEST + 1, (ROWS, 1), generator=generator)
+    return Batch(batch().images, torch.where(torch.arange(LONGEST) < lengths, tokens, -1), VALID)
+
+
+def both(model: nn.Module, given: Batch, rows: slice) -> Embedded:
+    """In float64 throughout: both towers end in float32."""
+    assert isinstance(model, DualEncoder)
+    assert model.text
+    pixels = given.images[rows].permute(0, 3, 1, 2).double() / 255
+    words = model.text.model(input_ids=given.text[rows].clamp(min=0)).last_hidden_state[:, 0]
+    return (normalize(model.vision.features(pixels)), normalize(words)), (model.log_scale,)
+
+
+def loss_of_both(given: Batch, vectors: Any, scalars: Any) -> Any:
+    return contrastive_loss(vectors[0], gather(vectors[1], given.valid), scalars[0])
+
+
+def test_parts_of_both_sides_give_the_gradient_of_the_whole_under_dropout() -> None:
+    model, other, given = made("none", 0.2).double(), made("none", 0.2).double(), tokenised()
+    torch.manual_seed(5)
+    found = [both(other, given, rows) for rows in parts_of(4)]
+    sides = [torch.cat(side) for side in zip(*(vectors for vectors, _ in found), strict=True)]
+    want = loss_of_both(given, sides, found[0][1]).loss
+    want.backward()
+    torch.manual_seed(5)
+    embed = functools.partial(lambda given, model, rows: both(model, given, rows), given)
+    got = backward_in_parts(model, parts_of(4), embed, functools.partial(loss_of_both, given), CPU)
+    torch.testing.assert_close(got.loss.detach(), want.detach(), **CLOSE)
+    expected, found_here = gradients(other), gradients(model)
+    assert found_here.keys() == expected.keys()
+    assert any(name.startswith("text.") for name in expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found_here[name], gradient, **CLOSE)
+
+
+def _trains(rank: int, lock: str, train: dict[str, Any]) -> dict[str, Any]:
+    config, model = experiment(lock, **train), made(lock)
+    wrapped = distribute(model, config.train.fsdp, WORLD, CPU)
+    optimizer = make_optimizer(model, config.optim)
+    given = Batch(*(part.chunk(WORLD)[rank] for part in tokenised()))
+    found = steps(wrapped, optimizer, config, given, STEPS)
+    return {"found": found, **checkpoint.gather_tensors(model, optimizer).model}
+
+
+@pytest.mark.parametrize("lock", ["none", "image"])
+@pytest.mark.parametrize("train", [{}, {"micro_batch": 4}, {"micro_batch": 6, "fsdp": True}])
+def test_two_processes_train_what_one_does(lock: str, train: dict[str, Any], tmp_path: Path) -> None:
+    model = made(lock)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = experiment(lock)
+    results = steps(model, make_optimizer(model, config.optim), config, tokenised(), STEPS)
+    for name, tensor in model.state_dict().items():
+        still = name.startswith("vision.") if lock == "image" else name.endswith("position_ids")
+        assert torch.equal(tensor, before[name]) == still, name
+    for rank in on_ranks(functools.partial(_trains, lock=lock, train=train), WORLD, tmp_path):
+        torch.testing.assert_close(rank.pop("found"), results, **NEAR)
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(rank[name], tensor, **NEAR, msg=lambda said, name=name: f"{name}: {said}")
+
+
+def test_a_locked_vision_tower_never_drops_out() -> None:
+    model = made("image", 0.5)
+    pixels = torch.rand(2, 3, SIZE, SIZE)
+    assert model.training
+    assert torch.equal(model.vision(pixels), model.vision(pixels))
+    unlocked = made("none", 0.5)
+    assert not torch.equal(unlocked.vision(pixels), unlocked.vision(pixels))
+
+
+# Tokens
+
+
+def test_tokens_are_those_of_the_tower(text: TextTower) -> None:
+    sentences = [*CANARIES, "a dog", "two dogs " * 60]
+    ids = tokens_of(text)(sentences)
+    expected = text.tokenizer(sentences, truncation=True, max_length=text.max_tokens)["input_ids"]
+    assert [row[row >= 0].tolist() for row in ids] == expected
+    assert ids.shape == (len(sentences), text.max_tokens)
+    found = encoder_of(text)(torch.from_numpy(ids)).numpy()
+    np.testing.assert_allclose(found, text.encode(sentences), atol=1e-6)
+    nothing = encoder_of(text)(torch.full((1, 4), -1, dtype=torch.int32))
+    assert nothing.isfinite().all()
+
+
+def test_an_encoder_that_wants_more_than_ids_is_refused(text: TextTower) -> None:
+    refuse_other_vectors(text, tokens_of(text))
+    with pytest.raises(ConfigError, match=r"cannot run in the training loop: from ids and a mask alone it gives other"):
+        refuse_other_vectors(text, lambda sentences: np.roll(tokens_of(text)(sentences), 1, axis=0))
+
+
+def test_a_block_has_the_tokens_of_the_captions_whose_vectors_sidecars_give(tmp_path: Path, text: TextTower) -> None:
+    rows = rows_of(6)
+    sentences = ["a red square", "three of them", "one blue circle", "", " ", "two stars"]
+    for row, sentence in zip(rows, sentences, strict=True):
+        row["caption"] = [sentence, "green", "one more"] if sentence.startswith("three") else [sentence]
+    write_shard(tmp_path / "a.parquet", rows, [6])
+    index = build_index(str(tmp_path), Columns())
+    key = sidecar_key(text.fingerprint, "caption")
+    write_sidecar(index, 0, key, text.width, text.encode)
+    settings = {"image_size": 16, "limits": Limits(), "seed": 3, "augment": None, "text_width": text.width}
+    vectors, tokens = (
+        BlockReader(index, **settings, text_key=key),
+        BlockReader(index, **settings, tokens=tokens_of(text)),
+    )
+    assert tokens.row_bytes == 16 * 16 * 3 + 4 * text.max_tokens
+    chosen = set()
+    for epoch in range(16):
+        one, other = (reader.read([Segment(0, 0, 6)], epoch) for reader in (vectors, tokens))
+        assert one["valid"].tolist() == other["valid"].tolist() == [True, True, True, False, False, True]
+        assert one["reason"].tolist() == other["reason"].tolist()
+        assert other["text"].dtype == np.int32
+        found = encoder_of(text)(torch.from_numpy(other["text"])).detach().numpy()
+        np.testing.assert_allclose(found[one["valid"]], one["text"][one["valid"]].astype(np.float32), atol=1e-3)
+        assert np.isfinite(found).all()
+        chosen.add(other["text"][1].tobytes())
+    assert len(chosen) == 3
+
+
+# Runs
+
+
+def test_an_online_run_is_the_sidecars_run(tiny: Make, text: TextTower) -> None:
+    found = []
+    for mode in ("sidecar", "online"):
+        config = tiny(name=mode, text__mode=mode, train__steps=6, train__eval_every=3)
+        found.append(run_bare(prepare_job(config, text), train_reader(config, text)))
+    for step in range(1, 7):
+        assert found[1][step]["loss"] == pytest.approx(found[0][step]["loss"], rel=1e-3)
+    for name, value in found[0][6].items():
+        if name.startswith(("zero_shot", "retrieval")):
+            assert found[1][6][name] == pytest.approx(value, abs=0.02), name
+
+
+def test_without_a_lock_both_towers_learn_and_go_on_bit_for_bit(tiny: Make, text: TextTower) -> None:
+    """With the text tower's own dropout."""
+    options = {"lock": "none", "train__steps": 6, "train__checkpoint_every": 3, "train__micro_batch": 32}
+    whole, halves = tiny(name="whole", **options), tiny(name="halves", **options)
+    reader, job = train_reader(whole, text), prepare_job(whole, text)
+    reported = run_bare(job, reader)
+    run_bare(prepare_job(halves, text, stop_after=3), reader)
+    rest = run_bare(prepare_job(halves, text), reader)
+    assert rest[6]["loss"] == reported[6]["loss"]
+    one, other = (weights(prepare_job(config, text).run, 6) for config in (whole, halves))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+    newest = latest(job.run)
+    assert newest
+    tower = checkpoint.load_tower(newest, whole)
+    assert tower.fingerprint != text.fingerprint
+    moved = weight_digests(tower.model)
+    assert sum(moved[name] != digest for name, digest in weight_digests(text.model).items()) > 90
+    assert job.validation
+    embedded, texts = load_kept(newest, job.validation) or pytest.fail("not kept")
+    assert score(job.validation, embedded, texts) == read_manifest(newest)["metrics"]
+    assert texts.captions is not None
+    np.testing.assert_allclose(texts.captions[:8], tower.encode(captions(job)[:8]), atol=1e-5)
+
+
+def captions(job: Any) -> list[str]:
+    from nev.eval.texts import all_captions
+
+    return all_captions(job.validation.reader.index)
+
+
+def test_a_locked_image_side_does_not_move(tiny: Make, text: TextTower) -> None:
+    first = tiny(name="first", train__steps=3)
+    job = prepare_job(first, text)
+    run_bare(job, train_reader(first, text))
+    file = f"{latest(job.run)}/model.safetensors"
+    config = tiny(name="second", lock="image", vision__weights=file, train__steps=12, optim__lr=1e-4)
+    reported = run_bare(prepare_job(config, text), train_reader(config, text))
+    before, after = weights(job.run, 3), weights(prepare_job(config, text).run, 12)
+    vision = {name for name in after if name.startswith("vision.")}
+    assert vision == {name for name in before if name.startswith("vision.")}
+    assert all(torch.equal(before[name], after[name]) for name in vision)
+    assert reported[12]["loss"] < reported[1]["loss"]
+
+
+def test_locks_that_cannot_be_are_refused(tiny: Make, text: TextTower, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"lock: image would lock random weights: give vision\.weights"):
+        tiny(lock="image")
+    with pytest.raises(ConfigError, match=r"lock: none trains the text tower, whose vectors sidecars cannot hold"):
+        tiny(lock="none", text__mode="sidecar")
+    trunk = build_vision(tiny().vision, 32, text.width).trunk.state_dict()
+    checkpoint.safetensors.torch.save_file(trunk, tmp_path / "trunk.safetensors")
+    config = tiny(lock="image", vision__weights=str(tmp_path / "trunk.safetensors"))
+    with pytest.raises(ConfigError, match=r"brings the trunk's alone, and the tower has head\..* besides"):
+        run_bare(prepare_job(config, text), train_reader(config, text))
+
+
+def test_another_tower_than_the_files_is_refused(tiny: Make, text: TextTower, tmp_path: Path) -> None:
+    tower = build_vision(tiny().vision, 32, text.width)
+    checkpoint.safetensors.torch.save_file(
+        {f"vision.{name}": tensor for name, tensor in tower.state_dict().items()}, tmp_path / "model.safetensors"
+    )
+    same = tiny(vision__weights=str(tmp_path / "model.safetensors")).vision
+    assert weight_digests(build_vision(same, 32, text.width)) == weight_digests(tower)
+    with pytest.raises(ConfigError, match=r"model\.safetensors: another tower than this experiment's"):
+        build_vision(same.model_copy(update={"pool": "map"}), 32, text.width)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_on_ray_both_towers_train_under_fsdp_and_are_evaluated(ray_cluster: None, tiny: Make) -> None:
+    options = {"lock": "none", "train__fsdp": True, "train__steps": 6, "eval__batch": 48, "train__micro_batch": 16}
+    done = run_experiment(tiny(name="both", workers__count=2, **options), Console(quiet=True))
+    found, _ = evaluate_checkpoint(done.checkpoint, [])
+    assert found.keys() == done.metrics.keys()
+    for name, value in done.metrics.items():
+        assert found[name] == pytest.approx(value, abs=0.02), name
