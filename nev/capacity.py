@@ -19,10 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nev.config import Experiment
+from nev.config import ConfigError, Experiment
+from nev.losses.fused import HALF, PARTIAL_BYTES
 from nev.losses.tiles import GPU_TILE_COLUMNS, GPU_TILE_ROWS, TILE_COLUMNS, TILE_ROWS
-from nev.models.dual_encoder import DualEncoder
 from nev.models.vision import VisionTower, build_vision
+from nev.train.parallel import blocks_of
 from nev.train.tower import make_ready
 
 BUCKET_BYTES = 25 * 2**20  # DDP's default
@@ -34,16 +35,18 @@ SLACK = 0.12  # measured with glibc's allocator and oneDNN: `benchmarks/results/
 class Capacity:
     """Bytes of one rank at the peak of a step.
 
-    weights: parameters and buffers; gradients: of all parameters, under DDP its buckets; optimiser: AdamW's two moments;
-    activations: what the tower keeps for its backward and needs beside, of a micro-batch; images: the rank's share of the
-    batch, uint8; embeddings: of the images and of all texts, and their gradients; tiles: of the loss. The loss and the
-    tower's backward may not be at their peak together, so `alive` is at most the sum. slack: for what the allocator keeps for
-    later and kernels want beside; peak: with it.
+    weights: parameters and buffers; gradients: of all parameters, under DDP its buckets; optimiser: AdamW's two moments; under
+    FSDP the rank's part of these three. gathered: what FSDP holds whole besides: the weights outside of all blocks, two
+    blocks', and the gradients of one. activations: what the tower keeps for its backward and needs beside, of a micro-batch;
+    images: the rank's share of the batch, uint8; embeddings: of the images and of all texts, and their gradients; tiles: of the
+    loss. The loss and the tower's backward may not be at their peak together, so `alive` is at most the sum. slack: for what the
+    allocator keeps for later and kernels want beside; peak: with it.
     """
 
     weights: int
     gradients: int
     optimiser: int
+    gathered: int
     activations: int
     images: int
     embeddings: int
@@ -64,18 +67,26 @@ class Collective:
 
 
 def capacity(config: Experiment, text_width: int, bf16: bool = False, gpu: bool = False) -> Capacity:
-    """The memory of a rank. bf16: under autocast; gpu: with its larger tiles. Raises ConfigError as `build_vision` does."""
+    """The memory of a rank. bf16: under autocast; gpu: the loss as it goes there.
+
+    Raises ConfigError as `build_vision` does, and for a text tower in the loop.
+    """
+    if config.text_online:
+        raise ConfigError(
+            "the memory of a text tower in the loop is not told: leave text.mode and lock out for that of the rest"
+        )
     world, batch = config.workers.count, config.train.global_batch
     local = batch // world
     part = min(config.train.micro_batch or local, local)
-    with torch.device("meta"):
-        vision = build_vision(
-            config.vision.model_copy(update={"pretrained": False, "weights": None}), config.data.image_size, text_width
-        )
-        model = DualEncoder(vision, config.loss).train()
+    vision = shape_of(config, text_width)
     make_ready(vision, config.train.model_copy(update={"compile": False}))
-    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    learned = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    weights = sum(tensor.nbytes for tensor in (*vision.parameters(), *vision.buffers()))
+    learned = sum(parameter.nbytes for parameter in vision.parameters())
+    gathered = 0
+    if config.train.fsdp and world > 1:
+        blocks, rest = pieces(vision)
+        gathered = rest + 3 * max(blocks, default=0)
+        weights, learned = weights // world, learned // world
     kept, tower = tower_bytes(vision, part, config.data.image_size, bf16)
     images = local * config.data.image_size**2 * 3
     levels = max(1, len(config.loss.matryoshka))
@@ -88,20 +99,25 @@ def capacity(config: Experiment, text_width: int, bf16: bool = False, gpu: bool 
     rows, columns = min(rows, local), min(columns, batch)
     at_once = 2 * levels + 4 if nested else 3 if config.loss.kind == "sigmoid" else 2 + gpu
     tiles = FP32 * (at_once * rows * columns + 2 * columns * text_width + rows * text_width)
+    if gpu and config.loss.kind == "softmax" and not nested:
+        # The kernels (`nev.losses.fused`): the parts of the columns' sums and as much again meanwhile, images in two fp16
+        # parts, and the texts once more, their rows side by side.
+        partial = min(PARTIAL_BYTES, math.ceil(local / HALF.rows) * batch * FP32)
+        tiles = 2 * partial + FP32 * local * text_width + (world > 1) * FP16 * batch * text_width
     whole = part == local
     # Whole, the loss is taken while all that the backward needs is there; in parts, while nothing of it is.
     at_loss = embeddings + tiles + (kept if whole else 0)
     at_backward = embeddings + tower
-    steady = weights + 2 * learned + images
-    gradients = (
-        learned if world > 1 or not whole else 0
-    )  # else they come as the activations go, and are counted with these
+    steady = weights + 2 * learned + gathered + images
+    # A whole batch's come as the activations go, and are counted with these.
+    gradients = learned if world > 1 or not whole else 0
     alive = steady + gradients + max(at_loss, at_backward)
     slack = int(SLACK * alive)
     return Capacity(
         weights=weights,
         gradients=learned,
         optimiser=2 * learned,
+        gathered=gathered,
         activations=tower,
         images=images,
         embeddings=embeddings,
@@ -112,16 +128,45 @@ def capacity(config: Experiment, text_width: int, bf16: bool = False, gpu: bool 
     )
 
 
-def collectives(config: Experiment, text_width: int, learned: int) -> list[Collective]:
-    """What the ranks say to each other a step; `learned`: bytes of the gradients. None for a process alone."""
-    if config.workers.count == 1:
+def collectives(config: Experiment, text_width: int) -> list[Collective]:
+    """What the ranks say to each other a step. None for a process alone."""
+    world, batch, levels = config.workers.count, config.train.global_batch, max(1, len(config.loss.matryoshka))
+    if world == 1:
         return []
-    batch, levels = config.train.global_batch, max(1, len(config.loss.matryoshka))
     texts = Collective("all_gather", "texts", 1, batch * (text_width + 1) * FP16)
     columns = Collective("all_reduce", "columns", 2, (2 * levels * batch + 2) * FP32)
     counts = Collective("all_reduce", "loss and counts", 1, 2 * FP32)
-    gradients = Collective("all_reduce", "gradients (DDP)", math.ceil(learned / BUCKET_BYTES), learned)
-    return [texts, counts if config.loss.kind == "sigmoid" else columns, gradients]
+    said = [texts, counts if config.loss.kind == "sigmoid" else columns]
+    blocks, rest = pieces(shape_of(config, text_width))
+    learned = sum(blocks) + rest
+    if not config.train.fsdp:
+        return [*said, Collective("all_reduce", "gradients (DDP)", math.ceil(learned / BUCKET_BYTES), learned)]
+    parts = max(1, batch // world // (config.train.micro_batch or batch))
+    passes = parts * (3 if parts > 1 else 2)  # a part is embedded twice, and has a backward: each gathers its blocks
+    return [
+        *said,
+        Collective("all_gather", "weights (FSDP)", len(blocks) * passes + parts, sum(blocks) * passes + rest * parts),
+        Collective("reduce_scatter", "gradients (FSDP)", (len(blocks) + 1) * parts, learned * parts),
+        Collective("all_reduce", "gradient of the scale", 1, FP32 * (2 if config.loss.kind == "sigmoid" else 1)),
+    ]
+
+
+def shape_of(config: Experiment, text_width: int) -> VisionTower:
+    """The vision tower without its numbers."""
+    empty = config.vision.model_copy(update={"pretrained": False, "weights": None})
+    with torch.device("meta"):
+        return build_vision(empty, config.data.image_size, text_width).train()
+
+
+def pieces(vision: VisionTower) -> tuple[list[int], int]:
+    """(bytes of each block that FSDP gathers in one piece, bytes of the parameters outside of all)."""
+    seen: set[nn.Parameter] = set()
+    blocks = []
+    for block in reversed(blocks_of(vision)):
+        own = set(block.parameters()) - seen
+        blocks.append(sum(parameter.nbytes for parameter in own))
+        seen |= own
+    return blocks, sum(parameter.nbytes for parameter in vision.parameters() if parameter not in seen)
 
 
 def tower_bytes(vision: VisionTower, rows: int, size: int, bf16: bool) -> tuple[int, int]:

@@ -32,7 +32,7 @@ def main(
         gpu = experiment.workers.gpus > 0
         bf16 = experiment.train.precision == "bf16" or (experiment.train.precision == "auto" and gpu)
         found = capacity(experiment, width, bf16, gpu)
-        said = collectives(experiment, width, found.gradients)
+        said = collectives(experiment, width)
     shown = Table(title=f"{experiment.name}: a worker of {experiment.workers.count}", title_justify="left")
     shown.add_column("")
     shown.add_column("bytes", justify="right")

@@ -1,22 +1,28 @@
 """The memory of a step, told beforehand: against what is alive in a real one, byte by byte, and against a process's peak."""
 
+import functools
 import importlib.util
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gloo_helpers import on_ranks
 from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
-from nev.capacity import Live, capacity, collectives
-from nev.config import Experiment
+from nev.capacity import Live, capacity, collectives, pieces, shape_of
+from nev.config import ConfigError, Experiment
 from nev.config_file import parse, to_yaml
 from nev.models.dual_encoder import DualEncoder
 from nev.models.vision import build_vision
 from nev.train.optim import make_optimizer
+from nev.train.parallel import distribute
 from nev.train.step import Batch, choose_precision, train_step
 from nev.train.tower import make_ready
 
@@ -108,6 +114,7 @@ def test_the_parts_follow_the_settings() -> None:
 
 RSS = """
 import sys
+from collections import Counter
 from pathlib import Path
 sys.path[:0] = [{tests!r}]
 from test_capacity import experiment, one_step, real
@@ -140,15 +147,79 @@ def test_the_peak_of_a_process_is_within_15_percent() -> None:
 
 
 def test_what_is_said_between_ranks() -> None:
-    assert collectives(experiment(), WIDTH, 1000) == []
-    said = collectives(experiment(batch=64, workers={"count": 4}), WIDTH, 60 * 2**20)
+    assert collectives(experiment(), WIDTH) == []
+    learned = sum(p.nbytes for p in build_vision(experiment().vision, 32, WIDTH).parameters())
+    said = collectives(experiment(batch=64, workers={"count": 4}), WIDTH)
     assert [(one.kind, one.count, one.nbytes) for one in said] == [
         ("all_gather", 1, 64 * (WIDTH + 1) * 2),
         ("all_reduce", 2, (2 * 64 + 2) * 4),
-        ("all_reduce", 3, 60 * 2**20),
+        ("all_reduce", 1, learned),
     ]
-    sigmoid = collectives(experiment(workers={"count": 4}, loss={"kind": "sigmoid"}), WIDTH, 1000)
-    assert [one.nbytes for one in sigmoid[1:]] == [8, 1000]
+    sigmoid = collectives(experiment(workers={"count": 4}, loss={"kind": "sigmoid"}), WIDTH)
+    assert [one.nbytes for one in sigmoid[1:]] == [8, learned]
+
+
+class Counting(TorchDispatchMode):
+    """The collectives and the bytes of their larger side, as they are dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+        self.nbytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            name = function.overloadpacket.__name__
+            self.seen[name] += 1
+            leaves = ([leaf for leaf in tree_leaves(side) if isinstance(leaf, torch.Tensor)] for side in args)
+            self.nbytes[name] += max(sum(leaf.nbytes for leaf in side) for side in leaves)
+        return function(*args, **(kwargs or {}))
+
+
+def _splits(rank: int, train: dict[str, Any]) -> dict[str, Any]:
+    config = experiment(batch=64, workers={"count": 2}, train=train)
+    model = DualEncoder(build_vision(config.vision, 32, WIDTH), config.loss).train()
+    wrapped = distribute(model, True, 2, CPU)
+    optimizer = make_optimizer(model, config.optim)
+    given = Batch(
+        torch.zeros(32, 32, 32, 3, dtype=torch.uint8),
+        normalize(torch.randn(32, WIDTH)).half(),
+        torch.ones(32, dtype=torch.bool),
+    )
+    with Counting() as counted:
+        train_step(wrapped, optimizer, given, config, choose_precision("fp32", CPU))
+    return {"seen": dict(counted.seen), "nbytes": dict(counted.nbytes)}
+
+
+@pytest.mark.parametrize("train", [{"fsdp": True}, {"fsdp": True, "micro_batch": 8}])
+def test_what_fsdp_says_is_what_it_says(train: dict[str, Any], tmp_path: Path) -> None:
+    found = on_ranks(functools.partial(_splits, train=train), 2, tmp_path)[0]
+    told = collectives(experiment(batch=64, workers={"count": 2}, train=train), WIDTH)
+    for kind, name in (("all_gather", "_allgather_base_"), ("reduce_scatter", "_reduce_scatter_base_")):
+        ours = [one for one in told if one.kind == kind]
+        assert found["seen"][name] == sum(one.count for one in ours)
+        assert found["nbytes"][name] == pytest.approx(
+            sum(one.nbytes for one in ours), rel=0.02
+        )  # uneven rows are padded
+    assert found["seen"]["allreduce_"] == sum(one.count for one in told if one.kind == "all_reduce")
+
+
+def test_fsdp_holds_a_share_and_what_is_gathered() -> None:
+    whole, split = (
+        capacity(experiment(workers={"count": 4}, train={"fsdp": fsdp, "micro_batch": 16}), WIDTH)
+        for fsdp in (False, True)
+    )
+    for name in ("weights", "gradients", "optimiser"):
+        assert getattr(split, name) == pytest.approx(getattr(whole, name) / 4, rel=0.01)
+    blocks, rest = pieces(shape_of(experiment(), WIDTH))
+    assert len(blocks) == 4
+    assert sum(blocks) + rest == whole.gradients
+    assert (whole.gathered, split.gathered) == (0, rest + 3 * max(blocks))
+
+
+def test_a_text_tower_in_the_loop_is_not_told() -> None:
+    with pytest.raises(ConfigError, match="text tower in the loop is not told"):
+        capacity(experiment(lock="none"), WIDTH)
 
 
 def test_the_command_prints_a_table(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,17 @@ import torch
 from data_helpers import rows_of, write_shard
 from gloo_helpers import on_ranks
 from rich.console import Console
-from test_fsdp import steps
+from safetensors.torch import save_file
+from test_fsdp import FP32, steps
 from test_gradcache import CLOSE, CPU, ROWS, SIZE, TRUNK, VALID, WIDTH, batch, gradients, parts_of
-from test_train import run_bare, weights
+from test_train import blocks, run_bare, weights
 from torch import nn
 from torch.nn.functional import normalize
 from transformers import BertConfig, BertModel
 
 from nev.config import Columns, ConfigError, Experiment, Limits
 from nev.config_file import parse
-from nev.data.block import BlockReader
+from nev.data.block import Block, BlockReader
 from nev.data.index import build_index
 from nev.data.plan import Segment
 from nev.data.sidecar import sidecar_key, write_sidecar
@@ -37,6 +38,8 @@ from nev.models.text_encoder import TextEncoder, encoder_of, refuse_other_vector
 from nev.models.vision import build_vision
 from nev.train import checkpoint
 from nev.train.gradcache import backward_in_parts
+from nev.train.learner import Rank, build, learner_of
+from nev.train.loop import TowerMoved, train
 from nev.train.manifest import latest, read_manifest
 from nev.train.optim import make_optimizer
 from nev.train.parallel import distribute
@@ -272,13 +275,33 @@ def test_a_locked_image_side_does_not_move(tiny: Make, text: TextTower) -> None:
     assert reported[12]["loss"] < reported[1]["loss"]
 
 
+@pytest.mark.parametrize("lock", ["image", "text"])
+def test_a_locked_tower_that_moves_voids_the_run(lock: str, tiny: Make, text: TextTower, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    tower = build_vision(tiny().vision, 32, text.width).state_dict()
+    save_file({f"vision.{name}": tensor for name, tensor in tower.items()}, file)
+    config = tiny(lock=lock, text__mode="online", vision__weights=str(file), train__steps=2, data__val=None, eval={})
+    job, me = prepare_job(config, text), Rank(0, 1, CPU, FP32)
+    learner, start = learner_of(build(job), job, me)
+    held = learner.model.vision if lock == "image" else learner.tower.model  # type: ignore[union-attr]
+
+    def pushing() -> Iterator[Block]:
+        for block in blocks(train_reader(config, text), job.plan, 0, 2):
+            with torch.no_grad():
+                next(held.parameters()).add_(1e-3)
+            yield block
+
+    with pytest.raises(TowerMoved, match=rf"the {lock.replace('image', 'vision')} tower is locked, but 1 of its"):
+        train(job, me, learner, start, pushing(), lambda *_: None)
+
+
 def test_locks_that_cannot_be_are_refused(tiny: Make, text: TextTower, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"lock: image would lock random weights: give vision\.weights"):
         tiny(lock="image")
     with pytest.raises(ConfigError, match=r"lock: none trains the text tower, whose vectors sidecars cannot hold"):
         tiny(lock="none", text__mode="sidecar")
     trunk = build_vision(tiny().vision, 32, text.width).trunk.state_dict()
-    checkpoint.safetensors.torch.save_file(trunk, tmp_path / "trunk.safetensors")
+    save_file(trunk, tmp_path / "trunk.safetensors")
     config = tiny(lock="image", vision__weights=str(tmp_path / "trunk.safetensors"))
     with pytest.raises(ConfigError, match=r"brings the trunk's alone, and the tower has head\..* besides"):
         run_bare(prepare_job(config, text), train_reader(config, text))
@@ -286,9 +309,8 @@ def test_locks_that_cannot_be_are_refused(tiny: Make, text: TextTower, tmp_path:
 
 def test_another_tower_than_the_files_is_refused(tiny: Make, text: TextTower, tmp_path: Path) -> None:
     tower = build_vision(tiny().vision, 32, text.width)
-    checkpoint.safetensors.torch.save_file(
-        {f"vision.{name}": tensor for name, tensor in tower.state_dict().items()}, tmp_path / "model.safetensors"
-    )
+    whole = {f"vision.{name}": tensor for name, tensor in tower.state_dict().items()}
+    save_file(whole, tmp_path / "model.safetensors")
     same = tiny(vision__weights=str(tmp_path / "model.safetensors")).vision
     assert weight_digests(build_vision(same, 32, text.width)) == weight_digests(tower)
     with pytest.raises(ConfigError, match=r"model\.safetensors: another tower than this experiment's"):

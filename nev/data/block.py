@@ -76,7 +76,7 @@ class BlockReader:
             "row": np.empty(total, np.int32),
         }
         if self.tokens:
-            block["text"] = np.tile(self.tokens([""]), (total, 1))  # an invalid row, too, goes through the tower
+            block["text"] = np.full((total, self.tokens.width), -1, np.int32)
         elif self.text_key:
             block["text"] = np.zeros((total, self.text_width), np.float16)
         if self.with_labels:

@@ -200,9 +200,13 @@ def check_locked(tower: TextTower, before: Lock) -> None:
 
 
 def weight_digests(model: nn.Module) -> dict[str, str]:
-    """sha256 (hex) of each tensor of the state dict (dtype, shape, bytes), by name in sorted order."""
+    """sha256 (hex) of each tensor of the state dict (dtype, shape, bytes), by name in sorted order.
+
+    Of a tensor that FSDP has split, of this rank's part.
+    """
     digests = {}
     for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(raw.data)

@@ -37,7 +37,7 @@ class TextEncoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """int [b, T], -1 after the end of a text -> float32 [b, width] of unit length."""
         mask = tokens >= 0
-        mask[:, 0] = True  # attention over nothing at all would be NaN
+        mask[:, 0] = True  # a row without text goes through, too, and attention over nothing would be NaN
         ids = torch.where(tokens >= 0, tokens, self.pad)
         hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         return pool_tokens(hidden, mask, self.pooling, self.layer_norm)

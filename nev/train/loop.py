@@ -8,12 +8,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nev.config import Experiment
 from nev.data.block import Block
+from nev.errors import NevError
 from nev.eval.validation import Result, Validation, embedder, kept_bytes, kept_file, validate
-from nev.models.text import TextTower
+from nev.models.text import TextTower, weight_digests
 from nev.models.text_encoder import encoder_of
 from nev.models.vision import normalise
 from nev.train import checkpoint, guards
@@ -34,6 +35,10 @@ class Report(Protocol):
     def __call__(self, step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None: ...  # noqa: D102
 
 
+class TowerMoved(NevError, RuntimeError):
+    """A locked tower is not what it was when this process began."""
+
+
 class StreamError(RuntimeError):
     """The stream gave other rows than the plan names for this step."""
 
@@ -49,6 +54,7 @@ def train(job: Job, me: Rank, learner: Learner, start: Start, blocks: Iterator[B
     totals = Totals(me.device, start.bad_rows)
     watch = guards.Watch(config.guards, plan, job.shards, guards.History(**start.history))
     clock = Clock(start.step)
+    held = {name: (tower, weight_digests(tower)) for name, tower in locked_towers(learner, config).items()}
     locked_text = locked_encoder(learner.tower, config) if learner.tower and config.lock == "text" else None
     for step in range(start.step, job.stop_step):
         rate = learning_rate(step, job.total_steps, config.optim)
@@ -92,6 +98,26 @@ def train(job: Job, me: Rank, learner: Learner, start: Start, blocks: Iterator[B
                 if scored:
                     report(done, scored.metrics)
                 keep(job, me, learner, Start(done, totals.bad_rows(), asdict(watch.history)), scored)
+
+    for name, (tower, before) in held.items():
+        refuse_moved(name, tower, before)
+
+
+def locked_towers(learner: Learner, config: Experiment) -> dict[str, nn.Module]:
+    """The towers that this process holds and must not move; texts from sidecars have theirs on the driver."""
+    if config.lock == "image":
+        return {"vision": learner.model.vision}
+    return {"text": learner.tower.model} if config.lock == "text" and learner.tower else {}
+
+
+def refuse_moved(name: str, tower: nn.Module, before: dict[str, str]) -> None:
+    """Raise TowerMoved unless the weights have the digests that they had."""
+    now = weight_digests(tower)
+    if moved := [key for key, digest in before.items() if now[key] != digest]:
+        raise TowerMoved(
+            f"the {name} tower is locked, but {len(moved)} of its {len(before)} weights changed ({', '.join(moved[:3])}). "
+            "This run's model is void."
+        )
 
 
 def keep(job: Job, me: Rank, learner: Learner, at: Start, scored: Result | None) -> None:

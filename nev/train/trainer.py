@@ -133,7 +133,7 @@ def work(setting: dict[str, Any]) -> None:
 
     from nev.train.guards import Diverged
     from nev.train.learner import Rank, build, learner_of
-    from nev.train.loop import train
+    from nev.train.loop import TowerMoved, train
     from nev.train.step import choose_precision
 
     job: Job = setting["job"]
@@ -166,7 +166,7 @@ def work(setting: dict[str, Any]) -> None:
     learner, start = learner_of(built, job, me)
     try:
         train(job, me, learner, start, after(first, blocks), report)
-    except (TooManyBadRows, Diverged) as error:  # every rank meets these at the same step
+    except (TooManyBadRows, Diverged, TowerMoved) as error:  # every rank meets these at the same step
         give_up(str(error))
 
 
