@@ -16,8 +16,9 @@ from nev.config import ConfigError, Train, Vision
 from nev.losses import tiles
 from nev.models.dual_encoder import DualEncoder
 from nev.models.vision import build_vision, normalise
+from nev.train import checkpoint
 from nev.train.optim import make_optimizer
-from nev.train.step import Precision, StepResult, train_step
+from nev.train.step import Batch, Precision, StepResult, train_step
 from nev.train.tower import keep_few_activations, make_ready, uncompiled
 
 FP32 = Precision(torch.device("cpu"), torch.float32)
@@ -53,6 +54,37 @@ def test_few_activations_give_the_same_gradient_under_dropout(parts: int | None)
         torch.testing.assert_close(got[name], gradient, **CLOSE)
     if not parts:
         assert little < all_of_it / 3
+
+
+def test_convolutions_lie_as_the_pixels_do_and_so_do_their_moments_after_a_checkpoint() -> None:
+    """Fused AdamW goes through memory: a moment in another order would be another weight's."""
+    given = Batch(torch.randint(0, 256, (8, 64, 64, 3), dtype=torch.uint8), batch().text[:8].float(), torch.ones(8) > 0)
+    config = experiment(global_batch=8)
+
+    def made_of_convolutions() -> tuple[DualEncoder, torch.optim.AdamW]:
+        torch.manual_seed(1)
+        vision = build_vision(
+            Vision(trunk="convnext_atto", trunk_args={"depths": [1, 1, 1, 1]}, pool="mean"), 64, WIDTH
+        )
+        make_ready(vision, config.train)
+        model = DualEncoder(vision, config.loss).train()
+        return model, make_optimizer(model, config.optim)
+
+    model, optimizer = made_of_convolutions()
+    stem = model.vision.trunk.stem[0].weight
+    assert stem.is_contiguous(memory_format=torch.channels_last)
+    assert not stem.is_contiguous()
+    for _ in range(2):
+        train_step(model, optimizer, given, config, FP32)
+    tensors = checkpoint.gather_tensors(model, optimizer)
+    assert all(tensor.is_contiguous() for part in tensors for tensor in part.values())
+    train_step(model, optimizer, given, config, FP32)
+
+    again, anew = made_of_convolutions()
+    again.load_state_dict(tensors.model)
+    checkpoint.load_optimizer(again, anew, tensors.optimizer)
+    train_step(again, anew, given, config, FP32)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
 def test_a_trunk_that_cannot_be_checkpointed_is_named() -> None:

@@ -66,14 +66,13 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def share_of(full: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor (equal on every rank), on the device of `like` and split like it. No collective."""
-    full = full.to(like.device)
+    """This rank's part of a whole tensor (equal on every rank), as `like` lies: device, strides, split. No collective."""
     if not is_sharded(like):
-        return full
+        return torch.empty_like(like, dtype=full.dtype, requires_grad=False).copy_(full)
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(like, DTensor)
-    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
