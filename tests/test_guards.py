@@ -3,9 +3,11 @@
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from gloo_helpers import on_ranks
@@ -221,6 +223,30 @@ def test_a_run_tells_of_a_skipped_step_and_goes_on_as_it_would_have_in_one_piece
     assert histories[0] == histories[1]
     assert histories[0]["skipped"] == [3]
     assert histories[0]["losses"] == 5
+
+
+def test_a_run_tells_of_a_spike_with_its_place_in_the_plan_and_goes_on(tiny: Make, text: TextTower) -> None:
+    config = tiny(name="leaps", train__steps=106, train__log_every=53, train__global_batch=32, optim__lr=1e-5, eval={})
+    job, reader = prepare_job(config, text), train_reader(config, text)
+    (leaping,) = job.plan.step_blocks(103)
+
+    def stretched(stream: Iterator[Block]) -> Iterator[Block]:
+        for block in stream:
+            factor = 50 if int(block["block"][0]) == leaping else 1
+            yield block | {"text": block["text"] * np.float16(factor)}
+
+    reported, told = run(job, stretched(blocks(reader, job.plan, 0, 106)))
+    (line,) = told
+    assert re.fullmatch(
+        rf"step 103: loss \S+, usual 3\.\d+ \(epoch 3, blocks {leaping} to {leaping}, learning rate .*; shards in .*guards\)",
+        line,
+    )
+    assert reported[106]["loss_spikes"] == 1
+    found = json.loads(Path(job.run, "guards/step-00000103.json").read_text())
+    assert (found["kind"], found["step"], found["epoch"]) == ("spike", 103, 3)
+    assert found["loss"] > 2 * found["usual_loss"]
+    assert "skipped_steps" not in reported[106]
+    assert read_manifest(latest(job.run) or "")["history"]["losses"] == 106
 
 
 def test_past_the_limit_the_run_stops_and_says_where(tiny: Make, text: TextTower) -> None:
