@@ -34,7 +34,7 @@ from nev.losses.contrastive import contrastive_loss
 from nev.losses.gather import gather
 from nev.models.dual_encoder import DualEncoder, Embedded
 from nev.models.text import CANARIES, TextTower, load_text, weight_digests
-from nev.models.text_encoder import TextEncoder, encoder_of, refuse_other_vectors
+from nev.models.text_encoder import TextEncoder, encoder_of, refuse_other_vectors, unlock
 from nev.models.vision import build_vision
 from nev.train import checkpoint
 from nev.train.gradcache import backward_in_parts
@@ -163,6 +163,39 @@ def test_a_locked_vision_tower_never_drops_out() -> None:
     assert torch.equal(model.vision(pixels), model.vision(pixels))
     unlocked = made("none", 0.5)
     assert not torch.equal(unlocked.vision(pixels), unlocked.vision(pixels))
+
+
+def test_what_no_loss_reaches_is_not_trained() -> None:
+    bert = BertModel(BertConfig(vocab_size=50, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=2))
+    encoder = TextEncoder(bert.requires_grad_(False).eval(), "mean", layer_norm=False, pad=0)
+    unlock(encoder, few_activations=False)
+    idle = {name for name, parameter in encoder.named_parameters() if not parameter.requires_grad}
+    assert idle == {"model.pooler.dense.weight", "model.pooler.dense.bias"}
+    assert encoder.training
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+def test_a_text_tower_that_keeps_few_activations_has_the_same_gradient() -> None:
+    found = []
+    for few in (False, True):
+        encoder = made("none").text
+        assert encoder
+        unlock(encoder, few_activations=few)
+        held = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal held
+            held += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            vectors = encoder(tokenised().text)
+        (vectors * torch.arange(1.0, WIDTH + 1)).sum().backward()
+        found.append((gradients(encoder), held))
+    (wanted, all_of_it), (got, little) = found
+    assert little < all_of_it / 2
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, **NEAR)
 
 
 # Tokens

@@ -67,6 +67,10 @@ def unlock(encoder: TextEncoder, few_activations: bool) -> None:
     Raises ConfigError for an architecture that cannot keep few.
     """
     encoder.requires_grad_(True).train()
+    encoder(torch.zeros(1, 2, dtype=torch.int32)).sum().backward()
+    for parameter in encoder.parameters():
+        parameter.requires_grad_(parameter.grad is not None)  # one that no loss reaches would stall DDP
+        parameter.grad = None
     if few_activations:
         try:
             encoder.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
