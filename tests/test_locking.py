@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from test_fsdp import FP32, steps
 from test_gradcache import CLOSE, CPU, ROWS, SIZE, TRUNK, VALID, WIDTH, batch, gradients, parts_of
 from test_train import blocks, run_bare, weights
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import BertConfig, BertModel
 

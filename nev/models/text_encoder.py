@@ -73,7 +73,7 @@ def unlock(encoder: TextEncoder, few_activations: bool) -> None:
         parameter.grad = None
     if few_activations:
         try:
-            encoder.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            encoder.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         except ValueError as error:
             raise ConfigError(f"train.activation_checkpointing: the text encoder has no way to it ({error})") from error
 
