@@ -13,10 +13,11 @@ import pytest
 import typer
 from rich.console import Console
 
-from benchmarks import capacity, data, loss, loss_gpu, report, step, train
+from benchmarks import capacity, data, loss, loss_gpu, report, step, step_gpu, train
 from benchmarks.contestants import collectives, losses, open_clip, pictures, processes, ray_job, steps, streams
 from nev.config import Experiment
 from nev.config_file import load
+from nev.errors import NevError
 from nev.losses import contrastive, tiles
 
 REPO = Path(__file__).parents[1]
@@ -306,6 +307,38 @@ def test_loss_gpu_says_what_it_lacks() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
     assert done.returncode == 2
     assert "needs an NVIDIA GPU" in done.stdout
+
+
+def test_step_gpu_reports_its_share_of_the_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`step_gpu` with steps that answer at once, on a device of 200 TFLOP/s."""
+    asked = []
+
+    def answer(config: Experiment, device: str) -> tuple[float, float]:
+        asked.append((config.train.global_batch, config.train.micro_batch, config.train.compile, device))
+        return (1000.0 if config.train.compile else 800.0) * (1 if config.train.global_batch == 4 else 0.7), 5.0
+
+    monkeypatch.setattr(step_gpu, "images_per_s", answer)
+    monkeypatch.setattr(step_gpu, "device_name", lambda: "NVIDIA A9000")
+    with pytest.raises(NevError, match="the peak of NVIDIA A9000 is not known here"):
+        step_gpu.peak_of("NVIDIA A9000")
+    step_gpu.main(part=4, parts=2, repetitions=1, peak=200.0, results=tmp_path)
+    assert asked == [(batch, 4, compiled, "cuda") for compiled in (False, True) for batch in (4, 8)]
+    written = json.loads((tmp_path / "step_gpu.json").read_text())
+    assert written["figures"]["gflop_an_image"] == pytest.approx(106.6, rel=0.01)  # three times 17.8 G multiply-adds
+    assert written["ratios"]["mfu"] == pytest.approx(1000 * 106.6e9 / 200e12, rel=0.01)
+    assert written["ratios"]["gradcache_rate"] == pytest.approx(0.7)
+    assert written["ratios"]["compile_speedup"] == pytest.approx(1.25)
+    assert step_gpu.peak_of("NVIDIA H100 80GB HBM3") == 989
+
+
+def test_step_gpu_takes_real_steps() -> None:
+    config = step_gpu.experiment(4, 2, compiled=False)
+    trunk = config.vision.trunk_args | {"depth": 1, "embed_dim": 96, "num_heads": 2}
+    vision = config.vision.model_copy(update={"trunk_args": trunk, "pool_heads": 2})
+    config = config.model_copy(update={"vision": vision, "data": config.data.model_copy(update={"image_size": 32})})
+    rate, mib = step_gpu.images_per_s(config, "cpu", warm=1, timed=1)
+    assert rate > 0
+    assert mib == 0
 
 
 @pytest.mark.parametrize("locked", [True, False])
