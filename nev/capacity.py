@@ -147,6 +147,7 @@ def collectives(config: Experiment, text_width: int) -> list[Collective]:
         *said,
         Collective("all_gather", "weights (FSDP)", len(blocks) * passes + parts, sum(blocks) * passes + rest * parts),
         Collective("reduce_scatter", "gradients (FSDP)", (len(blocks) + 1) * parts, learned * parts),
+        Collective("all_reduce", "norm of the gradients", 1, FP32),
         Collective("all_reduce", "gradient of the scale", 1, FP32 * (2 if config.loss.kind == "sigmoid" else 1)),
     ]
 

@@ -105,7 +105,10 @@ class Text(Section):
 
 
 class Vision(Section):
-    """The tower that is trained: a timm trunk that gives tokens, and a pooling head."""
+    """The vision tower: a timm trunk that gives tokens, and a pooling head.
+
+    `weights`: a file of the trunk's, or the `model.safetensors` of a checkpoint, which brings the whole tower.
+    """
 
     trunk: str
     trunk_args: dict[str, Any] = {}

@@ -52,7 +52,7 @@ def run_experiment(
     config = absolute(config)
     check_output(config)
     text = load_text(config.text)
-    lock = lock_of(text)
+    lock = lock_of(text) if config.lock == "text" else None
     job = prepare_job(config, text, stop_after)
     connect()
     check_room(config.workers)
@@ -62,7 +62,7 @@ def run_experiment(
     try:
         if where(job.run).step < job.stop_step:
             fit(job, train_reader(config, text), tracker, console)
-        if config.lock == "text":
+        if lock:
             check_locked(load_text(config.text), lock)
             check_locked(text, lock)
         summary = summarise(job, tracker)
@@ -139,6 +139,8 @@ def evaluate_checkpoint(
         location = str(Path(location).absolute())  # Ray's processes have other working folders
     manifest = read_manifest(location)
     config = absolute(parse(Experiment, manifest["config"], overrides, where=location))
+    if config.lock != (own := manifest["config"].get("lock", "text")):
+        raise ConfigError(f"lock: {location} was trained with lock: {own}, which says whose weights it holds: leave it")
     if not config.data.val or not (config.eval.zero_shot or config.eval.retrieval):
         raise ConfigError("nothing to score: give data.val, and eval.zero_shot or eval.retrieval, with --set")
     text = load_text(config.text)

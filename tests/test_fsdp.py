@@ -17,7 +17,7 @@ from test_guards import poisoned
 from test_train import run_bare
 from torch import Tensor, nn
 
-from nev.config import Experiment, Vision
+from nev.config import ConfigError, Experiment, Vision
 from nev.config_file import parse
 from nev.experiment import run_experiment
 from nev.models.dual_encoder import DualEncoder
@@ -25,6 +25,7 @@ from nev.models.text import load_text
 from nev.models.vision import build_vision
 from nev.tracking import Tracker
 from nev.train import checkpoint
+from nev.train.learner import build
 from nev.train.manifest import State
 from nev.train.optim import make_optimizer
 from nev.train.parallel import blocks_of, distribute, is_sharded, whole
@@ -181,6 +182,16 @@ def test_every_block_of_a_trunk_is_gathered_apart() -> None:
     assert names.count("ConvNeXtBlock") == 12
     assert names.count("ConvNeXtStage") == 4
     assert names.index("ConvNeXtBlock") > names.index("ConvNeXtStage"), "outer ones first"
+
+
+def test_batch_norm_is_refused(tiny: Make) -> None:
+    config = tiny(train__fsdp=True, vision__trunk="resnet10t", vision__trunk_args={}, vision__pool="mean", eval={})
+    with pytest.raises(ConfigError, match=r"train\.fsdp: vision\.trunk\.\S+ is a batch norm"):
+        build(
+            prepare_job(
+                config.model_copy(update={"data": config.data.model_copy(update={"val": None})}), load_text(config.text)
+            )
+        )
 
 
 def test_a_process_alone_splits_nothing() -> None:

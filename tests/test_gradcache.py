@@ -193,8 +193,9 @@ def test_parts_must_divide_a_workers_share() -> None:
 def test_batch_norm_is_refused_by_name() -> None:
     vision = build_vision(Vision(trunk="resnet18", pool="mean"), 64, WIDTH)
     with pytest.raises(ConfigError, match=r"train\.micro_batch: trunk\.bn1 is a batch norm"):
-        refuse_batch_norm(vision)
-    refuse_batch_norm(made())
+        refuse_batch_norm(vision.train(), "train.micro_batch")
+    refuse_batch_norm(made(), "train.micro_batch")
+    refuse_batch_norm(vision.eval(), "train.micro_batch")  # it knows its statistics then
 
 
 # Two processes

@@ -210,6 +210,20 @@ def test_a_resumed_run_needs_no_pretrained_weights(tiny: Make, text: TextTower, 
     assert where(prepare_job(config, text).run).step == 4
 
 
+def test_a_run_that_knew_fewer_settings_goes_on(tiny: Make, text: TextTower) -> None:
+    config = tiny(train__steps=2)
+    job = prepare_job(config, text)
+    run_bare(job, train_reader(config, text))
+    file = Path(f"{latest(job.run)}/state.json")
+    manifest = json.loads(file.read_text())
+    del manifest["config"]["lock"]
+    del manifest["config"]["guards"]
+    file.write_text(json.dumps(manifest))
+    prepare_job(config, text)
+    with pytest.raises(CheckpointError, match=r"lock: 'text' there, 'none' here"):
+        prepare_job(config.model_copy(update={"lock": "none"}), text)
+
+
 def test_the_vectors_of_the_validation_are_in_the_checkpoint(tiny: Make, text: TextTower) -> None:
     job = prepare_job(tiny(train__steps=2), text)
     run_bare(job, train_reader(job.config, text))

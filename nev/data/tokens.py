@@ -25,8 +25,9 @@ class Tokens:
     def __call__(self, sentences: Sequence[str]) -> NDArray[np.int32]:
         """Ids as the tower's own tokenizer gives them."""
         ids = np.full((len(sentences), self.width), -1, np.int32)
-        for row, found in zip(ids, self.tokenizer.encode_batch([self.prefix + one for one in sentences]), strict=True):
-            row[: len(found.ids)] = found.ids
+        for row, sentence in zip(ids, sentences, strict=True):
+            found = self.tokenizer.encode(self.prefix + sentence).ids  # many at once would take every core
+            row[: len(found)] = found
         return ids
 
 
@@ -34,5 +35,5 @@ def tokens_of(tower: TextTower) -> Tokens:
     """How a tower reads sentences, as something that travels to a task (transformers is not imported there)."""
     tokenizer = Tokenizer.from_str(tower.tokenizer.backend_tokenizer.to_str())
     tokenizer.no_padding()
-    tokenizer.enable_truncation(tower.max_tokens)
+    tokenizer.enable_truncation(tower.max_tokens, direction=tower.tokenizer.truncation_side)
     return Tokens(tokenizer, tower.prefix, tower.max_tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -128,8 +130,15 @@ def texts_of(task: Validation, encode: Encode | None) -> Texts:
 
 
 def kept_file(task: Validation) -> str:
-    """The file in a checkpoint that keeps the vectors of its validation: who looks at the results need not embed again."""
-    return f"validation-{task.reader.index.fingerprint[:16]}.safetensors"
+    """The file in a checkpoint that keeps the vectors of its validation: who looks at the results need not embed again.
+
+    Named after what they are of: the set and, where texts are in it, the sentences.
+    """
+    of = task.reader.index.fingerprint
+    if not task.text_key:
+        sentences = task.classes and (task.classes.names, task.classes.templates)
+        of = hashlib.sha256(json.dumps([of, sentences, task.retrieval]).encode()).hexdigest()
+    return f"validation-{of[:16]}.safetensors"
 
 
 def kept_bytes(task: Validation, result: Result) -> bytes:

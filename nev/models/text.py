@@ -49,7 +49,7 @@ class TextMoved(NevError, RuntimeError):
 
 @dataclass(frozen=True)
 class TextTower:
-    """A frozen encoder in eval mode with the recipe around it. Build it with `load_text`.
+    """An encoder with the recipe around it, frozen and in eval mode as `load_text` makes it (`lock: none` trains its model).
 
     Fields: `name` of the encoder, `model` and `tokenizer` (transformers), `prefix`, `pooling` ("mean" or "cls"),
     `layer_norm` (after pooling, without affine), `max_tokens` (prefix and special tokens included).
@@ -138,6 +138,10 @@ def load_text(config: Text, device: str | torch.device = "cpu") -> TextTower:
         raise ConfigError(f"text.encoder {config.encoder!r}: its files lack the weights {', '.join(absent[:8])}")
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"text.encoder {config.encoder!r}: no fast tokenizer (tokenizer.json) in its files")
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(
+            f"text.encoder {config.encoder!r}: its tokenizer names no padding token (tokenizer_config.json)"
+        )
     longest = getattr(model.config, "max_position_embeddings", None) or config.max_tokens
     if config.max_tokens > longest:
         raise ConfigError(f"text.max_tokens ({config.max_tokens}) is more than {config.encoder!r} takes ({longest})")

@@ -57,8 +57,7 @@ def pool_tokens(hidden: Tensor, mask: Tensor, pooling: str, layer_norm: bool) ->
 
 def encoder_of(tower: TextTower) -> TextEncoder:
     """The layer of a tower; it shares the tower's weights. Its inputs are made by `nev.data.tokens`."""
-    pad = tower.tokenizer.pad_token_id
-    return TextEncoder(tower.model, tower.pooling, tower.layer_norm, 0 if pad is None else pad)
+    return TextEncoder(tower.model, tower.pooling, tower.layer_norm, tower.tokenizer.pad_token_id)
 
 
 def unlock(encoder: TextEncoder, few_activations: bool) -> None:
@@ -85,9 +84,10 @@ def refuse_other_vectors(tower: TextTower, tokens: Callable[[Sequence[str]], NDA
     """
     from nev.models.text import CANARIES
 
+    sentences = [*CANARIES, " ".join(map(str, range(tower.max_tokens)))]  # the last one is cut
     with torch.inference_mode():
-        found = encoder_of(tower)(torch.from_numpy(tokens(CANARIES))).numpy()
-    distance = float(np.abs(found - tower.encode(CANARIES)).max())
+        found = encoder_of(tower)(torch.from_numpy(tokens(sentences))).numpy()
+    distance = float(np.abs(found - tower.encode(sentences)).max())
     if not distance < SAME:
         raise ConfigError(
             f"text.encoder {tower.name!r} cannot run in the training loop: from ids and a mask alone it gives other vectors "

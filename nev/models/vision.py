@@ -104,10 +104,12 @@ def build_vision(config: Vision, image_size: int, width: int) -> VisionTower:
     return tower
 
 
-def refuse_random_lock(tower: VisionTower, config: Vision) -> None:
-    """Raise ConfigError where weights that no file brought would be locked: `weights` and `pretrained` may be the trunk's."""
+def refuse_random_lock(config: Vision, image_size: int, width: int) -> None:
+    """Raise ConfigError where weights that no file brings would be locked (`weights` and `pretrained` may be the trunk's)."""
     if config.weights and _is_tower(read_weights(config.weights)):
         return
+    with torch.device("meta"):
+        tower = build_vision(config.model_copy(update={"pretrained": False, "weights": None}), image_size, width)
     beyond = [name for name, _ in tower.named_parameters() if not name.startswith("trunk.")]
     if beyond:
         source = "weights" if config.weights else "pretrained"

@@ -63,11 +63,14 @@ def backward_in_parts(
     return result
 
 
-def refuse_batch_norm(model: nn.Module) -> None:
-    """Raise ConfigError for a layer whose result depends on which images share a forward: parts would change it."""
+def refuse_batch_norm(model: nn.Module, setting: str) -> None:
+    """Raise ConfigError, in the name of `setting`, for a layer that is trained and whose result depends on which images it sees.
+
+    Parts would change what it sees, and FSDP would leave each rank its own statistics.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             raise ConfigError(
-                f"train.micro_batch: {name} is a batch norm, whose result depends on the images beside each other, so that a "
-                "batch in parts would be another batch. Choose a trunk without it, or leave micro_batch out."
+                f"{setting}: {name} is a batch norm, whose result depends on the images beside each other: it would be another "
+                f"model's. Choose a trunk without it, or leave {setting} out."
             )

@@ -12,11 +12,11 @@ from nev.config import ConfigError
 from nev.models.dual_encoder import DualEncoder
 from nev.models.text import TextTower, load_text
 from nev.models.text_encoder import encoder_of, unlock
-from nev.models.vision import build_vision, refuse_random_lock
+from nev.models.vision import build_vision
 from nev.train import checkpoint
 from nev.train.gradcache import refuse_batch_norm
 from nev.train.job import Job, Start
-from nev.train.manifest import State, latest
+from nev.train.manifest import CheckpointError, State, latest
 from nev.train.optim import make_optimizer
 from nev.train.parallel import distribute
 from nev.train.rng import restore_rng, seed_rank
@@ -36,7 +36,7 @@ class Rank:
 
 @dataclass(frozen=True)
 class Learner:
-    """What is trained: `wrapped` is `model`, bare or under DDP, and shares its parameters.
+    """What is trained: `wrapped` is `model` itself (alone, or under FSDP), or DDP around it.
 
     tower: the text tower where it runs in the loop; one that is trained is the model's own.
     """
@@ -78,15 +78,16 @@ def build(job: Job) -> Built:
     text = encoder_of(tower) if tower and config.lock != "text" else None
     if text:
         unlock(text, config.train.activation_checkpointing)
-    if config.lock == "image" and newest is None:
-        refuse_random_lock(vision, config.vision)
     model = DualEncoder(vision, config.loss, text, vision_locked=config.lock == "image").train()
-    if config.train.micro_batch is not None:
-        refuse_batch_norm(model)
+    if config.train.micro_batch is not None or config.train.fsdp:
+        refuse_batch_norm(model, "train.fsdp" if config.train.fsdp else "train.micro_batch")
     if newest is None:
         return Built(model, tower, None, {}, {})
     state, weights, moments, rng = checkpoint.load(newest)
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{newest}: not the weights of this experiment's model: {error}") from error
     checkpoint.refuse_unknown(model, moments)
     return Built(model, tower, state, moments, rng)
 
@@ -94,7 +95,7 @@ def build(job: Job) -> Built:
 def learner_of(built: Built, job: Job, me: Rank) -> tuple[Learner, Start]:
     """The model on this rank's device, under DDP or FSDP, with its optimiser: every rank must come here."""
     config, model, tower = job.config, built.model, built.tower
-    if tower:
+    if tower and config.lock == "text":  # else it is the model's, and may be split before it goes there
         tower.model.to(me.device)
     wrapped = distribute(model, config.train.fsdp, me.world, me.device)
     optimizer = make_optimizer(model, config.optim)

@@ -23,6 +23,7 @@ from nev.train.learner import Learner, Rank
 from nev.train.manifest import State, prune
 from nev.train.meter import Clock, Totals
 from nev.train.optim import learning_rate, set_learning_rate
+from nev.train.parallel import first_of_all
 from nev.train.quarantine import Quarantine, TooManyBadRows, describe, too_many
 from nev.train.rng import gather_rng
 from nev.train.step import Batch, train_step
@@ -36,7 +37,7 @@ class Report(Protocol):
 
 
 class TowerMoved(NevError, RuntimeError):
-    """A locked tower is not what it was when this process began."""
+    """A locked tower is not what it was when this process began, on one rank at least."""
 
 
 class StreamError(RuntimeError):
@@ -90,6 +91,7 @@ def train(job: Job, me: Rank, learner: Learner, start: Start, blocks: Iterator[B
             guards.refuse_divergence(watch.history, found, config.guards)
         if save:
             with clock.paused():
+                refuse_moved(held, me.world)
                 quarantine.flush(done)
                 reasons = quarantine.metrics()
                 if reasons and me.rank == 0:
@@ -99,9 +101,6 @@ def train(job: Job, me: Rank, learner: Learner, start: Start, blocks: Iterator[B
                     report(done, scored.metrics)
                 keep(job, me, learner, Start(done, totals.bad_rows(), asdict(watch.history)), scored)
 
-    for name, (tower, before) in held.items():
-        refuse_moved(name, tower, before)
-
 
 def locked_towers(learner: Learner, config: Experiment) -> dict[str, nn.Module]:
     """The towers that this process holds and must not move; texts from sidecars have theirs on the driver."""
@@ -110,14 +109,20 @@ def locked_towers(learner: Learner, config: Experiment) -> dict[str, nn.Module]:
     return {"text": learner.tower.model} if config.lock == "text" and learner.tower else {}
 
 
-def refuse_moved(name: str, tower: nn.Module, before: dict[str, str]) -> None:
-    """Raise TowerMoved unless the weights have the digests that they had."""
-    now = weight_digests(tower)
-    if moved := [key for key, digest in before.items() if now[key] != digest]:
-        raise TowerMoved(
-            f"the {name} tower is locked, but {len(moved)} of its {len(before)} weights changed ({', '.join(moved[:3])}). "
-            "This run's model is void."
-        )
+def refuse_moved(held: dict[str, tuple[nn.Module, dict[str, str]]], world: int) -> None:
+    """Raise TowerMoved on every rank unless the weights have the digests that they had, on each: before a checkpoint.
+
+    One gather of objects where a tower is held and W > 1.
+    """
+    for name, (tower, before) in held.items():
+        now = weight_digests(tower)
+        moved = [key for key, digest in before.items() if now[key] != digest]
+        problem = f"{len(moved)} of its {len(before)} weights changed ({', '.join(moved[:3])})" if moved else None
+        if found := first_of_all(problem, world):
+            raise TowerMoved(
+                f"the {name} tower is locked, but {found} since this process began. Nothing of it was kept: the same command "
+                "goes on from the checkpoint before."
+            )
 
 
 def keep(job: Job, me: Rank, learner: Learner, at: Start, scored: Result | None) -> None:
@@ -156,7 +161,8 @@ def locked_encoder(tower: TextTower, config: Experiment) -> Callable[[Tensor], T
 def validate_model(task: Validation, me: Rank, learner: Learner, config: Experiment) -> Result | None:
     """Score the model as it stands: eval mode, no graph, then back to training mode."""
     model = learner.model
-    encode = learner.tower.encode if learner.tower else None
+    # Rank 0 scores; the others embed the texts with it where FSDP has split the tower.
+    encode = learner.tower.encode if learner.tower and (me.rank == 0 or model.text) else None
 
     def forward(pixels: Tensor) -> Tensor:
         with me.precision.autocast():
@@ -204,8 +210,9 @@ class Filling:
         self._filled = place.stop
 
     def batch(self) -> Batch:
-        """The batch on the device. Of tokens as many columns as its longest text has."""
+        """The batch on the device. Of tokens as many columns as its longest text has, one at least."""
         text = self._host["text"]
         if not text.is_floating_point():
-            self._host["text"] = text[:, : int((text >= 0).sum(1).amax())].contiguous()
+            used = text[:, : max(1, int((text >= 0).sum(1).amax()))]
+            self._host["text"] = used.pin_memory() if self._device.type == "cuda" else used.contiguous()
         return Batch(*(self._host[name].to(self._device, non_blocking=True) for name in ("image", "text", "valid")))

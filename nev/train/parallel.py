@@ -2,7 +2,7 @@
 
 Under FSDP2 (`fully_shard`; Zhao et al. 2023, arXiv 2304.11277) the rows of every weight, of its gradient and of its moments
 are split over the ranks. A block's weights are gathered before its forward and again before its backward, and dropped after
-it. The result is DDP's to rounding. Three numbers beside the towers (the logit scale, a bias) stay whole on every rank,
+it. The result is DDP's to rounding. The numbers beside the towers (the logit scale, a bias) stay whole on every rank,
 because FSDP2 takes no 0-d parameter: their gradients are averaged here.
 """
 
@@ -99,3 +99,12 @@ def _average(gradients: list[Tensor | None]) -> None:
     together /= dist.get_world_size()
     for gradient, mean in zip(found, together, strict=True):
         gradient.copy_(mean)
+
+
+def first_of_all(problem: str | None, world: int) -> str | None:
+    """The first rank's problem, if any rank has one. One gather of objects, none where W = 1."""
+    if world == 1:
+        return problem
+    problems: list[str | None] = [None] * world
+    dist.all_gather_object(problems, problem)
+    return next((found for found in problems if found), None)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nev.config import ConfigError, Data, Experiment, ZeroShot
+from nev.config_file import parse
 from nev.data.augment import auto_augment
 from nev.data.block import BlockReader
 from nev.data.index import DataError, Index, build_index, read_column, reading
@@ -73,7 +74,7 @@ def absolute(config: Experiment) -> Experiment:
 
 
 def prepare_job(config: Experiment, text: TextTower, stop_after: int | None = None) -> Job:
-    """Index the data, plan it, check the sidecars, embed the class prompts, check the run to continue.
+    """Index the data, plan it, check sidecars and embed class prompts (online text has neither), check the run to continue.
 
     `config` has absolute paths. Raises DataError, ConfigError or CheckpointError, each saying what to do.
     """
@@ -86,6 +87,10 @@ def prepare_job(config: Experiment, text: TextTower, stop_after: int | None = No
             f"loss.matryoshka: the widest must be {text.width}, the text encoder's own width, not {max(widths)}. Give it a "
             "weight, and to narrower ones."
         )
+    if config.lock == "image" and latest(run_folder(config)) is None:
+        from nev.models.vision import refuse_random_lock
+
+        refuse_random_lock(config.vision, config.data.image_size, text.width)
     index = build_index(config.data.train, config.data.columns)
     if config.text_online:
         from nev.models.text_encoder import refuse_other_vectors
@@ -236,7 +241,10 @@ def refuse_other_run(job: Job) -> None:
         for name, value in job.fingerprints.items()
         if manifest["fingerprints"].get(name) != value
     ]
-    here, there = _leaves(job.config.model_dump(mode="json")), _leaves(manifest["config"])
+    began = parse(
+        Experiment, manifest["config"], [], where=newest
+    )  # with the defaults of settings that it did not know
+    here, there = _leaves(job.config.model_dump(mode="json")), _leaves(began.model_dump(mode="json"))
     differing += [
         f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
         for key in sorted(here.keys() | there.keys())

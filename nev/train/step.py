@@ -71,8 +71,8 @@ def train_step(
     """One update of `model` (a DualEncoder, bare, under DDP or FSDP) on the global batch that `batch` is a share of.
 
     With `train.micro_batch` below the local batch it is embedded in parts (`nev.train.gradcache`). Collectives: those of the
-    loss and of DDP or FSDP. Without a finite loss and gradient nothing is updated. The scale is clamped to
-    `loss.max_scale` after the update.
+    loss and of DDP, or of FSDP and two numbers (`nev.capacity.collectives`). Without a finite loss and gradient nothing is
+    updated. The scale is clamped to `loss.max_scale` after the update.
     """
     dual = bare(model)
     assert isinstance(dual, DualEncoder)

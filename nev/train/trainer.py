@@ -134,6 +134,7 @@ def work(setting: dict[str, Any]) -> None:
     from nev.train.guards import Diverged
     from nev.train.learner import Rank, build, learner_of
     from nev.train.loop import TowerMoved, train
+    from nev.train.parallel import first_of_all
     from nev.train.step import choose_precision
 
     job: Job = setting["job"]
@@ -164,6 +165,7 @@ def work(setting: dict[str, Any]) -> None:
         return give_up(found)
     assert built
     learner, start = learner_of(built, job, me)
+    del built  # it holds the moments of the checkpoint, whole
     try:
         train(job, me, learner, start, after(first, blocks), report)
     except (TooManyBadRows, Diverged, TowerMoved) as error:  # every rank meets these at the same step
@@ -197,17 +199,6 @@ def fetch_ahead(plan: Plan, world: int, block_bytes: int, store_bytes: float) ->
     The blocks that the tasks are ahead take up to half of it (`nev.data.pacing`); beyond all of it Ray spills to the disk.
     """
     return max(1, min(2 * plan.blocks_per_step // world, int(store_bytes / 4 / world // block_bytes)))
-
-
-def first_of_all(problem: str | None, world: int) -> str | None:
-    """The first rank's problem, if any rank has one. One gather of objects, none where W = 1."""
-    import torch.distributed as dist
-
-    if world == 1:
-        return problem
-    problems: list[str | None] = [None] * world
-    dist.all_gather_object(problems, problem)
-    return next((found for found in problems if found), None)
 
 
 def first_cause(error: BaseException) -> str:
