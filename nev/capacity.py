@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nev.config import ConfigError, Experiment
+from nev.config import ConfigError, Experiment, refuse_widths
 from nev.losses.fused import HALF, PARTIAL_BYTES
 from nev.losses.tiles import GPU_TILE_COLUMNS, GPU_TILE_ROWS, TILE_COLUMNS, TILE_ROWS
 from nev.models.vision import VisionTower, build_vision
@@ -56,6 +56,21 @@ class Capacity:
     peak: int
 
 
+MEANING = {
+    "weights": "parameters and buffers",
+    "gradients": "of all parameters",
+    "optimiser": "AdamW's two moments",
+    "gathered": "with train.fsdp: what is whole for a while",
+    "activations": "kept for the backward of train.micro_batch images",
+    "images": "this worker's share of the batch, uint8",
+    "embeddings": "of these images and of all texts",
+    "tiles": "of the loss",
+    "alive": "of these at once, at the most",
+    "slack": "for the allocator",
+    "peak": "alive and slack",
+}
+
+
 @dataclass(frozen=True)
 class Collective:
     """What is said between the ranks a step: kind, what for, how often, and bytes of the whole buffer in all."""
@@ -75,6 +90,7 @@ def capacity(config: Experiment, text_width: int, bf16: bool = False, gpu: bool 
         raise ConfigError(
             "the memory of a text tower in the loop is not told: leave text.mode and lock out for that of the rest"
         )
+    refuse_widths(config.loss, text_width)
     world, batch = config.workers.count, config.train.global_batch
     local = batch // world
     part = min(config.train.micro_batch or local, local)

@@ -140,10 +140,24 @@ class Loss(Section):
     matryoshka: dict[Positive, Annotated[float, Field(gt=0)]] = {}
 
 
+def refuse_widths(loss: Loss, width: int) -> None:
+    """Raise ConfigError where the widest of `loss.matryoshka` is not the text encoder's."""
+    if loss.matryoshka and max(loss.matryoshka) != width:
+        raise ConfigError(
+            f"loss.matryoshka: the widest must be {width}, the text encoder's own width, not {max(loss.matryoshka)}. Give it "
+            "a weight, and to narrower ones."
+        )
+
+
 class Optim(Section):
-    """AdamW (Loshchilov & Hutter 2019), linear warm-up, then cosine to `final_lr`."""
+    """AdamW (Loshchilov & Hutter 2019), linear warm-up, then cosine to `final_lr`.
+
+    `text_lr_ratio`: the rate of a text tower that is trained, as a share of this one: it comes pretrained, and a rate for a
+    fresh vision tower undoes that.
+    """
 
     lr: float = Field(gt=0)
+    text_lr_ratio: float = Field(default=1.0, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -301,21 +315,3 @@ class Experiment(Section):
         if part is not None and local % min(part, local):
             raise ValueError(f"train.micro_batch ({part}) must divide train.global_batch / workers.count = {local}")
         return self
-
-
-class Sweep(Section):
-    """An ablation: a base experiment, axes whose grid is tried with every seed, and a budget in samples seen.
-
-    `lr_rule` scales optim.lr with train.global_batch against the base experiment's ("linear": Goyal et al. 2017; "sqrt":
-    Krizhevsky 2014); warm-up covers the same number of samples at every batch size.
-    """
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    base: str
-    overrides: dict[str, Any] = {}
-    axes: dict[str, tuple[Any, ...]] = Field(min_length=1)
-    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
-    samples: Positive
-    metric: str
-    lr_rule: Literal["constant", "sqrt", "linear"] = "constant"
-    concurrent: Positive = 1

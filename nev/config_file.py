@@ -51,7 +51,7 @@ def parse(
         return schema.model_validate(raw)
     except ValidationError as error:
         lines = [
-            f"  {'.'.join(map(str, item['loc'])) or '(whole file)'}: {in_plain_words(schema, item)}"
+            "  " + ": ".join(filter(None, [".".join(map(str, item["loc"])), in_plain_words(schema, item)]))
             for item in error.errors()
         ]
         raise ConfigError(f"{where}: {len(lines)} problem(s)\n" + "\n".join(lines)) from None

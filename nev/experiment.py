@@ -77,7 +77,12 @@ def extent(job: Job) -> str:
     plan, begun = job.plan, where(job.run).step
     steps = f"steps {begun:,} to {job.stop_step:,}" if begun else f"{job.stop_step:,} steps"
     left = f", {plan.tail_rows:,} rows left over" if plan.tail_rows else ""
-    return f"{job.config.name}: {plan.total_rows:,} rows, {plan.steps_per_epoch:,} steps an epoch{left}; {steps}"
+    trained = {"text": "", "image": ", the text tower alone is trained", "none": ", both towers are trained"}[
+        job.config.lock
+    ]
+    return (
+        f"{job.config.name}: {plan.total_rows:,} rows, {plan.steps_per_epoch:,} steps an epoch{left}; {steps}{trained}"
+    )
 
 
 def track(job: Job, parent: str | None) -> Tracker:
@@ -185,7 +190,8 @@ def galleries(config: Experiment, task: Validation, embedded: Embedded, texts: T
 
 def show_summary(summary: Summary, console: Console) -> None:
     """Print the numbers and where to look."""
-    console.print(metrics_table(summary.metrics, summary.name))
+    if summary.metrics:
+        console.print(metrics_table(summary.metrics, summary.name))
     console.print(f"checkpoint  {summary.checkpoint}", highlight=False, soft_wrap=True)
     for picture in summary.pictures:
         console.print(f"{PurePosixPath(picture).stem:<11} {picture}", highlight=False, soft_wrap=True)

@@ -32,7 +32,7 @@ def progress(console: Console) -> Iterator[Tell]:
         tasks: dict[str, TaskID] = {}
 
         def show(name: str, done: int, total: int, said: str) -> None:
-            if done == 0 or name not in tasks:
+            if name not in tasks or (done == 0 and bars.tasks[tasks[name]].finished):
                 tasks[name] = bars.add_task(name, total=total, said=said)
             bars.update(tasks[name], completed=done, total=total, said=said)
 

@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 
 from nev.cli import ConfigFile, Overrides, command, explained
-from nev.config import Sweep
 from nev.config_file import parse, read_yaml
+from nev.sweep_config import Sweep
 
 
 def main(

@@ -1,6 +1,6 @@
 """How much memory a step of an experiment takes on each worker, and what the workers say to each other; nothing is trained.
 
-python pipelines/capacity.py --config configs/nomic_embed_vision_v1_5.yaml --set train.micro_batch=256
+python pipelines/capacity.py --config configs/nomic_embed_vision_v1_5.yaml --width 768
 """
 
 from __future__ import annotations
@@ -15,29 +15,38 @@ from rich.table import Table
 from nev.cli import ConfigFile, Overrides, command, explained
 from nev.config_file import load
 
-EXAMPLE = "python pipelines/capacity.py --config configs/nomic_embed_vision_v1_5.yaml --set train.micro_batch=256"
+EXAMPLE = "python pipelines/capacity.py --config configs/nomic_embed_vision_v1_5.yaml --width 768"
 
 
 def main(
     config: ConfigFile,
     overrides: Overrides = None,
-    width: Annotated[int, typer.Option(min=1, help="Numbers of a text vector.")] = 768,
+    width: Annotated[
+        int | None,
+        typer.Option(min=1, help="Numbers of a text vector (default: the text encoder's, by its config.json)."),
+    ] = None,
 ) -> None:
     """Print the bytes of a worker at the peak of a step, by what they are for, and the collectives of a step."""
     console = Console()
     with explained(console):
         experiment = load(config, overrides or [])
-        from nev.capacity import capacity, collectives, table
+        from nev.capacity import MEANING, capacity, collectives, table
+        from nev.models.text import text_width
 
+        width = width or text_width(experiment.text)
         gpu = experiment.workers.gpus > 0
         bf16 = experiment.train.precision == "bf16" or (experiment.train.precision == "auto" and gpu)
         found = capacity(experiment, width, bf16, gpu)
         said = collectives(experiment, width)
-    shown = Table(title=f"{experiment.name}: a worker of {experiment.workers.count}", title_justify="left")
+    console.print(
+        f"{experiment.name}: a worker of {experiment.workers.count}, texts of {width} numbers", highlight=False
+    )
+    shown = Table(title="memory at the peak of a step", title_justify="left")
     shown.add_column("")
-    shown.add_column("bytes", justify="right")
+    shown.add_column("bytes", justify="right", no_wrap=True)
+    shown.add_column("what for")
     for name, nbytes in table(found):
-        shown.add_row(name, decimal(nbytes), style="bold" if name == "peak" else None)
+        shown.add_row(name, decimal(nbytes), MEANING[name], style="bold" if name == "peak" else None)
     console.print(shown)
     if said:
         spoken = Table(title="collectives a step", title_justify="left")

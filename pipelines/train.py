@@ -24,7 +24,7 @@ def main(
         int | None, typer.Option(min=1, help="Stop after this step, with a checkpoint; the schedule stays whole.")
     ] = None,
 ) -> None:
-    """Train a vision encoder into the space of a locked text encoder; the same command goes on where a run stopped."""
+    """Train a vision encoder into the space of a text encoder, locked or not; the same command goes on where a run stopped."""
     console = Console()
     with explained(console, "The same command goes on from the latest checkpoint."):
         experiment = load(config, overrides or [])

@@ -185,13 +185,10 @@ def test_every_block_of_a_trunk_is_gathered_apart() -> None:
 
 
 def test_batch_norm_is_refused(tiny: Make) -> None:
-    config = tiny(train__fsdp=True, vision__trunk="resnet10t", vision__trunk_args={}, vision__pool="mean", eval={})
+    trunk = {"vision__trunk": "resnet10t", "vision__trunk_args": {}, "vision__pool": "mean"}
+    config = tiny(train__fsdp=True, eval={}, data__val=None, **trunk)
     with pytest.raises(ConfigError, match=r"train\.fsdp: vision\.trunk\.\S+ is a batch norm"):
-        build(
-            prepare_job(
-                config.model_copy(update={"data": config.data.model_copy(update={"val": None})}), load_text(config.text)
-            )
-        )
+        build(prepare_job(config, load_text(config.text)))
 
 
 def test_a_process_alone_splits_nothing() -> None:

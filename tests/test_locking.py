@@ -431,7 +431,7 @@ def test_another_tower_than_the_files_is_refused(tiny: Make, text: TextTower, tm
     save_file(whole, tmp_path / "model.safetensors")
     same = tiny(vision__weights=str(tmp_path / "model.safetensors")).vision
     assert weight_digests(build_vision(same, 32, text.width)) == weight_digests(tower)
-    with pytest.raises(ConfigError, match=r"model\.safetensors: another tower than this experiment's"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors does not fit the tower of this experiment"):
         build_vision(same.model_copy(update={"pool": "map"}), 32, text.width)
 
 

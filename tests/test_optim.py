@@ -50,3 +50,13 @@ def test_decay_leaves_out_biases_norms_and_the_logit_scale() -> None:
     assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
     set_learning_rate(optimizer, 0.5)
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
+
+
+def test_a_text_tower_has_its_share_of_the_rate() -> None:
+    model = nn.ModuleDict({"vision": nn.Linear(3, 4), "text": nn.Linear(3, 4)})
+    optimizer = make_optimizer(model, Optim(lr=0.5, text_lr_ratio=0.1))
+    for rate in (0.5, 0.2):
+        set_learning_rate(optimizer, rate)
+        rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+        assert {rates[p] for p in model["vision"].parameters()} == {rate}
+        assert {rates[p] for p in model["text"].parameters()} == {rate * 0.1}

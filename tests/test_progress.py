@@ -8,6 +8,7 @@ from rich.console import Console
 
 from nev import progress as module
 from nev.progress import progress, rarely
+from nev.train.monitor import _progress
 
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,6 +50,29 @@ def test_a_terminal_gets_a_bar_for_each_name_and_a_new_one_for_work_that_begins_
     last = [line for line in shown.replace("\r", "\n").splitlines() if line.startswith("read")][-2:]
     assert "2/2  two" in last[0]
     assert "1/3  one of three" in last[1]
+
+
+def test_work_that_is_told_before_its_first_piece_is_done_has_one_bar() -> None:
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, _environ={})
+    with progress(console) as tell:
+        for count in range(5):
+            tell("shards embedded", 0, 2, f"{count} captions")
+        tell("shards embedded", 1, 2, "9 captions")
+        shown = "".join(line for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+    assert "9 captions" in console.file.getvalue() + shown  # type: ignore[attr-defined]
+    assert "\x1b[1A" not in console.file.getvalue(), "one row: the cursor never goes up"  # type: ignore[attr-defined]
+
+
+def test_a_narrow_terminal_keeps_the_step_the_time_left_and_the_loss() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    line = _progress(console)
+    line.add_task(
+        "", total=70829, completed=30000, numbers="loss 5.0382  95 images/s  data wait 0%  top-1 8.7%  R@10 2%"
+    )
+    console.print(line.get_renderable())
+    (shown,) = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    for part in ("30000/70829 steps", "ETA -:--:--", "loss 5.0382  95 images/s"):
+        assert part in shown
 
 
 def test_rarely_shows_the_first_of_each_while(monkeypatch: pytest.MonkeyPatch) -> None:

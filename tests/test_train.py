@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from nev.data.plan import Plan
 from nev.eval.validation import kept_file, load_kept, score
 from nev.experiment import Summary, run_experiment
 from nev.models.text import TextTower, load_text
+from nev.models.vision import build_vision
 from nev.tracking import Tracker
 from nev.train import checkpoint
 from nev.train.guards import Diverged
@@ -200,7 +202,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_its_checkpoint(tiny: Make
 
 
 def test_a_resumed_run_needs_no_pretrained_weights(tiny: Make, text: TextTower, tmp_path: Path) -> None:
-    trunk = build(prepare_job(tiny(train__steps=4), text)).model.vision.trunk
+    trunk = build_vision(tiny().vision, 32, text.width).trunk
     file = tmp_path / "trunk.safetensors"
     save_file(trunk.state_dict(), file)
     config = tiny(train__steps=4, vision__weights=str(file))
@@ -208,6 +210,25 @@ def test_a_resumed_run_needs_no_pretrained_weights(tiny: Make, text: TextTower, 
     file.unlink()
     run_bare(prepare_job(config, text), train_reader(config, text))
     assert where(prepare_job(config, text).run).step == 4
+
+
+def test_a_vision_tower_that_cannot_be_is_refused_before_ray_starts(
+    tiny: Make, text: TextTower, tmp_path: Path
+) -> None:
+    trunk = build_vision(tiny().vision, 32, text.width).trunk
+    save_file(trunk.state_dict(), tmp_path / "trunk.safetensors")
+    cases: dict[str, dict[str, object]] = {
+        r"timm has no model 'vit_tinny_patch16_224'\. Close: vit_tiny": {"vision__trunk": "vit_tinny_patch16_224"},
+        r"takes no argument 'dept'\. Close: depth": {"vision__trunk_args__dept": 2},
+        r"nowhere\.safetensors: no such file": {"vision__weights": "nowhere.safetensors"},
+        r"does not fit trunk .*\n  of another shape: \S+ \(.*\) for \(.*\), .* and \d+ more": {
+            "vision__weights": str(tmp_path / "trunk.safetensors"),
+            "vision__trunk_args__embed_dim": 128,
+        },
+    }
+    for message, change in cases.items():
+        with pytest.raises(ConfigError, match=message):
+            prepare_job(tiny(**change), text)
 
 
 def test_a_run_that_knew_fewer_settings_goes_on(tiny: Make, text: TextTower) -> None:

@@ -102,7 +102,8 @@ def check_sidecars(index: Index, key: str, width: int, every_row: bool = False) 
     if missing := missing_sidecars(index, key):
         raise DataError(
             f"{index.root}: {len(missing)} of {len(index.paths)} shards have no text sidecar of this encoder "
-            f"(first: {index.paths[missing[0]]}). Write them with `python pipelines/embed_text.py --config CONFIG`."
+            f"(first: {index.paths[missing[0]]}). Write them with `python pipelines/embed_text.py --config CONFIG`, or "
+            "embed the captions in the training loop with text.mode=online, at its price."
         )
 
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:

@@ -28,6 +28,7 @@ from nev.models.onednn import through_onednn
 from nev.models.weights import read_weights
 
 OURS = ("num_classes", "global_pool", "img_size", "pretrained")  # set here, so not for trunk_args
+NAMED = 4  # of the weights that do not fit
 BEYOND_TOKENS = ("head", "attn_pool", "fc_norm", "norm_head", "conv_head")  # timm's classifier side: never called here
 
 
@@ -83,41 +84,45 @@ def build_vision(config: Vision, image_size: int, width: int) -> VisionTower:
     Raises ConfigError for an unknown trunk or trunk argument (with close matches), weights that do not fit, a head
     that the trunk cannot feed.
     """
+    tower = _assemble(config, image_size, width)
+    if config.weights:
+        tower.load_state_dict(weights_for(tower, config), strict=False)  # they have been held against it
+    through_onednn(tower)
+    return tower
+
+
+def check_vision(config: Vision, image_size: int, width: int, locked: bool = False) -> None:
+    """Raise what `build_vision` would, in a second and without making a weight; what a hub would say is not asked.
+
+    locked: raise ConfigError, too, where weights that neither `weights` nor `pretrained` brings would be locked.
+    """
+    with torch.device("meta"):
+        tower = _assemble(config.model_copy(update={"pretrained": False}), image_size, width)
+    own = [name for name, _ in tower.named_parameters()]
+    brought = weights_for(tower, config) if config.weights else {name for name in own if name.startswith("trunk.")}
+    if locked and (rest := [name for name in own if name not in brought]):
+        source = "weights" if config.weights else "pretrained"
+        raise ConfigError(
+            f"lock: image would lock random weights: vision.{source} brings the trunk's alone, and the tower has "
+            f"{_some(rest)} besides. Give vision.weights a whole tower (the model.safetensors of a checkpoint of nev), or "
+            "choose vision.pool: mean or cls on a trunk as wide as the texts."
+        )
+
+
+def _assemble(config: Vision, image_size: int, width: int) -> VisionTower:
+    """The tower without the weights of a file."""
     trunk = _create_trunk(config, image_size)
     for part in BEYOND_TOKENS:  # parameters that no loss reaches would stall DDP
         module = getattr(trunk, part, None)
         if isinstance(module, nn.Module) and any(True for _ in module.parameters()):
             setattr(trunk, part, nn.Identity())
-    state = read_weights(config.weights) if config.weights else {}
-    if state and not _is_tower(state):
-        _load_trunk(trunk, state, config)
     if not config.final_norm:
         if not isinstance(getattr(trunk, "norm", None), nn.Module):
             raise ConfigError(f"vision.final_norm: false, but trunk {config.trunk!r} has no last norm: leave it true")
         trunk.norm = nn.Identity()
     if config.pool == "nomic":
         nomic.as_released(trunk)
-    tower = VisionTower(trunk, build_head(config, trunk), width, config.trunk)
-    if _is_tower(state):
-        _load_tower(tower, state, config)
-    through_onednn(tower)
-    return tower
-
-
-def refuse_random_lock(config: Vision, image_size: int, width: int) -> None:
-    """Raise ConfigError where weights that no file brings would be locked (`weights` and `pretrained` may be the trunk's)."""
-    if config.weights and _is_tower(read_weights(config.weights)):
-        return
-    with torch.device("meta"):
-        tower = build_vision(config.model_copy(update={"pretrained": False, "weights": None}), image_size, width)
-    beyond = [name for name, _ in tower.named_parameters() if not name.startswith("trunk.")]
-    if beyond:
-        source = "weights" if config.weights else "pretrained"
-        raise ConfigError(
-            f"lock: image would lock random weights: vision.{source} brings the trunk's alone, and the tower has "
-            f"{', '.join(beyond[:3])} besides. Give vision.weights a whole tower (the model.safetensors of a "
-            "checkpoint of nev), or choose vision.pool: mean or cls on a trunk as wide as the texts."
-        )
+    return VisionTower(trunk, build_head(config, trunk), width, config.trunk)
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -181,21 +186,20 @@ def _arguments(model: str, owner: str | None) -> list[str]:
     return list(inspect.signature(getattr(module, owner)).parameters) if owner and hasattr(module, owner) else []
 
 
-def _is_tower(state: dict[str, Tensor]) -> bool:
-    """Whether this is the model of a checkpoint of nev, the tower whole, and not a trunk."""
-    return any(name.startswith("vision.trunk.") for name in state)
+def weights_for(tower: VisionTower, config: Vision) -> dict[str, Tensor]:
+    """What the file `config.weights` holds for this tower, by the tower's names: a trunk's weights, or a whole tower's.
+
+    Raises ConfigError unless every parameter (of the trunk, or of the tower) is met; only the trunk's classifier may be left.
+    """
+    state = read_weights(str(config.weights))
+    if any(name.startswith("vision.trunk.") for name in state):  # the model of a checkpoint of nev
+        state = {name.removeprefix("vision."): tensor for name, tensor in state.items() if name.startswith("vision.")}
+        _refuse_misfit(state, tower.state_dict(), f"the tower of this experiment ({config.trunk!r})", config)
+        return state
+    return {f"trunk.{name}": tensor for name, tensor in _trunk_weights(tower.trunk, state, config).items()}
 
 
-def _load_tower(tower: VisionTower, state: dict[str, Tensor], config: Vision) -> None:
-    own = {name.removeprefix("vision."): tensor for name, tensor in state.items() if name.startswith("vision.")}
-    try:
-        tower.load_state_dict(own)
-    except RuntimeError as error:
-        raise ConfigError(f"vision.weights {config.weights}: another tower than this experiment's: {error}") from error
-
-
-def _load_trunk(trunk: Any, state: dict[str, Tensor], config: Vision) -> None:
-    """Put the file's weights into `trunk`. Every parameter must be met; only the classifier's may be left."""
+def _trunk_weights(trunk: Any, state: dict[str, Tensor], config: Vision) -> dict[str, Tensor]:
     if nomic.RELEASED_MARK in state:
         raise ConfigError(
             f"vision.weights {config.weights}: this is a whole tower in nomic-embed-vision's released layout, not a "
@@ -206,22 +210,30 @@ def _load_trunk(trunk: Any, state: dict[str, Tensor], config: Vision) -> None:
         state = convert(state, trunk) if convert else state
     except (RuntimeError, KeyError, AttributeError, AssertionError, ValueError) as error:
         raise ConfigError(f"vision.weights {config.weights} does not fit trunk {config.trunk!r}: {error}") from error
-    idle = () if config.final_norm else ("norm",)  # it is taken off next
+    idle = () if config.final_norm else ("norm",)  # it was taken off
     droppable = ("mask_token", "lm_head", *BEYOND_TOKENS, *_classifiers(trunk), *idle)
     wanted = trunk.state_dict()
     state = {key: value for key, value in state.items() if key in wanted or not _under(key, droppable)}
-    missing = [key for key in wanted if key not in state and not _under(key, idle)]
-    unknown = [key for key in state if key not in wanted]
+    _refuse_misfit(state, wanted, f"trunk {config.trunk!r} with trunk_args {config.trunk_args}", config)
+    return state
+
+
+def _refuse_misfit(state: dict[str, Tensor], wanted: dict[str, Tensor], what: str, config: Vision) -> None:
     shapes = {key: (tuple(state[key].shape), tuple(wanted[key].shape)) for key in state.keys() & wanted.keys()}
-    resized = [f"{key} {given} for {own}" for key, (given, own) in sorted(shapes.items()) if given != own]
-    if missing or unknown or resized:
-        raise ConfigError(
-            f"vision.weights {config.weights} does not fit trunk {config.trunk!r} with trunk_args {config.trunk_args}\n"
-            f"  missing in the file: {', '.join(missing) or 'none'}\n"
-            f"  unknown to the trunk: {', '.join(unknown) or 'none'}\n"
-            f"  of another shape: {', '.join(resized) or 'none'}"
-        )
-    trunk.load_state_dict(state, strict=False)  # not strict for `idle` alone
+    wrong = {
+        "missing in the file": [key for key in wanted if key not in state],
+        "not in the model": [key for key in state if key not in wanted],
+        "of another shape": [
+            f"{key} {given} for {own}" for key, (given, own) in sorted(shapes.items()) if given != own
+        ],
+    }
+    if lines := [f"\n  {kind}: {_some(names)}" for kind, names in wrong.items() if names]:
+        raise ConfigError(f"vision.weights {config.weights} does not fit {what}{''.join(lines)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _classifiers(trunk: Any) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import ray
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from nev.errors import NevError
 from nev.progress import rarely
@@ -75,7 +76,8 @@ class Watcher:
         self._total = total_steps
         self._line = _progress(console)
         self._task = self._line.add_task("", total=total_steps, completed=first_step, numbers="starting")
-        self._plain = rarely(lambda line: console.print(line, highlight=False))
+        self._said = self._saying = ""
+        self._plain = rarely(self._say)
         self._sent = 0.0
         self._away = False
 
@@ -107,8 +109,13 @@ class Watcher:
             if key in now
         )
         self._line.update(self._task, completed=step, numbers=numbers)
+        self._saying = f"step {step}/{self._total}  {numbers}"
         if not self._console.is_terminal:
-            self._plain(f"step {step}/{self._total}  {numbers}")
+            self._plain(self._saying)
+
+    def _say(self, line: str) -> None:
+        self._said = line
+        self._console.print(line, highlight=False)
 
     def _send(self) -> None:
         """A tracker that is away must not stop the training: metrics are kept and sent with a later call."""
@@ -144,14 +151,19 @@ class Watcher:
             self.read()
             self._send()
             self._line.stop()
+            if not self._console.is_terminal and self._said != self._saying:
+                self._say(self._saying)
 
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TextColumn("steps  {task.fields[numbers]}  ETA"),
-        TimeRemainingColumn(),
+        BarColumn(10),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TextColumn("steps  ETA", table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        # What a narrow terminal has no room for is cut here, at the end.
+        TextColumn("{task.fields[numbers]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
         console=console,
         transient=True,
+        expand=True,
     )

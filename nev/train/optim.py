@@ -13,16 +13,22 @@ from nev.config import Optim
 def make_optimizer(model: nn.Module, config: Optim) -> torch.optim.AdamW:
     """Fused AdamW over the parameters that want a gradient.
 
-    Weight decay is for matrices alone: biases, norms and the logit scale (fewer than two dimensions) have none.
+    Weight decay is for matrices alone: biases, norms and the logit scale (fewer than two dimensions) have none. The text
+    tower's groups have `text_lr_ratio` of the rate.
     """
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decays = [
-        ([p for p in wanted if p.ndim >= 2], config.weight_decay),
-        ([p for p in wanted if p.ndim == 1], 0.0),
-        ([p for p in wanted if p.ndim == 0], 0.0),  # apart, because FSDP splits the others and not these
+    groups: dict[tuple[float, int], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            ratio = config.text_lr_ratio if name.startswith("text.") else 1.0
+            # Numbers apart from vectors, because FSDP splits these and not those.
+            groups.setdefault((ratio, min(parameter.ndim, 2)), []).append(parameter)
+    made = [
+        {"params": parameters, "weight_decay": config.weight_decay if dims == 2 else 0.0, "lr_ratio": ratio}
+        for (ratio, dims), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
-    groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    optimizer = torch.optim.AdamW(made, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    set_learning_rate(optimizer, config.lr)
+    return optimizer
 
 
 def learning_rate(step: int, total_steps: int, config: Optim) -> float:
@@ -36,6 +42,6 @@ def learning_rate(step: int, total_steps: int, config: Optim) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of every parameter group."""
+    """Set the rate of every parameter group to its share of `rate`."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_ratio"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nev.config import ConfigError, Data, Experiment, ZeroShot
+from nev.config import ConfigError, Data, Experiment, ZeroShot, refuse_widths
 from nev.config_file import parse
 from nev.data.augment import auto_augment
 from nev.data.block import BlockReader
@@ -78,19 +78,15 @@ def prepare_job(config: Experiment, text: TextTower, stop_after: int | None = No
 
     `config` has absolute paths. Raises DataError, ConfigError or CheckpointError, each saying what to do.
     """
+    from nev.models.vision import check_vision
+
     if config.data.augment.auto:
         auto_augment(
             config.data.augment.auto, config.data.image_size
         )  # an unknown name is an error now, not in a worker
-    if (widths := config.loss.matryoshka) and max(widths) != text.width:
-        raise ConfigError(
-            f"loss.matryoshka: the widest must be {text.width}, the text encoder's own width, not {max(widths)}. Give it a "
-            "weight, and to narrower ones."
-        )
-    if config.lock == "image" and latest(run_folder(config)) is None:
-        from nev.models.vision import refuse_random_lock
-
-        refuse_random_lock(config.vision, config.data.image_size, text.width)
+    refuse_widths(config.loss, text.width)
+    if latest(run_folder(config)) is None:  # a run that goes on needs neither hub nor file
+        check_vision(config.vision, config.data.image_size, text.width, locked=config.lock == "image")
     index = build_index(config.data.train, config.data.columns)
     if config.text_online:
         from nev.models.text_encoder import refuse_other_vectors
