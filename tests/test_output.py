@@ -198,6 +198,13 @@ def test_the_first_cause_is_nevs_own_words() -> None:
     assert first_cause(outer) == "StorageError: s3://bucket/a cannot be written"
 
 
+def test_a_full_memory_is_told_in_our_words() -> None:
+    said = "Task was killed.\nRefer to the documentation on how to address the out of memory issue: https://docs.ray.io/x. Consider"
+    assert first_cause(RuntimeError(said)).startswith(
+        "a process of this run was ended because its machine's memory was full"
+    )
+
+
 def weights(summary: Summary, step: int) -> dict[str, Tensor]:
     return checkpoint.load_model(f"{summary.checkpoint.rsplit('/', 1)[0]}/step-{step:08d}")[1]
 

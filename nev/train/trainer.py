@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     from nev.train.learner import Rank
 
 
+OUT_OF_MEMORY = (
+    "a process of this run was ended because its machine's memory was full. Lower train.micro_batch (`python "
+    "pipelines/capacity.py` tells what a worker takes), or let less else run there. The same command goes on from the latest "
+    "checkpoint."
+)
+
+
 class TrainingFailed(NevError, RuntimeError):
     """The run could not be finished. The message is the first cause, without Ray's frames."""
 
@@ -208,4 +215,8 @@ def first_cause(error: BaseException) -> str:
     while not isinstance(inner, NevError) and (deeper := getattr(inner, "cause", None) or inner.__cause__) is not None:
         inner = deeper
     said = str(inner).strip() or repr(inner)
+    if (
+        not isinstance(inner, NevError) and "out of memory issue" in said
+    ):  # Ray's words, of which the first say nothing else
+        return OUT_OF_MEMORY
     return f"{type(inner).__name__}: {said if isinstance(inner, NevError) else said.splitlines()[-1]}"
