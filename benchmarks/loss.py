@@ -28,13 +28,16 @@ NOTES = (
     "dispatches them, and what a ring sends from each rank for them. open_clip: --local-loss --gather-with-grad, as NCCL would "
     "be asked; unlocked: the texts want a gradient.",
 )
-WORLD = 4
+WORLD, NARROW = 4, 32
 
 
 def main(
     width: Annotated[int, typer.Option(min=8, help="D, numbers of a vector.")] = 768,
     sizes: Annotated[list[int] | None, typer.Option("--size", min=256, help="N. May be repeated.")] = None,
     alone: Annotated[list[int] | None, typer.Option(min=256, help="N of nev alone, once. May be repeated.")] = None,
+    narrow: Annotated[
+        list[int] | None, typer.Option(min=256, help=f"N of nev alone at D = {NARROW}, once. May be repeated.")
+    ] = None,
     repetitions: Annotated[int, typer.Option(min=1, help="Rounds; every contestant runs once in each.")] = 5,
     results: Annotated[
         Path, typer.Option(help="Folder of loss.json.", show_default="benchmarks/results")
@@ -89,6 +92,9 @@ def main(
         for n in alone or []:
             found = in_own_process(losses.cost, "nev", n, width)
             figures |= {f"nev_{n}_s": [found.seconds], f"nev_{n}_mib": [found.mib]}
+        for n in narrow or []:
+            found = in_own_process(losses.cost, "nev", n, NARROW)
+            figures |= {f"nev_{n}_d{NARROW}_s": [found.seconds], f"nev_{n}_d{NARROW}_mib": [found.mib]}
         report.write("loss", report.this_command(), figures, ratios, NOTES, results, console)
 
 

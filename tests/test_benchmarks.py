@@ -249,12 +249,12 @@ def test_loss_reports_its_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(collectives, "traffic", sent)
     monkeypatch.setattr(open_clip, "not_installed", list)
-    loss.main(width=64, sizes=[1024, 2048], alone=[4096], repetitions=2, results=tmp_path)
+    loss.main(width=64, sizes=[1024, 2048], alone=[4096], narrow=[8192], repetitions=2, results=tmp_path)
     written = json.loads((tmp_path / "loss.json").read_text())
     assert written["ratios"]["time_vs_open_clip_2048"] == 0.25
     assert written["ratios"]["memory_vs_open_clip_1024"] == 0.025
     assert written["ratios"]["flops_vs_gemm"] == pytest.approx(6 * 2048**2 * 64 / 2 / 1e9, rel=1e-3)
-    assert written["figures"]["nev_4096_s"] == 2.0
+    assert written["figures"]["nev_4096_s"] == written["figures"]["nev_8192_d32_s"] == 2.0
     assert written["figures"]["gradient_difference"] == 1e-7
     assert written["ratios"]["sent_vs_open_clip"] == written["ratios"]["unlocked_sent_vs_open_clip"] == 0.25
     assert written["figures"]["open_clip_unlocked_sent_mib"] == 8.0

@@ -199,7 +199,9 @@ def test_the_first_cause_is_nevs_own_words() -> None:
 
 
 def test_a_full_memory_is_told_in_our_words() -> None:
-    said = "Task was killed.\nRefer to the documentation on how to address the out of memory issue: https://docs.ray.io/x"
+    said = (
+        "Task was killed.\nRefer to the documentation on how to address the out of memory issue: https://docs.ray.io/x"
+    )
     assert first_cause(RuntimeError(said)).startswith(
         "a process of this run was ended because its machine's memory was full"
     )
