@@ -28,7 +28,9 @@ from nev.train.tower import make_ready
 
 BUCKET_BYTES = 25 * 2**20  # DDP's default
 FP32, FP16 = 4, 2
-SLACK = 0.12  # measured with glibc's allocator and oneDNN: `benchmarks/results/capacity.json`
+# Measured with glibc's allocator and oneDNN (`benchmarks/results/capacity.json`): a share of what is alive, and on a CPU what the
+# first step brings for good, libraries and compiled kernels.
+SLACK, KERNELS = 0.12, 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ MEANING = {
     "embeddings": "of these images and of all texts",
     "tiles": "of the loss",
     "alive": "of these at once, at the most",
-    "slack": "for the allocator",
+    "slack": "for the allocator and kernels",
     "peak": "alive and slack",
 }
 
@@ -128,7 +130,7 @@ def capacity(config: Experiment, text_width: int, bf16: bool = False, gpu: bool 
     # A whole batch's come as the activations go, and are counted with these.
     gradients = learned if world > 1 or not whole else 0
     alive = steady + gradients + max(at_loss, at_backward)
-    slack = int(SLACK * alive)
+    slack = int(SLACK * alive) + (0 if gpu else KERNELS)
     return Capacity(
         weights=weights,
         gradients=learned,
