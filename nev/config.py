@@ -6,85 +6,11 @@ Every section is frozen and refuses keys that it does not know, so a misspelt ke
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from nev.errors import NevError
-
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class ConfigError(NevError, ValueError):
-    """A configuration that cannot run. The message says what, where and what to do."""
-
-
-class Section(BaseModel):
-    """A frozen group of settings in which an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Columns(Section):
-    """Column names of a shard. `None` means: recognise it among the usual names."""
-
-    uid: str | None = None
-    image: str | None = None
-    caption: str | None = None
-    label: str | None = None
-
-
-class Jitter(Section):
-    """Colour jitter: factors from 1 - x to 1 + x, and a turn of the hue from -x to x (0.5 is half the circle)."""
-
-    brightness: Share = 0.0
-    contrast: Share = 0.0
-    saturation: Share = 0.0
-    hue: float = Field(default=0.0, ge=0.0, le=0.5)
-
-
-class Augment(Section):
-    """RandomResizedCrop (Szegedy et al. 2014), flip, colour jitter, auto-augment, drawn from (seed, epoch, uid).
-
-    `auto` is a name as timm has them: rand-m9-mstd0.5-inc1 (RandAugment, Cubuk et al. 2019), augmix-m3-w3, original, ...
-    """
-
-    scale: tuple[float, float] = (0.9, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: bool = False
-    jitter: Jitter | None = None
-    auto: str | None = None
-
-    @model_validator(mode="after")
-    def _ranges(self) -> Self:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale must satisfy 0 < low <= high <= 1, not {self.scale}")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio must satisfy 0 < low <= high, not {self.ratio}")
-        return self
-
-
-class Limits(Section):
-    """What one encoded image may cost. Checked before it is decoded."""
-
-    max_bytes: Positive = 32 * 2**20
-    max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 64_000_000  # beyond that Pillow takes it for a bomb
-
-
-class Data(Section):
-    """Where the pictures are and how they become uint8 arrays of (image_size, image_size, 3)."""
-
-    train: str
-    val: str | None = None
-    image_size: Positive = 224
-    block_rows: Positive = 256
-    columns: Columns = Columns()
-    augment: Augment = Augment()
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-    limits: Limits = Limits()
-    max_bad_share: Share = 0.05
+from nev.config_base import ConfigError, Location, Positive, Section
+from nev.config_data import Data
 
 
 class Text(Section):
@@ -111,7 +37,7 @@ class Vision(Section):
     """
 
     trunk: str
-    trunk_args: dict[str, Any] = {}
+    trunk_args: dict[str, Any] = Field(default={})
     pretrained: bool = False
     weights: str | None = None
     final_norm: bool = True
@@ -137,7 +63,7 @@ class Loss(Section):
     init_scale: float = Field(default=1 / 0.07, gt=0)
     learn_scale: bool = True
     max_scale: float | None = Field(default=100.0, gt=0)
-    matryoshka: dict[Positive, Annotated[float, Field(gt=0)]] = {}
+    matryoshka: dict[Positive, Annotated[float, Field(gt=0)]] = Field(default={})
 
 
 def refuse_widths(loss: Loss, width: int) -> None:
@@ -207,18 +133,42 @@ class Guards(Section):
 
 
 class Workers(Section):
-    """Training processes. `cpus` is what each one reserves from Ray; what is left decodes images.
+    """Training processes: `count` of them, or as many from `min` to `max` as the cluster has room for, now and later.
 
-    On a laptop `cpus: 0` lets training and decoding share every core. `memory` is in bytes. `threads` are torch threads a
-    worker (`None`: the machine's cores divided by the workers on it). `max_failures`: restarts before giving up; -1: no end.
+    `cpus` is what each one reserves from Ray; what is left decodes images. On a laptop `cpus: 0` lets training and decoding
+    share every core. `memory` is in bytes. `threads` are torch threads a worker (`None`: the machine's cores divided by the
+    workers on it). `max_failures`: restarts before giving up; -1: no end. `timeout_s`: how long one may wait for another.
+    `resize_s`: how often more workers are considered, which costs the steps since the latest checkpoint.
     """
 
-    count: Positive = 1
+    count: Positive | None = None
+    min: Positive | None = None
+    max: Positive | None = None
     cpus: float = Field(default=0.0, ge=0)
     gpus: float = Field(default=0.0, ge=0)
     memory: Positive = 256 * 2**20
     threads: Positive | None = None
     max_failures: int = Field(default=3, ge=-1)
+    timeout_s: Positive = 1800
+    resize_s: float = Field(default=60.0, gt=0)
+
+    @model_validator(mode="after")
+    def _how_many(self) -> Self:
+        if (self.min is None) != (self.max is None) or (self.min and self.count):
+            raise ValueError("give `count`, or `min` and `max` for workers that come and go")
+        if self.min and self.max and self.min > self.max:
+            raise ValueError(f"min ({self.min}) must not be above max ({self.max})")
+        return self
+
+    @property
+    def least(self) -> int:
+        """The fewest workers that train."""
+        return self.min or self.count or 1
+
+    @property
+    def most(self) -> int:
+        """The most workers that train."""
+        return self.max or self.count or 1
 
 
 class ZeroShot(Section):
@@ -248,22 +198,10 @@ class Eval(Section):
 
 
 class Tracking(Section):
-    """MLflow. `None` is SQLite beside the runs (`<output>/mlflow.db`), where `output` is a folder.
+    """MLflow. `None` is SQLite beside the runs (`<output>/mlflow.db`), where `output` is a folder."""
 
-    A URI may hold no password, since a config is written down in checkpoints, in MLflow and on the console.
-    """
-
-    uri: str | None = None
+    uri: Location | None = None
     experiment: str = "nev"
-
-    @model_validator(mode="after")
-    def _no_password(self) -> Self:
-        if self.uri and urlsplit(self.uri).password is not None:
-            raise ValueError(
-                "leave the password out of the URI: a server's is read from MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD, PostgreSQL's from PGPASSWORD or ~/.pgpass"
-            )
-        return self
 
 
 class Experiment(Section):
@@ -275,7 +213,7 @@ class Experiment(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(default=0, ge=0)
-    output: str = "runs"
+    output: Location = "runs"
     lock: Literal["text", "image", "none"] = "text"
     data: Data
     text: Text = Text()
@@ -293,6 +231,10 @@ class Experiment(Section):
         """Whether the text tower runs in the training loop."""
         return self.text.mode == "online" or self.lock != "text"
 
+    def local_batch(self, world: int) -> int:
+        """Rows of the batch of one of `world` workers: whole blocks, as many as the one that has most of them."""
+        return -(-self.train.global_batch // self.data.block_rows // world) * self.data.block_rows
+
     @model_validator(mode="after")
     def _locks(self) -> Self:
         if self.lock != "text" and self.text.mode == "sidecar":
@@ -305,13 +247,29 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _whole_blocks(self) -> Self:
-        batch, block, world = self.train.global_batch, self.data.block_rows, self.workers.count
-        if batch % (block * world):
+        batch, block, part, workers = (
+            self.train.global_batch,
+            self.data.block_rows,
+            self.train.micro_batch,
+            self.workers,
+        )
+        elastic = workers.least != workers.most
+        if batch % (block * (1 if elastic else workers.most)):
             raise ValueError(
                 f"train.global_batch ({batch}) must be a multiple of data.block_rows x workers.count "
-                f"({block} x {world} = {block * world}), so that every rank gets whole blocks"
+                f"({block} x {workers.most} = {block * workers.most}), so that every rank gets whole blocks"
+                if not elastic
+                else f"train.global_batch ({batch}) must be a multiple of data.block_rows ({block})"
             )
-        local, part = batch // world, self.train.micro_batch
-        if part is not None and local % min(part, local):
-            raise ValueError(f"train.micro_batch ({part}) must divide train.global_batch / workers.count = {local}")
+        if workers.most > batch // block:
+            raise ValueError(
+                f"workers.max ({workers.most}) is more than the {batch // block} blocks of a step: lower it, or data.block_rows"
+            )
+        for world in range(workers.least, workers.most + 1):
+            local = self.local_batch(world)
+            if part is not None and local % min(part, local):
+                raise ValueError(
+                    f"train.micro_batch ({part}) must divide a worker's share of train.global_batch, {local} rows at {world} "
+                    "workers. A divisor of data.block_rows always does."
+                )
         return self

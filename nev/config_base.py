@@ -1,0 +1,36 @@
+"""What every schema of nev is made of: frozen sections in which an unknown key is an error."""
+
+from __future__ import annotations
+
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from nev.errors import NevError
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _without_password(location: str) -> str:
+    if "@" in location and urlsplit(location).password is not None:
+        raise ValueError(
+            "leave the password out: a config is written down in checkpoints, in MLflow and on the console. S3's is read from "
+            "AWS_SECRET_ACCESS_KEY or a profile, a tracking server's from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+            "PostgreSQL's from PGPASSWORD or ~/.pgpass"
+        )
+    return location
+
+
+Location = Annotated[str, AfterValidator(_without_password)]  # a path or URL
+
+
+class ConfigError(NevError, ValueError):
+    """A configuration that cannot run. The message says what, where and what to do."""
+
+
+class Section(BaseModel):
+    """A frozen group of settings in which an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
