@@ -19,9 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nev.config import ConfigError, Experiment, refuse_widths
+from nev.config import Experiment, refuse_widths
+from nev.config_base import ConfigError
 from nev.losses.fused import HALF, PARTIAL_BYTES
 from nev.losses.tiles import GPU_TILE_COLUMNS, GPU_TILE_ROWS, TILE_COLUMNS, TILE_ROWS
+from nev.models.text import TextTower
 from nev.models.vision import VisionTower, build_vision
 from nev.train.parallel import blocks_of
 from nev.train.tower import make_ready
@@ -93,8 +95,8 @@ def capacity(config: Experiment, text_width: int, bf16: bool = False, gpu: bool 
             "the memory of a text tower in the loop is not told: leave text.mode and lock out for that of the rest"
         )
     refuse_widths(config.loss, text_width)
-    world, batch = config.workers.count, config.train.global_batch
-    local = batch // world
+    world, batch = config.workers.least, config.train.global_batch
+    local = config.local_batch(world)
     part = min(config.train.micro_batch or local, local)
     vision = shape_of(config, text_width)
     make_ready(vision, config.train.model_copy(update={"compile": False}))
@@ -148,7 +150,7 @@ def capacity(config: Experiment, text_width: int, bf16: bool = False, gpu: bool 
 
 def collectives(config: Experiment, text_width: int) -> list[Collective]:
     """What the ranks say to each other a step. None for a process alone."""
-    world, batch, levels = config.workers.count, config.train.global_batch, max(1, len(config.loss.matryoshka))
+    world, batch, levels = config.workers.least, config.train.global_batch, max(1, len(config.loss.matryoshka))
     if world == 1:
         return []
     texts = Collective("all_gather", "texts", 1, batch * (text_width + 1) * FP16)
@@ -159,7 +161,7 @@ def collectives(config: Experiment, text_width: int) -> list[Collective]:
     learned = sum(blocks) + rest
     if not config.train.fsdp:
         return [*said, Collective("all_reduce", "gradients (DDP)", math.ceil(learned / BUCKET_BYTES), learned)]
-    parts = max(1, batch // world // (config.train.micro_batch or batch))
+    parts = max(1, config.local_batch(world) // (config.train.micro_batch or batch))
     passes = parts * (3 if parts > 1 else 2)  # a part is embedded twice, and has a backward: each gathers its blocks
     return [
         *said,
@@ -175,6 +177,16 @@ def shape_of(config: Experiment, text_width: int) -> VisionTower:
     empty = config.vision.model_copy(update={"pretrained": False, "weights": None})
     with torch.device("meta"):
         return build_vision(empty, config.data.image_size, text_width).train()
+
+
+def checkpoint_bytes(config: Experiment, text: TextTower) -> int:
+    """About what a checkpoint takes: weights in float32, and AdamW's two moments of those that are trained.
+
+    A text tower that is locked is in no checkpoint.
+    """
+    vision = sum(tensor.nbytes for tensor in shape_of(config, text.width).parameters())
+    words = sum(tensor.nbytes for tensor in text.model.parameters()) if config.lock != "text" else 0
+    return vision * (1 if config.lock == "image" else 3) + 3 * words
 
 
 def pieces(vision: VisionTower) -> tuple[list[int], int]:

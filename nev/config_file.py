@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from nev.config import ConfigError, Experiment, Section
+from nev.config import Experiment
+from nev.config_base import ConfigError, Section
 from nev.plain_words import in_plain_words
 
 Section_ = TypeVar("Section_", bound=Section)

@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from nev.config import Columns, ConfigError, Text
+from nev.config import Text
+from nev.config_base import ConfigError
+from nev.config_data import Columns
 from nev.data.index import Index, build_index
 from nev.data.sidecar import Encode, sidecar_key, sidecars_to_write, write_sidecar
 from nev.models.text import TextTower, load_text

@@ -9,17 +9,20 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from nev.config import ConfigError, Experiment
+from nev.config import Experiment
+from nev.config_base import ConfigError
 from nev.config_file import parse, to_yaml
 from nev.data.storage import folder_to_fill, join
-from nev.tracking import Tracker, open_run, tracking_uri
-from nev.train.job import where
-from nev.train.manifest import CheckpointError, best, latest, read_manifest
-from nev.train.output import check_output
+from nev.preflight import Findings
+from nev.tracking import Tracker, check_tracking, open_run, tracking_uri
+from nev.train.journal import keep_run_id, kept_run_id, read_points
+from nev.train.manifest import CheckpointError, best, latest, newest_whole, read_manifest, verified
+from nev.train.output import check_output, check_space, run_folder
 from nev.train.setup import absolute, make_validation, prepare_job, train_reader
-from nev.train.trainer import check_room, fit
+from nev.train.trainer import check_room, check_store, fit
 
 if TYPE_CHECKING:
     from nev.eval.texts import Texts
@@ -46,35 +49,62 @@ def run_experiment(
 
     Raises a NevError for anything that the user can mend; before any process is started where that is possible.
     """
+    from nev.capacity import checkpoint_bytes
     from nev.models.text import check_locked, load_text, lock_of
     from nev.runtime import connect
 
     config = absolute(config)
-    check_output(config)
+    found = Findings()
+    with found:
+        check_output(config)
+    with found:
+        check_tracking(tracking_uri(config.tracking, config.output))
     text = load_text(config.text)
+    with found:
+        check_space(run_folder(config), config.train.keep_last, checkpoint_bytes(config, text))
     lock = lock_of(text) if config.lock == "text" else None
-    job = prepare_job(config, text, stop_after)
+    job = prepare_job(config, text, stop_after, found)
     connect()
-    check_room(config.workers)
-    console.print(extent(job))
-    tracker = track(job, parent)
+    with found:
+        check_room(config.workers)
+    with found:
+        check_store(job)
+    found.refuse()
+    begun = begin(job, console)
+    tracker = track(job, parent, begun)
     ok = False
     try:
-        if where(job.run).step < job.stop_step:
-            fit(job, train_reader(config, text), tracker, console)
+        if begun < job.stop_step:
+            fit(job, begun, train_reader(config, text), tracker, console)
         if lock:
             check_locked(load_text(config.text), lock)
             check_locked(text, lock)
         summary = summarise(job, tracker)
         ok = True
     finally:
-        tracker.finish(ok)
+        if not tracker.finish(ok):
+            console.print(
+                f"[yellow]MLflow does not answer ({tracker.uri}). The numbers are in {job.run}/metrics; the same command sends "
+                "them.[/]",
+                highlight=False,
+                soft_wrap=True,
+            )
     return summary
 
 
-def extent(job: Job) -> str:
+def begin(job: Job, console: Console) -> int:
+    """Tell what lies before a run, and what of it is damaged. Returns the step that it goes on from, 0 for a new one."""
+    found = newest_whole(job.run, verified)
+    for damage in found.damaged if found else []:
+        console.print(f"[yellow]{escape(damage)}; the one before it is used[/]", highlight=False, soft_wrap=True)
+    begun: int = found.read["step"] if found else 0
+    console.print(extent(job, begun))
+    return begun
+
+
+def extent(job: Job, begun: int) -> str:
     """What lies before a run, in a line."""
-    plan, begun = job.plan, where(job.run).step
+    plan = job.plan
     steps = f"steps {begun:,} to {job.stop_step:,}" if begun else f"{job.stop_step:,} steps"
     left = f", {plan.tail_rows:,} rows left over" if plan.tail_rows else ""
     trained = {"text": "", "image": ", the text tower alone is trained", "none": ", both towers are trained"}[
@@ -85,21 +115,25 @@ def extent(job: Job) -> str:
     )
 
 
-def track(job: Job, parent: str | None) -> Tracker:
-    """The MLflow run of this job: the one of its checkpoints, else a new one, with the config and the fingerprints."""
-    config, newest = job.config, latest(job.run)
+def track(job: Job, parent: str | None, begun: int) -> Tracker:
+    """The MLflow run of this job, with the config and the fingerprints; it gets what it has missed up to step `begun`."""
+    config = job.config
     tags = {f"nev.{name}_fingerprint": value for name, value in job.fingerprints.items()}
     tags["nev.tail_rows"] = str(job.plan.tail_rows)
-    return open_run(
+    tracker = open_run(
         tracking_uri(config.tracking, config.output),
         config.tracking.experiment,
         config.name,
         config,
         tags,
         config.output,
-        run_id=read_manifest(newest)["mlflow_run_id"] if newest else None,
+        run_id=kept_run_id(job.run),
         parent=parent,
     )
+    keep_run_id(job.run, tracker.run_id)
+    for point in read_points(job.run, begun):
+        tracker.log(point.step, point.metrics, point.time)
+    return tracker
 
 
 def summarise(job: Job, tracker: Tracker) -> Summary:
@@ -113,7 +147,7 @@ def summarise(job: Job, tracker: Tracker) -> Summary:
     manifest = read_manifest(chosen)
     with folder_to_fill(job.run) as folder:
         pictures = [folder / "loss.png"]
-        run_curves(pictures[0], tracker, config.name)
+        run_curves(pictures[0], read_points(job.run, manifest["step"]), config.name)
         if job.validation:
             kept = load_kept(chosen, job.validation) or embed(config, chosen, job.validation)
             pictures += galleries(config, job.validation, *kept, folder)
@@ -143,7 +177,9 @@ def evaluate_checkpoint(
     if "://" not in location:
         location = str(Path(location).absolute())  # Ray's processes have other working folders
     manifest = read_manifest(location)
-    config = absolute(parse(Experiment, manifest["config"], overrides, where=location))
+    # Whoever made the checkpoint may say what is evaluated, but not that code from the hub runs here.
+    own_text = {**manifest["config"].get("text", {}), "trust_remote_code": False}
+    config = absolute(parse(Experiment, {**manifest["config"], "text": own_text}, overrides, where=location))
     if config.lock != (own := manifest["config"].get("lock", "text")):
         raise ConfigError(f"lock: {location} was trained with lock: {own}, which says whose weights it holds: leave it")
     if not config.data.val or not (config.eval.zero_shot or config.eval.retrieval):

@@ -12,6 +12,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "TQDM_DISABLE": "1",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 # One machine gets no notice that it will be taken away, so the process that waits for one would only cost its start. Without
 # Ray's dashboard nobody reads its metrics and task events, which every process would gather and send: 2 % of two cores.
@@ -29,6 +30,7 @@ def connect() -> None:
     if ray.is_initialized():
         return
     quiet()
+    _quiet_deaths()
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         os.environ.update(LOCAL_ENVIRONMENT)
@@ -79,6 +81,13 @@ def quiet() -> None:
     for name in ("ray", "mlflow", "alembic", "httpx", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(ray|mlflow|timm|transformers)")
+
+
+def _quiet_deaths() -> None:
+    """Of every process or node that dies, a driver prints pages (Ray 2.60, `log_to_driver` or not). Ray's logs have them, too."""
+    import ray._private.worker as driver
+
+    driver.print_to_stdstream = lambda data, ignore_prefix: logging.getLogger("ray").debug("%s", data.get("lines"))
 
 
 def _quiet_data() -> None:

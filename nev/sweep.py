@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nev.config import ConfigError, Experiment
+from nev.config import Experiment
+from nev.config_base import ConfigError
 from nev.config_file import parse, read_yaml
 from nev.sweep_config import Sweep
 from nev.tracking import Tracker, open_run, tracking_uri

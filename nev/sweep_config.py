@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from nev.config import Positive, Section
+from nev.config_base import Positive, Section
 
 
 class Sweep(Section):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from tenacity import RetryError, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
-from nev.config import ConfigError, Tracking
+from nev.config import Tracking
+from nev.config_base import ConfigError
 from nev.config_file import flatten
 from nev.data.storage import at_hand, join, upload
 
 MAX_METRICS_A_CALL = 1000  # MLflow's own limit for one log_batch
+PATIENCE_S = 60.0  # with a server that does not answer at the end of a run
 
 
 def tracking_uri(config: Tracking, output: str) -> str:
@@ -28,21 +32,45 @@ def tracking_uri(config: Tracking, output: str) -> str:
     return f"sqlite:///{Path(output).expanduser().absolute()}/mlflow.db"
 
 
+def check_tracking(uri: str) -> None:
+    """Raise ConfigError where MLflow does not answer, as it would after all else has begun."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        _client(uri).search_experiments(max_results=1)
+    except (MlflowException, OSError) as error:
+        raise ConfigError(
+            f"tracking.uri: MLflow at {uri} does not answer ({str(error).splitlines()[0]}). Start it (mlflow server), or give "
+            "another one with --set tracking.uri=..."
+        ) from error
+
+
 class Tracker:
-    """One MLflow run. Metrics are kept until the server has taken them, so a server that is away for a while loses none."""
+    """One MLflow run. Metrics are kept until the server has taken them, so a server that is away for a while loses none.
+
+    MLflow can take no point back, so a step that is repeated after a failure keeps the points that it has.
+    """
 
     def __init__(self, uri: str, run_id: str) -> None:
         self.uri = uri
         self.run_id = run_id
         self._client = _client(uri)
         self._kept: list[Any] = []
+        self._known: set[tuple[str, int]] = set()
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Keep metrics of a step for the next `flush`."""
+    def recall(self) -> None:
+        """Learn which points the run has already. Raises MlflowException."""
+        for key in self._client.get_run(self.run_id).data.metrics:
+            self._known.update((key, one.step) for one in self._client.get_metric_history(self.run_id, key))
+
+    def log(self, step: int, metrics: dict[str, float], time_ms: int | None = None) -> None:
+        """Keep metrics of a step for the next `flush`, but those that it has a point of. time_ms: UNIX; by default now."""
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
-        self._kept += [Metric(key, value, now, step) for key, value in metrics.items()]
+        at = int(time.time() * 1000) if time_ms is None else time_ms
+        new = {key: value for key, value in metrics.items() if (key, step) not in self._known}
+        self._known.update((key, step) for key in new)
+        self._kept += [Metric(key, value, at, step) for key, value in new.items()]
 
     def flush(self) -> None:
         """Send what is kept. Raises MlflowException when the server cannot take it; it stays kept then."""
@@ -71,17 +99,26 @@ class Tracker:
                 self._client.log_artifact(self.run_id, str(path), folder)
 
     def history(self, key: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of a metric, by step; of a step that was logged twice, the later value."""
-        points = {
-            metric.step: metric.value
-            for metric in sorted(self._client.get_metric_history(self.run_id, key), key=lambda m: m.timestamp)
-        }
-        return sorted(points), [points[step] for step in sorted(points)]
+        """(steps, values) of a metric, by step."""
+        points = sorted((one.step, one.value) for one in self._client.get_metric_history(self.run_id, key))
+        return [step for step, _ in points], [value for _, value in points]
 
-    def finish(self, ok: bool) -> None:
-        """Send what is kept and close the run as finished or failed."""
-        self.flush()
-        self._client.set_terminated(self.run_id, "FINISHED" if ok else "FAILED")
+    def finish(self, ok: bool) -> bool:
+        """Send what is kept and close the run as finished or failed. False where the server has not answered for a minute."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            for attempt in Retrying(
+                retry=retry_if_exception_type((MlflowException, OSError)),
+                wait=wait_exponential(max=10),
+                stop=stop_after_delay(PATIENCE_S),
+            ):
+                with attempt:
+                    self.flush()
+                    self._client.set_terminated(self.run_id, "FINISHED" if ok else "FAILED")
+        except RetryError:
+            return False
+        return True
 
 
 def open_run(
@@ -113,7 +150,9 @@ def open_run(
 
         client.log_batch(run_id, params=[Param(key, str(value)) for key, value in flatten(section).items()])
     client.update_run(run_id, status="RUNNING")
-    return Tracker(uri, run_id)
+    tracker = Tracker(uri, run_id)
+    tracker.recall()
+    return tracker
 
 
 def _has_run(client: Any, run_id: str) -> bool:
@@ -159,6 +198,8 @@ def _url(location: str) -> str:
 def _client(uri: str) -> Any:
     from mlflow import MlflowClient
 
+    # What a server does not take is kept and sent later: no call needs to try for the four minutes that are MLflow's default.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri)

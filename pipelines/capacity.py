@@ -39,7 +39,7 @@ def main(
         found = capacity(experiment, width, bf16, gpu)
         said = collectives(experiment, width)
     console.print(
-        f"{experiment.name}: a worker of {experiment.workers.count}, texts of {width} numbers", highlight=False
+        f"{experiment.name}: a worker of {experiment.workers.least}, texts of {width} numbers", highlight=False
     )
     shown = Table(title="memory at the peak of a step", title_justify="left")
     shown.add_column("")

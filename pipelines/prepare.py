@@ -43,7 +43,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nev.cli import command, explained
-from nev.config import ConfigError
+from nev.config_base import ConfigError
 from nev.config_file import parse
 from nev.data.cut import DUPLICATE_UID
 from nev.data.filters import Filters

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from nev.config import Augment, ConfigError, Jitter
+from nev.config_base import ConfigError
+from nev.config_data import Augment, Jitter
 from nev.data.decode import BadImage, Encoded, Picture, shrink_for
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from nev.config import Augment, Limits
+from nev.config_data import Augment, Limits
 from nev.data.augment import draw, eval_view, train_view
 from nev.data.decode import BadImage, read_header
 from nev.data.index import DataError, Index, reading

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 
-from nev.config import Limits
+from nev.config_data import Limits
 from nev.data.decode import BadImage, read_header, shrink_for
 from nev.data.index import CUT_SHORT, reading
 from nev.data.rows import captions_of

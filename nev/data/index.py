@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from nev.config import Columns
+from nev.config_data import Columns
 from nev.data import index_cache
 from nev.data.index_cache import RowGroups
 from nev.data.storage import PARALLEL_REQUESTS, entries_below, filesystem, naming, open_parquet

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from nev.config import Columns
+from nev.config_data import Columns
 from nev.data.storage import is_local
 
 LAYOUT = 1  # to be raised when what is stored, or how it is read from footers, changes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from nev.config import ConfigError
+from nev.config_base import ConfigError
 from nev.data.index import reading
 from nev.data.rows import Row
 from nev.data.storage import filesystem

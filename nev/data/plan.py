@@ -107,9 +107,17 @@ class Plan:
         """Block numbers of a step."""
         return range(step * self.blocks_per_step, (step + 1) * self.blocks_per_step)
 
-    def rank_blocks(self, step: int, rank: int, world: int) -> list[int]:
-        """Block numbers of a step that rank `rank` of `world` trains on: block i goes to rank i mod W."""
-        return [block for block in self.step_blocks(step) if block % world == rank]
+    def rank_blocks(self, step: int, rank: int, world: int, since: int = 0) -> list[int]:
+        """Block numbers of a step that rank `rank` of `world` trains on: the ranks take turns from the first one of step `since`.
+
+        Where W divides the blocks of a step, all have equally many and `since` says nothing.
+        """
+        first = self.step_blocks(since).start
+        return [block for block in self.step_blocks(step) if (block - first) % world == rank]
+
+    def rank_room(self, world: int) -> int:
+        """The most blocks of a step that one of `world` ranks trains on."""
+        return -(-self.blocks_per_step // world)
 
     def _order(self, epoch: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """The permuted row groups of an epoch and the cumulative row count after each."""

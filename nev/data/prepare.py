@@ -15,7 +15,8 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
-from nev.config import ConfigError, Limits
+from nev.config_base import ConfigError
+from nev.config_data import Limits
 from nev.data import labels, sidecar
 from nev.data.contact import contact_sheet
 from nev.data.cut import Order, merged, order_of, shard_of

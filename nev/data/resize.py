@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from nev.config import Limits, Positive, Section
+from nev.config_base import Positive, Section
+from nev.config_data import Limits
 from nev.data.decode import BadImage, read_header, shrink_for
 from nev.data.rows import Row
 

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from nev.config import Limits
+from nev.config_data import Limits
 from nev.data import labels
 from nev.data.filters import Filters, select
 from nev.data.index import DataError, reading, writing

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nev.config import ConfigError
+from nev.config_base import ConfigError
 from nev.data.index import reading
 from nev.data.rows import Row, captions_of
 from nev.data.storage import filesystem, join

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageOps
 
-from nev.config import ConfigError
+from nev.config_base import ConfigError
 from nev.data.prepare import Progress, Report, prepare
 from nev.data.rows import Row
 from nev.data.shards import Layout

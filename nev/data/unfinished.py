@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-from nev.config import ConfigError
+from nev.config_base import ConfigError
 from nev.data.index import UNFINISHED, DataError, reading, writing
 from nev.data.shards import shards_in
 from nev.data.storage import PARALLEL_REQUESTS, entries_below, filesystem, is_local, join, make_folder, write_whole

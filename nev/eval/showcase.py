@@ -12,7 +12,7 @@ from nev.eval.engine import pictures
 from nev.eval.plots import curve, gallery
 from nev.eval.texts import Texts, all_captions
 from nev.eval.validation import Embedded, Validation
-from nev.tracking import Tracker
+from nev.train.journal import Point
 
 QUERIES = 7
 RESULTS = 6
@@ -53,11 +53,16 @@ def class_gallery(path: str | Path, task: Validation, embedded: Embedded, texts:
     )
 
 
-def run_curves(path: str | Path, tracker: Tracker, name: str) -> None:
-    """The loss of a run, with its validation scores below, from the tracker's history."""
+def run_curves(path: str | Path, journal: list[Point], name: str) -> None:
+    """The loss of a run, with its validation scores below, from the run's own journal."""
+
+    def history(key: str) -> tuple[list[int], list[float]]:
+        found = {point.step: point.metrics[key] for point in journal if key in point.metrics}
+        return sorted(found), [found[step] for step in sorted(found)]
+
     points: dict[str, Any] = {
-        label: history
+        label: scores
         for key, label in (("zero_shot/top1", "zero-shot top-1"), ("retrieval/text_to_image/r10", "text→image R@10"))
-        if (history := tracker.history(key))[0]
+        if (scores := history(key))[0]
     }
-    curve(path, {"loss": tracker.history("loss")}, name, "InfoNCE loss", points=points or None)
+    curve(path, {"loss": history("loss")}, name, "InfoNCE loss", points=points or None)

@@ -24,7 +24,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from nev.config import ConfigError, Text
+from nev.config import Text
+from nev.config_base import ConfigError
 from nev.errors import NevError
 from nev.models.text_encoder import pool_tokens
 

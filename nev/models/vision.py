@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nev.config import ConfigError, Vision
+from nev.config import Vision
+from nev.config_base import ConfigError
 from nev.models import nomic
 from nev.models.heads import build_head
 from nev.models.onednn import through_onednn

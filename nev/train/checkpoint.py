@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import safetensors
@@ -22,7 +23,7 @@ from nev.config import Experiment
 from nev.data.storage import files_below, filesystem, join, naming, remedy, storage_errors, write_whole
 from nev.models.text import TextTower, load_text
 from nev.models.vision import VisionTower, build_vision
-from nev.train.manifest import FORMAT, CheckpointError, State, read_manifest, remove
+from nev.train.manifest import FORMAT, CheckpointError, Damaged, State, read_manifest, remove
 from nev.train.parallel import share_of, whole
 
 
@@ -33,21 +34,25 @@ class Tensors(NamedTuple):
     optimizer: dict[str, Tensor]
 
 
-def gather_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True) -> Tensors:
-    """What a checkpoint holds of a model and its optimiser, empty unless `keep`.
+def gather_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True, into: Tensors | None = None
+) -> Tensors:
+    """A copy of what a checkpoint holds of a model and its optimiser, empty unless `keep`.
 
+    into: what an earlier call gave; its memory is filled again (pages of new memory cost more than the copy).
     Of what FSDP has split (`nev.train.parallel`) each rank gives its part, one tensor after another: every rank must come here.
     """
-    return Tensors(_gather(model.state_dict(), keep), _gather(optimizer_tensors(model, optimizer), keep))
-
-
-def _gather(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    found = {}
-    for name, tensor in tensors.items():
-        full = whole(tensor)
-        if keep:
-            found[name] = full.detach().cpu().contiguous().clone()
-    return found
+    copied = into or Tensors({}, {})
+    for source, target in zip((model.state_dict(), optimizer_tensors(model, optimizer)), copied, strict=True):
+        for name, tensor in source.items():
+            full = whole(tensor).detach()
+            if keep:
+                if name not in target:
+                    target[name] = torch.empty(full.shape, dtype=full.dtype, pin_memory=full.is_cuda)
+                target[name].copy_(full, non_blocking=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return copied
 
 
 def save(
@@ -62,22 +67,26 @@ def save(
         left = files_below(location)
     if left:
         remove(location)  # by a run that died here, or by one that reached this step before
-    parts = {
-        "model.safetensors": safetensors.torch.save(tensors.model),
-        "optimizer.safetensors": safetensors.torch.save(tensors.optimizer),
-        "rng.safetensors": safetensors.torch.save(rng),
-        **(beside or {}),
-    }
-    manifest = {
-        "format": FORMAT,
-        **state.__dict__,
-        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()},
-        "versions": {"torch": torch.__version__},
-    }
-    for name, data in {**parts, "state.json": json.dumps(manifest, indent=1).encode()}.items():
-        with naming(join(location, name), "written"):
-            write_whole(join(location, name), data)
+    digests = {}
+    for name, data in _files(tensors, rng, beside or {}):
+        digests[name] = hashlib.sha256(data).hexdigest()
+        _write(location, name, data)
+    manifest = {"format": FORMAT, **state.__dict__, "sha256": digests, "versions": {"torch": torch.__version__}}
+    _write(location, "state.json", json.dumps(manifest, indent=1).encode())
     return location
+
+
+def _files(tensors: Tensors, rng: dict[str, Tensor], beside: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
+    """One file after another: a copy of all at once would take the memory of the model and its moments again."""
+    yield "model.safetensors", safetensors.torch.save(tensors.model)
+    yield "optimizer.safetensors", safetensors.torch.save(tensors.optimizer)
+    yield "rng.safetensors", safetensors.torch.save(rng)
+    yield from beside.items()
+
+
+def _write(location: str, name: str, data: bytes) -> None:
+    with naming(join(location, name), "written"):
+        write_whole(join(location, name), data)
 
 
 def load(location: str) -> tuple[State, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
@@ -103,10 +112,12 @@ def _tensors(location: str, manifest: dict[str, Any], name: str) -> dict[str, Te
     try:
         data = fs.cat_file(path)
         if hashlib.sha256(data).hexdigest() != manifest["sha256"].get(file):
-            raise CheckpointError(f"{location}/{file}: damaged (its sha256 is not the one in state.json)")
+            raise Damaged(f"{location}/{file}: damaged (its sha256 is not the one in state.json)")
         return safetensors.torch.load(data)
+    except FileNotFoundError as error:
+        raise Damaged(f"{location}/{file}: damaged (it is not there)") from error
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{location}/{file}: damaged ({error})") from error
+        raise Damaged(f"{location}/{file}: damaged ({error})") from error
     except storage_errors() as error:
         raise CheckpointError(f"{location}/{file}: cannot be read ({error}). {remedy(error, '')}") from error
 

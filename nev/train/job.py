@@ -8,7 +8,7 @@ from typing import Any
 from nev.config import Experiment
 from nev.data.plan import Plan
 from nev.eval.validation import Validation
-from nev.train.manifest import latest, read_manifest
+from nev.train.manifest import newest_whole, verified
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,6 @@ class Job:
     stop_step: int
     validation: Validation | None
     fingerprints: dict[str, str]
-    mlflow_run_id: str | None
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,11 @@ class Start:
 
 
 def where(run: str) -> Start:
-    """Where a run stands, by its latest checkpoint."""
-    newest = latest(run)
-    if newest is None:
-        return Start()
-    manifest = read_manifest(newest)
+    """Where a run stands, by its newest checkpoint that is whole. Raises CheckpointError where there are but damaged ones."""
+    found = newest_whole(run, verified)
+    return Start() if found is None else start_of(found.read)
+
+
+def start_of(manifest: dict[str, Any]) -> Start:
+    """Where the run of a checkpoint's manifest stood."""
     return Start(manifest["step"], manifest["bad_rows"], manifest["history"])

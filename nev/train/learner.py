@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nev.config import ConfigError
+from nev.config_base import ConfigError
 from nev.models.dual_encoder import DualEncoder
 from nev.models.text import TextTower, load_text
 from nev.models.text_encoder import encoder_of, unlock
@@ -16,7 +16,7 @@ from nev.models.vision import build_vision
 from nev.train import checkpoint
 from nev.train.gradcache import refuse_batch_norm
 from nev.train.job import Job, Start
-from nev.train.manifest import CheckpointError, State, latest
+from nev.train.manifest import CheckpointError, State, newest_whole
 from nev.train.optim import make_optimizer
 from nev.train.parallel import distribute
 from nev.train.rng import restore_rng, seed_rank
@@ -69,9 +69,9 @@ def build(job: Job) -> Built:
             f"text.encoder {config.text.encoder!r}: this node's is not the driver's. Install the same everywhere."
         )
     torch.manual_seed(config.seed)
-    newest = latest(job.run)
+    found = newest_whole(job.run, checkpoint.load)
     source = config.vision
-    if newest is not None:  # its weights replace all: neither hub nor file is needed
+    if found is not None:  # its weights replace all: neither hub nor file is needed
         source = source.model_copy(update={"pretrained": False, "weights": None})
     vision = build_vision(source, config.data.image_size, job.text_width)
     make_ready(vision, config.train)
@@ -81,13 +81,13 @@ def build(job: Job) -> Built:
     model = DualEncoder(vision, config.loss, text, vision_locked=config.lock == "image").train()
     if config.train.micro_batch is not None or config.train.fsdp:
         refuse_batch_norm(model, "train.fsdp" if config.train.fsdp else "train.micro_batch")
-    if newest is None:
+    if found is None:
         return Built(model, tower, None, {}, {})
-    state, weights, moments, rng = checkpoint.load(newest)
+    state, weights, moments, rng = found.read
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(f"{newest}: not the weights of this experiment's model: {error}") from error
+        raise CheckpointError(f"{found.location}: not the weights of this experiment's model: {error}") from error
     checkpoint.refuse_unknown(model, moments)
     return Built(model, tower, state, moments, rng)
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from nev.data.storage import files_below, filesystem, is_local, join, naming, remedy, storage_errors
 from nev.errors import NevError
 
 FORMAT = 2
+READ_BYTES = 2**25  # a request
+
+Read = TypeVar("Read")
 
 
 class CheckpointError(NevError, RuntimeError):
     """A checkpoint that is damaged, or belongs to another run. The message says which and what differs."""
+
+
+class Damaged(CheckpointError):
+    """A checkpoint whose bytes are not those that were written."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,6 @@ class State:
     step: int
     config: dict[str, Any]
     fingerprints: dict[str, str]
-    mlflow_run_id: str | None
     metrics: dict[str, float]
     world_size: int
     bad_rows: int
@@ -41,7 +49,7 @@ def read_manifest(location: str) -> dict[str, Any]:
         there = f"There are {', '.join(near)}." if near else "Checkpoints lie in RUN/checkpoints/step-..."
         raise CheckpointError(f"{location}: not a checkpoint (there is no state.json in it). {there}") from None
     except ValueError as error:
-        raise CheckpointError(f"{location}/state.json: damaged ({error})") from error
+        raise Damaged(f"{location}/state.json: damaged ({error})") from error
     except storage_errors() as error:
         raise CheckpointError(f"{location}/state.json: cannot be read ({error}). {remedy(error, '')}") from error
     if manifest.get("format") != FORMAT:
@@ -64,19 +72,79 @@ def latest(run: str) -> str | None:
     return found[-1] if found else None
 
 
+class Found(NamedTuple, Generic[Read]):
+    """The newest checkpoint that is whole: what was read of it, and the newer ones that are not, each with its damage."""
+
+    location: str
+    read: Read
+    damaged: list[str]
+
+
+def newest_whole(run: str, read: Callable[[str], Read]) -> Found[Read] | None:
+    """The newest checkpoint that `read` reads without finding it Damaged; None for a run without a checkpoint.
+
+    Raises CheckpointError where all are damaged, since only a person may say to start over, and where one cannot be read.
+    """
+    damaged: list[str] = []
+    for location in reversed(checkpoints(run)):
+        try:
+            return Found(location, read(location), damaged)
+        except Damaged as error:
+            damaged.append(str(error))
+    if damaged:
+        listed = "\n  ".join(damaged)
+        raise CheckpointError(
+            f"{run}: no checkpoint is whole:\n  {listed}\nPut one back from a copy, or remove them to start over."
+        )
+    return None
+
+
+def verified(location: str) -> dict[str, Any]:
+    """The manifest of a checkpoint, every file of which was read and is as it was written; else raises Damaged."""
+    manifest = read_manifest(location)
+    for name, digest in manifest["sha256"].items():
+        if "/" in name:
+            raise Damaged(f"{location}/state.json: damaged (it names {name!r}, which is no file of a checkpoint)")
+        fs, path = filesystem(join(location, name))
+        try:
+            with fs.open(path, "rb", block_size=READ_BYTES) as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError as error:
+            raise Damaged(f"{location}/{name}: damaged (it is not there)") from error
+        except storage_errors() as error:
+            raise CheckpointError(f"{location}/{name}: cannot be read ({error}). {remedy(error, '')}") from error
+        if found != digest:
+            raise Damaged(f"{location}/{name}: damaged (its sha256 is not the one in state.json)")
+    return manifest
+
+
 def best(run: str, metric: str) -> str | None:
     """The checkpoint whose `metric` is highest (the newest among equals), or None where none has it."""
-    scored = [(read_manifest(location)["metrics"].get(metric), location) for location in checkpoints(run)]
+    scored = [(_metrics(location).get(metric), location) for location in checkpoints(run)]
     held = [(value, location) for value, location in scored if value is not None]
     return max(held)[1] if held else None
 
 
-def prune(run: str, keep_last: int, keep_best: str | None) -> None:
-    """Remove all but the `keep_last` newest checkpoints and the best one by the metric `keep_best`."""
+def _metrics(location: str) -> dict[str, float]:
+    try:
+        metrics: dict[str, float] = read_manifest(location)["metrics"]
+    except Damaged:
+        return {}  # not one to choose
+    return metrics
+
+
+def prune(run: str, newest: str, keep_last: int, keep_best: str | None) -> None:
+    """Remove all but the `keep_last` checkpoints up to `newest`, which is whole, and the best one by the metric `keep_best`.
+
+    Those beyond `newest` go, too: they were damaged, so the run went on from before them.
+    """
     found = checkpoints(run)
-    kept = {*found[-keep_last:], best(run, keep_best) if keep_best else None}
     for location in found:
-        if location not in kept:
+        if location > newest:
+            remove(location)
+    kept = {*[one for one in found if one <= newest][-keep_last:], best(run, keep_best) if keep_best else None}
+    for location in found:
+        if location <= newest and location not in kept:
             remove(location)
 
 

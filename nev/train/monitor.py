@@ -26,12 +26,18 @@ SEND_S = 5.0  # to MLflow: every call to a SQLite store costs CPU that training 
 
 
 class Post(NamedTuple):
-    """One message of a training process: metrics of a step, lines for the person, or (`error`) why the run cannot go on."""
+    """One message of a training process: metrics of a step, lines for the person, or (`error`) why the run cannot go on.
+
+    left: the processes have ended before the run did, as they were asked to, after a checkpoint of this step. began: they go on
+    from this step.
+    """
 
     step: int
     metrics: dict[str, float]
     error: str | None = None
     notes: tuple[str, ...] = ()
+    left: bool = False
+    began: bool = False
 
 
 class _Board:
@@ -69,6 +75,7 @@ class Watcher:
 
     def __init__(self, board: Any, tracker: Tracker, console: Console, total_steps: int, first_step: int) -> None:
         self.errors: list[str] = []
+        self.left = self._begun = False
         self.latest: dict[str, float] = {}
         self._board = board
         self._tracker = tracker
@@ -80,15 +87,30 @@ class Watcher:
         self._plain = rarely(self._say)
         self._sent = 0.0
         self._away = False
+        self._reading = threading.Lock()
 
     def read(self) -> None:
         """Take what was posted; show it, log it."""
+        with self._reading:
+            self._read()
+
+    def _read(self) -> None:
         for post in ray.get(self._board.take.remote()):
             if post.error:
                 self.errors.append(post.error)
                 continue
             for note in post.notes:
                 self._console.print(f"[yellow]{escape(note)}[/]", highlight=False, soft_wrap=True)
+            if post.began or post.left:
+                if post.began and self._begun and not self.left:
+                    self._console.print(
+                        "[yellow]the processes were started again, since one was lost or others came; training goes on from step "
+                        f"{post.step}[/]",
+                        highlight=False,
+                        soft_wrap=True,
+                    )
+                self._begun, self.left = True, post.left
+                continue
             self.latest.update(post.metrics)
             self._tracker.log(post.step, post.metrics)
             self._show(post.step)
@@ -125,9 +147,11 @@ class Watcher:
         try:
             self._tracker.flush()
             self._away = False
-        except (MlflowException, OSError) as error:
+        except (MlflowException, OSError):
             if not self._away:
-                self._console.print(f"[yellow]MLflow does not answer ({error}); metrics are kept and sent later.[/]")
+                self._console.print(
+                    f"[yellow]MLflow at {self._tracker.uri} does not answer; numbers are kept and sent later[/]"
+                )
             self._away = True
 
     @contextmanager

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import uuid
 from pathlib import Path
 
-from nev.config import ConfigError, Experiment
-from nev.data.storage import files_below, filesystem, join, remedy, storage_errors, write_whole
+from nev.config import Experiment
+from nev.config_base import ConfigError
+from nev.data.storage import (
+    entries_below,
+    files_below,
+    filesystem,
+    is_local,
+    join,
+    remedy,
+    storage_errors,
+    write_whole,
+)
 from nev.tracking import tracking_uri
 
 
@@ -29,23 +40,41 @@ def refuse_lost_output(output: str) -> None:
 
 
 def check_output(config: Experiment) -> None:
-    """Raise ConfigError where the run cannot be kept on S3: a small object is written, listed and deleted in its folder.
+    """Raise ConfigError where the run cannot be kept: a small file is written, listed and deleted in its folder.
 
-    On S3 there is no place for MLflow's default file, so `tracking.uri` has to be given. A folder is not probed.
+    On S3 there is no place for MLflow's default file, so `tracking.uri` has to be given.
     """
     tracking_uri(config.tracking, config.output)
-    if not config.output.startswith("s3://"):
-        return
     probe = join(run_folder(config), f".probe-{uuid.uuid4().hex}")
     fs, path = filesystem(probe)
     try:
         write_whole(join(probe, "file"), b"nev")
         seen = files_below(probe)
         fs.rm_file(f"{path}/file")
+        if is_local(fs):
+            fs.rmdir(path)
     except storage_errors() as error:
         raise ConfigError(f"output = {config.output!r} cannot be used: {error}. {what_to_do(error, path)}") from error
     if seen != ["file"]:
         raise ConfigError(f"output = {config.output!r} cannot be used: what is written there is not listed at once.")
+
+
+def check_space(run: str, checkpoints: int, size: int) -> None:
+    """Raise ConfigError where the disk of a run's folder has no room for its checkpoints, each of `size` bytes.
+
+    Besides those that are kept, the best one and one that is being written; those that are there already count as room.
+    """
+    fs, path = filesystem(run)
+    if not is_local(fs):
+        return
+    there = next(parent for parent in (Path(path), *Path(path).parents) if parent.exists())
+    held = sum(info["size"] for info in entries_below(fs, f"{path}/checkpoints").values())
+    needed, free = (checkpoints + 2) * size - held, shutil.disk_usage(there).free
+    if needed > free:
+        raise ConfigError(
+            f"output: {there} has {free / 2**30:.1f} GiB free, and the checkpoints of this run take {needed / 2**30:.1f} GiB "
+            f"({checkpoints + 2} of {size / 2**30:.2f} GiB). Make room, lower train.keep_last, or give another output."
+        )
 
 
 def what_to_do(error: Exception, path: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 from nev.config import Experiment
 from nev.data.block import Block
 from nev.data.plan import Plan
-from nev.data.storage import files_below, filesystem, join, naming, write_whole
+from nev.data.storage import StorageError, files_below, filesystem, join, naming, write_whole
 from nev.errors import NevError
 
 LEAST_ROWS = 10_000  # row groups come whole: a rotten one at the start is a large share of few rows
@@ -83,14 +84,17 @@ class Quarantine:
         self.by_reason[kind(reason)] += 1
 
     def flush(self, done: int) -> None:
-        """Write what was kept since the last flush, named by step and rank, so that a repeated step overwrites itself."""
+        """Write what was kept since the last flush, named by step and rank, so that a repeated step overwrites itself.
+
+        Where storage refuses it, it is kept for the next: a full disk must not end the run over a list.
+        """
         if not self._rows:
             return
         location, sink = join(self.folder, f"step-{done:08d}-rank-{self._rank}.parquet"), io.BytesIO()
         pq.write_table(pa.Table.from_pylist(self._rows), sink)
-        with naming(location, "written"):
+        with suppress(StorageError), naming(location, "written"):
             write_whole(location, sink.getvalue())
-        self._rows = []
+            self._rows = []
 
     def totals(self) -> tuple[Counter[str], Counter[str], dict[str, str]]:
         """(by shard, by reason, examples) over all ranks, which call this together."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nev.config import ConfigError, Data, Experiment, ZeroShot, refuse_widths
+from nev.config import Experiment, ZeroShot, refuse_widths
+from nev.config_base import ConfigError
+from nev.config_data import Data
 from nev.config_file import parse
 from nev.data.augment import auto_augment
 from nev.data.block import BlockReader
@@ -18,8 +20,9 @@ from nev.data.tokens import tokens_of
 from nev.eval.texts import Classes
 from nev.eval.validation import Validation, metric_names
 from nev.eval.zeroshot import class_embeddings
+from nev.preflight import Findings
 from nev.train.job import Job
-from nev.train.manifest import CheckpointError, latest, read_manifest
+from nev.train.manifest import CheckpointError, latest, newest_whole, read_manifest
 from nev.train.output import refuse_lost_output, run_folder
 
 if TYPE_CHECKING:
@@ -73,31 +76,40 @@ def absolute(config: Experiment) -> Experiment:
     return config.model_copy(update=changed)
 
 
-def prepare_job(config: Experiment, text: TextTower, stop_after: int | None = None) -> Job:
+def prepare_job(
+    config: Experiment, text: TextTower, stop_after: int | None = None, findings: Findings | None = None
+) -> Job:
     """Index the data, plan it, check sidecars and embed class prompts (online text has neither), check the run to continue.
 
-    `config` has absolute paths. Raises DataError, ConfigError or CheckpointError, each saying what to do.
+    `config` has absolute paths. Raises what it finds, with what `findings` holds already: DataError, ConfigError or
+    CheckpointError, each saying what to do, or NotReady for several.
     """
     from nev.models.vision import check_vision
 
-    if config.data.augment.auto:
-        auto_augment(
-            config.data.augment.auto, config.data.image_size
-        )  # an unknown name is an error now, not in a worker
-    refuse_widths(config.loss, text.width)
-    if latest(run_folder(config)) is None:  # a run that goes on needs neither hub nor file
-        check_vision(config.vision, config.data.image_size, text.width, locked=config.lock == "image")
-    index = build_index(config.data.train, config.data.columns)
-    if config.text_online:
-        from nev.models.text_encoder import refuse_other_vectors
+    found = findings or Findings()
+    with found:
+        if config.data.augment.auto:  # an unknown name is an error now, not in a worker
+            auto_augment(config.data.augment.auto, config.data.image_size)
+    with found:
+        refuse_widths(config.loss, text.width)
+    with found:
+        if found or latest(run_folder(config)) is None:  # a run that goes on needs neither hub nor file
+            check_vision(config.vision, config.data.image_size, text.width, locked=config.lock == "image")
+    with found:
+        index = build_index(config.data.train, config.data.columns)
+        plan = Plan(index.rows, config.seed, config.train.global_batch, config.data.block_rows)
+        if not config.text_online:
+            check_sidecars(index, text_key(index, text), text.width)
+    with found:
+        if config.text_online:
+            from nev.models.text_encoder import refuse_other_vectors
 
-        refuse_other_vectors(text, tokens_of(text))
-    else:
-        check_sidecars(index, text_key(index, text), text.width)
-    plan = Plan(index.rows, config.seed, config.train.global_batch, config.data.block_rows)
-    validation = make_validation(config, text) if config.data.val else None
-    if config.eval.best:
-        refuse_unknown_metric(config.eval.best, "eval.best", validation)
+            refuse_other_vectors(text, tokens_of(text))
+    with found:
+        validation = make_validation(config, text) if config.data.val else None
+        if config.eval.best:
+            refuse_unknown_metric(config.eval.best, "eval.best", validation)
+    found.refuse()
     total = total_steps(config, plan)
     job = Job(
         config=config,
@@ -109,7 +121,6 @@ def prepare_job(config: Experiment, text: TextTower, stop_after: int | None = No
         stop_step=min(total, stop_after or total),
         validation=validation,
         fingerprints={"data": index.fingerprint, "plan": plan.fingerprint, "text": text.fingerprint},
-        mlflow_run_id=None,
     )
     refuse_other_run(job)
     return job
@@ -228,10 +239,10 @@ def class_sentences(zero_shot: ZeroShot | None, text: TextTower | None) -> Class
 
 def refuse_other_run(job: Job) -> None:
     """A run continues its own checkpoints alone. Raises CheckpointError listing every key that differs."""
-    newest = latest(job.run)
-    if newest is None:
+    found = newest_whole(job.run, read_manifest)
+    if found is None:
         return
-    manifest = read_manifest(newest)
+    newest, manifest = found.location, found.read
     differing = [
         f"fingerprint of the {name}: {manifest['fingerprints'].get(name, 'none')[:12]} there, {value[:12]} here"
         for name, value in job.fingerprints.items()

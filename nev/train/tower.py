@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from nev.config import ConfigError, Train
+from nev.config import Train
+from nev.config_base import ConfigError
 from nev.models.vision import VisionTower
 
 

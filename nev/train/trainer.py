@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import tempfile
 import time
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from nev.config import ConfigError, Experiment, Workers
+from nev.config import Experiment, Workers
+from nev.config_base import ConfigError
 from nev.data.block import Block, BlockReader
 from nev.data.storage import join
 from nev.errors import NevError
@@ -25,6 +25,8 @@ from nev.train.monitor import Post, Watcher, open_board
 from nev.train.quarantine import TooManyBadRows
 
 if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
     from nev.data.plan import Plan
     from nev.train.learner import Rank
 
@@ -36,43 +38,32 @@ OUT_OF_MEMORY = (
 )
 
 
+class Stalled(NevError, RuntimeError):
+    """A rank has waited too long for another one."""
+
+
 class TrainingFailed(NevError, RuntimeError):
     """The run could not be finished. The message is the first cause, without Ray's frames."""
 
 
-def fit(job: Job, reader: BlockReader, tracker: Tracker, console: Console) -> dict[str, float]:
-    """Run the job on the connected Ray cluster, from its latest checkpoint to `job.stop_step`.
+def fit(job: Job, begun: int, reader: BlockReader, tracker: Tracker, console: Console) -> dict[str, float]:
+    """Run the job on the connected Ray cluster, from its newest checkpoint, that of step `begun`, to `job.stop_step`.
 
-    Returns the newest value of each metric. Raises TrainingFailed.
+    Workers that had to leave (their machine is taken away) are started again. Returns the newest value of each metric. Raises
+    TrainingFailed.
     """
     import ray
     import ray.train
-    from ray.train.torch import TorchTrainer
-
-    from nev.data.stream import stream_options
 
     board = open_board(job.run)
-    job = dataclasses.replace(job, mlflow_run_id=tracker.run_id)
-    watcher = Watcher(board, tracker, console, job.total_steps, where(job.run).step)
-    workers = job.config.workers
+    watcher = Watcher(board, tracker, console, job.total_steps, begun)
     try:
-        with ray_folder(job.run) as folder:
-            trainer = TorchTrainer(
-                work,
-                train_loop_config={"job": job, "board": board},
-                scaling_config=ray.train.ScalingConfig(
-                    num_workers=workers.count, use_gpu=workers.gpus > 0, resources_per_worker=resources(job.config)
-                ),
-                run_config=ray.train.RunConfig(
-                    name=f"attempt-{int(time.time())}",
-                    storage_path=folder,
-                    failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
-                ),
-                datasets={"train": lambda: stream_from_here(job, reader)},
-                dataset_config=ray.train.DataConfig(execution_options=stream_options()),
-            )
-            with watcher.watching():
-                trainer.fit()
+        with ray_folder(job.run) as folder, watcher.watching():
+            while True:
+                ray_trainer(job, reader, board, folder).fit()
+                watcher.read()
+                if not watcher.left:
+                    break
     except ray.train.TrainingFailedError as error:
         raise TrainingFailed(first_cause(error)) from error
     except SystemExit as end:  # how Ray Train's own handler of Ctrl-C ends
@@ -82,6 +73,35 @@ def fit(job: Job, reader: BlockReader, tracker: Tracker, console: Console) -> di
     if watcher.errors:
         raise TrainingFailed(watcher.errors[0])
     return watcher.latest
+
+
+def ray_trainer(job: Job, reader: BlockReader, board: Any, folder: str) -> TorchTrainer:
+    """Ray's trainer of a job: it starts the workers, as many as there is room for between the least and the most."""
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from nev.data.stream import Turns
+
+    workers = job.config.workers
+    scaling: Any = ray.train.ScalingConfig  # typed as the one before, which knows no elasticity
+    return TorchTrainer(
+        work,
+        train_loop_config={"job": job, "board": board},
+        torch_config=TorchConfig(timeout_s=workers.timeout_s),
+        scaling_config=scaling(
+            num_workers=workers.most if workers.least == workers.most else (workers.least, workers.most),
+            elastic_resize_monitor_interval_s=workers.resize_s,
+            use_gpu=workers.gpus > 0,
+            resources_per_worker=resources(job.config),
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"attempt-{int(time.time())}",
+            storage_path=folder,
+            failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
+        ),
+        datasets={"train": lambda: stream_from_here(job, reader)},
+        dataset_config=Turns(),
+    )
 
 
 @contextmanager
@@ -105,16 +125,36 @@ def check_room(workers: Workers) -> None:
     if may_grow():
         return
     gpus, cpus = cluster_gpus(), cluster_cpus()
-    if workers.count * workers.gpus > gpus:
+    asked = f"workers.{'min' if workers.min else 'count'} = {workers.least}"
+    if workers.least * workers.gpus > gpus:
         raise ConfigError(
-            f"workers.count = {workers.count} times workers.gpus = {workers.gpus:g} are more than this machine's {gpus} GPUs: "
+            f"{asked} times workers.gpus = {workers.gpus:g} are more than this machine's {gpus} GPUs: "
             "lower one of them, or submit the run to a cluster"
         )
-    if workers.cpus and workers.count * workers.cpus > cpus - 1:
+    if workers.cpus and workers.least * workers.cpus > cpus - 1:
         raise ConfigError(
-            f"workers.count = {workers.count} times workers.cpus = {workers.cpus:g} leave none of this machine's {cpus} CPUs "
+            f"{asked} times workers.cpus = {workers.cpus:g} leave none of this machine's {cpus} CPUs "
             "to decode: lower one of them; with workers.cpus = 0, training and decoding share them"
         )
+
+
+def check_store(job: Job) -> None:
+    """Raise ConfigError where the blocks of a step are more than the cluster's object store. Needs a connected Ray."""
+    import ray
+
+    store = ray.cluster_resources().get("object_store_memory", 0.0)  # type: ignore[no-untyped-call]
+    step = job.config.train.global_batch * row_bytes(job)
+    if step > store and not may_grow():
+        raise ConfigError(
+            f"the pictures of a step take {step / 2**30:.1f} GiB, and Ray's object store has {store / 2**30:.1f} GiB here: lower "
+            "train.global_batch or data.image_size, or submit the run to a cluster"
+        )
+
+
+def row_bytes(job: Job) -> int:
+    """What a row of a block takes: its picture, and its vector or tokens."""
+    text = 4 * job.config.text.max_tokens if job.config.text_online else 2 * job.text_width
+    return job.config.data.image_size**2 * 3 + text
 
 
 def resources(config: Experiment) -> dict[str, float]:
@@ -143,6 +183,7 @@ def work(setting: dict[str, Any]) -> None:
     from nev.train.loop import TowerMoved, train
     from nev.train.parallel import first_of_all
     from nev.train.step import choose_precision
+    from nev.train.writer import NotKept
 
     job: Job = setting["job"]
     context = ray.train.get_context()
@@ -173,10 +214,34 @@ def work(setting: dict[str, Any]) -> None:
     assert built
     learner, start = learner_of(built, job, me)
     del built  # it holds the moments of the checkpoint, whole
+    if me.rank == 0:
+        ray.get(setting["board"].post.remote(Post(start.step, {}, began=True)))
     try:
-        train(job, me, learner, start, after(first, blocks), report)
+        done = train(job, me, learner, start, after(first, blocks), report, asked_to_leave)
+        if done < job.stop_step and me.rank == 0:
+            note = f"step {done}: a machine is taken away; what was done is kept, and the run goes on with those that are left"
+            ray.get(setting["board"].post.remote(Post(done, {}, notes=(note,), left=True)))
     except (TooManyBadRows, Diverged, TowerMoved) as error:  # every rank meets these at the same step
         give_up(str(error))
+    except NotKept as error:  # the last checkpoint, which rank 0 alone writes: the others are done
+        give_up(str(error))
+    except RuntimeError as error:
+        if "timed out" not in str(error).lower():
+            raise
+        raise Stalled(
+            f"rank {me.rank} has waited {job.config.workers.timeout_s} s (workers.timeout_s) for another one, which hangs or is "
+            f"cut off; all are started again. Torch says: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def asked_to_leave() -> bool:
+    """Whether this process was told that a machine of the run will be taken away.
+
+    Ray's public `get_preemption_info` would have all ranks meet in an actor; here they agree by a byte after each step.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
 
 
 def after(first: Future[Block | None], blocks: Iterator[Block]) -> Iterator[Block]:
@@ -192,10 +257,8 @@ def blocks_of(job: Job, me: Rank) -> Iterator[Block]:
     import ray
     import ray.train
 
-    text = 4 * job.config.text.max_tokens if job.config.text_online else 2 * job.text_width
-    row_bytes = job.config.data.image_size**2 * 3 + text
     store_bytes = ray.cluster_resources().get("object_store_memory", 0.0)  # type: ignore[no-untyped-call]
-    ahead = fetch_ahead(job.plan, me.world, job.plan.block_rows * row_bytes, store_bytes)
+    ahead = fetch_ahead(job.plan, me.world, job.plan.block_rows * row_bytes(job), store_bytes)
     shard = ray.train.get_dataset_shard("train")
     return iter(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=ahead))
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from pydantic import field_validator
 
-from nev.config import Columns, ConfigError, Limits, Positive, Section
+from nev.config_base import ConfigError, Positive, Section
+from nev.config_data import Columns, Limits
 from nev.data.index import LINKED_FOLDER, reading
 from nev.data.rows import Row
 from nev.data.storage import filesystem, remedy, storage_errors

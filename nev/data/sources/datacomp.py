@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nev.config import ConfigError
+from nev.config_base import ConfigError
 from nev.data.rows import Row
 from nev.data.sources import webdataset
 from nev.data.sources.common import Source, SourceOptions, facts_of, find_files, input_file, parts_of, stamp_of

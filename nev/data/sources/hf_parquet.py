@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nev.config import ConfigError
+from nev.config_base import ConfigError
 from nev.data.index import KNOWN_NAMES
 from nev.data.rows import Row
 from nev.data.sources.common import (

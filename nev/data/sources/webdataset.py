@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nev.config import Limits
+from nev.config_data import Limits
 from nev.data.rows import Row
 from nev.data.sources.common import (
     Source,

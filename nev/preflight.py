@@ -1,0 +1,41 @@
+"""What a run finds wrong before it begins: all of it in one list, each with its remedy."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from nev.errors import NevError
+
+
+class NotReady(NevError, ValueError):
+    """More than one thing is in the way of a run. The message lists them."""
+
+
+class Findings:
+    """Checks one after another, each the body of a `with`: an error of one does not hide those of the next."""
+
+    def __init__(self) -> None:
+        self._found: list[NevError] = []
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, NevError):
+            return False
+        if str(error) not in map(str, self._found):
+            self._found.append(error)
+        return True
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def refuse(self) -> None:
+        """Raise what was found: the error itself where it is one alone, NotReady where there are more."""
+        if len(self._found) == 1:
+            raise self._found[0]
+        if self._found:
+            listed = "\n".join(f"  {number}. {error}" for number, error in enumerate(self._found, 1))
+            raise NotReady(f"{len(self._found)} things are in the way:\n{listed}")

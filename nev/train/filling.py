@@ -1,0 +1,63 @@
+"""A rank's batch on its way: blocks from the stream, checked against the plan, into one piece of memory, to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nev.data.block import Block
+from nev.train.step import Batch
+
+
+class StreamError(RuntimeError):
+    """The stream gave other rows than the plan names for this step."""
+
+
+def next_block(blocks: Iterator[Block], expected: int) -> Block:
+    """The next block of the stream, checked to be block `expected` of the plan."""
+    block = next(blocks, None)
+    if block is None:
+        raise StreamError(f"the stream ended before block {expected}")
+    if not (block["block"] == expected).all():
+        raise StreamError(f"the stream gave block {int(block['block'][0])} where the plan says {expected}")
+    return block
+
+
+class Filling:
+    """Block after block is copied into (pinned) host memory, then all to another device.
+
+    room: blocks in a batch. Where a rank has fewer (W does not divide the blocks of a step), the rows behind them are invalid
+    ones: no loss sees them.
+    """
+
+    def __init__(self, numbers: Sequence[int], room: int, block_rows: int, device: torch.device) -> None:
+        self.numbers = numbers
+        self._rows, self._block_rows, self._device = room * block_rows, block_rows, device
+        self._host: dict[str, Tensor] = {}
+        self._filled = 0
+
+    def add(self, block: Block) -> None:
+        """Copy the next block of `numbers`; nothing of it is kept."""
+        place = slice(self._filled, self._filled + self._block_rows)
+        for name in ("image", "text", "valid"):
+            column = block[name]
+            if name not in self._host:
+                dtype = torch.from_numpy(np.empty(0, column.dtype)).dtype
+                shape = (self._rows, *column.shape[1:])
+                self._host[name] = torch.empty(shape, dtype=dtype, pin_memory=self._device.type == "cuda")
+            np.copyto(self._host[name].numpy()[place], column)
+        self._filled = place.stop
+
+    def batch(self) -> Batch:
+        """The batch on the device. Of tokens as many columns as its longest text has, one at least."""
+        for column in self._host.values():
+            column[self._filled :] = 0
+        text = self._host["text"]
+        if not text.is_floating_point():
+            text[self._filled :] = -1
+            used = text[:, : max(1, int((text >= 0).sum(1).amax()))]
+            self._host["text"] = used.pin_memory() if self._device.type == "cuda" else used.contiguous()
+        return Batch(*(self._host[name].to(self._device, non_blocking=True) for name in ("image", "text", "valid")))

@@ -1,0 +1,115 @@
+"""Checkpoints on their way to storage while the steps go on: the loop waits for a copy in memory, not for a disk.
+
+One is written at a time. Storage that refuses (a full disk, S3 that is away) is asked again, more and more seldom, until it
+takes the checkpoint or a newer one is there to be written.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as Late
+from contextlib import suppress
+from typing import NamedTuple
+
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, sleep_using_event, stop_when_event_set
+from tenacity.wait import wait_exponential
+from torch import Tensor
+
+from nev.data.storage import StorageError
+from nev.errors import NevError
+from nev.train import checkpoint
+from nev.train.checkpoint import Tensors
+from nev.train.journal import Point, write_points
+from nev.train.manifest import CheckpointError, State, prune
+
+REFUSALS = (StorageError, CheckpointError)
+LAST_S = 600.0  # how long storage that refuses the last checkpoint is asked again
+
+
+class NotKept(NevError, RuntimeError):
+    """The last checkpoint of a run could not be written."""
+
+
+class Snapshot(NamedTuple):
+    """What a checkpoint is written from: `nev.train.checkpoint.save`'s, and the points since the one before."""
+
+    state: State
+    tensors: Tensors
+    rng: dict[str, Tensor]
+    beside: dict[str, bytes]
+    points: list[Point]
+
+
+class Writer:
+    """Rank 0's. tell: takes a step, metrics and lines for the person, from another thread."""
+
+    def __init__(
+        self, run: str, keep_last: int, keep_best: str | None, tell: Callable[[int, dict[str, float], list[str]], None]
+    ) -> None:
+        self._run, self._keep_last, self._keep_best, self._tell = run, keep_last, keep_best, tell
+        self._pool = ThreadPoolExecutor(1, "nev-checkpoint")
+        self._pending: Future[None] | None = None
+        self._enough = threading.Event()
+        self._points: list[Point] = []
+
+    def ready(self) -> None:
+        """Wait for the write before, whose memory the next snapshot takes. One that storage refuses is given up for it."""
+        if self._pending is None:
+            return
+        self._enough.set()
+        with suppress(*REFUSALS):  # told when they were met
+            self._pending.result()
+        self._pending = None
+        self._enough.clear()
+
+    def write(self, snapshot: Snapshot) -> None:
+        """Begin to write, after `ready`; nothing of the snapshot may change until `ready` or `close` came back."""
+        self._points += snapshot.points
+        self._pending = self._pool.submit(self._write, snapshot)
+
+    def close(self) -> None:
+        """Wait for the last write. Raises NotKept where storage has refused it for ten minutes."""
+        if self._pending is None:
+            return
+        try:
+            self._pending.result(LAST_S)
+        except Late:
+            self._enough.set()
+            try:
+                self._pending.result()
+            except REFUSALS as error:
+                raise NotKept(
+                    f"the last checkpoint could not be kept: {error} The same command goes on from the one before."
+                ) from error
+        finally:
+            self._pool.shutdown()
+
+    def _write(self, snapshot: Snapshot) -> None:
+        step = snapshot.state.step
+
+        def told(attempt: RetryCallState) -> None:
+            if attempt.attempt_number == 1 and attempt.outcome:
+                why = attempt.outcome.exception()
+                self._tell(
+                    step, {}, [f"step {step}: {why} It is tried again until the next one is due; training goes on."]
+                )
+
+        begin = time.perf_counter()
+        for attempt in Retrying(
+            retry=retry_if_exception_type(REFUSALS),
+            wait=wait_exponential(max=60),
+            stop=stop_when_event_set(self._enough),
+            sleep=sleep_using_event(self._enough),
+            after=told,
+            reraise=True,
+        ):
+            with attempt:
+                if self._points:
+                    write_points(self._run, step, self._points)
+                    self._points = []
+                newest = checkpoint.save(self._run, snapshot.state, snapshot.tensors, snapshot.rng, snapshot.beside)
+                prune(self._run, newest, self._keep_last, self._keep_best)
+        self._tell(step, {"checkpoint_write_s": time.perf_counter() - begin}, [])
