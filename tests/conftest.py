@@ -119,7 +119,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A drawn set of 1,024 + 128 captioned pictures, with the real text tower's sidecars and classes.txt."""
-    from nev.config import Columns, Text
+    from nev.config import Text
+    from nev.config_data import Columns
     from nev.data.index import build_index
     from nev.data.sidecar import sidecar_key, write_sidecar
     from nev.data.synthetic import write_synthetic

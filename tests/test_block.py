@@ -11,7 +11,7 @@ import pytest
 from block_helpers import SIZE, embedded, equal, reader_of, three_shards, whole
 from data_helpers import WIDTH, encoded, photo, rows_of, seen, trained_on, vector_of, write_shard
 
-from nev.config import Augment, Columns, Limits
+from nev.config_data import Augment, Columns, Limits
 from nev.data.augment import draw
 from nev.data.decode import read_header
 from nev.data.index import DataError, build_index

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from nev.capacity import Live, capacity, collectives, pieces, shape_of
-from nev.config import ConfigError, Experiment
+from nev.config import Experiment
+from nev.config_base import ConfigError
 from nev.config_file import parse, to_yaml
 from nev.models.dual_encoder import DualEncoder
 from nev.models.vision import build_vision

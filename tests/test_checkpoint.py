@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nev.config import Optim
 from nev.train import checkpoint, manifest
 from nev.train.checkpoint import gather_tensors
+from nev.train.job import where
 from nev.train.manifest import CheckpointError, State
 from nev.train.optim import make_optimizer
 from nev.train.rng import gather_rng, restore_rng
@@ -20,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def state(step: int, **metrics: float) -> State:
-    return State(step, {"name": "x"}, {"plan": "p"}, "run", metrics, world_size=1, bad_rows=0, history={})
+    return State(step, {"name": "x"}, {"plan": "p"}, metrics, world_size=1, bad_rows=0, history={})
 
 
 def trained(steps: int = 2) -> tuple[nn.Module, torch.optim.AdamW]:
@@ -123,7 +124,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     model, optimizer = trained()
     for number, score in enumerate([0.1, 0.9, 0.2, 0.3, 0.4], 1):
         checkpoint.save(str(tmp_path), state(number, top1=score), gather_tensors(model, optimizer), gather_rng(CPU, 1))
-    manifest.prune(str(tmp_path), keep_last=2, keep_best="top1")
+    manifest.prune(str(tmp_path), manifest.checkpoints(str(tmp_path))[-1], keep_last=2, keep_best="top1")
     kept = [int(location.rsplit("-", 1)[1]) for location in manifest.checkpoints(str(tmp_path))]
     assert kept == [2, 4, 5]
     assert (manifest.best(str(tmp_path), "top1") or "").endswith("step-00000002")
@@ -135,3 +136,56 @@ def test_optimizer_state_of_another_model_is_refused() -> None:
     tensors = checkpoint.optimizer_tensors(model, optimizer)
     with pytest.raises(CheckpointError, match="lacks"):
         checkpoint.refuse_unknown(nn.Sequential(nn.Linear(4, 8)), tensors)
+
+
+def damage(location: str, part: str) -> None:
+    data = bytearray(Path(location, part).read_bytes())
+    data[len(data) // 2] ^= 1
+    Path(location, part).write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "part", ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "gone"]
+)
+def test_the_one_before_a_damaged_checkpoint_is_used(tmp_path: Path, part: str) -> None:
+    model, optimizer = trained()
+    run = str(tmp_path)
+    older, newer = (
+        checkpoint.save(run, state(number), gather_tensors(model, optimizer), gather_rng(CPU, 1)) for number in (1, 2)
+    )
+    if part == "state.json":
+        Path(newer, part).write_text("{")
+    elif part == "gone":
+        Path(newer, "rng.safetensors").unlink()
+    else:
+        damage(newer, part)
+    for read in (manifest.verified, checkpoint.load):
+        found = manifest.newest_whole(run, read)
+        assert found
+        assert found.location == older
+        assert len(found.damaged) == 1
+        assert newer in found.damaged[0]
+    assert where(run).step == 1
+    damage(older, "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole:\n  .*00000002.*\n  .*00000001/model"):
+        where(run)
+
+
+def test_a_run_without_a_checkpoint_begins(tmp_path: Path) -> None:
+    assert manifest.newest_whole(str(tmp_path), manifest.verified) is None
+    assert where(str(tmp_path)).step == 0
+
+
+def test_damaged_checkpoints_beyond_a_new_one_do_not_push_whole_ones_out(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    run = str(tmp_path)
+
+    def save(step: int) -> str:
+        return checkpoint.save(run, state(step, top1=step / 10), gather_tensors(model, optimizer), gather_rng(CPU, 1))
+
+    save(1)
+    damage(save(4), "model.safetensors")
+    Path(save(3), "state.json").write_text("{")
+    newest = save(2)  # the run went on from step 1
+    manifest.prune(run, newest, keep_last=1, keep_best="top1")
+    assert manifest.checkpoints(run) == [newest]

@@ -8,7 +8,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from nev.config import ConfigError, Experiment
+from nev.config import Experiment
+from nev.config_base import ConfigError
 from nev.config_file import flatten, load, parse, read_yaml, to_yaml
 
 SMALL: dict[str, Any] = {

@@ -13,7 +13,9 @@ import pytest
 from data_helpers import rows_of, write_shard
 from rich.console import Console
 
-from nev.config import Columns, ConfigError, Text
+from nev.config import Text
+from nev.config_base import ConfigError
+from nev.config_data import Columns
 from nev.data.index import build_index
 from nev.embedding import embed_captions
 
@@ -44,7 +46,8 @@ import os, sys, threading
 import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
-from nev.config import Columns, Text
+from nev.config import Text
+from nev.config_data import Columns
 from nev.embedding import embed_captions
 from nev.runtime import connect
 

@@ -17,7 +17,8 @@ from test_guards import poisoned
 from test_train import run_bare
 from torch import Tensor, nn
 
-from nev.config import ConfigError, Experiment, Vision
+from nev.config import Experiment, Vision
+from nev.config_base import ConfigError
 from nev.config_file import parse
 from nev.experiment import run_experiment
 from nev.models.dual_encoder import DualEncoder
@@ -127,7 +128,7 @@ def _goes_on(rank: int, folder: str) -> dict[str, Any]:
     steps(wrapped, optimizer, config, share(rank), 1)
     tensors = checkpoint.gather_tensors(model, optimizer, keep=rank == 0)
     if rank == 0:
-        checkpoint.save(folder, State(1, {}, {}, None, {}, WORLD, 0, {}), tensors, {})
+        checkpoint.save(folder, State(1, {}, {}, {}, WORLD, 0, {}), tensors, {})
     straight = steps(wrapped, optimizer, config, share(rank), 2)
     dist.barrier()
 

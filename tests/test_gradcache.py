@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from nev.config import ConfigError, Experiment, Loss, Vision
+from nev.config import Experiment, Loss, Vision
+from nev.config_base import ConfigError
 from nev.config_file import parse
 from nev.losses.contrastive import contrastive_loss
 from nev.losses.gather import gather

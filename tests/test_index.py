@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from data_helpers import rows_of, write_shard
 
-from nev.config import Columns
+from nev.config_data import Columns
 from nev.data.index import DataError, build_index
 
 HF_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

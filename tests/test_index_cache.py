@@ -13,7 +13,7 @@ from data_helpers import rows_of, write_shard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nev.config import Columns
+from nev.config_data import Columns
 from nev.data import index as index_module
 from nev.data import index_cache
 from nev.data.index import DataError, Index, build_index

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import BertConfig, BertModel
 
-from nev.config import Columns, ConfigError, Experiment, Limits
+from nev.config import Experiment
+from nev.config_base import ConfigError
+from nev.config_data import Columns, Limits
 from nev.config_file import parse
 from nev.data.block import Block, BlockReader
 from nev.data.index import build_index

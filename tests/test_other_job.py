@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from prepare_helpers import LAYOUT, PARTS, ROWS, SHARDS, TASKS, Crash, contents, counting, make, row, source
 
-from nev.config import Columns, ConfigError, Limits
+from nev.config_base import ConfigError
+from nev.config_data import Columns, Limits
 from nev.data import unfinished
 from nev.data.filters import Filters
 from nev.data.index import UNFINISHED, DataError, build_index

@@ -17,7 +17,8 @@ from rich.console import Console
 from s3_server import Proxy
 from torch import Tensor
 
-from nev.config import ConfigError, Experiment
+from nev.config import Experiment
+from nev.config_base import ConfigError
 from nev.data import s3 as s3_module
 from nev.data.block import Block
 from nev.data.storage import StorageError, filesystem
@@ -49,7 +50,7 @@ def trained() -> tuple[torch.nn.Linear, torch.optim.AdamW, dict[str, Tensor]]:
 
 
 def state(step: int, score: float) -> manifest.State:
-    return manifest.State(step, {}, {"plan": "p"}, None, {"score": score}, world_size=1, bad_rows=0, history={})
+    return manifest.State(step, {}, {"plan": "p"}, {"score": score}, world_size=1, bad_rows=0, history={})
 
 
 def step_folder(step: int) -> str:
@@ -70,7 +71,7 @@ def test_checkpoints_are_kept_as_in_a_folder(fault: str, s3: Proxy, impatient: N
         saved = checkpoint.save(RUN, state(step, score), gather_tensors(model, optimizer), rng, {"more.bin": b"beside"})
         assert saved == manifest.latest(RUN) == step_folder(step)
     assert manifest.best(RUN, "score") == step_folder(2)
-    manifest.prune(RUN, keep_last=1, keep_best="score")
+    manifest.prune(RUN, step_folder(4), keep_last=1, keep_best="score")
     assert manifest.checkpoints(RUN) == [step_folder(2), step_folder(4)]
     assert len(filesystem(RUN)[0].find(PATH)) == 2 * 5, "what was pruned is gone"
     found, weights, moments, states = checkpoint.load(step_folder(4))
@@ -151,8 +152,10 @@ def test_quarantine_is_written_and_taken_up(fault: str, s3: Proxy, impatient: No
     assert s3.broken[fault] > 8
 
 
-def test_an_output_that_cannot_be_used_is_told_before_any_work(s3: Proxy, impatient: None, tiny: Make) -> None:
-    store = {"tracking__uri": "sqlite:////nowhere/mlflow.db"}
+def test_an_output_that_cannot_be_used_is_told_before_any_work(
+    s3: Proxy, impatient: None, tiny: Make, tmp_path: Path
+) -> None:
+    store = {"tracking__uri": f"sqlite:///{tmp_path}/mlflow.db"}
     with pytest.raises(ConfigError, match=r"'s3://absent/runs' cannot be used: .*aws s3 mb s3://absent"):
         run_experiment(tiny(output="s3://absent/runs", **store), Console(quiet=True))
     with pytest.raises(ConfigError, match=r"'s3://bucket/runs' needs tracking\.uri: .*sqlite:////FOLDER/mlflow\.db"):
@@ -244,7 +247,7 @@ def test_a_run_on_s3_stopped_and_resumed_equals_one_in_a_folder(
     for picture in remote.pictures:
         assert fs.cat_file(picture).startswith(b"\x89PNG")
     names = {path.removeprefix(f"{PATH}/").split("/")[0] for path in fs.find(PATH)}
-    assert names == {"checkpoints", "loss.png", "retrieval.png", "classes.png", "config.yaml"}
+    assert names == {"checkpoints", "metrics", "mlflow.json", "loss.png", "retrieval.png", "classes.png", "config.yaml"}
     kept = [path for path in fs.find("bucket/runs/mlartifacts") if path.endswith("/artifacts/checkpoint/state.json")]
     assert len(kept) == 1
     assert not (tmp_path / "s3:").exists()

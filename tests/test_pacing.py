@@ -14,7 +14,7 @@ import pytest
 from data_helpers import WIDTH, encode, rows_of, write_shard
 from numpy.typing import NDArray
 
-from nev.config import Columns, Limits
+from nev.config_data import Columns, Limits
 from nev.data.block import Block, BlockReader
 from nev.data.index import build_index
 from nev.data.plan import Plan, Segment

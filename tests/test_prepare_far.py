@@ -19,7 +19,8 @@ from s3_server import Proxy
 from tar_helpers import tar_of
 from test_prepare import prepare as command
 
-from nev.config import Columns, ConfigError
+from nev.config_base import ConfigError
+from nev.config_data import Columns
 from nev.data.filters import Filters
 from nev.data.index import DataError, build_index
 from nev.data.prepare import Progress, Run, prepare

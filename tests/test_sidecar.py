@@ -12,7 +12,7 @@ import pytest
 from block_helpers import KEY, embedded, reader_of, three_shards, whole
 from data_helpers import WIDTH, encode, encoded, photo, rows_of, vector_of, write_shard
 
-from nev.config import Columns
+from nev.config_data import Columns
 from nev.data.index import DataError, Index, build_index
 from nev.data.sidecar import (
     check_sidecars,

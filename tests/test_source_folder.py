@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from source_helpers import read
 
-from nev.config import Columns, ConfigError, Limits
+from nev.config_base import ConfigError
+from nev.config_data import Columns, Limits
 from nev.data.sources import SourceOptions
 
 LABELLED = SourceOptions(templates=("a photo of a {}.", "the {}"))

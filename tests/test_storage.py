@@ -12,7 +12,9 @@ from data_helpers import WIDTH, encode, rows_of, write_shard
 from rich.console import Console
 from s3_server import Proxy, mixed_faults
 
-from nev.config import Augment, Columns, ConfigError, Experiment, Limits
+from nev.config import Experiment
+from nev.config_base import ConfigError
+from nev.config_data import Augment, Columns, Limits
 from nev.data import s3 as s3_module
 from nev.data.block import Block, BlockReader
 from nev.data.index import DataError, Index, build_index

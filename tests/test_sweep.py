@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from nev.config import ConfigError, Experiment
+from nev.config import Experiment
+from nev.config_base import ConfigError
 from nev.config_file import parse, read_yaml, to_yaml
 from nev.sweep import plan_trials, run_sweep
 from nev.sweep_config import Sweep

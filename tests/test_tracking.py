@@ -16,8 +16,9 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from nev.config import Experiment, Tracking
+from nev.config_base import ConfigError
 from nev.config_file import flatten
-from nev.tracking import Tracker, open_run, tracking_uri
+from nev.tracking import Tracker, check_tracking, open_run, tracking_uri
 
 POSTGRES = Path("/usr/lib/postgresql/15/bin")
 
@@ -102,7 +103,7 @@ def test_a_run_holds_parameters_metrics_tags_and_artifacts(uri: str, tmp_path: P
     assert [artifact.path for artifact in client.list_artifacts(tracker.run_id)] == ["note.txt"]
 
 
-def test_a_continued_run_is_the_same_run_and_repeated_steps_count_once(uri: str, tmp_path: Path) -> None:
+def test_a_continued_run_is_the_same_run_and_repeated_steps_are_there_once(uri: str, tmp_path: Path) -> None:
     config, name = experiment(), f"nev-{tmp_path.name}"
     first = open_run(uri, name, config.name, config, {}, str(tmp_path))
     first.log(1, {"loss": 3.0})
@@ -110,12 +111,15 @@ def test_a_continued_run_is_the_same_run_and_repeated_steps_count_once(uri: str,
     first.finish(ok=False)
     again = open_run(uri, name, config.name, config, {}, str(tmp_path), run_id=first.run_id)
     again.log(2, {"loss": 2.0})
+    again.log(3, {"loss": 1.0}, time_ms=5)
+    again.log(3, {"loss": 0.5})
     again.finish(ok=True)
     client = MlflowClient(tracking_uri=uri)
     found = client.get_experiment_by_name(name)
     assert found
     assert len(client.search_runs([found.experiment_id])) == 1
-    assert again.history("loss") == ([1, 2], [3.0, 2.0])
+    assert again.history("loss") == ([1, 2, 3], [3.0, 9.0, 1.0])
+    assert len(client.get_metric_history(first.run_id, "loss")) == 3
 
 
 def test_children_know_their_parent(uri: str, tmp_path: Path) -> None:
@@ -163,3 +167,50 @@ def test_metrics_are_kept_while_the_server_is_away(sqlite: str, tmp_path: Path) 
     away.back = True
     tracker.flush()
     assert Tracker(sqlite, tracker.run_id).history("loss") == ([1, 2], [1.0, 0.5])
+
+
+def test_a_run_that_goes_on_gets_what_mlflow_has_missed(sqlite: str, tmp_path: Path) -> None:
+    from nev.train.journal import Point, keep_run_id, kept_run_id, read_points, write_points
+
+    config, run = experiment(), str(tmp_path / "run")
+    assert kept_run_id(run) is None
+    assert read_points(run, 100) == []
+    first = open_run(sqlite, f"nev-{tmp_path.name}", config.name, config, {}, str(tmp_path))
+    keep_run_id(run, first.run_id)
+    first.log(1, {"loss": 3.0})
+    first.flush()  # and the driver dies with steps 2 to 4 unsent; 5 comes after the last checkpoint
+    write_points(run, 2, [Point(1, 10, {"loss": 3.0}), Point(2, 20, {"loss": 2.0, "top1": 0.5})])
+    write_points(run, 4, [Point(3, 30, {"loss": 1.5}), Point(4, 40, {"loss": 1.0})])
+    write_points(run, 6, [Point(5, 50, {"loss": 99.0})])  # of an attempt whose checkpoint is damaged
+
+    again = open_run(sqlite, "x", config.name, config, {}, str(tmp_path), run_id=kept_run_id(run))
+    for point in read_points(run, 4):
+        again.log(point.step, point.metrics, point.time)
+    again.log(5, {"loss": 0.5})
+    again.flush()
+    assert again.run_id == first.run_id
+    assert again.history("loss") == ([1, 2, 3, 4, 5], [3.0, 2.0, 1.5, 1.0, 0.5])
+    assert again.history("top1") == ([2], [0.5])
+
+
+def test_a_server_that_stays_away_at_the_end_is_no_traceback(
+    sqlite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nev.tracking.PATIENCE_S", 0.5)
+    config = experiment()
+    tracker = open_run(sqlite, f"nev-{tmp_path.name}", config.name, config, {}, str(tmp_path))
+    tracker._client = _Away(tracker._client)
+    tracker.log(1, {"loss": 1.0})
+    assert not tracker.finish(ok=True)
+    tracker._client.back = True
+    assert tracker.finish(ok=True)
+    assert Tracker(sqlite, tracker.run_id).history("loss") == ([1], [1.0])
+
+
+def test_a_server_that_does_not_answer_is_found_before_the_run(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(ConfigError, match=rf"MLflow at http://127.0.0.1:{port} does not answer"):
+        check_tracking(f"http://127.0.0.1:{port}")
+    check_tracking(tracking_uri(Tracking(), str(tmp_path)))

@@ -17,7 +17,8 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nev.config import ConfigError, Experiment
+from nev.config import Experiment
+from nev.config_base import ConfigError
 from nev.data.block import Block, BlockReader
 from nev.data.index import DataError
 from nev.data.plan import Plan
@@ -27,10 +28,11 @@ from nev.models.text import TextTower, load_text
 from nev.models.vision import build_vision
 from nev.tracking import Tracker
 from nev.train import checkpoint
+from nev.train.filling import StreamError
 from nev.train.guards import Diverged
 from nev.train.job import Job, where
 from nev.train.learner import Rank, build, learner_of
-from nev.train.loop import StreamError, train
+from nev.train.loop import train
 from nev.train.manifest import CheckpointError, latest, read_manifest
 from nev.train.quarantine import TooManyBadRows
 from nev.train.setup import absolute, prepare_job, train_reader

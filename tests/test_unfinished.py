@@ -14,7 +14,8 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from prepare_helpers import LAYOUT, PARTS, ROWS, SHARDS, TASKS, Crash, contents, counting, make, row, source
 
-from nev.config import Columns, ConfigError
+from nev.config_base import ConfigError
+from nev.config_data import Columns
 from nev.data.filters import Filters
 from nev.data.index import UNFINISHED, DataError, build_index
 from nev.data.prepare import Progress, prepare

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nev.config import ConfigError, ZeroShot
+from nev.config import ZeroShot
+from nev.config_base import ConfigError
 from nev.eval import ranks
 from nev.eval.zeroshot import class_embeddings, zero_shot
 from nev.train.setup import class_names

@@ -1,0 +1,1 @@
+"""What happens to a run when things are killed under it: a cluster of real processes, and a table of faults."""

@@ -1,0 +1,102 @@
+"""Several Ray nodes on this machine, each a raylet with its own processes and object store, to be killed one by one."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import ray
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+
+STORE, MEMORY = 300 * 2**20, 2**30
+TRAINER, DECODER = "ray::RayTrainWorker", "ray::MapBatches(read_block)"  # as processes call themselves
+
+
+class Machines:
+    """A head with room to decode, and nodes of `cpus` CPUs. The driver runs beside the head, as a submitted job does."""
+
+    def __init__(self, nodes: int, cpus: int) -> None:
+        self._cpus = cpus
+        self.cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 1, "memory": 2**27, "include_dashboard": False, "object_store_memory": STORE},
+        )
+        for _ in range(nodes):
+            self.add()
+
+    @property
+    def address(self) -> str:
+        """Where a driver connects to."""
+        return str(self.cluster.address)
+
+    def add(self) -> Any:
+        """Another node."""
+        return self.cluster.add_node(num_cpus=self._cpus, memory=MEMORY, object_store_memory=STORE)
+
+    def nodes(self) -> list[Any]:
+        """The nodes beside the head that are there."""
+        return sorted(self.cluster.worker_nodes, key=lambda node: node.node_id)
+
+    def processes(self, name: str, node: Any = None) -> list[psutil.Process]:
+        """Ray's processes of that name, on one node or on all."""
+        of = [node] if node else [self.cluster.head_node, *self.nodes()]
+        found = []
+        for one in of:
+            raylet = psutil.Process(one.all_processes["raylet"][0].process.pid)
+            for child in raylet.children():
+                try:
+                    if "".join(child.cmdline()).startswith(name):
+                        found.append(child)
+                except psutil.NoSuchProcess:
+                    continue
+        return found
+
+    def node_with(self, name: str, without: str = "") -> Any:
+        """A node that runs such a process, and none of the other name; None where there is none."""
+        for node in self.nodes():
+            if self.processes(name, node) and not (without and self.processes(without, node)):
+                return node
+        return None
+
+    def kill(self, node: Any) -> None:
+        """SIGKILL to all of a node at once, the raylet first: what a machine does that is gone."""
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def drain(self, node: Any, seconds: int) -> None:
+        """What a cloud's notice comes to in Ray: this node will be taken away in so many seconds."""
+        ray._raylet.GcsClient(address=self.address).drain_node(
+            node.node_id,
+            autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
+            "a spot machine is taken back",
+            int((time.time() + seconds) * 1000),
+        )
+
+
+@contextmanager
+def machines(nodes: int = 3, cpus: int = 1) -> Iterator[Machines]:
+    """A cluster for the body of a `with`."""
+    own = Machines(nodes, cpus)
+    try:
+        yield own
+    finally:
+        own.cluster.shutdown()
+
+
+def wait_for(what: Callable[[], Any], seconds: float, name: str) -> Any:
+    """The first true answer of `what`; an error with `name` in it where none comes in time."""
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        if time.monotonic() > end:
+            raise TimeoutError(f"{name}: not within {seconds:g} s")
+        time.sleep(0.05)
+    return found
+
+
+def environment(address: str) -> dict[str, str]:
+    """What a driver needs to find the cluster."""
+    return {**os.environ, "RAY_ADDRESS": address, "HF_HUB_OFFLINE": "1"}

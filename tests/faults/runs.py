@@ -1,0 +1,145 @@
+"""A run as its user starts it, a process of its own, and what it came to."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from faults.machines import environment, wait_for
+from nev.tracking import Tracker, _client
+from nev.train import checkpoint
+from nev.train.journal import kept_run_id
+from nev.train.manifest import checkpoints, latest
+
+REPO = Path(__file__).parents[2]
+STEPS, BATCH = 40, 64
+LIMIT_S = 240.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run leaves. weights, moments: sha256 of all tensors; updates: as AdamW has counted them.
+
+    curve: step to loss, as MLflow has it; runs: how many MLflow runs there are under this name.
+    """
+
+    weights: str
+    moments: str
+    updates: int
+    bad_rows: int
+    curve: dict[int, float]
+    runs: int
+
+
+def settings(pictures: Path, folder: Path, **more: object) -> dict[str, object]:
+    """A small experiment whose 40 steps take some 10 s on two cores, with a checkpoint every 10."""
+    return {
+        "name": "run",
+        "output": str(folder / "runs"),
+        "data": {"train": str(pictures / "train"), "image_size": 32, "block_rows": 16},
+        "vision": {
+            "trunk": "vit_tiny_patch16_224",
+            "trunk_args": {"patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4, "drop_path_rate": 0.1},
+        },
+        "optim": {"lr": 1e-3, "warmup_steps": 5},
+        "train": {"global_batch": BATCH, "steps": STEPS, "log_every": 1, "checkpoint_every": 10},
+        "workers": {"count": 2, "cpus": 1, "threads": 1, "max_failures": 5, "timeout_s": 20},
+        **more,
+    }
+
+
+class Run:
+    """One experiment under one name, which may be started again and again."""
+
+    def __init__(self, config: dict[str, object], folder: Path, address: str) -> None:
+        self.config, self.address = config, address
+        self.folder = f"{config['output']}/{config['name']}"
+        self.file = folder / f"{config['name']}.yaml"
+        self.file.write_text(yaml.safe_dump(config), encoding="utf-8")
+        self.log = folder / f"{config['name']}.log"
+        self.driver: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the driver: with the same command each time."""
+        with self.log.open("ab") as log:
+            self.driver = subprocess.Popen(
+                [sys.executable, str(REPO / "pipelines" / "train.py"), "--config", str(self.file)],
+                cwd=REPO,
+                env=environment(self.address),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def said(self) -> str:
+        """What its drivers have printed so far."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def alive(self) -> bool:
+        """Whether its driver still runs."""
+        return self.driver is not None and self.driver.poll() is None
+
+    def wait_for_step(self, step: int, seconds: float = LIMIT_S) -> None:
+        """Until a checkpoint of that step or a later one is there."""
+
+        def reached() -> bool:
+            if not self.alive():
+                raise RuntimeError(f"the driver ended:\n{self.said()}")
+            newest = latest(self.folder)
+            return newest is not None and int(newest.rsplit("-", 1)[1]) >= step
+
+        wait_for(reached, seconds, f"checkpoint of step {step}")
+
+    def finish(self, seconds: float = LIMIT_S) -> int:
+        """Wait for the driver's end; its exit status."""
+        assert self.driver
+        return self.driver.wait(seconds)
+
+    def end(self) -> None:
+        """Kill the driver, if it runs."""
+        if self.driver and self.alive():
+            self.driver.kill()
+            self.driver.wait(30)
+
+    def result(self) -> Result:
+        """What the finished run left."""
+        state, weights, moments, _ = checkpoint.load(checkpoints(self.folder)[-1])
+        counts = {int(value) for name, value in moments.items() if name.endswith("/step")}
+        assert len(counts) == 1, counts
+        uri = self.tracking_uri()
+        tracker = Tracker(uri, kept_run_id(self.folder) or "")
+        steps, losses = tracker.history("loss")
+        client = _client(uri)
+        experiment = client.get_experiment_by_name("nev")
+        runs = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{self.config['name']}'")
+        assert len(steps) == len(set(steps)), "a step that MLflow shows twice"
+        return Result(
+            digest(weights),
+            digest(moments),
+            counts.pop(),
+            state.bad_rows,
+            dict(zip(steps, losses, strict=True)),
+            len(runs),
+        )
+
+    def tracking_uri(self) -> str:
+        """Where its MLflow is."""
+        tracking = self.config.get("tracking")
+        return str(tracking["uri"]) if isinstance(tracking, dict) else f"sqlite:///{self.config['output']}/mlflow.db"
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """sha256 of all tensors, with their names."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(name.encode())
+        total.update(
+            tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else str(float(tensor)).encode()
+        )
+    return total.hexdigest()

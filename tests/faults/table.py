@@ -1,0 +1,73 @@
+"""The faults that a run survives, by name: what is done to a running one. Each returns once the fault is over."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+
+from faults.machines import DECODER, TRAINER, Machines, wait_for
+from faults.runs import Run
+
+Strike = Callable[[Machines, Run], None]
+NOTICE_S = 60
+COMES_BACK_S = 5.0
+
+
+def worker_killed(machines: Machines, run: Run) -> None:
+    """SIGKILL to a training process, in the middle of a step."""
+    wait_for(lambda: machines.processes(TRAINER), 60, "training processes")[-1].kill()
+
+
+def decoder_killed(machines: Machines, run: Run) -> None:
+    """SIGKILL to the process of a data task."""
+    wait_for(lambda: machines.processes(DECODER), 60, "a data task")[0].kill()
+
+
+def node_killed(machines: Machines, run: Run) -> None:
+    """SIGKILL to all of a node that trains, and after a while another node comes for it."""
+    machines.kill(wait_for(lambda: machines.node_with(TRAINER), 60, "a node that trains"))
+    time.sleep(COMES_BACK_S)
+    machines.add()
+
+
+def block_node_killed(machines: Machines, run: Run) -> None:
+    """SIGKILL to all of a node that decodes and holds blocks, and does not train."""
+    machines.kill(wait_for(lambda: machines.node_with(DECODER, without=TRAINER), 60, "a node that only decodes"))
+    machines.add()
+
+
+def driver_killed(machines: Machines, run: Run) -> None:
+    """SIGKILL to the driver of a submitted job, which is submitted again."""
+    run.end()
+    run.start()
+
+
+def spot_notice(machines: Machines, run: Run) -> None:
+    """A notice that a node that trains goes in a minute, which it does once nothing trains there any more."""
+    node = wait_for(lambda: machines.node_with(TRAINER), 60, "a node that trains")
+    machines.drain(node, NOTICE_S)
+    wait_for(lambda: not machines.processes(TRAINER, node) or not run.alive(), NOTICE_S, "the node without training")
+    machines.kill(node)
+    machines.add()
+
+
+def rank_stopped(machines: Machines, run: Run) -> None:
+    """SIGSTOP to a training process: the others wait for it in a collective until workers.timeout_s."""
+    stopped = wait_for(lambda: machines.processes(TRAINER), 60, "training processes")[-1]
+    stopped.send_signal(signal.SIGSTOP)
+    wait_for(lambda: not stopped.is_running() or not run.alive(), 120, "the end of the stopped process")
+
+
+FAULTS: dict[str, Strike] = {
+    strike.__name__: strike
+    for strike in (
+        worker_killed,
+        decoder_killed,
+        node_killed,
+        block_node_killed,
+        driver_killed,
+        spot_notice,
+        rank_stopped,
+    )
+}

@@ -1,0 +1,127 @@
+"""A run that things were killed under ends as an undisturbed one: the same weights, the same rows, one curve."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from faults.machines import TRAINER, Machines, machines, wait_for
+from faults.runs import STEPS, Result, Run, settings
+from faults.servers import MlflowServer
+from faults.table import FAULTS
+from nev.data.storage import upload
+
+if TYPE_CHECKING:
+    from s3_server import Proxy
+
+AWAY_S = 15.0
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Machines]:
+    """Three nodes beside the head."""
+    with machines() as own:
+        yield own
+
+
+@pytest.fixture(scope="module")
+def straight(cluster: Machines, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """What the run comes to where nothing happens to it."""
+    folder = tmp_path_factory.mktemp("straight")
+    run = Run(settings(pictures, folder), folder, cluster.address)
+    run.start()
+    assert run.finish() == 0, run.said()
+    return run.result()
+
+
+def test_the_undisturbed_run_is_whole(straight: Result) -> None:
+    assert (straight.updates, straight.bad_rows, straight.runs) == (STEPS, 0, 1)
+    assert list(straight.curve) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["decoder_killed", "worker_killed", "node_killed"],
+        ["driver_killed", "spot_notice"],
+        ["rank_stopped", "block_node_killed"],
+    ],
+    ids=" ".join,
+)
+def test_a_run_survives(names: list[str], cluster: Machines, pictures: Path, tmp_path: Path, straight: Result) -> None:
+    """One fault after each ten steps."""
+    run = Run(settings(pictures, tmp_path), tmp_path, cluster.address)
+    try:
+        run.start()
+        for number, name in enumerate(names, 1):
+            run.wait_for_step(10 * number)
+            FAULTS[name](cluster, run)
+        assert run.finish() == 0, run.said()
+    finally:
+        run.end()
+    assert run.result() == straight, run.said()
+
+
+def test_a_run_waits_for_s3_and_mlflow(
+    s3: Proxy, cluster: Machines, pictures: Path, tmp_path: Path, straight: Result
+) -> None:
+    """S3 holds the shards and the run; both it and MLflow are away for a while, one after the other and together."""
+    upload(pictures / "train", "s3://bucket/train")
+    server = MlflowServer(tmp_path)
+    config = settings(pictures, tmp_path, output="s3://bucket/runs", tracking={"uri": server.uri})
+    config["data"] = {**config["data"], "train": "s3://bucket/train"}  # type: ignore[dict-item]
+    run = Run(config, tmp_path, cluster.address)
+    try:
+        server.start()
+        run.start()
+        run.wait_for_step(10)
+        server.stop()
+        s3.rule = lambda method, path, span, before: "503"
+        time.sleep(AWAY_S)
+        s3.reset()
+        run.wait_for_step(20)
+        server.start()
+        assert run.finish() == 0, run.said()
+        assert run.result() == straight, run.said()
+    finally:
+        run.end()
+        server.stop()
+
+
+def test_workers_come_and_go(cluster: Machines, pictures: Path, tmp_path: Path) -> None:
+    """As many workers as there are nodes, one on each: three, then two, then three again."""
+    elastic = {
+        "min": 1,
+        "max": 3,
+        "memory": 700 * 2**20,
+        "threads": 1,
+        "max_failures": 5,
+        "timeout_s": 60,
+        "resize_s": 5,
+    }
+    run = Run(settings(pictures, tmp_path, workers=elastic), tmp_path, cluster.address)
+
+    def trainers(count: int) -> None:
+        wait_for(lambda: len(cluster.processes(TRAINER)) == count, 90, f"{count} workers")
+
+    try:
+        run.start()
+        run.wait_for_step(10)
+        trainers(3)
+        cluster.kill(wait_for(lambda: cluster.node_with(TRAINER), 60, "a node that trains"))
+        trainers(2)
+        run.wait_for_step(20)
+        cluster.add()
+        trainers(3)
+        assert run.finish() == 0, run.said()
+    finally:
+        run.end()
+    found = run.result()
+    assert (found.updates, found.bad_rows, found.runs) == (STEPS, 0, 1)
+    assert list(found.curve) == list(range(1, STEPS + 1))

@@ -1,0 +1,137 @@
+"""Files from strangers, and secrets of our own: what docs/security.md promises and no other test shows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from nev.config import Experiment
+from nev.config_base import ConfigError
+from nev.experiment import evaluate_checkpoint, track
+from nev.models.text import TextTower, load_text
+from nev.train import checkpoint, manifest
+from nev.train.checkpoint import gather_tensors
+from nev.train.manifest import Damaged, State
+from nev.train.setup import prepare_job, train_reader
+
+if TYPE_CHECKING:
+    from s3_server import Proxy
+
+Make = Callable[..., Experiment]
+SECRET = "s3cr3t-of-this-test"
+
+
+@pytest.fixture(scope="module")
+def text() -> TextTower:
+    torch.set_num_threads(1)
+    return load_text(Experiment.model_fields["text"].default)
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return os.mkdir, (str(self.path),)
+
+
+def saved(run: Path, config: dict[str, Any] | None = None) -> Path:
+    """A good checkpoint."""
+    model = torch.nn.Linear(2, 2)
+    state = State(1, config or {}, {"text": "x"}, {}, world_size=1, bad_rows=0, history={})
+    return Path(checkpoint.save(str(run), state, gather_tensors(model, torch.optim.AdamW(model.parameters())), {}))
+
+
+@pytest.mark.parametrize("part", ["model.safetensors", "optimizer.safetensors", "rng.safetensors"])
+def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path: Path, part: str) -> None:
+    proof = tmp_path / "executed"
+    location = saved(tmp_path / "run")
+    torch.save({"weight": Trap(proof)}, location / part)
+    stated = json.loads((location / "state.json").read_text())
+    stated["sha256"][part] = hashlib.sha256((location / part).read_bytes()).hexdigest()  # whoever wrote it did it well
+    (location / "state.json").write_text(json.dumps(stated))
+    with pytest.raises(Damaged, match=rf"{part}: damaged"):
+        checkpoint.load(str(location))
+    assert not proof.exists()
+
+
+def test_a_manifest_names_no_file_outside_its_folder(tmp_path: Path) -> None:
+    location = saved(tmp_path / "run")
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    stated = json.loads((location / "state.json").read_text())
+    stated["sha256"]["../../../outside"] = hashlib.sha256(outside.read_bytes()).hexdigest()
+    (location / "state.json").write_text(json.dumps(stated))
+    with pytest.raises(Damaged, match=r"names '\.\./\.\./\.\./outside', which is no file of a checkpoint"):
+        manifest.verified(str(location))
+
+
+def test_a_checkpoint_does_not_decide_that_code_from_the_hub_runs(
+    tmp_path: Path, tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(text={"trust_remote_code": True, "encoder": "somebody/with-code"}).model_dump(mode="json")
+    location = str(saved(tmp_path / "run", config))
+    asked = []
+
+    def load(text: Any) -> None:
+        asked.append(text.trust_remote_code)
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr("nev.models.text.load_text", load)
+    with pytest.raises(ConfigError, match="far enough"):
+        evaluate_checkpoint(location, [])
+    with pytest.raises(ConfigError, match="far enough"):
+        evaluate_checkpoint(location, ["text.trust_remote_code=true"])
+    assert asked == [False, True]
+
+
+@pytest.mark.parametrize("key", ["output", "data__train", "data__val", "tracking__uri"])
+def test_a_password_in_a_location_is_refused_and_not_repeated(key: str, tiny: Make) -> None:
+    with pytest.raises(ConfigError, match="leave the password out") as caught:
+        tiny(**{key: f"s3://KEY:{SECRET}@bucket/prefix"})
+    assert SECRET not in str(caught.value)
+
+
+def test_secrets_of_the_environment_are_written_nowhere(
+    tiny: Make, text: TextTower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_train import run_bare
+
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "PGPASSWORD", "HF_TOKEN"):
+        monkeypatch.setenv(name, SECRET)
+    config = tiny(train__steps=2)
+    job = prepare_job(config, text)
+    tracker = track(job, None, 0)
+    for step, metrics in run_bare(job, train_reader(config, text)).items():
+        tracker.log(step, metrics)
+    assert tracker.finish(ok=True)
+    files = [path for path in Path(config.output).rglob("*") if path.is_file()]
+    assert {"state.json", "model.safetensors", "mlflow.db", "mlflow.json"} <= {path.name for path in files}
+    for path in files:
+        assert SECRET.encode() not in path.read_bytes(), path
+    with sqlite3.connect(Path(config.output, "mlflow.db")) as store:
+        assert SECRET not in "\n".join(store.iterdump())
+
+
+def test_keys_with_odd_characters_are_taken_as_they_are(s3: Proxy) -> None:
+    run = "s3://bucket/a b+c%41=&;'ü/{run}"
+    model = torch.nn.Linear(2, 2)
+    tensors = gather_tensors(model, torch.optim.AdamW(model.parameters()))
+    state = State(1, {}, {}, {}, world_size=1, bad_rows=0, history={})
+    location = checkpoint.save(run, state, tensors, {})
+    assert location.startswith(run)
+    assert manifest.checkpoints(run) == [location]
+    assert manifest.verified(location)["step"] == 1
+    assert torch.equal(checkpoint.load(location)[1]["weight"], model.weight)
+    manifest.remove(location)
+    assert manifest.checkpoints(run) == []
