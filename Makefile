@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format lock bench
+.PHONY: help setup quickstart test lint format lock bench soak
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,3 +46,6 @@ bench: setup ## Run benchmarks/NAME.py (make bench NAME=train); writes benchmark
 	@test -n "$(NAME)" || { echo "name a benchmark: make bench NAME=train"; ls benchmarks/*.py; exit 1; }
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --group bench
 	$(BIN)/python benchmarks/$(NAME).py $(ARGS)
+
+soak: setup ## Kill things under runs for half an hour (make soak ARGS="--minutes 5"); writes benchmarks/results/faults.json.
+	PYTHONPATH=tests $(BIN)/python benchmarks/soak.py $(ARGS)

@@ -26,7 +26,7 @@ class JobRates(NamedTuple):
 def ray_job(config: Experiment, steps: int) -> JobRates:
     """Train `steps` steps of `config` (paths absolute, no validation) and read the rates. Raises BenchmarkFailed."""
     from nev.tracking import Tracker, tracking_uri
-    from nev.train.manifest import latest, read_manifest
+    from nev.train.journal import kept_run_id
     from nev.train.output import run_folder
 
     with tempfile.TemporaryDirectory(prefix="nev-bench-") as folder:
@@ -34,10 +34,10 @@ def ray_job(config: Experiment, steps: int) -> JobRates:
         config = config.model_copy(update={"output": folder, "train": train})
         Path(folder, "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         run_script("pipelines/train.py", "--config", f"{folder}/config.yaml", "--stop-after", str(steps))
-        newest = latest(run_folder(config))
-        if newest is None:
-            raise BenchmarkFailed("pipelines/train.py left no checkpoint")
-        tracker = Tracker(tracking_uri(config.tracking, folder), str(read_manifest(newest)["mlflow_run_id"]))
+        run_id = kept_run_id(run_folder(config))
+        if run_id is None:
+            raise BenchmarkFailed("pipelines/train.py has begun no run")
+        tracker = Tracker(tracking_uri(config.tracking, folder), run_id)
         ends, rates = tracker.history("images_per_s")
         _, waits = tracker.history("data_wait_share")
     return summed(ends, rates, waits, config.train.global_batch, warm_up_steps(steps))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.contestants.pictures import BLOCK, KEY, WIDTH, Pictures
-from nev.config import Augment, Columns, Limits
+from nev.config_data import Augment, Columns, Limits
 from nev.data.augment import draw, train_view
 from nev.data.block import BlockReader
 from nev.data.decode import read_header

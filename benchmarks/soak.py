@@ -1,0 +1,263 @@
+"""Faults at random moments, for a bounded time: what runs survive, what is exact afterwards, and how long recovery takes.
+
+make soak
+make soak ARGS="--minutes 30 --seed 3"
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+from faults.machines import Machines, machines, wait_for
+from faults.runs import BATCH, STEPS, Result, Run, settings
+from faults.table import FAULTS
+from mlflow import MlflowClient
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import report
+from benchmarks.contestants.checkpointing import seconds_of_steps
+from benchmarks.contestants.processes import in_own_process
+from nev.cli import command, explained
+from nev.train.journal import kept_run_id
+
+OVERHEAD_GOAL = 1.03
+EVERY = 50  # steps between checkpoints, where their overhead is measured
+A_RUN = 3  # faults
+RESTART = ("worker_killed", "node_killed", "spot_notice", "rank_stopped")  # faults after which a driver says LOST
+RESTART_S = 60.0
+LOST = "training goes on from step"  # what a driver prints when processes are there again
+NOTES = (
+    "One run after another on a Ray cluster of a head and three nodes of one CPU, all on this machine; each is struck up to "
+    "three times, at random moments from its start on. survived: strikes whose run ended well; weights_equal: and with weights, "
+    "moments and loss curve of the undisturbed run, bit for bit. rows_lost, rows_repeated: by the steps that AdamW has counted.",
+    "recovery: seconds from the strike to the next step that the run had not reached before, from MLflow's own clock; of it "
+    "restart: until the processes are there again with the model (Ray's restart, imports, reading the checkpoint). All faults "
+    "that end processes of training; medians.",
+    f"checkpoint_overhead: time of steps of the quickstart's model with a checkpoint every {EVERY}, over that without.",
+)
+
+
+class Struck(NamedTuple):
+    """One injection. recovery, restart: seconds, None where nothing was lost; the rest is of the run, which took several."""
+
+    fault: str
+    recovery: float | None
+    restart: float | None
+    finished: bool = False
+    equal: bool = False
+    lost: int = 0
+    repeated: int = 0
+
+
+def main(
+    minutes: Annotated[float, typer.Option(min=0.1, help="How long faults are injected.")] = 25.0,
+    seed: Annotated[int, typer.Option(help="Of the moments and the order of the faults.")] = 0,
+    repetitions: Annotated[int, typer.Option(min=1, help="Rounds of the checkpoints' overhead.")] = 3,
+    results: Annotated[
+        Path, typer.Option(help="Folder of faults.json.", show_default="benchmarks/results")
+    ] = report.RESULTS,
+) -> None:
+    """Inject faults at random moments; writes benchmarks/results/faults.json."""
+    console = Console()
+    with explained(console), tempfile.TemporaryDirectory(prefix="nev-soak-") as name:
+        folder = Path(name)
+        pictures = drawn(folder / "pictures")
+        overhead = report.measure_interleaved(
+            {
+                "steps_s": lambda: in_own_process(seconds_of_steps, pictures, None),
+                "steps_with_checkpoints_s": lambda: in_own_process(seconds_of_steps, pictures, EVERY),
+            },
+            repetitions,
+            console,
+        )
+        with machines() as cluster:
+            straight, duration = undisturbed(cluster, pictures, folder)
+            struck = soak(cluster, pictures, folder, straight, duration, 60 * minutes, random.Random(seed), console)
+        console.print(table(struck))
+        figures = {name: [float(value)] for name, value in totals(struck).items()}
+        for kind in ("recovery", "restart"):
+            if values := [value for one in struck if (value := getattr(one, kind)) is not None]:
+                figures[f"{kind}_s"] = values
+        report.write(
+            "faults",
+            report.this_command(),
+            figures | overhead,
+            {"checkpoint_overhead": report.Ratio("steps_with_checkpoints_s", "steps_s", OVERHEAD_GOAL, at_most=True)},
+            NOTES + tuple(line(name, [one for one in struck if one.fault == name]) for name in FAULTS),
+            folder=results,
+            console=console,
+        )
+
+
+def drawn(folder: Path) -> Path:
+    """A set of pictures with the vectors of their captions."""
+    from nev.config import Text
+    from nev.config_data import Columns
+    from nev.data.index import build_index
+    from nev.data.sidecar import sidecar_key, write_sidecar
+    from nev.data.synthetic import write_synthetic
+    from nev.models.text import load_text
+
+    write_synthetic(folder, train=1024, val=64, seed=0)
+    tower = load_text(Text())
+    index = build_index(str(folder / "train"), Columns())
+    key = sidecar_key(tower.fingerprint, str(index.columns.caption))
+    for shard in range(len(index.paths)):
+        write_sidecar(index, shard, key, tower.width, tower.encode)
+    return folder
+
+
+def undisturbed(cluster: Machines, pictures: Path, folder: Path) -> tuple[Result, float]:
+    """What a run comes to where nothing happens, and its seconds."""
+    run = begun(cluster, pictures, folder, "undisturbed")
+    start = time.monotonic()
+    if run.finish() != 0:
+        raise RuntimeError(f"the undisturbed run failed:\n{run.said()}")
+    return run.result(), time.monotonic() - start
+
+
+def begun(cluster: Machines, pictures: Path, folder: Path, name: str) -> Run:
+    """A run that has been started, in a folder of its own."""
+    own = folder / name
+    own.mkdir()
+    run = Run(settings(pictures, own), own, cluster.address)
+    run.start()
+    return run
+
+
+def soak(
+    cluster: Machines,
+    pictures: Path,
+    folder: Path,
+    straight: Result,
+    duration: float,
+    seconds: float,
+    draw: random.Random,
+    console: Console,
+) -> list[Struck]:
+    """Runs until the time is over, up to three faults in each."""
+    end, found = time.monotonic() + seconds, []
+    names: list[str] = []
+    for number in itertools.count():
+        if time.monotonic() > end:
+            break
+        if len(names) < A_RUN:
+            names += draw.sample(list(FAULTS), len(FAULTS))
+        while len(cluster.nodes()) < 3:
+            cluster.add()
+        run = begun(cluster, pictures, folder, f"run-{number}")
+        try:
+            struck = [
+                one for name in names[:A_RUN] if (one := strike(cluster, run, name, draw.uniform(0.1, 0.6) * duration))
+            ]
+            done = judged(run, struck, straight)
+        finally:
+            run.end()
+        for one in done:
+            names.remove(one.fault)
+            console.print(line(one.fault, [one]), highlight=False)
+        found += done
+    return found
+
+
+def strike(cluster: Machines, run: Run, name: str, pause: float) -> Struck | None:
+    """Strike a run after a pause of so many seconds. None where it was over before, or had nothing of what the fault wants."""
+    time.sleep(pause)
+    if not run.alive():
+        return None
+    before, at = len(run.said()), time.time()
+    try:
+        FAULTS[name](cluster, run)
+    except TimeoutError:
+        return None
+    again = seen(run, before) if name in RESTART else None
+    return Struck(name, new_step(run, again) - at if again else None, again - at if again else None)
+
+
+def judged(run: Run, struck: list[Struck], straight: Result) -> list[Struck]:
+    """The strikes of a run with what it came to."""
+    if run.finish() != 0:
+        return struck
+    result, exact = run.result(), (straight.weights, straight.moments, straight.curve)
+    return [
+        one._replace(
+            finished=True,
+            equal=(result.weights, result.moments, result.curve) == exact,
+            lost=BATCH * max(0, STEPS - result.updates),
+            repeated=BATCH * max(0, result.updates - STEPS),
+        )
+        for one in struck
+    ]
+
+
+def seen(run: Run, before: int) -> float | None:
+    """When the driver said that processes are there again, or None where it does not within the time that a restart takes."""
+    end = time.monotonic() + RESTART_S
+    while run.alive() and time.monotonic() < end:
+        if LOST in run.said()[before:]:
+            return time.time()
+        time.sleep(0.05)
+    return None
+
+
+def new_step(run: Run, again: float) -> float:
+    """When MLflow got the first point of a step after `again`: it holds no step twice, so this one is new."""
+    client, run_id = MlflowClient(tracking_uri=run.tracking_uri()), kept_run_id(run.folder) or ""
+
+    def first() -> float | None:
+        times = [point.timestamp / 1000 for point in client.get_metric_history(run_id, "loss")]
+        return min((time for time in times if time > again), default=None)
+
+    return float(wait_for(first, 120, "a new step"))
+
+
+def totals(struck: list[Struck]) -> dict[str, int]:
+    """The sums over all injections."""
+    return {
+        "injected": len(struck),
+        "survived": sum(one.finished for one in struck),
+        "weights_equal": sum(one.equal for one in struck),
+        "rows_lost": sum(one.lost for one in struck),
+        "rows_repeated": sum(one.repeated for one in struck),
+    }
+
+
+def line(name: str, struck: list[Struck]) -> str:
+    """A fault's row in words."""
+    found = totals(struck)
+    times = sorted(one.recovery for one in struck if one.recovery is not None)
+    recovery = f", recovery {times[len(times) // 2]:.1f} s" if times else ""
+    return (
+        f"{name}: injected {found['injected']}, finished {found['survived']}, weights equal {found['weights_equal']}, rows lost "
+        f"{found['rows_lost']}, repeated {found['rows_repeated']}{recovery}"
+    )
+
+
+def table(struck: list[Struck]) -> Table:
+    """The faults, one a row."""
+    shown = Table(title="faults", title_justify="left")
+    for column in ("fault", "injected", "finished", "weights equal", "rows lost", "rows repeated", "recovery s"):
+        shown.add_column(column, justify="left" if column == "fault" else "right")
+    for name in FAULTS:
+        own = [one for one in struck if one.fault == name]
+        found = totals(own)
+        times = sorted(one.recovery for one in own if one.recovery is not None)
+        shown.add_row(
+            name,
+            *(str(found[key]) for key in ("injected", "survived", "weights_equal", "rows_lost", "rows_repeated")),
+            f"{times[len(times) // 2]:.1f}" if times else "",
+        )
+    return shown
+
+
+app = command(main, "make soak")
+
+if __name__ == "__main__":
+    app()
