@@ -30,7 +30,7 @@ from nev.train.journal import kept_run_id
 OVERHEAD_GOAL = 1.03
 EVERY = 50  # steps between checkpoints, where their overhead is measured
 A_RUN = 3  # faults
-RESTART = ("worker_killed", "node_killed", "spot_notice", "rank_stopped")  # faults after which a driver says LOST
+RESTART = ("worker_killed", "node_killed", "rank_stopped")  # faults after which a driver says LOST
 RESTART_S = 60.0
 LOST = "training goes on from step"  # what a driver prints when processes are there again
 NOTES = (

@@ -22,7 +22,7 @@ from nev.train.journal import keep_run_id, kept_run_id, read_points
 from nev.train.manifest import CheckpointError, best, latest, newest_whole, read_manifest, verified
 from nev.train.output import check_output, check_space, run_folder
 from nev.train.setup import absolute, make_validation, prepare_job, train_reader
-from nev.train.trainer import check_room, check_store, fit
+from nev.train.trainer import check_room, check_store, fit, posting
 
 if TYPE_CHECKING:
     from nev.eval.texts import Texts
@@ -59,9 +59,15 @@ def run_experiment(
         check_output(config)
     with found:
         check_tracking(tracking_uri(config.tracking, config.output))
-    text = load_text(config.text)
+    text = None
     with found:
-        check_space(run_folder(config), config.train.keep_last, checkpoint_bytes(config, text))
+        text = load_text(config.text)
+    if text is None:
+        found.refuse()
+    assert text
+    with found:
+        kept = config.train.keep_last + bool(config.eval.best)
+        check_space(run_folder(config), kept, checkpoint_bytes(config, text))
     lock = lock_of(text) if config.lock == "text" else None
     job = prepare_job(config, text, stop_after, found)
     connect()
@@ -71,24 +77,26 @@ def run_experiment(
         check_store(job)
     found.refuse()
     begun = begin(job, console)
-    tracker = track(job, parent, begun)
-    ok = False
-    try:
-        if begun < job.stop_step:
-            fit(job, begun, train_reader(config, text), tracker, console)
-        if lock:
-            check_locked(load_text(config.text), lock)
-            check_locked(text, lock)
-        summary = summarise(job, tracker)
-        ok = True
-    finally:
-        if not tracker.finish(ok):
-            console.print(
-                f"[yellow]MLflow does not answer ({tracker.uri}). The numbers are in {job.run}/metrics; the same command sends "
-                "them.[/]",
-                highlight=False,
-                soft_wrap=True,
-            )
+    with posting(job.run) as board:  # before MLflow hears of it: another job may train this run
+        tracker = track(job, parent, begun)
+        ok = sent = False
+        try:
+            if begun < job.stop_step:
+                fit(job, begun, train_reader(config, text), board, tracker, console)
+            if lock:
+                check_locked(load_text(config.text), lock)
+                check_locked(text, lock)
+            summary, files = summarise(job, tracker)
+            sent = tracker.artifacts(files, summary.checkpoint)
+            ok = True
+        finally:
+            if not tracker.finish(ok) or (ok and not sent):
+                console.print(
+                    f"[yellow]MLflow at {tracker.uri} does not answer. All that it would show is in {job.run}; the same command "
+                    "sends it[/]",
+                    highlight=False,
+                    soft_wrap=True,
+                )
     return summary
 
 
@@ -136,8 +144,8 @@ def track(job: Job, parent: str | None, begun: int) -> Tracker:
     return tracker
 
 
-def summarise(job: Job, tracker: Tracker) -> Summary:
-    """Choose the checkpoint, draw the pictures, log both."""
+def summarise(job: Job, tracker: Tracker) -> tuple[Summary, list[str]]:
+    """Choose the checkpoint and draw the pictures. Returns them, and where the files lie that MLflow should have, too."""
     from nev.eval.showcase import run_curves
     from nev.eval.validation import load_kept
 
@@ -147,17 +155,15 @@ def summarise(job: Job, tracker: Tracker) -> Summary:
     manifest = read_manifest(chosen)
     with folder_to_fill(job.run) as folder:
         pictures = [folder / "loss.png"]
-        run_curves(pictures[0], read_points(job.run, manifest["step"]), config.name)
+        run_curves(pictures[0], read_points(job.run, job.stop_step), config.name)
         if job.validation:
             kept = load_kept(chosen, job.validation) or embed(config, chosen, job.validation)
             pictures += galleries(config, job.validation, *kept, folder)
         settings = folder / "config.yaml"
         settings.write_text(to_yaml(config), encoding="utf-8")
-        for path in (*pictures, settings):
-            tracker.artifact(path)
-    tracker.artifact(chosen, "checkpoint")
     shown = [join(job.run, path.name) for path in pictures]
-    return Summary(config.name, chosen, manifest["metrics"], shown, tracker.uri, tracker.run_id)
+    summary = Summary(config.name, chosen, manifest["metrics"], shown, tracker.uri, tracker.run_id)
+    return summary, [*shown, join(job.run, settings.name)]
 
 
 def evaluate_checkpoint(

@@ -98,6 +98,18 @@ class Tracker:
             else:
                 self._client.log_artifact(self.run_id, str(path), folder)
 
+    def artifacts(self, files: list[str], checkpoint: str) -> bool:
+        """Keep these files and a checkpoint's among the artifacts. False where the server does not take them."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            for file in files:
+                self.artifact(file)
+            self.artifact(checkpoint, "checkpoint")
+        except (MlflowException, OSError):
+            return False
+        return True
+
     def history(self, key: str) -> tuple[list[int], list[float]]:
         """(steps, values) of a metric, by step."""
         points = sorted((one.step, one.value) for one in self._client.get_metric_history(self.run_id, key))
@@ -159,12 +171,11 @@ def _has_run(client: Any, run_id: str) -> bool:
     from mlflow.exceptions import MlflowException
 
     try:
-        client.get_run(run_id)
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return False
         raise
-    return True
 
 
 def git_tags() -> dict[str, str]:

@@ -124,7 +124,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     model, optimizer = trained()
     for number, score in enumerate([0.1, 0.9, 0.2, 0.3, 0.4], 1):
         checkpoint.save(str(tmp_path), state(number, top1=score), gather_tensors(model, optimizer), gather_rng(CPU, 1))
-    manifest.prune(str(tmp_path), manifest.checkpoints(str(tmp_path))[-1], keep_last=2, keep_best="top1")
+    manifest.prune(str(tmp_path), keep_last=2, keep_best="top1")
     kept = [int(location.rsplit("-", 1)[1]) for location in manifest.checkpoints(str(tmp_path))]
     assert kept == [2, 4, 5]
     assert (manifest.best(str(tmp_path), "top1") or "").endswith("step-00000002")
@@ -145,13 +145,16 @@ def damage(location: str, part: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "gone"]
+    "part", ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "beside.bin", "gone"]
 )
 def test_the_one_before_a_damaged_checkpoint_is_used(tmp_path: Path, part: str) -> None:
     model, optimizer = trained()
     run = str(tmp_path)
     older, newer = (
-        checkpoint.save(run, state(number), gather_tensors(model, optimizer), gather_rng(CPU, 1)) for number in (1, 2)
+        checkpoint.save(
+            run, state(number), gather_tensors(model, optimizer), gather_rng(CPU, 1), {"beside.bin": b"vectors"}
+        )
+        for number in (1, 2)
     )
     if part == "state.json":
         Path(newer, part).write_text("{")
@@ -186,6 +189,7 @@ def test_damaged_checkpoints_beyond_a_new_one_do_not_push_whole_ones_out(tmp_pat
     save(1)
     damage(save(4), "model.safetensors")
     Path(save(3), "state.json").write_text("{")
-    newest = save(2)  # the run went on from step 1
-    manifest.prune(run, newest, keep_last=1, keep_best="top1")
+    manifest.drop_beyond(run, 1)  # the run goes on from step 1
+    newest = save(2)
+    manifest.prune(run, keep_last=1, keep_best="top1")
     assert manifest.checkpoints(run) == [newest]

@@ -115,15 +115,15 @@ def test_all_leave_after_the_same_step_and_others_go_on(tiny: Make, text: TextTo
 
 
 def _asks(rank: int) -> list[bool]:
-    agreement = Agreement(2, lambda: rank == 1 and dist.is_initialized())
-    nobody = Agreement(2, lambda: False)
+    agreement = Agreement(2, lambda: rank == 1 and dist.is_initialized(), 60)
+    nobody = Agreement(2, lambda: False, 60)
     return [agreement.reached(), nobody.reached()]
 
 
 def test_one_that_is_asked_is_heard_by_all(tmp_path: Path) -> None:
     assert on_ranks(_asks, 2, tmp_path) == [[True, False], [True, False]]
-    assert Agreement(1, lambda: True).reached()
-    assert not Agreement(1, lambda: False).reached()
+    assert Agreement(1, lambda: True, 60).reached()
+    assert not Agreement(1, lambda: False, 60).reached()
 
 
 @pytest.mark.parametrize("online", [False, True])

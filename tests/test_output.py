@@ -71,7 +71,7 @@ def test_checkpoints_are_kept_as_in_a_folder(fault: str, s3: Proxy, impatient: N
         saved = checkpoint.save(RUN, state(step, score), gather_tensors(model, optimizer), rng, {"more.bin": b"beside"})
         assert saved == manifest.latest(RUN) == step_folder(step)
     assert manifest.best(RUN, "score") == step_folder(2)
-    manifest.prune(RUN, step_folder(4), keep_last=1, keep_best="score")
+    manifest.prune(RUN, keep_last=1, keep_best="score")
     assert manifest.checkpoints(RUN) == [step_folder(2), step_folder(4)]
     assert len(filesystem(RUN)[0].find(PATH)) == 2 * 5, "what was pruned is gone"
     found, weights, moments, states = checkpoint.load(step_folder(4))

@@ -8,13 +8,15 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from nev.config import Optim
-from nev.train import checkpoint, writer
+from nev.data.storage import StorageError
+from nev.train import checkpoint, manifest, writer
 from nev.train.checkpoint import Tensors, gather_tensors
 from nev.train.journal import Point, read_points
 from nev.train.manifest import State, checkpoints, verified
@@ -143,6 +145,32 @@ def test_a_refused_checkpoint_gives_way_to_a_newer_one_and_no_point_is_lost(tmp_
     assert read_points(str(tmp_path), 1) == [Point(1, 7, {"loss": 1.0})]
 
 
+def test_an_older_one_that_cannot_go_does_not_cost_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved, refused = [], [2]
+    save, remove = checkpoint.save, manifest.remove
+
+    def once(*arguments: Any) -> str:
+        saved.append(arguments)
+        return save(*arguments)
+
+    def refuses(location: str) -> None:
+        refused[0] -= 1
+        if refused[0] >= 0:
+            raise StorageError(f"{location} cannot be removed (not now)")
+        remove(location)
+
+    own = Writer(str(tmp_path), 1, None, Told())
+    own.write(snapshot(1))
+    own.ready()
+    monkeypatch.setattr(checkpoint, "save", once)
+    monkeypatch.setattr(manifest, "remove", refuses)
+    own.write(snapshot(2))
+    own.close()
+    assert len(saved) == 1
+    assert refused[0] < 0
+    assert steps_of(tmp_path) == [2]
+
+
 def test_a_last_checkpoint_that_cannot_be_kept_is_an_error(
     tmp_path: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,8 +178,11 @@ def test_a_last_checkpoint_that_cannot_be_kept_is_an_error(
     own = Writer(str(tmp_path), 2, None, Told())
     refuse(10**6)
     own.write(snapshot(5))
-    with pytest.raises(NotKept, match=r"No space left on device.*The same command goes on from the one before"):
+    with pytest.raises(
+        NotKept, match=r"No space left on device.*The same command goes on from the one before"
+    ) as caught:
         own.close()
+    assert caught.value.step == 5
 
 
 def test_what_is_no_refusal_of_storage_comes_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

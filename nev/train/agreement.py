@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -10,14 +11,16 @@ import torch.distributed as dist
 
 
 class Agreement:
-    """All ranks leave after the same step, or none. asked: whether this one was told to.
+    """All ranks leave after the same step, or none. asked: whether this one was told to. timeout_s: how long one waits.
 
     One all-reduce of a byte a call, none where W = 1. It is one of hosts (gloo): no rank's GPU is waited for.
     """
 
-    def __init__(self, world: int, asked: Callable[[], bool]) -> None:
+    def __init__(self, world: int, asked: Callable[[], bool], timeout_s: float) -> None:
         self._asked = asked
-        self._group: Any = dist.new_group(backend="gloo") if world > 1 else None
+        self._group: Any = None
+        if world > 1:  # the timeout of the group that all are in is not taken over
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def reached(self) -> bool:
         """Whether any rank was asked: the same on all, which call this together."""

@@ -23,8 +23,10 @@ from nev.config import Experiment
 from nev.data.storage import files_below, filesystem, join, naming, remedy, storage_errors, write_whole
 from nev.models.text import TextTower, load_text
 from nev.models.vision import VisionTower, build_vision
-from nev.train.manifest import FORMAT, CheckpointError, Damaged, State, read_manifest, remove
+from nev.train.manifest import FORMAT, CheckpointError, Damaged, State, Unreadable, read_manifest, remove, verified
 from nev.train.parallel import share_of, whole
+
+PARTS = ("model", "optimizer", "rng")
 
 
 class Tensors(NamedTuple):
@@ -91,8 +93,8 @@ def _write(location: str, name: str, data: bytes) -> None:
 
 def load(location: str) -> tuple[State, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """(state, model, optimiser and rng tensors) of a checkpoint, checksums verified. Raises CheckpointError."""
-    manifest = read_manifest(location)
-    model, optimizer, rng = (_tensors(location, manifest, name) for name in ("model", "optimizer", "rng"))
+    manifest = verified(location, besides=[f"{name}.safetensors" for name in PARTS])  # whose checksums are taken below
+    model, optimizer, rng = (_tensors(location, manifest, name) for name in PARTS)
     return _state(manifest), model, optimizer, rng
 
 
@@ -119,7 +121,7 @@ def _tensors(location: str, manifest: dict[str, Any], name: str) -> dict[str, Te
     except safetensors.SafetensorError as error:
         raise Damaged(f"{location}/{file}: damaged ({error})") from error
     except storage_errors() as error:
-        raise CheckpointError(f"{location}/{file}: cannot be read ({error}). {remedy(error, '')}") from error
+        raise Unreadable(f"{location}/{file}: cannot be read ({error}). {remedy(error, '')}") from error
 
 
 def load_vision(location: str, config: Experiment, text_width: int) -> VisionTower:

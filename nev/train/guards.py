@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from nev.config import Guards
 from nev.data.plan import Plan
-from nev.data.storage import join, naming, write_whole
+from nev.data.storage import StorageError, join, naming, write_whole
 from nev.errors import NevError
 from nev.train.step import StepResult
 
@@ -175,8 +176,11 @@ def told(finding: Finding, run: str) -> str:
 
 
 def write(findings: list[Finding], run: str) -> None:
-    """Write findings to `<run>/guards/step-00001234.json`, one file a step, so that a repeated step overwrites itself."""
+    """Write findings to `<run>/guards/step-00001234.json`, one file a step, so that a repeated step overwrites itself.
+
+    Storage that refuses one does not end the run: what was found is on the console, too.
+    """
     for finding in findings:
         location = join(run, "guards", f"step-{finding.step:08d}.json")
-        with naming(location, "written"):
+        with suppress(StorageError), naming(location, "written"):
             write_whole(location, json.dumps(asdict(finding), indent=1).encode())

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from nev.data.storage import files_below, filesystem, join, naming, write_whole
+from nev.data.storage import PARALLEL_REQUESTS, files_below, filesystem, join, naming, write_whole
 
 
 class Point(NamedTuple):
@@ -35,20 +36,18 @@ def write_points(run: str, done: int, points: list[Point]) -> None:
 
 
 def read_points(run: str, last: int) -> list[Point]:
-    """All points of a run up to the checkpoint of step `last`, in order. Raises StorageError."""
+    """All points of a run up to the checkpoint of step `last`. Raises StorageError.
+
+    A step that was repeated may be there twice.
+    """
     folder = join(run, "metrics")
     with naming(folder, "listed"):
-        names = [
-            name
-            for name in files_below(folder)
-            if (found := re.fullmatch(r"step-(\d+)\.jsonl", name)) and int(found[1]) <= last
-        ]
-    points = []
-    for name in names:
-        fs, path = filesystem(join(folder, name))
-        with naming(join(folder, name), "read"):
-            points += [Point(*json.loads(line)) for line in fs.cat_file(path).splitlines()]
-    return points
+        files = [re.fullmatch(r"step-(\d+)\.jsonl", name) for name in files_below(folder)]
+    names = [file[0] for file in files if file and int(file[1]) <= last]
+    with naming(folder, "read"), ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+        fs, path = filesystem(folder)
+        contents = list(pool.map(lambda name: fs.cat_file(f"{path}/{name}"), names))
+    return [Point(*json.loads(line)) for content in contents for line in content.splitlines()]
 
 
 def kept_run_id(run: str) -> str | None:

@@ -14,7 +14,7 @@ from nev.train.guards import History
 from nev.train.job import Job
 from nev.train.journal import Point, point
 from nev.train.learner import Learner, Rank
-from nev.train.manifest import State
+from nev.train.manifest import State, drop_beyond
 from nev.train.rng import gather_rng
 from nev.train.writer import Snapshot, Writer
 
@@ -28,15 +28,19 @@ class Report(Protocol):
 class Keeper:
     """A rank's part in it. Rank 0 tells and writes; the others give what they alone have.
 
-    Left without an error, it waits for the last checkpoint; with one, no longer than for the write that is under way.
+    begun: the step that this attempt goes on from. Left without an error, it waits for the last checkpoint; with one, no
+    longer than for the write that is under way.
     """
 
-    def __init__(self, job: Job, me: Rank, report: Report) -> None:
+    def __init__(self, job: Job, me: Rank, begun: int, report: Report) -> None:
         self._job, self._me, self._report = job, me, report
         self._points: list[Point] = []
         self._tensors: Tensors | None = None
         train = job.config.train
-        self._writer = Writer(job.run, train.keep_last, job.config.eval.best, self.say) if me.rank == 0 else None
+        self._writer = None
+        if me.rank == 0:
+            drop_beyond(job.run, begun)
+            self._writer = Writer(job.run, train.keep_last, job.config.eval.best, self.say)
 
     def say(self, step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None:
         """Report metrics of a step, and note them for the next checkpoint's journal. Nothing on other ranks than 0."""

@@ -16,7 +16,7 @@ from nev.models.vision import build_vision
 from nev.train import checkpoint
 from nev.train.gradcache import refuse_batch_norm
 from nev.train.job import Job, Start
-from nev.train.manifest import CheckpointError, State, newest_whole
+from nev.train.manifest import CheckpointError, State, newest_whole, patiently
 from nev.train.optim import make_optimizer
 from nev.train.parallel import distribute
 from nev.train.rng import restore_rng, seed_rank
@@ -69,7 +69,7 @@ def build(job: Job) -> Built:
             f"text.encoder {config.text.encoder!r}: this node's is not the driver's. Install the same everywhere."
         )
     torch.manual_seed(config.seed)
-    found = newest_whole(job.run, checkpoint.load)
+    found = patiently(lambda: newest_whole(job.run, checkpoint.load))
     source = config.vision
     if found is not None:  # its weights replace all: neither hub nor file is needed
         source = source.model_copy(update={"pretrained": False, "weights": None})

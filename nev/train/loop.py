@@ -53,11 +53,11 @@ def train(
     totals = Totals(me.device, start.bad_rows)
     watch = guards.Watch(config.guards, plan, job.shards, guards.History(**start.history))
     clock = Clock(start.step)
-    leaving = Agreement(me.world, asked)
+    leaving = Agreement(me.world, asked, config.workers.timeout_s)
     held = {name: (tower, weight_digests(tower)) for name, tower in locked_towers(learner, config).items()}
     locked_text = locked_encoder(learner.tower, config) if learner.tower and config.lock == "text" else None
     room = plan.rank_room(me.world)
-    with Keeper(job, me, report) as keeper:
+    with Keeper(job, me, start.step, report) as keeper:
         for step in range(start.step, job.stop_step):
             rate = learning_rate(step, job.total_steps, config.optim)
             set_learning_rate(learner.optimizer, rate)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from nev.data.storage import files_below, filesystem, is_local, join, naming, remedy, storage_errors
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
+
+from nev.data.storage import StorageError, files_below, filesystem, is_local, join, naming, remedy, storage_errors
 from nev.errors import NevError
 
 FORMAT = 2
 READ_BYTES = 2**25  # a request
+PATIENCE_S = 300.0
 
 Read = TypeVar("Read")
 
@@ -23,6 +26,10 @@ class CheckpointError(NevError, RuntimeError):
 
 class Damaged(CheckpointError):
     """A checkpoint whose bytes are not those that were written."""
+
+
+class Unreadable(CheckpointError):
+    """A checkpoint that storage does not give now."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ def read_manifest(location: str) -> dict[str, Any]:
     except ValueError as error:
         raise Damaged(f"{location}/state.json: damaged ({error})") from error
     except storage_errors() as error:
-        raise CheckpointError(f"{location}/state.json: cannot be read ({error}). {remedy(error, '')}") from error
+        raise Unreadable(f"{location}/state.json: cannot be read ({error}). {remedy(error, '')}") from error
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{location}: format {manifest.get('format')}, this version reads {FORMAT}")
     return manifest
@@ -99,10 +106,12 @@ def newest_whole(run: str, read: Callable[[str], Read]) -> Found[Read] | None:
     return None
 
 
-def verified(location: str) -> dict[str, Any]:
-    """The manifest of a checkpoint, every file of which was read and is as it was written; else raises Damaged."""
+def verified(location: str, besides: Collection[str] = ()) -> dict[str, Any]:
+    """The manifest of a checkpoint, every file of which but `besides` was read and is as it was written; else raises Damaged."""
     manifest = read_manifest(location)
     for name, digest in manifest["sha256"].items():
+        if name in besides:
+            continue
         if "/" in name:
             raise Damaged(f"{location}/state.json: damaged (it names {name!r}, which is no file of a checkpoint)")
         fs, path = filesystem(join(location, name))
@@ -112,10 +121,20 @@ def verified(location: str) -> dict[str, Any]:
         except FileNotFoundError as error:
             raise Damaged(f"{location}/{name}: damaged (it is not there)") from error
         except storage_errors() as error:
-            raise CheckpointError(f"{location}/{name}: cannot be read ({error}). {remedy(error, '')}") from error
+            raise Unreadable(f"{location}/{name}: cannot be read ({error}). {remedy(error, '')}") from error
         if found != digest:
             raise Damaged(f"{location}/{name}: damaged (its sha256 is not the one in state.json)")
     return manifest
+
+
+def patiently(read: Callable[[], Read]) -> Read:
+    """What `read` gives; storage that fails is asked again for five minutes, since a run that starts again has nothing else."""
+    return Retrying(
+        retry=retry_if_exception_type((StorageError, Unreadable)),
+        wait=wait_exponential(max=20),
+        stop=stop_after_delay(PATIENCE_S),
+        reraise=True,
+    )(read)
 
 
 def best(run: str, metric: str) -> str | None:
@@ -133,18 +152,19 @@ def _metrics(location: str) -> dict[str, float]:
     return metrics
 
 
-def prune(run: str, newest: str, keep_last: int, keep_best: str | None) -> None:
-    """Remove all but the `keep_last` checkpoints up to `newest`, which is whole, and the best one by the metric `keep_best`.
-
-    Those beyond `newest` go, too: they were damaged, so the run went on from before them.
-    """
-    found = checkpoints(run)
-    for location in found:
-        if location > newest:
+def drop_beyond(run: str, step: int) -> None:
+    """Remove the checkpoints beyond `step`, which a run goes on from since they are damaged."""
+    for location in checkpoints(run):
+        if int(location.rsplit("-", 1)[1]) > step:
             remove(location)
-    kept = {*[one for one in found if one <= newest][-keep_last:], best(run, keep_best) if keep_best else None}
+
+
+def prune(run: str, keep_last: int, keep_best: str | None) -> None:
+    """Remove all but the `keep_last` newest checkpoints and the best one by the metric `keep_best`."""
+    found = checkpoints(run)
+    kept = {*found[-keep_last:], best(run, keep_best) if keep_best else None}
     for location in found:
-        if location <= newest and location not in kept:
+        if location not in kept:
             remove(location)
 
 

@@ -62,18 +62,18 @@ def check_output(config: Experiment) -> None:
 def check_space(run: str, checkpoints: int, size: int) -> None:
     """Raise ConfigError where the disk of a run's folder has no room for its checkpoints, each of `size` bytes.
 
-    Besides those that are kept, the best one and one that is being written; those that are there already count as room.
+    checkpoints: how many are kept; one more is being written. Those that are there already count as room.
     """
     fs, path = filesystem(run)
     if not is_local(fs):
         return
     there = next(parent for parent in (Path(path), *Path(path).parents) if parent.exists())
     held = sum(info["size"] for info in entries_below(fs, f"{path}/checkpoints").values())
-    needed, free = (checkpoints + 2) * size - held, shutil.disk_usage(there).free
+    needed, free = (checkpoints + 1) * size - held, shutil.disk_usage(there).free
     if needed > free:
         raise ConfigError(
             f"output: {there} has {free / 2**30:.1f} GiB free, and the checkpoints of this run take {needed / 2**30:.1f} GiB "
-            f"({checkpoints + 2} of {size / 2**30:.2f} GiB). Make room, lower train.keep_last, or give another output."
+            f"({checkpoints + 1} of {size / 2**30:.2f} GiB). Make room, lower train.keep_last, or give another output."
         )
 
 

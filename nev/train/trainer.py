@@ -20,7 +20,7 @@ from nev.errors import NevError
 from nev.runtime import cluster_cpus, cluster_gpus, may_grow
 from nev.tracking import Tracker
 from nev.train.job import Job, where
-from nev.train.manifest import CheckpointError
+from nev.train.manifest import CheckpointError, patiently
 from nev.train.monitor import Post, Watcher, open_board
 from nev.train.quarantine import TooManyBadRows
 
@@ -46,30 +46,39 @@ class TrainingFailed(NevError, RuntimeError):
     """The run could not be finished. The message is the first cause, without Ray's frames."""
 
 
-def fit(job: Job, begun: int, reader: BlockReader, tracker: Tracker, console: Console) -> dict[str, float]:
+@contextmanager
+def posting(run: str) -> Iterator[Any]:
+    """The run's board, for the body of a `with`. Raises RunIsBusy where another job of this cluster trains the run."""
+    import ray
+
+    board = open_board(run)
+    try:
+        yield board
+    finally:
+        ray.kill(board)  # its name is the run's: another start of this run may need it at once
+
+
+def fit(job: Job, begun: int, reader: BlockReader, board: Any, tracker: Tracker, console: Console) -> dict[str, float]:
     """Run the job on the connected Ray cluster, from its newest checkpoint, that of step `begun`, to `job.stop_step`.
 
     Workers that had to leave (their machine is taken away) are started again. Returns the newest value of each metric. Raises
     TrainingFailed.
     """
-    import ray
     import ray.train
 
-    board = open_board(job.run)
     watcher = Watcher(board, tracker, console, job.total_steps, begun)
     try:
         with ray_folder(job.run) as folder, watcher.watching():
             while True:
+                watcher.left = False
                 ray_trainer(job, reader, board, folder).fit()
                 watcher.read()
-                if not watcher.left:
+                if watcher.errors or not watcher.left:
                     break
     except ray.train.TrainingFailedError as error:
         raise TrainingFailed(first_cause(error)) from error
     except SystemExit as end:  # how Ray Train's own handler of Ctrl-C ends
         raise KeyboardInterrupt from end
-    finally:
-        ray.kill(board)  # its name is the run's: another start of this run may need it at once
     if watcher.errors:
         raise TrainingFailed(watcher.errors[0])
     return watcher.latest
@@ -168,7 +177,7 @@ def stream_from_here(job: Job, reader: BlockReader) -> Any:
     """Called by Ray Train at every start of the worker group: the stream from the latest checkpoint's step."""
     from nev.data.stream import make_stream
 
-    return make_stream(reader, job.plan, where(job.run).step, job.stop_step)
+    return make_stream(reader, job.plan, patiently(lambda: where(job.run)).step, job.stop_step)
 
 
 def work(setting: dict[str, Any]) -> None:
@@ -181,7 +190,7 @@ def work(setting: dict[str, Any]) -> None:
     from nev.train.guards import Diverged
     from nev.train.learner import Rank, build, learner_of
     from nev.train.loop import TowerMoved, train
-    from nev.train.parallel import first_of_all
+    from nev.train.parallel import all_of, first_of_all
     from nev.train.step import choose_precision
     from nev.train.writer import NotKept
 
@@ -212,6 +221,8 @@ def work(setting: dict[str, Any]) -> None:
     if found := first_of_all(problem, me.world):
         return give_up(found)
     assert built
+    if len(seen := all_of(built.state.step if built.state else 0, me.world)) > 1:
+        raise RuntimeError(f"the workers see other newest checkpoints, of steps {sorted(seen)}: they start again")
     learner, start = learner_of(built, job, me)
     del built  # it holds the moments of the checkpoint, whole
     if me.rank == 0:
@@ -219,11 +230,15 @@ def work(setting: dict[str, Any]) -> None:
     try:
         done = train(job, me, learner, start, after(first, blocks), report, asked_to_leave)
         if done < job.stop_step and me.rank == 0:
-            note = f"step {done}: a machine is taken away; what was done is kept, and the run goes on with those that are left"
+            note = (
+                f"step {done}: a machine is taken away; what was done is kept, and the run goes on where there is room"
+            )
             ray.get(setting["board"].post.remote(Post(done, {}, notes=(note,), left=True)))
     except (TooManyBadRows, Diverged, TowerMoved) as error:  # every rank meets these at the same step
         give_up(str(error))
-    except NotKept as error:  # the last checkpoint, which rank 0 alone writes: the others are done
+    except NotKept as error:  # of rank 0 alone: the others are done
+        if error.step < job.stop_step:
+            raise
         give_up(str(error))
     except RuntimeError as error:
         if "timed out" not in str(error).lower():

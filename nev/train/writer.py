@@ -30,7 +30,11 @@ LAST_S = 600.0  # how long storage that refuses the last checkpoint is asked aga
 
 
 class NotKept(NevError, RuntimeError):
-    """The last checkpoint of a run could not be written."""
+    """The last checkpoint of a run, or of workers that leave, could not be written. step: whose it is."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class Snapshot(NamedTuple):
@@ -54,6 +58,7 @@ class Writer:
         self._pending: Future[None] | None = None
         self._enough = threading.Event()
         self._points: list[Point] = []
+        self._step = 0
 
     def ready(self) -> None:
         """Wait for the write before, whose memory the next snapshot takes. One that storage refuses is given up for it."""
@@ -68,6 +73,7 @@ class Writer:
     def write(self, snapshot: Snapshot) -> None:
         """Begin to write, after `ready`; nothing of the snapshot may change until `ready` or `close` came back."""
         self._points += snapshot.points
+        self._step = snapshot.state.step
         self._pending = self._pool.submit(self._write, snapshot)
 
     def close(self) -> None:
@@ -82,7 +88,8 @@ class Writer:
                 self._pending.result()
             except REFUSALS as error:
                 raise NotKept(
-                    f"the last checkpoint could not be kept: {error} The same command goes on from the one before."
+                    f"the last checkpoint could not be kept: {error} The same command goes on from the one before.",
+                    self._step,
                 ) from error
         finally:
             self._pool.shutdown()
@@ -97,7 +104,7 @@ class Writer:
                     step, {}, [f"step {step}: {why} It is tried again until the next one is due; training goes on."]
                 )
 
-        begin = time.perf_counter()
+        begin, newest = time.perf_counter(), None
         for attempt in Retrying(
             retry=retry_if_exception_type(REFUSALS),
             wait=wait_exponential(max=60),
@@ -110,6 +117,7 @@ class Writer:
                 if self._points:
                     write_points(self._run, step, self._points)
                     self._points = []
-                newest = checkpoint.save(self._run, snapshot.state, snapshot.tensors, snapshot.rng, snapshot.beside)
-                prune(self._run, newest, self._keep_last, self._keep_best)
+                if newest is None:  # else it is whole, and must not be written again because an older one could not go
+                    newest = checkpoint.save(self._run, snapshot.state, snapshot.tensors, snapshot.rng, snapshot.beside)
+                prune(self._run, self._keep_last, self._keep_best)
         self._tell(step, {"checkpoint_write_s": time.perf_counter() - begin}, [])
