@@ -146,29 +146,32 @@ def test_a_refused_checkpoint_gives_way_to_a_newer_one_and_no_point_is_lost(tmp_
 
 
 def test_an_older_one_that_cannot_go_does_not_cost_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved, refused = [], [2]
-    save, remove = checkpoint.save, manifest.remove
+    saved: list[Any] = []
+    save = checkpoint.save
 
     def once(*arguments: Any) -> str:
         saved.append(arguments)
         return save(*arguments)
 
     def refuses(location: str) -> None:
-        refused[0] -= 1
-        if refused[0] >= 0:
-            raise StorageError(f"{location} cannot be removed (not now)")
-        remove(location)
+        raise StorageError(f"{location} cannot be removed (not now)")
 
-    own = Writer(str(tmp_path), 1, None, Told())
+    told = Told()
+    own = Writer(str(tmp_path), 1, None, told)
     own.write(snapshot(1))
     own.ready()
-    monkeypatch.setattr(checkpoint, "save", once)
-    monkeypatch.setattr(manifest, "remove", refuses)
-    own.write(snapshot(2))
-    own.close()
+    with monkeypatch.context() as away:
+        away.setattr(checkpoint, "save", once)
+        away.setattr(manifest, "remove", refuses)
+        own.write(snapshot(2))
+        own.ready()
     assert len(saved) == 1
-    assert refused[0] < 0
-    assert steps_of(tmp_path) == [2]
+    assert steps_of(tmp_path) == [1, 2]
+    assert len(told.notes) == 1
+    assert "older checkpoints could not be removed: " in told.notes[0]
+    own.write(snapshot(3))
+    own.close()
+    assert steps_of(tmp_path) == [3]
 
 
 def test_a_last_checkpoint_that_cannot_be_kept_is_an_error(

@@ -104,7 +104,7 @@ class Writer:
                     step, {}, [f"step {step}: {why} It is tried again until the next one is due; training goes on."]
                 )
 
-        begin, newest = time.perf_counter(), None
+        begin = time.perf_counter()
         for attempt in Retrying(
             retry=retry_if_exception_type(REFUSALS),
             wait=wait_exponential(max=60),
@@ -117,7 +117,9 @@ class Writer:
                 if self._points:
                     write_points(self._run, step, self._points)
                     self._points = []
-                if newest is None:  # else it is whole, and must not be written again because an older one could not go
-                    newest = checkpoint.save(self._run, snapshot.state, snapshot.tensors, snapshot.rng, snapshot.beside)
-                prune(self._run, self._keep_last, self._keep_best)
+                checkpoint.save(self._run, snapshot.state, snapshot.tensors, snapshot.rng, snapshot.beside)
+        try:
+            prune(self._run, self._keep_last, self._keep_best)
+        except REFUSALS as error:  # the new one is whole: the next one will try again
+            self._tell(step, {}, [f"step {step}: older checkpoints could not be removed: {error}"])
         self._tell(step, {"checkpoint_write_s": time.perf_counter() - begin}, [])
