@@ -48,4 +48,4 @@ bench: setup ## Run benchmarks/NAME.py (make bench NAME=train); writes benchmark
 	$(BIN)/python benchmarks/$(NAME).py $(ARGS)
 
 soak: setup ## Kill things under runs for half an hour (make soak ARGS="--minutes 5"); writes benchmarks/results/faults.json.
-	PYTHONPATH=tests $(BIN)/python benchmarks/soak.py $(ARGS)
+	$(BIN)/python benchmarks/soak.py $(ARGS)

@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import typer
-from faults.machines import Machines, machines, wait_for
-from faults.runs import BATCH, STEPS, Result, Run, settings
-from faults.table import FAULTS
 from mlflow import MlflowClient
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +23,9 @@ from benchmarks.contestants.checkpointing import seconds_of_steps
 from benchmarks.contestants.processes import in_own_process
 from nev.cli import command, explained
 from nev.train.journal import kept_run_id
+from tests.faults.machines import Machines, machines, wait_for
+from tests.faults.runs import BATCH, STEPS, Result, Run, settings
+from tests.faults.table import FAULTS
 
 OVERHEAD_GOAL = 1.03
 EVERY = 50  # steps between checkpoints, where their overhead is measured

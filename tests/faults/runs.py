@@ -12,11 +12,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from faults.machines import environment, wait_for
 from nev.tracking import Tracker, _client
 from nev.train import checkpoint
 from nev.train.journal import kept_run_id
 from nev.train.manifest import checkpoints, latest
+
+from .machines import environment, wait_for
 
 REPO = Path(__file__).parents[2]
 STEPS, BATCH = 40, 64

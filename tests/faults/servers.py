@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from faults.machines import wait_for
+from .machines import wait_for
 
 
 class MlflowServer:

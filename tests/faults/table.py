@@ -6,8 +6,8 @@ import signal
 import time
 from collections.abc import Callable
 
-from faults.machines import DECODER, TRAINER, Machines, wait_for
-from faults.runs import Run
+from .machines import DECODER, TRAINER, Machines, wait_for
+from .runs import Run
 
 Strike = Callable[[Machines, Run], None]
 NOTICE_S = 60

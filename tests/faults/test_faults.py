@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from faults.machines import TRAINER, Machines, machines, wait_for
-from faults.runs import STEPS, Result, Run, settings
-from faults.servers import MlflowServer
-from faults.table import FAULTS
 from nev.data.storage import upload
+
+from .machines import TRAINER, Machines, machines, wait_for
+from .runs import STEPS, Result, Run, settings
+from .servers import MlflowServer
+from .table import FAULTS
 
 if TYPE_CHECKING:
     from s3_server import Proxy
