@@ -157,5 +157,5 @@ def test_numbers_that_cannot_be_are_refused(tiny: Make, workers: dict[str, int],
 def test_parts_must_divide_every_share(tiny: Make) -> None:
     sizes = {"data__block_rows": 8, "train__global_batch": 64}
     assert tiny(**sizes, train__micro_batch=4, workers={"min": 1, "max": 5}).local_batch(5) == 16
-    with pytest.raises(ConfigError, match=r"micro_batch \(16\) must divide .* 24 rows at 3 workers"):
+    with pytest.raises(ConfigError, match=r"micro_batch \(16\) must divide .* 24 rows at W = 3"):
         tiny(**sizes, train__micro_batch=16, workers={"min": 1, "max": 4})

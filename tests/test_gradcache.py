@@ -186,7 +186,7 @@ def test_a_step_in_parts_is_the_step(kind: str) -> None:
 
 
 def test_parts_must_divide_a_workers_share() -> None:
-    with pytest.raises(ConfigError, match=r"train\.micro_batch \(5\) must divide .* = 24"):
+    with pytest.raises(ConfigError, match=r"train\.micro_batch \(5\) must divide .* 24 rows at W = 1"):
         experiment(micro_batch=5)
     assert experiment(micro_batch=1000).train.micro_batch == 1000  # more than the share: the whole at once
 
