@@ -269,7 +269,7 @@ class Experiment(Section):
             local = self.local_batch(world)
             if part is not None and local % min(part, local):
                 raise ValueError(
-                    f"train.micro_batch ({part}) must divide a worker's share of train.global_batch, {local} rows at W = {world}. "
-                    "A divisor of data.block_rows always does."
+                    f"train.micro_batch ({part}) must divide a worker's share of train.global_batch, {local} rows at "
+                    f"W = {world}. A divisor of data.block_rows always does."
                 )
         return self
