@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from mlflow import MlflowClient
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,7 +27,7 @@ from nev.eval.validation import kept_file, load_kept, score
 from nev.experiment import Summary, run_experiment
 from nev.models.text import TextTower, load_text
 from nev.models.vision import build_vision
-from nev.tracking import Tracker
+from nev.tracking import Tracker, tracking_uri
 from nev.train import checkpoint
 from nev.train.filling import StreamError
 from nev.train.guards import Diverged
@@ -291,7 +292,8 @@ def test_workers_that_would_wait_for_ever_are_refused(
     config = tiny(**asked)
     with pytest.raises(ConfigError, match=message):
         run_experiment(config, Console(quiet=True))
-    assert not Path(config.output, "mlflow.db").exists(), "no run is left behind in MLflow"
+    store = MlflowClient(tracking_uri=tracking_uri(config.tracking, config.output))
+    assert store.get_experiment_by_name("nev") is None, "no run is left behind in MLflow"
     check_room(tiny(workers__cpus=1).workers)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     check_room(config.workers)  # an autoscaler may bring what is missing
