@@ -18,6 +18,8 @@ from nev.config_file import parse
 if TYPE_CHECKING:
     from s3_server import Proxy
 
+    from nev.models.text import TextTower
+
 settings.register_profile("nev", deadline=None)  # no test fails because the machine is busy
 settings.load_profile("nev")
 
@@ -135,6 +137,17 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for shard in range(len(index.paths)):
             write_sidecar(index, shard, key, tower.width, tower.encode)
     return folder
+
+
+@pytest.fixture(scope="session")
+def text() -> TextTower:
+    """The default text tower, on one thread."""
+    import torch
+
+    from nev.models.text import load_text
+
+    torch.set_num_threads(1)
+    return load_text(Experiment.model_fields["text"].default)
 
 
 @pytest.fixture

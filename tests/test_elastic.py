@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo_helpers import on_ranks
+from test_train import blocks
 
 from nev.config import Experiment
 from nev.config_base import ConfigError
 from nev.data.block import Block, BlockReader
-from nev.models.text import TextTower, load_text
+from nev.models.text import TextTower
 from nev.train import checkpoint
 from nev.train.agreement import Agreement
 from nev.train.filling import Filling
@@ -28,21 +29,6 @@ from nev.train.step import choose_precision
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def text() -> TextTower:
-    torch.set_num_threads(1)
-    return load_text(Experiment.model_fields["text"].default)
-
-
-def share(reader: BlockReader, job: Job, rank: int, world: int, first: int) -> Iterator[Block]:
-    """The stream of rank `rank`, without Ray."""
-    for step in range(first, job.stop_step):
-        for number in job.plan.rank_blocks(step, rank, world, since=first):
-            block = reader.read(job.plan.segments(number), job.plan.epoch_of(number))
-            block["block"] = np.full(len(block["valid"]), number)
-            yield block
 
 
 def _trains(rank: int, job: Job, reader: BlockReader, world: int, leave_after: int | None) -> dict[str, Any]:
@@ -58,7 +44,9 @@ def _trains(rank: int, job: Job, reader: BlockReader, world: int, leave_after: i
     def report(step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None:
         losses.extend([metrics["loss"]] if "loss" in metrics else [])
 
-    done = train(job, me, learner, start, share(reader, job, rank, world, start.step), report, leave)
+    done = train(
+        job, me, learner, start, blocks(reader, job.plan, start.step, job.stop_step, rank, world), report, leave
+    )
     return {"done": done, "losses": losses}
 
 

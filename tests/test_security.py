@@ -16,7 +16,7 @@ import torch
 from nev.config import Experiment
 from nev.config_base import ConfigError
 from nev.experiment import evaluate_checkpoint, track
-from nev.models.text import TextTower, load_text
+from nev.models.text import TextTower
 from nev.train import checkpoint, manifest
 from nev.train.checkpoint import gather_tensors
 from nev.train.manifest import Damaged, State
@@ -27,12 +27,6 @@ if TYPE_CHECKING:
 
 Make = Callable[..., Experiment]
 SECRET = "s3cr3t-of-this-test"
-
-
-@pytest.fixture(scope="module")
-def text() -> TextTower:
-    torch.set_num_threads(1)
-    return load_text(Experiment.model_fields["text"].default)
 
 
 class Trap:

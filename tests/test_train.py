@@ -22,7 +22,7 @@ from nev.data.index import DataError
 from nev.data.plan import Plan
 from nev.eval.validation import kept_file, load_kept, score
 from nev.experiment import Summary, run_experiment
-from nev.models.text import TextTower, load_text
+from nev.models.text import TextTower
 from nev.models.vision import build_vision
 from nev.tracking import Tracker, tracking_uri
 from nev.train import checkpoint
@@ -41,15 +41,9 @@ Make = Callable[..., Experiment]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def text() -> TextTower:
-    torch.set_num_threads(1)
-    return load_text(Experiment.model_fields["text"].default)
-
-
-def blocks(reader: BlockReader, plan: Plan, first: int, last: int) -> Iterator[Block]:
-    """The stream of one rank of one, without Ray."""
-    for number in range(plan.step_blocks(first).start, plan.step_blocks(last).start):
+def blocks(reader: BlockReader, plan: Plan, first: int, last: int, rank: int = 0, world: int = 1) -> Iterator[Block]:
+    """The stream of a rank from step `first` up to `last`, without Ray."""
+    for number in (block for step in range(first, last) for block in plan.rank_blocks(step, rank, world, since=first)):
         block = reader.read(plan.segments(number), plan.epoch_of(number))
         block["block"] = np.full(len(block["valid"]), number)
         yield block

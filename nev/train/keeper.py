@@ -73,8 +73,8 @@ class Keeper:
         )
         beside = {kept_file(job.validation): kept_bytes(job.validation, scored)} if scored and job.validation else {}
         self.say(step, {"checkpoint_wait_s": time.perf_counter() - begin})
-        self._writer.write(Snapshot(state, self._tensors, rng, beside, self._points))
-        self._points = []
+        points, self._points = self._points, []  # before the writer's thread may tell of this one
+        self._writer.write(Snapshot(state, self._tensors, rng, beside, points))
 
     def __enter__(self) -> Self:
         return self
