@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import report
-from benchmarks.contestants.checkpointing import seconds_of_steps
+from benchmarks.contestants.checkpointing import Spent, seconds_to_findings, steps_with_checkpoints
 from benchmarks.contestants.processes import in_own_process
 from nev.cli import command, explained
 from nev.train.journal import kept_run_id
@@ -28,6 +28,8 @@ from tests.faults.runs import BATCH, STEPS, Result, Run, settings
 from tests.faults.table import FAULTS
 
 OVERHEAD_GOAL = 1.03
+WAIT_GOAL = 0.05
+READY_GOAL_S = 10.0
 EVERY = 50  # steps between checkpoints, where their overhead is measured
 A_RUN = 3  # faults
 RESTART = ("worker_killed", "node_killed", "rank_stopped")  # faults after which a driver says LOST
@@ -40,7 +42,10 @@ NOTES = (
     "recovery: seconds from the strike to the next step that the run had not reached before, from MLflow's own clock; of it "
     "restart: until the processes are there again with the model (Ray's restart, imports, reading the checkpoint). All faults "
     "that end processes of training; medians.",
-    f"checkpoint_overhead: time of steps of the quickstart's model with a checkpoint every {EVERY}, over that without.",
+    f"checkpoint_overhead: time of steps of the quickstart's model with a checkpoint every {EVERY}, over that without (after a "
+    "round that does not count). checkpoint_wait: what the loop waits for of the time that writing takes.",
+    f"preflight_s: from the start of train.py until it has told all that is in the way of a run, of three different kinds; goal "
+    f"at most {READY_GOAL_S:g} s.",
 )
 
 
@@ -59,7 +64,7 @@ class Struck(NamedTuple):
 def main(
     minutes: Annotated[float, typer.Option(min=0.1, help="How long faults are injected.")] = 25.0,
     seed: Annotated[int, typer.Option(help="Of the moments and the order of the faults.")] = 0,
-    repetitions: Annotated[int, typer.Option(min=1, help="Rounds of the checkpoints' overhead.")] = 3,
+    repetitions: Annotated[int, typer.Option(min=1, help="Rounds of the checkpoints' cost and of the preflight.")] = 5,
     results: Annotated[
         Path, typer.Option(help="Folder of faults.json.", show_default="benchmarks/results")
     ] = report.RESULTS,
@@ -69,14 +74,8 @@ def main(
     with explained(console), tempfile.TemporaryDirectory(prefix="nev-soak-") as name:
         folder = Path(name)
         pictures = drawn(folder / "pictures")
-        overhead = report.measure_interleaved(
-            {
-                "steps_s": lambda: in_own_process(seconds_of_steps, pictures, None),
-                "steps_with_checkpoints_s": lambda: in_own_process(seconds_of_steps, pictures, EVERY),
-            },
-            repetitions,
-            console,
-        )
+        checkpoints = cost_of_checkpoints(pictures, repetitions, console)
+        ready = report.measure_interleaved({"preflight_s": lambda: seconds_to_findings(pictures)}, repetitions, console)
         with machines() as cluster:
             straight, duration = undisturbed(cluster, pictures, folder)
             struck = soak(cluster, pictures, folder, straight, duration, 60 * minutes, random.Random(seed), console)
@@ -88,8 +87,11 @@ def main(
         report.write(
             "faults",
             report.this_command(),
-            figures | overhead,
-            {"checkpoint_overhead": report.Ratio("steps_with_checkpoints_s", "steps_s", OVERHEAD_GOAL, at_most=True)},
+            figures | checkpoints | ready,
+            {
+                "checkpoint_overhead": report.Ratio("steps_with_checkpoints_s", "steps_s", OVERHEAD_GOAL, at_most=True),
+                "checkpoint_wait": report.Ratio("checkpoint_wait_s", "checkpoint_write_s", WAIT_GOAL, at_most=True),
+            },
             NOTES + tuple(line(name, [one for one in struck if one.fault == name]) for name in FAULTS),
             folder=results,
             console=console,
@@ -112,6 +114,27 @@ def drawn(folder: Path) -> Path:
     for shard in range(len(index.paths)):
         write_sidecar(index, shard, key, tower.width, tower.encode)
     return folder
+
+
+def cost_of_checkpoints(pictures: Path, repetitions: int, console: Console) -> dict[str, list[float]]:
+    """Seconds of steps without checkpoints and with, and with them of the waits and the writes."""
+    spent: list[Spent] = []
+
+    def without() -> float:
+        return in_own_process(steps_with_checkpoints, pictures, None).total
+
+    def with_them() -> float:
+        spent.append(in_own_process(steps_with_checkpoints, pictures, EVERY))
+        return spent[-1].total
+
+    without()  # the first one finds caches and clocks cold
+    steps = report.measure_interleaved(
+        {"steps_s": without, "steps_with_checkpoints_s": with_them}, repetitions, console
+    )
+    return steps | {
+        "checkpoint_wait_s": [one.waited for one in spent],
+        "checkpoint_write_s": [one.written for one in spent],
+    }
 
 
 def undisturbed(cluster: Machines, pictures: Path, folder: Path) -> tuple[Result, float]:

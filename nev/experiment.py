@@ -62,6 +62,8 @@ def run_experiment(
     text = None
     with found:
         text = load_text(config.text)
+    with found:
+        check_room(config.workers)
     if text is None:
         found.refuse()
     assert text
@@ -71,11 +73,7 @@ def run_experiment(
     lock = lock_of(text) if config.lock == "text" else None
     job = prepare_job(config, text, stop_after, found)
     connect()
-    with found:
-        check_room(config.workers)
-    with found:
-        check_store(job)
-    found.refuse()
+    check_store(job)
     begun = begin(job, console)
     with posting(job.run) as board:  # before MLflow hears of it: another job may train this run
         tracker = track(job, parent, begun)

@@ -6,12 +6,14 @@ import logging
 import os
 import warnings
 
-# Ray Train must not change the working folder, and tqdm bars of libraries must not fight with the one live line.
+# Ray Train must not change the working folder, and tqdm bars of libraries must not fight with the one live line. After a node is
+# lost, its elastic policy counts that node for up to 20 s more, and waits for workers there: not the 60 s of its default.
 ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
     "TQDM_DISABLE": "1",
-    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 # One machine gets no notice that it will be taken away, so the process that waits for one would only cost its start. Without
@@ -46,17 +48,17 @@ def connect() -> None:
 
 
 def may_grow() -> bool:
-    """Whether the connected cluster is another than the one that `connect` starts here, so that more may come to it."""
+    """Whether the cluster is another than the one that `connect` starts here, so that more may come to it."""
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def cluster_gpus() -> int:
-    """GPUs of the connected cluster, as it stands now."""
+    """GPUs of the connected cluster, as it stands now, or of the one that `connect` would start here."""
     return int(_resources().get("GPU", 0))
 
 
 def cluster_cpus() -> int:
-    """CPUs of the connected cluster, as it stands now: one at least."""
+    """CPUs of the same: one at least."""
     return max(1, int(_resources().get("CPU", 0)))
 
 
@@ -70,16 +72,24 @@ def cluster_nodes() -> int:
 def _resources() -> dict[str, float]:
     import ray
 
+    if not ray.is_initialized():
+        import torch
+
+        return {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return resources
 
 
 def quiet() -> None:
-    """Keep the libraries off this process's console: what they have to say at error level still comes through."""
+    """Keep the libraries off this process's console: what they have to say at error level still comes through.
+
+    MLflow's errors are exceptions as well, which are caught and told where they matter.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    for name in ("ray", "mlflow", "alembic", "httpx", "transformers"):
+    for name in ("ray", "alembic", "httpx", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(ray|mlflow|timm|transformers)")
 
 

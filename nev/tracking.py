@@ -209,8 +209,10 @@ def _url(location: str) -> str:
 def _client(uri: str) -> Any:
     from mlflow import MlflowClient
 
-    # What a server does not take is kept and sent later: no call needs to try for the four minutes that are MLflow's default.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    # What a server does not take is kept and sent later: no call needs to try for the four minutes that are MLflow's default, or
+    # to wait for two in silence.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri)

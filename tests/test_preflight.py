@@ -48,18 +48,28 @@ def test_all_that_is_wrong_is_told_before_ray_starts(
     tiny: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("nev.runtime.connect", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # though another test may have started one
     config = tiny(
         data__train=str(tmp_path / "nothing"),
         data__augment__auto="rand-x9",
         vision__trunk="vit_of_nobody",
         eval__best="top-2",
         tracking__uri="http://127.0.0.1:9",
+        workers__gpus=99,
     )
     with pytest.raises(NotReady) as caught:
         run_experiment(config, Console(quiet=True))
     said = str(caught.value)
-    assert said.startswith("5 things are in the way:")
-    for part in ("nothing", "rand-x9", "vit_of_nobody", "'top-2' is not measured", "MLflow at http://127.0.0.1:9"):
+    assert said.startswith("6 things are in the way:")
+    parts = (
+        "nothing",
+        "rand-x9",
+        "vit_of_nobody",
+        "'top-2' is not measured",
+        "MLflow at http://127.0.0.1:9",
+        "workers.gpus = 99",
+    )
+    for part in parts:
         assert part in said, part
     assert not list(Path(run_folder(absolute(config))).glob("*")), "nothing is left behind"
 

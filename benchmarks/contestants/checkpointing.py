@@ -1,11 +1,16 @@
-"""Steps of the quickstart's model over drawn pictures, with checkpoints or without, in this process and without Ray."""
+"""What checkpoints cost the steps of the quickstart's model, without Ray, and what a run costs that is not ready."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +28,16 @@ REPOSITORY = Path(__file__).parents[2]
 STEPS = 150
 
 
-def seconds_of_steps(pictures: Path, every: int | None) -> float:
-    """Seconds of 150 steps of 64 pictures, the last checkpoint's write with them; `every` None: no other checkpoint than that."""
+class Spent(NamedTuple):
+    """Seconds: of all steps with the last checkpoint's write, of those that the loop waited for a checkpoint, of all writes."""
+
+    total: float
+    waited: float
+    written: float
+
+
+def steps_with_checkpoints(pictures: Path, every: int | None) -> Spent:
+    """150 steps of 64 pictures with a checkpoint after every so many; `every` None: with the last one alone."""
     with tempfile.TemporaryDirectory(prefix="nev-bench-") as folder:
         config = quickstart(pictures, folder, every)
         text = load_text(config.text)
@@ -37,9 +50,34 @@ def seconds_of_steps(pictures: Path, every: int | None) -> float:
             for number in range(STEPS * job.plan.blocks_per_step):
                 yield {**block, "block": np.full(job.plan.block_rows, number)}
 
+        seconds: Counter[str] = Counter()
+
+        def report(step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None:
+            seconds.update({name: value for name, value in metrics.items() if name.startswith("checkpoint_")})
+
         begin = time.perf_counter()
-        train(job, me, learner, start, blocks(), lambda step, metrics, notes=(): None)
-        return time.perf_counter() - begin
+        train(job, me, learner, start, blocks(), report)
+        total = time.perf_counter() - begin
+        return Spent(total, seconds["checkpoint_wait_s"], seconds["checkpoint_write_s"])
+
+
+def seconds_to_findings(pictures: Path) -> float:
+    """Seconds until `pipelines/train.py` has said all that is in the way of a run: no MLflow, too few GPUs, no labels."""
+    with tempfile.TemporaryDirectory(prefix="nev-bench-") as folder:
+        settings = (f"output={folder}", f"data.train={pictures / 'train'}", f"data.val={pictures / 'val'}")
+        wrong = ("tracking.uri=http://127.0.0.1:9", "workers.gpus=9", "data.columns.label=nothing")
+        command = [sys.executable, "pipelines/train.py", "--config", "configs/quickstart.yaml"]
+        command += [word for one in settings + wrong for word in ("--set", one)]
+        alone = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        begin = time.perf_counter()
+        with subprocess.Popen(command, cwd=REPOSITORY, env=alone, stdout=subprocess.PIPE, text=True) as run:
+            assert run.stdout
+            said = run.stdout.readline()
+            seconds = time.perf_counter() - begin
+            said += run.stdout.read()
+        if run.returncode != 2 or not all(word in said for word in ("127.0.0.1:9", "workers.gpus", "nothing")):
+            raise RuntimeError(f"not the findings that are there:\n{said}")
+        return seconds
 
 
 def quickstart(pictures: Path, folder: str, every: int | None) -> Experiment:

@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,10 @@ def open_parquet(fs: Any, path: str, info: dict[str, Any] | None = None) -> Any:
 def make_folder(fs: Any, path: str) -> None:
     """Make a local folder with those above it. S3 has no folders, and s3fs would try to make the bucket."""
     if is_local(fs):
+        new = list(takewhile(lambda folder: not folder.exists(), (Path(path), *Path(path).parents)))
         fs.makedirs(path, exist_ok=True)
+        for folder in new:
+            _sync(folder.parent)
 
 
 @contextmanager

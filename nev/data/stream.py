@@ -28,7 +28,7 @@ NUMBER_TASKS = 1000  # at most: each is put into the object store before the fir
 DEATHS = (
     5  # of the process over one block: lost nodes, or a picture that kills its decoder. By default Ray tries for ever
 )
-STEPS_AHEAD = 2  # decoded and not yet taken; each rank fetches two more (`nev.train.trainer.blocks_of`)
+STEPS_AHEAD = 2  # decoded and not yet taken; each rank fetches two more (`nev.train.worker.blocks_of`)
 
 
 def make_stream(reader: BlockReader, plan: Plan, first_step: int, last_step: int) -> Dataset:

@@ -48,3 +48,9 @@ def where(run: str) -> Start:
 def start_of(manifest: dict[str, Any]) -> Start:
     """Where the run of a checkpoint's manifest stood."""
     return Start(manifest["step"], manifest["bad_rows"], manifest["history"])
+
+
+def row_bytes(job: Job) -> int:
+    """What a row of a block takes: its picture, and its vector or tokens."""
+    text = 4 * job.config.text.max_tokens if job.config.text_online else 2 * job.text_width
+    return job.config.data.image_size**2 * 3 + text

@@ -28,8 +28,8 @@ SEND_S = 5.0  # to MLflow: every call to a SQLite store costs CPU that training 
 class Post(NamedTuple):
     """One message of a training process: metrics of a step, lines for the person, or (`error`) why the run cannot go on.
 
-    left: the processes have ended before the run did, as they were asked to, after a checkpoint of this step. began: they go on
-    from this step.
+    left: the processes have ended before the run did, as they were asked to, after a checkpoint of this step: a machine of
+    theirs is taken away, or the run is to stop. began: they go on from this step.
     """
 
     step: int
@@ -43,6 +43,7 @@ class Post(NamedTuple):
 class _Board:
     def __init__(self) -> None:
         self._posts: list[Post] = []
+        self._stop = False
 
     def post(self, post: Post) -> None:
         self._posts.append(post)
@@ -51,13 +52,22 @@ class _Board:
         posts, self._posts = self._posts, []
         return posts
 
+    def stop(self) -> None:
+        self._stop = True
+
+    def stopping(self) -> bool:
+        return self._stop
+
 
 class RunIsBusy(NevError, RuntimeError):
     """Another driver on this cluster trains the same run."""
 
 
 def open_board(run: str) -> Any:
-    """The run's board, on this node: an actor with `post(Post)` and `take() -> list[Post]`. Raises RunIsBusy."""
+    """The run's board, on this node: an actor with `post(Post)` and `take() -> list[Post]`, `stop()` and `stopping() -> bool`.
+
+    Raises RunIsBusy.
+    """
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False
     )
@@ -71,11 +81,16 @@ def open_board(run: str) -> Any:
 
 
 class Watcher:
-    """What the driver has read from the board: errors, and the newest value of each metric."""
+    """What the driver has read from the board: errors, and the newest value of each metric.
+
+    stop: set by whoever wants the run to end after the step that is under way, with a checkpoint.
+    """
 
     def __init__(self, board: Any, tracker: Tracker, console: Console, total_steps: int, first_step: int) -> None:
         self.errors: list[str] = []
         self.left = self._begun = False
+        self.stop = threading.Event()
+        self._told_to_stop = False
         self.latest: dict[str, float] = {}
         self._board = board
         self._tracker = tracker
@@ -95,20 +110,25 @@ class Watcher:
             self._read()
 
     def _read(self) -> None:
+        if self.stop.is_set() and not self._told_to_stop:
+            self._told_to_stop = True
+            ray.get(self._board.stop.remote())
+            self._note("the run was told to stop: the step that is under way is finished and kept")
         for post in ray.get(self._board.take.remote()):
             if post.error:
                 self.errors.append(post.error)
                 continue
             for note in post.notes:
-                self._console.print(f"[yellow]{escape(note)}[/]", highlight=False, soft_wrap=True)
+                self._note(note)
+            if post.began and self._begun:
+                self._note(f"the processes were started again; training goes on from step {post.step}")
+            if post.left:
+                why = "" if self.stop.is_set() else "a machine is taken away; "
+                goes_on = (
+                    "the same command goes on from here" if self.stop.is_set() else "it goes on where there is room"
+                )
+                self._note(f"step {post.step}: {why}what was done is kept, and {goes_on}")
             if post.began or post.left:
-                if post.began and self._begun and not self.left:
-                    self._console.print(
-                        "[yellow]the processes were started again, since one was lost or others came; training goes on from step "
-                        f"{post.step}[/]",
-                        highlight=False,
-                        soft_wrap=True,
-                    )
                 self._begun, self.left = True, post.left
                 continue
             self.latest.update(post.metrics)
@@ -116,6 +136,9 @@ class Watcher:
             self._show(post.step)
         if time.monotonic() - self._sent > SEND_S:
             self._send()
+
+    def _note(self, note: str) -> None:
+        self._console.print(f"[yellow]{escape(note)}[/]", highlight=False, soft_wrap=True)
 
     def _show(self, step: int) -> None:
         now = self.latest
@@ -149,18 +172,16 @@ class Watcher:
             self._away = False
         except (MlflowException, OSError):
             if not self._away:
-                self._console.print(
-                    f"[yellow]MLflow at {self._tracker.uri} does not answer; numbers are kept and sent later[/]"
-                )
+                self._note(f"MLflow at {self._tracker.uri} does not answer; numbers are kept and sent later")
             self._away = True
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Read the board in a thread while the body runs, and once more at its end."""
-        stop = threading.Event()
+        over = threading.Event()
 
         def loop() -> None:
-            while not stop.wait(POLL_S):
+            while not over.wait(POLL_S):
                 self.read()
 
         thread = threading.Thread(target=loop, name="nev-monitor", daemon=True)
@@ -170,7 +191,7 @@ class Watcher:
         try:
             yield
         finally:
-            stop.set()
+            over.set()
             thread.join()
             self.read()
             self._send()

@@ -92,10 +92,13 @@ class Run:
         def reached() -> bool:
             if not self.alive():
                 raise RuntimeError(f"the driver ended:\n{self.said()}")
-            newest = latest(self.folder)
-            return newest is not None and int(newest.rsplit("-", 1)[1]) >= step
+            return self.newest() >= step
 
         wait_for(reached, seconds, f"checkpoint of step {step}")
+
+    def newest(self) -> int:
+        """The step of its newest checkpoint, 0 where there is none."""
+        return int((latest(self.folder) or "-0").rsplit("-", 1)[1])
 
     def finish(self, seconds: float = LIMIT_S) -> int:
         """Wait for the driver's end; its exit status."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+from .disk import is_small
 from .machines import DECODER, TRAINER, Machines, wait_for
 from .runs import Run
 
@@ -43,6 +45,30 @@ def driver_killed(machines: Machines, run: Run) -> None:
     run.start()
 
 
+def driver_stopped(machines: Machines, run: Run) -> None:
+    """SIGTERM to the driver, as a job's manager sends it: the run keeps what it has, ends, and is submitted again."""
+    assert run.driver
+    run.driver.terminate()
+    if (status := run.driver.wait(60)) != 128 + signal.SIGTERM:
+        raise RuntimeError(f"the driver ended with {status}:\n{run.said()}")
+    run.start()
+
+
+def disk_full(machines: Machines, run: Run) -> None:
+    """No byte is left on the disk of the run when a checkpoint is due; later there is room again."""
+    before, filler = len(run.said()), Path(run.folder).parent / "filler"
+    if not is_small(filler.parent):
+        raise RuntimeError(f"{filler.parent} is on a disk that others use, too")
+    try:
+        with filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+    except OSError:  # it is full
+        wait_for(lambda: "is tried again" in run.said()[before:] or not run.alive(), 60, "a checkpoint refused")
+    finally:
+        filler.unlink()
+
+
 def spot_notice(machines: Machines, run: Run) -> None:
     """A notice that a node that trains goes in a minute, which it does once nothing trains there any more."""
     node = wait_for(lambda: machines.node_with(TRAINER), 60, "a node that trains")
@@ -67,7 +93,9 @@ FAULTS: dict[str, Strike] = {
         node_killed,
         block_node_killed,
         driver_killed,
+        driver_stopped,
         spot_notice,
         rank_stopped,
+        disk_full,
     )
 }

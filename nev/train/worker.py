@@ -1,0 +1,156 @@
+"""One training process, as Ray Train starts it: build, train, and tell the others how it ended."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from nev.config_base import ConfigError
+from nev.data.block import Block
+from nev.errors import NevError
+from nev.train.job import Job, row_bytes
+from nev.train.manifest import CheckpointError
+from nev.train.monitor import Post
+from nev.train.quarantine import TooManyBadRows
+
+if TYPE_CHECKING:
+    from nev.data.plan import Plan
+    from nev.train.learner import Rank
+
+ASK_S = 1.0  # how often rank 0 asks the driver whether to leave
+
+
+class Stalled(NevError, RuntimeError):
+    """A rank has waited too long for another one."""
+
+
+def work(setting: dict[str, Any]) -> None:
+    """One training process, started by Ray Train."""
+    import ray
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from nev.train.guards import Diverged
+    from nev.train.learner import Rank, build, learner_of
+    from nev.train.loop import TowerMoved, train
+    from nev.train.parallel import all_of, first_of_all
+    from nev.train.step import choose_precision
+    from nev.train.writer import NotKept
+
+    job: Job = setting["job"]
+    context = ray.train.get_context()
+    threads = job.config.workers.threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+    torch.set_num_threads(threads)
+    device = ray.train.torch.get_device()
+    precision = choose_precision(job.config.train.precision, device)
+    me = Rank(context.get_world_rank(), context.get_world_size(), device, precision)
+
+    def report(step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None:
+        setting["board"].post.remote(Post(step, metrics, notes=tuple(notes)))
+
+    def give_up(error: str) -> None:
+        # All ranks return together: raised, the error would be tried again, to the same end.
+        if me.rank == 0:
+            ray.get(setting["board"].post.remote(Post(0, {}, error)))
+
+    stopping = Question(setting["board"]) if me.rank == 0 else None
+
+    def asked() -> bool:
+        return machine_goes() or (stopping is not None and stopping.answer())
+
+    # Asked for now, the first block is made while this process still imports and builds the model.
+    blocks = blocks_of(job, me)
+    first = ThreadPoolExecutor(1).submit(next, blocks, None)
+    problem = built = None
+    try:
+        built = build(job)
+    except (ConfigError, CheckpointError) as error:
+        problem = str(error)  # perhaps of this node alone: the others must not wait for it
+    if found := first_of_all(problem, me.world):
+        return give_up(found)
+    assert built
+    if len(seen := all_of(built.state.step if built.state else 0, me.world)) > 1:
+        raise RuntimeError(f"the workers see other newest checkpoints, of steps {sorted(seen)}: they start again")
+    learner, start = learner_of(built, job, me)
+    del built  # it holds the moments of the checkpoint, whole
+    if me.rank == 0:
+        ray.get(setting["board"].post.remote(Post(start.step, {}, began=True)))
+    try:
+        done = train(job, me, learner, start, after(first, blocks), report, asked)
+        if done < job.stop_step and me.rank == 0:
+            ray.get(setting["board"].post.remote(Post(done, {}, left=True)))
+    except (TooManyBadRows, Diverged, TowerMoved) as error:  # every rank meets these at the same step
+        give_up(str(error))
+    except NotKept as error:  # of rank 0 alone: the others are done
+        if error.step < job.stop_step:
+            raise
+        give_up(str(error))
+    except RuntimeError as error:
+        if "timed out" not in str(error).lower():
+            raise
+        raise Stalled(
+            f"rank {me.rank} has waited {job.config.workers.timeout_s} s (workers.timeout_s) for another one, which hangs or is "
+            f"cut off; all are started again. Torch says: {str(error).splitlines()[0]}"
+        ) from error
+
+
+class Question:
+    """Whether the driver was told to stop, asked of its board once a second and never waited for."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+        self._asked: Any = None
+        self._next = 0.0
+
+    def answer(self) -> bool:
+        """The newest answer that is there: True once the run is to stop."""
+        import ray
+
+        if self._asked is None and time.monotonic() >= self._next:
+            self._asked = self._board.stopping.remote()
+        if self._asked is None or not ray.wait([self._asked], timeout=0)[0]:
+            return False
+        stop: bool = ray.get(self._asked)
+        self._asked, self._next = None, time.monotonic() + ASK_S
+        return stop
+
+
+def machine_goes() -> bool:
+    """Whether this process was told that a machine of the run will be taken away.
+
+    Ray's public `get_preemption_info` would have all ranks meet in an actor; here they agree by a byte after each step.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
+
+
+def after(first: Future[Block | None], blocks: Iterator[Block]) -> Iterator[Block]:
+    """The block that is on its way, then the others."""
+    block = first.result()
+    if block is not None:
+        yield block
+    yield from blocks
+
+
+def blocks_of(job: Job, me: Rank) -> Iterator[Block]:
+    """This rank's blocks, as they left the tasks; the blocks of the next steps are fetched while this one computes."""
+    import ray
+    import ray.train
+
+    store_bytes = ray.cluster_resources().get("object_store_memory", 0.0)  # type: ignore[no-untyped-call]
+    ahead = fetch_ahead(job.plan, me.world, job.plan.block_rows * row_bytes(job), store_bytes)
+    shard = ray.train.get_dataset_shard("train")
+    return iter(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=ahead))
+
+
+def fetch_ahead(plan: Plan, world: int, block_bytes: int, store_bytes: float) -> int:
+    """How many blocks a rank holds fetched: two steps' or, where the ranks' would be more, a quarter of the object store.
+
+    The blocks that the tasks are ahead take up to half of it (`nev.data.pacing`); beyond all of it Ray spills to the disk.
+    """
+    return max(1, min(2 * plan.blocks_per_step // world, int(store_bytes / 4 / world // block_bytes)))
