@@ -10,6 +10,8 @@ import itertools
 import random
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -23,6 +25,7 @@ from benchmarks.contestants.checkpointing import Spent, seconds_to_findings, ste
 from benchmarks.contestants.processes import in_own_process
 from nev.cli import command, explained
 from nev.train.journal import kept_run_id
+from tests.faults.disk import small_disk
 from tests.faults.machines import Machines, machines, wait_for
 from tests.faults.runs import BATCH, STEPS, Result, Run, settings
 from tests.faults.table import FAULTS
@@ -139,20 +142,25 @@ def cost_of_checkpoints(pictures: Path, repetitions: int, console: Console) -> d
 
 def undisturbed(cluster: Machines, pictures: Path, folder: Path) -> tuple[Result, float]:
     """What a run comes to where nothing happens, and its seconds."""
-    run = begun(cluster, pictures, folder, "undisturbed")
     start = time.monotonic()
-    if run.finish() != 0:
-        raise RuntimeError(f"the undisturbed run failed:\n{run.said()}")
-    return run.result(), time.monotonic() - start
+    with begun(cluster, pictures, folder, "undisturbed") as run:
+        if run.finish() != 0:
+            raise RuntimeError(f"the undisturbed run failed:\n{run.said()}")
+        return run.result(), time.monotonic() - start
 
 
-def begun(cluster: Machines, pictures: Path, folder: Path, name: str) -> Run:
-    """A run that has been started, in a folder of its own."""
+@contextmanager
+def begun(cluster: Machines, pictures: Path, folder: Path, name: str) -> Iterator[Run]:
+    """A run that has been started, on a small disk of its own where this user may mount one; ended when the body is left."""
     own = folder / name
     own.mkdir()
-    run = Run(settings(pictures, own), own, cluster.address)
-    run.start()
-    return run
+    with small_disk(own / "disk"):
+        run = Run(settings(pictures, own / "disk"), own, cluster.address)
+        run.start()
+        try:
+            yield run
+        finally:
+            run.end()
 
 
 def soak(
@@ -168,21 +176,20 @@ def soak(
     """Runs until the time is over, up to three faults in each."""
     end, found = time.monotonic() + seconds, []
     names: list[str] = []
+    with small_disk(folder / "trial") as mounted:
+        kinds = [name for name in FAULTS if mounted or name != "disk_full"]
     for number in itertools.count():
         if time.monotonic() > end:
             break
         if len(names) < A_RUN:
-            names += draw.sample(list(FAULTS), len(FAULTS))
+            names += draw.sample(kinds, len(kinds))
         while len(cluster.nodes()) < 3:
             cluster.add()
-        run = begun(cluster, pictures, folder, f"run-{number}")
-        try:
+        with begun(cluster, pictures, folder, f"run-{number}") as run:
             struck = [
                 one for name in names[:A_RUN] if (one := strike(cluster, run, name, draw.uniform(0.1, 0.6) * duration))
             ]
             done = judged(run, struck, straight)
-        finally:
-            run.end()
         for one in done:
             names.remove(one.fault)
             console.print(line(one.fault, [one]), highlight=False)
@@ -198,7 +205,7 @@ def strike(cluster: Machines, run: Run, name: str, pause: float) -> Struck | Non
     before, at = len(run.said()), time.time()
     try:
         FAULTS[name](cluster, run)
-    except TimeoutError:
+    except (TimeoutError, RuntimeError):  # it ended meanwhile: `judged` will tell how
         return None
     again = seen(run, before) if name in RESTART else None
     return Struck(name, new_step(run, again) - at if again else None, again - at if again else None)

@@ -156,7 +156,8 @@ def collectives(config: Experiment, text_width: int) -> list[Collective]:
     texts = Collective("all_gather", "texts", 1, batch * (text_width + 1) * FP16)
     columns = Collective("all_reduce", "columns", 2, (2 * levels * batch + 2) * FP32)
     counts = Collective("all_reduce", "loss and counts", 1, 2 * FP32)
-    said = [texts, counts if config.loss.kind == "sigmoid" else columns]
+    leave = Collective("all_reduce", "whether to leave (hosts)", 1, 1)
+    said = [texts, counts if config.loss.kind == "sigmoid" else columns, leave]
     blocks, rest = pieces(shape_of(config, text_width))
     learned = sum(blocks) + rest
     if not config.train.fsdp:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
-import ray
 from ray.cluster_utils import Cluster
-from ray.core.generated import autoscaler_pb2
 
 STORE, MEMORY = 300 * 2**20, 2**30
 TRAINER, DECODER = "ray::RayTrainWorker", "ray::MapBatches(read_block)"  # as processes call themselves
@@ -69,11 +70,17 @@ class Machines:
 
     def drain(self, node: Any, seconds: int) -> None:
         """What a cloud's notice comes to in Ray: this node will be taken away in so many seconds."""
-        ray._raylet.GcsClient(address=self.address).drain_node(
+        command = [
+            str(Path(sys.executable).with_name("ray")),
+            "drain-node",
+            "--address",
+            self.address,
+            "--node-id",
             node.node_id,
-            autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
-            "a spot machine is taken back",
-            int((time.time() + seconds) * 1000),
+        ]
+        notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a spot machine is taken back"]
+        subprocess.run(
+            [*command, *notice, "--deadline-remaining-seconds", str(seconds)], check=True, capture_output=True
         )
 
 

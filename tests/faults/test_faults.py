@@ -82,6 +82,7 @@ def test_a_run_survives(
     finally:
         run.end()
     assert run.result() == straight, run.said()
+    assert ("the run was told to stop" in run.said()) == ("driver_stopped" in names)
 
 
 def test_a_run_waits_for_s3_and_mlflow(
