@@ -29,6 +29,7 @@ from nev.train.parallel import blocks_of
 from nev.train.tower import make_ready
 
 BUCKET_BYTES = 25 * 2**20  # DDP's default
+LEAVE = "whether to leave (hosts)"  # nev.train.agreement
 FP32, FP16 = 4, 2
 # Measured with glibc's allocator and oneDNN (`benchmarks/results/capacity.json`): a share of what is alive, and on a CPU what the
 # first step brings for good, libraries and compiled kernels.
@@ -156,7 +157,7 @@ def collectives(config: Experiment, text_width: int) -> list[Collective]:
     texts = Collective("all_gather", "texts", 1, batch * (text_width + 1) * FP16)
     columns = Collective("all_reduce", "columns", 2, (2 * levels * batch + 2) * FP32)
     counts = Collective("all_reduce", "loss and counts", 1, 2 * FP32)
-    leave = Collective("all_reduce", "whether to leave (hosts)", 1, 1)
+    leave = Collective("all_reduce", LEAVE, 1, 1)
     said = [texts, counts if config.loss.kind == "sigmoid" else columns, leave]
     blocks, rest = pieces(shape_of(config, text_width))
     learned = sum(blocks) + rest
