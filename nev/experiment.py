@@ -25,8 +25,9 @@ from nev.train.setup import absolute, make_validation, prepare_job, train_reader
 from nev.train.trainer import check_room, check_store, fit, posting
 
 if TYPE_CHECKING:
+    from nev.eval.scoring import Embedded
     from nev.eval.texts import Texts
-    from nev.eval.validation import Embedded, Validation
+    from nev.eval.validation import Validation
     from nev.train.job import Job
 
 
@@ -169,11 +170,12 @@ def evaluate_checkpoint(
 ) -> tuple[dict[str, float], list[str]]:
     """Score a checkpoint on its experiment's validation set, with overrides; write metrics.json and galleries in `output`.
 
-    `output` is a folder or an S3 prefix; by default the run's folder/evaluation. Returns the metrics, and where the files
+    `output` is a folder or an S3 prefix; by default the run's folder/evaluation. Returns the metrics (shares with the ends of
+    their 95 % intervals, `..._low` and `..._high`; where there are captions, also `space/` and `mixed/`), and where the files
     lie. Raises CheckpointError where the text tower is not the one that it was trained
     against, ConfigError where there is nothing to score.
     """
-    from nev.eval.validation import score
+    from nev.eval.scoring import intervals, pairs_of, rank, shares, space
     from nev.models.text import load_text
     from nev.runtime import connect
 
@@ -194,7 +196,12 @@ def evaluate_checkpoint(
     task = make_validation(config, text)
     connect()
     embedded, texts = embed(config, location, task)
-    metrics = score(task, embedded, texts)
+    ranked = rank(task.reader.index.root, embedded, texts)
+    metrics = shares(ranked)
+    for name, sure in intervals(ranked).items():
+        metrics |= {f"{name}_low": sure.low, f"{name}_high": sure.high}
+    if pairs := pairs_of(task.reader.index.root, embedded, texts):
+        metrics |= space(pairs)
     output = output or join(location.rsplit("/", 2)[0], "evaluation")
     with folder_to_fill(output) as folder:
         numbers = folder / "metrics.json"
@@ -244,16 +251,19 @@ def how_to_look(uri: str) -> str:
 
 
 def metrics_table(metrics: dict[str, float], title: str) -> Table:
-    """Shares as percentages, beside what chance would score."""
+    """Shares as percentages, beside their 95 % intervals, where those are known, and what chance would score."""
     table = Table(title=title, title_justify="left")
-    for column in ("metric", "value", "chance"):
+    sure = any(key.endswith("_low") for key in metrics)
+    for column in ("metric", "value", *(["95 % interval"] if sure else []), "chance"):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for key, value in metrics.items():
-        if key.endswith("chance"):
+        if key.endswith(("chance", "_low", "_high")):
             continue
         chance = metrics.get(
             f"{key}_chance", metrics.get(f"{key.rpartition('/')[0]}/chance") if "top1" in key else None
         )
-        shown = f"{value:,.0f}" if key.startswith("val/") else f"{value:.1%}"
-        table.add_row(key, shown, "" if chance is None else f"{chance:.1%}")
+        shown = {"val": f"{value:,.0f}", "space": f"{value:.3f}"}.get(key.partition("/")[0], f"{value:.1%}")
+        ends = [f"{metrics[f'{key}_{end}']:.1%}" for end in ("low", "high") if f"{key}_{end}" in metrics]
+        interval = [" to ".join(ends)] if sure else []
+        table.add_row(key, shown, *interval, "" if chance is None else f"{chance:.1%}")
     return table

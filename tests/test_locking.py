@@ -444,6 +444,6 @@ def test_on_ray_both_towers_train_under_fsdp_and_are_evaluated(ray_cluster: None
     options = {"lock": "none", "train__fsdp": True, "train__steps": 6, "eval__batch": 48, "train__micro_batch": 16}
     done = run_experiment(tiny(name="both", workers__count=2, **options), Console(quiet=True))
     found, _ = evaluate_checkpoint(done.checkpoint, [])
-    assert found.keys() == done.metrics.keys()
+    assert found.keys() >= done.metrics.keys()
     for name, value in done.metrics.items():
         assert found[name] == pytest.approx(value, abs=0.02), name

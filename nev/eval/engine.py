@@ -16,7 +16,8 @@ from ray.data import DataContext
 from nev.data.block import Block
 from nev.data.plan import in_order
 from nev.data.stream import DEATHS, fetched, stream_context
-from nev.eval.validation import Embed, Embedded, Validation, collect, embed_block, embedder
+from nev.eval.scoring import Embedded
+from nev.eval.validation import Embed, Validation, collect, embed_block, embedder
 from nev.runtime import cluster_gpus
 
 if TYPE_CHECKING:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from nev.eval.ranks import Ints, best_ranks, row_numbers, unit_rows
+
+
+class Ranks(NamedTuple):
+    """texts: int64 [m], the rank of a text's image; images: int64 [n], the rank of the best text of an image. 0 is first."""
+
+    texts: Ints
+    images: Ints
 
 
 def retrieval(
@@ -26,6 +34,23 @@ def retrieval(
     scores. All in [0, 1]. Raises ValueError for an owner outside 0..n-1, an image without a text, and embeddings that
     are not finite or not of unit length.
     """
+    return recalls(retrieval_ranks(images, texts, owner, chunk), np.asarray(owner), ks)
+
+
+def recalls(ranks: Ranks, owner: Ints, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """What `retrieval` returns, from where the answers rank."""
+    captions = np.bincount(owner)
+    found: dict[str, float] = {}
+    for k in ks:
+        found[f"retrieval/text_to_image/r{k}"] = float(np.mean(ranks.texts < k))
+        found[f"retrieval/text_to_image/r{k}_chance"] = min(k / len(captions), 1.0)
+        found[f"retrieval/image_to_text/r{k}"] = float(np.mean(ranks.images < k))
+        found[f"retrieval/image_to_text/r{k}_chance"] = _any_of(captions, len(ranks.texts), k)
+    return found
+
+
+def retrieval_ranks(images: ArrayLike, texts: ArrayLike, owner: ArrayLike, chunk: int = 1024) -> Ranks:
+    """Where the answers rank that `retrieval` counts. Same arguments, same errors."""
     images, texts = unit_rows("images", images), unit_rows("texts", texts)
     if images.shape[1] != texts.shape[1]:
         raise ValueError(f"images are {images.shape[1]} wide and texts {texts.shape[1]}: use one encoder pair")
@@ -37,15 +62,7 @@ def retrieval(
             f"{len(bare)} of {len(images)} images have no text, the first is row {bare[0]}: leave them out"
         )
     numbers = np.arange(len(texts))
-    text_ranks = best_ranks(texts, images, numbers, owner, chunk)
-    image_ranks = best_ranks(images, texts, owner, numbers, chunk)
-    found: dict[str, float] = {}
-    for k in ks:
-        found[f"retrieval/text_to_image/r{k}"] = float(np.mean(text_ranks < k))
-        found[f"retrieval/text_to_image/r{k}_chance"] = min(k / len(images), 1.0)
-        found[f"retrieval/image_to_text/r{k}"] = float(np.mean(image_ranks < k))
-        found[f"retrieval/image_to_text/r{k}_chance"] = _any_of(captions, len(texts), k)
-    return found
+    return Ranks(best_ranks(texts, images, numbers, owner, chunk), best_ranks(images, texts, owner, numbers, chunk))
 
 
 def _any_of(captions: Ints, texts: int, k: int) -> float:

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from nev.eval.engine import pictures
 from nev.eval.plots import curve, gallery
+from nev.eval.scoring import Embedded
 from nev.eval.texts import Texts, all_captions
-from nev.eval.validation import Embedded, Validation
+from nev.eval.validation import Validation
 from nev.train.journal import Point
 
 QUERIES = 7

@@ -12,29 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nev.data.block import Block, BlockReader
-from nev.data.index import DataError
 from nev.data.plan import in_order
 from nev.data.sidecar import Encode
 from nev.data.storage import filesystem, join
-from nev.eval.retrieval import retrieval
+from nev.eval.scoring import Embedded, rank, shares
 from nev.eval.texts import Classes, Texts, all_captions, caption_owners, load_texts
-from nev.eval.zeroshot import class_embeddings, zero_shot
+from nev.eval.zeroshot import class_embeddings
 
 if TYPE_CHECKING:
     import torch
 
 Embed = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
-
-
-class Embedded(NamedTuple):
-    """A validation set in the shared space, in index order.
-
-    images: float32 [n, D]; valid: bool [n], False where the image could not be decoded; labels: int64 [n], -1 if unknown.
-    """
-
-    images: NDArray[np.float32]
-    valid: NDArray[np.bool_]
-    labels: NDArray[np.int64]
 
 
 class Result(NamedTuple):
@@ -163,24 +151,7 @@ def load_kept(checkpoint: str, task: Validation) -> tuple[Embedded, Texts] | Non
 
 def score(task: Validation, embedded: Embedded, texts: Texts) -> dict[str, float]:
     """The metrics that the task asks for, over the rows that could be decoded."""
-    metrics = {"val/rows": float(len(embedded.valid)), "val/bad_rows": float((~embedded.valid).sum())}
-    if texts.classes is not None:
-        labelled = embedded.valid & (embedded.labels >= 0)
-        _refuse_none(labelled, task, "a label and an image that can be decoded")
-        metrics |= zero_shot(embedded.images[labelled], embedded.labels[labelled], texts.classes)
-    if texts.captions is not None and texts.owner is not None:
-        owner = texts.owner
-        captioned = np.isin(np.arange(len(embedded.valid)), owner) & embedded.valid
-        _refuse_none(captioned, task, "a caption and an image that can be decoded")
-        kept = captioned[owner]
-        position = np.cumsum(captioned) - 1
-        metrics |= retrieval(embedded.images[captioned], texts.captions[kept], position[owner[kept]])
-    return metrics
-
-
-def _refuse_none(rows: NDArray[np.bool_], task: Validation, what: str) -> None:
-    if not rows.any():
-        raise DataError(f"{task.reader.index.root}: no row has {what}, so there is nothing to score. Mend data.val.")
+    return shares(rank(task.reader.index.root, embedded, texts))
 
 
 def embedder(

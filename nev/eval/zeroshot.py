@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nev.eval.ranks import Floats, best_ranks, row_numbers, unit_rows
+from nev.eval.ranks import Floats, Ints, best_ranks, row_numbers, unit_rows
 
 
 def class_embeddings(
@@ -46,15 +46,24 @@ def zero_shot(
     guessing; all in [0, 1]. Raises ValueError for labels outside 0..C-1 (-1 included) and embeddings that are not
     finite or not of unit length, naming the first such row.
     """
+    return accuracies(zero_shot_ranks(images, labels, classes, chunk), len(np.asarray(classes)), ks)
+
+
+def accuracies(ranks: Ints, classes: int, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
+    """What `zero_shot` returns, from where the right classes rank."""
+    found = {f"zero_shot/top{k}": float(np.mean(ranks < k)) for k in ks if k < classes}
+    return {**found, "zero_shot/chance": 1 / classes}
+
+
+def zero_shot_ranks(images: ArrayLike, labels: ArrayLike, classes: ArrayLike, chunk: int = 8192) -> Ints:
+    """Where each image's class ranks among the classes, int64 [n], 0 is first. Same arguments and errors as `zero_shot`."""
     images, classes = unit_rows("images", images), unit_rows("classes", classes)
     if images.shape[1] != classes.shape[1]:
         raise ValueError(f"images are {images.shape[1]} wide and classes {classes.shape[1]}: use one encoder pair")
     if len(classes) < 2:
         raise ValueError("zero-shot needs at least two classes")
     labels = row_numbers("labels", labels, len(images), len(classes), "the classes")
-    ranks = best_ranks(images, classes, np.arange(len(images)), labels, chunk)
-    found = {f"zero_shot/top{k}": float(np.mean(ranks < k)) for k in ks if k < len(classes)}
-    return {**found, "zero_shot/chance": 1 / len(classes)}
+    return best_ranks(images, classes, np.arange(len(images)), labels, chunk)
 
 
 def _normalised(vectors: Floats, names: Sequence[str]) -> Floats:

@@ -1,0 +1,61 @@
+"""Texts and images in one list: by hand, and in spaces with a gap and without."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nev.eval.mixed import mixed_retrieval, queries_of, shifted
+from nev.eval.ranks import Floats
+
+
+def unit(rows: object) -> Floats:
+    array = np.asarray(rows, float)
+    return np.asarray(array / np.linalg.norm(array, axis=1, keepdims=True), np.float32)
+
+
+def test_by_hand() -> None:
+    # Two images with two texts each. Texts lie on the first two axes, images a little above them.
+    texts = unit([[1, 0.1, 0], [1, 0, 0], [0.1, 1, 0], [0, 1, 0]])
+    images = unit([[1, 0, 0.2], [0, 1, 0.2]])
+    got = mixed_retrieval(images, texts, np.array([0, 0, 1, 1]), k=2)
+    assert got["mixed/images_in_list"] == 0.5  # two images, and the two texts that do not ask
+    assert got["mixed/images_found"] == 0.5  # the other text first, then the own image
+    assert got["mixed/own_image"] == 1
+    assert mixed_retrieval(images, texts, np.array([0, 0, 1, 1]), k=1)["mixed/own_image"] == 0
+
+
+def test_who_asks() -> None:
+    assert queries_of(np.array([0, 0, 1, 2, 2, 2])).tolist() == [0, 3]
+    assert queries_of(np.array([0, 1, 2, 3, 4])).tolist() == [0, 2, 4]
+
+
+def test_a_gap_hides_images_and_the_shift_brings_them_back() -> None:
+    rng = np.random.default_rng(0)
+    meaning = rng.normal(size=(200, 32))
+    owner = np.repeat(np.arange(200), 2)
+    texts = unit(meaning[owner] + 0.3 * rng.normal(size=(400, 32)))
+    near = unit(meaning + 0.3 * rng.normal(size=(200, 32)))
+    together = mixed_retrieval(near, texts, owner)
+    assert together["mixed/images_found"] == pytest.approx(together["mixed/images_in_list"], abs=0.05)
+    away = unit(near + 2 * np.eye(32)[0])
+    apart = mixed_retrieval(away, texts, owner)
+    assert apart["mixed/images_found"] < 0.3 < apart["mixed/images_found_shifted"]
+    assert apart["mixed/own_image"] <= apart["mixed/own_image_shifted"]
+
+
+def test_shifted_images_are_centred_on_the_texts() -> None:
+    rng = np.random.default_rng(1)
+    images, texts = unit(rng.normal(size=(50, 8)) + 2), unit(rng.normal(size=(60, 8)))
+    moved = shifted(images, texts)
+    np.testing.assert_allclose(np.linalg.norm(moved, axis=1), 1, atol=1e-6)
+    before = np.linalg.norm(images.mean(0) - texts.mean(0))
+    assert np.linalg.norm(moved.mean(0) - texts.mean(0)) < before / 3
+
+
+def test_bad_input_is_named() -> None:
+    rows = unit(np.eye(4))
+    with pytest.raises(ValueError, match="4 wide and texts 3"):
+        mixed_retrieval(rows, unit(np.eye(3)), np.arange(3))
+    with pytest.raises(ValueError, match="not of unit length"):
+        mixed_retrieval(rows * 2, rows, np.arange(4))
