@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -37,6 +39,7 @@ EVERY = 50  # steps between checkpoints, where their overhead is measured
 A_RUN = 3  # faults
 RESTART = ("worker_killed", "node_killed", "rank_stopped")  # faults after which a driver says LOST
 RESTART_S = 60.0
+LEFT = Path(tempfile.gettempdir()) / "nev-soak-failed"  # what the drivers of lost runs printed
 LOST = "training goes on from step"  # what a driver prints when processes are there again
 NOTES = (
     "One run after another on a Ray cluster of a head and three nodes of one CPU, all on this machine; each is struck up to "
@@ -187,7 +190,9 @@ def soak(
             cluster.add()
         with begun(cluster, pictures, folder, f"run-{number}") as run:
             struck = [
-                one for name in names[:A_RUN] if (one := strike(cluster, run, name, draw.uniform(0.1, 0.6) * duration))
+                one
+                for name in names[:A_RUN]
+                if (one := strike(cluster, run, name, draw.uniform(0.1, 0.6) * duration, console))
             ]
             done = judged(run, struck, straight)
         for one in done:
@@ -197,12 +202,13 @@ def soak(
     return found
 
 
-def strike(cluster: Machines, run: Run, name: str, pause: float) -> Struck | None:
+def strike(cluster: Machines, run: Run, name: str, pause: float, console: Console) -> Struck | None:
     """Strike a run after a pause of so many seconds. None where it was over before, or had nothing of what the fault wants."""
     time.sleep(pause)
     if not run.alive():
         return None
     before, at = len(run.said()), time.time()
+    console.print(f"{run.file.parent.name} at step {run.newest()} or later: {name}", highlight=False)
     try:
         FAULTS[name](cluster, run)
     except (TimeoutError, RuntimeError):  # it ended meanwhile: `judged` will tell how
@@ -213,7 +219,13 @@ def strike(cluster: Machines, run: Run, name: str, pause: float) -> Struck | Non
 
 def judged(run: Run, struck: list[Struck], straight: Result) -> list[Struck]:
     """The strikes of a run with what it came to."""
-    if run.finish() != 0:
+    try:
+        status: int | None = run.finish()
+    except subprocess.TimeoutExpired:
+        status = None
+    if status != 0:
+        LEFT.mkdir(exist_ok=True)
+        shutil.copy(run.log, LEFT / f"{run.file.parent.name}.log")
         return struck
     result, exact = run.result(), (straight.weights, straight.moments, straight.curve)
     return [
