@@ -29,7 +29,7 @@ from nev.cli import command, explained
 from nev.train.journal import kept_run_id
 from tests.faults.disk import small_disk
 from tests.faults.machines import Machines, machines, wait_for
-from tests.faults.runs import BATCH, STEPS, Result, Run, settings
+from tests.faults.runs import BATCH, Result, Run, settings
 from tests.faults.table import FAULTS
 
 OVERHEAD_GOAL = 1.03
@@ -37,8 +37,10 @@ WAIT_GOAL = 0.05
 READY_GOAL_S = 10.0
 EVERY = 50  # steps between checkpoints, where their overhead is measured
 A_RUN = 3  # faults
-RESTART = ("worker_killed", "node_killed", "rank_stopped")  # faults after which a driver says LOST
-RESTART_S = 60.0
+STEPS = 120  # some 40 s of training after 25 s of start
+PAUSE_S = (1.0, 25.0)  # before each fault
+RESTART = ("worker_killed", "meeting_killed", "node_killed", "rank_stopped")  # faults after which a driver says LOST
+RESTART_S = 45.0
 LEFT = Path(tempfile.gettempdir()) / "nev-soak-failed"  # what the drivers of lost runs printed
 LOST = "training goes on from step"  # what a driver prints when processes are there again
 NOTES = (
@@ -83,8 +85,8 @@ def main(
         checkpoints = cost_of_checkpoints(pictures, repetitions, console)
         ready = report.measure_interleaved({"preflight_s": lambda: seconds_to_findings(pictures)}, repetitions, console)
         with machines() as cluster:
-            straight, duration = undisturbed(cluster, pictures, folder)
-            struck = soak(cluster, pictures, folder, straight, duration, 60 * minutes, random.Random(seed), console)
+            straight = undisturbed(cluster, pictures, folder)
+            struck = soak(cluster, pictures, folder, straight, 60 * minutes, random.Random(seed), console)
         console.print(table(struck))
         figures = {name: [float(value)] for name, value in totals(struck).items()}
         for kind in ("recovery", "restart"):
@@ -143,13 +145,12 @@ def cost_of_checkpoints(pictures: Path, repetitions: int, console: Console) -> d
     }
 
 
-def undisturbed(cluster: Machines, pictures: Path, folder: Path) -> tuple[Result, float]:
-    """What a run comes to where nothing happens, and its seconds."""
-    start = time.monotonic()
+def undisturbed(cluster: Machines, pictures: Path, folder: Path) -> Result:
+    """What a run comes to where nothing happens."""
     with begun(cluster, pictures, folder, "undisturbed") as run:
         if run.finish() != 0:
             raise RuntimeError(f"the undisturbed run failed:\n{run.said()}")
-        return run.result(), time.monotonic() - start
+        return run.result()
 
 
 @contextmanager
@@ -158,7 +159,8 @@ def begun(cluster: Machines, pictures: Path, folder: Path, name: str) -> Iterato
     own = folder / name
     own.mkdir()
     with small_disk(own / "disk"):
-        run = Run(settings(pictures, own / "disk"), own, cluster.address)
+        train = {"global_batch": BATCH, "steps": STEPS, "log_every": 1, "checkpoint_every": 10}
+        run = Run(settings(pictures, own / "disk", train=train), own, cluster.address)
         run.start()
         try:
             yield run
@@ -171,7 +173,6 @@ def soak(
     pictures: Path,
     folder: Path,
     straight: Result,
-    duration: float,
     seconds: float,
     draw: random.Random,
     console: Console,
@@ -190,9 +191,7 @@ def soak(
             cluster.add()
         with begun(cluster, pictures, folder, f"run-{number}") as run:
             struck = [
-                one
-                for name in names[:A_RUN]
-                if (one := strike(cluster, run, name, draw.uniform(0.1, 0.6) * duration, console))
+                one for name in names[:A_RUN] if (one := strike(cluster, run, name, draw.uniform(*PAUSE_S), console))
             ]
             done = judged(run, struck, straight)
         for one in done:
@@ -203,16 +202,20 @@ def soak(
 
 
 def strike(cluster: Machines, run: Run, name: str, pause: float, console: Console) -> Struck | None:
-    """Strike a run after a pause of so many seconds. None where it was over before, or had nothing of what the fault wants."""
+    """Strike a run after a pause of so many seconds. None where it was over before."""
     time.sleep(pause)
-    if not run.alive():
+    if not run.alive() or run.newest() >= STEPS:
         return None
     before, at = len(run.said()), time.time()
     console.print(f"{run.file.parent.name} at step {run.newest()} or later: {name}", highlight=False)
     try:
         FAULTS[name](cluster, run)
-    except (TimeoutError, RuntimeError):  # it ended meanwhile: `judged` will tell how
-        return None
+    except (TimeoutError, RuntimeError, subprocess.SubprocessError):
+        if not run.alive() or run.newest() >= STEPS:
+            return None
+        return Struck(
+            name, None, None
+        )  # what the fault waits for does not come: `judged` tells what becomes of the run
     again = seen(run, before) if name in RESTART else None
     return Struck(name, new_step(run, again) - at if again else None, again - at if again else None)
 
@@ -224,6 +227,8 @@ def judged(run: Run, struck: list[Struck], straight: Result) -> list[Struck]:
     except subprocess.TimeoutExpired:
         status = None
     if status != 0:
+        if not struck:
+            raise RuntimeError(f"a run failed that nothing had happened to:\n{run.said()}")
         LEFT.mkdir(exist_ok=True)
         shutil.copy(run.log, LEFT / f"{run.file.parent.name}.log")
         return struck

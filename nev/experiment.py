@@ -22,7 +22,7 @@ from nev.train.journal import keep_run_id, kept_run_id, read_points
 from nev.train.manifest import CheckpointError, best, latest, newest_whole, read_manifest, verified
 from nev.train.output import check_output, check_space, run_folder
 from nev.train.setup import absolute, make_validation, prepare_job, train_reader
-from nev.train.trainer import check_room, check_store, fit, posting
+from nev.train.trainer import Stopped, check_room, check_store, fit, posting
 
 if TYPE_CHECKING:
     from nev.eval.scoring import Embedded
@@ -78,7 +78,7 @@ def run_experiment(
     begun = begin(job, console)
     with posting(job.run) as board:  # before MLflow hears of it: another job may train this run
         tracker = track(job, parent, begun)
-        ok = sent = False
+        status, sent = "FAILED", False
         try:
             if begun < job.stop_step:
                 fit(job, begun, train_reader(config, text), board, tracker, console)
@@ -87,9 +87,12 @@ def run_experiment(
                 check_locked(text, lock)
             summary, files = summarise(job, tracker)
             sent = tracker.artifacts(files, summary.checkpoint)
-            ok = True
+            status = "FINISHED"
+        except (Stopped, KeyboardInterrupt):
+            status = "KILLED"
+            raise
         finally:
-            if not tracker.finish(ok) or (ok and not sent):
+            if not tracker.finish(status) or (status == "FINISHED" and not sent):
                 console.print(
                     f"[yellow]MLflow at {tracker.uri} does not answer. All that it would show is in {job.run}; the same command "
                     "sends it[/]",

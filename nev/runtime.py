@@ -42,7 +42,7 @@ def connect() -> None:
         include_dashboard=None if address else False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        runtime_env={"env_vars": ENVIRONMENT},
+        runtime_env={"env_vars": {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}},
     )
     _quiet_data()
 

@@ -117,7 +117,7 @@ def run_sweep(sweep: Sweep, overrides: list[str]) -> Outcome:
         log_table(parent, sweep, outcome)
         ok = all(value is not None for value in values)
     finally:
-        parent.finish(ok)
+        parent.finish("FINISHED" if ok else "FAILED")
     return outcome
 
 

@@ -18,6 +18,7 @@ from nev.data.storage import at_hand, join, upload
 
 MAX_METRICS_A_CALL = 1000  # MLflow's own limit for one log_batch
 PATIENCE_S = 60.0  # with a server that does not answer at the end of a run
+TIMEOUT, PROBE_S = "MLFLOW_HTTP_REQUEST_TIMEOUT", "5"  # MLflow's own are two minutes, which files may need
 
 
 def tracking_uri(config: Tracking, output: str) -> str:
@@ -36,6 +37,8 @@ def check_tracking(uri: str) -> None:
     """Raise ConfigError where MLflow does not answer, as it would after all else has begun."""
     from mlflow.exceptions import MlflowException
 
+    known = os.environ.get(TIMEOUT)
+    os.environ[TIMEOUT] = PROBE_S
     try:
         _client(uri).search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
@@ -43,6 +46,10 @@ def check_tracking(uri: str) -> None:
             f"tracking.uri: MLflow at {uri} does not answer ({str(error).splitlines()[0]}). Start it (mlflow server), or give "
             "another one with --set tracking.uri=..."
         ) from error
+    finally:
+        del os.environ[TIMEOUT]
+        if known is not None:
+            os.environ[TIMEOUT] = known
 
 
 class Tracker:
@@ -115,19 +122,22 @@ class Tracker:
         points = sorted((one.step, one.value) for one in self._client.get_metric_history(self.run_id, key))
         return [step for step, _ in points], [value for _, value in points]
 
-    def finish(self, ok: bool) -> bool:
-        """Send what is kept and close the run as finished or failed. False where the server has not answered for a minute."""
+    def finish(self, status: str) -> bool:
+        """Send what is kept and close the run as FINISHED, FAILED or KILLED.
+
+        False where the server has not answered for a minute; one who was told to stop (KILLED) asks once.
+        """
         from mlflow.exceptions import MlflowException
 
         try:
             for attempt in Retrying(
                 retry=retry_if_exception_type((MlflowException, OSError)),
                 wait=wait_exponential(max=10),
-                stop=stop_after_delay(PATIENCE_S),
+                stop=stop_after_delay(0 if status == "KILLED" else PATIENCE_S),
             ):
                 with attempt:
                     self.flush()
-                    self._client.set_terminated(self.run_id, "FINISHED" if ok else "FAILED")
+                    self._client.set_terminated(self.run_id, status)
         except RetryError:
             return False
         return True
@@ -209,10 +219,8 @@ def _url(location: str) -> str:
 def _client(uri: str) -> Any:
     from mlflow import MlflowClient
 
-    # What a server does not take is kept and sent later: no call needs to try for the four minutes that are MLflow's default, or
-    # to wait for two in silence.
+    # What a server does not take is kept and sent later: no call needs to try for the four minutes that are MLflow's default.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri)

@@ -89,7 +89,7 @@ def test_a_run_holds_parameters_metrics_tags_and_artifacts(uri: str, tmp_path: P
     tracker.flush()
     (tmp_path / "note.txt").write_text("hello")
     tracker.artifact(tmp_path / "note.txt")
-    tracker.finish(ok=True)
+    tracker.finish("FINISHED")
 
     client = MlflowClient(tracking_uri=uri)
     run = client.get_run(tracker.run_id)
@@ -108,12 +108,12 @@ def test_a_continued_run_is_the_same_run_and_repeated_steps_are_there_once(uri: 
     first = open_run(uri, name, config.name, config, {}, str(tmp_path))
     first.log(1, {"loss": 3.0})
     first.log(2, {"loss": 9.0})
-    first.finish(ok=False)
+    first.finish("FAILED")
     again = open_run(uri, name, config.name, config, {}, str(tmp_path), run_id=first.run_id)
     again.log(2, {"loss": 2.0})
     again.log(3, {"loss": 1.0}, time_ms=5)
     again.log(3, {"loss": 0.5})
-    again.finish(ok=True)
+    again.finish("FINISHED")
     client = MlflowClient(tracking_uri=uri)
     found = client.get_experiment_by_name(name)
     assert found
@@ -201,9 +201,9 @@ def test_a_server_that_stays_away_at_the_end_is_no_traceback(
     tracker = open_run(sqlite, f"nev-{tmp_path.name}", config.name, config, {}, str(tmp_path))
     tracker._client = _Away(tracker._client)
     tracker.log(1, {"loss": 1.0})
-    assert not tracker.finish(ok=True)
+    assert not tracker.finish("FINISHED")
     tracker._client.back = True
-    assert tracker.finish(ok=True)
+    assert tracker.finish("FINISHED")
     assert Tracker(sqlite, tracker.run_id).history("loss") == ([1], [1.0])
 
 

@@ -5,6 +5,7 @@ The driver owns the console and MLflow, so the training processes import neither
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from nev.progress import rarely
 from nev.tracking import Tracker
 
 POLL_S = 0.5
+RELAY_S = 0.2
 SEND_S = 5.0  # to MLflow: every call to a SQLite store costs CPU that training on one machine would miss
 
 
@@ -43,20 +45,20 @@ class Post(NamedTuple):
 class _Board:
     def __init__(self) -> None:
         self._posts: list[Post] = []
-        self._stop = False
+        self._stop = asyncio.Event()
 
-    def post(self, post: Post) -> None:
+    async def post(self, post: Post) -> None:
         self._posts.append(post)
 
-    def take(self) -> list[Post]:
+    async def take(self) -> list[Post]:
         posts, self._posts = self._posts, []
         return posts
 
-    def stop(self) -> None:
-        self._stop = True
+    async def stop(self) -> None:
+        self._stop.set()
 
-    def stopping(self) -> bool:
-        return self._stop
+    async def stopped(self) -> None:
+        await self._stop.wait()
 
 
 class RunIsBusy(NevError, RuntimeError):
@@ -64,9 +66,8 @@ class RunIsBusy(NevError, RuntimeError):
 
 
 def open_board(run: str) -> Any:
-    """The run's board, on this node: an actor with `post(Post)` and `take() -> list[Post]`, `stop()` and `stopping() -> bool`.
-
-    Raises RunIsBusy.
+    """The run's board, on this node: an actor with `post(Post)` and `take() -> list[Post]`, `stop()`, and `stopped()`, which
+    comes back after that. Raises RunIsBusy.
     """
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False
@@ -90,7 +91,6 @@ class Watcher:
         self.errors: list[str] = []
         self.left = self._begun = False
         self.stop = threading.Event()
-        self._told_to_stop = False
         self.latest: dict[str, float] = {}
         self._board = board
         self._tracker = tracker
@@ -110,10 +110,6 @@ class Watcher:
             self._read()
 
     def _read(self) -> None:
-        if self.stop.is_set() and not self._told_to_stop:
-            self._told_to_stop = True
-            ray.get(self._board.stop.remote())
-            self._note("the run was told to stop: the step that is under way is finished and kept")
         for post in ray.get(self._board.take.remote()):
             if post.error:
                 self.errors.append(post.error)
@@ -177,22 +173,31 @@ class Watcher:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Read the board in a thread while the body runs, and once more at its end."""
+        """Read the board in a thread while the body runs, and once more at its end; `stop` goes to it by another thread."""
         over = threading.Event()
 
         def loop() -> None:
             while not over.wait(POLL_S):
                 self.read()
 
-        thread = threading.Thread(target=loop, name="nev-monitor", daemon=True)
+        def relay() -> None:  # a server that hangs must not hold it up
+            while not over.wait(RELAY_S):
+                if self.stop.is_set():
+                    self._note("the run was told to stop: the step that is under way is finished and kept")
+                    ray.get(self._board.stop.remote())
+                    return
+
+        threads = [threading.Thread(target=target, name="nev-monitor", daemon=True) for target in (loop, relay)]
         if self._console.is_terminal:
             self._line.start()
-        thread.start()
+        for thread in threads:
+            thread.start()
         try:
             yield
         finally:
             over.set()
-            thread.join()
+            for thread in threads:
+                thread.join()
             self.read()
             self._send()
             self._line.stop()

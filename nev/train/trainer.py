@@ -35,6 +35,9 @@ OUT_OF_MEMORY = (
 )
 
 
+START_TRIES = 3  # of Ray's controller, each with a wait for room (`nev.runtime`), before `fit` looks at it again
+
+
 class Stopped(SystemExit):
     """A run that a SIGTERM has stopped, with the exit status that a shell gives it."""
 
@@ -65,21 +68,36 @@ def fit(job: Job, begun: int, reader: BlockReader, board: Any, tracker: Tracker,
     TrainingFailed, and Stopped where a SIGTERM to this process ended it.
     """
     import ray.train
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
     watcher = Watcher(board, tracker, console, job.total_steps, begun)
     try:
         with ray_folder(job.run) as folder, watcher.watching(), set_by_sigterm(watcher.stop):
+            failures = 0
             while True:
                 watcher.left = False
-                ray_trainer(job, reader, board, folder).fit()
+                try:
+                    ray_trainer(job, reader, board, folder).fit()
+                except ray.train.ControllerError as error:
+                    # Ray starts processes again that die in training. It gives up where one dies while all of them meet, and
+                    # where there was no room for a while: that is waited for as long as it takes.
+                    if watcher.stop.is_set():
+                        raise Stopped from error
+                    free_room()
+                    failures += not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError)
+                    if failures > job.config.workers.max_failures or isinstance(innermost(error), NevError):
+                        raise
+                    continue
                 watcher.read()
                 if watcher.errors or watcher.stop.is_set() or not watcher.left:
                     break
     except ray.train.TrainingFailedError as error:
         raise TrainingFailed(first_cause(error)) from error
-    except Stopped:
-        raise
-    except SystemExit as end:  # how Ray Train's own handler of Ctrl-C ends
+    except (
+        SystemExit
+    ) as end:  # of SIGTERM's handler here, or of Ray Train's for Ctrl-C; on its way out Ray makes a new one
+        if watcher.stop.is_set():
+            raise Stopped from end
         raise KeyboardInterrupt from end
     if watcher.errors:
         raise TrainingFailed(watcher.errors[0])
@@ -107,6 +125,23 @@ def set_by_sigterm(event: threading.Event) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def free_room() -> None:
+    """Give back the room of workers that did not start. Ray 2.60 forgets the placement group of workers of which one died then.
+
+    Called when no worker of this job runs. Nothing is done in a trial of a sweep, whose job has the groups of others, too.
+    """
+    import ray
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    if threading.current_thread() is not threading.main_thread():
+        return
+    job = ray.get_runtime_context().get_job_id()
+    for name, group in placement_group_table().items():
+        if name.endswith(job) and group["state"] != "REMOVED":  # a group's id ends with its job's
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+
+
 def ray_trainer(job: Job, reader: BlockReader, board: Any, folder: str) -> TorchTrainer:
     """Ray's trainer of a job: it starts the workers, as many as there is room for between the least and the most."""
     import ray.train
@@ -115,7 +150,9 @@ def ray_trainer(job: Job, reader: BlockReader, board: Any, folder: str) -> Torch
     from nev.data.stream import Turns
 
     workers = job.config.workers
-    scaling: Any = ray.train.ScalingConfig  # typed as the one before, which knows no elasticity
+    # Both are typed as the ones before, which knew less.
+    scaling: Any = ray.train.ScalingConfig
+    failing: Any = ray.train.FailureConfig
     return TorchTrainer(
         work,
         train_loop_config={"job": job, "board": board},
@@ -129,7 +166,7 @@ def ray_trainer(job: Job, reader: BlockReader, board: Any, folder: str) -> Torch
         run_config=ray.train.RunConfig(
             name=f"attempt-{int(time.time())}",
             storage_path=folder,
-            failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
+            failure_config=failing(workers.max_failures, controller_failure_limit=START_TRIES - 1),
         ),
         datasets={"train": lambda: stream_from_here(job, reader)},
         dataset_config=Turns(),
@@ -199,13 +236,19 @@ def stream_from_here(job: Job, reader: BlockReader) -> Any:
 
 def first_cause(error: BaseException) -> str:
     """The message of a failure that went through Ray: nev's own, else the innermost."""
-    failures = getattr(error, "worker_failures", None)
-    inner = next(iter(failures.values())) if failures else error
-    while not isinstance(inner, NevError) and (deeper := getattr(inner, "cause", None) or inner.__cause__) is not None:
-        inner = deeper
+    inner = innermost(error)
     said = str(inner).strip() or repr(inner)
     if (
         not isinstance(inner, NevError) and "out of memory issue" in said
     ):  # Ray's words, of which the first say nothing else
         return OUT_OF_MEMORY
     return f"{type(inner).__name__}: {said if isinstance(inner, NevError) else said.splitlines()[-1]}"
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The first cause of a failure that went through Ray, or nev's own error on the way to it."""
+    failures = getattr(error, "worker_failures", None)
+    inner = next(iter(failures.values())) if failures else getattr(error, "controller_failure", error)
+    while not isinstance(inner, NevError) and (deeper := getattr(inner, "cause", None) or inner.__cause__) is not None:
+        inner = deeper
+    return inner

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,6 @@ from nev.train.quarantine import TooManyBadRows
 if TYPE_CHECKING:
     from nev.data.plan import Plan
     from nev.train.learner import Rank
-
-ASK_S = 1.0  # how often rank 0 asks the driver whether to leave
 
 
 class Stalled(NevError, RuntimeError):
@@ -57,10 +54,10 @@ def work(setting: dict[str, Any]) -> None:
         if me.rank == 0:
             ray.get(setting["board"].post.remote(Post(0, {}, error)))
 
-    stopping = Question(setting["board"]) if me.rank == 0 else None
+    stop = Stop(setting["board"]) if me.rank == 0 else None
 
     def asked() -> bool:
-        return machine_goes() or (stopping is not None and stopping.answer())
+        return machine_goes() or (stop is not None and stop.told())
 
     # Asked for now, the first block is made while this process still imports and builds the model.
     blocks = blocks_of(job, me)
@@ -98,25 +95,23 @@ def work(setting: dict[str, Any]) -> None:
         ) from error
 
 
-class Question:
-    """Whether the driver was told to stop, asked of its board once a second and never waited for."""
+class Stop:
+    """Whether the driver was told to stop the run: an answer that its board gives once it is so, and that nobody waits for."""
 
     def __init__(self, board: Any) -> None:
-        self._board = board
-        self._asked: Any = None
-        self._next = 0.0
+        self._answer = board.stopped.remote()
 
-    def answer(self) -> bool:
-        """The newest answer that is there: True once the run is to stop."""
+    def told(self) -> bool:
+        """True once the run is to stop."""
         import ray
 
-        if self._asked is None and time.monotonic() >= self._next:
-            self._asked = self._board.stopping.remote()
-        if self._asked is None or not ray.wait([self._asked], timeout=0)[0]:
+        if not ray.wait([self._answer], timeout=0)[0]:
             return False
-        stop: bool = ray.get(self._asked)
-        self._asked, self._next = None, time.monotonic() + ASK_S
-        return stop
+        try:
+            ray.get(self._answer)
+        except ray.exceptions.RayActorError:  # the driver is gone, and its processes will be ended
+            return False
+        return True
 
 
 def machine_goes() -> bool:

@@ -66,6 +66,7 @@ class Run:
         self.file.write_text(yaml.safe_dump(config), encoding="utf-8")
         self.log = folder / f"{config['name']}.log"
         self.driver: subprocess.Popen[bytes] | None = None
+        self.stopped: list[int] = []  # exit statuses of drivers that a SIGTERM has ended
 
     def start(self) -> None:
         """Start the driver: with the same command each time."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .disk import is_small
-from .machines import DECODER, TRAINER, Machines, wait_for
+from .machines import DECODER, MEETING, TRAINER, Machines, wait_for
 from .runs import Run
 
 Strike = Callable[[Machines, Run], None]
@@ -19,6 +19,12 @@ COMES_BACK_S = 5.0
 def worker_killed(machines: Machines, run: Run) -> None:
     """SIGKILL to a training process, in the middle of a step."""
     wait_for(lambda: machines.processes(TRAINER), 60, "training processes")[-1].kill()
+
+
+def meeting_killed(machines: Machines, run: Run) -> None:
+    """SIGKILL to a training process and, when all are started again, to one that is about to meet the others."""
+    worker_killed(machines, run)
+    wait_for(lambda: machines.processes(MEETING), 60, "processes that meet")[-1].kill()
 
 
 def decoder_killed(machines: Machines, run: Run) -> None:
@@ -49,7 +55,7 @@ def driver_stopped(machines: Machines, run: Run) -> None:
     """SIGTERM to the driver, as a job's manager sends it: the run keeps what it has, ends, and is submitted again."""
     assert run.driver
     run.driver.terminate()
-    run.driver.wait(120)
+    run.stopped.append(run.driver.wait(120))
     run.start()
 
 
@@ -72,8 +78,13 @@ def disk_full(machines: Machines, run: Run) -> None:
 def spot_notice(machines: Machines, run: Run) -> None:
     """A notice that a node that trains goes in a minute, which it does once nothing trains there any more."""
     node = wait_for(lambda: machines.node_with(TRAINER), 60, "a node that trains")
+    training = machines.processes(TRAINER, node)
     machines.drain(node, NOTICE_S)
-    wait_for(lambda: not machines.processes(TRAINER, node) or not run.alive(), NOTICE_S, "the node without training")
+    wait_for(
+        lambda: not (run.alive() and any(process.is_running() for process in training)),
+        NOTICE_S,
+        "the node without training",
+    )
     machines.kill(node)
     machines.add()
 
@@ -89,6 +100,7 @@ FAULTS: dict[str, Strike] = {
     strike.__name__: strike
     for strike in (
         worker_killed,
+        meeting_killed,
         decoder_killed,
         node_killed,
         block_node_killed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +61,7 @@ def test_the_undisturbed_run_is_whole(straight: Result) -> None:
 @pytest.mark.parametrize(
     "names",
     [
-        ["decoder_killed", "worker_killed", "node_killed"],
+        ["decoder_killed", "meeting_killed", "node_killed"],
         ["driver_stopped", "spot_notice", "disk_full"],
         ["rank_stopped", "block_node_killed", "driver_killed"],
     ],
@@ -70,8 +71,8 @@ def test_a_run_survives(
     names: list[str], cluster: Machines, pictures: Path, tmp_path: Path, disk: Path | None, straight: Result
 ) -> None:
     """One fault after each ten steps."""
-    if disk is None and "disk_full" in names:
-        pytest.skip("mounting a small disk takes root")
+    if disk is None:  # it takes root to mount one
+        names = [name for name in names if name != "disk_full"]
     run = Run(settings(pictures, disk or tmp_path), tmp_path, cluster.address)
     try:
         run.start()
@@ -82,7 +83,10 @@ def test_a_run_survives(
     finally:
         run.end()
     assert run.result() == straight, run.said()
-    assert ("the run was told to stop" in run.said()) == ("driver_stopped" in names)
+    if "driver_stopped" in names:  # it has kept the step that was under way, and the next driver begins there
+        assert run.stopped == [143]
+        (kept,) = re.findall(r"step (\d+): what was done is kept, and the same command goes on", run.said())
+        assert f"steps {kept} to {STEPS}" in run.said()
 
 
 def test_a_run_waits_for_s3_and_mlflow(
