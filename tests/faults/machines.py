@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 from ray.cluster_utils import Cluster
 
-MEETING = "ray::execute._setup_torch_process_group"  # a training process while all of them meet
+STARTING = "ray::RayTrainWorker.init_train_context"  # a training process that starts, before it meets the others
 STORE, MEMORY = 300 * 2**20, 2**30
 TRAINER, DECODER = "ray::RayTrainWorker", "ray::MapBatches(read_block)"  # as processes call themselves
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .disk import is_small
-from .machines import DECODER, MEETING, TRAINER, Machines, wait_for
+from .machines import DECODER, STARTING, TRAINER, Machines, wait_for
 from .runs import Run
 
 Strike = Callable[[Machines, Run], None]
@@ -21,10 +21,10 @@ def worker_killed(machines: Machines, run: Run) -> None:
     wait_for(lambda: machines.processes(TRAINER), 60, "training processes")[-1].kill()
 
 
-def meeting_killed(machines: Machines, run: Run) -> None:
-    """SIGKILL to a training process and, when all are started again, to one that is about to meet the others."""
+def starting_killed(machines: Machines, run: Run) -> None:
+    """SIGKILL to a training process and, when all are started again, to one that is not ready yet."""
     worker_killed(machines, run)
-    wait_for(lambda: machines.processes(MEETING), 60, "processes that meet")[-1].kill()
+    wait_for(lambda: machines.processes(STARTING), 60, "processes that start")[-1].kill()
 
 
 def decoder_killed(machines: Machines, run: Run) -> None:
@@ -100,7 +100,7 @@ FAULTS: dict[str, Strike] = {
     strike.__name__: strike
     for strike in (
         worker_killed,
-        meeting_killed,
+        starting_killed,
         decoder_killed,
         node_killed,
         block_node_killed,

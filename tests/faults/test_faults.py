@@ -61,7 +61,7 @@ def test_the_undisturbed_run_is_whole(straight: Result) -> None:
 @pytest.mark.parametrize(
     "names",
     [
-        ["decoder_killed", "meeting_killed", "node_killed"],
+        ["decoder_killed", "starting_killed", "node_killed"],
         ["driver_stopped", "spot_notice", "disk_full"],
         ["rank_stopped", "block_node_killed", "driver_killed"],
     ],
