@@ -189,12 +189,23 @@ class ZeroShot(Section):
 
 
 class Eval(Section):
-    """What is measured on `data.val`. `best` names the metric that the best checkpoint is chosen by."""
+    """What is measured on `data.val`. `best` names the metric that the best checkpoint is chosen by; after `patience` validations
+    in a row that do not improve it the run ends. `asynchronous`: the driver validates checkpoints while training goes on, on GPUs
+    that the workers leave, or on CPUs.
+    """
 
     zero_shot: ZeroShot | None = None
     retrieval: bool = False
     batch: Positive = 256
     best: str | None = None
+    patience: Positive | None = None
+    asynchronous: bool = False
+
+    @model_validator(mode="after")
+    def _patience_with_what(self) -> Self:
+        if self.patience and not self.best:
+            raise ValueError("patience needs `best`, the metric that has to improve")
+        return self
 
 
 class Tracking(Section):

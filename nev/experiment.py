@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from nev.config import Experiment
-from nev.config_base import ConfigError
-from nev.config_file import parse, to_yaml
-from nev.data.storage import folder_to_fill, join
+from nev.config_file import to_yaml
+from nev.data.storage import folder_to_fill, join, write_whole
+from nev.eval.tables import metrics_table
 from nev.preflight import Findings
 from nev.tracking import Tracker, check_tracking, open_run, tracking_uri
 from nev.train.journal import keep_run_id, kept_run_id, read_points
-from nev.train.manifest import CheckpointError, best, latest, newest_whole, read_manifest, verified
+from nev.train.manifest import best, latest, metrics_of, newest_whole, verified
 from nev.train.output import check_output, check_space, run_folder
-from nev.train.setup import absolute, make_validation, prepare_job, train_reader
+from nev.train.patience import Patience
+from nev.train.setup import absolute, prepare_job, train_reader
 from nev.train.trainer import Stopped, check_room, check_store, fit, posting
+from nev.train.validator import BEHIND, Validator
 
 if TYPE_CHECKING:
-    from nev.eval.scoring import Embedded
-    from nev.eval.texts import Texts
-    from nev.eval.validation import Validation
     from nev.train.job import Job
 
 
@@ -69,7 +66,7 @@ def run_experiment(
         found.refuse()
     assert text
     with found:
-        kept = config.train.keep_last + bool(config.eval.best)
+        kept = config.train.keep_last + bool(config.eval.best) + (BEHIND + 1) * config.eval.asynchronous
         check_space(run_folder(config), kept, checkpoint_bytes(config, text))
     lock = lock_of(text) if config.lock == "text" else None
     job = prepare_job(config, text, stop_after, found)
@@ -80,8 +77,13 @@ def run_experiment(
         tracker = track(job, parent, begun)
         status, sent = "FAILED", False
         try:
-            if begun < job.stop_step:
-                fit(job, begun, train_reader(config, text), board, tracker, console)
+            patience = Patience(config.eval)
+            patience.remember(read_points(job.run, begun))
+            validator = Validator(job, partial(validated, config, job)) if config.eval.asynchronous else None
+            if begun < job.stop_step and not patience.over:
+                fit(job, begun, train_reader(config, text), board, tracker, console, patience, validator)
+            if validator:
+                finish_validation(validator, tracker, console)
             if lock:
                 check_locked(load_text(config.text), lock)
                 check_locked(text, lock)
@@ -100,6 +102,28 @@ def run_experiment(
                     soft_wrap=True,
                 )
     return summary
+
+
+def validated(config: Experiment, job: Job, checkpoint: str) -> dict[str, float]:
+    """Score a checkpoint on the connected Ray, and keep its vectors with it. Returns the metrics."""
+    from nev.eval.validation import Result, kept_bytes, kept_file, score
+    from nev.evaluation import embed
+
+    assert job.validation
+    embedded, texts = embed(config, checkpoint, job.validation, config.workers.most * config.workers.gpus)
+    metrics = score(job.validation, embedded, texts)
+    result = Result(metrics, embedded, texts)
+    write_whole(join(checkpoint, kept_file(job.validation)), kept_bytes(job.validation, result))
+    return metrics
+
+
+def finish_validation(validator: Validator, tracker: Tracker, console: Console) -> None:
+    """Wait for the checkpoints that are not validated yet, and log what they score."""
+    validator.finish()
+    for step, metrics, problem in validator.done():
+        tracker.log(step, metrics)
+        if problem:
+            console.print(f"[yellow]{escape(problem)}[/]", highlight=False, soft_wrap=True)
 
 
 def begin(job: Job, console: Console) -> int:
@@ -150,11 +174,11 @@ def summarise(job: Job, tracker: Tracker) -> tuple[Summary, list[str]]:
     """Choose the checkpoint and draw the pictures. Returns them, and where the files lie that MLflow should have, too."""
     from nev.eval.showcase import run_curves
     from nev.eval.validation import load_kept
+    from nev.evaluation import embed, galleries
 
     config = job.config
     chosen = (best(job.run, config.eval.best) if config.eval.best else None) or latest(job.run)
     assert chosen, "a finished run has a checkpoint"
-    manifest = read_manifest(chosen)
     with folder_to_fill(job.run) as folder:
         pictures = [folder / "loss.png"]
         run_curves(pictures[0], read_points(job.run, job.stop_step), config.name)
@@ -164,78 +188,8 @@ def summarise(job: Job, tracker: Tracker) -> tuple[Summary, list[str]]:
         settings = folder / "config.yaml"
         settings.write_text(to_yaml(config), encoding="utf-8")
     shown = [join(job.run, path.name) for path in pictures]
-    summary = Summary(config.name, chosen, manifest["metrics"], shown, tracker.uri, tracker.run_id)
+    summary = Summary(config.name, chosen, metrics_of(chosen), shown, tracker.uri, tracker.run_id)
     return summary, [*shown, join(job.run, settings.name)]
-
-
-def evaluate_checkpoint(
-    location: str, overrides: list[str], output: str | None = None
-) -> tuple[dict[str, float], list[str]]:
-    """Score a checkpoint on its experiment's validation set, with overrides; write metrics.json and galleries in `output`.
-
-    `output` is a folder or an S3 prefix; by default the run's folder/evaluation. Returns the metrics (shares with the ends of
-    their 95 % intervals, `..._low` and `..._high`; where there are captions, also `space/` and `mixed/`), and where the files
-    lie. Raises CheckpointError where the text tower is not the one that it was trained
-    against, ConfigError where there is nothing to score.
-    """
-    from nev.eval.scoring import intervals, pairs_of, rank, shares, space
-    from nev.models.text import load_text
-    from nev.runtime import connect
-
-    location = location.rstrip("/")
-    if "://" not in location:
-        location = str(Path(location).absolute())  # Ray's processes have other working folders
-    manifest = read_manifest(location)
-    # Whoever made the checkpoint may say what is evaluated, but not that code from the hub runs here.
-    own_text = {**manifest["config"].get("text", {}), "trust_remote_code": False}
-    config = absolute(parse(Experiment, {**manifest["config"], "text": own_text}, overrides, where=location))
-    if config.lock != (own := manifest["config"].get("lock", "text")):
-        raise ConfigError(f"lock: {location} was trained with lock: {own}, which says whose weights it holds: leave it")
-    if not config.data.val or not (config.eval.zero_shot or config.eval.retrieval):
-        raise ConfigError("nothing to score: give data.val, and eval.zero_shot or eval.retrieval, with --set")
-    text = load_text(config.text)
-    if text.fingerprint != manifest["fingerprints"]["text"]:
-        raise CheckpointError(f"{location} was trained against another text tower than {config.text.encoder} is here")
-    task = make_validation(config, text)
-    connect()
-    embedded, texts = embed(config, location, task)
-    ranked = rank(task.reader.index.root, embedded, texts)
-    metrics = shares(ranked)
-    for name, sure in intervals(ranked).items():
-        metrics |= {f"{name}_low": sure.low, f"{name}_high": sure.high}
-    if pairs := pairs_of(task.reader.index.root, embedded, texts):
-        metrics |= space(pairs)
-    output = output or join(location.rsplit("/", 2)[0], "evaluation")
-    with folder_to_fill(output) as folder:
-        numbers = folder / "metrics.json"
-        numbers.write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-        made = [numbers, *galleries(config, task, embedded, texts, folder)]
-    return metrics, [join(output, path.name) for path in made]
-
-
-def embed(config: Experiment, checkpoint: str, task: Validation) -> tuple[Embedded, Texts]:
-    """The validation set under a checkpoint's towers: the pictures on the connected Ray, texts without sidecars here."""
-    from nev.eval.engine import Tower, embed_set
-    from nev.eval.validation import texts_of
-    from nev.train.checkpoint import load_tower, load_vision
-
-    load = partial(load_vision, checkpoint, config, task.text_width)
-    encode = load_tower(checkpoint, config).encode if config.text_online else None
-    return embed_set(task, Tower(load, config.data.mean, config.data.std)), texts_of(task, encode)
-
-
-def galleries(config: Experiment, task: Validation, embedded: Embedded, texts: Texts, folder: Path) -> list[Path]:
-    """The retrieval gallery and the gallery of classes, whichever the experiment evaluates."""
-    from nev.eval.showcase import class_gallery, retrieval_gallery
-
-    made = []
-    if task.retrieval:
-        made.append(folder / "retrieval.png")
-        retrieval_gallery(made[-1], task, embedded, texts, config.seed)
-    if config.eval.zero_shot:
-        made.append(folder / "classes.png")
-        class_gallery(made[-1], task, embedded, texts)
-    return made
 
 
 def show_summary(summary: Summary, console: Console) -> None:
@@ -251,22 +205,3 @@ def show_summary(summary: Summary, console: Console) -> None:
 def how_to_look(uri: str) -> str:
     """What opens the runs of a tracking store: a server's address, or the command that starts one."""
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
-
-
-def metrics_table(metrics: dict[str, float], title: str) -> Table:
-    """Shares as percentages, beside their 95 % intervals, where those are known, and what chance would score."""
-    table = Table(title=title, title_justify="left")
-    sure = any(key.endswith("_low") for key in metrics)
-    for column in ("metric", "value", *(["95 % interval"] if sure else []), "chance"):
-        table.add_column(column, justify="left" if column == "metric" else "right")
-    for key, value in metrics.items():
-        if key.endswith(("chance", "_low", "_high")):
-            continue
-        chance = metrics.get(
-            f"{key}_chance", metrics.get(f"{key.rpartition('/')[0]}/chance") if "top1" in key else None
-        )
-        shown = {"val": f"{value:,.0f}", "space": f"{value:.3f}"}.get(key.partition("/")[0], f"{value:.1%}")
-        ends = [f"{metrics[f'{key}_{end}']:.1%}" for end in ("low", "high") if f"{key}_{end}" in metrics]
-        interval = [" to ".join(ends)] if sure else []
-        table.add_row(key, shown, *interval, "" if chance is None else f"{chance:.1%}")
-    return table

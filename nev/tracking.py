@@ -64,6 +64,7 @@ class Tracker:
         self._client = _client(uri)
         self._kept: list[Any] = []
         self._known: set[tuple[str, int]] = set()
+        self._tags: dict[str, str] = {}
 
     def recall(self) -> None:
         """Learn which points the run has already. Raises MlflowException."""
@@ -84,6 +85,12 @@ class Tracker:
         while self._kept:
             self._client.log_batch(self.run_id, metrics=self._kept[:MAX_METRICS_A_CALL])
             self._kept = self._kept[MAX_METRICS_A_CALL:]
+        self.tag(self._tags)
+        self._tags = {}
+
+    def tag_later(self, tags: dict[str, str]) -> None:
+        """Keep tags for the next `flush`."""
+        self._tags |= tags
 
     def tag(self, tags: dict[str, str]) -> None:
         """Set tags."""

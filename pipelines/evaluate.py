@@ -1,8 +1,18 @@
-"""Score a checkpoint: zero-shot and retrieval on its experiment's validation set, or on another by --set data.val=...
+"""Score a checkpoint: on its experiment's validation set, on another by --set data.val=..., or on a whole suite of tasks.
 
 python pipelines/evaluate.py --checkpoint runs/cifar10/checkpoints/step-00001170
 python pipelines/evaluate.py --checkpoint runs/cifar10/checkpoints/step-00001170 --set data.val=data/other/val
 python pipelines/evaluate.py --checkpoint s3://BUCKET/runs/cifar10/checkpoints/step-00001170
+
+A suite is a list of tasks, as YAML: quick, imagenet, flickr30k, coco, datacomp (38 tasks), ood, or a file of your own. It ends
+with a page that shows all, NAME.html.
+
+NEV_DATA=../shared/data python pipelines/evaluate.py --checkpoint runs/flickr8k/checkpoints/step-00000500 --suite quick
+python pipelines/evaluate.py --checkpoint runs/big/checkpoints/step-00070830 --suite datacomp --data /data/datacomp
+
+Tasks of mteb, whose data comes from the hub:
+
+python pipelines/evaluate.py --checkpoint runs/big/checkpoints/step-00070830 --mteb STSBenchmark --mteb Flickr30kI2TRetrieval
 """
 
 from __future__ import annotations
@@ -14,30 +24,61 @@ import typer
 from rich.console import Console
 
 from nev.cli import Overrides, command, explained
+from nev.config_base import ConfigError
 
 
 def main(
     checkpoint: Annotated[str, typer.Option(help="Checkpoint: runs/NAME/checkpoints/step-..., or s3://...")],
     overrides: Overrides = None,
+    suite: Annotated[
+        str | None, typer.Option(help="Tasks to score: a shipped suite by name, or a file of your own (.yaml).")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Folder of the suite's data, here or on s3://.")] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="JSON of the same suite for another model, to stand beside this one; may be repeated."),
+    ] = None,
+    mteb: Annotated[
+        list[str] | None, typer.Option(help="A task of mteb by its name (pip install 'nev[mteb]'); may be repeated.")
+    ] = None,
     output: Annotated[
         str | None,
-        typer.Option(
-            help="Folder or s3:// prefix for metrics.json and the galleries (default: the run's folder/evaluation)"
-        ),
+        typer.Option(help="Folder or s3:// prefix for what is written (default: the run's folder/evaluation)"),
     ] = None,
 ) -> None:
-    """Score a checkpoint on its experiment's validation set, or on another one."""
+    """Score a checkpoint on its experiment's validation set, on another one, or on a suite."""
     console = Console()
     with explained(console):
-        from nev.experiment import evaluate_checkpoint, metrics_table
+        from nev.eval.tables import metrics_table, suite_table
+        from nev.evaluation import evaluate_checkpoint, evaluate_mteb, evaluate_suite
 
-        metrics, files = evaluate_checkpoint(checkpoint, overrides or [], output)
-    console.print(metrics_table(metrics, checkpoint))
+        if (suite or mteb) and overrides:
+            raise ConfigError("--set says what the validation set is; a suite says so itself: leave one of them out")
+        if suite and mteb:
+            raise ConfigError("--suite and --mteb are two evaluations: run one after the other")
+        if suite:
+            result, files = evaluate_suite(checkpoint, suite, Console(stderr=True), data, output, against or ())
+            console.print(suite_table(result))
+            for task in result.tasks:
+                if task.reason:
+                    console.print(
+                        f"not run     {task.name}: {task.reason}", highlight=False, soft_wrap=True, markup=False
+                    )
+        elif mteb:
+            scores, file = evaluate_mteb(checkpoint, mteb, output)
+            files = [file]
+            for name, value in scores.items():
+                console.print(f"{name:<40} {value:.4f}", highlight=False)
+        elif data:
+            raise ConfigError("--data is the folder of a suite's data: give --suite, too, or --set data.val=...")
+        else:
+            metrics, files = evaluate_checkpoint(checkpoint, overrides or [], output)
+            console.print(metrics_table(metrics, checkpoint))
     for file in files:
         console.print(f"{PurePosixPath(file).stem:<11} {file}", highlight=False, soft_wrap=True)
 
 
-app = command(main, "python pipelines/evaluate.py --checkpoint runs/cifar10/checkpoints/step-00001170")
+app = command(main, "python pipelines/evaluate.py --checkpoint runs/cifar10/checkpoints/step-00001170 --suite quick")
 
 if __name__ == "__main__":
     app()

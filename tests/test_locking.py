@@ -34,7 +34,8 @@ from nev.data.plan import Segment
 from nev.data.sidecar import sidecar_key, write_sidecar
 from nev.data.tokens import tokens_of
 from nev.eval.validation import load_kept, score
-from nev.experiment import evaluate_checkpoint, run_experiment
+from nev.evaluation import evaluate_checkpoint
+from nev.experiment import run_experiment
 from nev.losses.contrastive import contrastive_loss
 from nev.losses.gather import gather
 from nev.models.dual_encoder import DualEncoder, Embedded

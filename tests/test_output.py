@@ -23,7 +23,8 @@ from nev.data import s3 as s3_module
 from nev.data.block import Block
 from nev.data.storage import StorageError, filesystem
 from nev.errors import NevError
-from nev.experiment import Summary, evaluate_checkpoint, run_experiment
+from nev.evaluation import evaluate_checkpoint
+from nev.experiment import Summary, run_experiment
 from nev.tracking import Tracker, open_run
 from nev.train import checkpoint, manifest
 from nev.train.checkpoint import gather_tensors

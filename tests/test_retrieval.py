@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nev.eval import ranks
+from nev.eval.ranks import best_ranks
 from nev.eval.retrieval import retrieval
 
 
@@ -133,3 +134,28 @@ def test_bad_input_is_named() -> None:
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             retrieval(*arguments)
+
+
+@pytest.mark.parametrize("gap", [4e-7, -4e-7, 0.0])
+@pytest.mark.parametrize("chunk", [1, 2, 100])
+def test_scores_that_float32_hardly_tells_apart_are_ranked_exactly(gap: float, chunk: int) -> None:
+    """Two candidates at cosines c and c + gap of the query: the right one is first only where it is truly nearer."""
+    query = np.array([[1, 0, 0]], np.float32)
+
+    def at(cosine: float, sign: int) -> list[float]:
+        return [cosine, sign * (1 - cosine**2) ** 0.5, 0]
+
+    candidates = np.array([at(0.6, 1), at(0.6 + gap, -1)], np.float32)
+    exact = candidates.astype(np.float64)[:, 0]
+    ranks = best_ranks(query, candidates, np.array([0]), np.array([0]), chunk)
+    assert ranks[0] == int(exact[1] >= exact[0])
+
+
+@pytest.mark.parametrize("chunk", [3, 1000])
+def test_a_space_that_has_collapsed_scores_nothing(chunk: int) -> None:
+    """All embeddings equal but for rounding: hundreds lie nearer than float32 tells, and the right one comes last."""
+    rng = np.random.default_rng(0)
+    rows = np.ones((200, 64)) + 1e-5 * rng.standard_normal((200, 64))
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    ranks = best_ranks(rows, rows, np.arange(200), (np.arange(200) + 1) % 200, chunk)
+    assert (ranks == 199).all()

@@ -15,7 +15,8 @@ import torch
 
 from nev.config import Experiment
 from nev.config_base import ConfigError
-from nev.experiment import evaluate_checkpoint, track
+from nev.evaluation import evaluate_checkpoint
+from nev.experiment import track
 from nev.models.text import TextTower
 from nev.train import checkpoint, manifest
 from nev.train.checkpoint import gather_tensors

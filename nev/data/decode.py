@@ -108,7 +108,7 @@ def _pillow_pixels(data: bytes | memoryview, orientation: int, shrink: int) -> P
     """The whole picture: Pillow's formats do not shrink."""
     with _explained(), _opened(data) as image:
         # A copy: Pillow's own memory is read-only, which torch warns about.
-        return upright(np.array(_rgb(image)), orientation)
+        return upright(np.array(rgb(image)), orientation)
 
 
 def _orientation(image: Image.Image, data: bytes | memoryview) -> int:
@@ -146,7 +146,7 @@ def _upright_size(height: int, width: int, orientation: int) -> tuple[int, int]:
     return (width, height) if orientation in SIDEWAYS else (height, width)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode as RGB; transparency is laid over white. Sixteen bits become eight; floats are refused."""
     from PIL import Image
 

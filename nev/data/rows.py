@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from nev.config_data import Limits
 
@@ -19,9 +19,9 @@ class Row(TypedDict):
     """One picture with its caption(s).
 
     uid: unique over the whole set. image: encoded bytes (JPEG, PNG, WebP). caption: one sentence or several.
-    label, label_name: the class, where there is one. score: how well they fit, where
-    it is asked for; it is not written. reject: set by a reader that knows why the row can't be used. image_hash: of the
-    image as it came, where equal ones are to be left out (`nev.data.filters`).
+    label, label_name: the class, where there is one. score: how well they fit, where it is asked for; it is not written. extra:
+    what else was asked for; it is not written either. reject: set by a reader that knows why the row can't be used. image_hash:
+    of the image as it came, where equal ones are to be left out (`nev.data.filters`).
     """
 
     uid: str
@@ -30,6 +30,7 @@ class Row(TypedDict):
     label: NotRequired[int | None]
     label_name: NotRequired[str | None]
     score: NotRequired[float | None]
+    extra: NotRequired[dict[str, Any]]
     reject: NotRequired[str]
     image_hash: NotRequired[bytes]
 

@@ -1,11 +1,15 @@
-"""Scoring a checkpoint on Ray: stateless tasks decode, others embed (on the GPUs where there are any), the driver scores."""
+"""Embedding for evaluation, on Ray: tasks decode and embed (the latter on the GPUs where there are any), the driver scores.
+
+Without GPUs one task does both, so that no pixel is copied and no process waits with a core in hand for another; with GPUs
+decoding tasks feed them. All sets go through in one run of Ray Data: processes start, and load the tower, once.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import ray
@@ -14,10 +18,10 @@ from numpy.typing import NDArray
 from ray.data import DataContext
 
 from nev.data.block import Block
-from nev.data.plan import in_order
+from nev.data.plan import Segment, in_order
 from nev.data.stream import DEATHS, fetched, stream_context
 from nev.eval.scoring import Embedded
-from nev.eval.validation import Embed, Validation, collect, embed_block, embedder
+from nev.eval.validation import Embed, Validation, embedder
 from nev.runtime import cluster_gpus
 
 if TYPE_CHECKING:
@@ -38,42 +42,96 @@ class Tower:
     std: tuple[float, float, float]
 
 
-def embed_set(task: Validation, tower: Tower) -> Embedded:
-    """Embed a whole validation set on the connected cluster, in index order."""
+class Work(NamedTuple):
+    """A set to embed. read: a unit's blocks, each with image: uint8 [b, S, S, 3], and columns that stay with their rows."""
+
+    units: Sequence[Any]
+    read: Callable[[Any], Iterable[Block]]
+
+
+def embed_all(
+    works: Sequence[Work],
+    tower: Tower,
+    block_bytes: int,
+    done: Callable[[int], None] = lambda rows: None,
+    taken: float = 0.0,
+) -> list[Block]:
+    """Embed sets on the connected cluster. Returns the rows of each, in the order of its units and their blocks.
+
+    A set's columns are those of its blocks, with vector: float32 [n, D], in the place of image. block_bytes: of a block, about.
+    done: is told how many rows more there are. taken: GPUs of the cluster that others hold; where they hold all, CPUs embed.
+    """
+    places = [(number, unit) for number, work in enumerate(works) for unit in range(len(work.units))]
+    parts: list[list[Block]] = [[] for _ in works]
+    for found in _embedded(list(works), places, tower, block_bytes, cluster_gpus() > taken):
+        parts[int(found["place"][0][0])].append(found)
+        done(len(found["vector"]))
+    return [_whole(rows) for rows in parts]
+
+
+def embed_set(task: Validation, tower: Tower, taken: float = 0.0) -> Embedded:
+    """Embed a whole validation set on the connected cluster, in index order. taken: as `embed_all` has it."""
     blocks = in_order(task.reader.index.rows, task.batch)
-    gpus = cluster_gpus()
-    with DataContext.current(stream_context(BLOCKS_AHEAD, task.batch * task.reader.row_bytes)):
-        reader = ray.put((task.reader, blocks))
-        numbers = ray.data.range(len(blocks), override_num_blocks=1)
-        decoded = numbers.repartition(target_num_rows_per_block=1).map_batches(
-            functools.partial(read_numbered, source=[reader]), batch_size=1, max_retries=DEATHS
-        )
-        embedded = decoded.map_batches(
-            functools.partial(embed_numbered, source=[ray.put(tower)]),
-            batch_size=None,
-            num_cpus=0 if gpus else 1,
-            num_gpus=1 if gpus else 0,
-            max_retries=DEATHS,
-            max_calls=0,  # Ray would end a process that has a GPU after each block, and load the tower again
-        )
-        parts: list[Any] = list(embedded.iter_batches(batch_size=None, batch_format="numpy"))
-    parts.sort(key=lambda part: int(part["number"][0]))
-    return collect([Embedded(part["images"], part["valid"], part["labels"]) for part in parts])
+    read = functools.partial(_segments, reader=task.reader)
+    (found,) = embed_all([Work(blocks, read)], tower, task.batch * task.reader.row_bytes, taken=taken)
+    return Embedded(found["vector"], found["valid"], found["label"])
 
 
-def read_numbered(numbers: Any, source: list[Any]) -> Block:
-    """The Ray Data task of evaluation: one block number in, its decoded rows out."""
-    reader, blocks = fetched(source[0])
-    number = int(numbers["id"][0])
-    block: Block = reader.read(blocks[number], 0)
-    kept = {name: block[name] for name in ("image", "valid", "label")}
-    return {**kept, "number": np.full(len(block["valid"]), number)}
+def _segments(segments: list[Segment], reader: Any) -> Iterator[Block]:
+    block: Block = reader.read(segments, 0)
+    yield {name: block[name] for name in ("image", "valid", "label")}
 
 
-def embed_numbered(block: Any, source: list[Any]) -> Block:
+def _embedded(
+    works: list[Work], places: list[tuple[int, int]], tower: Tower, block_bytes: int, gpus: bool
+) -> Iterator[Any]:
+    """Blocks as they come, each with place: int64 [b, 3], of the set, the unit and the block in it."""
+    context = stream_context(BLOCKS_AHEAD, block_bytes)
+    context._max_num_blocks_in_streaming_gen_buffer = BLOCKS_AHEAD
+    with DataContext.current(context):
+        source, towers = ray.put((works, places)), ray.put(tower)
+        numbers = ray.data.range(len(places), override_num_blocks=1).repartition(target_num_rows_per_block=1)
+        if gpus:
+            decoded = numbers.map_batches(
+                functools.partial(read_unit, source=[source]), batch_size=1, num_cpus=1, max_retries=DEATHS
+            )
+            embedded = decoded.map_batches(
+                functools.partial(embed_decoded, tower=[towers]),
+                batch_size=None,
+                num_cpus=0,
+                num_gpus=1,
+                max_retries=DEATHS,
+                max_calls=0,  # Ray would end a process that has a GPU after each block, and load the tower again
+            )
+        else:
+            embedded = numbers.map_batches(
+                functools.partial(embed_unit, source=[source], tower=[towers]),
+                batch_size=1,
+                num_cpus=1,
+                max_retries=DEATHS,
+            )
+        yield from embedded.iter_batches(batch_size=None, batch_format="numpy")
+
+
+def read_unit(numbers: Any, source: list[Any]) -> Iterator[Block]:
+    """The Ray Data task that decodes: the number of a unit in, its blocks out."""
+    works, places = fetched(source[0])
+    which, unit = places[int(numbers["id"][0])]
+    work = works[which]
+    for number, block in enumerate(work.read(work.units[unit])):
+        yield {**block, "place": np.full((len(block["image"]), 3), (which, unit, number), np.int64)}
+
+
+def embed_decoded(block: Any, tower: list[Any]) -> Block:
     """The Ray Data task that embeds a decoded block."""
-    embedded = embed_block(block, _embedder(source[0]))
-    return {**embedded._asdict(), "number": block["number"]}
+    vectors = _embedder(tower[0])(block["image"])
+    return {**{name: column for name, column in block.items() if name != "image"}, "vector": vectors}
+
+
+def embed_unit(numbers: Any, source: list[Any], tower: list[Any]) -> Iterator[Block]:
+    """The Ray Data task that does both."""
+    for block in read_unit(numbers, source):
+        yield embed_decoded(block, tower)
 
 
 @functools.lru_cache(maxsize=1)
@@ -90,10 +148,16 @@ def _embedder(reference: ray.ObjectRef[Any]) -> Embed:
     return embedder(vision, lambda images: normalise(images, tower.mean, tower.std), device)
 
 
+def _whole(parts: list[Block]) -> Block:
+    """Blocks in the order of their places, as one."""
+    parts.sort(key=lambda part: tuple(part["place"][0]))
+    return (
+        {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "place"} if parts else {}
+    )
+
+
 def pictures(task: Validation, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
     """The evaluation views of some rows (positions in index order): uint8 [S, S, 3] each."""
-    from nev.data.plan import Segment
-
     ends = np.cumsum(task.reader.index.rows)
     views = []
     for row in rows.tolist():

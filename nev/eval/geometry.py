@@ -9,7 +9,7 @@ from sklearn.linear_model import RidgeClassifier
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 
 from nev.eval.neighbours import nearest
-from nev.eval.ranks import Floats, Ints, row_numbers, unit_rows
+from nev.eval.ranks import Floats, Ints, mean_cosine, row_numbers, unit_rows
 
 FOLDS = 5
 UNIFORMITY_T = 2.0
@@ -86,12 +86,6 @@ def uniformity(rows: Floats, chunk: int) -> float:
                 np.fill_diagonal(cosines, -np.inf)
             total += float(np.exp(2 * UNIFORMITY_T * (cosines - 1)).sum(dtype=np.float64))
     return float(np.log(total / (len(rows) * (len(rows) - 1))))
-
-
-def mean_cosine(rows: Floats) -> float:
-    """Mean cosine of ordered pairs of different unit rows: (|sum|^2 - n) / (n (n - 1))."""
-    n = len(rows)
-    return float(((rows.sum(0, dtype=np.float64) ** 2).sum() - n) / (n * (n - 1)))
 
 
 def hubness(queries: Floats, candidates: Floats, k: int, chunk: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,30 @@ class Interval(NamedTuple):
 
     low: float
     high: float
+
+
+def interval_of(
+    metric: Callable[[NDArray[np.float64]], float], images: int, level: float = 0.95, draws: int = DRAWS, seed: int = 0
+) -> Interval:
+    """The percentile interval (Efron 1979) of any metric of so many images.
+
+    metric: from how often each image was drawn, float64 [images], to a number; all ones give the metric of the set itself.
+    """
+
+    def drawn(rows: NDArray[np.int64]) -> float:
+        return metric(np.bincount(rows, minlength=images).astype(np.float64))
+
+    found = bootstrap(
+        (np.arange(images),),
+        drawn,
+        vectorized=False,
+        n_resamples=draws,
+        batch=1,
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(float(found.low), float(found.high))
 
 
 def interval(

@@ -41,24 +41,24 @@ def curve(
     """
     if not series:
         raise ValueError("curve: no series to draw")
-    figure = _figure(8, 7 if points else 4.5)
+    figure = new_figure(8, 7 if points else 4.5)
     panels = figure.subplots(2 if points else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 2] if points else [1])
     upper, lower = panels[0, 0], panels[-1, 0]
-    for (name, xy), colour in zip(series.items(), _colours(len(series)), strict=True):
+    for (name, xy), colour in zip(series.items(), colours(len(series)), strict=True):
         steps, values = _finite(name, *xy)
         smooth, window = _running_mean(values)
         if window > 1:
             upper.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
         upper.plot(steps, smooth, color=colour, linewidth=2, label=name, marker="o" if len(steps) == 1 else None)
-    _dress(upper, "", ylabel, legend=len(series) > 1)
-    for (name, xy), colour in zip((points or {}).items(), _colours(len(points or {}), start=1), strict=True):
+    dress(upper, "", ylabel, legend=len(series) > 1)
+    for (name, xy), colour in zip((points or {}).items(), colours(len(points or {}), start=1), strict=True):
         steps, values = _finite(name, *xy)
         lower.plot(steps, values, color=colour, linewidth=1.5, marker="o", markersize=5, label=name)
     if points:
-        _dress(lower, "", points_ylabel, legend=True)
+        dress(lower, "", points_ylabel, legend=True)
     lower.set_xlabel("step")
     upper.set_title(title, loc="left", fontsize=13, fontweight="bold", color=INK, pad=12, parse_math=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def sweep(
@@ -91,7 +91,7 @@ def sweep(
     tried = known.any(axis=0)
     means = np.where(known, table, 0).sum(axis=0)[tried] / known.sum(axis=0)[tried]
 
-    figure = _figure(7, 4.5)
+    figure = new_figure(7, 4.5)
     axes = figure.subplots()
     axes.plot(settings[tried], means, color=COLOURS[0], linewidth=2, zorder=2, label="mean")
     across = np.broadcast_to(settings, table.shape)
@@ -102,9 +102,9 @@ def sweep(
         axes.set_xscale("log", base=2)
     axes.set_xticks(settings, [f"{value:,.6g}" for value in settings])
     axes.minorticks_off()
-    _dress(axes, xlabel, ylabel, legend=len(table) > 1)
+    dress(axes, xlabel, ylabel, legend=len(table) > 1)
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=INK, pad=12, parse_math=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def gallery(
@@ -139,7 +139,7 @@ def gallery(
     text, cell, beneath, margin = 2.3, 1.5, 0.26, 0.12  # inches
     width = text + cell * max(map(len, results)) + margin
     height = margin + (cell + beneath) * len(queries)
-    figure = _figure(width, height, constrained=False)
+    figure = new_figure(width, height, constrained=False)
     for row, (query, pictures) in enumerate(zip(queries, results, strict=True)):
         upper = height - margin - row * (cell + beneath)
         middle = (upper - cell / 2) / height
@@ -156,7 +156,7 @@ def gallery(
             weight, colour = ("bold", GREEN) if correct[row][column] else ("normal", FAINT)
             centre, base = (left + cell / 2) / width, (upper - cell - 0.08) / height
             figure.text(centre, base, score, ha="center", va="center", fontsize=8, color=colour, weight=weight)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _picture(axes: Axes, picture: NDArray[np.uint8], correct: bool) -> None:
@@ -192,11 +192,13 @@ def _running_mean(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], int
     return (total[last] - total[first]) / (last - first), 2 * half + 1
 
 
-def _colours(count: int, start: int = 0) -> list[str]:
+def colours(count: int, start: int = 0) -> list[str]:
+    """So many colours, told apart as far as there are."""
     return [COLOURS[(start + i) % len(COLOURS)] for i in range(count)]
 
 
-def _figure(width: float, height: float, constrained: bool = True) -> Figure:
+def new_figure(width: float, height: float, constrained: bool = True) -> Figure:
+    """A white figure of so many inches."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -204,7 +206,8 @@ def _figure(width: float, height: float, constrained: bool = True) -> Figure:
     return Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout=layout)
 
 
-def _dress(axes: Axes, xlabel: str, ylabel: str, legend: bool) -> None:
+def dress(axes: Axes, xlabel: str, ylabel: str, legend: bool) -> None:
+    """Labels, quiet axes, a grid to read values from."""
     axes.set_xlabel(xlabel, color=INK, parse_math=False)
     axes.set_ylabel(ylabel, color=INK, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -216,6 +219,7 @@ def _dress(axes: Axes, xlabel: str, ylabel: str, legend: bool) -> None:
         axes.legend(frameon=False, fontsize=9)
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a PNG, with the folders above it."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")

@@ -12,9 +12,12 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
-# Scores closer than this are tied. One cosine computed by two routes (a row product, a tile of a matrix product)
-# differs by about 1e-7 in float32, and equal embeddings must tie whichever route their scores took.
-TIE = 1e-6
+# Scores that lie closer are compared anew in float64: a cosine differs by some 1e-7 from one route in float32 to another (a row
+# product, a tile of a matrix product), and equal embeddings must tie whichever route their scores took.
+NEAR = 1e-6
+CROWD = (
+    32  # candidates of one query that lie so near: where there are more, the space has collapsed, and all count as tied
+)
 
 
 def unit_rows(name: str, array: ArrayLike) -> Floats:
@@ -68,19 +71,53 @@ def best_ranks(queries: Floats, candidates: Floats, query: Ints, right: Ints, ch
 
     order = np.argsort(query, kind="stable")
     query, right = query[order], right[order]
-    ranks = np.zeros(len(queries), np.int64)
+    ranks, crowd = np.zeros(len(queries), np.int64), np.zeros(len(queries), np.int64)
+    near: list[tuple[Ints, Ints]] = []
     for top in range(0, len(queries), chunk):
         rows = slice(top, top + chunk)
         # The right answers of these queries: each is taken out of the count in the tile where it lies.
         pairs = slice(*np.searchsorted(query, (top, top + chunk)))
+        low, high = best[rows, None] - np.float32(NEAR), best[rows, None] + np.float32(NEAR)
         for left in range(0, len(candidates), chunk):
             tile = scores(queries[rows], candidates[left : left + chunk])
             inside = (right[pairs] >= left) & (right[pairs] < left + chunk)
             tile[query[pairs][inside] - top, right[pairs][inside] - left] = -np.inf
-            ranks[rows] += np.count_nonzero(tile >= best[rows, None] - np.float32(TIE), axis=1)
-    return ranks
+            above = tile >= low
+            ranks[rows] += np.count_nonzero(above, axis=1)
+            above &= tile <= high
+            crowd[rows] += np.count_nonzero(above, axis=1)
+            above[crowd[rows] > CROWD] = False  # nor is it remembered, or a collapsed space would fill the memory
+            one, other = np.nonzero(above)
+            near.append((one + top, other + left))
+    one, other = (np.concatenate(side) for side in zip(*near, strict=True))
+    few = crowd[one] <= CROWD
+    return ranks - _behind(queries, candidates, query, right, one[few], other[few], chunk)
+
+
+def _behind(queries: Floats, candidates: Floats, query: Ints, right: Ints, one: Ints, other: Ints, chunk: int) -> Ints:
+    """How many of the pairs (one[p], other[p]) score less than the best right answer of their query, in float64: int64 [n]."""
+    asked = np.isin(query, one)
+    best = np.full(len(queries), -np.inf)
+    np.maximum.at(best, query[asked], _exact(queries, candidates, query[asked], right[asked], chunk))
+    less = _exact(queries, candidates, one, other, chunk) < best[one]
+    return np.bincount(one[less], minlength=len(queries))
+
+
+def _exact(queries: Floats, candidates: Floats, one: Ints, other: Ints, chunk: int) -> NDArray[np.float64]:
+    """Scores of pairs, by the same route for all: equal embeddings give equal ones."""
+    found = [
+        np.einsum("pd,pd->p", queries[one[at : at + chunk]], candidates[other[at : at + chunk]], dtype=np.float64)
+        for at in range(0, len(one), chunk)
+    ]
+    return np.concatenate(found) if found else np.empty(0)
 
 
 def scores(queries: Floats, candidates: Floats) -> Floats:
     """Cosines of one tile, float32 [rows, columns]: the only place that holds scores."""
     return queries @ candidates.T
+
+
+def mean_cosine(rows: Floats) -> float:
+    """Mean cosine of ordered pairs of different unit rows: (|sum|^2 - n) / (n (n - 1))."""
+    n = len(rows)
+    return float(((rows.sum(0, dtype=np.float64) ** 2).sum() - n) / (n * (n - 1)))

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nev.data.index import DataError
-from nev.eval.ranks import Floats, Ints
+from nev.eval.ranks import Floats, Ints, mean_cosine
 from nev.eval.retrieval import Ranks, recalls, retrieval_ranks
 from nev.eval.texts import Texts
 from nev.eval.zeroshot import accuracies, zero_shot_ranks
@@ -37,10 +37,14 @@ class Pairs(NamedTuple):
 
 
 class Ranked(NamedTuple):
-    """Where the right answers of a set rank. zero_shot: int64 [labelled images] over so many classes; retrieval: with owners."""
+    """Where the right answers of a set rank. zero_shot: int64 [labelled images] over so many classes; retrieval: with owners.
+
+    alike: mean cosine of two images, None for fewer.
+    """
 
     rows: int
     bad_rows: int
+    alike: float | None = None
     zero_shot: Ints | None = None
     classes: int = 0
     retrieval: Ranks | None = None
@@ -52,7 +56,9 @@ def rank(root: str, embedded: Embedded, texts: Texts) -> Ranked:
 
     Raises DataError where no row can be scored.
     """
-    found = Ranked(len(embedded.valid), int((~embedded.valid).sum()))
+    seen = embedded.images[embedded.valid]
+    alike = mean_cosine(seen) if len(seen) > 1 else None
+    found = Ranked(len(embedded.valid), int((~embedded.valid).sum()), alike)
     if texts.classes is not None:
         labelled = embedded.valid & (embedded.labels >= 0)
         _refuse_none(labelled, root, "a label and an image that can be decoded")
@@ -76,6 +82,8 @@ def pairs_of(root: str, embedded: Embedded, texts: Texts) -> Pairs | None:
 def shares(found: Ranked) -> dict[str, float]:
     """The metrics of a set, `nev.eval.zeroshot`'s and `nev.eval.retrieval`'s, with the rows that there are."""
     metrics = {"val/rows": float(found.rows), "val/bad_rows": float(found.bad_rows)}
+    if found.alike is not None:
+        metrics["space/anisotropy_images"] = found.alike
     if found.zero_shot is not None:
         metrics |= accuracies(found.zero_shot, found.classes)
     if found.retrieval and found.owner is not None:

@@ -124,6 +124,12 @@ def _tensors(location: str, manifest: dict[str, Any], name: str) -> dict[str, Te
         raise Unreadable(f"{location}/{file}: cannot be read ({error}). {remedy(error, '')}") from error
 
 
+def logit_scale(location: str) -> float:
+    """1 / temperature, as a checkpoint has learned it."""
+    _, weights = load_model(location)
+    return float(weights["log_scale"].exp())
+
+
 def load_vision(location: str, config: Experiment, text_width: int) -> VisionTower:
     """The vision tower of a checkpoint of `config`, on the CPU, in training mode as it was built."""
     own = config.vision.model_copy(update={"pretrained": False, "weights": None})

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nev.config import Experiment
 from nev.data.plan import Plan
 from nev.eval.validation import Validation
@@ -16,7 +19,8 @@ class Job:
     """Everything that a training process needs beside the stream. Plain data, equal on every rank.
 
     `run` is the run's folder; training goes from the latest checkpoint to `stop_step`, while the schedule spans
-    `total_steps`.
+    `total_steps`. canaries: what the text tower made of `nev.models.text.CANARIES` before it was trained, float32 [8, D]; None
+    where it is locked.
     """
 
     config: Experiment
@@ -28,6 +32,12 @@ class Job:
     stop_step: int
     validation: Validation | None
     fingerprints: dict[str, str]
+    canaries: NDArray[np.float32] | None = None
+
+    def validates(self, step: int) -> bool:
+        """Whether the model is scored after so many steps."""
+        every = self.config.train.eval_every
+        return self.validation is not None and (step == self.stop_step or (every is not None and step % every == 0))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A run's own record of its numbers: what MLflow did not get before a process died is sent from here when the run goes on.
 
 <run>/metrics/step-00000500.jsonl   the points since the checkpoint before, written just before that of step 500
+<run>/metrics/validation-00000500.jsonl   what the checkpoint of step 500 scored, where it was validated afterwards
 <run>/mlflow.json                   which MLflow run shows them
 """
 
@@ -35,6 +36,11 @@ def write_points(run: str, done: int, points: list[Point]) -> None:
         write_whole(location, "".join(json.dumps(one) + "\n" for one in points).encode())
 
 
+def write_validation(run: str, scored: Point) -> None:
+    """Keep what a checkpoint scored after it was written."""
+    write_whole(join(run, "metrics", f"validation-{scored.step:08d}.jsonl"), (json.dumps(scored) + "\n").encode())
+
+
 def read_points(run: str, last: int) -> list[Point]:
     """All points of a run up to the checkpoint of step `last`. Raises StorageError.
 
@@ -42,7 +48,7 @@ def read_points(run: str, last: int) -> list[Point]:
     """
     folder = join(run, "metrics")
     with naming(folder, "listed"):
-        files = [re.fullmatch(r"step-(\d+)\.jsonl", name) for name in files_below(folder)]
+        files = [re.fullmatch(r"(?:step|validation)-(\d+)\.jsonl", name) for name in files_below(folder)]
     names = [file[0] for file in files if file and int(file[1]) <= last]
     with naming(folder, "read"), ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         fs, path = filesystem(folder)

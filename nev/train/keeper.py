@@ -40,7 +40,8 @@ class Keeper:
         self._writer = None
         if me.rank == 0:
             drop_beyond(job.run, begun)
-            self._writer = Writer(job.run, train.keep_last, job.config.eval.best, self.say)
+            awaited = job.validates if job.config.eval.asynchronous else lambda step: False
+            self._writer = Writer(job.run, train.keep_last, job.config.eval.best, self.say, awaited)
 
     def say(self, step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None:
         """Report metrics of a step, and note them for the next checkpoint's journal. Nothing on other ranks than 0."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from nev.config import Experiment
 from nev.data.block import Block
 from nev.errors import NevError
-from nev.eval.validation import Result, Validation, embedder, validate
-from nev.models.text import TextTower, weight_digests
+from nev.eval.validation import Result, embedder, validate
+from nev.models.text import CANARIES, TextTower, weight_digests
 from nev.models.text_encoder import encoder_of
 from nev.models.vision import normalise
 from nev.train import guards
@@ -78,10 +78,7 @@ def train(
             watch.note(step, rate, result)
             done = step + 1
             leave = leaving.reached()
-            score = done == job.stop_step or (
-                config.train.eval_every is not None and done % config.train.eval_every == 0
-            )
-            save = score or leave or done % config.train.checkpoint_every == 0
+            save = job.validates(done) or done == job.stop_step or leave or done % config.train.checkpoint_every == 0
             if done % config.train.log_every == 0 or save:
                 metrics = totals.metrics(result, learner.model, rate) | clock.metrics(done, batch_rows)
                 found = watch.look()
@@ -99,7 +96,9 @@ def train(
                     quarantine.flush(done)
                     if reasons := quarantine.metrics():
                         keeper.say(done, reasons)
-                    scored = validate_model(job.validation, me, learner, config) if score and job.validation else None
+                    scored = None
+                    if job.validates(done) and not config.eval.asynchronous:
+                        scored = validate_model(job, me, learner)
                     if scored:
                         keeper.say(done, scored.metrics)
                     keeper.keep(learner, done, totals.bad_rows(), watch.history, scored)
@@ -143,9 +142,14 @@ def locked_encoder(tower: TextTower, config: Experiment) -> Callable[[Tensor], T
     return encode
 
 
-def validate_model(task: Validation, me: Rank, learner: Learner, config: Experiment) -> Result | None:
-    """Score the model as it stands: eval mode, no graph, then back to training mode."""
-    model = learner.model
+def validate_model(job: Job, me: Rank, learner: Learner) -> Result | None:
+    """Score the model as it stands: eval mode, no graph, then back to training mode.
+
+    Where the text tower is trained, the metrics have space/text_drift: 1 - mean cosine of what sentences are to it now, and were
+    before. The result is rank 0's.
+    """
+    model, config = learner.model, job.config
+    assert job.validation
     # Rank 0 scores; the others embed the texts with it where FSDP has split the tower.
     encode = learner.tower.encode if learner.tower and (me.rank == 0 or model.text) else None
 
@@ -158,6 +162,11 @@ def validate_model(task: Validation, me: Rank, learner: Learner, config: Experim
     try:
         embed = embedder(forward, lambda images: normalise(images, config.data.mean, config.data.std), me.device)
         with uncompiled():
-            return validate(task, embed, encode, me.rank, me.world, lockstep=config.train.fsdp)
+            scored = validate(job.validation, embed, encode, me.rank, me.world, lockstep=config.train.fsdp)
+            if job.canaries is not None and encode and (me.rank == 0 or config.train.fsdp):
+                moved = 1 - float(np.einsum("cd,cd->c", encode(CANARIES), job.canaries).mean())
+                if scored:
+                    scored.metrics["space/text_drift"] = moved
+            return scored
     finally:
         model.train()

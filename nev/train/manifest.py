@@ -17,6 +17,7 @@ FORMAT = 2
 READ_BYTES = 2**25  # a request
 PATIENCE_S = 300.0
 
+VALIDATION = "validation.json"
 Read = TypeVar("Read")
 
 
@@ -139,17 +140,43 @@ def patiently(read: Callable[[], Read]) -> Read:
 
 def best(run: str, metric: str) -> str | None:
     """The checkpoint whose `metric` is highest (the newest among equals), or None where none has it."""
-    scored = [(_metrics(location).get(metric), location) for location in checkpoints(run)]
+    scored = [(metrics_of(location).get(metric), location) for location in checkpoints(run)]
     held = [(value, location) for value, location in scored if value is not None]
     return max(held)[1] if held else None
 
 
-def _metrics(location: str) -> dict[str, float]:
+def metrics_of(location: str) -> dict[str, float]:
+    """What a checkpoint scored, in training or afterwards; nothing where it was not validated, or is damaged."""
     try:
         metrics: dict[str, float] = read_manifest(location)["metrics"]
     except Damaged:
         return {}  # not one to choose
+    return metrics or _validation(location) or {}
+
+
+def _validation(location: str) -> dict[str, float] | None:
+    """What a validation of this checkpoint gave that was made after it; None where there was none."""
+    fs, path = filesystem(join(location, VALIDATION))
+    with naming(join(location, VALIDATION), "read"):
+        metrics: dict[str, float] | None = json.loads(fs.cat_file(path)) if fs.exists(path) else None
     return metrics
+
+
+def awaiting(run: str, validated: Callable[[int], bool]) -> list[str]:
+    """The checkpoints that are to be validated after they were written (see `nev.train.validator`), and are not yet.
+
+    validated: whether those of a step are.
+    """
+    return [
+        location for location in checkpoints(run) if validated(int(location.rsplit("-", 1)[1])) and _unscored(location)
+    ]
+
+
+def _unscored(location: str) -> bool:
+    try:
+        return not read_manifest(location)["metrics"] and _validation(location) is None
+    except Damaged:
+        return False  # nor will it be
 
 
 def drop_beyond(run: str, step: int) -> None:
@@ -159,10 +186,10 @@ def drop_beyond(run: str, step: int) -> None:
             remove(location)
 
 
-def prune(run: str, keep_last: int, keep_best: str | None) -> None:
-    """Remove all but the `keep_last` newest checkpoints and the best one by the metric `keep_best`."""
+def prune(run: str, keep_last: int, keep_best: str | None, awaited: Callable[[int], bool] = lambda step: False) -> None:
+    """Remove all but the `keep_last` newest checkpoints, the best one by the metric `keep_best`, and those `awaiting`."""
     found = checkpoints(run)
-    kept = {*found[-keep_last:], best(run, keep_best) if keep_best else None}
+    kept = {*found[-keep_last:], best(run, keep_best) if keep_best else None, *awaiting(run, awaited)}
     for location in found:
         if location not in kept:
             remove(location)

@@ -21,6 +21,9 @@ from rich.table import Column
 from nev.errors import NevError
 from nev.progress import rarely
 from nev.tracking import Tracker
+from nev.train.patience import Patience
+from nev.train.signatures import Signatures
+from nev.train.validator import Validator
 
 POLL_S = 0.5
 RELAY_S = 0.2
@@ -84,17 +87,32 @@ def open_board(run: str) -> Any:
 class Watcher:
     """What the driver has read from the board: errors, and the newest value of each metric.
 
-    stop: set by whoever wants the run to end after the step that is under way, with a checkpoint.
+    stop: set by whoever wants the run to end after the step that is under way, with a checkpoint. enough: set when it has run out
+    of patience, and ends so, too.
     """
 
-    def __init__(self, board: Any, tracker: Tracker, console: Console, total_steps: int, first_step: int) -> None:
+    def __init__(
+        self,
+        board: Any,
+        tracker: Tracker,
+        console: Console,
+        signatures: Signatures,
+        patience: Patience,
+        validator: Validator | None,
+        total_steps: int,
+        first_step: int,
+    ) -> None:
         self.errors: list[str] = []
         self.left = self._begun = False
         self.stop = threading.Event()
+        self.enough = threading.Event()
         self.latest: dict[str, float] = {}
         self._board = board
         self._tracker = tracker
         self._console = console
+        self._signatures = signatures
+        self._patience = patience
+        self._validator = validator
         self._total = total_steps
         self._line = _progress(console)
         self._task = self._line.add_task("", total=total_steps, completed=first_step, numbers="starting")
@@ -118,7 +136,7 @@ class Watcher:
                 self._note(note)
             if post.began and self._begun:
                 self._note(f"the processes were started again; training goes on from step {post.step}")
-            if post.left:
+            if post.left and not self.enough.is_set():
                 why = "" if self.stop.is_set() else "a machine is taken away; "
                 goes_on = (
                     "the same command goes on from here" if self.stop.is_set() else "it goes on where there is room"
@@ -127,11 +145,28 @@ class Watcher:
             if post.began or post.left:
                 self._begun, self.left = True, post.left
                 continue
-            self.latest.update(post.metrics)
-            self._tracker.log(post.step, post.metrics)
+            if "checkpoint_write_s" in post.metrics and self._validator:
+                self._validator.written(post.step)
+            self._take(post.step, post.metrics)
             self._show(post.step)
+        for step, metrics, problem in self._validator.done() if self._validator else []:
+            if problem:
+                self._note(problem)
+            self._take(step, metrics)
         if time.monotonic() - self._sent > SEND_S:
             self._send()
+
+    def _take(self, step: int, metrics: dict[str, float]) -> None:
+        """Log numbers, and look what they say of the run."""
+        self.latest.update(metrics)
+        self._tracker.log(step, metrics)
+        for alert in self._signatures.look(step, metrics):
+            self._note(f"step {step}: {alert.text}")
+            self._tracker.tag_later({f"nev.alert.{alert.name}": f"step {step}: {alert.text}"})
+        self._patience.see(step, metrics)
+        if self._patience.over and not self.enough.is_set():
+            self._note(f"step {step}: {self._patience}. The run ends here.")
+            self.enough.set()
 
     def _note(self, note: str) -> None:
         self._console.print(f"[yellow]{escape(note)}[/]", highlight=False, soft_wrap=True)
@@ -182,8 +217,9 @@ class Watcher:
 
         def relay() -> None:  # a server that hangs must not hold it up
             while not over.wait(RELAY_S):
-                if self.stop.is_set():
-                    self._note("the run was told to stop: the step that is under way is finished and kept")
+                if self.stop.is_set() or self.enough.is_set():
+                    if self.stop.is_set():
+                        self._note("the run was told to stop: the step that is under way is finished and kept")
                     ray.get(self._board.stop.remote())
                     return
 

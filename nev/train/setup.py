@@ -84,6 +84,7 @@ def prepare_job(
     `config` has absolute paths. Raises what it finds, with what `findings` holds already: DataError, ConfigError or
     CheckpointError, each saying what to do, or NotReady for several.
     """
+    from nev.models.text import canaries
     from nev.models.vision import check_vision
 
     found = findings or Findings()
@@ -121,6 +122,7 @@ def prepare_job(
         stop_step=min(total, stop_after or total),
         validation=validation,
         fingerprints={"data": index.fingerprint, "plan": plan.fingerprint, "text": text.fingerprint},
+        canaries=None if config.lock == "text" else canaries(text),
     )
     refuse_other_run(job)
     return job

@@ -22,6 +22,9 @@ from nev.tracking import Tracker
 from nev.train.job import Job, row_bytes, where
 from nev.train.manifest import patiently
 from nev.train.monitor import Watcher, open_board
+from nev.train.patience import Patience
+from nev.train.signatures import Signatures
+from nev.train.validator import Validator
 from nev.train.worker import work
 
 if TYPE_CHECKING:
@@ -61,8 +64,19 @@ def posting(run: str) -> Iterator[Any]:
         ray.kill(board)  # its name is the run's: another start of this run may need it at once
 
 
-def fit(job: Job, begun: int, reader: BlockReader, board: Any, tracker: Tracker, console: Console) -> dict[str, float]:
+def fit(
+    job: Job,
+    begun: int,
+    reader: BlockReader,
+    board: Any,
+    tracker: Tracker,
+    console: Console,
+    patience: Patience,
+    validator: Validator | None = None,
+) -> dict[str, float]:
     """Run the job on the connected Ray cluster, from its newest checkpoint, that of step `begun`, to `job.stop_step`.
+
+    Or for as long as there is patience.
 
     Workers that had to leave (their machine is taken away) are started again. Returns the newest value of each metric. Raises
     TrainingFailed, and Stopped where a SIGTERM to this process ended it.
@@ -70,7 +84,8 @@ def fit(job: Job, begun: int, reader: BlockReader, board: Any, tracker: Tracker,
     import ray.train
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-    watcher = Watcher(board, tracker, console, job.total_steps, begun)
+    signatures = Signatures(job.config)
+    watcher = Watcher(board, tracker, console, signatures, patience, validator, job.total_steps, begun)
     try:
         with ray_folder(job.run) as folder, watcher.watching(), set_by_sigterm(watcher.stop):
             failures = 0
@@ -89,7 +104,7 @@ def fit(job: Job, begun: int, reader: BlockReader, board: Any, tracker: Tracker,
                         raise
                     continue
                 watcher.read()
-                if watcher.errors or watcher.stop.is_set() or not watcher.left:
+                if watcher.errors or watcher.stop.is_set() or watcher.enough.is_set() or not watcher.left:
                     break
     except ray.train.TrainingFailedError as error:
         raise TrainingFailed(first_cause(error)) from error
@@ -101,7 +116,7 @@ def fit(job: Job, begun: int, reader: BlockReader, board: Any, tracker: Tracker,
         raise KeyboardInterrupt from end
     if watcher.errors:
         raise TrainingFailed(watcher.errors[0])
-    if watcher.left:
+    if watcher.left and not watcher.enough.is_set():
         raise Stopped
     return watcher.latest
 

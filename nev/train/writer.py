@@ -48,12 +48,18 @@ class Snapshot(NamedTuple):
 
 
 class Writer:
-    """Rank 0's. tell: takes a step, metrics and lines for the person, from another thread."""
+    """Rank 0's. tell: takes a step, metrics and lines for the person, from another thread. awaited: see `prune`."""
 
     def __init__(
-        self, run: str, keep_last: int, keep_best: str | None, tell: Callable[[int, dict[str, float], list[str]], None]
+        self,
+        run: str,
+        keep_last: int,
+        keep_best: str | None,
+        tell: Callable[[int, dict[str, float], list[str]], None],
+        awaited: Callable[[int], bool] = lambda step: False,
     ) -> None:
         self._run, self._keep_last, self._keep_best, self._tell = run, keep_last, keep_best, tell
+        self._awaited = awaited
         self._pool = ThreadPoolExecutor(1, "nev-checkpoint")
         self._pending: Future[None] | None = None
         self._enough = threading.Event()
@@ -119,7 +125,7 @@ class Writer:
                     self._points = []
                 checkpoint.save(self._run, snapshot.state, snapshot.tensors, snapshot.rng, snapshot.beside)
         try:
-            prune(self._run, self._keep_last, self._keep_best)
+            prune(self._run, self._keep_last, self._keep_best, self._awaited)
         except REFUSALS as error:  # the new one is whole: the next one will try again
             self._tell(step, {}, [f"step {step}: older checkpoints could not be removed: {error}"])
         self._tell(step, {"checkpoint_write_s": time.perf_counter() - begin}, [])

@@ -30,7 +30,9 @@ FETCH_AGAIN = "Fetch it again, or take it out of the input."
 class SourceOptions(Section):
     """How to read a source. `templates` make the captions of a labelled set: '{}' stands for the class name.
 
-    score: the column with the similarity of picture and caption. metadata: DataComp's parquet files or their folder.
+    captioned: whether rows must be able to have captions, as training wants; evaluation may need labels alone. score: the
+    column with the similarity of picture and caption. extra: columns, keys of the JSON or tar members that come along as they
+    are, under `extra` of a row. metadata: DataComp's parquet files or their folder.
     tar_in_uid: the name of its tar is a part of a row's uid. part_bytes: files are grouped to parts of about this size, a
     part is one task.
     """
@@ -38,7 +40,9 @@ class SourceOptions(Section):
     columns: Columns = Columns()
     label_name: str | None = None
     templates: tuple[str, ...] = ()
+    captioned: bool = True
     score: str | None = None
+    extra: tuple[str, ...] = ()
     metadata: tuple[str, ...] = ()
     tar_in_uid: bool = False
     limits: Limits = Limits()

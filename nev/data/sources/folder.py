@@ -79,13 +79,13 @@ def classes(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
     """One row an image file, sorted; the folder at the top of `inputs` is its class, and templates its captions.
 
     label: the position of the class among the sorted names of all `inputs`. uid: the path from the folder that they
-    share. Names that begin with '_' or '.' are left out. Raises ConfigError without templates, for an input that is not
-    a folder, without classes, or with a class without pictures.
+    share. Names that begin with '_' or '.' are left out. Raises ConfigError without templates where captions are needed, for an
+    input that is not a folder, without classes, or with a class without pictures.
     """
     roots = sorted({Path(os.path.abspath(root)): Path(root) for root in _at_home(inputs)}.items())  # noqa: PTH100
     if not roots:
         raise ConfigError("a source needs at least one input: a folder with one sub-folder a class")
-    if not options.templates:
+    if not options.templates and options.captioned:
         raise ConfigError("a folder of classes has no captions: make them with --template 'a photo of a {}.'")
     found = [(root, file) for root, given in roots for file in _images(root, given)]
     names = sorted({file.relative_to(root).parts[0] for root, file in found if file.parent != root})

@@ -73,16 +73,20 @@ def _read_file(path: str, stem: str, options: SourceOptions) -> Iterator[Row]:
         schema = file.schema_arrow
         columns = _columns(schema, options, path)
         names = _class_names(schema, columns.get("label"))
+        if lacking := [name for name in options.extra if name not in schema.names]:
+            raise ConfigError(f"{path}: no column {lacking[0]!r} (columns: {schema.names})")
         if options.templates and "label_name" not in columns and not names:
             raise ConfigError(
                 f"{path}: templates need class names: name their column with --name (columns: {schema.names})"
             )
         number = 0
-        for batch in file.iter_batches(BATCH_ROWS, columns=sorted(set(columns.values()))):
+        for batch in file.iter_batches(BATCH_ROWS, columns=sorted({*columns.values(), *options.extra})):
             values: dict[str, list[Any]] = {role: _values(batch, name, role) for role, name in columns.items()}
+            more = {name: batch.column(name).to_pylist() for name in options.extra}
             for at in range(batch.num_rows):
                 cell = {role: column[at] for role, column in values.items()}
-                yield _row(cell, f"{stem}-{number:08d}", names, options.templates)
+                row = _row(cell, f"{stem}-{number:08d}", names, options.templates)
+                yield {**row, "extra": {name: column[at] for name, column in more.items()}} if more else row
                 number += 1
 
 
@@ -131,7 +135,7 @@ def _columns(schema: pa.Schema, options: SourceOptions, path: str) -> dict[str, 
             if name in schema.names and (role not in OPTIONAL or _fits(role, schema.field(name).type))
         ]
         name = named or next(iter(usual), None)
-        if name is None and role in ("image", "caption"):
+        if name is None and (role == "image" or (role == "caption" and options.captioned)):
             also = ", or make captions from class names with --template 'a photo of a {}.'" if role == "caption" else ""
             raise ConfigError(f"{path}: no {role} column (columns: {schema.names}). Name it with --{role}{also}")
         if name is not None:

@@ -63,19 +63,19 @@ def read(files: Iterable[str], options: SourceOptions, root: str = "") -> Iterat
     for path in files:
         tar = name_in(root, path)
         rows = 0
-        for key, parts in _samples(path, options.limits):
-            row = _row(key, parts, options.score)
+        for key, parts in _samples(path, options):
+            row = _row(key, parts, options)
             rows += 1
             yield {**row, "uid": f"{tar}/{row['uid']}"} if options.tar_in_uid else row
         if not rows:
             yield {"uid": tar, "image": None, "caption": None, "reject": f"tar without KEY.{', KEY.'.join(IMAGES)}"}
 
 
-def _samples(path: str, limits: Limits) -> Iterator[tuple[str, dict[str, bytes | None]]]:
+def _samples(path: str, options: SourceOptions) -> Iterator[tuple[str, dict[str, bytes | None]]]:
     """(key, content by extension): neighbours of one key. Where an extension comes again, another sample of that key begins."""
     last = ""
     parts: dict[str, bytes | None] = {}
-    for key, extension, content in _members(path, limits):
+    for key, extension, content in _members(path, options.limits, TEXTS + options.extra):
         if parts and (key != last or extension in parts):
             yield last, parts
             parts = {}
@@ -85,7 +85,7 @@ def _samples(path: str, limits: Limits) -> Iterator[tuple[str, dict[str, bytes |
         yield last, parts
 
 
-def _members(path: str, limits: Limits) -> Iterator[tuple[str, str, bytes | None]]:
+def _members(path: str, limits: Limits, texts: tuple[str, ...]) -> Iterator[tuple[str, str, bytes | None]]:
     """(key, extension, content) of the members that are used; content is None for one above its limit."""
     with (
         input_file(path, "a whole tar file"),
@@ -97,7 +97,7 @@ def _members(path: str, limits: Limits) -> Iterator[tuple[str, str, bytes | None
             stem, _, extension = name.partition(".")
             extension = extension.lower()
             tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header: some kilobytes a picture
-            if not member.isreg() or not stem or extension not in IMAGES + TEXTS:
+            if not member.isreg() or not stem or extension not in IMAGES + texts:
                 continue
             limit = limits.max_bytes if extension in IMAGES else MAX_TEXT_BYTES
             stream = tar.extractfile(member) if member.size <= limit else None
@@ -129,7 +129,7 @@ def _open(location: str) -> Any:
     return fs.open(path, "rb", cache_type="readahead", block_size=AHEAD_BYTES)
 
 
-def _row(key: str, parts: dict[str, bytes | None], score: str | None) -> Row:
+def _row(key: str, parts: dict[str, bytes | None], options: SourceOptions) -> Row:
     row: Row = {"uid": key, "image": None, "caption": None}
     images = [extension for extension in parts if extension in IMAGES]
     if images:
@@ -146,8 +146,10 @@ def _row(key: str, parts: dict[str, bytes | None], score: str | None) -> Row:
         row["caption"] = _caption(facts.get("captions") or facts.get("caption") or text)
         row["label"], name = _label(facts["label"] if "label" in facts else parts.get("cls"))
         row["label_name"] = name if facts.get("label_name") is None else str(facts["label_name"])
-        if score:
+        if score := options.score:
             row["score"] = None if facts.get(score) is None else float(facts[score])
+        if options.extra:
+            row["extra"] = {name: parts[name] if name in parts else facts.get(name) for name in options.extra}
     # A number may be too large, and lists may be nested too deep; JSONDecodeError and UnicodeDecodeError are ValueErrors.
     except (ValueError, TypeError, OverflowError, RecursionError):
         row["reject"] = "unreadable json, txt or cls"

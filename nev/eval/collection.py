@@ -1,0 +1,118 @@
+"""Sets in the shared space: embedded once for a model, kept beside its checkpoints, shared by every task that needs them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nev.config_base import Section
+from nev.data.block import Block
+from nev.data.sidecar import Encode
+from nev.data.storage import filesystem, join, write_whole
+from nev.eval.engine import Tower, Work, embed_all
+from nev.eval.reading import CLEAN, Reading, variants
+from nev.eval.scoring import Embedded
+
+
+class Fact(Section):
+    """What a row says of itself. extra: what groups are told by; reason: why its picture cannot be decoded."""
+
+    uid: str
+    captions: tuple[str, ...]
+    name: str | None
+    extra: dict[str, Any]
+    reason: str
+
+
+class Collection(NamedTuple):
+    """A source's rows in the space, in the order of the source. corrupted: the same pictures by (corruption, severity)."""
+
+    embedded: Embedded
+    facts: list[Fact]
+    corrupted: dict[tuple[str, int], NDArray[np.float32]]
+
+
+def collect(
+    readings: Sequence[Reading],
+    model: str,
+    cache: str,
+    tower: Tower,
+    block_bytes: int,
+    done: Callable[[int], None] = lambda rows: None,
+) -> dict[str, Collection]:
+    """The collections of `readings` by their keys, under a vision tower of the fingerprint `model`.
+
+    They are embedded where `cache` lacks them: a folder or S3 prefix, one file a set and model. done: is told how many rows more
+    were embedded.
+    """
+    by_key = {reading.key: reading for reading in readings}
+    files = {key: join(cache, f"{_digest(model, key)}.safetensors") for key in by_key}
+    found = {key: kept for key, file in files.items() if (kept := _load(file)) is not None}
+    lacking = [key for key in by_key if key not in found]
+    if lacking:
+        works = [Work(by_key[key].units, by_key[key].read) for key in lacking]
+        for key, rows in zip(lacking, embed_all(works, tower, block_bytes, done), strict=True):
+            found[key] = _ordered(rows)
+            write_whole(files[key], _bytes(found[key]))
+    return found
+
+
+def texts(sentences: Sequence[str], encode: Encode, fingerprint: str, cache: str) -> NDArray[np.float32]:
+    """Sentences under a text tower of that fingerprint: unit float32 [n, D], embedded where `cache` lacks this list."""
+    from safetensors.numpy import load, save
+
+    file = join(cache, f"{_digest(fingerprint, *sentences)}.safetensors")
+    fs, path = filesystem(file)
+    if fs.exists(path):
+        return load(fs.cat_file(path))["vectors"]
+    vectors = np.asarray(encode(sentences), np.float32)
+    write_whole(file, save({"vectors": vectors}))
+    return vectors
+
+
+def _ordered(rows: Block) -> Collection:
+    """Rows as they came, in the order of the source, and its variants apart."""
+    if not rows:
+        empty = np.empty(0)
+        return Collection(Embedded(np.empty((0, 0), np.float32), empty.astype(bool), empty.astype(np.int64)), [], {})
+    at = np.lexsort((rows["order"], rows["part"], rows["variant"]))
+    rows = {name: column[at] for name, column in rows.items()}
+    clean = rows["variant"] == CLEAN
+    corrupted = {
+        variant: rows["vector"][rows["variant"] == number]
+        for number, variant in enumerate(variants(), start=1)
+        if (rows["variant"] == number).any()
+    }
+    embedded = Embedded(rows["vector"][clean], rows["valid"][clean], rows["label"][clean])
+    return Collection(embedded, [Fact.model_validate_json(fact) for fact in rows["facts"][clean]], corrupted)
+
+
+def _bytes(collection: Collection) -> bytes:
+    from safetensors.numpy import save
+
+    tensors = collection.embedded._asdict()
+    tensors |= {f"corrupted/{name}/{severity}": vectors for (name, severity), vectors in collection.corrupted.items()}
+    facts = json.dumps([fact.model_dump() for fact in collection.facts]).encode()
+    return save(tensors | {"facts": np.frombuffer(facts, np.uint8)})
+
+
+def _load(file: str) -> Collection | None:
+    from safetensors.numpy import load
+
+    fs, path = filesystem(file)
+    if not fs.exists(path):
+        return None
+    found = load(fs.cat_file(path))
+    facts = [Fact.model_validate(fact) for fact in json.loads(found["facts"].tobytes())]
+    embedded = Embedded(**{name: found[name] for name in Embedded._fields})
+    names = [tuple(name.split("/")[1:]) for name in found if name.startswith("corrupted/")]
+    return Collection(embedded, facts, {(name, int(sev)): found[f"corrupted/{name}/{sev}"] for name, sev in names})
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -1,0 +1,137 @@
+"""Any checkpoint as a model of mteb (https://github.com/embeddings-benchmark/mteb): its texts, its images, and both (MIEB).
+
+mteb is an extra: pip install 'nev[mteb]'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_meta import ModelMeta, ScoringFunction
+
+from nev.config_base import ConfigError
+from nev.data.augment import eval_view
+from nev.data.block import room_for
+from nev.data.decode import Encoded, Picture, rgb
+from nev.eval.validation import Embed
+
+if TYPE_CHECKING:
+    from mteb.types import PromptType
+    from numpy.typing import NDArray
+
+    from nev.models.text import TextTower
+
+# What nomic-embed-text wants before a text, by what it is for (https://huggingface.co/nomic-ai/nomic-embed-text-v1.5).
+NOMIC_PROMPTS = {
+    "Classification": "classification: ",
+    "MultilabelClassification": "classification: ",
+    "Clustering": "clustering: ",
+    "PairClassification": "classification: ",
+    "STS": "classification: ",
+    "Summarization": "classification: ",
+    "query": "search_query: ",
+    "document": "search_document: ",
+}
+
+
+class MtebModel(AbsEncoder):
+    """A model of mteb. embed: uint8 [n, S, S, 3] to unit vectors. What has a text and an image is their sum, as in mteb.
+
+    A tower with a prefix of nomic's takes the one of nomic's that fits the task; any other tower its own prefix always.
+    """
+
+    def __init__(self, name: str, revision: str, text: TextTower, embed: Embed, image_size: int) -> None:
+        self.text, self.embed, self.image_size = text, embed, image_size
+        self.prompts = NOMIC_PROMPTS if text.prefix in NOMIC_PROMPTS.values() else {}
+        self.mteb_model_meta = ModelMeta(
+            loader=None,
+            name=f"nev/{name}",
+            revision=revision,
+            release_date=None,
+            languages=None,
+            n_parameters=None,
+            memory_usage_mb=None,
+            max_tokens=text.max_tokens,
+            embed_dim=text.width,
+            license=None,
+            open_weights=None,
+            public_training_code=None,
+            public_training_data=None,
+            framework=["PyTorch"],
+            similarity_fn_name=ScoringFunction.COSINE,
+            use_instructions=bool(self.prompts),
+            training_datasets=None,
+            modalities=["text", "image"],
+        )
+
+    def encode(
+        self,
+        inputs: Any,
+        *,
+        task_metadata: Any,
+        hf_split: str = "",
+        hf_subset: str = "",
+        prompt_type: PromptType | None = None,
+        **_: Any,
+    ) -> NDArray[np.float32]:
+        """Batches with `text`, `image` or both to float32 [n, D]."""
+        found = [self._batch(batch, self._prefix(task_metadata.type, prompt_type)) for batch in inputs]
+        return np.concatenate(found) if found else np.zeros((0, self.text.width), np.float32)
+
+    def _batch(self, batch: dict[str, Any], prefix: str) -> NDArray[np.float32]:
+        sides = []
+        if "text" in batch:
+            sides.append(self._texts(batch["text"], prefix))
+        if "image" in batch:
+            sides.append(self.embed(views(batch["image"], self.image_size)))
+        if not sides:
+            raise ValueError(f"nev embeds texts and images, and this batch has {sorted(batch)}")
+        return np.asarray(sum(sides), np.float32)
+
+    def _texts(self, texts: Sequence[str], prefix: str) -> NDArray[np.float32]:
+        return replace(self.text, prefix=prefix).encode(list(texts))
+
+    def _prefix(self, task: str, prompt_type: PromptType | None) -> str:
+        asked = self.prompts.get(task) or self.prompts.get(str(getattr(prompt_type, "value", prompt_type)))
+        return asked or self.text.prefix
+
+
+def views(images: Sequence[Any], size: int) -> NDArray[np.uint8]:
+    """Pillow images of any size and mode as the model sees them: uint8 [n, S, S, 3]."""
+    seen = room_for(len(images), size)
+    for image, out in zip(images, seen, strict=True):
+        pixels = np.array(rgb(image))
+        eval_view(Encoded(image.height, image.width, "", partial(_as_is, pixels)), out)
+    return seen
+
+
+def _as_is(pixels: Picture, shrink: int) -> Picture:
+    return pixels
+
+
+def scores_of(model: MtebModel, names: Sequence[str]) -> dict[str, float]:
+    """The main score of each of mteb's tasks, whose data it fetches from the hub.
+
+    Raises ConfigError for a task that mteb does not know, and where the data cannot be had.
+    """
+    import mteb
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        tasks = mteb.get_tasks(tasks=list(names))
+    except KeyError as error:
+        raise ConfigError(f"--mteb: {error.args[0]}") from error
+    try:
+        asked: Any = model  # its protocol wants a constructor of names
+        found = mteb.evaluate(asked, tasks, cache=None, co2_tracker=False, show_progress_bar=False)
+    except (OSError, DatasetNotFoundError) as error:  # of the hub's and of requests' errors both are bases
+        raise ConfigError(
+            f"--mteb: the data of {', '.join(names)} cannot be had ({str(error).splitlines()[0]}). It comes from the hub, which "
+            "this machine has to reach (HF_HUB_OFFLINE must not be set)."
+        ) from error
+    return {result.task_name: float(result.get_score()) for result in found.task_results}

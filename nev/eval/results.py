@@ -1,0 +1,115 @@
+"""What a suite came to: one record a task, as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from nev.config_base import ConfigError, Section
+from nev.data.index import reading
+from nev.data.storage import filesystem
+from nev.eval.intervals import Interval
+from nev.eval.suite import Suite, Task
+
+
+class TaskResult(Section):
+    """A task's score. `value` is None where it was not run, and `reason` says why.
+
+    `metric` is what `value` is; `metrics` are all numbers, shares in [0, 1]; `low`, `high`: the ends of the 95 % interval of
+    `value`, None where there is none; `table`: rows of a finer result; `images`, `bad`: rows, and those that cannot be decoded.
+    """
+
+    name: str
+    kind: str
+    metric: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    chance: float | None = None
+    published: dict[str, float] = Field(default={})
+    metrics: dict[str, float] = Field(default={})
+    table: tuple[dict[str, Any], ...] = ()
+    images: int = 0
+    bad: int = 0
+    reason: str | None = None
+
+
+class SuiteResult(Section):
+    """All tasks of a suite for one checkpoint. `average`: of the tasks' values, None where one was not run or none is wanted."""
+
+    suite: str
+    about: str
+    checkpoint: str
+    model: str
+    step: int
+    average: float | None
+    published: dict[str, float] = Field(default={})
+    seconds: float
+    tasks: tuple[TaskResult, ...]
+
+    @property
+    def not_run(self) -> list[str]:
+        """The tasks without a score."""
+        return [task.name for task in self.tasks if task.value is None]
+
+    def flat(self) -> dict[str, float]:
+        """Every number by 'suite/task/metric', as a tracker wants them."""
+        return {
+            f"{self.suite}/{task.name}/{name}": value for task in self.tasks for name, value in task.metrics.items()
+        }
+
+
+def load_result(location: str) -> SuiteResult:
+    """What an earlier `evaluate.py --suite` wrote as JSON, here or on S3. Raises ConfigError where it is no such file."""
+    fs, path = filesystem(location)
+    with reading(location, damaged=""):
+        if not fs.exists(path):
+            raise ConfigError(
+                f"{location}: no such file. evaluate.py --suite NAME writes NAME.json in the run's folder/evaluation."
+            )
+        content = fs.cat_file(path)
+    try:
+        return SuiteResult.model_validate_json(content)
+    except ValidationError as error:
+        raise ConfigError(
+            f"{location}: not what evaluate.py --suite writes ({error.error_count()} problems)"
+        ) from error
+
+
+def average_of(suite: Suite, results: list[TaskResult]) -> float | None:
+    """The mean of all tasks, where the suite has one: no task is left out of it."""
+    values = [result.value for result in results]
+    return sum(map(float, values)) / len(values) if suite.average and None not in values else None  # type: ignore[arg-type]
+
+
+def result_of(
+    task: Task, metrics: dict[str, float], sure: dict[str, Interval], chance: float | None, **more: Any
+) -> TaskResult:
+    """The record of a task that was run."""
+    own = sure.get(task.judged_by)
+    ends = {f"{name}_{end}": float(getattr(one, end)) for name, one in sure.items() for end in ("low", "high")}
+    return TaskResult(
+        name=task.name,
+        kind=task.kind,
+        metric=task.judged_by,
+        value=metrics[task.judged_by],
+        low=own.low if own else None,
+        high=own.high if own else None,
+        chance=chance if task.chance is None else task.chance,
+        published=task.published,
+        metrics={**metrics, **ends},
+        **more,
+    )
+
+
+def not_run(task: Task, reason: str) -> TaskResult:
+    """The record of a task that cannot be run here."""
+    return TaskResult(
+        name=task.name,
+        kind=task.kind,
+        metric=task.judged_by,
+        chance=task.chance,
+        published=task.published,
+        reason=reason,
+    )

@@ -1,0 +1,118 @@
+"""The ways in which training towards a text tower is known to fail, watched while it happens. No Ray, no MLflow in it.
+
+arXiv 2406.18587 and the papers before it name them: pictures that never find their captions, a loss that stays flat, a logit
+scale at its bound, vectors that fall together, a text tower that drifts where it is trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import NamedTuple
+
+from nev.config import Experiment
+
+FLAT_POINTS = 30  # logged losses, after the warm-up, that all have to be flat
+FLAT_SHARE = 0.01  # of what guessing has: a loss less than that below it is flat
+BOUND_POINTS = 30  # logged scales in a row that have to be at the bound
+COLLAPSE = 0.95  # mean cosine of two different pictures
+CHANCE_TIMES = 1.5  # a share up to so many times what guessing has is at chance
+DRIFT = 0.1  # 1 - mean cosine of what sentences are to the text tower now, and were
+
+
+class Alert(NamedTuple):
+    """One sign of failure. name: of the signature, for a tag; text: what was seen, and what to do."""
+
+    name: str
+    text: str
+
+
+class Signatures:
+    """Looks at the numbers of a run as they come, and tells each sign once."""
+
+    def __init__(self, config: Experiment) -> None:
+        self._warm = config.optim.warmup_steps
+        self._bound = config.loss.max_scale if config.loss.learn_scale else None
+        self._guess = guessing_loss(config)
+        self._losses: deque[float] = deque(maxlen=FLAT_POINTS)
+        self._at_bound = 0
+        self._told: set[str] = set()
+
+    def look(self, step: int, metrics: dict[str, float]) -> list[Alert]:
+        """The new signs in the numbers of a step."""
+        signs = (
+            self._loss(step, metrics),
+            self._scale(metrics),
+            *at_chance(metrics),
+            collapse(metrics),
+            drift(metrics),
+        )
+        new = {sign.name: sign for sign in signs if sign and sign.name not in self._told}
+        self._told |= new.keys()
+        return list(new.values())
+
+    def _loss(self, step: int, metrics: dict[str, float]) -> Alert | None:
+        if "loss" not in metrics or step <= self._warm:
+            return None
+        loss = metrics["loss"]
+        if not math.isfinite(loss):
+            return Alert("non_finite", "the loss is not finite. Lower optim.lr, or raise optim.warmup_steps.")
+        self._losses.append(loss)
+        if self._guess is None or len(self._losses) < FLAT_POINTS or min(self._losses) < (1 - FLAT_SHARE) * self._guess:
+            return None
+        return Alert(
+            "flat_loss",
+            f"the loss is {loss:.3f}, as flat as that of guessing, {self._guess:.3f}. Look whether captions fit their pictures, "
+            "or raise optim.lr.",
+        )
+
+    def _scale(self, metrics: dict[str, float]) -> Alert | None:
+        if self._bound is None or "logit_scale" not in metrics:
+            return None
+        self._at_bound = self._at_bound + 1 if metrics["logit_scale"] >= 0.999 * self._bound else 0
+        if self._at_bound < BOUND_POINTS:
+            return None
+        return Alert(
+            "scale_at_bound",
+            f"the logit scale stays at its bound, {self._bound:g}. Captions that are nearly alike want more: look for "
+            "doubles, or raise loss.max_scale.",
+        )
+
+
+def guessing_loss(config: Experiment) -> float | None:
+    """The loss of a model that knows nothing: log B for softmax; None for the sigmoid loss and for several widths."""
+    plain = config.loss.kind == "softmax" and not config.loss.matryoshka
+    return math.log(config.train.global_batch) if plain else None
+
+
+def at_chance(metrics: dict[str, float]) -> list[Alert]:
+    """Search or zero-shot that is no better than guessing, after a validation."""
+    pairs = (
+        ("retrieval/text_to_image/r10", "retrieval/text_to_image/r10_chance"),
+        ("zero_shot/top1", "zero_shot/chance"),
+    )
+    return [
+        Alert("at_chance", f"{name} is {metrics[name]:.2%}, where guessing has {metrics[chance]:.2%}.")
+        for name, chance in pairs
+        if name in metrics and metrics[name] <= CHANCE_TIMES * metrics[chance]
+    ]
+
+
+def collapse(metrics: dict[str, float]) -> Alert | None:
+    """Pictures that are all alike to the model, after a validation."""
+    cosine = metrics.get("space/anisotropy_images", 0.0)
+    if cosine <= COLLAPSE:
+        return None
+    return Alert(
+        "collapse", f"any two pictures have a cosine of {cosine:.3f}. Lower optim.lr, or begin with other weights."
+    )
+
+
+def drift(metrics: dict[str, float]) -> Alert | None:
+    """A text tower that is not what vectors of before were made with, where it is trained."""
+    moved = metrics.get("space/text_drift", 0.0)
+    if moved <= DRIFT:
+        return None
+    return Alert(
+        "text_drift", f"sentences have moved by {moved:.3f} (1 - cosine): vectors made before do not fit any more."
+    )

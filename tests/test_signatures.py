@@ -1,0 +1,83 @@
+"""Signs of failure: each is provoked, told once, and silent in a run that is well."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from nev.config import Experiment
+from nev.experiment import run_experiment
+from nev.train import signatures
+from nev.train.signatures import BOUND_POINTS, FLAT_POINTS, Signatures
+
+Make = Callable[..., Experiment]
+GUESS = math.log(64)
+
+
+def told(signs: Signatures, points: list[dict[str, float]]) -> list[str]:
+    return [alert.name for step, metrics in enumerate(points, start=6) for alert in signs.look(step, metrics)]
+
+
+def test_a_run_that_is_well_is_not_disturbed(tiny: Make) -> None:
+    points = [{"loss": GUESS - 0.03 * at, "logit_scale": 14.0 + at} for at in range(80)]
+    well = {"space/anisotropy_images": 0.4, "zero_shot/top1": 0.5, "zero_shot/chance": 0.1, "space/text_drift": 0.0}
+    assert told(Signatures(tiny()), [*points, well]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "points"),
+    [
+        ("non_finite", [{"loss": math.nan}]),
+        ("flat_loss", [{"loss": GUESS}] * FLAT_POINTS),
+        ("flat_loss", [{"loss": GUESS + 0.5}] * FLAT_POINTS),
+        ("scale_at_bound", [{"logit_scale": 100.0}] * BOUND_POINTS),
+        ("at_chance", [{"zero_shot/top1": 0.11, "zero_shot/chance": 0.1}]),
+        ("at_chance", [{"retrieval/text_to_image/r10": 0.01, "retrieval/text_to_image/r10_chance": 0.01}]),
+        ("collapse", [{"space/anisotropy_images": 0.99}]),
+        ("text_drift", [{"space/text_drift": 0.3}]),
+    ],
+)
+def test_each_sign_is_told_once(tiny: Make, name: str, points: list[dict[str, float]]) -> None:
+    assert told(Signatures(tiny()), [*points, *points]) == [name]
+
+
+def test_one_loss_below_that_of_guessing_is_enough(tiny: Make) -> None:
+    points = [{"loss": GUESS}] * (FLAT_POINTS - 1)
+    assert told(Signatures(tiny()), [{"loss": GUESS - 0.1}, *points]) == []
+
+
+def test_a_flat_loss_in_the_warm_up_is_no_sign(tiny: Make) -> None:
+    signs = Signatures(tiny(optim__warmup_steps=1000))
+    assert told(signs, [{"loss": GUESS}] * 900) == []
+
+
+def test_a_scale_that_was_at_its_bound_for_a_moment_is_no_sign(tiny: Make) -> None:
+    moment = [{"logit_scale": 100.0}] * (BOUND_POINTS - 1)
+    assert told(Signatures(tiny()), [*moment, {"logit_scale": 80.0}, *moment]) == []
+    assert told(Signatures(tiny(loss__learn_scale=False)), [{"logit_scale": 100.0}] * 100) == []
+
+
+@pytest.mark.ray
+def test_a_run_that_fails_says_so_and_bears_tags(
+    ray_cluster: None, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A learning rate of next to nothing: the loss stays flat, pictures stay alike, and search is at chance."""
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr(signatures, "FLAT_POINTS", 8)
+    monkeypatch.setattr(signatures, "BOUND_POINTS", 8)
+    monkeypatch.setattr(signatures, "COLLAPSE", 0.3)  # to random weights these pictures are alike by 0.36
+    config = tiny(name="fails", optim__lr=1e-12, loss__max_scale=1 / 0.07, train__steps=16)
+    console = Console(file=io.StringIO(), width=200)
+    summary = run_experiment(config, console)
+    tags = MlflowClient(tracking_uri=summary.tracking_uri).get_run(summary.mlflow_run_id).data.tags
+    assert {name.removeprefix("nev.alert.") for name in tags if name.startswith("nev.alert.")} == {
+        *("flat_loss", "scale_at_bound", "collapse", "at_chance")
+    }
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(tags[name] in shown for name in tags if name.startswith("nev.alert."))

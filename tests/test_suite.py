@@ -1,0 +1,297 @@
+"""Suites: tasks as data, read from every layout, embedded once, each scored or listed as not run."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data_helpers import encoded, photo
+from rich.console import Console
+from tar_helpers import tar_of
+
+from nev.config import Experiment
+from nev.config_base import ConfigError
+from nev.config_data import Limits
+from nev.eval import collection
+from nev.eval.reading import Reading, reading_of
+from nev.eval.results import SuiteResult
+from nev.eval.suite import Suite, Task, load_suite, shipped
+from nev.evaluation import evaluate_suite
+from nev.experiment import run_experiment
+
+Make = Callable[..., Experiment]
+SIDE = 16
+
+
+def task(**settings: object) -> Task:
+    return Task.model_validate({"name": "one", "kind": "zero_shot", **settings})
+
+
+def rows_of(reading: Reading) -> dict[str, list[object]]:
+    """All rows of a reading, in the order of the source."""
+    blocks = [block for unit in reading.units for block in reading.read(unit)]
+    found = {name: np.concatenate([block[name] for block in blocks]) for name in ("label", "valid", "part", "order")}
+    facts = np.concatenate([block["facts"] for block in blocks])
+    order = np.lexsort((found["order"], found["part"]))
+    return {name: column[order].tolist() for name, column in found.items()} | {
+        "facts": [json.loads(facts[at]) for at in order]
+    }
+
+
+def read(task: Task, root: Path, processes: int = 2) -> dict[str, list[object]]:
+    return rows_of(reading_of(task, str(root), SIDE, Limits(), processes))
+
+
+# --- the shipped suites
+
+
+def test_every_shipped_suite_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEV_DATA", "/data")
+    monkeypatch.setenv("NEV_EVAL_DATA", "/eval")
+    assert shipped() == ["coco", "datacomp", "flickr30k", "imagenet", "ood", "quick"]
+    for name in shipped():
+        assert load_suite(name).tasks
+    assert load_suite("quick").root == "/data"
+    assert load_suite("imagenet", "s3://bucket/eval").root == "s3://bucket/eval"
+
+
+def test_datacomp_has_its_38_tasks_and_their_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEV_EVAL_DATA", "/eval")
+    suite = load_suite("datacomp")
+    assert len(suite.tasks) == 38
+    judged = {one.name: one.judged_by for one in suite.tasks if one.judged_by != "top1"}
+    assert judged == {
+        **dict.fromkeys(("caltech101", "fgvc_aircraft", "flowers", "pets"), "mean_per_class"),
+        **dict.fromkeys(("flickr30k", "mscoco"), "mean_recall_1"),
+        **{"winogavil": "jaccard", "iwildcam": "macro_f1", "fmow": "worst_group_top1"},
+        **{"dollar_street": "worst_group_top5", "geode": "worst_group_top1"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"kindd": 1}, "kindd"),
+        ({"kind": "guess"}, "kind"),
+        ({"metric": "jaccard"}, "zero_shot is judged by"),
+        ({"metric": "worst_group_top1"}, "needs `group`"),
+        ({"kind": "retrieval", "classes": ["a"]}, "leave classes and templates out"),
+        ({"kind": "association"}, "winogavil"),
+        ({"source": {"format": "folder-classes", "input": "x", "share": 0}}, "share"),
+    ],
+)
+def test_a_task_that_cannot_be_is_an_error(tmp_path: Path, settings: dict[str, object], said: str) -> None:
+    one = {"name": "one", "kind": "zero_shot", "source": {"format": "webdataset", "input": "x"}, **settings}
+    file = tmp_path / "own.yaml"
+    file.write_text(json.dumps({"about": "own", "root": str(tmp_path), "tasks": [one]}))
+    with pytest.raises(ConfigError, match=said):
+        load_suite(str(file))
+
+
+def test_an_unknown_suite_a_variable_that_is_not_set_and_names_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="no suite is called 'imagenett': give one of coco"):
+        load_suite("imagenett")
+    monkeypatch.delenv("NEV_EVAL_DATA", raising=False)
+    with pytest.raises(ConfigError, match=r"NEV_EVAL_DATA' is not set.*--data"):
+        load_suite("imagenet")
+    one = {"name": "one", "kind": "retrieval", "source": {"format": "webdataset", "input": "x"}}
+    with pytest.raises(ValueError, match="two tasks are called 'one'"):
+        Suite.model_validate({"about": "", "root": "/", "tasks": [one, one]})
+
+
+# --- reading
+
+
+def clip_benchmark(root: Path, count: int = 150) -> Path:
+    """A set as CLIP_benchmark lays it out, in two tars of keys that go on, with metadata as WILDS has them."""
+    for tar, rows in enumerate(np.array_split(np.arange(count), 2)):
+        members: dict[str, bytes | str] = {}
+        for row in rows:
+            buffer = io.BytesIO()
+            np.save(buffer, np.array([row % 3, 7, row]))
+            members |= {
+                f"s{row:07d}.png": encoded(photo(int(row)), "PNG"),
+                f"s{row:07d}.cls": str(row % 2),
+                f"s{row:07d}.npy": buffer.getvalue(),
+            }
+        (root / "set/test").mkdir(parents=True, exist_ok=True)
+        tar_of(root / f"set/test/{tar}.tar", members)
+    (root / "set/classnames.txt").write_text("red_fox\nblue jay\n")
+    (root / "set/zeroshot_classification_templates.txt").write_text("a photo of a {c}.\nthe {c}\n")
+    return root
+
+
+def test_clip_benchmarks_layout_with_groups(tmp_path: Path) -> None:
+    one = task(
+        source={"format": "clip-benchmark", "input": "set"},
+        metric="worst_group_top1",
+        group={"field": "npy", "place": 2},
+    )
+    reading = reading_of(one, str(clip_benchmark(tmp_path)), SIDE, Limits(), 2)
+    assert reading.names == ("red_fox", "blue jay")
+    assert reading.templates == ("a photo of a {}.", "the {}")
+    rows = rows_of(reading)
+    assert rows["label"] == [row % 2 for row in range(150)]
+    assert [fact["extra"]["npy"] for fact in rows["facts"]] == [[row % 3, 7, row] for row in range(150)]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 7])
+def test_every_row_is_read_once_whatever_the_processes(tmp_path: Path, processes: int) -> None:
+    one = task(source={"format": "clip-benchmark", "input": "set"})
+    root = clip_benchmark(tmp_path)
+    rows = read(one, root, processes)
+    assert [fact["uid"] for fact in rows["facts"]] == [f"s{row:07d}" for row in range(150)]
+
+
+def test_a_share_is_the_same_rows_in_any_order(tmp_path: Path) -> None:
+    whole = [
+        fact["uid"]
+        for fact in read(task(source={"format": "clip-benchmark", "input": "set"}), clip_benchmark(tmp_path))["facts"]
+    ]
+    some = [
+        fact["uid"]
+        for fact in read(task(source={"format": "clip-benchmark", "input": "set", "share": 0.3}), tmp_path)["facts"]
+    ]
+    assert 25 < len(some) < 65
+    assert set(some) < set(whole)
+
+
+def test_labels_without_names_or_captions(tmp_path: Path) -> None:
+    rows = [{"image": {"bytes": encoded(photo(at))}, "label": at % 2} for at in range(10)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set.parquet")
+    found = read(task(source={"format": "hf-parquet", "input": "set.parquet"}, classes=["a", "b"]), tmp_path)
+    assert found["label"] == [0, 1] * 5
+    assert all(fact["captions"] == [] for fact in found["facts"])
+
+
+def test_a_picture_that_cannot_be_decoded_stays_as_a_row(tmp_path: Path) -> None:
+    for name, data in (
+        ("a/1.png", encoded(photo(1), "PNG")),
+        ("b/2.png", b"no picture"),
+        ("b/3.png", encoded(photo(3), "PNG")),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    found = read(task(source={"format": "folder-classes", "input": "."}), tmp_path)
+    assert found["valid"] == [True, False, True]
+    assert "not an image" in found["facts"][1]["reason"]
+
+
+def test_the_key_follows_the_data_and_the_view(tmp_path: Path) -> None:
+    root = clip_benchmark(tmp_path)
+    one = task(source={"format": "clip-benchmark", "input": "set"})
+
+    def key(given: Task, size: int = SIDE, processes: int = 2) -> str:
+        return reading_of(given, str(root), size, Limits(), processes).key
+
+    first = key(one)
+    assert first == key(one.model_copy(update={"name": "other", "templates": ("the {}",)}))
+    assert first == key(one, processes=5)
+    assert (
+        len({first, key(one, size=32), key(task(source={"format": "clip-benchmark", "input": "set", "share": 0.5}))})
+        == 3
+    )
+    assert first != key(task(kind="robustness", source={"format": "clip-benchmark", "input": "set"}))
+    clip_benchmark(tmp_path, 151)
+    assert first != key(one)
+
+
+# --- whole
+
+
+@pytest.fixture(scope="module")
+def trained(ray_cluster: None, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint of a short run."""
+    from nev.config_file import parse
+
+    config = parse(
+        Experiment,
+        {
+            "name": "small",
+            "output": str(tmp_path_factory.mktemp("runs")),
+            "data": {"train": str(pictures / "train"), "image_size": 32, "block_rows": 32},
+            "vision": {
+                "trunk": "vit_tiny_patch16_224",
+                "trunk_args": {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2},
+            },
+            "optim": {"lr": 1e-3, "warmup_steps": 5},
+            "train": {"global_batch": 64, "steps": 20},
+            "workers": {"count": 1, "threads": 1},
+        },
+    )
+    return run_experiment(config, Console(quiet=True)).checkpoint
+
+
+OWN = """
+about: Own
+root: {root}
+average: true
+tasks:
+  - &drawn
+    name: drawn
+    kind: zero_shot
+    source: &shards {{format: hf-parquet, input: val}}
+    classes: classes.txt
+    templates: ["a {{}}"]
+    published: {{other: 0.5}}
+  - {{name: search, kind: retrieval, source: *shards}}
+  - {{name: space, kind: alignment, source: *shards}}
+  - {{name: small, kind: compression, source: *shards}}
+  - {{<<: *drawn, name: small-classes, kind: compression, published: {{}}}}
+  - {{<<: *drawn, name: corrupted, kind: robustness, source: {{<<: *shards, share: 0.3}}}}
+  - {{name: absent, kind: zero_shot, source: {{format: clip-benchmark, input: nowhere}}}}
+  - {{name: unnamed, kind: zero_shot, source: *shards, classes: [only, two]}}
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_suite_from_its_file_to_its_page(
+    trained: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(OWN.format(root=pictures))
+    embedded: list[int] = []
+    embed_all = collection.embed_all
+
+    def counting(works: list[object], *rest: object) -> object:
+        embedded.append(len(works))
+        return embed_all(works, *rest)
+
+    monkeypatch.setattr(collection, "embed_all", counting)
+    result, files = evaluate_suite(trained, str(own), Console(quiet=True), output=str(tmp_path / "out"))
+    assert embedded == [2]  # five tasks share one set, and the corrupted pictures are another
+    by_name = {one.name: one for one in result.tasks}
+    assert result.not_run == ["absent", "unnamed"]
+    assert result.average is None
+    assert "no such file or folder" in str(by_name["absent"].reason)
+    assert "there are 2 classes" in str(by_name["unnamed"].reason)
+
+    drawn = by_name["drawn"]
+    assert drawn.images == 128
+    assert drawn.low is not None
+    assert drawn.low <= drawn.value <= drawn.high
+    assert {"top1", "top5", "mean_per_class", "macro_f1", "calibration_error", "scale_fitted"} <= drawn.metrics.keys()
+    assert by_name["corrupted"].metrics["clean"] > 0
+    assert len(by_name["corrupted"].table) == 40
+    assert by_name["small"].metrics["float32_384"] == pytest.approx(by_name["search"].value, abs=1e-9)
+    assert by_name["small-classes"].metrics["float32_384"] == pytest.approx(drawn.value, abs=1e-9)
+
+    page, numbers = (Path(file) for file in files)
+    assert SuiteResult.model_validate_json(numbers.read_text()) == result
+    html = page.read_text()
+    assert html.count("data:image/png;base64,") == 10  # the loss, and the pictures of six tasks
+    assert "http" not in html.replace(str(trained), "")
+    assert "not run: " in html
+
+    again, _ = evaluate_suite(trained, str(own), Console(quiet=True), output=str(tmp_path / "out"))
+    assert embedded == [2]  # nothing is embedded anew
+    assert [one.model_dump() for one in again.tasks] == [one.model_dump() for one in result.tasks]

@@ -1,0 +1,158 @@
+"""Validation beside training: the same scores as in the loop, on the same weights; no checkpoint is lost or waits for ever."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from nev.config import Experiment
+from nev.data.storage import StorageError
+from nev.experiment import run_experiment
+from nev.train.journal import read_points
+from nev.train.manifest import awaiting, best, checkpoints, prune, read_manifest
+from nev.train.validator import Validator
+
+Make = Callable[..., Experiment]
+
+
+def job(run: Path, every: int = 10) -> Any:
+    return SimpleNamespace(run=str(run), validates=lambda step: step % every == 0)
+
+
+def checkpoint(run: Path, step: int, metrics: dict[str, float] | None = None) -> Path:
+    folder = run / f"checkpoints/step-{step:08d}"
+    folder.mkdir(parents=True)
+    from nev.train.manifest import FORMAT
+
+    (folder / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, "metrics": metrics or {}}))
+    return folder
+
+
+def steps(locations: list[str]) -> list[int]:
+    return [int(location.rsplit("-", 1)[1]) for location in locations]
+
+
+def test_what_is_written_is_scored_and_what_was_left_comes_first(tmp_path: Path) -> None:
+    for step in (10, 15, 20):
+        checkpoint(tmp_path, step)
+    seen: list[int] = []
+
+    def score(location: str) -> dict[str, float]:
+        seen.append(int(location.rsplit("-", 1)[1]))
+        return {"top1": seen[-1] / 100}
+
+    found = Validator(job(tmp_path), score)
+    checkpoint(tmp_path, 30)
+    for step in (30, 35):
+        found.written(step)
+    found.finish()
+    assert seen == [10, 20, 30]
+    assert [(one.step, one.metrics) for one in found.done()] == [
+        (10, {"top1": 0.1}),
+        (20, {"top1": 0.2}),
+        (30, {"top1": 0.3}),
+    ]
+    assert found.done() == []
+    assert [(point.step, point.metrics) for point in read_points(str(tmp_path), 20)] == [
+        (10, {"top1": 0.1}),
+        (20, {"top1": 0.2}),
+    ]
+    assert awaiting(str(tmp_path), job(tmp_path).validates) == []
+    assert steps([str(best(str(tmp_path), "top1"))]) == [30]
+
+
+def test_slow_validation_leaves_the_oldest_out_and_says_so(tmp_path: Path) -> None:
+    go_on, seen = threading.Event(), []
+
+    def score(location: str) -> dict[str, float]:
+        seen.append(int(location.rsplit("-", 1)[1]))
+        go_on.wait(60)
+        return {}
+
+    found = Validator(job(tmp_path), score)
+    for step in (10, 20, 30, 40, 50):
+        checkpoint(tmp_path, step)
+        found.written(step)
+        while not seen:  # the first is under way
+            pass
+    go_on.set()
+    found.finish()
+    assert seen == [10, 40, 50]
+    problems = {one.step: one.problem for one in found.done()}
+    assert set(problems) == {10, 20, 30, 40, 50}
+    assert "faster than validation" in str(problems[20])
+    assert awaiting(str(tmp_path), job(tmp_path).validates) == []
+
+
+def test_a_checkpoint_that_cannot_be_scored_is_told_and_the_next_one_is_scored(tmp_path: Path) -> None:
+    for step in (10, 20):
+        checkpoint(tmp_path, step)
+
+    def score(location: str) -> dict[str, float]:
+        if location.endswith("10"):
+            raise StorageError("away")
+        return {"top1": 1.0}
+
+    found = Validator(job(tmp_path), score)
+    found.finish()
+    bad, good = found.done()
+    assert bad.problem == "step 10: not validated (away)"
+    assert good.metrics == {"top1": 1.0}
+
+
+def test_no_checkpoint_is_removed_before_it_is_validated(tmp_path: Path) -> None:
+    for step in (10, 15, 20, 25, 30):
+        checkpoint(tmp_path, step)
+    validates = job(tmp_path).validates
+    (tmp_path / "checkpoints/step-00000010/validation.json").write_text('{"top1": 0.9}')
+    prune(str(tmp_path), 1, None, validates)
+    assert steps(checkpoints(str(tmp_path))) == [20, 30]
+    (tmp_path / "checkpoints/step-00000020/validation.json").write_text('{"top1": 0.9}')
+    (tmp_path / "checkpoints/step-00000030/validation.json").write_text('{"top1": 0.1}')
+    checkpoint(tmp_path, 35)
+    prune(str(tmp_path), 1, "top1", validates)
+    assert steps(checkpoints(str(tmp_path))) == [20, 35]
+
+
+@pytest.mark.ray
+def test_a_run_scores_and_chooses_as_one_that_validates_in_its_loop(
+    ray_cluster: None, tiny: Make, tmp_path: Path
+) -> None:
+    settings = {"train__steps": 12, "train__eval_every": 4, "train__checkpoint_every": 6, "train__keep_last": 8}
+    own = run_experiment(tiny(name="own", **settings), Console(quiet=True))
+    other = run_experiment(tiny(name="other", eval__asynchronous=True, **settings), Console(quiet=True))
+    assert other.metrics == pytest.approx(own.metrics, abs=1e-5)
+    assert other.checkpoint.rsplit("/", 1)[1] == own.checkpoint.rsplit("/", 1)[1]
+
+    def scored(name: str) -> dict[int, float]:
+        points = read_points(str(tmp_path / "runs" / name), 12)
+        return {point.step: point.metrics["zero_shot/top1"] for point in points if "zero_shot/top1" in point.metrics}
+
+    assert scored("other") == pytest.approx(scored("own"), abs=1e-5)
+    assert set(scored("own")) == {4, 8, 12}
+    for location in checkpoints(str(tmp_path / "runs/other")):
+        assert read_manifest(location)["metrics"] == {}  # not in the loop
+    files = [read_manifest(f"{tmp_path}/runs/{name}/checkpoints/step-00000012")["sha256"] for name in ("own", "other")]
+    assert files[0]["model.safetensors"] == files[1]["model.safetensors"]
+    from mlflow import MlflowClient
+
+    history = MlflowClient(tracking_uri=other.tracking_uri).get_metric_history(other.mlflow_run_id, "zero_shot/top1")
+    assert sorted(point.step for point in history) == [4, 8, 12]
+
+
+@pytest.mark.ray
+def test_what_a_driver_left_is_scored_by_the_next(ray_cluster: None, tiny: Make, tmp_path: Path) -> None:
+    config = tiny(name="left", eval__asynchronous=True, train__steps=6)
+    run_experiment(config, Console(quiet=True))
+    scored = tmp_path / "runs/left/checkpoints/step-00000006/validation.json"
+    before = json.loads(scored.read_text())
+    scored.unlink()  # as if the driver had died before
+    assert run_experiment(config, Console(quiet=True)).metrics == pytest.approx(before, abs=1e-5)
+    assert json.loads(scored.read_text()) == pytest.approx(before, abs=1e-5)
