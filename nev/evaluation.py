@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -215,7 +215,7 @@ def run_tasks(suite: Suite, opened: Opened, cache: str, folder: Path, console: C
     from nev.eval.reading import BATCH, reading_of
     from nev.eval.results import not_run
     from nev.eval.tasks import Context, score
-    from nev.progress import progress
+    from nev.progress import counting
     from nev.runtime import cluster_cpus
     from nev.train.checkpoint import load_tower, load_vision, logit_scale
 
@@ -232,9 +232,8 @@ def run_tasks(suite: Suite, opened: Opened, cache: str, folder: Path, console: C
     weights = manifest["sha256"]["model.safetensors"]
     tower = Tower(partial(load_vision, location, config, text.width), config.data.mean, config.data.std)
     block_bytes = BATCH * config.data.image_size**2 * 3
-    with progress(console) as tell:
-        count = _counting(tell)
-        found = collect(list(readings.values()), weights, cache, tower, block_bytes, count)
+    with counting(console, "pictures embedded") as more:
+        found = collect(list(readings.values()), weights, cache, tower, block_bytes, more)
     own_text = text if config.lock == "text" else load_tower(location, config)
     fingerprint = text.fingerprint if config.lock == "text" else weights
     encode = partial(texts, encode=own_text.encode, fingerprint=fingerprint, cache=cache)
@@ -253,18 +252,6 @@ def run_tasks(suite: Suite, opened: Opened, cache: str, folder: Path, console: C
             continue
         scored.append(Scored(result, exhibits(task, collection, context, result, folder)))
     return scored
-
-
-def _counting(tell: Callable[[str, int, int, str], None]) -> Callable[[int], None]:
-    """Show how many pictures were embedded, whose whole number nobody knows before they are read."""
-    began, total = time.perf_counter(), 0
-
-    def more(rows: int) -> None:
-        nonlocal total
-        total += rows
-        tell("pictures embedded", total, total + 1, f"{total / (time.perf_counter() - began):,.0f} pictures/s")
-
-    return more
 
 
 def embed(config: Experiment, checkpoint: str, task: Validation, taken: float = 0.0) -> tuple[Embedded, Texts]:

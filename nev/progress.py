@@ -52,6 +52,27 @@ def progress(console: Console) -> Iterator[Tell]:
         yield say
 
 
+@contextmanager
+def counting(console: Console, what: str) -> Iterator[Callable[[int], None]]:
+    """Yield a function that is told how many more of `what` are done, where nobody knows how many there are."""
+    began, total = time.monotonic(), 0
+
+    def said() -> str:
+        return f"{total:,} {what}, {total / max(time.monotonic() - began, 1e-9):,.0f}/s"
+
+    with console.status("") as status:
+        show = status.update if console.is_terminal else rarely(lambda text: console.print(text, highlight=False))
+
+        def more(count: int) -> None:
+            nonlocal total
+            total += count
+            show(said())
+
+        yield more
+    if total:
+        console.print(said(), highlight=False)
+
+
 def rarely(show: Callable[[str], None], seconds: float = PLAIN_LINE_S) -> Callable[[str], None]:
     """`show`, but at most once in so many seconds; what comes between is passed over."""
     last = -seconds

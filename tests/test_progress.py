@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from nev import progress as module
-from nev.progress import progress, rarely
+from nev.progress import counting, progress, rarely
 from nev.train.monitor import _progress
 
 
@@ -83,3 +83,18 @@ def test_rarely_shows_the_first_of_each_while(monkeypatch: pytest.MonkeyPatch) -
         clock[0] = second
         maybe(str(second))
     assert shown == ["0", "10", "25", "35"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_has_no_known_end_is_counted(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    console = Console(file=io.StringIO(), width=60, force_terminal=terminal, force_interactive=False)
+    with counting(console, "pictures embedded") as more:
+        for _ in range(40):
+            clock[0] += 1
+            more(100)
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).split("\n")  # type: ignore[attr-defined]
+    assert "4,000 pictures embedded, 100/s" in lines
+    if not terminal:
+        assert lines == [*(f"{count:,} pictures embedded, 100/s" for count in (100, 1600, 3100)), lines[-2], ""]

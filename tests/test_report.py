@@ -1,4 +1,4 @@
-"""The page of a suite: complete, self-contained, safe with any text in it, and fit for a phone and for paper in a real browser."""
+"""The page of a suite: complete, self-contained, safe with any text in it, fit for a phone and for paper in a real browser."""
 
 from __future__ import annotations
 
@@ -36,10 +36,18 @@ def result(**more: object) -> SuiteResult:
             images=10_000,
             bad=3,
         ),
-        TaskResult(name="absent", kind="retrieval", metric="mean_recall_1", reason=f"no such folder {'/long' * 40} {NASTY}"),
+        TaskResult(
+            name="absent", kind="retrieval", metric="mean_recall_1", reason=f"no such folder {'/long' * 40} {NASTY}"
+        ),
     )
     settings = {
-        **{"suite": "quick", "about": "Quick", "checkpoint": "runs/a/step-1" + "/deep" * 30, "model": NASTY, "step": 1170},
+        **{
+            "suite": "quick",
+            "about": "Quick",
+            "checkpoint": "runs/a/step-1" + "/deep" * 30,
+            "model": NASTY,
+            "step": 1170,
+        },
         **{"average": None, "seconds": 61.2, "tasks": tasks},
     }
     return SuiteResult.model_validate({**settings, **more})
@@ -106,7 +114,14 @@ browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 
 
 def chromium(tmp_path: Path, *options: str) -> str:
-    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", *options]
+    command = [
+        str(BROWSER),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}/profile",
+        *options,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
