@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
+import os
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -11,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 
 from nev.config import Experiment
 from nev.config_base import ConfigError
 from nev.config_file import parse
-from nev.data.storage import folder_to_fill, join, write_whole
+from nev.data.storage import folder_to_fill, join, naming, write_whole
 from nev.errors import NevError
-from nev.tracking import Tracker, check_tracking, tracking_uri
+from nev.tracking import Tracker, check_tracking
 from nev.train.journal import kept_run_id
 from nev.train.manifest import CheckpointError, read_manifest
 from nev.train.setup import absolute, make_validation
@@ -104,7 +107,7 @@ def evaluate_suite(
     output: str | None = None,
     against: Sequence[str] = (),
 ) -> tuple[SuiteResult, list[str]]:
-    """Score a checkpoint on a suite; write NAME.json and NAME.html in `output`, by default the run's folder/evaluation.
+    """Score a checkpoint on a suite; write NAME-STEP.json and .html in `output`, by default the run's folder/evaluation.
 
     data: a folder in the place of the suite's own. against: JSON files of other models, which stand beside this one, and are what
     its robustness is held against. A task whose data is absent, or is not what the task says, is not run, and
@@ -123,8 +126,9 @@ def evaluate_suite(
     output = output or join(opened.location.rsplit("/", 2)[0], "evaluation")
     connect()
     began = time.perf_counter()
-    with folder_to_fill(output) as folder:
-        scored = run_tasks(suite, opened, join(output, "embeddings"), folder / Path(name).stem, console)
+    with naming(output, "written"), folder_to_fill(output) as folder:
+        pictures = folder / f"{Path(name).stem}-{opened.manifest['step']:08d}"
+        scored = run_tasks(suite, opened, join(output, "embeddings"), pictures, console)
         results = with_effective(suite, [one.result for one in scored], others)
         result = SuiteResult(
             suite=Path(name).stem,
@@ -137,7 +141,7 @@ def evaluate_suite(
             seconds=time.perf_counter() - began,
             tasks=tuple(results),
         )
-        made = write_report(result, [one.exhibits for one in scored], others, opened.location, folder)
+        made = write_report(result, [one.exhibits for one in scored], others, opened.location, folder, pictures)
     shown = [join(output, path.name) for path in made]
     track(result, opened, shown, console)
     return result, shown
@@ -168,33 +172,41 @@ def evaluate_mteb(location: str, names: list[str], output: str | None = None) ->
     revision = opened.manifest["sha256"]["model.safetensors"][:12]
     scores = scores_of(MtebModel(config.name, revision, text, embed, data.image_size), names)
     output = output or join(opened.location.rsplit("/", 2)[0], "evaluation")
-    write_whole(join(output, "mteb.json"), json.dumps(scores, indent=1).encode())
+    with naming(output, "written"):
+        write_whole(join(output, "mteb.json"), json.dumps(scores, indent=1).encode())
     return scores, join(output, "mteb.json")
 
 
 def track(result: SuiteResult, opened: Opened, files: list[str], console: Console) -> None:
     """Log a suite's numbers at the checkpoint's step, and its files, to the MLflow run of the training, where that is known.
 
-    A server that does not answer is told, and nothing else: the files lie where they lie.
+    Only where the person who asks has named the server (MLFLOW_TRACKING_URI), or where it is the file beside the run and keeps
+    its files there, too: a checkpoint of somebody else's must not say where data goes. A server that does not answer is told.
     """
     from mlflow.exceptions import MlflowException
 
     run, inside, _ = opened.location.rpartition("/checkpoints/")
-    run_id = kept_run_id(run) if inside else None
-    if run_id is None:
+    if not inside:
         return
-    uri = tracking_uri(opened.config.tracking, run.rpartition("/")[0])
     try:
+        run_id = kept_run_id(run)
+        if run_id is None:
+            return
+        uri = opened.config.tracking.uri or f"sqlite:///{run.rpartition('/')[0]}/mlflow.db"
+        beside = uri == f"sqlite:///{run.rpartition('/')[0]}/mlflow.db" and "://" not in run
+        if not beside and uri != os.environ.get("MLFLOW_TRACKING_URI"):
+            raise ConfigError(f"the checkpoint names {uri}: set MLFLOW_TRACKING_URI to the same to allow it")
         check_tracking(uri)
         tracker = Tracker(uri, run_id)
-        tracker.recall()
+        if beside and not tracker.artifacts_below(run.rpartition("/")[0]):
+            raise ConfigError(f"{uri} keeps files elsewhere: set MLFLOW_TRACKING_URI to the same to allow it")
         tracker.log(result.step, result.flat())
         tracker.flush()
         for file in files:
             tracker.artifact(file, "evaluation")
-    except (ConfigError, MlflowException, OSError) as error:
+    except (NevError, MlflowException, OSError) as error:
         console.print(
-            f"[yellow]MLflow at {uri} did not take the results ({str(error).splitlines()[0]}); they lie in {files[0]}[/]",
+            f"[yellow]not logged to MLflow ({escape(str(error).splitlines()[0])}); the results lie in {files[0]}[/]",
             highlight=False,
             soft_wrap=True,
         )
@@ -230,10 +242,12 @@ def run_tasks(suite: Suite, opened: Opened, cache: str, folder: Path, console: C
         except NevError as error:
             reasons[task.name] = str(error)
     weights = manifest["sha256"]["model.safetensors"]
+    seen_as = [weights, config.vision.model_dump(mode="json"), config.data.mean, config.data.std]
+    model = hashlib.sha256(json.dumps(seen_as).encode()).hexdigest()
     tower = Tower(partial(load_vision, location, config, text.width), config.data.mean, config.data.std)
     block_bytes = BATCH * config.data.image_size**2 * 3
     with counting(console, "pictures embedded") as more:
-        found = collect(list(readings.values()), weights, cache, tower, block_bytes, more)
+        found = collect(list(readings.values()), model, cache, tower, block_bytes, more)
     own_text = text if config.lock == "text" else load_tower(location, config)
     fingerprint = text.fingerprint if config.lock == "text" else weights
     encode = partial(texts, encode=own_text.encode, fingerprint=fingerprint, cache=cache)
@@ -246,11 +260,20 @@ def run_tasks(suite: Suite, opened: Opened, cache: str, folder: Path, console: C
         context = Context(encode, scale, suite.root, readings[task.name])
         collection = found[context.reading.key]
         try:
+            if isinstance(collection, NevError):
+                raise collection
             result = score(task, collection, context)
         except (NevError, ValueError) as error:
             scored.append(Scored(not_run(task, str(error)), []))
             continue
-        scored.append(Scored(result, exhibits(task, collection, context, result, folder)))
+        try:
+            shown = exhibits(task, collection, context, result, folder)
+        except (NevError, ValueError, OSError) as error:  # a page without a picture beats no page
+            console.print(
+                f"[yellow]{task.name}: no pictures ({escape(str(error))})[/]", highlight=False, soft_wrap=True
+            )
+            shown = []
+        scored.append(Scored(result, shown))
     return scored
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePosixPath
@@ -12,16 +15,16 @@ from rich.markup import escape
 
 from nev.config import Experiment
 from nev.config_file import to_yaml
-from nev.data.storage import folder_to_fill, join, write_whole
+from nev.data.storage import folder_to_fill, join, naming, write_whole
 from nev.eval.tables import metrics_table
 from nev.preflight import Findings
 from nev.tracking import Tracker, check_tracking, open_run, tracking_uri
 from nev.train.journal import keep_run_id, kept_run_id, read_points
+from nev.train.ledger import Ledger
 from nev.train.manifest import best, latest, metrics_of, newest_whole, verified
 from nev.train.output import check_output, check_space, run_folder
-from nev.train.patience import Patience
 from nev.train.setup import absolute, prepare_job, train_reader
-from nev.train.trainer import Stopped, check_room, check_store, fit, posting
+from nev.train.trainer import Stopped, check_room, check_store, fit, posting, set_by_sigterm
 from nev.train.validator import BEHIND, Validator
 
 if TYPE_CHECKING:
@@ -77,13 +80,13 @@ def run_experiment(
         tracker = track(job, parent, begun)
         status, sent = "FAILED", False
         try:
-            patience = Patience(config.eval)
-            patience.remember(read_points(job.run, begun))
-            validator = Validator(job, partial(validated, config, job)) if config.eval.asynchronous else None
-            if begun < job.stop_step and not patience.over:
-                fit(job, begun, train_reader(config, text), board, tracker, console, patience, validator)
-            if validator:
-                finish_validation(validator, tracker, console)
+            ledger = Ledger(config, tracker, console)
+            ledger.patience.remember(read_points(job.run, begun))
+            with validating(job) as validator:
+                if begun < job.stop_step and not ledger.patience.over:
+                    fit(job, begun, train_reader(config, text), board, ledger, console, validator)
+                if validator:
+                    finish_validation(validator, ledger)
             if lock:
                 check_locked(load_text(config.text), lock)
                 check_locked(text, lock)
@@ -113,17 +116,34 @@ def validated(config: Experiment, job: Job, checkpoint: str) -> dict[str, float]
     embedded, texts = embed(config, checkpoint, job.validation, config.workers.most * config.workers.gpus)
     metrics = score(job.validation, embedded, texts)
     result = Result(metrics, embedded, texts)
-    write_whole(join(checkpoint, kept_file(job.validation)), kept_bytes(job.validation, result))
+    vectors = join(checkpoint, kept_file(job.validation))
+    with naming(vectors, "written"):
+        write_whole(vectors, kept_bytes(job.validation, result))
     return metrics
 
 
-def finish_validation(validator: Validator, tracker: Tracker, console: Console) -> None:
-    """Wait for the checkpoints that are not validated yet, and log what they score."""
-    validator.finish()
-    for step, metrics, problem in validator.done():
-        tracker.log(step, metrics)
-        if problem:
-            console.print(f"[yellow]{escape(problem)}[/]", highlight=False, soft_wrap=True)
+@contextmanager
+def validating(job: Job) -> Iterator[Validator | None]:
+    """What scores the checkpoints of a run beside its training, where that is asked for."""
+    if not (job.config.eval.asynchronous and job.validation):
+        yield None
+        return
+    with Validator(job, partial(validated, job.config, job)) as validator:
+        yield validator
+
+
+def finish_validation(validator: Validator, ledger: Ledger) -> None:
+    """Wait for the checkpoints that are not validated yet. Raises Stopped where a SIGTERM ends that."""
+    told, finished = threading.Event(), False
+    with set_by_sigterm(told):
+        while not finished:
+            if told.is_set():
+                raise Stopped
+            finished = validator.finished(0.5)
+            for step, metrics, problem in validator.done():
+                ledger.take(step, metrics)
+                if problem:
+                    ledger.note(problem)
 
 
 def begin(job: Job, console: Console) -> int:

@@ -7,6 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel
 from tenacity import RetryError, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
@@ -111,6 +112,12 @@ class Tracker:
                 self._client.log_artifacts(self.run_id, str(path), folder)
             else:
                 self._client.log_artifact(self.run_id, str(path), folder)
+
+    def artifacts_below(self, folder: str) -> bool:
+        """Whether the run keeps its artifacts in a folder of this machine, below `folder`."""
+        root = str(self._client.get_run(self.run_id).info.artifact_uri)
+        place = Path(unquote(urlsplit(root).path)) if urlsplit(root).scheme in ("", "file") else None
+        return place is not None and place.resolve().is_relative_to(Path(folder).resolve())
 
     def artifacts(self, files: list[str], checkpoint: str) -> bool:
         """Keep these files and a checkpoint's among the artifacts. False where the server does not take them."""

@@ -27,13 +27,12 @@ from nev.tracking import Tracker
 from nev.train.guards import MEMORY, WINDOW, Diverged, History, judge
 from nev.train.job import Job, where
 from nev.train.learner import Rank, build, learner_of
+from nev.train.ledger import Ledger
 from nev.train.loop import train
 from nev.train.manifest import latest, read_manifest
 from nev.train.monitor import Post, Watcher, open_board
 from nev.train.optim import make_optimizer
-from nev.train.patience import Patience
 from nev.train.setup import prepare_job, train_reader
-from nev.train.signatures import Signatures
 from nev.train.step import Batch, Precision, choose_precision, train_step
 
 Make = Callable[..., Experiment]
@@ -281,9 +280,7 @@ def test_the_person_who_watches_is_told(ray_cluster: None, tiny: Make, tmp_path:
 
     console = Console(file=io.StringIO(), width=60)
     board = open_board(str(tmp_path))
-    watcher = Watcher(
-        board, Silent(), console, Signatures(tiny()), Patience(tiny().eval), None, total_steps=9, first_step=0
-    )
+    watcher = Watcher(board, Ledger(tiny(), Silent(), console), console, None, total_steps=9, first_step=0)
     ray.get(
         board.post.remote(
             Post(4, {"loss": 1.0}, notes=("step 3: [no] finite loss and gradient, and a line that no width may break",))

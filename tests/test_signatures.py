@@ -36,14 +36,24 @@ def test_a_run_that_is_well_is_not_disturbed(tiny: Make) -> None:
         ("flat_loss", [{"loss": GUESS}] * FLAT_POINTS),
         ("flat_loss", [{"loss": GUESS + 0.5}] * FLAT_POINTS),
         ("scale_at_bound", [{"logit_scale": 100.0}] * BOUND_POINTS),
-        ("at_chance", [{"zero_shot/top1": 0.11, "zero_shot/chance": 0.1}]),
-        ("at_chance", [{"retrieval/text_to_image/r10": 0.01, "retrieval/text_to_image/r10_chance": 0.01}]),
+        ("zero_shot_at_chance", [{"zero_shot/top1": 0.11, "zero_shot/chance": 0.1}]),
+        ("zero_shot_at_chance", [{"zero_shot/top1": 0.55, "zero_shot/chance": 0.5}]),
+        ("search_at_chance", [{"retrieval/text_to_image/r10": 0.01, "retrieval/text_to_image/r10_chance": 0.01}]),
         ("collapse", [{"space/anisotropy_images": 0.99}]),
         ("text_drift", [{"space/text_drift": 0.3}]),
     ],
 )
 def test_each_sign_is_told_once(tiny: Make, name: str, points: list[dict[str, float]]) -> None:
     assert told(Signatures(tiny()), [*points, *points]) == [name]
+
+
+def test_few_candidates_leave_no_room_for_half_as_much_again(tiny: Make) -> None:
+    few = {"retrieval/text_to_image/r10": 1.0, "retrieval/text_to_image/r10_chance": 10 / 14}
+    assert told(Signatures(tiny()), [few, {"zero_shot/top1": 0.74, "zero_shot/chance": 0.5}]) == []
+
+
+def test_no_number_is_told_in_the_warm_up_too(tiny: Make) -> None:
+    assert told(Signatures(tiny(optim__warmup_steps=1000)), [{"loss": math.inf}]) == ["non_finite"]
 
 
 def test_one_loss_below_that_of_guessing_is_enough(tiny: Make) -> None:
@@ -77,7 +87,7 @@ def test_a_run_that_fails_says_so_and_bears_tags(
     summary = run_experiment(config, console)
     tags = MlflowClient(tracking_uri=summary.tracking_uri).get_run(summary.mlflow_run_id).data.tags
     assert {name.removeprefix("nev.alert.") for name in tags if name.startswith("nev.alert.")} == {
-        *("flat_loss", "scale_at_bound", "collapse", "at_chance")
+        *("flat_loss", "scale_at_bound", "collapse", "zero_shot_at_chance", "search_at_chance")
     }
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert all(tags[name] in shown for name in tags if name.startswith("nev.alert."))

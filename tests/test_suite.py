@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ from nev.config import Experiment
 from nev.config_base import ConfigError
 from nev.config_data import Limits
 from nev.eval import collection
+from nev.eval.engine import Work, units
 from nev.eval.reading import Reading, reading_of
 from nev.eval.results import SuiteResult
 from nev.eval.suite import Suite, Task, load_suite, shipped
@@ -151,6 +153,72 @@ def test_every_row_is_read_once_whatever_the_processes(tmp_path: Path, processes
     assert [fact["uid"] for fact in rows["facts"]] == [f"s{row:07d}" for row in range(150)]
 
 
+def test_captions_of_clip_benchmark_stand_one_a_line(tmp_path: Path) -> None:
+    (tmp_path / "wds/test").mkdir(parents=True)
+    members = {}
+    for row in range(3):
+        members |= {f"s{row}.jpg": encoded(photo(row)), f"s{row}.txt": f"a dog {row}\nthe same dog\n a cat\n"}
+    tar_of(tmp_path / "wds/test/0.tar", members)
+    found = read(task(kind="retrieval", source={"format": "clip-benchmark", "input": "wds"}), tmp_path)
+    assert [fact["captions"] for fact in found["facts"]] == [
+        [f"a dog {row}", "the same dog", "a cat"] for row in range(3)
+    ]
+    plain = read(task(kind="retrieval", source={"format": "webdataset", "input": "wds/test"}), tmp_path)
+    assert [len(fact["captions"]) for fact in plain["facts"]] == [1, 1, 1]
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        b"",
+        b"no array",
+        npy(np.zeros(1))[:20],
+        npy(np.zeros(0)),
+        npy(np.zeros(2, complex)),
+        npy(np.zeros(1)).replace(b"(1,)", b"(9,)"),
+        npy(np.array([{"a": 1}], object)),
+    ],
+)
+def test_a_group_that_cannot_be_read_is_none(tmp_path: Path, member: bytes) -> None:
+    (tmp_path / "set/test").mkdir(parents=True)
+    tar_of(tmp_path / "set/test/0.tar", {"s0.png": encoded(photo(0), "PNG"), "s0.cls": "0", "s0.npy": member})
+    one = task(source={"format": "clip-benchmark", "input": "set"}, group={"field": "npy"})
+    (fact,) = read(one, tmp_path)["facts"]
+    assert not isinstance(fact["extra"]["npy"], list) or fact["extra"]["npy"] == []
+
+
+def test_half_an_emoji_is_a_question_mark(tmp_path: Path) -> None:
+    cut = json.dumps({"uid": "a\ud83d", "caption": "a dog \ud83d"})
+    tar_of(tmp_path / "0.tar", {"s0.jpg": encoded(photo(0)), "s0.json": cut})
+    reading = reading_of(
+        task(kind="retrieval", source={"format": "webdataset", "input": "0.tar"}), str(tmp_path), SIDE, Limits(), 1
+    )
+    (block,) = reading.read(reading.units[0])
+    fact = collection.Fact.model_validate_json(block["facts"][0])
+    assert (fact.uid, fact.captions) == ("a?", ("a dog ?",))
+
+
+def test_a_picture_that_is_replaced_under_its_name_is_another_set(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(encoded(photo(0)))
+    (tmp_path / "captions.csv").write_text("file_name,caption\na.jpg,a dog\n")
+    one = task(kind="retrieval", source={"format": "folder-captions", "input": "captions.csv"})
+    before = reading_of(one, str(tmp_path), SIDE, Limits(), 1).key
+    (tmp_path / "a.jpg").write_bytes(encoded(photo(1), quality=50))
+    assert reading_of(one, str(tmp_path), SIDE, Limits(), 1).key != before
+
+
+def test_no_part_is_read_by_more_than_it_is_worth(tmp_path: Path) -> None:
+    root = clip_benchmark(tmp_path)
+    units = reading_of(task(source={"format": "clip-benchmark", "input": "set"}), str(root), SIDE, Limits(), 64).units
+    assert [unit.of for unit in units] == [1]  # some kilobytes in all
+
+
 def test_a_share_is_the_same_rows_in_any_order(tmp_path: Path) -> None:
     whole = [
         fact["uid"]
@@ -249,6 +317,8 @@ tasks:
   - {{<<: *drawn, name: corrupted, kind: robustness, source: {{<<: *shards, share: 0.3}}}}
   - {{name: absent, kind: zero_shot, source: {{format: clip-benchmark, input: nowhere}}}}
   - {{name: unnamed, kind: zero_shot, source: *shards, classes: [only, two]}}
+  - {{name: damaged, kind: zero_shot, source: {{format: webdataset, input: "{own}/cut.tar"}}}}
+  - {{name: few, kind: zero_shot, metric: top5, source: {{format: folder-classes, input: "{own}/few"}}}}
 """
 
 
@@ -258,19 +328,26 @@ def test_a_suite_from_its_file_to_its_page(
     trained: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = tmp_path / "own.yaml"
-    own.write_text(OWN.format(root=pictures))
+    own.write_text(OWN.format(root=pictures, own=tmp_path))
+    tar_of(tmp_path / "whole.tar", {"a.jpg": encoded(photo(0)), "a.cls": "0"})
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:700])
+    for name in ("cat", "dog"):
+        (tmp_path / "few" / name).mkdir(parents=True)
+        (tmp_path / f"few/{name}/1.jpg").write_bytes(encoded(photo(len(name))))
     embedded: list[int] = []
     embed_all = collection.embed_all
 
-    def counting(works: list[object], *rest: object) -> object:
+    def counting(works: list[Work], *rest: Any) -> Iterator[Any]:
         embedded.append(len(works))
-        return embed_all(works, *rest)
+        yield from embed_all(works, *rest)
 
     monkeypatch.setattr(collection, "embed_all", counting)
     result, files = evaluate_suite(trained, str(own), Console(quiet=True), output=str(tmp_path / "out"))
-    assert embedded == [2]  # five tasks share one set, and the corrupted pictures are another
+    assert embedded == [4]  # five tasks share one set; corrupted pictures, a damaged file and a small set are others
     by_name = {one.name: one for one in result.tasks}
-    assert result.not_run == ["absent", "unnamed"]
+    assert result.not_run == ["absent", "unnamed", "damaged", "few"]
+    assert "not a whole tar file" in str(by_name["damaged"].reason)
+    assert "top5 is not known of this set" in str(by_name["few"].reason)
     assert result.average is None
     assert "no such file or folder" in str(by_name["absent"].reason)
     assert "there are 2 classes" in str(by_name["unnamed"].reason)
@@ -293,5 +370,25 @@ def test_a_suite_from_its_file_to_its_page(
     assert "not run: " in html
 
     again, _ = evaluate_suite(trained, str(own), Console(quiet=True), output=str(tmp_path / "out"))
-    assert embedded == [2]  # nothing is embedded anew
+    assert embedded == [4, 1]  # nothing is embedded anew but what cannot be
     assert [one.model_dump() for one in again.tasks] == [one.model_dump() for one in result.tasks]
+
+
+@pytest.mark.ray
+def test_decoded_pictures_come_to_a_gpu_in_blocks_of_a_batch(ray_cluster: None, tmp_path: Path) -> None:
+    """What the decoding tasks give: not all that a unit has in one block, which one forward would have to take."""
+    import ray
+    from ray.data import DataContext
+
+    from nev.eval import engine
+    from nev.eval.reading import BATCH
+
+    one = task(source={"format": "clip-benchmark", "input": "set"})
+    reading = reading_of(one, str(clip_benchmark(tmp_path, 4 * BATCH)), 64, Limits(), 1)
+    assert len(reading.units) == 1
+    context = engine.context_for(BATCH * 64 * 64 * 3)
+    with DataContext.current(context):
+        source = ray.put(([Work(reading.units, reading.read)], [(0, 0)]))
+        found = list(units(engine.read_unit, 1, source=[source]).iter_batches(batch_size=None, batch_format="numpy"))
+    assert [len(block["image"]) for block in found] == [BATCH] * 4
+    assert [block["place"][0].tolist() for block in found] == [[0, 0, number] for number in range(4)]

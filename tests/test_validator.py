@@ -1,8 +1,9 @@
-"""Validation beside training: the same scores as in the loop, on the same weights; no checkpoint is lost or waits for ever."""
+"""Validation beside training: the scores of the loop, on the same weights; no checkpoint is lost or waits for ever."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,10 @@ from rich.console import Console
 from nev.config import Experiment
 from nev.data.storage import StorageError
 from nev.experiment import run_experiment
+from nev.train import validator
 from nev.train.journal import read_points
 from nev.train.manifest import awaiting, best, checkpoints, prune, read_manifest
-from nev.train.validator import Validator
+from nev.train.validator import Validated, Validator
 
 Make = Callable[..., Experiment]
 
@@ -39,6 +41,12 @@ def steps(locations: list[str]) -> list[int]:
     return [int(location.rsplit("-", 1)[1]) for location in locations]
 
 
+def ended(found: Validator) -> list[Validated]:
+    """Everything that it has to say, when it has come to its end."""
+    assert found.finished(60)
+    return found.done()
+
+
 def test_what_is_written_is_scored_and_what_was_left_comes_first(tmp_path: Path) -> None:
     for step in (10, 15, 20):
         checkpoint(tmp_path, step)
@@ -48,63 +56,117 @@ def test_what_is_written_is_scored_and_what_was_left_comes_first(tmp_path: Path)
         seen.append(int(location.rsplit("-", 1)[1]))
         return {"top1": seen[-1] / 100}
 
-    found = Validator(job(tmp_path), score)
-    checkpoint(tmp_path, 30)
-    for step in (30, 35):
-        found.written(step)
-    found.finish()
-    assert seen == [10, 20, 30]
-    assert [(one.step, one.metrics) for one in found.done()] == [
-        (10, {"top1": 0.1}),
-        (20, {"top1": 0.2}),
-        (30, {"top1": 0.3}),
-    ]
-    assert found.done() == []
-    assert [(point.step, point.metrics) for point in read_points(str(tmp_path), 20)] == [
-        (10, {"top1": 0.1}),
-        (20, {"top1": 0.2}),
-    ]
+    with Validator(job(tmp_path), score) as found:
+        checkpoint(tmp_path, 30)
+        for step in (30, 35):
+            found.written(step)
+        done = ended(found)
+    assert sorted(seen) == [10, 20, 30]
+    assert {one.step: one.metrics for one in done} == {10: {"top1": 0.1}, 20: {"top1": 0.2}, 30: {"top1": 0.3}}
+    points = [(point.step, point.metrics) for point in read_points(str(tmp_path), 20)]
+    assert points == [(10, {"top1": 0.1}), (20, {"top1": 0.2})]
     assert awaiting(str(tmp_path), job(tmp_path).validates) == []
     assert steps([str(best(str(tmp_path), "top1"))]) == [30]
 
 
 def test_slow_validation_leaves_the_oldest_out_and_says_so(tmp_path: Path) -> None:
-    go_on, seen = threading.Event(), []
+    begun, go_on, seen = threading.Event(), threading.Event(), []
 
     def score(location: str) -> dict[str, float]:
         seen.append(int(location.rsplit("-", 1)[1]))
-        go_on.wait(60)
+        begun.set()
+        assert go_on.wait(60)
         return {}
 
-    found = Validator(job(tmp_path), score)
-    for step in (10, 20, 30, 40, 50):
-        checkpoint(tmp_path, step)
-        found.written(step)
-        while not seen:  # the first is under way
-            pass
-    go_on.set()
-    found.finish()
+    with Validator(job(tmp_path), score) as found:
+        for step in (10, 20, 30, 40, 50):
+            checkpoint(tmp_path, step)
+            found.written(step)
+            assert begun.wait(60)
+        go_on.set()
+        problems = {one.step: one.problem for one in ended(found)}
     assert seen == [10, 40, 50]
-    problems = {one.step: one.problem for one in found.done()}
     assert set(problems) == {10, 20, 30, 40, 50}
     assert "faster than validation" in str(problems[20])
     assert awaiting(str(tmp_path), job(tmp_path).validates) == []
 
 
-def test_a_checkpoint_that_cannot_be_scored_is_told_and_the_next_one_is_scored(tmp_path: Path) -> None:
+def test_what_no_try_can_mend_is_told_and_the_next_one_is_scored(tmp_path: Path) -> None:
     for step in (10, 20):
         checkpoint(tmp_path, step)
 
     def score(location: str) -> dict[str, float]:
         if location.endswith("10"):
-            raise StorageError("away")
+            raise ValueError("images: 3 of 9 rows hold NaN")
         return {"top1": 1.0}
 
-    found = Validator(job(tmp_path), score)
-    found.finish()
-    bad, good = found.done()
-    assert bad.problem == "step 10: not validated (away)"
+    with Validator(job(tmp_path), score) as found:
+        bad, good = ended(found)
+    assert bad.problem == "step 10: not validated (images: 3 of 9 rows hold NaN)"
     assert good.metrics == {"top1": 1.0}
+
+
+@pytest.mark.parametrize("failures", [1, validator.TRIES])
+def test_storage_that_fails_is_asked_again_at_last_by_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    monkeypatch.setattr(validator, "PAUSE_S", 0.01)
+    checkpoint(tmp_path, 10)
+    left = [StorageError("")] * failures
+
+    def score(location: str) -> dict[str, float]:
+        if left:
+            raise left.pop()
+        return {"top1": 1.0}
+
+    with Validator(job(tmp_path), score) as found:
+        (first,) = ended(found)
+    again = awaiting(str(tmp_path), job(tmp_path).validates)
+    if failures < validator.TRIES:
+        assert first.metrics == {"top1": 1.0}
+        assert again == []
+        return
+    assert first.problem == "step 10: not validated (StorageError); the next start of the run tries again"
+    assert steps(again) == [10]
+    with Validator(job(tmp_path), score) as found:
+        assert [one.metrics for one in ended(found)] == [{"top1": 1.0}]
+
+
+def test_one_that_is_left_writes_nothing_more(tmp_path: Path) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    for step in (10, 20):
+        checkpoint(tmp_path, step)
+
+    def score(location: str) -> dict[str, float]:
+        begun.set()
+        assert go_on.wait(60)
+        return {"top1": 1.0}
+
+    def stopped_in_the_middle() -> None:
+        with Validator(job(tmp_path), score) as found:
+            assert begun.wait(60)
+            left.append(found)
+            raise KeyboardInterrupt
+
+    left: list[Validator] = []
+    with pytest.raises(KeyboardInterrupt):
+        stopped_in_the_middle()
+    go_on.set()
+    assert left[0].finished(60)
+    assert left[0].done() == []
+    assert steps(awaiting(str(tmp_path), job(tmp_path).validates)) == [10, 20]
+
+
+def test_a_checkpoint_that_is_gone_leaves_no_trace(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 10)
+
+    def score(location: str) -> dict[str, float]:
+        shutil.rmtree(folder)
+        return {"top1": 1.0}
+
+    with Validator(job(tmp_path), score) as found:
+        ended(found)
+    assert not folder.exists()
 
 
 def test_no_checkpoint_is_removed_before_it_is_validated(tmp_path: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from nev.config_base import ConfigError
+from nev.data.index import reading
 from nev.data.storage import filesystem, join
 from nev.eval.collection import Collection
 from nev.eval.intervals import Interval, interval
@@ -26,6 +27,12 @@ class Instance(BaseModel):
     cue: Annotated[str, Field(min_length=1)]
     candidates: Annotated[tuple[str, ...], Field(min_length=2)]
     associations: Annotated[tuple[str, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _among_them(self) -> Self:
+        if absent := set(self.associations) - set(self.candidates):
+            raise ValueError(f"{sorted(absent)[0]!r} belongs to the cue, and is no candidate")
+        return self
 
 
 def jaccard(
@@ -77,12 +84,14 @@ def _sentence(prompt: str, cue: str) -> str:
 
 def _instances(location: str) -> list[Instance]:
     fs, path = filesystem(location)
-    if not fs.exists(path):
+    with reading(location, damaged=""):
+        content = fs.cat_file(path) if fs.exists(path) else None
+    if content is None:
         raise ConfigError(
             f"{location}: no such file; it needs a line of JSON an instance: cue, candidates, associations"
         )
     found = []
-    for number, line in enumerate(fs.cat_file(path).decode("utf-8").splitlines(), start=1):
+    for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), start=1):
         try:
             if line.strip():
                 found.append(Instance.model_validate(json.loads(line)))

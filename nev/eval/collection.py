@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from nev.config_base import Section
 from nev.data.block import Block
+from nev.data.index import reading, writing
 from nev.data.sidecar import Encode
 from nev.data.storage import filesystem, join, write_whole
+from nev.errors import NevError
 from nev.eval.engine import Tower, Work, embed_all
 from nev.eval.reading import CLEAN, Reading, variants
 from nev.eval.scoring import Embedded
@@ -44,34 +46,42 @@ def collect(
     tower: Tower,
     block_bytes: int,
     done: Callable[[int], None] = lambda rows: None,
-) -> dict[str, Collection]:
-    """The collections of `readings` by their keys, under a vision tower of the fingerprint `model`.
+) -> dict[str, Collection | NevError]:
+    """The collections of `readings` by their keys, under the model that `model` names; an error for a set that cannot be read.
 
-    They are embedded where `cache` lacks them: a folder or S3 prefix, one file a set and model. done: is told how many rows more
-    were embedded.
+    They are embedded where `cache` lacks them: a folder or S3 prefix, one file a set and model, written as soon as its set is
+    whole. done: is told how many rows more were embedded. Raises DataError where the cache cannot be read or written.
     """
     by_key = {reading.key: reading for reading in readings}
     files = {key: join(cache, f"{_digest(model, key)}.safetensors") for key in by_key}
-    found = {key: kept for key, file in files.items() if (kept := _load(file)) is not None}
+    found: dict[str, Collection | NevError] = {}
+    for key, file in files.items():
+        if (kept := _kept(file)) is not None:
+            found[key] = _collection(kept)
     lacking = [key for key in by_key if key not in found]
-    if lacking:
-        works = [Work(by_key[key].units, by_key[key].read) for key in lacking]
-        for key, rows in zip(lacking, embed_all(works, tower, block_bytes, done), strict=True):
-            found[key] = _ordered(rows)
-            write_whole(files[key], _bytes(found[key]))
+    works = [Work(by_key[key].units, by_key[key].read) for key in lacking]
+    embedded = embed_all(works, tower, block_bytes, done) if works else iter(())
+    for key, rows in zip(lacking, embedded, strict=True):
+        if isinstance(rows, NevError):
+            found[key] = rows
+            continue
+        own = _ordered(rows)
+        with writing(files[key]):
+            write_whole(files[key], _bytes(own))
+        found[key] = own
     return found
 
 
 def texts(sentences: Sequence[str], encode: Encode, fingerprint: str, cache: str) -> NDArray[np.float32]:
     """Sentences under a text tower of that fingerprint: unit float32 [n, D], embedded where `cache` lacks this list."""
-    from safetensors.numpy import load, save
+    from safetensors.numpy import save
 
     file = join(cache, f"{_digest(fingerprint, *sentences)}.safetensors")
-    fs, path = filesystem(file)
-    if fs.exists(path):
-        return load(fs.cat_file(path))["vectors"]
+    if (kept := _kept(file)) is not None:
+        return kept["vectors"]
     vectors = np.asarray(encode(sentences), np.float32)
-    write_whole(file, save({"vectors": vectors}))
+    with writing(file):
+        write_whole(file, save({"vectors": vectors}))
     return vectors
 
 
@@ -101,17 +111,29 @@ def _bytes(collection: Collection) -> bytes:
     return save(tensors | {"facts": np.frombuffer(facts, np.uint8)})
 
 
-def _load(file: str) -> Collection | None:
+def _kept(file: str) -> dict[str, NDArray[Any]] | None:
+    """What a file of the cache holds; None where it is not there, or damaged."""
+    from safetensors import SafetensorError
     from safetensors.numpy import load
 
     fs, path = filesystem(file)
-    if not fs.exists(path):
+    with reading(file, damaged=""):
+        data = fs.cat_file(path) if fs.exists(path) else None
+    try:
+        return None if data is None else dict(load(data))
+    except SafetensorError:
         return None
-    found = load(fs.cat_file(path))
+
+
+def _collection(found: dict[str, NDArray[Any]]) -> Collection:
     facts = [Fact.model_validate(fact) for fact in json.loads(found["facts"].tobytes())]
     embedded = Embedded(**{name: found[name] for name in Embedded._fields})
-    names = [tuple(name.split("/")[1:]) for name in found if name.startswith("corrupted/")]
-    return Collection(embedded, facts, {(name, int(sev)): found[f"corrupted/{name}/{sev}"] for name, sev in names})
+    corrupted = {
+        (name, severity): found[f"corrupted/{name}/{severity}"]
+        for name, severity in variants()
+        if f"corrupted/{name}/{severity}" in found
+    }
+    return Collection(embedded, facts, corrupted)
 
 
 def _digest(*parts: str) -> str:

@@ -1,7 +1,8 @@
 """The same search with smaller vectors: cut to fewer numbers, and held as bytes or bits. What an index saves, and what it costs.
 
-Both sides are cut, made unit again, and rounded. int8: numbers times 127 / the largest of the set, rounded, as one scale for a
-whole index, so that scores are dot products of bytes. binary: signs; the score is the share of equal bits less that of others.
+Both sides are cut, made unit again, and rounded. int8: numbers times 127 / the largest of the set: one scale for a whole index;
+the score is the cosine of the bytes. binary: signs; the score is the share of equal bits less that of others. Bits tie often,
+and of tied candidates the right ones come last here (`nev.eval.ranks`), where an index would draw.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def cut(rows: Floats, width: int) -> Floats:
 
 
 def rounded(rows: Floats, precision: str) -> Floats:
-    """Unit rows as `precision` holds them, as floats that are unit again: their dot products order as the held ones' do.
+    """Unit rows as `precision` holds them, as floats that are unit again: their products are the cosines of the held ones.
 
     Where a row has lost its length (all zeros) it points nowhere, in equal parts in every direction.
     """

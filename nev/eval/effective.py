@@ -53,7 +53,7 @@ def point(name: str, results: Sequence[TaskResult], shift_of: dict[str, str | No
     shifted = by_name.get(name)
     if shifted is None or shifted.value is None:
         return None
-    if shifted.kind == "robustness":
+    if shifted.metrics.keys() >= {"clean", "corrupted"}:
         return shifted.metrics["clean"], shifted.metrics["corrupted"]
     clean = by_name.get(shift_of.get(name) or "")
     return None if clean is None or clean.value is None else (clean.value, shifted.value)

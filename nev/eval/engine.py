@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from ray.data import DataContext
 
 from nev.data.block import Block
+from nev.data.index import DataError
 from nev.data.plan import Segment, in_order
 from nev.data.stream import DEATHS, fetched, stream_context
+from nev.errors import NevError
 from nev.eval.scoring import Embedded
 from nev.eval.validation import Embed, Validation, embedder
 from nev.runtime import cluster_gpus
@@ -55,18 +57,24 @@ def embed_all(
     block_bytes: int,
     done: Callable[[int], None] = lambda rows: None,
     taken: float = 0.0,
-) -> list[Block]:
-    """Embed sets on the connected cluster. Returns the rows of each, in the order of its units and their blocks.
+) -> Iterator[Block | NevError]:
+    """Embed sets on the connected cluster, and yield each in order, as soon as it is whole: its rows, or its error.
 
-    A set's columns are those of its blocks, with vector: float32 [n, D], in the place of image. block_bytes: of a block, about.
-    done: is told how many rows more there are. taken: GPUs of the cluster that others hold; where they hold all, CPUs embed.
+    Rows come in the order of the set's units and their blocks. Their columns are those of the blocks, with vector: float32
+    [n, D], in the place of image; a set without rows has no columns. block_bytes: of a block, about. done: is told how many
+    rows more there are. taken: GPUs of the cluster that others hold; where they hold all, CPUs embed.
     """
     places = [(number, unit) for number, work in enumerate(works) for unit in range(len(work.units))]
-    parts: list[list[Block]] = [[] for _ in works]
+    current, parts = 0, list[Block]()
     for found in _embedded(list(works), places, tower, block_bytes, cluster_gpus() > taken):
-        parts[int(found["place"][0][0])].append(found)
-        done(len(found["vector"]))
-    return [_whole(rows) for rows in parts]
+        while current < int(found["place"][0][0]):  # blocks come in the order of the units
+            yield _whole(parts)
+            current, parts = current + 1, []
+        parts.append(found)
+        done(len(found.get("vector", ())))
+    for _ in range(current, len(works)):
+        yield _whole(parts)
+        parts = []
 
 
 def embed_set(task: Validation, tower: Tower, taken: float = 0.0) -> Embedded:
@@ -74,6 +82,8 @@ def embed_set(task: Validation, tower: Tower, taken: float = 0.0) -> Embedded:
     blocks = in_order(task.reader.index.rows, task.batch)
     read = functools.partial(_segments, reader=task.reader)
     (found,) = embed_all([Work(blocks, read)], tower, task.batch * task.reader.row_bytes, taken=taken)
+    if isinstance(found, NevError):
+        raise found
     return Embedded(found["vector"], found["valid"], found["label"])
 
 
@@ -86,16 +96,10 @@ def _embedded(
     works: list[Work], places: list[tuple[int, int]], tower: Tower, block_bytes: int, gpus: bool
 ) -> Iterator[Any]:
     """Blocks as they come, each with place: int64 [b, 3], of the set, the unit and the block in it."""
-    context = stream_context(BLOCKS_AHEAD, block_bytes)
-    context._max_num_blocks_in_streaming_gen_buffer = BLOCKS_AHEAD
-    with DataContext.current(context):
+    with DataContext.current(context_for(block_bytes)):
         source, towers = ray.put((works, places)), ray.put(tower)
-        numbers = ray.data.range(len(places), override_num_blocks=1).repartition(target_num_rows_per_block=1)
         if gpus:
-            decoded = numbers.map_batches(
-                functools.partial(read_unit, source=[source]), batch_size=1, num_cpus=1, max_retries=DEATHS
-            )
-            embedded = decoded.map_batches(
+            embedded = units(read_unit, len(places), source=[source]).map_batches(
                 functools.partial(embed_decoded, tower=[towers]),
                 batch_size=None,
                 num_cpus=0,
@@ -104,26 +108,41 @@ def _embedded(
                 max_calls=0,  # Ray would end a process that has a GPU after each block, and load the tower again
             )
         else:
-            embedded = numbers.map_batches(
-                functools.partial(embed_unit, source=[source], tower=[towers]),
-                batch_size=1,
-                num_cpus=1,
-                max_retries=DEATHS,
-            )
+            embedded = units(embed_unit, len(places), source=[source], tower=[towers])
         yield from embedded.iter_batches(batch_size=None, batch_format="numpy")
 
 
+def context_for(block_bytes: int) -> DataContext:
+    """Ray Data's settings for evaluation: a block leaves a decoding task when it is whole, and few wait for the next one."""
+    context = stream_context(BLOCKS_AHEAD, block_bytes)
+    context._max_num_blocks_in_streaming_gen_buffer = BLOCKS_AHEAD
+    context.target_max_block_size = block_bytes  # without it all that a unit yields becomes one block (Ray 2.60)
+    return context
+
+
+def units(task: Callable[..., Iterator[Block]], count: int, **more: Any) -> ray.data.Dataset:
+    """The blocks of a task for each of so many numbers."""
+    numbers = ray.data.range(count, override_num_blocks=1).repartition(target_num_rows_per_block=1)
+    return numbers.map_batches(functools.partial(task, **more), batch_size=1, num_cpus=1, max_retries=DEATHS)
+
+
 def read_unit(numbers: Any, source: list[Any]) -> Iterator[Block]:
-    """The Ray Data task that decodes: the number of a unit in, its blocks out."""
+    """The Ray Data task that decodes: the number of a unit in, its blocks out; one row, `error`, where it can't be read."""
     works, places = fetched(source[0])
     which, unit = places[int(numbers["id"][0])]
-    work = works[which]
-    for number, block in enumerate(work.read(work.units[unit])):
-        yield {**block, "place": np.full((len(block["image"]), 3), (which, unit, number), np.int64)}
+    work, number = works[which], 0
+    try:
+        for block in work.read(work.units[unit]):
+            yield {**block, "place": np.full((len(block["image"]), 3), (which, unit, number), np.int64)}
+            number += 1
+    except NevError as error:  # of one set among many
+        yield {"error": np.array([str(error)], object), "place": np.array([[which, unit, number]])}
 
 
 def embed_decoded(block: Any, tower: list[Any]) -> Block:
     """The Ray Data task that embeds a decoded block."""
+    if "error" in block:
+        return dict(block)
     vectors = _embedder(tower[0])(block["image"])
     return {**{name: column for name, column in block.items() if name != "image"}, "vector": vectors}
 
@@ -148,9 +167,12 @@ def _embedder(reference: ray.ObjectRef[Any]) -> Embed:
     return embedder(vision, lambda images: normalise(images, tower.mean, tower.std), device)
 
 
-def _whole(parts: list[Block]) -> Block:
-    """Blocks in the order of their places, as one."""
+def _whole(parts: list[Block]) -> Block | NevError:
+    """Blocks in the order of their places, as one; the first error of those that have one."""
     parts.sort(key=lambda part: tuple(part["place"][0]))
+    for part in parts:
+        if "error" in part:
+            return DataError(str(part["error"][0]))
     return (
         {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "place"} if parts else {}
     )

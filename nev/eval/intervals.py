@@ -28,6 +28,10 @@ def interval_of(
     metric: from how often each image was drawn, float64 [images], to a number; all ones give the metric of the set itself.
     """
 
+    if images == 1:
+        whole = metric(np.ones(1))
+        return Interval(whole, whole)
+
     def drawn(rows: NDArray[np.int64]) -> float:
         return metric(np.bincount(rows, minlength=images).astype(np.float64))
 

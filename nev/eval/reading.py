@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from itertools import islice
@@ -22,15 +23,21 @@ from nev.config_data import Limits
 from nev.data.augment import draw, eval_view
 from nev.data.block import Block, room_for
 from nev.data.decode import BadImage, Picture, read_header
+from nev.data.index import reading as opened
 from nev.data.labels import lines_of
 from nev.data.rows import Row, captions_of
 from nev.data.sources import SOURCES, Source, SourceOptions, folder
 from nev.data.sources.common import Part, stamp_of
 from nev.data.storage import filesystem, join
-from nev.eval.corruptions import CORRUPTIONS, SEVERITIES, corrupted
+from nev.eval.corruptions import CORRUPTIONS, SEVERITIES, STRENGTHS, corrupted
 from nev.eval.suite import Task
 
+VERSION = (
+    1  # of how a picture becomes what the model sees: raised when that changes, so that nothing kept is taken for it
+)
 PART_BYTES = 64 * 2**20
+UNIT_BYTES = 2 * 2**20  # of a part, that are worth reading it once more
+MOST_READERS = 8  # of one part
 BATCH = 128
 CLEAN = 0
 
@@ -72,6 +79,7 @@ def reading_of(task: Task, root: str, size: int, limits: Limits, processes: int)
         columns=given.columns,
         label_name=given.label_name,
         captioned=False,
+        caption_lines=given.format == "clip-benchmark",
         extra=extra,
         limits=limits,
         part_bytes=PART_BYTES,
@@ -80,16 +88,14 @@ def reading_of(task: Task, root: str, size: int, limits: Limits, processes: int)
         source = _winogavil(where, limits)
     elif given.format == "clip-benchmark":
         source = SOURCES["webdataset"]([join(where, "test")], options)
-        names, templates = (
-            _lines(join(where, "classnames.txt")),
-            _lines(join(where, "zeroshot_classification_templates.txt")),
-        )
+        names = _lines(join(where, "classnames.txt"))
+        templates = _lines(join(where, "zeroshot_classification_templates.txt"))
         templates = templates and tuple(template.replace("{c}", "{}") for template in templates)
     else:
         source = SOURCES[given.format]([where], options)
     view = View(size, limits, given.share, task.kind == "robustness")
     return Reading(
-        _shared_out(source.parts, processes),
+        _shared_out(source, processes),
         partial(blocks, read=source.read, view=view),
         _key(source, view),
         names,
@@ -154,22 +160,15 @@ def _decoded(kept: list[tuple[int, Row]], part: int, view: View) -> Iterator[Blo
     for place, (_, row) in enumerate(kept):
         reason = _view(row, view, block["image"][place])
         block["valid"][place] = not reason
-        block["facts"][place] = json.dumps(
-            {
-                "uid": row["uid"],
-                "captions": captions_of(row["caption"]),
-                "name": row.get("label_name"),
-                "extra": {name: _plain(value) for name, value in row.get("extra", {}).items()},
-                "reason": reason,
-            }
-        )
+        block["facts"][place] = _said(row, reason)
     yield block
     for number, (name, severity) in enumerate(variants() if view.corrupt else [], start=1):
         pictures = [
             corrupted(image, name, severity, draw(severity, 0, row["uid"], name))
             for image, (_, row) in zip(block["image"], kept, strict=True)
         ]
-        yield {**block, "image": np.stack(pictures), "variant": np.full(len(kept), number, np.int64)}
+        variant, facts = np.full(len(kept), number, np.int64), np.full(len(kept), "", object)
+        yield {**block, "image": np.stack(pictures), "variant": variant, "facts": facts}
 
 
 def _view(row: Row, view: View, out: Any) -> str:
@@ -185,14 +184,35 @@ def _view(row: Row, view: View, out: Any) -> str:
     return ""
 
 
+def _said(row: Row, reason: str) -> str:
+    """What a row says of itself, as JSON. Half a surrogate pair, where a caption was cut to a length, is a question mark."""
+    facts = {
+        "uid": row["uid"],
+        "captions": captions_of(row["caption"]),
+        "name": row.get("label_name"),
+        "extra": {name: _plain(value) for name, value in row.get("extra", {}).items()},
+        "reason": reason,
+    }
+    return json.dumps(facts, ensure_ascii=False, default=str).encode("utf-8", "replace").decode()
+
+
 def _plain(value: Any) -> Any:
-    """What JSON can say: a tar member is an array of numpy's, or text."""
+    """What JSON can say: of a tar member that is an array of numpy's its numbers, of another one its text."""
     if not isinstance(value, bytes):
         return value
-    try:
-        return np.load(io.BytesIO(value), allow_pickle=False).ravel().tolist()
-    except ValueError:
+    if not value.startswith(np.lib.format.MAGIC_PREFIX):
         return value.decode(errors="replace")
+    stream = io.BytesIO(value)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, kind = read(stream)
+    except ValueError:
+        return None
+    rest = stream.read()
+    if kind.kind not in "biuf" or math.prod(shape) * kind.itemsize != len(rest):
+        return None
+    return np.frombuffer(rest, kind).tolist()
 
 
 def _drawn(uid: str, share: float) -> bool:
@@ -200,28 +220,41 @@ def _drawn(uid: str, share: float) -> bool:
     return share == 1 or draw(0, 0, uid, "share").random() < share
 
 
-def _shared_out(parts: Iterable[Part], processes: int) -> list[Unit]:
-    """Every part, in as many units as give each process two pieces of work."""
-    parts = list(parts)
-    of = max(1, -(-2 * processes // max(1, len(parts))))
+def _shared_out(source: Source, processes: int) -> list[Unit]:
+    """Every part, in as many units as give each process two pieces of work; each unit reads its part's bytes anew."""
+    parts = list(source.parts)
+    wanted = -(-2 * processes // max(1, len(parts)))
+    of = max(1, min(wanted, MOST_READERS, source.nbytes // max(1, len(parts)) // UNIT_BYTES))
     return [Unit(number, part.content, first, of) for number, part in enumerate(parts) for first in range(of)]
 
 
 def _key(source: Source, view: View) -> str:
     """What the embeddings depend on beside the model."""
-    seen = [source.facts, [part.stamp for part in source.parts], view.size, view.limits.model_dump(), view.share]
-    corruption = [variants()] if view.corrupt else []
-    return hashlib.sha256(json.dumps([*seen, *corruption]).encode()).hexdigest()
+    seen = [
+        VERSION,
+        source.facts,
+        [part.stamp for part in source.parts],
+        view.size,
+        view.limits.model_dump(),
+        view.share,
+    ]
+    return hashlib.sha256(json.dumps([*seen, STRENGTHS if view.corrupt else None]).encode()).hexdigest()
 
 
 def _lines(location: str) -> tuple[str, ...] | None:
     """The lines of a text file, None where there is none."""
     fs, path = filesystem(location)
-    return tuple(line.strip() for line in lines_of(fs.cat_file(path), location)) if fs.exists(path) else None
+    with opened(location, damaged=""):
+        content = fs.cat_file(path) if fs.exists(path) else None
+    return None if content is None else tuple(line.strip() for line in lines_of(content, location))
 
 
 def _winogavil(home: str, limits: Limits) -> Source:
     """WinoGAViL's pictures: those of `images/` in a folder here, known by their names without the ending."""
+    if "://" in home:
+        raise ConfigError(
+            f"{home}: WinoGAViL is read from disks alone. Copy it here, and give its folder as the task's input."
+        )
     images = Path(home, "images")
     files = sorted(file for file in images.glob("*.*") if not file.name.startswith((".", "_")))
     if not files:
@@ -229,6 +262,9 @@ def _winogavil(home: str, limits: Limits) -> Source:
     pictures = [
         folder.Picture({"uid": file.stem, "image": None, "caption": None}, str(images), str(file)) for file in files
     ]
-    grouped = [pictures[at : at + folder.PART_PICTURES] for at in range(0, len(pictures), folder.PART_PICTURES)]
-    parts = [Part(stamp_of([[p.path, Path(p.path).stat().st_mtime_ns] for p in group]), group) for group in grouped]
-    return Source(parts, partial(folder.read, limits=limits), 0, {"source": "winogavil"})
+    entries = [file.stat() for file in files]
+    stamps = [[str(file), entry.st_size, entry.st_mtime_ns] for file, entry in zip(files, entries, strict=True)]
+    size = folder.PART_PICTURES
+    parts = [Part(stamp_of(stamps[at : at + size]), pictures[at : at + size]) for at in range(0, len(pictures), size)]
+    nbytes = sum(entry.st_size for entry in entries)
+    return Source(parts, partial(folder.read, limits=limits), nbytes, {"source": "winogavil"})

@@ -23,15 +23,16 @@ def write_report(
     others: Sequence[SuiteResult],
     checkpoint: str,
     folder: Path,
+    pictures: Path,
 ) -> list[Path]:
-    """Write SUITE.json and SUITE.html to `folder`. exhibits: the pictures of each task, in the order of the result's. others: of
-    other models, to stand beside it.
+    """Write SUITE-STEP.json and .html to `folder`. exhibits: the pictures of each task, in the order of the result's. others: of
+    other models, to stand beside it. pictures: the folder of those.
 
     Pictures are in the page itself; it loads nothing and runs no script.
     """
-    numbers, page = folder / f"{result.suite}.json", folder / f"{result.suite}.html"
+    numbers, page = folder / f"{result.suite}-{result.step:08d}.json", folder / f"{result.suite}-{result.step:08d}.html"
     numbers.write_text(result.model_dump_json(indent=1), encoding="utf-8")
-    curves = _curves(result, checkpoint, folder)
+    curves = _curves(result, checkpoint, pictures)
     beside = {task.name: {**task.published, **_beside(task.name, others)} for task in result.tasks}
     html = _template().render(
         result=result,
@@ -51,12 +52,12 @@ def _beside(name: str, others: Sequence[SuiteResult]) -> dict[str, float | None]
     }
 
 
-def _curves(result: SuiteResult, checkpoint: str, folder: Path) -> Exhibit | None:
+def _curves(result: SuiteResult, checkpoint: str, pictures: Path) -> Exhibit | None:
     """The loss up to the checkpoint, where it lies in its run's folder."""
     points = read_points(checkpoint.rsplit("/checkpoints/", 1)[0], result.step) if "/checkpoints/" in checkpoint else []
     if not any("loss" in point.metrics for point in points):
         return None
-    path = folder / result.suite / "curves.png"
+    path = pictures / "curves.png"
     run_curves(path, points, result.model)
     return Exhibit("training: the loss up to this checkpoint", path)
 

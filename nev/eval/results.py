@@ -17,7 +17,8 @@ class TaskResult(Section):
     """A task's score. `value` is None where it was not run, and `reason` says why.
 
     `metric` is what `value` is; `metrics` are all numbers, shares in [0, 1]; `low`, `high`: the ends of the 95 % interval of
-    `value`, None where there is none; `table`: rows of a finer result; `images`, `bad`: rows, and those that cannot be decoded.
+    `value`, None where there is none; `table`: rows of a finer result; `images`: those that were scored; `bad`: those that cannot
+    be decoded; `unmarked`: those without a label or caption.
     """
 
     name: str
@@ -32,6 +33,7 @@ class TaskResult(Section):
     table: tuple[dict[str, Any], ...] = ()
     images: int = 0
     bad: int = 0
+    unmarked: int = 0
     reason: str | None = None
 
 
@@ -86,7 +88,9 @@ def average_of(suite: Suite, results: list[TaskResult]) -> float | None:
 def result_of(
     task: Task, metrics: dict[str, float], sure: dict[str, Interval], chance: float | None, **more: Any
 ) -> TaskResult:
-    """The record of a task that was run."""
+    """The record of a task that was run. Raises ConfigError where what it is judged by is not among the metrics."""
+    if task.judged_by not in metrics:
+        raise ConfigError(f"{task.judged_by} is not known of this set, which has {', '.join(sorted(metrics))}")
     own = sure.get(task.judged_by)
     ends = {f"{name}_{end}": float(getattr(one, end)) for name, one in sure.items() for end in ("low", "high")}
     return TaskResult(

@@ -135,12 +135,11 @@ def load_suite(name: str, root: str | None = None) -> Suite:
         raise ConfigError(
             f"no suite is called {name!r}: give one of {', '.join(shipped())}, or a file of your own (.yaml)"
         )
-    given = root or suite.root
     try:
-        place = Template(given).substitute(os.environ)
+        place = root or Template(suite.root).substitute(os.environ)
     except (KeyError, ValueError) as error:
         raise ConfigError(
-            f"suite {name}: its data lies in {given}, and {error} is not set. Set it, or name the folder with --data."
+            f"suite {name}: its data lies in {suite.root}, and {error} is not set. Set it, or name the folder with --data."
         ) from None
     if "://" not in place:
         place = str(Path(place).expanduser().absolute())

@@ -29,7 +29,7 @@ def metrics_table(metrics: dict[str, float], title: str) -> Table:
 
 def suite_table(result: SuiteResult) -> Table:
     """A suite's tasks, one a line: what counts, its 95 % interval, what chance would score, what others have published."""
-    table = Table(title=f"{result.suite}: {result.model}", title_justify="left")
+    table = Table(title=escape(f"{result.suite}: {result.model}"), title_justify="left")
     for column in ("task", "metric", "value", "95 % interval", "chance", "published"):
         table.add_column(column, justify="left" if column in ("task", "metric", "published") else "right")
     for task in result.tasks:
@@ -43,6 +43,6 @@ def suite_table(result: SuiteResult) -> Table:
             f"{task.value:.1%}",
             f"{task.low:.1%} to {task.high:.1%}" if known else "",
             "" if task.chance is None else f"{task.chance:.1%}",
-            ", ".join(f"{name} {value:.1%}" for name, value in task.published.items()),
+            escape(", ".join(f"{name} {value:.1%}" for name, value in task.published.items())),
         )
     return table

@@ -82,7 +82,8 @@ def _zero_shot(task: Task, found: Collection, context: Context) -> TaskResult:
         {"right": seen.names[right], "given": seen.names[wrong], "share": share}
         for right, wrong, share in classification.confusions(given, 10)
     ]
-    return result_of(task, values, sure, 1 / len(seen.classes), table=tuple(table), **_counts(found))
+    chance = chance_of(task.judged_by, len(seen.classes))
+    return result_of(task, values, sure, chance, table=tuple(table), **_counts(found, len(seen.rows)))
 
 
 def _retrieval(task: Task, found: Collection, context: Context) -> TaskResult:
@@ -97,11 +98,8 @@ def _retrieval(task: Task, found: Collection, context: Context) -> TaskResult:
         sure[f"image_to_text_r{k}"] = interval(ranks.images < k)
     metrics["mean_recall_1"] = mean_recall(ranks, pairs.owner)(np.ones(len(pairs.images)))
     sure["mean_recall_1"] = interval_of(mean_recall(ranks, pairs.owner), len(pairs.images))
-    chance = (metrics["text_to_image_r1_chance"] + metrics["image_to_text_r1_chance"]) / 2
-    chances = {"mean_recall_1": chance}
-    return result_of(
-        task, metrics, sure, chances.get(task.judged_by, metrics.get(f"{task.judged_by}_chance")), **_counts(found)
-    )
+    metrics["mean_recall_1_chance"] = (metrics["text_to_image_r1_chance"] + metrics["image_to_text_r1_chance"]) / 2
+    return result_of(task, metrics, sure, metrics[f"{task.judged_by}_chance"], **_counts(found, len(pairs.images)))
 
 
 def _alignment(task: Task, found: Collection, context: Context) -> TaskResult:
@@ -112,7 +110,7 @@ def _alignment(task: Task, found: Collection, context: Context) -> TaskResult:
     metrics = {name.replace("space/", "").replace("/", "_"): value for name, value in numbers.items()}
     if task.judged_by not in metrics:
         raise ConfigError("the overlap of neighbourhoods needs more than ten pictures with captions")
-    return result_of(task, metrics, {}, None, table=tuple(histogram(pairs)), **_counts(found))
+    return result_of(task, metrics, {}, None, table=tuple(histogram(pairs)), **_counts(found, len(pairs.images)))
 
 
 def _compression(task: Task, found: Collection, context: Context) -> TaskResult:
@@ -122,7 +120,7 @@ def _compression(task: Task, found: Collection, context: Context) -> TaskResult:
         def right(images: Floats, others: Floats) -> float:
             return float(np.mean(zero_shot_ranks(images, seen.labels, others) < 1))
 
-        table = list(compressions(seen.images, seen.classes, right))
+        table, scored = list(compressions(seen.images, seen.classes, right)), len(seen.rows)
     else:
         pairs = pairs_of(found, context)
 
@@ -130,10 +128,10 @@ def _compression(task: Task, found: Collection, context: Context) -> TaskResult:
             ranks = retrieval_ranks(images, others, pairs.owner)
             return mean_recall(ranks, pairs.owner)(np.ones(len(images)))
 
-        table = list(compressions(pairs.images, pairs.texts, right))
+        table, scored = list(compressions(pairs.images, pairs.texts, right)), len(pairs.images)
     full, metrics = table[0].score, {f"{one.precision}_{one.width}": one.score for one in table}
     metrics["retained"] = metrics[f"int8_{table[0].width}"] / full if full else 0.0
-    return result_of(task, metrics, {}, None, table=tuple(one._asdict() for one in table), **_counts(found))
+    return result_of(task, metrics, {}, None, table=tuple(one._asdict() for one in table), **_counts(found, scored))
 
 
 def _robustness(task: Task, found: Collection, context: Context) -> TaskResult:
@@ -157,12 +155,12 @@ def _robustness(task: Task, found: Collection, context: Context) -> TaskResult:
         {"corruption": name, "severity": severity, "top1": float(np.mean(right))}
         for (name, severity), right in hits.items()
     ]
-    return result_of(task, metrics, sure, None, table=tuple(table), **_counts(found))
+    return result_of(task, metrics, sure, None, table=tuple(table), **_counts(found, len(seen.rows)))
 
 
 def _association(task: Task, found: Collection, context: Context) -> TaskResult:
     metrics, sure = jaccard(task, found, context.encode, context.root)
-    return result_of(task, metrics, sure, None, **_counts(found))
+    return result_of(task, metrics, sure, None, **_counts(found, int(found.embedded.valid.sum())))
 
 
 SCORES: dict[str, Callable[[Task, Collection, Context], TaskResult]] = {
@@ -232,5 +230,13 @@ def histogram(pairs: Pairs, bins: int = 60, seed: int = 0) -> list[dict[str, flo
     ]
 
 
-def _counts(found: Collection) -> dict[str, int]:
-    return {"images": len(found.facts), "bad": int((~found.embedded.valid).sum())}
+def chance_of(metric: str, classes: int) -> float | None:
+    """What guessing scores, where that is known: k of C classes."""
+    if metric == "macro_f1":
+        return None
+    return min(1.0, (5 if metric.endswith("top5") else 1) / classes)
+
+
+def _counts(found: Collection, scored: int) -> dict[str, int]:
+    bad = int((~found.embedded.valid).sum())
+    return {"images": scored, "bad": bad, "unmarked": len(found.facts) - bad - scored}

@@ -14,15 +14,12 @@ from typing import Any, NamedTuple
 
 import ray
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from nev.errors import NevError
 from nev.progress import rarely
-from nev.tracking import Tracker
-from nev.train.patience import Patience
-from nev.train.signatures import Signatures
+from nev.train.ledger import Ledger
 from nev.train.validator import Validator
 
 POLL_S = 0.5
@@ -85,7 +82,7 @@ def open_board(run: str) -> Any:
 
 
 class Watcher:
-    """What the driver has read from the board: errors, and the newest value of each metric.
+    """What the driver has read from the board: errors, and numbers, which it gives to the ledger.
 
     stop: set by whoever wants the run to end after the step that is under way, with a checkpoint. enough: set when it has run out
     of patience, and ends so, too.
@@ -94,10 +91,8 @@ class Watcher:
     def __init__(
         self,
         board: Any,
-        tracker: Tracker,
+        ledger: Ledger,
         console: Console,
-        signatures: Signatures,
-        patience: Patience,
         validator: Validator | None,
         total_steps: int,
         first_step: int,
@@ -106,12 +101,9 @@ class Watcher:
         self.left = self._begun = False
         self.stop = threading.Event()
         self.enough = threading.Event()
-        self.latest: dict[str, float] = {}
         self._board = board
-        self._tracker = tracker
+        self._ledger = ledger
         self._console = console
-        self._signatures = signatures
-        self._patience = patience
         self._validator = validator
         self._total = total_steps
         self._line = _progress(console)
@@ -133,15 +125,15 @@ class Watcher:
                 self.errors.append(post.error)
                 continue
             for note in post.notes:
-                self._note(note)
+                self._ledger.note(note)
             if post.began and self._begun:
-                self._note(f"the processes were started again; training goes on from step {post.step}")
+                self._ledger.note(f"the processes were started again; training goes on from step {post.step}")
             if post.left and not self.enough.is_set():
                 why = "" if self.stop.is_set() else "a machine is taken away; "
                 goes_on = (
                     "the same command goes on from here" if self.stop.is_set() else "it goes on where there is room"
                 )
-                self._note(f"step {post.step}: {why}what was done is kept, and {goes_on}")
+                self._ledger.note(f"step {post.step}: {why}what was done is kept, and {goes_on}")
             if post.began or post.left:
                 self._begun, self.left = True, post.left
                 continue
@@ -151,28 +143,19 @@ class Watcher:
             self._show(post.step)
         for step, metrics, problem in self._validator.done() if self._validator else []:
             if problem:
-                self._note(problem)
+                self._ledger.note(problem)
             self._take(step, metrics)
         if time.monotonic() - self._sent > SEND_S:
             self._send()
 
     def _take(self, step: int, metrics: dict[str, float]) -> None:
-        """Log numbers, and look what they say of the run."""
-        self.latest.update(metrics)
-        self._tracker.log(step, metrics)
-        for alert in self._signatures.look(step, metrics):
-            self._note(f"step {step}: {alert.text}")
-            self._tracker.tag_later({f"nev.alert.{alert.name}": f"step {step}: {alert.text}"})
-        self._patience.see(step, metrics)
-        if self._patience.over and not self.enough.is_set():
-            self._note(f"step {step}: {self._patience}. The run ends here.")
+        self._ledger.take(step, metrics)
+        if self._ledger.patience.over and not self.enough.is_set():
+            self._ledger.note(f"step {step}: {self._ledger.patience}. The run ends here.")
             self.enough.set()
 
-    def _note(self, note: str) -> None:
-        self._console.print(f"[yellow]{escape(note)}[/]", highlight=False, soft_wrap=True)
-
     def _show(self, step: int) -> None:
-        now = self.latest
+        now = self._ledger.latest
         numbers = "  ".join(
             text.format(now[key])
             for key, text in (
@@ -199,11 +182,13 @@ class Watcher:
 
         self._sent = time.monotonic()
         try:
-            self._tracker.flush()
+            self._ledger.tracker.flush()
             self._away = False
         except (MlflowException, OSError):
             if not self._away:
-                self._note(f"MLflow at {self._tracker.uri} does not answer; numbers are kept and sent later")
+                self._ledger.note(
+                    f"MLflow at {self._ledger.tracker.uri} does not answer; numbers are kept and sent later"
+                )
             self._away = True
 
     @contextmanager
@@ -219,7 +204,7 @@ class Watcher:
             while not over.wait(RELAY_S):
                 if self.stop.is_set() or self.enough.is_set():
                     if self.stop.is_set():
-                        self._note("the run was told to stop: the step that is under way is finished and kept")
+                        self._ledger.note("the run was told to stop: the step that is under way is finished and kept")
                     ray.get(self._board.stop.remote())
                     return
 

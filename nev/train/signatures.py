@@ -16,7 +16,7 @@ FLAT_POINTS = 30  # logged losses, after the warm-up, that all have to be flat
 FLAT_SHARE = 0.01  # of what guessing has: a loss less than that below it is flat
 BOUND_POINTS = 30  # logged scales in a row that have to be at the bound
 COLLAPSE = 0.95  # mean cosine of two different pictures
-CHANCE_TIMES = 1.5  # a share up to so many times what guessing has is at chance
+CHANCE_TIMES = 1.5  # odds up to so many times those of guessing are at chance
 DRIFT = 0.1  # 1 - mean cosine of what sentences are to the text tower now, and were
 
 
@@ -52,11 +52,13 @@ class Signatures:
         return list(new.values())
 
     def _loss(self, step: int, metrics: dict[str, float]) -> Alert | None:
-        if "loss" not in metrics or step <= self._warm:
+        loss = metrics.get("loss")
+        if loss is None:
             return None
-        loss = metrics["loss"]
         if not math.isfinite(loss):
             return Alert("non_finite", "the loss is not finite. Lower optim.lr, or raise optim.warmup_steps.")
+        if step <= self._warm:
+            return None
         self._losses.append(loss)
         if self._guess is None or len(self._losses) < FLAT_POINTS or min(self._losses) < (1 - FLAT_SHARE) * self._guess:
             return None
@@ -87,15 +89,20 @@ def guessing_loss(config: Experiment) -> float | None:
 
 def at_chance(metrics: dict[str, float]) -> list[Alert]:
     """Search or zero-shot that is no better than guessing, after a validation."""
-    pairs = (
-        ("retrieval/text_to_image/r10", "retrieval/text_to_image/r10_chance"),
-        ("zero_shot/top1", "zero_shot/chance"),
-    )
+    judged = {
+        "search_at_chance": ("retrieval/text_to_image/r10", "retrieval/text_to_image/r10_chance"),
+        "zero_shot_at_chance": ("zero_shot/top1", "zero_shot/chance"),
+    }
     return [
-        Alert("at_chance", f"{name} is {metrics[name]:.2%}, where guessing has {metrics[chance]:.2%}.")
-        for name, chance in pairs
-        if name in metrics and metrics[name] <= CHANCE_TIMES * metrics[chance]
+        Alert(sign, f"{name} is {metrics[name]:.2%}, where guessing has {metrics[chance]:.2%}.")
+        for sign, (name, chance) in judged.items()
+        if name in metrics and odds(metrics[name]) <= CHANCE_TIMES * odds(metrics[chance]) < math.inf
     ]
+
+
+def odds(share: float) -> float:
+    """p / (1 - p): of few candidates guessing gets a large share, and no model can get one and a half times that."""
+    return share / (1 - share) if share < 1 else math.inf
 
 
 def collapse(metrics: dict[str, float]) -> Alert | None:

@@ -18,12 +18,10 @@ from nev.data.block import BlockReader
 from nev.data.storage import join
 from nev.errors import NevError
 from nev.runtime import cluster_cpus, cluster_gpus, may_grow
-from nev.tracking import Tracker
 from nev.train.job import Job, row_bytes, where
+from nev.train.ledger import Ledger
 from nev.train.manifest import patiently
 from nev.train.monitor import Watcher, open_board
-from nev.train.patience import Patience
-from nev.train.signatures import Signatures
 from nev.train.validator import Validator
 from nev.train.worker import work
 
@@ -69,23 +67,19 @@ def fit(
     begun: int,
     reader: BlockReader,
     board: Any,
-    tracker: Tracker,
+    ledger: Ledger,
     console: Console,
-    patience: Patience,
-    validator: Validator | None = None,
-) -> dict[str, float]:
+    validator: Validator | None,
+) -> None:
     """Run the job on the connected Ray cluster, from its newest checkpoint, that of step `begun`, to `job.stop_step`.
 
-    Or for as long as there is patience.
-
-    Workers that had to leave (their machine is taken away) are started again. Returns the newest value of each metric. Raises
+    Or for as long as there is patience. Workers that had to leave (their machine is taken away) are started again. Raises
     TrainingFailed, and Stopped where a SIGTERM to this process ended it.
     """
     import ray.train
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-    signatures = Signatures(job.config)
-    watcher = Watcher(board, tracker, console, signatures, patience, validator, job.total_steps, begun)
+    watcher = Watcher(board, ledger, console, validator, job.total_steps, begun)
     try:
         with ray_folder(job.run) as folder, watcher.watching(), set_by_sigterm(watcher.stop):
             failures = 0
@@ -118,7 +112,6 @@ def fit(
         raise TrainingFailed(watcher.errors[0])
     if watcher.left and not watcher.enough.is_set():
         raise Stopped
-    return watcher.latest
 
 
 @contextmanager

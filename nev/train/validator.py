@@ -1,24 +1,27 @@
-"""Validation beside training (`eval.asynchronous`): the driver scores checkpoints as they are written, and no step waits for it.
+"""Validation beside training (`eval.asynchronous`): the driver scores checkpoints as they are written, and no step waits.
 
 Ray Train can do so, too (`ray.train.report(..., validation=True)`, Ray 2.60), but its report is a barrier between the workers and
-copies the checkpoint; nev's are written behind the steps by rank 0 alone, so the driver takes them from there.
+brings the checkpoint to its own storage; nev's are written behind the steps by rank 0 alone, so the driver takes them from there.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
-from typing import NamedTuple
+from types import TracebackType
+from typing import NamedTuple, Self
 
-from nev.data.storage import join, naming, write_whole
+from nev.data.storage import StorageError, filesystem, join, naming, write_whole
 from nev.errors import NevError
 from nev.train.job import Job
 from nev.train.journal import point, write_validation
 from nev.train.manifest import VALIDATION, awaiting
 
 BEHIND = 2  # checkpoints that may wait: validation that is slower than training leaves the oldest out, so that disks do not fill
+PAUSE_S = 5.0  # after a failure
+TRIES = 3  # of one checkpoint, where storage or a process fails
 
 
 class Validated(NamedTuple):
@@ -32,16 +35,17 @@ class Validated(NamedTuple):
 class Validator:
     """A thread that scores the checkpoints of a run. score: a checkpoint's location to its metrics.
 
-    Checkpoints that an earlier start has left come first. A process that ends does not wait for it.
+    Checkpoints that an earlier start has left come first. Left with an error, or by a process that ends, it writes nothing more.
     """
 
     def __init__(self, job: Job, score: Callable[[str], dict[str, float]]) -> None:
         self._job, self._score = job, score
         self._waiting = deque(int(location.rsplit("-", 1)[1]) for location in awaiting(job.run, job.validates))
+        self._left_out: deque[int] = deque()
         self._done: deque[Validated] = deque()
-        self._news, self._closed = threading.Condition(), False
+        self._tries: Counter[int] = Counter()
+        self._news, self._no_more, self._stopped = threading.Condition(), False, False
         self._thread = threading.Thread(target=self._run, name="nev-validator", daemon=True)
-        self._thread.start()
 
     def written(self, step: int) -> None:
         """A checkpoint of this step is whole."""
@@ -50,49 +54,80 @@ class Validator:
         with self._news:
             if step not in self._waiting:
                 self._waiting.append(step)
-            left_out = [self._waiting.popleft() for _ in range(len(self._waiting) - BEHIND)]
+            while len(self._waiting) > BEHIND:
+                self._left_out.append(self._waiting.popleft())
             self._news.notify()
-        for old in left_out:
-            self._keep(Validated(old, {}, f"step {old}: not validated, since training is faster than validation"))
 
     def done(self) -> list[Validated]:
         """What was validated since the last call."""
         return [self._done.popleft() for _ in range(len(self._done))]
 
-    def finish(self) -> None:
-        """Wait until everything is validated that is there."""
+    def finished(self, wait_s: float) -> bool:
+        """Whether everything that is there is validated; it waits for so many seconds. Nothing may be `written` after this."""
         with self._news:
-            self._closed = True
+            self._no_more = True
             self._news.notify()
-        self._thread.join()
+        self._thread.join(wait_s)
+        return not self._thread.is_alive()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._news:
+            self._stopped = True
+            self._news.notify()
 
     def _run(self) -> None:
         while True:
             with self._news:
-                self._news.wait_for(lambda: self._waiting or self._closed)
-                if not self._waiting:
+                self._news.wait_for(lambda: self._waiting or self._left_out or self._no_more or self._stopped)
+                if self._stopped or not (self._waiting or self._left_out):
                     return
-                step = self._waiting.popleft()
-            self._keep(self._validated(step))
+                left_out = bool(self._left_out)
+                step = (self._left_out or self._waiting).popleft()
+            self._try(step, left_out)
 
-    def _validated(self, step: int) -> Validated:
+    def _try(self, step: int, left_out: bool) -> None:
+        """Validate a checkpoint and keep the result. What fails is tried again later, at last by the next start of the run."""
         from ray.exceptions import RayError
 
         try:
-            return Validated(step, self._score(self._location(step)))
-        except (NevError, RayError, OSError) as error:
-            return Validated(step, {}, f"step {step}: not validated ({str(error).strip().splitlines()[0]})")
+            late = f"step {step}: not validated, since training is faster than validation" if left_out else None
+            found = Validated(step, {} if left_out else self._score(self._location(step)), late)
+            self._keep(found)
+        except (StorageError, RayError, OSError) as error:
+            self._tries[step] += 1
+            if self._tries[step] < TRIES:
+                with self._news:
+                    self._waiting.append(step)
+                    self._news.wait_for(lambda: self._stopped, PAUSE_S)
+                return
+            found = Validated(
+                step, {}, f"step {step}: not validated ({first_line(error)}); the next start of the run tries again"
+            )
+        except (NevError, ValueError, RuntimeError, MemoryError) as error:  # no try will be better
+            found = Validated(step, {}, f"step {step}: not validated ({first_line(error)})")
+        if not self._stopped:
+            self._done.append(found)
 
     def _keep(self, found: Validated) -> None:
-        """Beside the checkpoint, which may be removed from now on, and in the journal."""
-        location = join(self._location(found.step), VALIDATION)
-        try:
-            with naming(location, "written"):
-                write_validation(self._job.run, point(found.step, found.metrics))
-                write_whole(location, json.dumps(found.metrics).encode())
-        except NevError as error:
-            found = found._replace(problem=f"step {found.step}: {error}")
-        self._done.append(found)
+        """Beside the checkpoint, which may be removed from now on, and in the journal; nothing of one that is gone."""
+        location = self._location(found.step)
+        fs, path = filesystem(join(location, "state.json"))
+        with naming(location, "written"):
+            if self._stopped or not fs.exists(path):
+                return
+            write_validation(self._job.run, point(found.step, found.metrics))
+            write_whole(join(location, VALIDATION), json.dumps(found.metrics).encode())
 
     def _location(self, step: int) -> str:
         return join(self._job.run, "checkpoints", f"step-{step:08d}")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -30,7 +30,8 @@ FETCH_AGAIN = "Fetch it again, or take it out of the input."
 class SourceOptions(Section):
     """How to read a source. `templates` make the captions of a labelled set: '{}' stands for the class name.
 
-    captioned: whether rows must be able to have captions, as training wants; evaluation may need labels alone. score: the
+    captioned: whether rows must be able to have captions, as training wants; evaluation may need labels alone.
+    caption_lines: a tar's KEY.txt has a caption a line, as CLIP_benchmark writes them. score: the
     column with the similarity of picture and caption. extra: columns, keys of the JSON or tar members that come along as they
     are, under `extra` of a row. metadata: DataComp's parquet files or their folder.
     tar_in_uid: the name of its tar is a part of a row's uid. part_bytes: files are grouped to parts of about this size, a
@@ -41,6 +42,7 @@ class SourceOptions(Section):
     label_name: str | None = None
     templates: tuple[str, ...] = ()
     captioned: bool = True
+    caption_lines: bool = False
     score: str | None = None
     extra: tuple[str, ...] = ()
     metadata: tuple[str, ...] = ()

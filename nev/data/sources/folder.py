@@ -9,6 +9,7 @@ import csv
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -72,7 +73,9 @@ def captions(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
             found[path] = Picture(row, folder, path)
     pictures = list(found.values())
     nbytes = len(pictures) * PICTURE_BYTES
-    return Source(_parts(pictures), partial(read, limits=options.limits), nbytes, facts_of("captions", options))
+    return Source(
+        _parts(pictures, _stamps(found)), partial(read, limits=options.limits), nbytes, facts_of("captions", options)
+    )
 
 
 def classes(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
@@ -101,11 +104,10 @@ def classes(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
             name = file.relative_to(root).parts[0]
             row |= {"caption": said[name], "label": labels[name], "label_name": name}
         pictures.append(Picture(row, str(root), str(file)))
-    # Of a link itself, since what it leads to may be missing.
-    entries = {str(file): file.lstat() for _, file in found}
-    nbytes = sum(entry.st_size for entry in entries.values())
+    stamps = _stamps(str(file) for _, file in found)
+    nbytes = sum(size for size, _ in stamps.values())
     return Source(
-        _parts(pictures, {path: (entry.st_size, entry.st_mtime_ns) for path, entry in entries.items()}),
+        _parts(pictures, stamps),
         partial(read, limits=options.limits),
         nbytes,
         facts_of("classes", options),
@@ -134,6 +136,16 @@ def _fill_in(row: Row, picture: Picture, limits: Limits) -> None:
             row["image"] = real.read_bytes()
     except (OSError, RuntimeError, ValueError):  # no permission; a link to itself; a zero byte in the name
         row["reject"] = "file not readable"
+
+
+def _stamps(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """(bytes, mtime in ns) of those that are there; of a link itself, since what it leads to may be missing."""
+    found = {}
+    for path in paths:
+        with suppress(OSError, ValueError):  # ValueError: a zero byte in the name
+            entry = Path(path).lstat()
+            found[path] = entry.st_size, entry.st_mtime_ns
+    return found
 
 
 def _parts(pictures: list[Picture], stamps: dict[str, tuple[int, int]] | None = None) -> list[Part]:

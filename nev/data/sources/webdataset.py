@@ -143,7 +143,8 @@ def _row(key: str, parts: dict[str, bytes | None], options: SourceOptions) -> Ro
             raise TypeError(f"a JSON object is needed, not {type(facts).__name__}")
         text = (parts.get("txt") or b"").decode()
         row["uid"] = str(facts.get("uid") or key)
-        row["caption"] = _caption(facts.get("captions") or facts.get("caption") or text)
+        own = text.splitlines() if options.caption_lines else text
+        row["caption"] = _caption(facts.get("captions") or facts.get("caption") or own)
         row["label"], name = _label(facts["label"] if "label" in facts else parts.get("cls"))
         row["label_name"] = name if facts.get("label_name") is None else str(facts["label_name"])
         if score := options.score:

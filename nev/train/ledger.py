@@ -1,0 +1,34 @@
+"""Where the numbers of a run go, wherever they come from: to MLflow, to the watch for signs of failure, and to early stop."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+
+from nev.config import Experiment
+from nev.tracking import Tracker
+from nev.train.patience import Patience
+from nev.train.signatures import Signatures
+
+
+class Ledger:
+    """Of one run, in the driver. latest: the newest value of each metric."""
+
+    def __init__(self, config: Experiment, tracker: Tracker, console: Console) -> None:
+        self.tracker, self.patience = tracker, Patience(config.eval)
+        self.latest: dict[str, float] = {}
+        self._signatures, self._console = Signatures(config), console
+
+    def take(self, step: int, metrics: dict[str, float]) -> None:
+        """Log numbers of a step, and look what they say of the run."""
+        self.latest.update(metrics)
+        self.tracker.log(step, metrics)
+        for alert in self._signatures.look(step, metrics):
+            said = f"step {step}: {alert.text}"
+            self.note(said)
+            self.tracker.tag_later({f"nev.alert.{alert.name}": said})
+        self.patience.see(step, metrics)
+
+    def note(self, text: str) -> None:
+        """A line for the person who watches."""
+        self._console.print(f"[yellow]{escape(text)}[/]", highlight=False, soft_wrap=True)
