@@ -103,6 +103,7 @@ def evaluate_suite(
     location: str,
     name: str,
     console: Console,
+    overrides: list[str] | None = None,
     data: str | None = None,
     output: str | None = None,
     against: Sequence[str] = (),
@@ -122,7 +123,7 @@ def evaluate_suite(
 
     suite = load_suite(name, data)
     others = [load_result(file) for file in against]
-    opened = open_checkpoint(location, [])
+    opened = open_checkpoint(location, overrides or [])
     output = output or join(opened.location.rsplit("/", 2)[0], "evaluation")
     connect()
     began = time.perf_counter()
@@ -147,7 +148,9 @@ def evaluate_suite(
     return result, shown
 
 
-def evaluate_mteb(location: str, names: list[str], output: str | None = None) -> tuple[dict[str, float], str]:
+def evaluate_mteb(
+    location: str, names: list[str], overrides: list[str], output: str | None = None
+) -> tuple[dict[str, float], str]:
     """Run mteb's own tasks on a checkpoint, text and image alike; write mteb.json in `output`, as `evaluate_suite` has it.
 
     Returns the main score of each task, and where the file lies. Raises ConfigError without the extra `mteb`, for a task that
@@ -162,7 +165,7 @@ def evaluate_mteb(location: str, names: list[str], output: str | None = None) ->
     from nev.models.vision import normalise
     from nev.train.checkpoint import load_tower, load_vision
 
-    opened = open_checkpoint(location, [])
+    opened = open_checkpoint(location, overrides)
     config, data = opened.config, opened.config.data
     text = opened.text if config.lock == "text" else load_tower(opened.location, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -192,13 +195,15 @@ def track(result: SuiteResult, opened: Opened, files: list[str], console: Consol
         run_id = kept_run_id(run)
         if run_id is None:
             return
-        uri = opened.config.tracking.uri or f"sqlite:///{run.rpartition('/')[0]}/mlflow.db"
-        beside = uri == f"sqlite:///{run.rpartition('/')[0]}/mlflow.db" and "://" not in run
-        if not beside and uri != os.environ.get("MLFLOW_TRACKING_URI"):
+        home = run.rpartition("/")[0]
+        own = f"sqlite:///{home}/mlflow.db"
+        uri = opened.config.tracking.uri or own
+        named = uri == os.environ.get("MLFLOW_TRACKING_URI")
+        if not named and (uri != own or "://" in home):
             raise ConfigError(f"the checkpoint names {uri}: set MLFLOW_TRACKING_URI to the same to allow it")
         check_tracking(uri)
         tracker = Tracker(uri, run_id)
-        if beside and not tracker.artifacts_below(run.rpartition("/")[0]):
+        if not named and not tracker.artifacts_below(home):
             raise ConfigError(f"{uri} keeps files elsewhere: set MLFLOW_TRACKING_URI to the same to allow it")
         tracker.log(result.step, result.flat())
         tracker.flush()

@@ -52,12 +52,12 @@ def main(
         from nev.eval.tables import metrics_table, suite_table
         from nev.evaluation import evaluate_checkpoint, evaluate_mteb, evaluate_suite
 
-        if (suite or mteb) and overrides:
-            raise ConfigError("--set says what the validation set is; a suite says so itself: leave one of them out")
         if suite and mteb:
             raise ConfigError("--suite and --mteb are two evaluations: run one after the other")
         if suite:
-            result, files = evaluate_suite(checkpoint, suite, Console(stderr=True), data, output, against or ())
+            result, files = evaluate_suite(
+                checkpoint, suite, Console(stderr=True), overrides or [], data, output, against or ()
+            )
             console.print(suite_table(result))
             for task in result.tasks:
                 if task.reason:
@@ -65,7 +65,7 @@ def main(
                         f"not run     {task.name}: {task.reason}", highlight=False, soft_wrap=True, markup=False
                     )
         elif mteb:
-            scores, file = evaluate_mteb(checkpoint, mteb, output)
+            scores, file = evaluate_mteb(checkpoint, mteb, overrides or [], output)
             files = [file]
             for name, value in scores.items():
                 console.print(f"{name:<40} {value:.4f}", highlight=False)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import socket
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from rich.console import Console
 
+from nev import evaluation
 from nev.config import Experiment
 from nev.config_base import ConfigError
-from nev.evaluation import evaluate_checkpoint
+from nev.eval.results import SuiteResult
+from nev.evaluation import Opened, evaluate_checkpoint
 from nev.experiment import track
 from nev.models.text import TextTower
 from nev.train import checkpoint, manifest
 from nev.train.checkpoint import gather_tensors
+from nev.train.journal import keep_run_id
 from nev.train.manifest import Damaged, State
 from nev.train.setup import prepare_job, train_reader
 
@@ -130,3 +136,44 @@ def test_keys_with_odd_characters_are_taken_as_they_are(s3: Proxy) -> None:
     assert torch.equal(checkpoint.load(location)[1]["weight"], model.weight)
     manifest.remove(location)
     assert manifest.checkpoints(run) == []
+
+
+def test_a_checkpoint_does_not_decide_where_results_go(
+    tmp_path: Path, tiny: Make, text: TextTower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither to a server that it names, which would get the user's password, nor to a folder that a database beside it names."""
+    from mlflow import MlflowClient
+
+    page = tmp_path / "page.html"
+    page.write_text("page")
+    result = SuiteResult(suite="s", about="", checkpoint="", model="m", step=1, average=None, seconds=0, tasks=())
+    run = tmp_path / "theirs/run"
+
+    def evaluated(uri: str | None, run_id: str) -> str:
+        location = saved(run, tiny(tracking__uri=uri).model_dump(mode="json"))
+        keep_run_id(str(run), run_id)
+        opened = Opened(str(location), {}, tiny(tracking__uri=uri), text)
+        console = Console(file=io.StringIO(), width=400)
+        evaluation.track(result, opened, [str(page)], console)
+        return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+        assert "set MLFLOW_TRACKING_URI to the same to allow it" in evaluated(uri, "0" * 32)
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+    elsewhere = tmp_path / "elsewhere"
+    store = f"sqlite:///{tmp_path}/theirs/mlflow.db"
+    client = MlflowClient(tracking_uri=store)
+    bad = client.create_run(client.create_experiment("bad", artifact_location=elsewhere.as_uri())).info.run_id
+    good = client.create_run(
+        client.create_experiment("good", artifact_location=(tmp_path / "theirs/files").as_uri())
+    ).info.run_id
+    assert "keeps files elsewhere" in evaluated(None, bad)
+    assert not elsewhere.exists()
+    assert evaluated(None, good) == ""
+    assert [file.path for file in client.list_artifacts(good, "evaluation")] == ["evaluation/page.html"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    assert evaluated(None, bad) == ""
