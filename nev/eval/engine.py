@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 BLOCKS_AHEAD = 8
+VECTOR_BYTES = (
+    256 * 2**10
+)  # of a block without pixels: about what a batch makes, so that whoever waits sees how far it is
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def _embedded(
     works: list[Work], places: list[tuple[int, int]], tower: Tower, block_bytes: int, gpus: bool
 ) -> Iterator[Any]:
     """Blocks as they come, each with place: int64 [b, 3], of the set, the unit and the block in it."""
-    with DataContext.current(context_for(block_bytes)):
+    with DataContext.current(context_for(block_bytes if gpus else VECTOR_BYTES)):
         source, towers = ray.put((works, places)), ray.put(tower)
         if gpus:
             embedded = units(read_unit, len(places), source=[source]).map_batches(

@@ -30,19 +30,24 @@ def metrics_table(metrics: dict[str, float], title: str) -> Table:
 def suite_table(result: SuiteResult) -> Table:
     """A suite's tasks, one a line: what counts, its 95 % interval, what chance would score, what others have published."""
     table = Table(title=escape(f"{result.suite}: {result.model}"), title_justify="left")
-    for column in ("task", "metric", "value", "95 % interval", "chance", "published"):
-        table.add_column(column, justify="left" if column in ("task", "metric", "published") else "right")
+    others = any(task.published for task in result.tasks)
+    for column in ("task", "metric", "value", "95 % interval", "chance", *(["published"] if others else [])):
+        left = column in ("task", "metric", "published")
+        table.add_column(
+            column, justify="left" if left else "right", overflow="fold", no_wrap=column == "95 % interval"
+        )
     for task in result.tasks:
         if task.value is None:
-            table.add_row(escape(task.name), task.metric, "[yellow]not run[/]", "", "", "")
+            table.add_row(escape(task.name), task.metric.replace("_", " "), "[yellow]not run[/]")
             continue
         known = task.low is not None and task.high is not None
+        published = ", ".join(f"{name} {value:.1%}" for name, value in task.published.items())
         table.add_row(
             escape(task.name),
             task.metric.replace("_", " "),
             f"{task.value:.1%}",
-            f"{task.low:.1%} to {task.high:.1%}" if known else "",
+            f"{100 * (task.low or 0):.1f} to {task.high:.1%}" if known else "",
             "" if task.chance is None else f"{task.chance:.1%}",
-            escape(", ".join(f"{name} {value:.1%}" for name, value in task.published.items())),
+            *([escape(published)] if others else []),
         )
     return table
