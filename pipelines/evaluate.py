@@ -50,7 +50,8 @@ def main(
     console = Console()
     with explained(console):
         from nev.eval.tables import metrics_table, suite_table
-        from nev.evaluation import evaluate_checkpoint, evaluate_mteb, evaluate_suite
+        from nev.evaluation import evaluate_checkpoint, evaluate_mteb
+        from nev.suites import evaluate_suite
 
         if suite and mteb:
             raise ConfigError("--suite and --mteb are two evaluations: run one after the other")

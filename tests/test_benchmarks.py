@@ -401,3 +401,12 @@ def test_a_tenth_of_a_run_is_its_own_batches() -> None:
     found = [Sample(number, number, 2.0 * number) for number in range(400)]
     assert [highest(found, "object_store", tenth, 40) for tenth in TENTHS.values()] == [79, 199, 279, 399]
     assert highest(found, "heap", 0, 40) == 78
+
+
+def test_the_search_of_the_evaluation_counts_what_it_takes() -> None:
+    from benchmarks.contestants.embedding import search
+    from benchmarks.contestants.processes import in_own_process
+
+    found = in_own_process(search, 3000, 16)
+    assert found.seconds > 0
+    assert 0 <= found.gib < 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from data_helpers import photo
 from PIL import Image
+from rich.console import Console
 
 pytest.importorskip("mteb", reason="mteb is not installed (nev[mteb])")
 
@@ -17,8 +19,14 @@ from mteb.abstasks import AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.abstasks.zeroshot_classification import AbsTaskZeroShotClassification
 
-from nev.eval.mteb_model import MtebModel, views
-from nev.models.text import TextTower
+from nev.config import Experiment
+from nev.config_base import ConfigError
+from nev.eval.mteb_model import MtebModel, scores_of, views
+from nev.evaluation import as_mteb_model, open_checkpoint
+from nev.experiment import run_experiment
+from nev.models.text import CANARIES, TextTower
+
+Make = Callable[..., Experiment]
 
 PAIRS = [
     ("a dog runs over the grass", "a dog is running on a lawn", 5.0),
@@ -128,3 +136,29 @@ def test_a_text_with_an_image_is_their_sum(text: TextTower) -> None:
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK"])
 def test_pictures_of_any_mode(mode: str) -> None:
     assert views([photo(0, 40, 30).convert(mode), Image.new("RGB", (9, 9))], 16).shape == (2, 16, 16, 3)
+
+
+@pytest.mark.ray
+def test_a_locked_tower_scores_the_same_after_training_and_a_trained_one_does_not(
+    ray_cluster: None, tiny: Make, text: TextTower
+) -> None:
+    before = score(model(text), Sts())
+    locked = run_experiment(tiny(name="locked", train__steps=4), Console(quiet=True)).checkpoint
+    after = as_mteb_model(open_checkpoint(locked, []))
+    assert score(after, Sts()) == before
+    assert np.array_equal(after.text.encode(CANARIES), text.encode(CANARIES))
+    assert 0 <= score(after, ZeroShot()) <= 1
+
+    trained = run_experiment(tiny(name="trained", lock="none", train__steps=4), Console(quiet=True)).checkpoint
+    moved = as_mteb_model(open_checkpoint(trained, []))
+    assert not np.array_equal(moved.text.encode(CANARIES), text.encode(CANARIES))
+
+
+def test_a_task_that_mteb_does_not_know_and_data_that_cannot_be_had(
+    text: TextTower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=r"--mteb: .*NoSuchTask"):
+        scores_of(model(text), ["NoSuchTask"])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError, match="the data of STSBenchmark cannot be had"):
+        scores_of(model(text), ["STSBenchmark"])

@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from nev import evaluation
+from nev import suites
 from nev.config import Experiment
 from nev.config_base import ConfigError
 from nev.eval.results import SuiteResult
@@ -154,7 +154,7 @@ def test_a_checkpoint_does_not_decide_where_results_go(
         keep_run_id(str(run), run_id)
         opened = Opened(str(location), {}, tiny(tracking__uri=uri), text)
         console = Console(file=io.StringIO(), width=400)
-        evaluation.track(result, opened, [str(page)], console)
+        suites.track(result, opened, [str(page)], console)
         return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
     with socket.create_server(("127.0.0.1", 0)) as server:

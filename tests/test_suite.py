@@ -24,8 +24,8 @@ from nev.eval.engine import Work, units
 from nev.eval.reading import Reading, reading_of
 from nev.eval.results import SuiteResult
 from nev.eval.suite import Suite, Task, load_suite, shipped
-from nev.evaluation import evaluate_suite
 from nev.experiment import run_experiment
+from nev.suites import evaluate_suite
 
 Make = Callable[..., Experiment]
 SIDE = 16
