@@ -139,19 +139,13 @@ def test_pictures_of_any_mode(mode: str) -> None:
 
 
 @pytest.mark.ray
-def test_a_locked_tower_scores_the_same_after_training_and_a_trained_one_does_not(
-    ray_cluster: None, tiny: Make, text: TextTower
-) -> None:
+def test_a_locked_tower_scores_the_same_after_training(ray_cluster: None, tiny: Make, text: TextTower) -> None:
     before = score(model(text), Sts())
     locked = run_experiment(tiny(name="locked", train__steps=4), Console(quiet=True)).checkpoint
     after = as_mteb_model(open_checkpoint(locked, []))
     assert score(after, Sts()) == before
     assert np.array_equal(after.text.encode(CANARIES), text.encode(CANARIES))
     assert 0 <= score(after, ZeroShot()) <= 1
-
-    trained = run_experiment(tiny(name="trained", lock="none", train__steps=4), Console(quiet=True)).checkpoint
-    moved = as_mteb_model(open_checkpoint(trained, []))
-    assert not np.array_equal(moved.text.encode(CANARIES), text.encode(CANARIES))
 
 
 def test_a_task_that_mteb_does_not_know_and_data_that_cannot_be_had(

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from test_train import blocks
 
 from nev.config import Experiment
 from nev.experiment import run_experiment
+from nev.models.text import TextTower
 from nev.train import signatures
+from nev.train.guards import Diverged
+from nev.train.learner import Rank, build, learner_of
+from nev.train.loop import train
+from nev.train.setup import prepare_job, train_reader
 from nev.train.signatures import BOUND_POINTS, FLAT_POINTS, Signatures
+from nev.train.step import choose_precision
 
 Make = Callable[..., Experiment]
 GUESS = math.log(64)
@@ -33,6 +42,7 @@ def test_a_run_that_is_well_is_not_disturbed(tiny: Make) -> None:
     ("name", "points"),
     [
         ("non_finite", [{"loss": math.nan}]),
+        ("non_finite", [{"loss": GUESS, "skipped_steps": 1.0}]),
         ("flat_loss", [{"loss": GUESS}] * FLAT_POINTS),
         ("flat_loss", [{"loss": GUESS + 0.5}] * FLAT_POINTS),
         ("scale_at_bound", [{"logit_scale": 100.0}] * BOUND_POINTS),
@@ -70,6 +80,32 @@ def test_a_scale_that_was_at_its_bound_for_a_moment_is_no_sign(tiny: Make) -> No
     moment = [{"logit_scale": 100.0}] * (BOUND_POINTS - 1)
     assert told(Signatures(tiny()), [*moment, {"logit_scale": 80.0}, *moment]) == []
     assert told(Signatures(tiny(loss__learn_scale=False)), [{"logit_scale": 100.0}] * 100) == []
+
+
+def watched(config: Experiment, text: TextTower) -> set[str]:
+    """The signs of a real run in this process, to its end or to where it gives up."""
+    signs, seen = Signatures(config), set()
+    job = prepare_job(config, text)
+    me = Rank(0, 1, torch.device("cpu"), choose_precision("fp32", torch.device("cpu")))
+    learner, start = learner_of(build(job), job, me)
+
+    def report(step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None:
+        seen.update(alert.name for alert in signs.look(step, metrics))
+
+    with suppress(Diverged):
+        train(job, me, learner, start, blocks(train_reader(config, text), job.plan, 0, job.stop_step), report)
+    return seen
+
+
+def test_a_run_whose_weights_are_thrown_away_has_a_loss_that_is_no_number(tiny: Make, text: TextTower) -> None:
+    config = tiny(optim__lr=1e30, optim__warmup_steps=0, optim__clip_norm=None, guards__max_skipped=2, eval__best=None)
+    assert "non_finite" in watched(config, text)
+
+
+@pytest.mark.parametrize(("lock", "drifts"), [("none", True), ("text", False)])
+def test_a_text_tower_that_is_trained_hard_drifts(tiny: Make, text: TextTower, lock: str, drifts: bool) -> None:
+    config = tiny(lock=lock, optim__lr=1e-2, optim__warmup_steps=0, train__steps=4, train__global_batch=32)
+    assert ("text_drift" in watched(config, text)) == drifts
 
 
 @pytest.mark.ray

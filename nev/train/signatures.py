@@ -40,13 +40,8 @@ class Signatures:
 
     def look(self, step: int, metrics: dict[str, float]) -> list[Alert]:
         """The new signs in the numbers of a step."""
-        signs = (
-            self._loss(step, metrics),
-            self._scale(metrics),
-            *at_chance(metrics),
-            collapse(metrics),
-            drift(metrics),
-        )
+        own = (non_finite(metrics), self._loss(step, metrics), self._scale(metrics))
+        signs = (*own, *at_chance(metrics), collapse(metrics), drift(metrics))
         new = {sign.name: sign for sign in signs if sign and sign.name not in self._told}
         self._told |= new.keys()
         return list(new.values())
@@ -55,8 +50,6 @@ class Signatures:
         loss = metrics.get("loss")
         if loss is None:
             return None
-        if not math.isfinite(loss):
-            return Alert("non_finite", "the loss is not finite. Lower optim.lr, or raise optim.warmup_steps.")
         if step <= self._warm:
             return None
         self._losses.append(loss)
@@ -85,6 +78,17 @@ def guessing_loss(config: Experiment) -> float | None:
     """The loss of a model that knows nothing: log B for softmax; None for the sigmoid loss and for several widths."""
     plain = config.loss.kind == "softmax" and not config.loss.matryoshka
     return math.log(config.train.global_batch) if plain else None
+
+
+def non_finite(metrics: dict[str, float]) -> Alert | None:
+    """Steps without a finite loss and gradient, which change nothing (`nev.train.guards`), or a loss that is no number."""
+    skipped = metrics.get("skipped_steps", 0.0)
+    if not skipped and math.isfinite(metrics.get("loss", 0.0)):
+        return None
+    return Alert(
+        "non_finite",
+        f"the loss is not finite, and {skipped:,.0f} steps were skipped for it. Lower optim.lr, or raise optim.warmup_steps.",
+    )
 
 
 def at_chance(metrics: dict[str, float]) -> list[Alert]:
