@@ -27,8 +27,8 @@ NOTES = (
     "embed_images_per_s: Flickr8k's training pictures (JPEGs of 224 px) read from tars, decoded, and embedded by the Flickr8k "
     "checkpoint through Ray on every core, from the moment at which the processes have begun to give pictures. "
     "forward_images_per_s: the same tower over arrays that are in memory, as many processes as cores, one thread each.",
-    f"quick_suite_s: `evaluate.py --suite quick` from its start to its end with nothing kept, for each checkpoint; the first is the slower; goal at most "
-    f"{SUITE_GOAL_S:g} s.",
+    "quick_suite_s: `evaluate.py --suite quick` from its start to its end with nothing kept: the slower of both checkpoints; "
+    f"goal at most {SUITE_GOAL_S:g} s.",
     "retrieval_100k: ranks both ways of 100,000 texts and 100,000 images of 768 numbers (random). extra_gib: what it takes at "
     f"its peak beside the embeddings themselves; goal at most {SEARCH_GOAL_GIB:g} GiB.",
 )
