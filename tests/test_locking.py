@@ -289,7 +289,9 @@ def test_without_a_lock_both_towers_learn_and_go_on_bit_for_bit(tiny: Make, text
     assert sum(moved[name] != digest for name, digest in weight_digests(text.model).items()) > 90
     assert job.validation
     embedded, texts = load_kept(newest, job.validation) or pytest.fail("not kept")
-    assert score(job.validation, embedded, texts) == read_manifest(newest)["metrics"]
+    metrics = dict(read_manifest(newest)["metrics"])
+    assert metrics.pop("space/text_drift") > 0  # of the tower, not of what it scores
+    assert score(job.validation, embedded, texts) == metrics
     assert texts.captions is not None
     np.testing.assert_allclose(texts.captions[:8], tower.encode(captions(job)[:8]), atol=1e-5)
 
@@ -445,6 +447,7 @@ def test_on_ray_both_towers_train_under_fsdp_and_are_evaluated(ray_cluster: None
     options = {"lock": "none", "train__fsdp": True, "train__steps": 6, "eval__batch": 48, "train__micro_batch": 16}
     done = run_experiment(tiny(name="both", workers__count=2, **options), Console(quiet=True))
     found, _ = evaluate_checkpoint(done.checkpoint, [])
-    assert found.keys() >= done.metrics.keys()
-    for name, value in done.metrics.items():
+    scores = {name: value for name, value in done.metrics.items() if name != "space/text_drift"}
+    assert found.keys() >= scores.keys()
+    for name, value in scores.items():
         assert found[name] == pytest.approx(value, abs=0.02), name

@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,7 @@ from tar_helpers import tar_of
 from nev.config import Experiment
 from nev.config_base import ConfigError
 from nev.config_data import Limits
+from nev.data.storage import filesystem
 from nev.eval import collection
 from nev.eval.engine import Work, units
 from nev.eval.reading import Reading, reading_of
@@ -26,6 +27,9 @@ from nev.eval.results import SuiteResult
 from nev.eval.suite import Suite, Task, load_suite, shipped
 from nev.experiment import run_experiment
 from nev.suites import evaluate_suite
+
+if TYPE_CHECKING:
+    from s3_server import Proxy
 
 Make = Callable[..., Experiment]
 SIDE = 16
@@ -372,6 +376,25 @@ def test_a_suite_from_its_file_to_its_page(
     again, _ = evaluate_suite(trained, str(own), Console(quiet=True), output=str(tmp_path / "out"))
     assert embedded == [4, 1]  # nothing is embedded anew but what cannot be
     assert [one.model_dump() for one in again.tasks] == [one.model_dump() for one in result.tasks]
+
+
+@pytest.mark.ray
+def test_data_and_results_on_s3(s3: Proxy, trained: str, pictures: Path, tmp_path: Path) -> None:
+    fs = filesystem("s3://bucket")[0]
+    for file in sorted((pictures / "val").glob("*.parquet")):
+        fs.put_file(str(file), f"bucket/data/val/{file.name}")
+    fs.put_file(str(pictures / "classes.txt"), "bucket/data/classes.txt")
+    own = tmp_path / "own.yaml"
+    own.write_text(OWN.format(root="/nowhere", own="/nowhere").split("  - {<<: *drawn, name: corrupted")[0])
+    result, files = evaluate_suite(
+        trained, str(own), Console(quiet=True), data="s3://bucket/data", output="s3://bucket/out"
+    )
+    assert result.not_run == []
+    assert result.average is not None
+    assert all(file.startswith("s3://bucket/out/own-") and fs.exists(file) for file in files)
+    assert len(fs.glob("bucket/out/embeddings/*.safetensors")) == 3  # pictures, class prompts, captions
+    here, _ = evaluate_suite(trained, str(own), Console(quiet=True), data=str(pictures), output=str(tmp_path / "out"))
+    assert [one.value for one in here.tasks] == pytest.approx([one.value for one in result.tasks], abs=1e-6)
 
 
 @pytest.mark.ray
