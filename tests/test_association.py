@@ -14,7 +14,7 @@ from nev.config_base import ConfigError
 from nev.config_data import Limits
 from nev.eval.association import jaccard
 from nev.eval.collection import Collection, Fact
-from nev.eval.reading import reading_of
+from nev.eval.reading import blocks, reading_of
 from nev.eval.scoring import Embedded
 from nev.eval.suite import Task
 
@@ -86,7 +86,12 @@ def test_its_pictures_are_read(tmp_path: Path) -> None:
     for name in ("ant", "bee"):
         (tmp_path / f"wino/images/{name}.jpg").write_bytes(encoded(photo(len(name))))
     reading = reading_of(TASK, str(tmp_path), 16, Limits(), 1)
-    facts = [json.loads(fact) for unit in reading.units for block in reading.read(unit) for fact in block["facts"]]
+    facts = [
+        json.loads(fact)
+        for unit in reading.units
+        for block in blocks(unit, reading.read, reading.view)
+        for fact in block["facts"]
+    ]
     assert [fact["uid"] for fact in facts] == ["ant", "bee"]
     with pytest.raises(ConfigError, match=r"no pictures\. WinoGAViL's lie there"):
         reading_of(TASK, str(tmp_path / "elsewhere"), 16, Limits(), 1)

@@ -76,6 +76,11 @@ def test_a_flat_loss_in_the_warm_up_is_no_sign(tiny: Make) -> None:
     assert told(signs, [{"loss": GUESS}] * 900) == []
 
 
+def test_a_first_validation_in_the_warm_up_is_no_sign(tiny: Make) -> None:
+    early = {"zero_shot/top1": 0.1, "zero_shot/chance": 0.1, "space/anisotropy_images": 0.99}
+    assert told(Signatures(tiny(optim__warmup_steps=1000)), [early]) == []
+
+
 def test_a_scale_that_was_at_its_bound_for_a_moment_is_no_sign(tiny: Make) -> None:
     moment = [{"logit_scale": 100.0}] * (BOUND_POINTS - 1)
     assert told(Signatures(tiny()), [*moment, {"logit_scale": 80.0}, *moment]) == []

@@ -104,6 +104,17 @@ def test_what_no_try_can_mend_is_told_and_the_next_one_is_scored(tmp_path: Path)
         bad, good = ended(found)
     assert bad.problem == "step 10: not validated (images: 3 of 9 rows hold NaN)"
     assert good.metrics == {"top1": 1.0}
+    assert awaiting(str(tmp_path), job(tmp_path).validates) == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_is_not_taken_for_one_that_is_done(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 10)
+    with (
+        Validator(job(tmp_path), lambda location: {}["absent"]) as found,
+        pytest.raises(RuntimeError, match="has died"),
+    ):
+        found.finished(60)
 
 
 @pytest.mark.parametrize("failures", [1, validator.TRIES])

@@ -28,7 +28,8 @@ class Search(NamedTuple):
 
 def through_ray(checkpoint: str, tars: str) -> float:
     """Pictures a second of `nev.eval.engine`, from the first ones that come to the last."""
-    from nev.eval.engine import Tower, Work, embed_all
+    from nev.eval.collection import work_of
+    from nev.eval.engine import Tower, embed_all
     from nev.eval.reading import reading_of
     from nev.eval.suite import Task
     from nev.evaluation import open_checkpoint
@@ -44,9 +45,8 @@ def through_ray(checkpoint: str, tars: str) -> float:
     tower = Tower(load, config.data.mean, config.data.std)
     connect()
     seen: list[tuple[float, int]] = []
-    work = Work(reading.units, reading.read)
     pixels = BATCH * config.data.image_size**2 * 3
-    for _ in embed_all([work], tower, pixels, lambda rows: seen.append((time.perf_counter(), rows))):
+    for _ in embed_all([work_of(reading)], tower, pixels, lambda rows: seen.append((time.perf_counter(), rows))):
         pass
     # What had come when both processes were at work is not counted, nor is the time until then.
     first = 2 * (os.cpu_count() or 1)

@@ -51,6 +51,14 @@ def reading(what: str, damaged: str) -> AbstractContextManager[None]:
     return naming(what, "read", damaged, DataError)
 
 
+def content_of(location: str) -> bytes | None:
+    """The bytes of a file (path or URL), None where there is none. Raises DataError where storage fails."""
+    fs, path = filesystem(location)
+    with reading(location, damaged=""):
+        found: bytes | None = fs.cat_file(path) if fs.exists(path) else None
+    return found
+
+
 def writing(what: str) -> AbstractContextManager[None]:
     """Turn what storage raises into a DataError that names `what`, which could not be written."""
     return naming(what, "written", "Start again.", DataError)

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from nev.config_base import ConfigError
-from nev.data.index import reading
+from nev.data.index import content_of
 from nev.data.rows import Row
-from nev.data.storage import filesystem
 
 Names = dict[int, tuple[str, str]]  # label to its name, and the uid of the row that gave it first
 
@@ -22,9 +21,7 @@ class Known(NamedTuple):
 
 def known(location: str) -> Known | None:
     """What the classes.txt at `location` (path or URL) says, or None where there is none."""
-    fs, path = filesystem(location)
-    with reading(location, damaged=""):
-        content = fs.cat_file(path) if fs.exists(path) else None
+    content = content_of(location)
     return None if content is None else Known(location, lines_of(content, location))
 
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from nev.config_base import ConfigError
-from nev.data.index import reading
-from nev.data.storage import filesystem, join
+from nev.data.index import content_of
+from nev.data.storage import join
 from nev.eval.collection import Collection
 from nev.eval.intervals import Interval, interval
 from nev.eval.reading import place_of
@@ -83,9 +83,7 @@ def _sentence(prompt: str, cue: str) -> str:
 
 
 def _instances(location: str) -> list[Instance]:
-    fs, path = filesystem(location)
-    with reading(location, damaged=""):
-        content = fs.cat_file(path) if fs.exists(path) else None
+    content = content_of(location)
     if content is None:
         raise ConfigError(
             f"{location}: no such file; it needs a line of JSON an instance: cue, candidates, associations"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,12 +13,12 @@ from numpy.typing import NDArray
 
 from nev.config_base import Section
 from nev.data.block import Block
-from nev.data.index import reading, writing
+from nev.data.index import content_of, writing
 from nev.data.sidecar import Encode
-from nev.data.storage import filesystem, join, write_whole
+from nev.data.storage import join, write_whole
 from nev.errors import NevError
 from nev.eval.engine import Tower, Work, embed_all
-from nev.eval.reading import CLEAN, Reading, variants
+from nev.eval.reading import CLEAN, Reading, blocks, variants
 from nev.eval.scoring import Embedded
 
 
@@ -59,7 +60,7 @@ def collect(
         if (kept := _kept(file)) is not None:
             found[key] = _collection(kept)
     lacking = [key for key in by_key if key not in found]
-    works = [Work(by_key[key].units, by_key[key].read) for key in lacking]
+    works = [work_of(by_key[key]) for key in lacking]
     embedded = embed_all(works, tower, block_bytes, done) if works else iter(())
     for key, rows in zip(lacking, embedded, strict=True):
         if isinstance(rows, NevError):
@@ -70,6 +71,11 @@ def collect(
             write_whole(files[key], _bytes(own))
         found[key] = own
     return found
+
+
+def work_of(reading: Reading) -> Work:
+    """A reading as the engine takes it."""
+    return Work(reading.units, partial(blocks, read=reading.read, view=reading.view))
 
 
 def texts(sentences: Sequence[str], encode: Encode, fingerprint: str, cache: str) -> NDArray[np.float32]:
@@ -116,9 +122,7 @@ def _kept(file: str) -> dict[str, NDArray[Any]] | None:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    fs, path = filesystem(file)
-    with reading(file, damaged=""):
-        data = fs.cat_file(path) if fs.exists(path) else None
+    data = content_of(file)
     try:
         return None if data is None else dict(load(data))
     except SafetensorError:

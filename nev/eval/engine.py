@@ -30,9 +30,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 BLOCKS_AHEAD = 8
-VECTOR_BYTES = (
-    256 * 2**10
-)  # of a block without pixels: about what a batch makes, so that whoever waits sees how far it is
+# Of a block without pixels: about what a batch makes, so that whoever waits sees how far it is.
+VECTOR_BYTES = 256 * 2**10
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def _gallery(
     right: list[list[bool]],
 ) -> None:
     views = pictures_of(context.reading, {uid for line in names for uid in line})
-    size = context.reading.read.keywords["view"].size
+    size = context.reading.view.size
     blank = np.full((size, size, 3), 255, np.uint8)
     gallery(path, asked, [[views.get(uid, blank) for uid in line] for line in names], scores, right)
 

@@ -7,11 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from nev.config_base import ConfigError
-from nev.data.index import reading
-from nev.data.labels import lines_of
-from nev.data.storage import filesystem
 from nev.eval.collection import Fact
-from nev.eval.reading import Reading, place_of
+from nev.eval.reading import Reading, lines_at, place_of
 from nev.eval.suite import Task
 
 IMAGENET = "imagenet"
@@ -46,14 +43,12 @@ def _named(given: tuple[str, ...] | str | None, root: str, standard: str) -> tup
     if given == IMAGENET:
         return _open_clip(standard)
     location = place_of(given, root)
-    fs, path = filesystem(location)
-    with reading(location, damaged=""):
-        if not fs.exists(path):
-            raise ConfigError(
-                f"{location}: no such file; it needs one line a class or template. open_clip's own are called {IMAGENET!r}"
-            )
-        content = fs.cat_file(path)
-    return tuple(line.strip() for line in lines_of(content, location))
+    found = lines_at(location)
+    if found is None:
+        raise ConfigError(
+            f"{location}: no such file; it needs one line a class or template. open_clip's own are called {IMAGENET!r}"
+        )
+    return found
 
 
 IMAGENET_NAMES, IMAGENET_TEMPLATES = "IMAGENET_CLASSNAMES", "OPENAI_IMAGENET_TEMPLATES"

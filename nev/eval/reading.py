@@ -23,18 +23,16 @@ from nev.config_data import Limits
 from nev.data.augment import draw, eval_view
 from nev.data.block import Block, room_for
 from nev.data.decode import BadImage, Picture, read_header
-from nev.data.index import reading as opened
-from nev.data.labels import lines_of
+from nev.data.labels import known
 from nev.data.rows import Row, captions_of
 from nev.data.sources import SOURCES, Source, SourceOptions, folder
 from nev.data.sources.common import Part, stamp_of
-from nev.data.storage import filesystem, join
+from nev.data.storage import join
 from nev.eval.corruptions import CORRUPTIONS, SEVERITIES, STRENGTHS, corrupted
 from nev.eval.suite import Task
 
-VERSION = (
-    1  # of how a picture becomes what the model sees: raised when that changes, so that nothing kept is taken for it
-)
+# Of how a picture becomes what the model sees: raised when that changes, so that nothing kept before is taken for it.
+VERSION = 1
 PART_BYTES = 64 * 2**20
 UNIT_BYTES = 2 * 2**20  # of a part, that are worth reading it once more
 MOST_READERS = 8  # of one part
@@ -51,16 +49,6 @@ class Unit(NamedTuple):
     of: int
 
 
-class Reading(NamedTuple):
-    """How a set is read. key: names what is read and how, for a cache; names, templates: what the data says of its classes."""
-
-    units: list[Unit]
-    read: partial[Iterator[Block]]
-    key: str
-    names: tuple[str, ...] | None = None
-    templates: tuple[str, ...] | None = None
-
-
 class View(NamedTuple):
     """What becomes of pictures: their side, the limits of what is decoded, the share of rows, whether they are corrupted."""
 
@@ -68,6 +56,20 @@ class View(NamedTuple):
     limits: Limits
     share: float
     corrupt: bool
+
+
+class Reading(NamedTuple):
+    """How a set is read: the rows of a part by `read`, as `blocks` of `view`.
+
+    key: names what is read and how, for a cache; names, templates: what the data says of its classes.
+    """
+
+    units: list[Unit]
+    read: Callable[[Any], Iterable[Row]]
+    view: View
+    key: str
+    names: tuple[str, ...] | None = None
+    templates: tuple[str, ...] | None = None
 
 
 def reading_of(task: Task, root: str, size: int, limits: Limits, processes: int) -> Reading:
@@ -88,19 +90,13 @@ def reading_of(task: Task, root: str, size: int, limits: Limits, processes: int)
         source = _winogavil(where, limits)
     elif given.format == "clip-benchmark":
         source = SOURCES["webdataset"]([join(where, "test")], options)
-        names = _lines(join(where, "classnames.txt"))
-        templates = _lines(join(where, "zeroshot_classification_templates.txt"))
+        names = lines_at(join(where, "classnames.txt"))
+        templates = lines_at(join(where, "zeroshot_classification_templates.txt"))
         templates = templates and tuple(template.replace("{c}", "{}") for template in templates)
     else:
         source = SOURCES[given.format]([where], options)
     view = View(size, limits, given.share, task.kind == "robustness")
-    return Reading(
-        _shared_out(source, processes),
-        partial(blocks, read=source.read, view=view),
-        _key(source, view),
-        names,
-        templates,
-    )
+    return Reading(_shared_out(source, processes), source.read, view, _key(source, view), names, templates)
 
 
 def place_of(given: str, root: str) -> str:
@@ -128,14 +124,13 @@ def blocks(unit: Unit, read: Callable[[Any], Iterable[Row]], view: View) -> Iter
 def pictures_of(reading: Reading, uids: Collection[str]) -> dict[str, Picture]:
     """The views of some rows by their uids, uint8 [S, S, 3], of those that can be decoded: parts are read until all are found."""
     found: dict[str, Picture] = {}
-    source, view = reading.read.keywords["read"], reading.read.keywords["view"]
     for unit in reading.units:
         if unit.first or len(found) == len(uids):
             continue
-        for row in source(unit.content):
+        for row in reading.read(unit.content):
             if row["uid"] in uids and row["uid"] not in found:
-                out = room_for(1, view.size)[0]
-                if not _view(row, view, out):
+                out = room_for(1, reading.view.size)[0]
+                if not _view(row, reading.view, out):
                     found[row["uid"]] = out
                 if len(found) == len(uids):
                     break
@@ -241,12 +236,10 @@ def _key(source: Source, view: View) -> str:
     return hashlib.sha256(json.dumps([*seen, STRENGTHS if view.corrupt else None]).encode()).hexdigest()
 
 
-def _lines(location: str) -> tuple[str, ...] | None:
-    """The lines of a text file, None where there is none."""
-    fs, path = filesystem(location)
-    with opened(location, damaged=""):
-        content = fs.cat_file(path) if fs.exists(path) else None
-    return None if content is None else tuple(line.strip() for line in lines_of(content, location))
+def lines_at(location: str) -> tuple[str, ...] | None:
+    """The lines of a text file without outer white space, None where there is none. Raises ConfigError for a blank one."""
+    found = known(location)
+    return found and tuple(line.strip() for line in found.names)
 
 
 def _winogavil(home: str, limits: Limits) -> Source:

@@ -7,8 +7,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from nev.config_base import ConfigError, Section
-from nev.data.index import reading
-from nev.data.storage import filesystem
+from nev.data.index import content_of
 from nev.eval.intervals import Interval
 from nev.eval.suite import Suite, Task
 
@@ -64,13 +63,11 @@ class SuiteResult(Section):
 
 def load_result(location: str) -> SuiteResult:
     """What an earlier `evaluate.py --suite` wrote as JSON, here or on S3. Raises ConfigError where it is no such file."""
-    fs, path = filesystem(location)
-    with reading(location, damaged=""):
-        if not fs.exists(path):
-            raise ConfigError(
-                f"{location}: no such file. evaluate.py --suite NAME writes NAME.json in the run's folder/evaluation."
-            )
-        content = fs.cat_file(path)
+    content = content_of(location)
+    if content is None:
+        raise ConfigError(
+            f"{location}: no such file. evaluate.py --suite NAME writes NAME-STEP.json in the run's folder/evaluation."
+        )
     try:
         return SuiteResult.model_validate_json(content)
     except ValidationError as error:

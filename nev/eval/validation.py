@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nev.data.block import Block, BlockReader
+from nev.data.index import content_of
 from nev.data.plan import in_order
 from nev.data.sidecar import Encode
-from nev.data.storage import filesystem, join
+from nev.data.storage import join
 from nev.eval.scoring import Embedded, rank, shares
 from nev.eval.texts import Classes, Texts, all_captions, caption_owners, load_texts
 from nev.eval.zeroshot import class_embeddings
@@ -141,10 +142,10 @@ def load_kept(checkpoint: str, task: Validation) -> tuple[Embedded, Texts] | Non
     """The vectors of this validation that a checkpoint keeps, or None."""
     from safetensors.numpy import load
 
-    fs, path = filesystem(join(checkpoint, kept_file(task)))
-    if not fs.exists(path):
+    content = content_of(join(checkpoint, kept_file(task)))
+    if content is None:
         return None
-    found = load(fs.cat_file(path))
+    found = load(content)
     embedded = Embedded(**{name: found.pop(name) for name in Embedded._fields})
     return embedded, texts_of(task, None) if task.text_key else Texts(**found)
 

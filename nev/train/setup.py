@@ -11,11 +11,10 @@ from nev.config_data import Data
 from nev.config_file import parse
 from nev.data.augment import auto_augment
 from nev.data.block import BlockReader
-from nev.data.index import DataError, Index, build_index, read_column, reading
+from nev.data.index import DataError, Index, build_index, content_of, read_column
 from nev.data.labels import lines_of
 from nev.data.plan import Plan
 from nev.data.sidecar import check_sidecars, sidecar_key
-from nev.data.storage import filesystem
 from nev.data.tokens import tokens_of
 from nev.eval.texts import Classes
 from nev.eval.validation import Validation, metric_names
@@ -218,12 +217,10 @@ def class_names(zero_shot: ZeroShot) -> list[str]:
     """The class names, in label order. Raises ConfigError for a file that is absent, empty or no list of names."""
     if not isinstance(zero_shot.classes, str):
         return list(zero_shot.classes)
-    fs, path = filesystem(zero_shot.classes)
     where = f"eval.zero_shot.classes: {zero_shot.classes}"
-    with reading(where, damaged=""):
-        if not fs.exists(path):
-            raise ConfigError(f"eval.zero_shot.classes: no such file: {zero_shot.classes}")
-        content = fs.cat_file(path)
+    content = content_of(zero_shot.classes)
+    if content is None:
+        raise ConfigError(f"eval.zero_shot.classes: no such file: {zero_shot.classes}")
     names = [line.strip() for line in lines_of(content, where)]
     if not names:
         raise ConfigError(f"eval.zero_shot.classes: {zero_shot.classes} is empty; it needs one class name a line")

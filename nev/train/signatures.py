@@ -40,17 +40,16 @@ class Signatures:
 
     def look(self, step: int, metrics: dict[str, float]) -> list[Alert]:
         """The new signs in the numbers of a step."""
-        own = (non_finite(metrics), self._loss(step, metrics), self._scale(metrics))
-        signs = (*own, *at_chance(metrics), collapse(metrics), drift(metrics))
+        signs = [non_finite(metrics), drift(metrics)]
+        if step > self._warm:
+            signs += [self._loss(metrics), self._scale(metrics), *at_chance(metrics), collapse(metrics)]
         new = {sign.name: sign for sign in signs if sign and sign.name not in self._told}
         self._told |= new.keys()
         return list(new.values())
 
-    def _loss(self, step: int, metrics: dict[str, float]) -> Alert | None:
+    def _loss(self, metrics: dict[str, float]) -> Alert | None:
         loss = metrics.get("loss")
         if loss is None:
-            return None
-        if step <= self._warm:
             return None
         self._losses.append(loss)
         if self._guess is None or len(self._losses) < FLAT_POINTS or min(self._losses) < (1 - FLAT_SHARE) * self._guess:

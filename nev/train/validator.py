@@ -13,6 +13,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from ray.exceptions import RayError
+
 from nev.data.storage import StorageError, filesystem, join, naming, write_whole
 from nev.errors import NevError
 from nev.train.job import Job
@@ -44,7 +46,7 @@ class Validator:
         self._left_out: deque[int] = deque()
         self._done: deque[Validated] = deque()
         self._tries: Counter[int] = Counter()
-        self._news, self._no_more, self._stopped = threading.Condition(), False, False
+        self._news, self._no_more, self._stopped, self._ended = threading.Condition(), False, False, False
         self._thread = threading.Thread(target=self._run, name="nev-validator", daemon=True)
 
     def written(self, step: int) -> None:
@@ -63,12 +65,18 @@ class Validator:
         return [self._done.popleft() for _ in range(len(self._done))]
 
     def finished(self, wait_s: float) -> bool:
-        """Whether everything that is there is validated; it waits for so many seconds. Nothing may be `written` after this."""
+        """Whether everything that is there is validated; it waits for so many seconds. Nothing may be `written` after this.
+
+        Raises RuntimeError where the thread has died, of what stands in its traceback.
+        """
         with self._news:
             self._no_more = True
             self._news.notify()
         self._thread.join(wait_s)
-        return not self._thread.is_alive()
+        alive = self._thread.is_alive()
+        if not alive and not self._ended:
+            raise RuntimeError("the validation beside training has died; its traceback stands above")
+        return not alive
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -86,6 +94,7 @@ class Validator:
             with self._news:
                 self._news.wait_for(lambda: self._waiting or self._left_out or self._no_more or self._stopped)
                 if self._stopped or not (self._waiting or self._left_out):
+                    self._ended = True
                     return
                 left_out = bool(self._left_out)
                 step = (self._left_out or self._waiting).popleft()
@@ -93,11 +102,9 @@ class Validator:
 
     def _try(self, step: int, left_out: bool) -> None:
         """Validate a checkpoint and keep the result. What fails is tried again later, at last by the next start of the run."""
-        from ray.exceptions import RayError
-
         try:
-            late = f"step {step}: not validated, since training is faster than validation" if left_out else None
-            found = Validated(step, {} if left_out else self._score(self._location(step)), late)
+            late = f"step {step}: not validated, since training is faster than validation"
+            found = Validated(step, {}, late) if left_out else self._validated(step)
             self._keep(found)
         except (StorageError, RayError, OSError) as error:
             self._tries[step] += 1
@@ -109,10 +116,16 @@ class Validator:
             found = Validated(
                 step, {}, f"step {step}: not validated ({first_line(error)}); the next start of the run tries again"
             )
-        except (NevError, ValueError, RuntimeError, MemoryError) as error:  # no try will be better
-            found = Validated(step, {}, f"step {step}: not validated ({first_line(error)})")
         if not self._stopped:
             self._done.append(found)
+
+    def _validated(self, step: int) -> Validated:
+        try:
+            return Validated(step, self._score(self._location(step)))
+        except (StorageError, RayError, OSError):
+            raise
+        except (NevError, ValueError, RuntimeError, MemoryError) as error:  # no try will be better
+            return Validated(step, {}, f"step {step}: not validated ({first_line(error)})")
 
     def _keep(self, found: Validated) -> None:
         """Beside the checkpoint, which may be removed from now on, and in the journal; nothing of one that is gone."""
