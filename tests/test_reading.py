@@ -28,9 +28,9 @@ def task(**settings: object) -> Task:
 
 def rows_of(reading: Reading) -> dict[str, list[object]]:
     """All rows of a reading, in the order of the source."""
-    blocks = [block for unit in reading.units for block in blocks(unit, reading.read, reading.view)]
-    found = {name: np.concatenate([block[name] for block in blocks]) for name in ("label", "valid", "part", "order")}
-    facts = np.concatenate([block["facts"] for block in blocks])
+    parts = [block for unit in reading.units for block in blocks(unit, reading.read, reading.view)]
+    found = {name: np.concatenate([block[name] for block in parts]) for name in ("label", "valid", "part", "order")}
+    facts = np.concatenate([block["facts"] for block in parts])
     order = np.lexsort((found["order"], found["part"]))
     return {name: column[order].tolist() for name, column in found.items()} | {
         "facts": [json.loads(facts[at]) for at in order]
