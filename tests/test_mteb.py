@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -116,13 +117,14 @@ def test_texts_are_the_towers_own(text: TextTower) -> None:
 
 
 def test_nomics_prefixes_are_chosen_by_the_task(text: TextTower) -> None:
-    from dataclasses import replace
-
     nomic = MtebModel("made", "1", replace(text, prefix="search_query: "), lambda images: images, 16)
     assert nomic._prefix("STS", None) == "classification: "
     assert nomic._prefix("Retrieval", mteb.types.PromptType.query) == "search_query: "
     assert nomic._prefix("Retrieval", mteb.types.PromptType.document) == "search_document: "
     assert model(text)._prefix("STS", None) == ""
+    found = nomic.encode([{"text": ["a dog"]}], task_metadata=Sts.metadata)
+    assert found == pytest.approx(text.encode(["classification: a dog"]), abs=1e-6)
+    assert np.abs(found - text.encode(["a dog"])).max() > 1e-2
 
 
 def test_a_text_with_an_image_is_their_sum(text: TextTower) -> None:

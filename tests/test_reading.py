@@ -74,12 +74,16 @@ def test_clip_benchmarks_layout_with_groups(tmp_path: Path) -> None:
     assert [fact["extra"]["npy"] for fact in rows["facts"]] == [[row % 3, 7, row] for row in range(150)]
 
 
-@pytest.mark.parametrize("processes", [1, 2, 7])
-def test_every_row_is_read_once_whatever_the_processes(tmp_path: Path, processes: int) -> None:
+@pytest.mark.parametrize(("processes", "sharers"), [(1, 2), (2, 4), (7, 8)])
+def test_every_row_is_read_once_whatever_the_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, sharers: int
+) -> None:
+    monkeypatch.setattr("nev.eval.reading.UNIT_BYTES", 1)  # the set is small, and shared all the same
+    monkeypatch.setattr("nev.eval.reading.BATCH", 10)
     one = task(source={"format": "clip-benchmark", "input": "set"})
-    root = clip_benchmark(tmp_path)
-    rows = read(one, root, processes)
-    assert [fact["uid"] for fact in rows["facts"]] == [f"s{row:07d}" for row in range(150)]
+    reading = reading_of(one, str(clip_benchmark(tmp_path)), SIDE, Limits(), processes)
+    assert {unit.of for unit in reading.units} == {sharers}  # one part: two pieces of work for each process, to 8
+    assert [fact["uid"] for fact in rows_of(reading)["facts"]] == [f"s{row:07d}" for row in range(150)]
 
 
 def test_captions_of_clip_benchmark_stand_one_a_line(tmp_path: Path) -> None:
