@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,14 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from rich.console import Console
-from s3_server import Proxy
+from s3_server import Proxy, mixed_faults
 from torch import Tensor
 
 from nev.config import Experiment
 from nev.config_base import ConfigError
 from nev.data import s3 as s3_module
 from nev.data.block import Block
-from nev.data.storage import StorageError, filesystem
+from nev.data.storage import StorageError, filesystem, upload
 from nev.errors import NevError
 from nev.evaluation import evaluate_checkpoint
 from nev.experiment import Summary, run_experiment
@@ -223,19 +222,22 @@ def curve(summary: Summary) -> tuple[list[int], list[float]]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_on_s3_stopped_and_resumed_equals_one_in_a_folder(
-    s3: Proxy, ray_cluster: None, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: Proxy, ray_cluster: None, tiny: Make, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Its data, its checkpoints and its pictures: all of it is on S3."""
     monkeypatch.chdir(tmp_path)  # where a folder named "s3:" would come up
     settings = {"train__steps": 8, "train__checkpoint_every": 4}
     local = run_experiment(tiny(name="first", **settings), Console(quiet=True))
-    # A third of the objects and listings: the first try of each request fails.
-    s3.rule = lambda method, path, span, before: "503" if before == 0 and zlib.crc32(path.encode()) % 3 == 0 else None
+    upload(pictures, "s3://bucket/set")
+    s3.rule = mixed_faults(seed=1)
     store = f"sqlite:///{tmp_path}/mlflow.db"
-    config = tiny(name="first", output="s3://bucket/runs", tracking__uri=store, **settings)
+    places = {"data__train": "s3://bucket/set/train", "data__val": "s3://bucket/set/val"}
+    classes = {"eval__zero_shot__classes": "s3://bucket/set/classes.txt"}
+    config = tiny(name="first", output="s3://bucket/runs", tracking__uri=store, **places, **classes, **settings)
     stopped = run_experiment(config, Console(quiet=True), stop_after=5)
     assert stopped.checkpoint == step_folder(5)
     remote = run_experiment(config, Console(quiet=True))
-    assert s3.broken["503"] > 5
+    assert {"500", "503", "drop", "cut", "trickle"} <= s3.broken.keys()
     s3.reset()
 
     assert remote.mlflow_run_id == stopped.mlflow_run_id

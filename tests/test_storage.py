@@ -2,17 +2,13 @@
 
 import logging
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from data_helpers import WIDTH, encode, rows_of, write_shard
-from rich.console import Console
 from s3_server import Proxy, mixed_faults
 
-from nev.config import Experiment
 from nev.config_base import ConfigError
 from nev.config_data import Augment, Columns, Limits
 from nev.data import s3 as s3_module
@@ -28,8 +24,6 @@ from nev.data.sidecar import (
     write_sidecar,
 )
 from nev.data.storage import filesystem
-from nev.experiment import run_experiment
-from nev.train import checkpoint
 
 KEY = sidecar_key("tower", "caption")
 REMOTE = "s3://bucket/set/train"
@@ -316,25 +310,3 @@ def test_the_stream_over_s3_stops_with_the_name_of_what_fails_for_good(
     stream = make_stream(reader_over(index), plan, 0, plan.steps_per_epoch)
     with pytest.raises(RayTaskError, match=r"s3://bucket/set/train/sub/b\.parquet: row group"):
         list(stream.iter_batches(batch_size=None))
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_run_over_s3_ends_with_the_weights_of_a_run_over_a_folder(
-    s3: Proxy, ray_cluster: None, pictures: Path, tiny: Callable[..., Experiment]
-) -> None:
-    fs = filesystem(REMOTE)[0]
-    for file in pictures.rglob("*"):
-        if file.is_file():
-            fs.pipe_file(f"bucket/set/{file.relative_to(pictures)}", file.read_bytes())
-    settings = {"train__steps": 4, "train__checkpoint_every": 4}
-    local = run_experiment(tiny(name="local", **settings), Console(quiet=True))
-    s3.rule = mixed_faults(seed=1, share=0.5)
-    places = {"data__train": REMOTE, "data__val": "s3://bucket/set/val"}
-    classes = {"eval__zero_shot__classes": "s3://bucket/set/classes.txt"}
-    remote = run_experiment(tiny(name="remote", **settings, **places, **classes), Console(quiet=True))
-    assert sum(s3.broken.values()) > 5
-    left, right = (checkpoint.load_model(summary.checkpoint)[1] for summary in (local, remote))
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[name], right[name]) for name in left)

@@ -187,12 +187,15 @@ class Deadly(BlockReader):
         return super().read(segments, epoch, pictures)
 
 
-def test_a_block_that_always_kills_its_process_ends_the_stream(tmp_path: Path, ray_cluster: None) -> None:
+def test_a_block_that_always_kills_its_process_ends_the_stream(
+    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ray import cloudpickle
     from ray.exceptions import WorkerCrashedError
 
     from nev.data.stream import make_stream
 
+    monkeypatch.setattr("nev.data.stream.DEATHS", 1)  # each is the start of another process
     fine = reader_over(tmp_path, 52)
     deadly = Deadly(fine.index, 8, fine.limits, fine.seed, fine.augment, KEY, WIDTH)
     plan = Plan(fine.index.rows, 3, global_batch=4, block_rows=4)

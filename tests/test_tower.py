@@ -103,7 +103,7 @@ def compiles_anew() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("compiles_anew")
-@pytest.mark.parametrize(("parts", "backend"), [(None, "inductor"), (8, "inductor")])
+@pytest.mark.parametrize(("parts", "backend"), [(None, "aot_eager"), (8, "inductor")])
 def test_a_compiled_tower_gives_the_same_and_is_compiled_once(parts: int | None, backend: str) -> None:
     config, given = experiment(micro_batch=parts), batch(torch.float32)
     found = []
