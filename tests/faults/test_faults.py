@@ -24,7 +24,7 @@ from .table import FAULTS
 if TYPE_CHECKING:
     from s3_server import Proxy
 
-AWAY_S = 15.0
+AWAY_S = 8.0
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
