@@ -63,7 +63,7 @@ def evaluate_checkpoint(
     their 95 % intervals, `..._low` and `..._high`; where there are captions, also `space/` and `mixed/`), and where the files
     lie. Raises as `open_checkpoint`, and ConfigError where there is nothing to score.
     """
-    from nev.eval.scoring import intervals, pairs_of, rank, shares, space
+    from nev.eval.scoring import measures
     from nev.runtime import connect
 
     location, _, config, text = open_checkpoint(location, overrides)
@@ -72,12 +72,7 @@ def evaluate_checkpoint(
     task = make_validation(config, text)
     connect()
     embedded, texts = embed(config, location, task)
-    ranked = rank(task.reader.index.root, embedded, texts)
-    metrics = shares(ranked)
-    for name, sure in intervals(ranked).items():
-        metrics |= {f"{name}_low": sure.low, f"{name}_high": sure.high}
-    if pairs := pairs_of(task.reader.index.root, embedded, texts):
-        metrics |= space(pairs)
+    metrics = measures(task.reader.index.root, embedded, texts)
     output = output or join(location.rsplit("/", 2)[0], "evaluation")
     with folder_to_fill(output) as folder:
         numbers = folder / "metrics.json"

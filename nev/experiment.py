@@ -20,7 +20,7 @@ from nev.eval.tables import metrics_table
 from nev.preflight import Findings
 from nev.tracking import Tracker, check_tracking, open_run, tracking_uri
 from nev.train.journal import keep_run_id, kept_run_id, read_points
-from nev.train.ledger import Ledger
+from nev.train.ledger import Heard, Ledger
 from nev.train.manifest import best, latest, metrics_of, newest_whole, verified
 from nev.train.output import check_output, check_space, run_folder
 from nev.train.setup import absolute, prepare_job, train_reader
@@ -44,10 +44,15 @@ class Summary:
 
 
 def run_experiment(
-    config: Experiment, console: Console, stop_after: int | None = None, parent: str | None = None
+    config: Experiment,
+    console: Console,
+    stop_after: int | None = None,
+    parent: str | None = None,
+    heard: Heard | None = None,
 ) -> Summary:
     """Train `config` (from where it stands) on the connected or a local Ray, and score its best checkpoint.
 
+    parent: the MLflow run above this one's. heard: told of a step's metrics as they come.
     Raises a NevError for anything that the user can mend; before any process is started where that is possible.
     """
     from nev.capacity import checkpoint_bytes
@@ -80,7 +85,7 @@ def run_experiment(
         tracker = track(job, parent, begun)
         status, sent = "FAILED", False
         try:
-            ledger = Ledger(config, tracker, console)
+            ledger = Ledger(config, tracker, console, heard)
             ledger.patience.remember(read_points(job.run, begun))
             with validating(job) as validator:
                 if begun < job.stop_step and not ledger.patience.over:

@@ -1,7 +1,7 @@
-"""Sweep an axis of an experiment with Ray Tune, at a fixed number of samples seen, and draw the figure.
+"""Try settings of an experiment against each other with Ray Tune, at a fixed number of samples seen, and say what differs.
 
 python pipelines/ablate.py --config configs/ablations/batch_size.yaml
-python pipelines/ablate.py --config configs/ablations/batch_size.yaml --sweep samples=10000
+python pipelines/ablate.py --config configs/ablations/batch_size.yaml --sweep samples=10000 --sweep seeds=[0]
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from rich.console import Console
 
 from nev.cli import ConfigFile, Overrides, command, explained
 from nev.config_file import parse, read_yaml
-from nev.sweep_config import Sweep
+from nev.sweep.config import Sweep
 
 
 def main(
@@ -23,20 +23,22 @@ def main(
         list[str] | None, typer.Option("--sweep", help="Override the sweep itself: key=value. May be repeated.")
     ] = None,
 ) -> None:
-    """Run an ablation: every point of the grid with every seed; --set overrides the base experiment."""
+    """Run an ablation: every arm with every seed; --set overrides the base experiment."""
     console = Console()
-    with explained(console, "The same command goes on; finished trials are kept."):
+    with explained(
+        console, "The same command goes on: finished trials are kept, others continue from their checkpoints."
+    ):
         sweep = parse(Sweep, read_yaml(config), sweep_overrides or [], where=config)
         from nev.experiment import how_to_look
-        from nev.sweep import outcome_table, plan_trials, run_sweep
+        from nev.sweep.report import outcome_table
+        from nev.sweep.run import run_sweep
 
-        count = len(plan_trials(sweep, overrides or []))
-        with console.status(f"{count} trials, {sweep.concurrent} at a time; MLflow shows each as it runs"):
-            outcome = run_sweep(sweep, overrides or [])
-    console.print(outcome_table(sweep, outcome))
-    console.print(f"figure      {outcome.figure}", highlight=False, soft_wrap=True)
-    console.print(f"MLflow      {how_to_look(outcome.tracking_uri)}", highlight=False, soft_wrap=True)
-    if not all(value is not None for value in outcome.values):
+        done = run_sweep(sweep, overrides or [], console)
+    console.print(outcome_table(done.outcome))
+    for file in done.files:
+        console.print(f"{file.rpartition('.')[2]:<11} {file}", highlight=False, soft_wrap=True)
+    console.print(f"MLflow      {how_to_look(done.tracking_uri)}", highlight=False, soft_wrap=True)
+    if not done.outcome.whole:
         raise typer.Exit(1)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from nev.eval.mixed import mixed_retrieval, queries_of, shifted
+from nev.eval.mixed import mixed_retrieval, queries_of, shifted, text_retrieval
 from nev.eval.ranks import Floats
 
 
@@ -59,3 +61,25 @@ def test_bad_input_is_named() -> None:
         mixed_retrieval(rows, unit(np.eye(3)), np.arange(3))
     with pytest.raises(ValueError, match="not of unit length"):
         mixed_retrieval(rows * 2, rows, np.arange(4))
+
+
+@given(st.integers(0, 10**6))
+def test_what_the_texts_find_alone_against_a_loop(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    owner = rng.integers(0, 12, 30)
+    texts = unit(rng.normal(size=(30, 4)))
+    seen: dict[int, list[int]] = {}
+    for text, image in enumerate(owner):
+        seen.setdefault(int(image), []).append(text)
+    asked = [own[0] for own in seen.values() if len(own) > 1]
+    kept = [text for text in range(30) if text not in asked]
+    found = []
+    for text in asked:
+        ranked = sorted(kept, key=lambda other: -float(texts[other] @ texts[text]))
+        found.append(min(ranked.index(other) for other in seen[int(owner[text])] if other in kept))
+    expected = {f"texts/own_r{k}": float(np.mean(np.array(found) < k)) for k in (1, 10)} if asked else {}
+    assert text_retrieval(texts, owner) == pytest.approx(expected)
+
+
+def test_without_a_second_caption_texts_have_nothing_to_find() -> None:
+    assert text_retrieval(unit(np.eye(3)), np.arange(3)) == {}

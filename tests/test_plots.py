@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nev.eval.plots import curve, gallery, sweep
+from nev.eval.plots import curve, gallery
 
 GREEN = (0x2C, 0xA2, 0x5F)
 
@@ -118,36 +118,6 @@ def test_gallery_refuses_unequal_lengths_and_other_pictures(tmp_path: Path) -> N
     ]:
         with pytest.raises(ValueError, match=message):
             gallery(tmp_path / "g.png", *arguments)
-    assert not list(tmp_path.iterdir())
-
-
-def test_sweep(tmp_path: Path) -> None:
-    y_by_seed = {0: [0.5, 0.4, 0.45], 1: [0.52, 0.41, float("nan")]}
-    sweep(tmp_path / "s.png", [512, 64, 128], y_by_seed, "batch", "top-1", "Batch size")
-    assert read(tmp_path / "s.png").shape == (675, 1050, 3)
-    sweep(
-        tmp_path / "sorted.png",
-        [64, 128, 512],
-        {0: [0.4, 0.45, 0.5], 1: [0.41, np.nan, 0.52]},
-        "batch",
-        "top-1",
-        "Batch size",
-    )
-    assert np.array_equal(read(tmp_path / "s.png"), read(tmp_path / "sorted.png"))
-    sweep(tmp_path / "linear.png", [0, 1, 2], {0: [1, 2, 3]}, "x", "y", "z", logx=False)
-    read(tmp_path / "linear.png")
-
-
-def test_sweep_refuses_what_it_cannot_draw(tmp_path: Path) -> None:
-    for x, y_by_seed, message in [
-        ([], {0: []}, "at least one"),
-        ([1, 2], {}, "at least one"),
-        ([1, 2], {0: [1, 2], 7: [1]}, "seed 7 has 1 values for 2"),
-        ([0, 2], {0: [1, 2]}, "logx=False"),
-        ([1, 2], {0: [np.nan, np.nan]}, "no finite value"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            sweep(tmp_path / "s.png", x, y_by_seed, "x", "y", "z")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,19 +1,28 @@
-"""Ablations: the grid at a fixed number of samples, learning-rate rules, and a real sweep on Ray Tune."""
+"""Ablations: from a file to trials, what trials share, and real sweeps on Ray Tune that are killed and go on."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from mlflow import MlflowClient
+from rich.console import Console
 
 from nev.config import Experiment
 from nev.config_base import ConfigError
 from nev.config_file import parse, read_yaml, to_yaml
-from nev.sweep import plan_trials, run_sweep
-from nev.sweep_config import Sweep
+from nev.sweep.config import Sweep
+from nev.sweep.run import concurrent, run_sweep, with_threads
+from nev.sweep.trials import plan_trials, reference_of
+from nev.train.manifest import checkpoints, latest
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,16 +34,20 @@ def base(tiny: Callable[..., Experiment], tmp_path: Path) -> str:
     return str(path)
 
 
-def sweep(base: str, **settings: object) -> Sweep:
-    raw = {
+def raw(base: str, **settings: object) -> dict[str, Any]:
+    return {
         "name": "sizes",
         "base": base,
         "axes": {"train.global_batch": [32, 64, 128]},
         "seeds": [0, 1],
         "samples": 640,
-        "metric": "zero_shot/top1",
+        "metrics": ["zero_shot/top1"],
+        **settings,
     }
-    return parse(Sweep, {**raw, **settings})
+
+
+def sweep(base: str, **settings: object) -> Sweep:
+    return parse(Sweep, raw(base, **settings))
 
 
 def test_every_trial_sees_the_same_number_of_samples(base: str) -> None:
@@ -43,7 +56,7 @@ def test_every_trial_sees_the_same_number_of_samples(base: str) -> None:
     assert {trial.experiment.train.samples for trial in trials} == {640}
     assert {trial.experiment.train.steps for trial in trials} == {None}
     assert [(t.experiment.train.global_batch, t.experiment.seed) for t in trials[:3]] == [(32, 0), (32, 1), (64, 0)]
-    assert len({trial.experiment.name for trial in trials}) == 6
+    assert len({trial.name for trial in trials}) == 6
 
 
 @pytest.mark.parametrize(("rule", "expected"), [("constant", 1e-3), ("linear", 2e-3), ("sqrt", 2**0.5 * 1e-3)])
@@ -54,19 +67,70 @@ def test_learning_rate_rule_against_the_base(base: str, rule: str, expected: flo
     assert largest.optim.warmup_steps == round(5 / 2)
 
 
-def test_an_axis_of_learning_rates_is_left_alone(base: str) -> None:
-    trials = plan_trials(sweep(base, axes={"optim.lr": [0.1, 0.2], "train.global_batch": [128]}, lr_rule="linear"), [])
-    assert sorted({trial.experiment.optim.lr for trial in trials}) == [0.1, 0.2]
+def test_the_rule_is_an_axis_and_named_arms_set_several_things(base: str) -> None:
+    axes = {
+        "lr_rule": ["constant", "linear"],
+        "head": {"mean": {"vision.pool": "mean"}, "slow map": {"vision.pool": "map", "optim.lr": 5e-4}},
+    }
+    wanted = sweep(base, axes=axes, overrides={"train.global_batch": 128}, seeds=[3])
+    trials = plan_trials(wanted, [])
+    found = [(dict(t.arm), t.experiment.vision.pool, t.experiment.optim.lr) for t in trials]
+    assert found == [
+        ({"lr_rule": "constant", "head": "mean"}, "mean", 1e-3),
+        ({"lr_rule": "constant", "head": "slow map"}, "map", 5e-4),
+        ({"lr_rule": "linear", "head": "mean"}, "mean", 1e-3),
+        ({"lr_rule": "linear", "head": "slow map"}, "map", 5e-4),
+    ]
+    assert dict(reference_of(wanted)) == {"lr_rule": "constant", "head": "mean"}
+    other = sweep(base, axes=axes, reference={"head": "slow map"})
+    assert dict(reference_of(other)) == {"lr_rule": "constant", "head": "slow map"}
+
+
+def test_a_search_draws_the_same_settings_at_every_start(base: str) -> None:
+    search = {"optim.lr": {"loguniform": [1e-4, 1e-2]}, "loss.init_scale": {"choice": [10.0, 14.0]}}
+    wanted = sweep(base, axes={}, search=search, draws=5, seeds=[0])
+    rates = [trial.experiment.optim.lr for trial in plan_trials(wanted, [])]
+    assert rates == [trial.experiment.optim.lr for trial in plan_trials(wanted, [])]
+    assert len(set(rates)) == 5
+    assert all(1e-4 <= rate <= 1e-2 for rate in rates)
+
+
+def test_a_name_says_what_is_trained(base: str) -> None:
+    def names(*overrides: str, **settings: object) -> set[str]:
+        return {trial.name for trial in plan_trials(sweep(base, **settings), list(overrides))}
+
+    assert names() == names("workers.threads=2", "output=elsewhere", "guards.max_skipped=3")
+    for change in ("optim.betas=[0.9, 0.99]", "data.val=null", "eval={}"):
+        assert not names() & names(change), change
+    assert not names() & names(samples=1280)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"axes": {}}, "nothing to vary"),
+        ({"axes": {"train.global_batch": []}}, "one at least"),
+        ({"axes": {"train.global_batch": [32, 32]}}, "different values"),
+        ({"seeds": [1, 1]}, "each one once"),
+        ({"search": {"optim.lr": {"uniform": [0, 1]}}}, "needs `draws`"),
+        ({"search": {"optim.lr": {"uniform": [1, 1]}}, "draws": 2}, "must be below"),
+        ({"search": {"optim.lr": {"uniform": [0, 1], "choice": [1]}}, "draws": 2}, "exactly one"),
+        ({"reference": {"train.global_batch": 48}}, "not on that axis"),
+        ({"metric": "x"}, "there is metrics"),
+    ],
+)
+def test_a_sweep_that_makes_no_sense_is_refused(base: str, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        sweep(base, **settings)
 
 
 def test_a_point_that_cannot_run_is_refused_before_the_first_trial(base: str) -> None:
-    with pytest.raises(ConfigError, match=r"48.*must be a multiple"):
+    with pytest.raises(ConfigError, match=r"at train.global_batch = 48.*\n.*must be a multiple"):
         plan_trials(sweep(base, axes={"train.global_batch": [32, 48]}), [])
-
-
-def test_an_output_on_s3_is_refused(base: str) -> None:
-    with pytest.raises(ConfigError, match=r"s3://bucket/runs'.* want a folder"):
-        run_sweep(sweep(base), ["output=s3://bucket/runs"])
+    with pytest.raises(ConfigError, match="'cubic'"):
+        plan_trials(sweep(base, axes={"lr_rule": ["cubic"]}), [])
+    with pytest.raises(ConfigError, match="asha judges trials at their validations"):
+        plan_trials(sweep(base, asha={"grace": 64}), [])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "ablations").glob("*.yaml")), ids=lambda path: path.stem)
@@ -76,23 +140,115 @@ def test_shipped_sweeps_are_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_sweep_runs_with_parent_children_and_figure(ray_cluster: None, base: str) -> None:
-    """Two trials at a time on two CPUs; the one whose trunk does not exist fails alone."""
-    axes = {"train.global_batch": [32, 64], "vision.trunk": ["vit_tiny_patch16_224", "no_such_trunk"]}
-    outcome = run_sweep(sweep(base, axes=axes, seeds=[0], samples=128, concurrent=2), [])
-    assert [value is not None for value in outcome.values] == [True, False, True, False]
-    assert "no_such_trunk" in (outcome.errors[1] or "")
-    assert outcome.figure.read_bytes().startswith(b"\x89PNG")
-    rows = json.loads(outcome.figure.with_suffix(".json").read_text())
-    assert [row["zero_shot/top1"] for row in rows] == outcome.values
+def test_as_many_at_a_time_as_leave_a_cpu_to_decode(ray_cluster: None, base: str) -> None:
+    cpus = os.cpu_count() or 1
 
-    client = MlflowClient(tracking_uri=outcome.tracking_uri)
+    def at_once(*overrides: str, **settings: object) -> int:
+        wanted = sweep(base, **settings)
+        return concurrent(wanted, plan_trials(wanted, list(overrides)))
+
+    assert at_once() == min(cpus, 6)
+    assert at_once("workers.cpus=1") == max(1, min(cpus - 1, 6))
+    assert at_once("workers.count=2", "data.block_rows=16") == max(1, min(cpus // 2, 6))
+    assert at_once(concurrent=1) == 1
+    with pytest.raises(ConfigError, match="concurrent = 99: there is room for"):
+        at_once(concurrent=99)
+    wanted = sweep(base)
+    trial = plan_trials(wanted, ["workers.threads=null"])[0].experiment
+    assert with_threads(trial, 2).workers.threads == max(1, cpus // 2)
+
+
+def runs_of(uri: str) -> tuple[list[Any], list[Any]]:
+    """The parents and the children that MLflow has."""
+    client = MlflowClient(tracking_uri=uri)
     runs = client.search_runs([client.get_experiment_by_name("nev").experiment_id])
     parents = [run for run in runs if run.data.tags.get("nev.kind") == "sweep"]
+    return parents, [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_one_arm_fails_and_one_is_ended_early(ray_cluster: None, base: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Two trials at a time on two CPUs. The wild arm makes room for the dull one, which comes to its rung after the good one."""
+    wild = {"optim.lr": 1e30, "optim.clip_norm": None, "guards.max_skipped": 0}
+    wanted = sweep(
+        base,
+        axes={"arm": {"good": {}, "wild": wild, "dull": {"optim.lr": 1e-9}}},
+        overrides={"train.global_batch": 32, "train.eval_every": 10},
+        seeds=[0],
+        samples=640,
+        metrics=["zero_shot/top1", "space/gap"],
+        concurrent=2,
+        asha={"grace": 320, "reduction": 2},
+    )
+    done = run_sweep(wanted, [], Console(width=200))
+    good, wild_one, dull = done.outcome.results
+    assert good
+    assert not good.ended_early
+    assert good.metrics.keys() >= {"zero_shot/top1_low", "space/gap", "mixed/own_image"}
+    assert wild_one is None
+    assert "no finite loss" in (done.outcome.errors[1] or "")
+    assert dull
+    assert (dull.ended_early, dull.samples) == (True, 320)
+    printed = capfd.readouterr()
+    assert "1 failed" in printed.out
+    for chatter in ("run_trial", "Traceback", "tune.py", "─"):
+        assert chatter not in printed.out + printed.err, chatter
+
+    parents, children = runs_of(done.tracking_uri)
     assert len(parents) == 1
-    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
-    finished = [run for run in children if run.info.status == "FINISHED"]
-    assert {run.data.params["train.global_batch"] for run in finished} == {"32", "64"}
-    assert "sizes.png" in [artifact.path for artifact in client.list_artifacts(parents[0].info.run_id)]
+    assert {run.data.tags.get("nev.arm.arm"): run.info.status for run in children if run.data.tags.get("nev.arm")} == {
+        "good": "FINISHED"
+    }
+    assert sorted(run.info.status for run in children) == ["FAILED", "FINISHED", "KILLED"]
+    client = MlflowClient(tracking_uri=done.tracking_uri)
+    files = [artifact.path for artifact in client.list_artifacts(parents[0].info.run_id)]
+    assert files == ["sizes.json", "sizes.md", "sizes.png", "sizes.svg", "sizes.yaml"]
+    said = Path(next(file for file in done.files if file.endswith(".md"))).read_text()
+    assert "**Failed** (1)" in said
+    assert "**Ended early by ASHA** (1)" in said
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_sweep_loses_and_repeats_nothing(ray_cluster: None, base: str, tmp_path: Path) -> None:
+    """SIGKILL to the driver when one trial is finished and the other has a checkpoint; the same command goes on."""
+    settings = raw(base, axes={"vision.pool": ["mean"]}, concurrent=1, samples=64 * 40)
+    file = tmp_path / "sizes.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    wanted, overrides = parse(Sweep, settings), ["train.checkpoint_every=4"]
+    first, second = (f"{trial.experiment.output}/{trial.name}" for trial in plan_trials(wanted, overrides))
+    command = [sys.executable, str(ROOT / "pipelines/ablate.py"), "--config", str(file), "--set", *overrides]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        deadline = time.monotonic() + 240
+        while not (Path(first, "result.json").exists() and checkpoints(second)):
+            assert driver.poll() is None, driver.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        driver.kill()
+        driver.wait(30)
+    reached = int(str(latest(second))[-8:])
+    assert reached < 40
+    finished = Path(first, "result.json").stat().st_mtime_ns
+
+    done = run_sweep(wanted, overrides, Console(quiet=True))
+    assert done.outcome.whole
+    assert Path(first, "result.json").stat().st_mtime_ns == finished, "what is finished is not done again"
+    parents, children = runs_of(done.tracking_uri)
+    assert len(parents) == 1
+    assert [run.info.status for run in (*parents, *children)] == ["FINISHED"] * 3
+    client = MlflowClient(tracking_uri=done.tracking_uri)
+    for run in children:
+        steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss")]
+        assert steps == list(range(1, 41)), "no step is missing, and none is twice"
+    again = run_sweep(wanted, overrides, Console(quiet=True))
+    assert again.outcome.results == done.outcome.results
+    assert len(runs_of(done.tracking_uri)[1]) == 2
+    rows = json.loads(Path(next(name for name in done.files if name.endswith(".json"))).read_text())
+    assert [row["metrics"]["zero_shot/top1"] for row in rows] == [
+        result.metrics["zero_shot/top1"] for result in done.outcome.results if result
+    ]

@@ -38,6 +38,25 @@ def mixed_retrieval(
     return found
 
 
+def text_retrieval(texts: ArrayLike, owner: ArrayLike, chunk: int = 1024) -> dict[str, float]:
+    """What the text tower alone finds: texts/own_rK, the share of first captions that have another caption of their image among
+    the k best of all captions that do not ask. texts: unit [m, D]; owner: int [m], the image that text j describes.
+
+    Nothing where no image has several captions.
+    """
+    texts = unit_rows("texts", texts)
+    owner = np.asarray(owner, np.int64)
+    images, first, counts = np.unique(owner, return_index=True, return_counts=True)
+    asked, images = first[counts > 1], images[counts > 1]
+    if not len(asked):
+        return {}
+    kept = np.delete(np.arange(len(texts)), asked)
+    place = np.searchsorted(images, owner[kept])
+    right = np.flatnonzero((place < len(images)) & (images[np.minimum(place, len(images) - 1)] == owner[kept]))
+    ranks = best_ranks(texts[asked], texts[kept], place[right], right, chunk)
+    return {f"texts/own_r{k}": float(np.mean(ranks < k)) for k in (1, 10)}
+
+
 def queries_of(owner: Ints) -> Ints:
     """Positions of the texts that ask, int64."""
     _, first, counts = np.unique(owner, return_index=True, return_counts=True)

@@ -1,4 +1,4 @@
-"""The pictures of a run, as PNG: curves, a retrieval gallery, a sweep.
+"""The pictures of a run, as PNG: curves, a retrieval gallery.
 
 matplotlib is imported where it is used, and only its object interface: no pyplot, so no display and no global state,
 and `savefig` renders with Agg. Text is drawn as it is: a dollar sign in a caption does not start a formula.
@@ -58,52 +58,6 @@ def curve(
         dress(lower, "", points_ylabel, legend=True)
     lower.set_xlabel("step")
     upper.set_title(title, loc="left", fontsize=13, fontweight="bold", color=INK, pad=12, parse_math=False)
-    save(figure, path)
-
-
-def sweep(
-    path: str | Path,
-    x: Sequence[float],
-    y_by_seed: Mapping[int, Sequence[float]],
-    xlabel: str,
-    ylabel: str,
-    title: str,
-    logx: bool = True,
-) -> None:
-    """One measure against one setting, 1050 x 675 px: a point for each seed, a line through their means.
-
-    x: the settings tried, ascending or not. y_by_seed: seed to one value for each x; NaN where that trial gave none.
-    logx: base 2, ticks at the settings. Raises ValueError for unequal lengths, no finite value, and x <= 0 with logx.
-    """
-    if not len(x) or not y_by_seed:
-        raise ValueError("sweep: at least one setting and one seed are needed")
-    for seed, y in y_by_seed.items():
-        if len(y) != len(x):
-            raise ValueError(f"sweep: seed {seed} has {len(y)} values for {len(x)} settings")
-    if logx and min(x) <= 0:
-        raise ValueError(f"sweep: a logarithmic axis needs positive settings, not {min(x)}: pass logx=False")
-    order = np.argsort(x)
-    settings = np.asarray(x, dtype=np.float64)[order]
-    table = np.array([list(y) for y in y_by_seed.values()], dtype=np.float64)[:, order]
-    known = np.isfinite(table)
-    if not known.any():
-        raise ValueError("sweep: no finite value to draw")
-    tried = known.any(axis=0)
-    means = np.where(known, table, 0).sum(axis=0)[tried] / known.sum(axis=0)[tried]
-
-    figure = new_figure(7, 4.5)
-    axes = figure.subplots()
-    axes.plot(settings[tried], means, color=COLOURS[0], linewidth=2, zorder=2, label="mean")
-    across = np.broadcast_to(settings, table.shape)
-    axes.scatter(
-        across[known], table[known], s=40, color=COLOURS[1], edgecolor="white", zorder=3, label=f"{len(table)} seeds"
-    )
-    if logx:
-        axes.set_xscale("log", base=2)
-    axes.set_xticks(settings, [f"{value:,.6g}" for value in settings])
-    axes.minorticks_off()
-    dress(axes, xlabel, ylabel, legend=len(table) > 1)
-    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=INK, pad=12, parse_math=False)
     save(figure, path)
 
 
@@ -220,6 +174,6 @@ def dress(axes: Axes, xlabel: str, ylabel: str, legend: bool) -> None:
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write a PNG, with the folders above it."""
+    """Write a PNG, or what the path's suffix says, with the folders above it."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    figure.savefig(path)

@@ -108,14 +108,42 @@ def intervals(found: Ranked) -> dict[str, Interval]:
     return sure
 
 
+def measures(root: str, embedded: Embedded, texts: Texts) -> dict[str, float]:
+    """All that can be said of a set: shares, the ends of their intervals (`..._low`, `..._high`), and of the space where there
+    are captions. Raises DataError where no row can be scored.
+    """
+    ranked = rank(root, embedded, texts)
+    metrics = shares(ranked)
+    for name, sure in intervals(ranked).items():
+        metrics |= {f"{name}_low": sure.low, f"{name}_high": sure.high}
+    if pairs := pairs_of(root, embedded, texts):
+        metrics |= space(pairs)
+    return metrics
+
+
+def measure_names(classes: int, retrieves: bool) -> set[str]:
+    """What `measures` gives for a set of so many classes (0: no zero-shot), with several captions an image or with none."""
+    random = np.random.default_rng(0)
+
+    def unit(rows: int) -> Floats:
+        vectors = random.normal(size=(rows, 8))
+        return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
+
+    rows = 24
+    embedded = Embedded(unit(rows), np.ones(rows, bool), np.arange(rows) % max(1, classes))
+    owner = np.repeat(np.arange(rows), 2) if retrieves else None
+    texts = Texts(unit(classes) if classes else None, unit(2 * rows) if retrieves else None, owner)
+    return set(measures("", embedded, texts))
+
+
 def space(pairs: Pairs) -> dict[str, float]:
     """`nev.eval.geometry`'s and `nev.eval.mixed`'s numbers; nothing for fewer pairs than they want."""
     from nev.eval.geometry import FOLDS, geometry
-    from nev.eval.mixed import mixed_retrieval
+    from nev.eval.mixed import mixed_retrieval, text_retrieval
 
     if min(len(pairs.images), len(pairs.texts)) < FOLDS:
         return {}
-    return geometry(*pairs) | mixed_retrieval(*pairs)
+    return geometry(*pairs) | mixed_retrieval(*pairs) | text_retrieval(pairs.texts, pairs.owner)
 
 
 def _refuse_none(rows: NDArray[np.bool_], root: str, what: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich.console import Console
 from rich.markup import escape
 
@@ -10,14 +12,16 @@ from nev.tracking import Tracker
 from nev.train.patience import Patience
 from nev.train.signatures import Signatures
 
+Heard = Callable[[int, dict[str, float]], None]
+
 
 class Ledger:
-    """Of one run, in the driver. latest: the newest value of each metric."""
+    """Of one run, in the driver. latest: the newest value of each metric; heard: who else is told, in the thread that takes."""
 
-    def __init__(self, config: Experiment, tracker: Tracker, console: Console) -> None:
+    def __init__(self, config: Experiment, tracker: Tracker, console: Console, heard: Heard | None = None) -> None:
         self.tracker, self.patience = tracker, Patience(config.eval)
         self.latest: dict[str, float] = {}
-        self._signatures, self._console = Signatures(config), console
+        self._signatures, self._console, self._heard = Signatures(config), console, heard
 
     def take(self, step: int, metrics: dict[str, float]) -> None:
         """Log numbers of a step, and look what they say of the run."""
@@ -28,6 +32,8 @@ class Ledger:
             self.note(said)
             self.tracker.tag_later({f"nev.alert.{alert.name}": said})
         self.patience.see(step, metrics)
+        if self._heard:
+            self._heard(step, metrics)
 
     def note(self, text: str) -> None:
         """A line for the person who watches."""

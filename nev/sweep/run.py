@@ -1,0 +1,249 @@
+"""A sweep on Ray Tune: what trials share is done once, those that are finished are kept, and one that fails ends only itself."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+
+from rich.console import Console
+
+from nev.config import Experiment
+from nev.config_base import ConfigError
+from nev.data.index import build_index
+from nev.data.storage import join
+from nev.embedding import embed_captions
+from nev.errors import NevError
+from nev.eval.scoring import measure_names
+from nev.eval.suite import load_suite
+from nev.eval.validation import Validation
+from nev.models.text import load_text
+from nev.progress import progress
+from nev.runtime import cluster_cpus, cluster_gpus, connect, may_grow
+from nev.sweep.config import Sweep
+from nev.sweep.results import SAMPLES, Outcome, TrialResult, kept
+from nev.sweep.trials import Trial, plan_trials
+from nev.tracking import Tracker, check_tracking, open_run, tracking_uri
+from nev.train.journal import keep_run_id, kept_run_id
+from nev.train.output import run_folder
+from nev.train.setup import absolute, prepare_job
+from nev.train.trainer import Stopped
+
+# Tune's own files and tables of each trial say nothing that nev's do not; its SIGINT handler would end the driver with status 0;
+# and a process that is used for the next trial may be some seconds with the end of the last one.
+TUNE_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",
+}
+
+
+class Finished(NamedTuple):
+    """A sweep's outcome, where its files lie, and where MLflow is."""
+
+    outcome: Outcome
+    files: list[str]
+    tracking_uri: str
+
+
+def run_sweep(sweep: Sweep, overrides: list[str], console: Console) -> Finished:
+    """Run the trials that are not finished, log a parent run with its children, write the figure, the table and the findings.
+
+    overrides: `section.key=value` for the base. Raises ConfigError, DataError and the like before the first trial, where an
+    arm cannot run.
+    """
+    from nev.sweep.report import write_report
+
+    trials = [replace(trial, experiment=absolute(trial.experiment)) for trial in plan_trials(sweep, overrides)]
+    first = trials[0].experiment
+    folder, uri = join(first.output, sweep.name), tracking_uri(first.tracking, first.output)
+    check_tracking(uri)
+    connect()
+    at_once = concurrent(sweep, trials)
+    data = share(trials, console)
+    trials = [replace(trial, experiment=with_threads(trial.experiment, at_once)) for trial in trials]
+    results = [kept(trial, data[number], sweep.metrics) for number, trial in enumerate(trials)]
+    check(sweep, [trial for trial, result in zip(trials, results, strict=True) if result is None])
+    tags = {"nev.kind": "sweep", "nev.sweep": sweep.name}
+    experiment = first.tracking.experiment
+    parent = open_run(uri, experiment, sweep.name, sweep, tags, first.output, run_id=kept_run_id(folder))
+    keep_run_id(folder, parent.run_id)
+    status = "KILLED"
+    try:
+        errors = tune_trials(sweep, trials, results, data, parent.run_id, at_once, console)
+        results = [kept(trial, data[number], sweep.metrics) for number, trial in enumerate(trials)]
+        outcome = Outcome(sweep, trials, results, errors)
+        files = write_report(outcome, folder, parent)
+        status = "FINISHED" if outcome.whole else "FAILED"
+    finally:
+        parent.finish(status)
+        close_children(trials, uri)
+    return Finished(outcome, files, uri)
+
+
+def concurrent(sweep: Sweep, trials: Sequence[Trial]) -> int:
+    """How many trials run at a time: all that there is room for beside one CPU that decodes, or as many as the sweep says.
+
+    A trial's workers are reserved together (one placement group), so two trials never wait for each other's halves; and the one
+    CPU is what their streams need to go on. Raises ConfigError for more than there is room for, unless the cluster may grow.
+    """
+    room = min(_room(trial.experiment) for trial in trials)
+    if sweep.concurrent and sweep.concurrent > max(1, room) and not may_grow():
+        raise ConfigError(
+            f"concurrent = {sweep.concurrent}: there is room for {room} trials at a time ({cluster_cpus()} CPUs of which one "
+            f"decodes, {cluster_gpus()} GPUs). Lower it, or workers.count, workers.cpus or workers.gpus."
+        )
+    return max(1, min(sweep.concurrent or room, len(trials)))
+
+
+def _room(experiment: Experiment) -> int:
+    workers = experiment.workers
+    rooms = []
+    if workers.gpus:
+        rooms.append(cluster_gpus() / (workers.least * workers.gpus))
+    if workers.cpus:
+        rooms.append((cluster_cpus() - 1) / (workers.least * workers.cpus))
+    if not rooms:  # workers and decoding share the CPUs
+        rooms.append(cluster_cpus() / workers.least)
+    return int(min(rooms))
+
+
+def with_threads(experiment: Experiment, at_once: int) -> Experiment:
+    """The experiment with a share of the cores for each worker, where several train on CPUs at a time."""
+    workers = experiment.workers
+    if workers.threads or workers.gpus or may_grow():
+        return experiment
+    threads = max(1, cluster_cpus() // (at_once * workers.most))
+    return experiment.model_copy(update={"workers": workers.model_copy(update={"threads": threads})})
+
+
+def share(trials: Sequence[Trial], console: Console) -> list[str]:
+    """Do once what every trial needs: the index of each set, and the captions' vectors beside it. Returns each trial's data
+    fingerprint.
+    """
+    fingerprints: dict[str, str] = {}
+    found = []
+    for experiment in (trial.experiment for trial in trials):
+        data, key = experiment.data, experiment.model_dump_json(include={"data", "text", "lock"})
+        if key not in fingerprints:
+            sets = [data.train, *([data.val] if data.val else [])]
+            if not experiment.text_online:
+                embed_captions(sets, data.columns, experiment.text, console)
+            fingerprints[key] = build_index(data.train, data.columns).fingerprint
+        found.append(fingerprints[key])
+    return found
+
+
+def check(sweep: Sweep, trials: Sequence[Trial]) -> None:
+    """Raise what would end a trial before its first step, or leave it without a metric, for a seed of each arm. Names the arm."""
+    for trial in {trial.arm: trial for trial in trials}.values():
+        try:
+            job = prepare_job(trial.experiment, load_text(trial.experiment.text))
+            refuse_unmeasured(sweep, job.validation)
+        except NevError as error:
+            where = ", ".join(f"{axis} = {value}" for axis, value in trial.arm)
+            raise type(error)(f"the arm {where} cannot run: {error}") from error
+
+
+def refuse_unmeasured(sweep: Sweep, validation: Validation | None) -> None:
+    """Raise ConfigError for a metric that trials with this validation would not have."""
+    known: set[str] = set()
+    if validation:
+        known = measure_names(len(validation.classes.names) if validation.classes else 0, validation.retrieval)
+    tasks = {task.name for task in load_suite(sweep.suite).tasks} if sweep.suite else set()
+    unknown = [name for name in sweep.metrics if name not in known and name.partition("/")[0] not in tasks]
+    if unknown:
+        there = [*sorted(known), *(f"{task}/..." for task in sorted(tasks))]
+        raise ConfigError(f"metrics: {', '.join(unknown)} not measured; there is {', '.join(there) or 'nothing'}")
+
+
+def tune_trials(
+    sweep: Sweep,
+    trials: Sequence[Trial],
+    results: Sequence[TrialResult | None],
+    data: Sequence[str],
+    parent: str,
+    at_once: int,
+    console: Console,
+) -> list[str | None]:
+    """Run the trials without a result. Returns what ended each one that has failed."""
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+
+    from nev.sweep.follower import Follower, innermost_line
+    from nev.sweep.trial import run_trial
+
+    left = [number for number, result in enumerate(results) if result is None]
+    errors: list[str | None] = [None] * len(trials)
+    if not left:
+        return errors
+    os.environ |= TUNE_ENVIRONMENT
+    logging.getLogger("ray.tune").setLevel(
+        logging.CRITICAL
+    )  # a trial that fails is told in a line, not with Ray's frames
+    halving = None
+    if sweep.asha:
+        halving = ASHAScheduler(
+            time_attr=SAMPLES, max_t=sweep.samples, grace_period=sweep.asha.grace, reduction_factor=sweep.asha.reduction
+        )
+    setting = {"sweep": sweep, "trials": trials, "data": data, "parent": parent}
+    with tempfile.TemporaryDirectory(prefix="nev-tune-") as storage, progress(console) as tell, ended_by_sigterm():
+        tuner = tune.Tuner(
+            # A trial waits for its TorchTrainer, which reserves what it needs: it must not hold a CPU meanwhile.
+            tune.with_resources(tune.with_parameters(run_trial, setting=setting), {"CPU": 0, "memory": 2**20}),
+            param_space={"number": tune.grid_search(left)},
+            tune_config=tune.TuneConfig(
+                metric=sweep.metrics[0],
+                mode=sweep.mode,
+                scheduler=halving,
+                max_concurrent_trials=at_once,
+                reuse_actors=not halving,  # a process is started and its libraries are read once for many trials
+            ),
+            run_config=tune.RunConfig(
+                name="tune", storage_path=storage, verbose=0, callbacks=[Follower(sweep, trials, data, len(left), tell)]
+            ),
+        )
+        grid = tuner.fit()
+        for one in (grid[place] for place in range(len(grid))):
+            if one.config and one.error is not None:
+                errors[one.config["number"]] = innermost_line(one.error)
+    return errors
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the sweep as Ctrl-C does: its trials go on from their checkpoints at the next start."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise Stopped
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def close_children(trials: Sequence[Trial], uri: str) -> None:
+    """No trial runs any more: those that MLflow takes for running were ended."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient(tracking_uri=uri)
+    for trial in trials:
+        run_id = kept_run_id(run_folder(trial.experiment))
+        try:
+            if run_id and client.get_run(run_id).info.status == "RUNNING":
+                Tracker(uri, run_id).finish("KILLED")
+        except MlflowException:
+            return  # it does not answer, and the next start of the sweep sets it right

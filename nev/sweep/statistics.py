@@ -1,0 +1,125 @@
+"""What can be said of arms that were tried with the same few seeds: means, intervals, and differences paired by seed.
+
+Intervals are Student's, so with three seeds they are 4.3 standard errors wide on either side: few seeds say little, and this says
+so. p values of one metric's differences are adjusted together (Holm 1979).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+
+Key = TypeVar("Key")
+Values = Mapping[Key, Mapping[int, float]]  # arm, then seed
+
+
+class Estimate(NamedTuple):
+    """A mean over so many seeds, and its 95 % interval: infinite where one seed says nothing of the others."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+
+class Difference(NamedTuple, Generic[Key]):
+    """An arm less the reference at the same seeds. p: two-sided, adjusted for all arms of the metric."""
+
+    arm: Key
+    by: Estimate
+    p: float
+
+    @property
+    def distinguishable(self) -> bool:
+        """Whether the difference is more than seeds make."""
+        return self.p < 1 - LEVEL
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and Student's 95 % interval of one value a seed. Raises ValueError for none."""
+    if not len(values):
+        raise ValueError("estimate: no value")
+    mean, count = float(np.mean(values)), len(values)
+    if count == 1:
+        return Estimate(mean, -math.inf, math.inf, 1)
+    error = float(np.std(values, ddof=1)) / math.sqrt(count)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * error
+    return Estimate(mean, mean - half, mean + half, count)
+
+
+def differences(values: Values[Key], reference: Key) -> list[Difference[Key]]:
+    """Each other arm less the reference, over the seeds that both have; arms without a common seed are left out."""
+    found = []
+    for arm, own in values.items():
+        seeds = sorted(own.keys() & values.get(reference, {}).keys())
+        if arm != reference and seeds:
+            by = np.array([own[seed] - values[reference][seed] for seed in seeds])
+            found.append((arm, estimate(by.tolist()), paired_p(by)))
+    adjusted = holm([p for _, _, p in found])
+    return [Difference(arm, by, p) for (arm, by, _), p in zip(found, adjusted, strict=True)]
+
+
+def paired_p(by: np.ndarray) -> float:
+    """Two-sided p of differences under 'their mean is 0' (Student's paired t). 1 for a single one, or where all are 0."""
+    if len(by) < 2 or not by.any():
+        return 1.0
+    if np.ptp(by) == 0:
+        return 0.0
+    return float(stats.ttest_1samp(by, 0.0).pvalue)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Adjusted p values, in the order given (Holm 1979)."""
+    adjusted, worst = [0.0] * len(ps), 0.0
+    for rank, place in enumerate(np.argsort(ps, kind="stable")):
+        worst = max(worst, min(1.0, (len(ps) - rank) * ps[place]))
+        adjusted[place] = worst
+    return adjusted
+
+
+class Curve(NamedTuple):
+    """y = a + b x + c x^2 with x = log2 of the setting, fitted to all seeds; peak: the setting where it is highest, if inside."""
+
+    coefficients: tuple[float, float, float]
+    peak: float | None
+    residual: float
+
+    def __call__(self, setting: float) -> float:
+        """The fitted value."""
+        a, b, c = self.coefficients
+        x = math.log2(setting)
+        return a + b * x + c * x * x
+
+
+def fit(values: Values[float]) -> Curve | None:
+    """A parabola over log2 of the settings, by least squares; None for fewer than four settings, which it would only connect."""
+    settings = sorted(values)
+    if len(settings) < 4 or settings[0] <= 0:
+        return None
+    points = [(math.log2(setting), value) for setting in settings for value in values[setting].values()]
+    x, y = np.array(points).T
+    c, b, a = (float(value) for value in np.polyfit(x, y, 2))
+    top = -b / (2 * c) if c < 0 else None
+    inside = top is not None and x.min() <= top <= x.max()
+    residual = float(np.std(y - (a + b * x + c * x**2)))
+    return Curve((a, b, c), 2**top if inside and top is not None else None, residual)
+
+
+def steps_up(values: Values[float]) -> list[tuple[float, float, Difference[float]]]:
+    """Each setting and the next larger one, and what going there changes, paired by seed and adjusted together."""
+    settings = sorted(values)
+    found = []
+    for lower, upper in itertools.pairwise(settings):
+        one = differences({lower: values[lower], upper: values[upper]}, lower)
+        found += [(lower, upper, difference) for difference in one]
+    adjusted = holm([difference.p for _, _, difference in found])
+    return [
+        (lower, upper, difference._replace(p=p)) for (lower, upper, difference), p in zip(found, adjusted, strict=True)
+    ]

@@ -1,0 +1,84 @@
+"""One trial, in its own process: an experiment from start to end as a child run, and all that can be said of what came of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from rich.console import Console
+
+from nev.config import Experiment
+from nev.config_base import ConfigError
+from nev.experiment import Summary, run_experiment
+from nev.sweep.config import Sweep
+from nev.sweep.results import SAMPLES, TrialResult, keep
+from nev.sweep.trials import Trial
+from nev.tracking import Tracker
+from nev.train.manifest import read_manifest
+
+
+def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
+    """The Tune function: trains, scores, keeps the result beside the run, and reports it.
+
+    Under ASHA it reports every validation, too, and Tune may end this process there.
+    """
+    from ray import tune
+
+    from nev.runtime import quiet
+
+    quiet()
+    sweep: Sweep = setting["sweep"]
+    trial: Trial = setting["trials"][config["number"]]
+    experiment, began = trial.experiment, time.monotonic()
+
+    def heard(step: int, metrics: dict[str, float]) -> None:
+        if sweep.metrics[0] in metrics:
+            tune.report({**metrics, SAMPLES: min(step * experiment.train.global_batch, sweep.samples - 1)})
+
+    summary = run_experiment(
+        experiment, Console(quiet=True), parent=setting["parent"], heard=heard if sweep.asha else None
+    )
+    metrics = summary.metrics | all_of(experiment, summary.checkpoint, sweep)
+    if missing := [name for name in sweep.metrics if name not in metrics]:
+        raise ConfigError(f"metrics: {', '.join(missing)} not measured. This trial has {', '.join(sorted(metrics))}")
+    log(trial, summary, metrics)
+    result = TrialResult(
+        metrics=metrics,
+        samples=sweep.samples,
+        data=setting["data"][config["number"]],
+        run_id=summary.mlflow_run_id,
+        seconds=time.monotonic() - began,
+    )
+    keep(trial, result)
+    tune.report({**{name: metrics[name] for name in sweep.metrics}, SAMPLES: sweep.samples})
+
+
+def all_of(experiment: Experiment, checkpoint: str, sweep: Sweep) -> dict[str, float]:
+    """The numbers of the vectors that the run's validation has kept, and those of the sweep's suite."""
+    from nev.eval.scoring import measures
+    from nev.eval.validation import load_kept
+    from nev.evaluation import embed
+    from nev.models.text import load_text
+    from nev.suites import evaluate_suite
+    from nev.train.setup import make_validation
+
+    found: dict[str, float] = {}
+    if experiment.data.val and (experiment.eval.zero_shot or experiment.eval.retrieval):
+        task = make_validation(experiment, load_text(experiment.text))
+        vectors = load_kept(checkpoint, task) or embed(experiment, checkpoint, task)
+        found |= measures(task.reader.index.root, *vectors)
+    if sweep.suite:
+        result, _ = evaluate_suite(checkpoint, sweep.suite, Console(quiet=True))
+        found |= {f"{task.name}/{name}": value for task in result.tasks for name, value in task.metrics.items()}
+    return found
+
+
+def log(trial: Trial, summary: Summary, metrics: dict[str, float]) -> None:
+    """Give the trial's run what it lacks: all numbers, at its last step, and what it is of the sweep."""
+    tracker = Tracker(summary.tracking_uri, summary.mlflow_run_id)
+    tracker.recall()
+    tracker.log(int(read_manifest(summary.checkpoint)["step"]), metrics)
+    tags = {f"nev.arm.{axis}": value for axis, value in trial.arm}
+    tracker.tag_later({**tags, "nev.arm": json.dumps(dict(trial.arm)), "nev.seed": str(trial.seed)})
+    tracker.flush()

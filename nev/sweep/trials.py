@@ -1,0 +1,142 @@
+"""From a sweep to its trials: every arm with every seed as a whole experiment, under a name that says what it is.
+
+A trial's name ends in a digest of its settings. So a sweep that is started again finds its finished trials, and one whose base,
+budget or data has changed begins others instead of taking those for its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nev.config import Experiment
+from nev.config_base import ConfigError
+from nev.config_file import parse, read_yaml
+from nev.sweep.config import LR_RULE, Settings, Sweep, labels_of
+
+LABEL_CHARACTERS = 80
+RULES = ("constant", "sqrt", "linear")
+
+# What a trial may be run again with, and be the same one.
+NOT_ITS_OWN = {"name", "output", "tracking", "workers", "guards"}
+
+Arm = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An arm (axis and value or label, in the order of the axes) with one seed, and the experiment that it is."""
+
+    arm: Arm
+    seed: int
+    experiment: Experiment
+
+    @property
+    def name(self) -> str:
+        """The name of its run."""
+        return self.experiment.name
+
+
+def plan_trials(sweep: Sweep, overrides: list[str]) -> list[Trial]:
+    """All arms with all seeds, every experiment validated before the first one runs; arms in order, seeds innermost.
+
+    overrides: `section.key=value`, over the sweep's own. Raises ConfigError.
+    """
+    raw = read_yaml(sweep.base)
+    fixed = [*_assignments(sweep.overrides), *overrides]
+    base = parse(Experiment, raw, fixed, where=sweep.base)
+    if sweep.asha and not base.train.eval_every:
+        raise ConfigError(f"{sweep.base}: asha judges trials at their validations: set train.eval_every in overrides")
+    budget = {"train.epochs": None, "train.steps": None, "train.samples": sweep.samples}
+    trials = []
+    for arm, settings in arms_of(sweep):
+        rule = settings.pop(LR_RULE, sweep.lr_rule)
+        if rule not in RULES:
+            raise ConfigError(f"{LR_RULE}: {rule!r} at {dict(arm)}; there is {', '.join(RULES)}")
+        settings = {**scaled(base, settings, rule), **settings, **budget}
+        for seed in sweep.seeds:
+            chosen = [*fixed, *_assignments({**settings, "seed": seed})]
+            where = f"{sweep.base} at {', '.join(f'{axis} = {value}' for axis, value in arm)}"
+            experiment = parse(Experiment, raw, chosen, where=where)
+            trials.append(Trial(arm, seed, experiment.model_copy(update={"name": name_of(sweep, arm, experiment)})))
+    return trials
+
+
+def arms_of(sweep: Sweep) -> Iterator[tuple[Arm, Settings]]:
+    """Every combination of the axes, with every draw of the search, and what it sets."""
+    axes = [
+        [(axis, label, _settings(axis, values, place)) for place, label in enumerate(labels_of(values))]
+        for axis, values in sweep.axes.items()
+    ]
+    for drawn in drawn_of(sweep):
+        for point in itertools.product(*axes):
+            arm = [(axis, label) for axis, label, _ in point] + [(key, shown(value)) for key, value in drawn.items()]
+            settings: Settings = {}
+            for _, _, own in point:
+                settings |= own
+            yield tuple(arm), {**settings, **drawn}
+
+
+def drawn_of(sweep: Sweep) -> list[Settings]:
+    """The draws of the search, the same at every start: a trial that is gone on with must be the one that was begun."""
+    if not sweep.search:
+        return [{}]
+    from ray import tune
+
+    random = np.random.default_rng(0)
+    domains = {}
+    for key, draw in sweep.search.items():
+        (kind,) = draw.model_fields_set
+        ends = getattr(draw, kind)
+        domains[key] = tune.choice(list(ends)) if kind == "choice" else getattr(tune, kind)(*ends)
+    return [
+        {key: _plain(domain.sample(random_state=random)) for key, domain in domains.items()}
+        for _ in range(sweep.draws or 0)
+    ]
+
+
+def scaled(base: Experiment, settings: Settings, rule: str) -> Settings:
+    """Learning rate and warm-up at another batch size by a rule, against the base's."""
+    ratio = int(settings.get("train.global_batch", base.train.global_batch)) / base.train.global_batch
+    factor = {"constant": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[rule]
+    return {"optim.lr": base.optim.lr * factor, "optim.warmup_steps": round(base.optim.warmup_steps / ratio)}
+
+
+def name_of(sweep: Sweep, arm: Arm, experiment: Experiment) -> str:
+    """The sweep, the arm as far as a name can tell, the seed, and a digest of all that makes the trial what it is."""
+    content = experiment.model_dump(mode="json", exclude=NOT_ITS_OWN)
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+    label = "-".join(f"{axis.rpartition('.')[2]}_{value}" for axis, value in arm)
+    label = re.sub(r"[^A-Za-z0-9._-]+", "_", label)[:LABEL_CHARACTERS]
+    return f"{sweep.name}-{label}-seed_{experiment.seed}-{digest}"
+
+
+def reference_of(sweep: Sweep) -> Arm:
+    """The arm that the others are compared with; of a search there is none, and its first draw stands in."""
+    chosen = {axis: str(sweep.reference.get(axis, labels_of(values)[0])) for axis, values in sweep.axes.items()}
+    return next(arm for arm, _ in arms_of(sweep) if all(chosen.get(axis, value) == value for axis, value in arm))
+
+
+def shown(value: Any) -> str:
+    """A setting as a person reads it."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _settings(axis: str, values: tuple[Any, ...] | dict[str, Settings], place: int) -> Settings:
+    return {axis: values[place]} if isinstance(values, tuple) else dict(list(values.values())[place])
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _assignments(settings: Settings) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]  # JSON is YAML, and keeps null and lists

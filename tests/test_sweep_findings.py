@@ -1,0 +1,179 @@
+"""What is said of a sweep: intervals, paired differences, the fit, the figure and the sentences."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from nev.config import Experiment, Optim, Train, Vision
+from nev.config_base import ConfigError
+from nev.config_data import Data
+from nev.config_file import parse
+from nev.sweep.config import Sweep
+from nev.sweep.figures import draw
+from nev.sweep.findings import findings
+from nev.sweep.results import Outcome, TrialResult
+from nev.sweep.statistics import differences, estimate, fit, holm, steps_up
+from nev.sweep.trials import Arm, Trial
+
+FLOATS = st.floats(0, 1, allow_subnormal=False)
+
+
+@given(st.lists(FLOATS, min_size=2, max_size=8).filter(lambda values: np.ptp(values) > 1e-6))
+def test_the_interval_is_students(values: list[float]) -> None:
+    found = estimate(values)
+    expected = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+    assert (found.low, found.high) == pytest.approx(expected)
+    assert found.mean == pytest.approx(np.mean(values))
+
+
+def test_one_seed_says_nothing_of_others() -> None:
+    assert estimate([0.3]) == (0.3, -math.inf, math.inf, 1)
+    with pytest.raises(ValueError, match="no value"):
+        estimate([])
+
+
+def test_intervals_cover_as_often_as_they_say() -> None:
+    random = np.random.default_rng(0)
+    found = [estimate(random.normal(0.4, 0.1, 3).tolist()) for _ in range(2000)]
+    assert np.mean([one.low <= 0.4 <= one.high for one in found]) == pytest.approx(0.95, abs=0.015)
+
+
+@given(st.lists(st.tuples(FLOATS, FLOATS), min_size=3, max_size=6))
+def test_differences_are_paired_by_seed(pairs: list[tuple[float, float]]) -> None:
+    one, other = np.array(pairs).T
+    if np.ptp(other - one) < 1e-6:
+        return
+    values = {"a": dict(enumerate(one)), "b": {**dict(enumerate(other)), 99: 0.0}}  # a seed that the reference lacks
+    (found,) = differences(values, "a")
+    expected = stats.ttest_rel(other, one)
+    assert found.arm == "b"
+    assert found.p == pytest.approx(expected.pvalue)
+    assert found.by.mean == pytest.approx(np.mean(other - one))
+    assert (found.by.low, found.by.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+
+
+def test_seeds_that_differ_alike_hide_no_difference() -> None:
+    """The seeds spread far more than the arms do; paired, the difference shows all the same."""
+    spread = {0: 0.1, 1: 0.5, 2: 0.9}
+    values = {"base": spread, "better": {seed: value + 0.01 + 0.001 * seed for seed, value in spread.items()}}
+    (found,) = differences(values, "base")
+    assert found.distinguishable
+    assert not differences({"base": spread, "same": spread}, "base")[0].distinguishable
+    assert differences({"base": spread, "shifted": {s: v + 0.5 for s, v in spread.items()}}, "base")[0].p < 1e-6
+    assert not differences({"base": {0: 0.1}, "other": {0: 0.9}}, "base")[0].distinguishable, "of one seed"
+
+
+@given(st.lists(FLOATS, min_size=1, max_size=7))
+def test_holm(ps: list[float]) -> None:
+    adjusted = holm(ps)
+    order = np.argsort(ps, kind="stable")
+    by_hand = np.minimum(1, np.maximum.accumulate(np.sort(ps) * np.arange(len(ps), 0, -1)))
+    assert np.array(adjusted)[order] == pytest.approx(by_hand)
+
+
+def test_the_fit_finds_its_peak() -> None:
+    def height(size: int) -> float:
+        return 0.5 - 0.02 * (math.log2(size) - 8) ** 2
+
+    values = {float(size): {seed: height(size) for seed in range(2)} for size in (64, 128, 256, 512, 1024)}
+    curve = fit(values)
+    assert curve
+    assert curve.peak == pytest.approx(256)
+    assert curve(64) == pytest.approx(height(64))
+    assert curve.residual == pytest.approx(0, abs=1e-9)
+    assert fit({size: value for size, value in values.items() if size < 512}) is None, "three points it would connect"
+    rising = fit({size: {0: math.log2(size) / 20} for size in values})
+    assert rising
+    assert rising.peak is None
+
+
+def test_steps_up_end_where_returns_do() -> None:
+    noise = {0: 0.001, 1: -0.002, 2: 0.0015}
+    heights = {64.0: 0.3, 128.0: 0.4, 256.0: 0.4005}
+    values = {size: {seed: height + noise[seed] * size / 64 for seed in noise} for size, height in heights.items()}
+    found = [(lower, upper, one.distinguishable) for lower, upper, one in steps_up(values)]
+    assert found == [(64, 128, True), (128, 256, False)]
+
+
+def sweep(axes: object, seeds: tuple[int, ...] = (0, 1, 2)) -> Sweep:
+    raw = {"name": "s", "question": "Which?", "base": "b.yaml", "axes": axes, "seeds": seeds, "samples": 1000}
+    return parse(Sweep, {**raw, "metrics": ["zero_shot/top1", "space/gap"]})
+
+
+def outcome(axes: dict[str, object], heights: dict[Arm, float], seeds: tuple[int, ...] = (0, 1, 2)) -> Outcome:
+    vision = Vision(trunk="vit")
+    base = Experiment(
+        name="t", data=Data(train="d"), vision=vision, optim=Optim(lr=1), train=Train(global_batch=256, steps=1)
+    )
+    trials = [Trial(arm, seed, base) for arm in heights for seed in seeds]
+    results = [
+        TrialResult(
+            metrics={"zero_shot/top1": heights[one.arm] + 0.002 * one.seed**2, "space/gap": 0.5},
+            samples=1000,
+            data="d",
+            run_id="r",
+            seconds=1,
+        )
+        for one in trials
+    ]
+    return Outcome(sweep(axes, seeds), trials, results, [None] * len(trials))
+
+
+def test_sentences_name_what_differs_and_what_does_not() -> None:
+    a, b, c = ((("lock", name),) for name in ("text", "none", "image"))
+    done = outcome({"lock": ["text", "none", "image"]}, {a: 0.3, b: 0.42, c: 0.3})
+    said = findings(done)
+    assert "Which?" in said
+    assert "| text (reference) | 30.3 % ±" in said
+    assert "none against text: +12.0 points" in said
+    assert "Against text not distinguishable at this budget: image." in said
+    assert "Against text not distinguishable at this budget: none; image." in said.partition("**space/gap**")[2]
+    assert "no difference is called one" in findings(outcome({"lock": ["text", "none"]}, {a: 0.3, b: 0.9}, seeds=(0,)))
+
+
+def test_a_failed_trial_is_in_no_mean_and_is_told() -> None:
+    a, b = ((("lock", name),) for name in ("text", "none"))
+    done = outcome({"lock": ["text", "none"]}, {a: 0.3, b: 0.4})
+    results = [None, *done.results[1:]]
+    early = results[1]
+    assert early
+    results[1] = early.model_copy(update={"ended_early": True, "samples": 500})
+    failed = Outcome(done.sweep, done.trials, results, ["it broke", *done.errors[1:]])
+    assert set(failed.values("zero_shot/top1")[a]) == {2}
+    said = findings(failed)
+    assert "it broke" in said
+    assert "at 500 samples" in said
+    assert not failed.whole
+
+
+def test_sizes_are_told_step_by_step() -> None:
+    heights = {(("train.global_batch", str(size)),): 0.2 + 0.05 * math.log2(size / 64) for size in (64, 128, 256, 512)}
+    said = findings(outcome({"train.global_batch": [64, 128, 256, 512]}, heights))
+    assert "From train.global_batch 64 to 128: +5.0 points" in said
+    assert "The last step up of train.global_batch that raises it for sure ends at 512." in said
+    assert "highest at an end of what was tried" in said
+
+
+@pytest.mark.parametrize("numeric", [True, False])
+def test_the_figure(numeric: bool, tmp_path: Path) -> None:
+    labels = ["64", "128", "256", "512"] if numeric else ["a", "b", "$x_1$", "d"]
+    heights = {(("size", label), ("rule", rule)): 0.3 for label in labels for rule in ("sqrt", "linear")}
+    done = outcome({"size": labels, "rule": ["sqrt", "linear"]}, heights)
+    measured = {metric: done.values(metric) for metric in ("zero_shot/top1", "space/gap", "absent")}
+    png, svg = draw(tmp_path / "figure", "Which?", "1,000 samples", measured)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in svg.read_bytes()
+    with pytest.raises(ValueError, match="no value"):
+        draw(tmp_path / "none", "", "", {"absent": {}})
+
+
+def test_a_metric_must_be_given() -> None:
+    with pytest.raises(ConfigError, match="metrics"):
+        parse(Sweep, {"name": "s", "base": "b", "axes": {"seed": [1]}, "samples": 1, "metrics": []})
