@@ -23,12 +23,12 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Exper
     return parse(Experiment, read_yaml(path), overrides, where=str(path))
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping with the safe loader (no tags). Raises ConfigError if it is not one."""
+def read_yaml(path: str | Path, otherwise: str = "The shipped experiments are in configs/.") -> dict[str, Any]:
+    """Read a YAML mapping with the safe loader (no tags). Raises ConfigError if it is not one, with `otherwise` of no file."""
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file. The shipped experiments are in configs/.") from None
+        raise ConfigError(f"{path}: no such file. {otherwise}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(raw, dict):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from nev.config import Experiment
 from nev.config_base import ConfigError
 from nev.config_file import parse
-from nev.data.storage import folder_to_fill, join, naming, write_whole
+from nev.data.storage import folder_to_fill, join, naming
 from nev.train.manifest import CheckpointError, read_manifest
 from nev.train.setup import absolute, make_validation
 
@@ -59,7 +59,7 @@ def evaluate_checkpoint(
 ) -> tuple[dict[str, float], list[str]]:
     """Score a checkpoint on its experiment's validation set, with overrides; write metrics.json and galleries in `output`.
 
-    `output` is a folder or an S3 prefix; by default the run's folder/evaluation. Returns the metrics (shares with the ends of
+    `output` is a folder or an S3 prefix; by default `own_folder`. Returns the metrics (shares with the ends of
     their 95 % intervals, `..._low` and `..._high`; where there are captions, also `space/` and `mixed/`), and where the files
     lie. Raises as `open_checkpoint`, and ConfigError where there is nothing to score.
     """
@@ -71,10 +71,10 @@ def evaluate_checkpoint(
         raise ConfigError("nothing to score: give data.val, and eval.zero_shot or eval.retrieval, with --set")
     task = make_validation(config, text)
     connect()
-    embedded, texts = embed(config, location, task)
-    metrics = measures(task.reader.index.root, embedded, texts)
-    output = output or join(location.rsplit("/", 2)[0], "evaluation")
-    with folder_to_fill(output) as folder:
+    output = output or own_folder(location)
+    with naming(output, "written"), folder_to_fill(output) as folder:
+        embedded, texts = embed(config, location, task)
+        metrics = measures(task.reader.index.root, embedded, texts)
         numbers = folder / "metrics.json"
         numbers.write_text(json.dumps(metrics, indent=1), encoding="utf-8")
         made = [numbers, *galleries(config, task, embedded, texts, folder)]
@@ -84,7 +84,7 @@ def evaluate_checkpoint(
 def evaluate_mteb(
     location: str, names: list[str], overrides: list[str], output: str | None = None
 ) -> tuple[dict[str, float], str]:
-    """Run mteb's own tasks on a checkpoint, text and image alike; write mteb.json in `output` (the run's folder/evaluation).
+    """Run mteb's own tasks on a checkpoint, text and image alike; write mteb.json in `output` (by default `own_folder`).
 
     Returns the main score of each task, and where the file lies. Raises ConfigError without the extra `mteb`, for a task that
     mteb does not know, and where its data cannot be had.
@@ -94,11 +94,17 @@ def evaluate_mteb(
     from nev.eval.mteb_model import scores_of
 
     opened = open_checkpoint(location, overrides)
-    scores = scores_of(as_mteb_model(opened), names)
-    output = output or join(opened.location.rsplit("/", 2)[0], "evaluation")
-    with naming(output, "written"):
-        write_whole(join(output, "mteb.json"), json.dumps(scores, indent=1).encode())
+    output = output or own_folder(opened.location)
+    with naming(output, "written"), folder_to_fill(output) as folder:
+        scores = scores_of(as_mteb_model(opened), names)
+        (folder / "mteb.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
     return scores, join(output, "mteb.json")
+
+
+def own_folder(checkpoint: str) -> str:
+    """Where what is said of a checkpoint lies: RUN/evaluation/step-..."""
+    run, _, step = checkpoint.rsplit("/", 2)
+    return join(run, "evaluation", step)
 
 
 def as_mteb_model(opened: Opened) -> MtebModel:

@@ -87,6 +87,8 @@ def run_experiment(
         try:
             ledger = Ledger(config, tracker, console, heard)
             ledger.patience.remember(read_points(job.run, begun))
+            if begun < job.stop_step and ledger.patience.over:
+                ledger.note(f"{ledger.patience}: the run has ended early (--set eval.patience=null trains on)")
             with validating(job) as validator:
                 if begun < job.stop_step and not ledger.patience.over:
                     fit(job, begun, train_reader(config, text), board, ledger, console, validator)

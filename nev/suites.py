@@ -51,7 +51,7 @@ def evaluate_suite(
     from nev.runtime import connect
 
     suite = load_suite(name, data)
-    others = [load_result(file) for file in against]
+    others = [load_result(file, Path(name).stem) for file in against]
     opened = open_checkpoint(location, overrides or [])
     output = output or join(opened.location.rsplit("/", 2)[0], "evaluation")
     connect()
@@ -59,6 +59,7 @@ def evaluate_suite(
     with naming(output, "written"), folder_to_fill(output) as folder:
         pictures = folder / f"{Path(name).stem}-{opened.manifest['step']:08d}"
         scored = run_tasks(suite, opened, join(output, "embeddings"), pictures, console)
+        refuse_nothing(name, [one.result for one in scored])
         results = with_effective(suite, [one.result for one in scored], others)
         result = SuiteResult(
             suite=Path(name).stem,
@@ -75,6 +76,14 @@ def evaluate_suite(
     shown = [join(output, path.name) for path in made]
     track(result, opened, shown, console)
     return result, shown
+
+
+def refuse_nothing(name: str, results: Sequence[TaskResult]) -> None:
+    """Raise ConfigError where no task was run: a page of nothing would take the place of an earlier one of the same name."""
+    if any(result.value is not None for result in results):
+        return
+    reasons = list(dict.fromkeys(str(result.reason) for result in results))
+    raise ConfigError(f"suite {name}: no task could be run, so nothing is written:\n  " + "\n  ".join(reasons))
 
 
 class Scored(NamedTuple):

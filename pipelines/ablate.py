@@ -28,7 +28,12 @@ def main(
     with explained(
         console, "The same command goes on: finished trials are kept, others continue from their checkpoints."
     ):
-        sweep = parse(Sweep, read_yaml(config), sweep_overrides or [], where=config)
+        sweep = parse(
+            Sweep,
+            read_yaml(config, "The shipped sweeps are in configs/ablations/."),
+            sweep_overrides or [],
+            where=config,
+        )
         from nev.experiment import how_to_look
         from nev.sweep.report import outcome_table
         from nev.sweep.run import run_sweep

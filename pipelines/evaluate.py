@@ -12,7 +12,7 @@ python pipelines/evaluate.py --checkpoint runs/big/checkpoints/step-00070830 --s
 
 Tasks of mteb, whose data comes from the hub:
 
-python pipelines/evaluate.py --checkpoint runs/big/checkpoints/step-00070830 --mteb STSBenchmark --mteb Flickr30kI2TRetrieval
+python pipelines/evaluate.py --checkpoint runs/big/checkpoints/step-00070830 --mteb STSBenchmark.v2 --mteb Flickr30kI2TRetrieval
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main(
         typer.Option(help="JSON of the same suite for another model, to stand beside this one; may be repeated."),
     ] = None,
     mteb: Annotated[
-        list[str] | None, typer.Option(help="A task of mteb by its name (pip install 'nev[mteb]'); may be repeated.")
+        list[str] | None, typer.Option(help=r"A task of mteb by its name (pip install 'nev\[mteb]'); may be repeated.")
     ] = None,
     output: Annotated[
         str | None,
@@ -55,6 +55,10 @@ def main(
 
         if suite and mteb:
             raise ConfigError("--suite and --mteb are two evaluations: run one after the other")
+        if data and not suite:
+            raise ConfigError("--data is the folder of a suite's data: give --suite, too, or --set data.val=...")
+        if against and not suite:
+            raise ConfigError("--against is another model's JSON of a suite: give --suite, too")
         if suite:
             result, files = evaluate_suite(
                 checkpoint, suite, Console(stderr=True), overrides or [], data, output, against or ()
@@ -70,8 +74,6 @@ def main(
             files = [file]
             for name, value in scores.items():
                 console.print(f"{name:<40} {value:.4f}", highlight=False)
-        elif data:
-            raise ConfigError("--data is the folder of a suite's data: give --suite, too, or --set data.val=...")
         else:
             metrics, files = evaluate_checkpoint(checkpoint, overrides or [], output)
             console.print(metrics_table(metrics, checkpoint))

@@ -79,9 +79,9 @@ def test_folder_without_manifest_is_not_a_checkpoint(tmp_path: Path) -> None:
     assert manifest.latest(str(tmp_path)) == newer
     Path(newer, "state.json").unlink()  # as a process that died before its last write would leave it
     assert manifest.latest(str(tmp_path)) == older
-    with pytest.raises(CheckpointError, match=r"not a checkpoint .*There are .*step-00000001"):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint .*There is .*step-00000001"):
         checkpoint.load(newer)
-    with pytest.raises(CheckpointError, match=r"not a checkpoint .*There are .*step-00000001"):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint .*There is .*step-00000001"):
         checkpoint.load(str(tmp_path))
     with pytest.raises(CheckpointError, match=r"not a checkpoint .*Checkpoints lie in RUN/checkpoints/step-\.\.\."):
         checkpoint.load(str(tmp_path / "nothing"))

@@ -260,5 +260,5 @@ def test_a_run_on_s3_stopped_and_resumed_equals_one_in_a_folder(
     for name in (name.removesuffix("_low") for name in metrics if name.endswith("_low")):
         assert metrics[f"{name}_low"] <= metrics[name] <= metrics[f"{name}_high"], name
     assert {"zero_shot/top1_low", "space/gap", "mixed/images_found"} <= metrics.keys()
-    assert files[0] == f"{RUN}/evaluation/metrics.json"
+    assert files[0] == f"{RUN}/evaluation/step-00000008/metrics.json"
     assert all(fs.exists(file) for file in files)

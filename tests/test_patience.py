@@ -38,7 +38,7 @@ def test_a_step_that_is_repeated_counts_once_and_a_journal_counts() -> None:
     assert not found.over
     found.see(30, {METRIC: 0.5})
     assert found.over
-    assert "best is 0.5, at step 10" in str(found)
+    assert "best is 0.5, at step 30" in str(found)
 
 
 def test_without_patience_it_is_never_over(tiny: Make) -> None:
@@ -67,6 +67,8 @@ def test_a_run_ends_early_and_stays_ended(ray_cluster: None, tiny: Make, tmp_pat
     assert {4, 8, 12, 16} <= validated
     assert read_manifest(summary.checkpoint)["metrics"][METRIC] == summary.metrics[METRIC]
 
-    again = run_experiment(config, Console(quiet=True))
+    said = Console(file=io.StringIO(), width=200)
+    again = run_experiment(config, said)
+    assert "has ended early (--set eval.patience=null trains on)" in said.file.getvalue()  # type: ignore[attr-defined]
     assert again.checkpoint == summary.checkpoint
     assert read_manifest(str(latest(folder)))["step"] == ended

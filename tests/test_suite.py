@@ -129,6 +129,14 @@ tasks:
 """
 
 
+def nothing_of(own: Path) -> Path:
+    """The same suite with its first task alone, by the same name in another folder."""
+    (own.parent / "first").mkdir()
+    first = own.parent / "first" / own.name
+    first.write_text(own.read_text().split("  - {name: search")[0])
+    return first
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_suite_from_its_file_to_its_page(
@@ -175,6 +183,16 @@ def test_a_suite_from_its_file_to_its_page(
     assert html.count("data:image/png;base64,") == 10  # the loss, and the pictures of six tasks
     assert "http" not in html.replace(str(trained), "")
     assert "not run: " in html
+
+    with pytest.raises(ConfigError, match=r"no task could be run, so nothing is written:\n  .*no such file or folder"):
+        evaluate_suite(
+            trained,
+            str(nothing_of(own)),
+            Console(quiet=True),
+            data=str(tmp_path / "nowhere"),
+            output=str(tmp_path / "out"),
+        )
+    assert page.read_text() == html
 
     again, _ = evaluate_suite(trained, str(own), Console(quiet=True), output=str(tmp_path / "out"))
     assert embedded == [4, 1]  # nothing is embedded anew but what cannot be

@@ -205,6 +205,8 @@ def remedy(error: Exception, damaged: str) -> str:
         return damaged
     if isinstance(error, FileNotFoundError):
         return "It is not there (any more): put it back, or start anew without it."
+    if isinstance(error, NotADirectoryError):
+        return "A part of that path is a file: give another folder."
     if isinstance(error, PermissionError):
         return "Access is denied: allow it; for s3:// check AWS_PROFILE or AWS_ACCESS_KEY_ID and the bucket's policy."
     return "The storage fails: check disk and network, for s3:// AWS_ENDPOINT_URL and AWS_PROFILE."

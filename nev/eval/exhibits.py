@@ -21,7 +21,7 @@ from nev.eval.tasks import Context, labelled, pairs_of
 from nev.eval.zeroshot import zero_shot_ranks
 
 QUERIES, RESULTS = 5, 5
-WORST = 8  # classes of a confusion matrix
+WORST = 8  # classes of a confusion matrix that cannot hold all
 DOTS = 1000  # of each modality in the map of the space
 
 
@@ -94,23 +94,26 @@ def _gallery(
 
 
 def _confusion(task: Task, found: Collection, context: Context, result: TaskResult, path: Path) -> None:
-    """Of the classes that do worst: what share of their pictures is taken for which of them, and for others."""
+    """Of the classes that do worst: what share of their pictures is taken for which classes."""
     seen = labelled(task, found, context)
     given = classification.answers(
         zero_shot_ranks(seen.images, seen.labels, seen.classes), seen.images, seen.labels, seen.classes
     )
     shares = classification.per_class(given)
-    worst = [int(label) for label in np.argsort(shares, kind="stable") if np.isfinite(shares[label])][:WORST]
-    table = np.array(
-        [[float(np.mean(given.given[given.labels == label] == other)) for other in worst] for label in worst]
-    )
-    table = np.concatenate([table, 1 - table.sum(1, keepdims=True)], axis=1)
+    known = [int(label) for label in np.argsort(shares, kind="stable") if np.isfinite(shares[label])]
+    worst = known if len(known) <= WORST + WORST // 2 else known[:WORST]
+    taken = np.array([np.bincount(given.given[given.labels == label], minlength=len(seen.names)) for label in worst])
+    taken = taken / taken.sum(1, keepdims=True)
+    often = [int(label) for label in np.argsort(-taken.sum(0), kind="stable") if label not in worst]
+    columns = [*worst, *often[: WORST // 2]]
+    table, names = taken[:, columns], [seen.names[label][:18] for label in columns]
+    if len(columns) < len(seen.names):
+        table, names = np.concatenate([table, 1 - table.sum(1, keepdims=True)], axis=1), [*names, "others"]
     figure = new_figure(7.5, 5.5)
     axes = figure.subplots()
     axes.imshow(table, cmap="Blues", vmin=0, vmax=1)
-    names = [seen.names[label][:18] for label in worst]
-    axes.set_xticks(range(len(worst) + 1), [*names, "others"], rotation=40, ha="right", parse_math=False)
-    axes.set_yticks(range(len(worst)), names, parse_math=False)
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", parse_math=False)
+    axes.set_yticks(range(len(worst)), names[: len(worst)], parse_math=False)
     for row, line in enumerate(table):
         for column, share in enumerate(line):
             axes.text(
@@ -129,7 +132,7 @@ def _histogram(task: Task, found: Collection, context: Context, result: TaskResu
     width = result.table[0]["to"] - result.table[0]["from"]
     for name, label, colour in (("others", "another picture", COLOURS[5]), ("own", "its own picture", COLOURS[0])):
         axes.bar(left, [row[name] for row in result.table], width, align="edge", color=colour, alpha=0.65, label=label)
-    dress(axes, "cosine of a caption and", "share", legend=True)
+    dress(axes, "cosine of a caption with", "share", legend=True)
     save(figure, path)
 
 
@@ -195,7 +198,7 @@ DRAWN: dict[str, dict[str, Draw]] = {
         "nearest: the pictures most like the worst classes; framed ones are of the class": _mistakes,
     },
     "retrieval": {
-        "found: captions whose own picture, framed, comes first": _galleries(best=True),
+        "found: captions whose own picture, framed, ranks best": _galleries(best=True),
         "missed: captions whose own picture is furthest behind": _galleries(best=False),
     },
     "alignment": {

@@ -125,7 +125,8 @@ def scores_of(model: MtebModel, names: Sequence[str]) -> dict[str, float]:
     try:
         tasks = mteb.get_tasks(tasks=list(names))
     except KeyError as error:
-        raise ConfigError(f"--mteb: {error.args[0]}") from error
+        said = str(error.args[0]).removeprefix("KeyError: ")
+        raise ConfigError(f"--mteb: {said} `mteb available-tasks` lists the names.") from error
     try:
         asked: Any = model  # its protocol wants a constructor of names
         found = mteb.evaluate(asked, tasks, cache=None, co2_tracker=False, show_progress_bar=False)

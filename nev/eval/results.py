@@ -61,19 +61,28 @@ class SuiteResult(Section):
         }
 
 
-def load_result(location: str) -> SuiteResult:
-    """What an earlier `evaluate.py --suite` wrote as JSON, here or on S3. Raises ConfigError where it is no such file."""
+def load_result(location: str, suite: str) -> SuiteResult:
+    """What an earlier `evaluate.py --suite` wrote as JSON, here or on S3. Raises ConfigError where it is no such file, or is of
+    another suite.
+    """
     content = content_of(location)
     if content is None:
         raise ConfigError(
             f"{location}: no such file. evaluate.py --suite NAME writes NAME-STEP.json in the run's folder/evaluation."
         )
     try:
-        return SuiteResult.model_validate_json(content)
+        result = SuiteResult.model_validate_json(content)
     except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
         raise ConfigError(
-            f"{location}: not what evaluate.py --suite writes ({error.error_count()} problems)"
+            f"{location}: not what evaluate.py --suite writes ({where + ': ' if where else ''}{first['msg']})"
         ) from error
+    if result.suite != suite:
+        raise ConfigError(
+            f"{location}: of the suite {result.suite!r}, and this is {suite!r}: they have nothing to compare"
+        )
+    return result
 
 
 def average_of(suite: Suite, results: list[TaskResult]) -> float | None:

@@ -128,7 +128,7 @@ def load_suite(name: str, root: str | None = None) -> Suite:
     Raises ConfigError for an unknown name, a file that is no suite, and a variable in `root` that is not set.
     """
     if name.endswith((".yaml", ".yml")):
-        suite = parse(Suite, read_yaml(name), where=name)
+        suite = parse(Suite, read_yaml(name, f"The shipped suites are {', '.join(shipped())}."), where=name)
     elif name in shipped():
         suite = parse(Suite, read_yaml(str(files("nev.eval.suites").joinpath(f"{name}.yaml"))), where=name)
     else:

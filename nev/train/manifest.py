@@ -54,7 +54,11 @@ def read_manifest(location: str) -> dict[str, Any]:
     except FileNotFoundError:
         runs = (location, location.rstrip("/").rpartition("/checkpoints")[0])
         near = [found for run in runs if run for found in checkpoints(run)]
-        there = f"There are {', '.join(near)}." if near else "Checkpoints lie in RUN/checkpoints/step-..."
+        there = (
+            f"There {'is' if len(near) == 1 else 'are'} {', '.join(near)}."
+            if near
+            else "Checkpoints lie in RUN/checkpoints/step-..."
+        )
         raise CheckpointError(f"{location}: not a checkpoint (there is no state.json in it). {there}") from None
     except ValueError as error:
         raise Damaged(f"{location}/state.json: damaged ({error})") from error

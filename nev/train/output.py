@@ -78,7 +78,9 @@ def check_space(run: str, checkpoints: int, size: int) -> None:
 
 
 def what_to_do(error: Exception, path: str) -> str:
-    """The remedy for an output on S3 that failed its probe at `path`."""
+    """The remedy for an output that failed its probe at `path`."""
+    if path.startswith("/"):
+        return "Give a folder that can be written to with --set output=..."
     bucket = path.split("/")[0]
     if isinstance(error, FileNotFoundError):
         return f"Make the bucket (aws s3 mb s3://{bucket}), or give another one with --set output=s3://BUCKET/PREFIX."

@@ -34,6 +34,8 @@ class Patience:
         return max(scores[-self._patience :]) <= max(scores[: -self._patience])
 
     def __str__(self) -> str:
-        best = max(self._scores, key=lambda step: (self._scores[step], -step))
+        best = max(
+            self._scores, key=lambda step: (self._scores[step], step)
+        )  # the newest of equals, as `manifest.best` has it
         was = f"its best is {self._scores[best]:.4g}, at step {best:,}"
         return f"{self._metric} has not improved for {self._patience} validations; {was}"
