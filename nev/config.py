@@ -18,6 +18,9 @@ class Text(Section):
 
     `mode`: `sidecar` reads the vectors that embed_text has written, `online` runs the tower in the training loop. `None` takes
     the first where the text is locked, and the second, which it then needs, where it is not.
+
+    For ablations, with sidecars: `noise`, the mean length of random noise on the vectors that are trained on; `center`: they are
+    less their mean, unit again (corrupt and collapse of Zhang et al. 2024). What is searched with stays as it is.
     """
 
     mode: Literal["sidecar", "online"] | None = None
@@ -27,6 +30,8 @@ class Text(Section):
     pooling: Literal["mean", "cls"] = "mean"
     layer_norm: bool = False
     max_tokens: Positive = 77
+    noise: float = Field(default=0.0, ge=0)
+    center: bool = False
     trust_remote_code: bool = False
 
 
@@ -251,6 +256,10 @@ class Experiment(Section):
         if self.lock != "text" and self.text.mode == "sidecar":
             raise ValueError(
                 f"lock: {self.lock} trains the text tower, whose vectors sidecars cannot hold: leave text.mode out"
+            )
+        if self.text_online and (self.text.noise or self.text.center):
+            raise ValueError(
+                "text.noise and text.center change the vectors of sidecars, and here the text tower runs online"
             )
         if self.lock == "image" and not (self.vision.pretrained or self.vision.weights):
             raise ValueError("lock: image would lock random weights: give vision.weights, or vision.pretrained: true")

@@ -56,7 +56,11 @@ class Limits(Section):
 
 
 class Data(Section):
-    """Where the pictures are and how they become uint8 arrays of (image_size, image_size, 3)."""
+    """Where the pictures are and how they become uint8 arrays of (image_size, image_size, 3).
+
+    For ablations, of `train` alone: `used_rows`, the share of each row group that is used, its first rows; `permuted_captions`,
+    the share of rows that have another row's caption, the same one in every epoch.
+    """
 
     train: Location
     val: Location | None = None
@@ -68,3 +72,5 @@ class Data(Section):
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     limits: Limits = Limits()
     max_bad_share: Share = 0.05
+    used_rows: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    permuted_captions: Share = 0.0

@@ -22,6 +22,7 @@ from nev.data.plan import Segment
 from nev.data.rows import captions_of
 from nev.data.sidecar import not_beside, sidecar_location, uids_of, vectors_of
 from nev.data.storage import filesystem, is_local, open_parquet
+from nev.data.text_view import OWN_TEXTS, TextView, caption_rows
 
 if TYPE_CHECKING:
     from nev.data.tokens import Tokens
@@ -46,6 +47,7 @@ class BlockReader:
     text_width: int = 0
     tokens: Tokens | None = None
     with_labels: bool = False
+    text_view: TextView = OWN_TEXTS
     _files: OrderedDict[str, tuple[Any, pq.FileMetaData]] = field(default_factory=OrderedDict, repr=False)
 
     @property
@@ -91,17 +93,18 @@ class BlockReader:
     def _fill(self, part: Block, segment: Segment, epoch: int) -> None:
         """Fill views of the block with one segment."""
         shard, group = int(self.index.shard[segment.group]), int(self.index.group[segment.group])
-        columns = self.index.columns
+        columns, location = self.index.columns, self.index.location(shard)
         more = (columns.label if self.with_labels else None, columns.caption if self.tokens else None)
         names = [name for name in (columns.uid, columns.image, *more) if name]
-        table = self._table(self.index.location(shard), group, names, segment)
+        table = self._table(location, group, names, segment)
         part["shard"][:], part["row_group"][:] = shard, group
         part["row"][:] = np.arange(segment.start, segment.stop)
         part["uid"][:] = uids_of(table[columns.uid])
         if self.with_labels and columns.label:
             part["label"][:] = [-1 if label is None else label for label in table[columns.label].to_pylist()]
         if self.tokens:
-            self._fill_tokens(part, table[columns.caption], epoch, self.tokens)
+            captions = self._permuted(table, str(columns.caption), location, shard, group, segment)
+            self._fill_tokens(part, captions, epoch, self.tokens)
         elif self.text_key:
             self._fill_vectors(part, shard, group, segment, epoch)
         for row, value in enumerate(_encoded(table[columns.image])):
@@ -136,11 +139,13 @@ class BlockReader:
         table = self._table(location, group, ["uid", "vectors"], segment)
         if uids_of(table["uid"]) != part["uid"].tolist():
             raise not_beside(location)
-        vectors, starts = vectors_of(table["vectors"], self.text_width)
+        column = self._permuted(table, "vectors", location, shard, group, segment)
+        vectors, starts = vectors_of(column, self.text_width)
         counts = np.diff(starts)
         chosen = self._drawn(part, counts, epoch)
         has_text = _captioned(part, counts)
-        part["text"][has_text] = vectors[(starts[:-1] + chosen)[has_text]]
+        own = vectors[(starts[:-1] + chosen)[has_text]]
+        part["text"][has_text] = self.text_view.of(own, self.seed, epoch, part["uid"][has_text].tolist())
 
     def _view(self, value: pa.Scalar, uid: str, epoch: int, out: NDArray[np.uint8]) -> None:
         buffer = value.as_buffer()
@@ -151,6 +156,17 @@ class BlockReader:
             eval_view(image, out)
         else:
             train_view(image, out, self.augment, draw(self.seed, epoch, uid, "augment"))
+
+    def _permuted(
+        self, table: pa.Table, column: str, location: str, shard: int, group: int, segment: Segment
+    ) -> pa.ChunkedArray:
+        """The texts that rows of a row group are trained with: the table's own, but where captions are permuted."""
+        if not self.text_view.permuted:
+            return table[column]
+        rows = self._file(location).metadata.row_group(group).num_rows
+        whose = caption_rows(rows, self.text_view.permuted, self.seed, shard, group)
+        whole = self._table(location, group, [column], Segment(segment.group, 0, rows))
+        return whole[column].take(whose[segment.start : segment.stop])
 
     def _table(self, location: str, group: int, columns: list[str], segment: Segment) -> pa.Table:
         with reading(f"{location}: row group {group}", "Write this file again, or remove it and start anew."):

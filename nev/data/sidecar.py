@@ -152,6 +152,18 @@ def _check(index: Index, shard: int, key: str, width: int, every_row: bool = Fal
             raise not_beside(location)
 
 
+def mean_vector(index: Index, key: str, width: int, captions: int = 100_000) -> NDArray[np.float32]:
+    """The mean of the vectors of the first shards, as many as hold `captions` or all: float32 [D]."""
+    total, count = np.zeros(width), 0
+    for shard in range(len(index.paths)):
+        vectors, _ = vectors_of(read_column(sidecar_location(index, shard, key), "vectors", WRITE_AGAIN), width)
+        total += vectors.sum(0, dtype=np.float64)
+        count += len(vectors)
+        if count >= captions:
+            break
+    return (total / max(1, count)).astype(np.float32)
+
+
 def not_beside(location: str) -> DataError:
     """The error for a sidecar whose rows are not those of its shard."""
     return DataError(f"{location}: its rows are not those of the shard, which changed since. {WRITE_AGAIN}")

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nev.config import Experiment, ZeroShot, refuse_widths
 from nev.config_base import ConfigError
 from nev.config_data import Data
@@ -14,7 +17,8 @@ from nev.data.block import BlockReader
 from nev.data.index import DataError, Index, build_index, content_of, read_column
 from nev.data.labels import lines_of
 from nev.data.plan import Plan
-from nev.data.sidecar import check_sidecars, sidecar_key
+from nev.data.sidecar import check_sidecars, mean_vector, sidecar_key
+from nev.data.text_view import TextView
 from nev.data.tokens import tokens_of
 from nev.eval.texts import Classes
 from nev.eval.validation import Validation, metric_names
@@ -97,7 +101,9 @@ def prepare_job(
             check_vision(config.vision, config.data.image_size, text.width, locked=config.lock == "image")
     with found:
         index = build_index(config.data.train, config.data.columns)
-        plan = Plan(index.rows, config.seed, config.train.global_batch, config.data.block_rows)
+        plan = Plan(
+            used_rows(index, config.data.used_rows), config.seed, config.train.global_batch, config.data.block_rows
+        )
         if not config.text_online:
             check_sidecars(index, text_key(index, text), text.width)
     with found:
@@ -130,6 +136,7 @@ def prepare_job(
 def train_reader(config: Experiment, text: TextTower) -> BlockReader:
     """The reader of training blocks (its index costs a listing: this machine may have the footers cached)."""
     index = build_index(config.data.train, config.data.columns)
+    mean = mean_vector(index, text_key(index, text), text.width) if config.text.center else None
     return BlockReader(
         index=index,
         image_size=config.data.image_size,
@@ -139,7 +146,13 @@ def train_reader(config: Experiment, text: TextTower) -> BlockReader:
         text_key=None if config.text_online else text_key(index, text),
         text_width=text.width,
         tokens=tokens_of(text) if config.text_online else None,
+        text_view=TextView(config.data.permuted_captions, mean, config.text.noise),
     )
+
+
+def used_rows(index: Index, share: float) -> NDArray[np.int64]:
+    """The rows of each row group that a run uses: int64 [G]."""
+    return index.rows if share == 1 else np.floor(index.rows * share).astype(np.int64)
 
 
 def text_key(index: Index, text: TextTower) -> str:
