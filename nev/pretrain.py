@@ -1,0 +1,223 @@
+"""Initialisations made at home: a trunk taught to name classes, or to fill in masked patches, for `vision.weights` of a run.
+
+Supervised: cross-entropy over a linear layer on the mean token. Masked image modelling: SimMIM (Xie et al. 2022), which replaces
+patches by a learned token and regresses their pixels by a linear layer, mean absolute error over the masked ones. One process,
+on this machine's GPU where it has one; pictures come from the same stream as in training.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from nev.config import Experiment
+from nev.config_base import ConfigError
+from nev.data.block import Block, BlockReader
+from nev.data.index import DataError, Index, build_index, read_column
+from nev.data.plan import Plan, in_order
+from nev.data.storage import join, naming, write_whole
+from nev.models.vision import VisionTower, build_vision, normalise
+from nev.progress import progress
+from nev.tracking import open_run, tracking_uri
+from nev.train.optim import learning_rate, make_optimizer, set_learning_rate
+from nev.train.setup import absolute, total_steps, used_rows, val_reader
+
+Objective = Literal["supervised", "mim"]
+MASKED = 0.6  # of the patches: SimMIM's
+
+
+class Pretrained(NamedTuple):
+    """Where the trunk's weights lie (safetensors, timm's names), and what it scores on `data.val`, where that is given."""
+
+    weights: str
+    metrics: dict[str, float]
+
+
+def pretrain(config: Experiment, objective: Objective, console: Console) -> Pretrained:
+    """Train the trunk of `config` on the pictures of its `data.train`, for its `train` length and by its `optim`.
+
+    Writes `<output>/<name>-<objective>/trunk.safetensors`. Raises ConfigError for a trunk without patches to mask, DataError for
+    a set without labels to learn.
+    """
+    from nev.runtime import connect
+
+    config = absolute(config)
+    torch.manual_seed(config.seed)
+    index = build_index(config.data.train, config.data.columns)
+    tower = build_vision(config.vision.model_copy(update={"pool": "mean"}), config.data.image_size, 1)
+    plan = Plan(used_rows(index, config.data.used_rows), config.seed, config.train.global_batch, config.data.block_rows)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = (
+        Classifier(tower, classes_of(index)) if objective == "supervised" else Inpainter(tower, config.data.image_size)
+    )
+    model.to(device)
+    reader = BlockReader(
+        index, config.data.image_size, config.data.limits, config.seed, config.data.augment, with_labels=True
+    )
+    folder, uri = join(config.output, f"{config.name}-{objective}"), tracking_uri(config.tracking, config.output)
+    connect()
+    tags = {"nev.kind": "pretrain", "nev.objective": objective, "nev.data_fingerprint": index.fingerprint}
+    tracker = open_run(uri, config.tracking.experiment, f"{config.name}-{objective}", config, tags, config.output)
+    status = "FAILED"
+    try:
+        steps = total_steps(config, plan)
+        fit(config, model, stream(reader, plan, steps), steps, device, tracker.log, console)
+        metrics = score(config, model, device) if config.data.val else {}
+        tracker.log(steps, metrics)
+        weights = join(folder, "trunk.safetensors")
+        with naming(weights, "written"):
+            write_whole(weights, save({name: one.cpu().contiguous() for name, one in tower.trunk.state_dict().items()}))
+        status = "FINISHED"
+    finally:
+        tracker.finish(status)
+    return Pretrained(weights, metrics)
+
+
+class Classifier(nn.Module):
+    """Pictures with labels to cross-entropy; `scores` are the classes'."""
+
+    def __init__(self, tower: VisionTower, classes: int) -> None:
+        super().__init__()
+        self.trunk, self.tokens = tower.trunk, tower.tokens
+        self.classes = nn.Linear(tower.trunk.num_features, classes)
+
+    def scores(self, images: Tensor) -> Tensor:
+        """float [b, 3, H, W] -> [b, classes]."""
+        scores: Tensor = self.classes(self.tokens(images).mean(1))
+        return scores
+
+    def forward(self, images: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
+        """The loss, a scalar."""
+        return F.cross_entropy(self.scores(images), labels)
+
+    def metrics(self, images: Tensor, labels: Tensor, random: torch.Generator) -> dict[str, Tensor]:
+        """Of each picture: whether its class scores highest."""
+        return {"pretrain/top1": (self.scores(images).argmax(1) == labels).float()}
+
+
+class Inpainter(nn.Module):
+    """Pictures to the mean absolute error over their masked patches (SimMIM). Raises ConfigError for a trunk without patches."""
+
+    def __init__(self, tower: VisionTower, image_size: int) -> None:
+        super().__init__()
+        self.trunk, self.tokens = tower.trunk, tower.tokens
+        patches = getattr(self.trunk, "patch_embed", None)
+        if patches is None or not hasattr(patches, "patch_size"):
+            raise ConfigError(
+                f"vision.trunk {tower.name!r} has no patches to mask: choose a vision transformer for --objective mim"
+            )
+        self.patch = int(patches.patch_size[0])
+        self.count = (image_size // self.patch) ** 2
+        width = self.trunk.num_features
+        self.mask_token = nn.Parameter(torch.zeros(width))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.pixels = nn.Linear(width, 3 * self.patch**2)
+        self._masked: Tensor | None = None
+        patches.register_forward_hook(self._hide)
+
+    def _hide(self, module: nn.Module, given: Any, embedded: Tensor) -> Tensor:
+        assert self._masked is not None
+        masked = self._masked.view(*embedded.shape[:-1], 1)
+        return torch.where(masked, self.mask_token.to(embedded.dtype), embedded)
+
+    def errors(self, images: Tensor, random: torch.Generator) -> Tensor:
+        """float [b, 3, H, W] -> mean absolute error of each picture's masked patches, [b]."""
+        keep = torch.rand(len(images), self.count, generator=random).argsort(1) >= round(MASKED * self.count)
+        self._masked = ~keep.to(images.device)
+        tokens = self.tokens(images)[:, -self.count :]  # class and register tokens come before the patches
+        wanted = F.unfold(images, self.patch, stride=self.patch).transpose(1, 2)
+        error = (self.pixels(tokens) - wanted).abs().mean(2)
+        errors: Tensor = (error * self._masked).sum(1) / self._masked.sum(1)
+        return errors
+
+    def forward(self, images: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
+        """The loss, a scalar."""
+        return self.errors(images, random).mean()
+
+    def metrics(self, images: Tensor, labels: Tensor, random: torch.Generator) -> dict[str, Tensor]:
+        """Of each picture: the error of its masked patches."""
+        return {"pretrain/mim_error": self.errors(images, random)}
+
+
+def fit(
+    config: Experiment,
+    model: Classifier | Inpainter,
+    blocks: Iterator[Block],
+    steps: int,
+    device: torch.device,
+    log: Callable[[int, dict[str, float]], None],
+    console: Console,
+) -> None:
+    """Train `model` in place for so many steps of B pictures."""
+    optimizer = make_optimizer(model, config.optim)
+    parts = config.train.global_batch // config.data.block_rows
+    model.train()
+    with progress(console) as tell:
+        for step in range(steps):
+            images, labels = batch_of(list(itertools.islice(blocks, parts)), model, config, device)
+            set_learning_rate(optimizer, learning_rate(step, steps, config.optim))
+            random = torch.Generator().manual_seed(hash((config.seed, step)))
+            loss = model(images, labels, random)
+            optimizer.zero_grad()
+            loss.backward()
+            if config.optim.clip_norm:
+                nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+            optimizer.step()
+            if (step + 1) % config.train.log_every == 0 or step + 1 == steps:
+                found = float(loss.detach())
+                if not math.isfinite(found):
+                    raise ConfigError(f"the loss of step {step + 1} is {found}: lower optim.lr, or warm up for longer")
+                log(step + 1, {"pretrain/loss": found})
+                tell("steps", step + 1, steps, f"loss {found:.3f}")
+
+
+@torch.inference_mode()
+def score(config: Experiment, model: Classifier | Inpainter, device: torch.device) -> dict[str, float]:
+    """The mean of the model's metrics over `data.val`."""
+    reader = val_reader(config.data, build_index(str(config.data.val), config.data.columns))
+    random, found = torch.Generator().manual_seed(0), dict[str, list[Tensor]]()
+    model.eval()
+    for segments in in_order(reader.index.rows, config.eval.batch):
+        images, labels = batch_of([reader.read(segments, 0)], model, config, device)
+        for name, values in model.metrics(images, labels, random).items():
+            found.setdefault(name, []).append(values.cpu())
+    return {name: float(torch.cat(values).mean()) for name, values in found.items()}
+
+
+def batch_of(
+    blocks: list[Block], model: Classifier | Inpainter, config: Experiment, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The usable pictures of some blocks: float [n, 3, H, W], and their labels int64 [n]."""
+    usable = [block["valid"] & ((block["label"] >= 0) | isinstance(model, Inpainter)) for block in blocks]
+    images = torch.cat([torch.tensor(block["image"][rows]) for block, rows in zip(blocks, usable, strict=True)])
+    labels = torch.cat([torch.tensor(block["label"][rows]) for block, rows in zip(blocks, usable, strict=True)])
+    return normalise(images.to(device), config.data.mean, config.data.std), labels.to(device)
+
+
+def stream(reader: BlockReader, plan: Plan, steps: int) -> Iterator[Block]:
+    """The blocks of the first `steps` steps, in order, from the connected Ray."""
+    from nev.data.stream import make_stream
+
+    blocks: Any = make_stream(reader, plan, 0, steps).iter_batches(batch_size=None, batch_format="numpy")
+    return iter(blocks)
+
+
+def classes_of(index: Index) -> int:
+    """One more than the highest label. Raises DataError where there is none."""
+    if not index.columns.label:
+        raise DataError(f"{index.root}: --objective supervised needs an integer label column (data.columns.label)")
+    highest = -1
+    for shard in range(len(index.paths)):
+        labels = read_column(index.location(shard), str(index.columns.label)).drop_null().to_numpy()
+        highest = max(highest, int(labels.max(initial=-1)))
+    if highest < 1:
+        raise DataError(f"{index.root}: fewer than two classes among its labels")
+    return highest + 1
