@@ -20,6 +20,7 @@ from nev.config import Experiment
 from nev.config_base import ConfigError
 from nev.config_file import parse, read_yaml, to_yaml
 from nev.sweep.config import Sweep
+from nev.sweep.report import read_sweep
 from nev.sweep.run import concurrent, run_sweep, with_threads
 from nev.sweep.trials import plan_trials, reference_of
 from nev.train.manifest import checkpoints, latest
@@ -103,6 +104,12 @@ def test_a_name_says_what_is_trained(base: str) -> None:
     for change in ("optim.betas=[0.9, 0.99]", "data.val=null", "eval={}"):
         assert not names() & names(change), change
     assert not names() & names(samples=1280)
+    weights = Path(base).with_name("trunk.safetensors")
+    found = []
+    for content in (b"one", b"two"):
+        weights.write_bytes(content)
+        found.append(names(f"vision.weights={weights}"))
+    assert not found[0] & found[1], "the same file with other weights in it"
 
 
 @pytest.mark.parametrize(
@@ -133,7 +140,7 @@ def test_a_point_that_cannot_run_is_refused_before_the_first_trial(base: str) ->
         plan_trials(sweep(base, asha={"grace": 64}), [])
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "ablations").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "ablations").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_sweeps_are_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert len(plan_trials(parse(Sweep, read_yaml(path), where=str(path)), [])) > 1
@@ -183,13 +190,13 @@ def test_one_arm_fails_and_one_is_ended_early(ray_cluster: None, base: str, capf
         asha={"grace": 320, "reduction": 2},
     )
     done = run_sweep(wanted, [], Console(width=200))
-    good, wild_one, dull = done.outcome.results
-    assert good
+    good, dull = done.outcome.results
+    assert not done.outcome.whole
     assert not good.ended_early
     assert good.metrics.keys() >= {"zero_shot/top1_low", "space/gap", "mixed/own_image"}
-    assert wild_one is None
-    assert "no finite loss" in (done.outcome.errors[1] or "")
-    assert dull
+    ((name, error),) = done.outcome.errors.items()
+    assert name.startswith("sizes-arm_wild-seed_0-")
+    assert "no finite loss" in error
     assert (dull.ended_early, dull.samples) == (True, 320)
     printed = capfd.readouterr()
     assert "1 failed" in printed.out
@@ -249,6 +256,10 @@ def test_a_killed_sweep_loses_and_repeats_nothing(ray_cluster: None, base: str, 
     assert again.outcome.results == done.outcome.results
     assert len(runs_of(done.tracking_uri)[1]) == 2
     rows = json.loads(Path(next(name for name in done.files if name.endswith(".json"))).read_text())
-    assert [row["metrics"]["zero_shot/top1"] for row in rows] == [
-        result.metrics["zero_shot/top1"] for result in done.outcome.results if result
-    ]
+    assert [row["name"] for row in rows] == [Path(folder).name for folder in (first, second)]
+    remembered = read_sweep(done.tracking_uri, "sizes")
+    assert remembered.sweep == wanted
+    for metric in ("zero_shot/top1", "space/gap"):
+        assert remembered.values(metric) == done.outcome.values(metric)
+    with pytest.raises(ConfigError, match="no sweep is called 'other'"):
+        read_sweep(done.tracking_uri, "other")

@@ -11,16 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from nev.config import Experiment, Optim, Train, Vision
 from nev.config_base import ConfigError
-from nev.config_data import Data
 from nev.config_file import parse
 from nev.sweep.config import Sweep
 from nev.sweep.figures import draw
 from nev.sweep.findings import findings
 from nev.sweep.results import Outcome, TrialResult
 from nev.sweep.statistics import differences, estimate, fit, holm, steps_up
-from nev.sweep.trials import Arm, Trial
+from nev.sweep.trials import Arm
 
 FLOATS = st.floats(0, 1, allow_subnormal=False)
 
@@ -108,22 +106,21 @@ def sweep(axes: object, seeds: tuple[int, ...] = (0, 1, 2)) -> Sweep:
 
 
 def outcome(axes: dict[str, object], heights: dict[Arm, float], seeds: tuple[int, ...] = (0, 1, 2)) -> Outcome:
-    vision = Vision(trunk="vit")
-    base = Experiment(
-        name="t", data=Data(train="d"), vision=vision, optim=Optim(lr=1), train=Train(global_batch=256, steps=1)
-    )
-    trials = [Trial(arm, seed, base) for arm in heights for seed in seeds]
     results = [
         TrialResult(
-            metrics={"zero_shot/top1": heights[one.arm] + 0.002 * one.seed**2, "space/gap": 0.5},
+            name=f"{arm}-{seed}",
+            arm=arm,
+            seed=seed,
+            metrics={"zero_shot/top1": height + 0.002 * seed**2, "space/gap": 0.5},
             samples=1000,
             data="d",
             run_id="r",
             seconds=1,
         )
-        for one in trials
+        for arm, height in heights.items()
+        for seed in seeds
     ]
-    return Outcome(sweep(axes, seeds), trials, results, [None] * len(trials))
+    return Outcome(sweep(axes, seeds), results, {})
 
 
 def test_sentences_name_what_differs_and_what_does_not() -> None:
@@ -141,11 +138,8 @@ def test_sentences_name_what_differs_and_what_does_not() -> None:
 def test_a_failed_trial_is_in_no_mean_and_is_told() -> None:
     a, b = ((("lock", name),) for name in ("text", "none"))
     done = outcome({"lock": ["text", "none"]}, {a: 0.3, b: 0.4})
-    results = [None, *done.results[1:]]
-    early = results[1]
-    assert early
-    results[1] = early.model_copy(update={"ended_early": True, "samples": 500})
-    failed = Outcome(done.sweep, done.trials, results, ["it broke", *done.errors[1:]])
+    early = done.results[1].model_copy(update={"ended_early": True, "samples": 500})
+    failed = Outcome(done.sweep, [early, *done.results[2:]], {done.results[0].name: "it broke"})
     assert set(failed.values("zero_shot/top1")[a]) == {2}
     said = findings(failed)
     assert "it broke" in said

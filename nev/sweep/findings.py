@@ -16,9 +16,8 @@ NOTHING = "not distinguishable at this budget"
 def findings(outcome: Outcome) -> str:
     """Markdown: the question, what was tried, the table, and the sentences."""
     sweep = outcome.sweep
-    counts = f"{len(outcome.trials)} trials: {len(outcome.arms)} arms, {len(sweep.seeds)} seed" + "s" * (
-        len(sweep.seeds) > 1
-    )
+    arms, seeds = len(outcome.arms), len(sweep.seeds)
+    counts = f"{arms * seeds} trials: {arms} arms, {seeds} seed" + "s" * (seeds > 1)
     head = [f"# {sweep.name}", sweep.question, f"{counts}, {sweep.samples:,} samples seen by each; base {sweep.base}."]
     parts = [part for part in head if part]
     measured = [metric for metric in sweep.metrics if outcome.values(metric)]
@@ -27,13 +26,13 @@ def findings(outcome: Outcome) -> str:
         parts.append(_how(outcome))
     for metric in measured:
         parts.append("\n".join([f"**{metric}**", "", *(f"- {line}" for line in sentences(outcome, metric))]))
-    lost = [f"- {trial.name}: {error}" for trial, error in zip(outcome.trials, outcome.errors, strict=True) if error]
+    lost = [f"- {name}: {error}" for name, error in outcome.errors.items()]
     if lost:
         parts.append("\n".join([f"**Failed** ({len(lost)}); the same command tries them again", "", *lost]))
     early = [
-        f"- {trial.name}: {_share(sweep.metrics[0], result.metrics.get(sweep.metrics[0]))} at {result.samples:,} samples"
-        for trial, result in zip(outcome.trials, outcome.results, strict=True)
-        if result and result.ended_early
+        f"- {result.name}: {_share(sweep.metrics[0], result.metrics.get(sweep.metrics[0]))} at {result.samples:,} samples"
+        for result in outcome.results
+        if result.ended_early
     ]
     if early:
         parts.append("\n".join([f"**Ended early by ASHA** ({len(early)}), in no mean above", "", *early]))

@@ -36,6 +36,9 @@ class Follower(tune.Callback):
         found, own, metric = trial.last_result, self._of(trial), self._sweep.metrics[0]
         if found.get(SAMPLES, self._sweep.samples) < self._sweep.samples:
             early = TrialResult(
+                name=own.name,
+                arm=own.arm,
+                seed=own.seed,
                 metrics={name: value for name, value in found.items() if isinstance(value, float) and "/" in name},
                 samples=found[SAMPLES],
                 ended_early=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -11,7 +11,7 @@ from nev.config_base import Section
 from nev.data.index import content_of
 from nev.data.storage import join, naming, write_whole
 from nev.sweep.config import Sweep
-from nev.sweep.trials import Arm, Trial
+from nev.sweep.trials import Arm, Trial, arms_of
 from nev.train.output import run_folder
 
 FILE = "result.json"
@@ -19,10 +19,13 @@ SAMPLES = "samples"  # what a trial reports to Tune of its length
 
 
 class TrialResult(Section):
-    """A finished trial. `metrics` are its chosen checkpoint's; `samples`: those it has seen, fewer than the sweep's where it was
-    ended early; `data`: the fingerprint of its training set; `run_id`: its MLflow run.
+    """A finished trial: its run's name, arm and seed. `metrics` are its chosen checkpoint's; `samples`: those it has seen, fewer
+    than the sweep's where it was ended early; `data`: the fingerprint of its training set; `run_id`: its MLflow run.
     """
 
+    name: str
+    arm: Arm
+    seed: int
     metrics: dict[str, float]
     samples: int
     ended_early: bool = False
@@ -33,29 +36,28 @@ class TrialResult(Section):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a sweep came to. results[i] is None where trials[i] failed or did not run, and errors[i] says why."""
+    """What a sweep came to: the trials that have a result, in order, and what ended those that have failed, by name."""
 
     sweep: Sweep
-    trials: Sequence[Trial]
-    results: Sequence[TrialResult | None]
-    errors: Sequence[str | None]
-
-    @property
-    def whole(self) -> bool:
-        """Whether every trial has a result."""
-        return None not in self.results
+    results: Sequence[TrialResult]
+    errors: Mapping[str, str]
 
     @property
     def arms(self) -> list[Arm]:
         """The arms, in order."""
-        return list(dict.fromkeys(trial.arm for trial in self.trials))
+        return [arm for arm, _ in arms_of(self.sweep)]
+
+    @property
+    def whole(self) -> bool:
+        """Whether every trial has a result."""
+        return len(self.results) == len(self.arms) * len(self.sweep.seeds)
 
     def values(self, metric: str) -> dict[Arm, dict[int, float]]:
         """Arm to seed to the value of a metric, of trials that have it and saw all samples."""
         found: dict[Arm, dict[int, float]] = {}
-        for trial, result in zip(self.trials, self.results, strict=True):
-            if result and not result.ended_early and metric in result.metrics:
-                found.setdefault(trial.arm, {})[trial.seed] = result.metrics[metric]
+        for result in self.results:
+            if not result.ended_early and metric in result.metrics:
+                found.setdefault(result.arm, {})[result.seed] = result.metrics[metric]
         return found
 
 

@@ -79,7 +79,7 @@ def run_sweep(sweep: Sweep, overrides: list[str], console: Console) -> Finished:
     try:
         errors = tune_trials(sweep, trials, results, data, parent.run_id, at_once, console)
         results = [kept(trial, data[number], sweep.metrics) for number, trial in enumerate(trials)]
-        outcome = Outcome(sweep, trials, results, errors)
+        outcome = Outcome(sweep, [result for result in results if result], errors)
         files = write_report(outcome, folder, parent)
         status = "FINISHED" if outcome.whole else "FAILED"
     finally:
@@ -172,8 +172,8 @@ def tune_trials(
     parent: str,
     at_once: int,
     console: Console,
-) -> list[str | None]:
-    """Run the trials without a result. Returns what ended each one that has failed."""
+) -> dict[str, str]:
+    """Run the trials without a result. Returns what ended each one that has failed, by its name."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
@@ -181,7 +181,7 @@ def tune_trials(
     from nev.sweep.trial import run_trial
 
     left = [number for number, result in enumerate(results) if result is None]
-    errors: list[str | None] = [None] * len(trials)
+    errors: dict[str, str] = {}
     if not left:
         return errors
     os.environ |= TUNE_ENVIRONMENT
@@ -213,7 +213,7 @@ def tune_trials(
         grid = tuner.fit()
         for one in (grid[place] for place in range(len(grid))):
             if one.config and one.error is not None:
-                errors[one.config["number"]] = innermost_line(one.error)
+                errors[trials[one.config["number"]].name] = innermost_line(one.error)
     return errors
 
 

@@ -44,6 +44,9 @@ def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
         raise ConfigError(f"metrics: {', '.join(missing)} not measured. This trial has {', '.join(sorted(metrics))}")
     log(trial, summary, metrics)
     result = TrialResult(
+        name=trial.name,
+        arm=trial.arm,
+        seed=trial.seed,
         metrics=metrics,
         samples=sweep.samples,
         data=setting["data"][config["number"]],

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,9 @@ def scaled(base: Experiment, settings: Settings, rule: str) -> Settings:
 def name_of(sweep: Sweep, arm: Arm, experiment: Experiment) -> str:
     """The sweep, the arm as far as a name can tell, the seed, and a digest of all that makes the trial what it is."""
     content = experiment.model_dump(mode="json", exclude=NOT_ITS_OWN)
+    weights = Path(experiment.vision.weights or "").expanduser()
+    if weights.is_file():
+        content["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
     label = "-".join(f"{axis.rpartition('.')[2]}_{value}" for axis, value in arm)
     label = re.sub(r"[^A-Za-z0-9._-]+", "_", label)[:LABEL_CHARACTERS]
