@@ -184,6 +184,31 @@ def tiny(pictures: Path, tmp_path: Path) -> Callable[..., Experiment]:
 
 
 @pytest.fixture(scope="session")
+def trained(ray_cluster: None, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint of a short run."""
+    from rich.console import Console
+
+    from nev.experiment import run_experiment
+
+    config = parse(
+        Experiment,
+        {
+            "name": "small",
+            "output": str(tmp_path_factory.mktemp("runs")),
+            "data": {"train": str(pictures / "train"), "image_size": 32, "block_rows": 32},
+            "vision": {
+                "trunk": "vit_tiny_patch16_224",
+                "trunk_args": {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2},
+            },
+            "optim": {"lr": 1e-3, "warmup_steps": 5},
+            "train": {"global_batch": 64, "steps": 20},
+            "workers": {"count": 1, "threads": 1},
+        },
+    )
+    return run_experiment(config, Console(quiet=True)).checkpoint
+
+
+@pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of `prepare_helpers.make` where nothing went wrong."""
     from prepare_helpers import SHARDS, contents, make

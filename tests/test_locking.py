@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from gloo_helpers import on_ranks
-from rich.console import Console
 from safetensors.torch import save_file
 from test_fsdp import FP32, steps
 from test_gradcache import CLOSE, CPU, ROWS, SIZE, TRUNK, VALID, WIDTH, batch, gradients, parts_of
@@ -27,7 +26,6 @@ from nev.config_file import parse
 from nev.data.block import Block
 from nev.eval.validation import load_kept, score
 from nev.evaluation import evaluate_checkpoint
-from nev.experiment import run_experiment
 from nev.losses.contrastive import contrastive_loss
 from nev.losses.gather import gather
 from nev.models.dual_encoder import DualEncoder, Embedded
@@ -317,16 +315,3 @@ def test_locks_that_cannot_be_are_refused(tiny: Make, text: TextTower, tmp_path:
     config = tiny(lock="image", vision__weights=str(tmp_path / "trunk.safetensors"))
     with pytest.raises(ConfigError, match=r"brings the trunk's alone, and the tower has head\..* besides"):
         prepare_job(config, text)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_on_ray_both_towers_train_under_fsdp_and_are_evaluated(ray_cluster: None, tiny: Make) -> None:
-    options = {"lock": "none", "train__fsdp": True, "train__steps": 6, "eval__batch": 48, "train__micro_batch": 16}
-    done = run_experiment(tiny(name="both", workers__count=2, **options), Console(quiet=True))
-    found, _ = evaluate_checkpoint(done.checkpoint, [])
-    scores = {name: value for name, value in done.metrics.items() if name != "space/text_drift"}
-    assert found.keys() >= scores.keys()
-    for name, value in scores.items():
-        assert found[name] == pytest.approx(value, abs=0.02), name

@@ -12,14 +12,12 @@ from data_helpers import encoded, photo
 from rich.console import Console
 from tar_helpers import tar_of
 
-from nev.config import Experiment
 from nev.config_base import ConfigError
 from nev.data.storage import filesystem
 from nev.eval import collection
 from nev.eval.engine import Work
 from nev.eval.results import SuiteResult
 from nev.eval.suite import Suite, load_suite, shipped
-from nev.experiment import run_experiment
 from nev.suites import evaluate_suite
 
 if TYPE_CHECKING:
@@ -80,29 +78,6 @@ def test_an_unknown_suite_a_variable_that_is_not_set_and_names_twice(
     one = {"name": "one", "kind": "retrieval", "source": {"format": "webdataset", "input": "x"}}
     with pytest.raises(ValueError, match="two tasks are called 'one'"):
         Suite.model_validate({"about": "", "root": "/", "tasks": [one, one]})
-
-
-@pytest.fixture(scope="module")
-def trained(ray_cluster: None, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A checkpoint of a short run."""
-    from nev.config_file import parse
-
-    config = parse(
-        Experiment,
-        {
-            "name": "small",
-            "output": str(tmp_path_factory.mktemp("runs")),
-            "data": {"train": str(pictures / "train"), "image_size": 32, "block_rows": 32},
-            "vision": {
-                "trunk": "vit_tiny_patch16_224",
-                "trunk_args": {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2},
-            },
-            "optim": {"lr": 1e-3, "warmup_steps": 5},
-            "train": {"global_batch": 64, "steps": 20},
-            "workers": {"count": 1, "threads": 1},
-        },
-    )
-    return run_experiment(config, Console(quiet=True)).checkpoint
 
 
 OWN = """
