@@ -95,7 +95,8 @@ class Scored(NamedTuple):
 
 def run_tasks(suite: Suite, opened: Opened, cache: str, folder: Path, console: Console) -> list[Scored]:
     """Every task of a suite, on the connected Ray: a source is embedded once, whatever tasks share it. folder: for pictures."""
-    from nev.eval.collection import collect, texts
+    from nev.eval.cache import texts
+    from nev.eval.collection import collect
     from nev.eval.engine import Tower
     from nev.eval.exhibits import exhibits
     from nev.eval.reading import BATCH, reading_of

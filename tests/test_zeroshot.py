@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from nev.config import ZeroShot
 from nev.config_base import ConfigError
 from nev.eval import ranks
+from nev.eval.ranks import Floats
 from nev.eval.zeroshot import class_embeddings, zero_shot
-from nev.train.setup import class_names
+from nev.models.text import TextTower
+from nev.train.setup import class_names, class_sentences
 
 
 def unit(rows) -> np.ndarray:
@@ -172,3 +174,29 @@ def test_a_file_of_class_names_is_read_line_by_line(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_bytes("\ufeffcat\r\n polar bear \r\n\n".encode())
     found = class_names(ZeroShot(classes=str(tmp_path / "classes.txt"), templates=("a {}",)))
     assert found == ["cat", "polar bear"]
+
+
+def test_class_prompts_are_embedded_once_on_a_machine(
+    text: TextTower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[int] = []
+
+    def encode(self: TextTower, sentences: Sequence[str]) -> Floats:
+        asked.append(len(sentences))
+        return np.eye(len(sentences), 384, dtype=np.float32)
+
+    monkeypatch.setattr(TextTower, "encode", encode)
+    classes = ZeroShot(classes=("cat", "dog"), templates=("a {}", "the {}"))
+    first, again = class_sentences(classes, text), class_sentences(classes, text)
+    assert first
+    assert again
+    assert np.array_equal(first.vectors, again.vectors)
+    assert asked == [4]
+    class_sentences(classes.model_copy(update={"templates": ("a {}", "one {}")}), text)
+    assert asked == [4, 4]
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("NEV_CACHE", str(tmp_path / "file"))
+    found = class_sentences(classes, text)
+    assert found
+    assert np.array_equal(found.vectors, first.vectors)
+    assert "not kept" in caplog.text

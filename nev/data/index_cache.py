@@ -39,11 +39,11 @@ class RowGroups(NamedTuple):
     nbytes: NDArray[np.int64]
 
 
-def cache_folder() -> Path:
-    """`$NEV_CACHE/index`, else `$XDG_CACHE_HOME/nev/index`, else `~/.cache/nev/index`."""
+def cache_folder(kind: str = "index") -> Path:
+    """`$NEV_CACHE/KIND`, else `$XDG_CACHE_HOME/nev/KIND`, else `~/.cache/nev/KIND`."""
     if own := os.environ.get("NEV_CACHE"):
-        return Path(own, "index")
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nev", "index")
+        return Path(own, kind)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nev", kind)
 
 
 def listing_key(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,10 +12,10 @@ from numpy.typing import NDArray
 
 from nev.config_base import Section
 from nev.data.block import Block
-from nev.data.index import content_of, writing
-from nev.data.sidecar import Encode
+from nev.data.index import writing
 from nev.data.storage import join, write_whole
 from nev.errors import NevError
+from nev.eval.cache import digest, kept
 from nev.eval.engine import Tower, Work, embed_all
 from nev.eval.reading import CLEAN, Reading, blocks, variants
 from nev.eval.scoring import Embedded
@@ -54,11 +53,11 @@ def collect(
     whole. done: is told how many rows more were embedded. Raises DataError where the cache cannot be read or written.
     """
     by_key = {reading.key: reading for reading in readings}
-    files = {key: join(cache, f"{_digest(model, key)}.safetensors") for key in by_key}
+    files = {key: join(cache, f"{digest(model, key)}.safetensors") for key in by_key}
     found: dict[str, Collection | NevError] = {}
     for key, file in files.items():
-        if (kept := _kept(file)) is not None:
-            found[key] = _collection(kept)
+        if (tensors := kept(file)) is not None:
+            found[key] = _collection(tensors)
     lacking = [key for key in by_key if key not in found]
     works = [work_of(by_key[key]) for key in lacking]
     embedded = embed_all(works, tower, block_bytes, done) if works else iter(())
@@ -76,19 +75,6 @@ def collect(
 def work_of(reading: Reading) -> Work:
     """A reading as the engine takes it."""
     return Work(reading.units, partial(blocks, read=reading.read, view=reading.view))
-
-
-def texts(sentences: Sequence[str], encode: Encode, fingerprint: str, cache: str) -> NDArray[np.float32]:
-    """Sentences under a text tower of that fingerprint: unit float32 [n, D], embedded where `cache` lacks this list."""
-    from safetensors.numpy import save
-
-    file = join(cache, f"{_digest(fingerprint, *sentences)}.safetensors")
-    if (kept := _kept(file)) is not None:
-        return kept["vectors"]
-    vectors = np.asarray(encode(sentences), np.float32)
-    with writing(file):
-        write_whole(file, save({"vectors": vectors}))
-    return vectors
 
 
 def _ordered(rows: Block) -> Collection:
@@ -117,18 +103,6 @@ def _bytes(collection: Collection) -> bytes:
     return save(tensors | {"facts": np.frombuffer(facts, np.uint8)})
 
 
-def _kept(file: str) -> dict[str, NDArray[Any]] | None:
-    """What a file of the cache holds; None where it is not there, or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    data = content_of(file)
-    try:
-        return None if data is None else dict(load(data))
-    except SafetensorError:
-        return None
-
-
 def _collection(found: dict[str, NDArray[Any]]) -> Collection:
     facts = [Fact.model_validate(fact) for fact in json.loads(found["facts"].tobytes())]
     embedded = Embedded(**{name: found[name] for name in Embedded._fields})
@@ -138,7 +112,3 @@ def _collection(found: dict[str, NDArray[Any]]) -> Collection:
         if f"corrupted/{name}/{severity}" in found
     }
     return Collection(embedded, facts, corrupted)
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +17,13 @@ from nev.config_file import parse
 from nev.data.augment import auto_augment
 from nev.data.block import BlockReader
 from nev.data.index import DataError, Index, build_index, content_of, read_column
+from nev.data.index_cache import cache_folder
 from nev.data.labels import lines_of
 from nev.data.plan import Plan
 from nev.data.sidecar import check_sidecars, mean_vector, sidecar_key
 from nev.data.text_view import TextView
 from nev.data.tokens import tokens_of
+from nev.eval.cache import texts
 from nev.eval.texts import Classes
 from nev.eval.validation import Validation, metric_names
 from nev.eval.zeroshot import class_embeddings
@@ -30,6 +34,8 @@ from nev.train.output import refuse_lost_output, run_folder
 
 if TYPE_CHECKING:
     from nev.models.text import TextTower
+
+log = logging.getLogger(__name__)
 
 # A run may go on with these changed: they do not touch what is computed.
 FREE_TO_CHANGE = (
@@ -241,11 +247,18 @@ def class_names(zero_shot: ZeroShot) -> list[str]:
 
 
 def class_sentences(zero_shot: ZeroShot | None, text: TextTower | None) -> Classes | None:
-    """The classes to score, embedded where a tower is given."""
+    """The classes to score, embedded where a tower is given: once on this machine, for all runs with these sentences."""
     if not zero_shot:
         return None
     names = class_names(zero_shot)
-    vectors = class_embeddings(text.encode, names, zero_shot.templates) if text else None
+    if text is None:
+        return Classes(tuple(names), zero_shot.templates, None)
+    encode = partial(texts, encode=text.encode, fingerprint=text.fingerprint, cache=str(cache_folder("texts")))
+    try:
+        vectors = class_embeddings(encode, names, zero_shot.templates)
+    except DataError as error:
+        log.warning("%s: the class prompts are embedded, and not kept", error)
+        vectors = class_embeddings(text.encode, names, zero_shot.templates)
     return Classes(tuple(names), zero_shot.templates, vectors)
 
 

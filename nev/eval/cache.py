@@ -1,0 +1,45 @@
+"""Vectors that are kept in files named after what they are of, so that nothing is embedded twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nev.data.index import content_of, writing
+from nev.data.sidecar import Encode
+from nev.data.storage import join, write_whole
+
+
+def texts(sentences: Sequence[str], encode: Encode, fingerprint: str, cache: str) -> NDArray[np.float32]:
+    """Sentences under a text tower of that fingerprint: unit float32 [n, D], embedded where `cache` lacks this list."""
+    from safetensors.numpy import save
+
+    file = join(cache, f"{digest(fingerprint, *sentences)}.safetensors")
+    if (found := kept(file)) is not None:
+        return found["vectors"]
+    vectors = np.asarray(encode(sentences), np.float32)
+    with writing(file):
+        write_whole(file, save({"vectors": vectors}))
+    return vectors
+
+
+def kept(file: str) -> dict[str, NDArray[Any]] | None:
+    """What a file of the cache holds; None where it is not there, or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    data = content_of(file)
+    try:
+        return None if data is None else dict(load(data))
+    except SafetensorError:
+        return None
+
+
+def digest(*parts: str) -> str:
+    """The name of what these strings determine."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
