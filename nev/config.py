@@ -20,7 +20,7 @@ class Text(Section):
     the first where the text is locked, and the second, which it then needs, where it is not.
 
     For ablations, with sidecars: `noise`, the mean length of random noise on the vectors that are trained on; `center`: they are
-    less their mean, unit again (corrupt and collapse of Zhang et al. 2024). What is searched with stays as it is.
+    less their mean, unit again (after corrupt and collapse of Zhang et al. 2024). What is searched with stays as it is.
     """
 
     mode: Literal["sidecar", "online"] | None = None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from nev.config import Experiment
 from nev.config_base import ConfigError
+from nev.data.augment import draw
 from nev.data.block import Block, BlockReader
 from nev.data.index import DataError, Index, build_index, read_column
 from nev.data.plan import Plan, in_order
@@ -164,7 +165,7 @@ def fit(
         for step in range(steps):
             images, labels = batch_of(list(itertools.islice(blocks, parts)), model, config, device)
             set_learning_rate(optimizer, learning_rate(step, steps, config.optim))
-            random = torch.Generator().manual_seed(hash((config.seed, step)))
+            random = torch.Generator().manual_seed(int(draw(config.seed, step, "", "mask").random() * 2**53))
             loss = model(images, labels, random)
             optimizer.zero_grad()
             loss.backward()
@@ -174,7 +175,10 @@ def fit(
             if (step + 1) % config.train.log_every == 0 or step + 1 == steps:
                 found = float(loss.detach())
                 if not math.isfinite(found):
-                    raise ConfigError(f"the loss of step {step + 1} is {found}: lower optim.lr, or warm up for longer")
+                    raise ConfigError(
+                        f"the loss of step {step + 1} is {found}, of {len(images)} usable pictures: lower optim.lr or warm up "
+                        "for longer, or mend rows that cannot be decoded or have no label"
+                    )
                 log(step + 1, {"pretrain/loss": found})
                 tell("steps", step + 1, steps, f"loss {found:.3f}")
 

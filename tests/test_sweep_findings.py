@@ -17,7 +17,7 @@ from nev.sweep.config import Sweep
 from nev.sweep.figures import draw
 from nev.sweep.findings import findings
 from nev.sweep.results import Outcome, TrialResult
-from nev.sweep.statistics import differences, estimate, fit, holm, steps_up
+from nev.sweep.statistics import RESOLUTION, differences, estimate, fit, holm, steps_up
 from nev.sweep.trials import Arm
 
 FLOATS = st.floats(0, 1, allow_subnormal=False)
@@ -46,7 +46,7 @@ def test_intervals_cover_as_often_as_they_say() -> None:
 @given(st.lists(st.tuples(FLOATS, FLOATS), min_size=3, max_size=6))
 def test_differences_are_paired_by_seed(pairs: list[tuple[float, float]]) -> None:
     one, other = np.array(pairs).T
-    if np.ptp(other - one) < 1e-6:
+    if np.std(other - one, ddof=1) < RESOLUTION:
         return
     values = {"a": dict(enumerate(one)), "b": {**dict(enumerate(other)), 99: 0.0}}  # a seed that the reference lacks
     (found,) = differences(values, "a")
@@ -65,7 +65,10 @@ def test_seeds_that_differ_alike_hide_no_difference() -> None:
     assert found.distinguishable
     assert not differences({"base": spread, "same": spread}, "base")[0].distinguishable
     assert differences({"base": spread, "shifted": {s: v + 0.5 for s, v in spread.items()}}, "base")[0].p < 1e-6
-    assert not differences({"base": {0: 0.1}, "other": {0: 0.9}}, "base")[0].distinguishable, "of one seed"
+    for few in ({0: 0.1}, {0: 0.1, 1: 0.5}):
+        assert not differences({"base": few, "other": {s: v + 0.5 for s, v in few.items()}}, "base")[0].distinguishable
+    tied = {seed: value + 1e-4 for seed, value in spread.items()}  # one picture of 10,000, thrice
+    assert not differences({"base": spread, "tied": tied}, "base")[0].distinguishable
 
 
 @given(st.lists(FLOATS, min_size=1, max_size=7))
@@ -83,13 +86,15 @@ def test_the_fit_finds_its_peak() -> None:
     values = {float(size): {seed: height(size) for seed in range(2)} for size in (64, 128, 256, 512, 1024)}
     curve = fit(values)
     assert curve
-    assert curve.peak == pytest.approx(256)
+    assert curve.top
+    assert curve.turn == pytest.approx(256)
     assert curve(64) == pytest.approx(height(64))
     assert curve.residual == pytest.approx(0, abs=1e-9)
     assert fit({size: value for size, value in values.items() if size < 512}) is None, "three points it would connect"
     rising = fit({size: {0: math.log2(size) / 20} for size in values})
     assert rising
-    assert rising.peak is None
+    assert rising.turn is None or not rising.top
+    assert fit({1.0 + size / 1000: value for size, value in values.items()}) is None, "not worth a logarithm"
 
 
 def test_steps_up_end_where_returns_do() -> None:
@@ -113,7 +118,6 @@ def outcome(axes: dict[str, object], heights: dict[Arm, float], seeds: tuple[int
             seed=seed,
             metrics={"zero_shot/top1": height + 0.002 * seed**2, "space/gap": 0.5},
             samples=1000,
-            data="d",
             run_id="r",
             seconds=1,
         )
@@ -132,16 +136,22 @@ def test_sentences_name_what_differs_and_what_does_not() -> None:
     assert "none against text: +12.0 points" in said
     assert "Against text not distinguishable at this budget: image." in said
     assert "Against text not distinguishable at this budget: none; image." in said.partition("**space/gap**")[2]
-    assert "no difference is called one" in findings(outcome({"lock": ["text", "none"]}, {a: 0.3, b: 0.9}, seeds=(0,)))
+    few = findings(outcome({"lock": ["text", "none"]}, {a: 0.3, b: 0.9}, seeds=(0, 1)))
+    assert "no difference is called one" in few
+    assert "against text" not in few
 
 
 def test_a_failed_trial_is_in_no_mean_and_is_told() -> None:
     a, b = ((("lock", name),) for name in ("text", "none"))
     done = outcome({"lock": ["text", "none"]}, {a: 0.3, b: 0.4})
-    early = done.results[1].model_copy(update={"ended_early": True, "samples": 500})
+    early = done.results[1].model_copy(update={"ended_early": "asha", "samples": 500})
     failed = Outcome(done.sweep, [early, *done.results[2:]], {done.results[0].name: "it broke"})
     assert set(failed.values("zero_shot/top1")[a]) == {2}
+    assert failed.complete == {b}
     said = findings(failed)
+    assert "| text (reference) | 30.8 %, 1 of 3 seeds |" in said
+    assert "Not compared, since seeds are missing: text." in said
+    assert "none against text" not in said
     assert "it broke" in said
     assert "at 500 samples" in said
     assert not failed.whole
@@ -151,8 +161,8 @@ def test_sizes_are_told_step_by_step() -> None:
     heights = {(("train.global_batch", str(size)),): 0.2 + 0.05 * math.log2(size / 64) for size in (64, 128, 256, 512)}
     said = findings(outcome({"train.global_batch": [64, 128, 256, 512]}, heights))
     assert "From train.global_batch 64 to 128: +5.0 points" in said
-    assert "The last step up of train.global_batch that raises it for sure ends at 512." in said
-    assert "highest at an end of what was tried" in said
+    assert "The last step up of train.global_batch that changes it for sure ends at 512." in said
+    assert "A parabola over log2 of train.global_batch is" in said
 
 
 @pytest.mark.parametrize("numeric", [True, False])

@@ -145,7 +145,7 @@ class BlockReader:
         chosen = self._drawn(part, counts, epoch)
         has_text = _captioned(part, counts)
         own = vectors[(starts[:-1] + chosen)[has_text]]
-        part["text"][has_text] = self.text_view.of(own, self.seed, epoch, part["uid"][has_text].tolist())
+        part["text"][has_text] = self.text_view.of(own, self.seed, epoch, part["uid"][has_text])
 
     def _view(self, value: pa.Scalar, uid: str, epoch: int, out: NDArray[np.uint8]) -> None:
         buffer = value.as_buffer()

@@ -6,7 +6,9 @@ All three depend on (seed, row) or (seed, epoch, uid) alone, so a resumed run an
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,14 +17,16 @@ from numpy.typing import NDArray
 @dataclass(frozen=True)
 class TextView:
     """permuted: share of rows with another row's caption; mean: float32 [D], taken away from each vector; noise: length of the
-    noise that is added to a unit vector, on average. `mean` and `noise` are collapse and corrupt of Zhang et al. 2024 (C3).
+    noise that is added to a unit vector, on average. `mean` and `noise` are after collapse and corrupt of Zhang et al. 2024 (C3), for training alone.
     """
 
     permuted: float = 0.0
     mean: NDArray[np.float32] | None = None
     noise: float = 0.0
 
-    def of(self, vectors: NDArray[np.float16], seed: int, epoch: int, uids: list[str]) -> NDArray[np.float16]:
+    def of(
+        self, vectors: NDArray[np.float16], seed: int, epoch: int, uids: Sequence[str] | NDArray[Any]
+    ) -> NDArray[np.float16]:
         """Unit float16 [n, D] as they are trained on, unit again."""
         if self.mean is None and not self.noise:
             return vectors

@@ -49,7 +49,7 @@ class Sweep(Section):
     `axes`: a dotted key to its values, or any name to arms, each a label with the settings that it stands for. All combinations
     are tried. `search` draws `draws` more settings for each of these combinations instead of listing them. `lr_rule` scales
     optim.lr with train.global_batch against the base's ("linear": Goyal et al. 2017; "sqrt": Krizhevsky 2014), and may be an
-    axis; warm-up covers the same number of samples at every batch size.
+    axis; warm-up and validations come after the same number of samples at every batch size.
 
     `metrics`: what is compared; the first decides, by `mode`. `reference`: axis to the value or label that the others are
     compared with (by default the first of each). `suite`: a suite that each trial's checkpoint is scored on, too (its metrics
@@ -82,6 +82,8 @@ class Sweep(Section):
             raise ValueError("search needs `draws`, how many settings to try, and draws needs search")
         if both := self.axes.keys() & self.search.keys():
             raise ValueError(f"{', '.join(sorted(both))}: on an axis and in search")
+        if self.asha and self.asha.grace >= self.samples:
+            raise ValueError(f"asha.grace ({self.asha.grace}) must be below samples ({self.samples})")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {list(self.seeds)}: each one once")
         for axis, values in self.axes.items():

@@ -71,8 +71,7 @@ def over_numbers(axes: Axes, metric: str, values: Values[Arm]) -> None:
         axes.errorbar(
             xs, means, yerr=bars, color=colour, marker="o", markersize=5, capsize=3, linewidth=1.6, label=label
         )
-        curve = fit(line) if log else None
-        if curve:
+        if curve := fit(line):
             dense = np.geomspace(xs[0], xs[-1], 100)
             axes.plot(dense, [curve(float(x)) for x in dense], color=colour, linestyle=":", linewidth=1.2)
     if log:

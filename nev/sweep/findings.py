@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from nev.sweep.figures import label_of, number
 from nev.sweep.results import Outcome
-from nev.sweep.statistics import Difference, Estimate, differences, estimate, fit, steps_up
+from nev.sweep.statistics import FEWEST, Difference, Estimate, differences, estimate, fit, steps_up
 from nev.sweep.trials import Arm, reference_of
 
 NOTHING = "not distinguishable at this budget"
@@ -30,7 +30,7 @@ def findings(outcome: Outcome) -> str:
     if lost:
         parts.append("\n".join([f"**Failed** ({len(lost)}); the same command tries them again", "", *lost]))
     early = [
-        f"- {result.name}: {_share(sweep.metrics[0], result.metrics.get(sweep.metrics[0]))} at {result.samples:,} samples"
+        f"- {result.name}: {_number(sweep.metrics[0], result.metrics.get(sweep.metrics[0]))} at {result.samples:,} samples"
         for result in outcome.results
         if result.ended_early
     ]
@@ -40,42 +40,51 @@ def findings(outcome: Outcome) -> str:
 
 
 def table(outcome: Outcome, metrics: list[str]) -> Iterator[str]:
-    """An arm a line: the mean of each metric with its 95 % interval; the arm that others are compared with is marked."""
-    reference = reference_of(outcome.sweep)
+    """An arm a line: the mean of each metric with its 95 % interval; the arm that others are compared with is marked.
+
+    An arm that lacks seeds has no interval: what is left of it may be the better ones.
+    """
+    reference, seeds = reference_of(outcome.sweep), len(outcome.sweep.seeds)
     yield f"| arm | {' | '.join(metrics)} |"
     yield f"|---|{'---|' * len(metrics)}"
     for arm in outcome.arms:
         cells = []
         for metric in metrics:
-            by_seed = outcome.values(metric).get(arm)
-            cells.append(_with_interval(metric, estimate(list(by_seed.values()))) if by_seed else "none")
+            values = list(outcome.values(metric).get(arm, {}).values())
+            if len(values) == seeds:
+                cells.append(_with_interval(metric, estimate(values)))
+            else:
+                mean = f"{_number(metric, estimate(values).mean)}, " if values else ""
+                cells.append(f"{mean}{len(values)} of {seeds} seeds")
         mark = " (reference)" if arm == reference else ""
         yield f"| {label_of(arm)}{mark} | {' | '.join(cells)} |"
 
 
 def sentences(outcome: Outcome, metric: str) -> Iterator[str]:
-    """Which arms differ from the reference, by how much; over numbers also each step up, and where the fit is highest."""
-    values, reference = outcome.values(metric), reference_of(outcome.sweep)
-    found = differences(values, reference)
-    by_mean = sorted(values, key=lambda arm: estimate(list(values[arm].values())).mean)
-    ends = [(arm, estimate(list(values[arm].values()))) for arm in (by_mean[-1], by_mean[0])]
-    yield (
-        "; ".join(
-            f"{word} mean: {label_of(arm)} with {_share(metric, mean.mean)}"
-            for word, (arm, mean) in zip(("highest", "lowest"), ends, strict=True)
-        )
-        + "."
-    )
-    if len(outcome.sweep.seeds) < 2:
-        yield "One seed says nothing of how much seeds differ: no difference is called one."
-    else:
+    """Which arms differ from the reference, by how much; over numbers also each step up, and where the fit turns.
+
+    Of arms whose seeds all have seen all samples.
+    """
+    reference, seeds = reference_of(outcome.sweep), len(outcome.sweep.seeds)
+    values = {arm: own for arm, own in outcome.values(metric).items() if arm in outcome.complete}
+    if left := [label_of(arm) for arm in outcome.arms if arm not in values]:
+        yield f"Not compared, since seeds are missing: {'; '.join(left)}."
+    if not values:
+        return
+    means = {arm: estimate(list(own.values())).mean for arm, own in values.items()}
+    ends = (("Highest", max(means, key=means.__getitem__)), ("lowest", min(means, key=means.__getitem__)))
+    yield "; ".join(f"{word} mean: {label_of(arm)} with {_number(metric, means[arm])}" for word, arm in ends) + "."
+    if seeds < FEWEST:
+        yield f"Fewer than {FEWEST} seeds say too little of how much seeds differ: no difference is called one."
+    elif reference in values:
+        found = differences(values, reference)
         same = [label_of(difference.arm) for difference in found if not difference.distinguishable]
         for difference in found:
             if difference.distinguishable:
                 yield f"{label_of(difference.arm)} against {label_of(reference)}: {_change(metric, difference)}."
         if same:
             yield f"Against {label_of(reference)} {NOTHING}: {'; '.join(same)}."
-    yield from _over_numbers(values, metric, len(outcome.sweep.seeds))
+    yield from _over_numbers(values, metric, seeds)
 
 
 def _over_numbers(values: dict[Arm, dict[int, float]], metric: str, seeds: int) -> Iterator[str]:
@@ -87,20 +96,21 @@ def _over_numbers(values: dict[Arm, dict[int, float]], metric: str, seeds: int) 
     for rest, line in lines.items():
         axis = next(iter(values))[0][0]
         where = f" at {label_of(rest)}" if rest else ""
-        steps = steps_up(line) if seeds > 1 else []
+        steps = steps_up(line) if seeds >= FEWEST else []
         for lower, upper, difference in steps:
             said = _change(metric, difference) if difference.distinguishable else NOTHING
             yield f"From {axis} {lower:,g} to {upper:,g}{where}: {said}."
-        if steps:
-            gains = [upper for _, upper, difference in steps if difference.distinguishable and difference.by.mean > 0]
+        if len(steps) > 1:
+            sure = [upper for _, upper, difference in steps if difference.distinguishable]
             yield (
-                f"The last step up of {axis}{where} that raises it for sure ends at {max(gains):,g}."
-                if gains
-                else f"No step up of {axis}{where} raises it for sure."
+                f"The last step up of {axis}{where} that changes it for sure ends at {max(sure):,g}."
+                if sure
+                else f"No step up of {axis}{where} changes it for sure."
             )
         if curve := fit(line):
-            peak = f"highest at {curve.peak:,.0f}" if curve.peak else "highest at an end of what was tried"
-            yield f"A parabola over log2 of {axis}{where} is {peak}; it leaves {_share(metric, curve.residual, True)} over."
+            which = "highest" if curve.top else "lowest"
+            at = f"{which} at {curve.turn:,.3g}" if curve.turn else "highest and lowest at the ends of what was tried"
+            yield f"A parabola over log2 of {axis}{where} is {at}; it leaves {_number(metric, curve.residual, True)} over."
 
 
 def _how(outcome: Outcome) -> str:
@@ -108,27 +118,27 @@ def _how(outcome: Outcome) -> str:
         return "One seed: no intervals."
     return (
         f"Mean and Student's 95 % interval over {len(outcome.sweep.seeds)} seeds. Differences are paired by seed; their p values "
-        "are adjusted for all arms of a metric (Holm)."
+        "are adjusted for all arms of a metric (Holm), their intervals are not."
     )
 
 
 def _change(metric: str, difference: Difference[Arm] | Difference[float]) -> str:
     by = difference.by
-    ends = f"95 %: {_share(metric, by.low, True, sign=True)} to {_share(metric, by.high, True, sign=True)}"
-    return f"{_share(metric, by.mean, True, sign=True)} ({ends}; p = {difference.p:.2g})"
+    ends = f"95 %: {_number(metric, by.low, True, sign=True)} to {_number(metric, by.high, True, sign=True)}"
+    return f"{_number(metric, by.mean, True, sign=True)} ({ends}; p = {difference.p:.2g})"
 
 
 def _with_interval(metric: str, found: Estimate) -> str:
     if math.isinf(found.low):
-        return _share(metric, found.mean)
-    return f"{_share(metric, found.mean)} ± {_share(metric, found.mean - found.low, True)}"
+        return _number(metric, found.mean)
+    return f"{_number(metric, found.mean)} ± {_number(metric, found.mean - found.low, True)}"
 
 
-def _share(metric: str, value: float | None, points: bool = False, sign: bool = False) -> str:
-    """A share as percent, or as points where it is a difference of shares; other numbers as they are."""
+def _number(metric: str, value: float | None, points: bool = False, sign: bool = False) -> str:
+    """A share as percent, or as points where it is a difference of shares; numbers that are none as they are."""
     if value is None:
         return "none"
     plus = "+" if sign else ""
-    if metric.startswith(("space/", "loss", "train/")):
+    if {"space", "val", "loss"} & set(metric.split("/")):
         return f"{value:{plus}.3f}"
     return f"{100 * value:{plus}.1f} {'points' if points else '%'}"

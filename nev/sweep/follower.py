@@ -6,21 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from ray import tune
+from ray._raylet import PlacementGroupID
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from nev.errors import NevError
 from nev.progress import Tell
 from nev.sweep.config import Sweep
-from nev.sweep.results import SAMPLES, TrialResult, keep
+from nev.sweep.results import ROOM, SAMPLES, TrialResult, judged_by, keep
 from nev.sweep.trials import Trial
 from nev.train.journal import kept_run_id
 from nev.train.output import run_folder
 
 
 class Follower(tune.Callback):
-    """Of one sweep; data: the trials' data fingerprints; count: how many are run now."""
+    """Of one sweep; count: how many trials are run now."""
 
-    def __init__(self, sweep: Sweep, trials: Sequence[Trial], data: Sequence[str], count: int, tell: Tell) -> None:
-        self._sweep, self._trials, self._data, self._count, self._tell = sweep, trials, data, count, tell
+    def __init__(self, sweep: Sweep, trials: Sequence[Trial], count: int, tell: Tell) -> None:
+        self._sweep, self._trials, self._count, self._tell = sweep, trials, count, tell
         self._ended, self._failed, self._best = 0, 0, None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -41,12 +43,12 @@ class Follower(tune.Callback):
                 seed=own.seed,
                 metrics={name: value for name, value in found.items() if isinstance(value, float) and "/" in name},
                 samples=found[SAMPLES],
-                ended_early=True,
-                data=self._data[trial.config["number"]],
+                ended_early=judged_by(self._sweep),
                 run_id=kept_run_id(run_folder(own.experiment)) or "",
                 seconds=found.get("time_total_s", 0.0),
             )
             keep(own, early)
+            give_back(found.get(ROOM))
         if metric in found:
             best = max if self._sweep.mode == "max" else min
             self._best = found[metric] if self._best is None else best(self._best, found[metric])
@@ -67,6 +69,12 @@ class Follower(tune.Callback):
         best = "" if self._best is None else f", best {self._sweep.metrics[0]} {self._best:.3f}"
         failed = f", {self._failed} failed" if self._failed else ""
         self._tell("trials", self._ended, self._count, f"{running} running{failed}{best}")
+
+
+def give_back(room: str | None) -> None:
+    """Free the placement group of a trial's workers. Ray keeps one whose creator was ended until the whole job ends (2.60)."""
+    if room:
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(room))))
 
 
 def innermost_line(error: BaseException) -> str:

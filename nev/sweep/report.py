@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
@@ -15,23 +16,18 @@ from nev.sweep.config import Sweep
 from nev.sweep.figures import draw, label_of
 from nev.sweep.findings import findings
 from nev.sweep.results import Outcome, TrialResult
-from nev.sweep.statistics import estimate
-from nev.sweep.trials import arms_of, shown
-from nev.tracking import Tracker
 
 
-def write_report(outcome: Outcome, folder: str, parent: Tracker) -> list[str]:
-    """Write NAME.png, .svg, .json, .md and .yaml below `folder` (a folder or S3 prefix), and log them and the means to the parent
-    run. Returns their locations, the figure first; there is none where no trial has a result.
+def write_report(outcome: Outcome, folder: str) -> list[str]:
+    """Write NAME.png, .svg, .json, .md and .yaml below `folder` (a folder or S3 prefix). Returns their locations, the figure
+    first; there is none where no trial has a result.
     """
     sweep = outcome.sweep
     measured = {metric: outcome.values(metric) for metric in sweep.metrics}
     with folder_to_fill(folder) as local:
         made = []
         if any(measured.values()):
-            seeds = f"{len(sweep.seeds)} seed{'s' * (len(sweep.seeds) > 1)}"
-            subtitle = f"{sweep.samples:,} samples seen, {seeds}; bars: 95 % intervals of the means; dotted: the fit"
-            made += draw(local / sweep.name, sweep.question or sweep.name, subtitle, measured)
+            made += draw(local / sweep.name, sweep.question or sweep.name, subtitle_of(outcome), measured)
         for kind, text in (
             ("md", findings(outcome)),
             ("json", json.dumps(rows(outcome), indent=1)),
@@ -39,17 +35,14 @@ def write_report(outcome: Outcome, folder: str, parent: Tracker) -> list[str]:
         ):
             made.append(local / f"{sweep.name}.{kind}")
             made[-1].write_text(text, encoding="utf-8")
-    files = [join(folder, path.name) for path in made]
-    for file in files:
-        parent.artifact(file)
-    for place, arm in enumerate(outcome.arms):
-        means = {
-            f"mean/{metric}": estimate(list(values[arm].values())).mean
-            for metric, values in measured.items()
-            if arm in values
-        }
-        parent.log(place, means)
-    return files
+    return [join(folder, path.name) for path in made]
+
+
+def subtitle_of(outcome: Outcome) -> str:
+    """What a figure shows, in a line."""
+    seeds = len(outcome.sweep.seeds)
+    bars = "; bars: 95 % intervals of the means" if seeds > 1 else ""
+    return f"{outcome.sweep.samples:,} samples seen, {seeds} seed{'s' * (seeds > 1)}{bars}"
 
 
 def rows(outcome: Outcome) -> list[dict[str, object]]:
@@ -65,7 +58,7 @@ def outcome_table(outcome: Outcome) -> Table:
     for column in ("arm", "seed", *sweep.metrics):
         table.add_column(column, justify="left" if column == "arm" else "right", overflow="fold")
     for result in outcome.results:
-        cells = [shown(result.metrics[name]) if name in result.metrics else "" for name in sweep.metrics]
+        cells = [f"{result.metrics[name]:.3g}" if name in result.metrics else "" for name in sweep.metrics]
         if result.ended_early:
             cells[0] += f" at {result.samples:,}"
         table.add_row(escape(label_of(result.arm)), str(result.seed), *cells)
@@ -75,7 +68,7 @@ def outcome_table(outcome: Outcome) -> Table:
 
 
 def read_sweep(uri: str, name: str) -> Outcome:
-    """A sweep from MLflow alone, as its newest parent run has it: the definition, and the finished trials.
+    """A sweep from MLflow alone, as its newest run of that name has it: the definition, and what came of the trials.
 
     Raises ConfigError where MLflow has none of that name.
     """
@@ -88,25 +81,9 @@ def read_sweep(uri: str, name: str) -> Outcome:
         raise ConfigError(f"{uri}: no sweep is called {name!r}")
     parent = parents[0].info.run_id
     with tempfile.TemporaryDirectory() as folder:
-        file = client.download_artifacts(parent, f"{name}.yaml", folder)
+        file, results = (client.download_artifacts(parent, f"{name}.{kind}", folder) for kind in ("yaml", "json"))
         sweep = parse(Sweep, read_yaml(file), where=file)
-    results = []
-    for run in client.search_runs(everywhere, f"tags.`mlflow.parentRunId` = '{parent}'", max_results=10_000):
-        tags = run.data.tags
-        if "nev.arm" in tags:
-            arm = tuple((axis, label) for axis, label in json.loads(tags["nev.arm"]).items())
-            results.append(
-                TrialResult(
-                    name=run.info.run_name,
-                    arm=arm,
-                    seed=int(tags["nev.seed"]),
-                    metrics=run.data.metrics,
-                    samples=sweep.samples,
-                    data=tags.get("nev.data_fingerprint", ""),
-                    run_id=run.info.run_id,
-                    seconds=(run.info.end_time - run.info.start_time) / 1000,
-                )
-            )
-    places = {arm: place for place, (arm, _) in enumerate(arms_of(sweep))}
-    own = [result for result in results if result.arm in places and result.seed in sweep.seeds]
-    return Outcome(sweep, sorted(own, key=lambda result: (places[result.arm], result.seed)), {})
+        found = json.loads(Path(results).read_text(encoding="utf-8"))
+    finished = [{**row, "arm": tuple(row["arm"].items())} for row in found if "error" not in row]
+    errors = {row["name"]: row["error"] for row in found if "error" in row}
+    return Outcome(sweep, [TrialResult.model_validate(row) for row in finished], errors)

@@ -15,12 +15,13 @@ from nev.sweep.trials import Arm, Trial, arms_of
 from nev.train.output import run_folder
 
 FILE = "result.json"
-SAMPLES = "samples"  # what a trial reports to Tune of its length
+SAMPLES, ROOM = "samples", "room"  # what a trial reports to Tune: its length, and its workers' placement group
 
 
 class TrialResult(Section):
     """A finished trial: its run's name, arm and seed. `metrics` are its chosen checkpoint's; `samples`: those it has seen, fewer
-    than the sweep's where it was ended early; `data`: the fingerprint of its training set; `run_id`: its MLflow run.
+    than the sweep's where it was ended early, and then `ended_early` is `judged_by` of the sweep that did; `run_id`: its MLflow
+    run.
     """
 
     name: str
@@ -28,8 +29,7 @@ class TrialResult(Section):
     seed: int
     metrics: dict[str, float]
     samples: int
-    ended_early: bool = False
-    data: str
+    ended_early: str = ""
     run_id: str
     seconds: float
 
@@ -52,6 +52,12 @@ class Outcome:
         """Whether every trial has a result."""
         return len(self.results) == len(self.arms) * len(self.sweep.seeds)
 
+    @property
+    def complete(self) -> set[Arm]:
+        """The arms whose seeds all have seen all samples: what is left of others is a choice of the better ones."""
+        whole = [result.arm for result in self.results if not result.ended_early]
+        return {arm for arm in whole if whole.count(arm) == len(self.sweep.seeds)}
+
     def values(self, metric: str) -> dict[Arm, dict[int, float]]:
         """Arm to seed to the value of a metric, of trials that have it and saw all samples."""
         found: dict[Arm, dict[int, float]] = {}
@@ -68,8 +74,15 @@ def keep(trial: Trial, result: TrialResult) -> None:
         write_whole(file, result.model_dump_json(indent=1).encode())
 
 
-def kept(trial: Trial, data: str, metrics: Sequence[str]) -> TrialResult | None:
-    """A trial's result; None where there is none, where it is of other data, or lacks a metric that is asked for now."""
+def judged_by(sweep: Sweep) -> str:
+    """What ends trials of a sweep early, as text; empty without ASHA."""
+    return f"{sweep.asha.model_dump_json()} {sweep.mode} {sweep.metrics[0]} {sweep.samples}" if sweep.asha else ""
+
+
+def kept(trial: Trial, sweep: Sweep) -> TrialResult | None:
+    """A trial's result; None where there is none, where it lacks a metric that is asked for now, or was ended early by a rule
+    that is not this sweep's.
+    """
     content = content_of(join(run_folder(trial.experiment), FILE))
     if content is None:
         return None
@@ -77,5 +90,7 @@ def kept(trial: Trial, data: str, metrics: Sequence[str]) -> TrialResult | None:
         result = TrialResult.model_validate_json(content)
     except ValidationError:  # torn, or another version's: its checkpoints still are there
         return None
-    known = result.ended_early or set(metrics) <= result.metrics.keys()
-    return result if result.data == data and known else None
+    result = result.model_copy(update={"arm": trial.arm})  # two arms of the same settings share a run
+    if result.ended_early:
+        return result if result.ended_early == judged_by(sweep) else None
+    return result if set(sweep.metrics) <= result.metrics.keys() else None

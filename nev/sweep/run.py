@@ -20,19 +20,19 @@ from nev.data.index import build_index
 from nev.data.storage import join
 from nev.embedding import embed_captions
 from nev.errors import NevError
+from nev.eval.cache import digest
 from nev.eval.scoring import measure_names
-from nev.eval.suite import load_suite
+from nev.eval.suite import METRICS, load_suite
 from nev.eval.validation import Validation
 from nev.models.text import load_text
 from nev.progress import progress
 from nev.runtime import cluster_cpus, cluster_gpus, connect, may_grow
 from nev.sweep.config import Sweep
+from nev.sweep.mlflow_runs import close_children, open_parent, publish
 from nev.sweep.results import SAMPLES, Outcome, TrialResult, kept
-from nev.sweep.trials import Trial, plan_trials
-from nev.tracking import Tracker, check_tracking, open_run, tracking_uri
-from nev.train.journal import keep_run_id, kept_run_id
-from nev.train.output import run_folder
-from nev.train.setup import absolute, prepare_job
+from nev.sweep.trials import Trial, named, plan_trials
+from nev.tracking import check_tracking, tracking_uri
+from nev.train.setup import absolute, class_names, prepare_job, refuse_unknown_metric
 from nev.train.trainer import Stopped
 
 # Tune's own files and tables of each trial say nothing that nev's do not; its SIGINT handler would end the driver with status 0;
@@ -61,26 +61,26 @@ def run_sweep(sweep: Sweep, overrides: list[str], console: Console) -> Finished:
     """
     from nev.sweep.report import write_report
 
-    trials = [replace(trial, experiment=absolute(trial.experiment)) for trial in plan_trials(sweep, overrides)]
-    first = trials[0].experiment
-    folder, uri = join(first.output, sweep.name), tracking_uri(first.tracking, first.output)
+    planned = [replace(trial, experiment=absolute(trial.experiment)) for trial in plan_trials(sweep, overrides)]
+    first = planned[0].experiment
+    uri = tracking_uri(first.tracking, first.output)
     check_tracking(uri)
     connect()
-    at_once = concurrent(sweep, trials)
-    data = share(trials, console)
-    trials = [replace(trial, experiment=with_threads(trial.experiment, at_once)) for trial in trials]
-    results = [kept(trial, data[number], sweep.metrics) for number, trial in enumerate(trials)]
+    at_once = concurrent(sweep, planned)
+    ready = [replace(trial, experiment=with_threads(trial.experiment, at_once)) for trial in planned]
+    trials = named(sweep, ready, share(sweep, ready, console))
+    results = [kept(trial, sweep) for trial in trials]
     check(sweep, [trial for trial, result in zip(trials, results, strict=True) if result is None])
-    tags = {"nev.kind": "sweep", "nev.sweep": sweep.name}
-    experiment = first.tracking.experiment
-    parent = open_run(uri, experiment, sweep.name, sweep, tags, first.output, run_id=kept_run_id(folder))
-    keep_run_id(folder, parent.run_id)
+    parent = open_parent(sweep, first, uri)
     status = "KILLED"
     try:
-        errors = tune_trials(sweep, trials, results, data, parent.run_id, at_once, console)
-        results = [kept(trial, data[number], sweep.metrics) for number, trial in enumerate(trials)]
-        outcome = Outcome(sweep, [result for result in results if result], errors)
-        files = write_report(outcome, folder, parent)
+        errors = tune_trials(sweep, trials, results, parent.run_id, at_once, console)
+        found = [result for result in (kept(trial, sweep) for trial in trials) if result]
+        outcome = Outcome(sweep, found, errors)
+        files = write_report(outcome, join(first.output, sweep.name))
+        if not publish(outcome, parent, files):
+            said = "MLflow does not answer: what it should show of the sweep is in the files below; the same command sends it"
+            console.print(f"[yellow]{said}[/]", highlight=False, soft_wrap=True)
         status = "FINISHED" if outcome.whole else "FAILED"
     finally:
         parent.finish(status)
@@ -118,26 +118,28 @@ def _room(experiment: Experiment) -> int:
 def with_threads(experiment: Experiment, at_once: int) -> Experiment:
     """The experiment with a share of the cores for each worker, where several train on CPUs at a time."""
     workers = experiment.workers
-    if workers.threads or workers.gpus or may_grow():
+    if at_once == 1 or workers.threads or workers.gpus or may_grow():
         return experiment
     threads = max(1, cluster_cpus() // (at_once * workers.most))
     return experiment.model_copy(update={"workers": workers.model_copy(update={"threads": threads})})
 
 
-def share(trials: Sequence[Trial], console: Console) -> list[str]:
-    """Do once what every trial needs: the index of each set, and the captions' vectors beside it. Returns each trial's data
-    fingerprint.
+def share(sweep: Sweep, trials: Sequence[Trial], console: Console) -> list[str]:
+    """Do once what every trial needs: the index of each set, and the captions' vectors beside it. Returns what tells the data of
+    each trial from others: its sets, its classes, the sweep's suite.
     """
-    fingerprints: dict[str, str] = {}
+    suite = load_suite(sweep.suite).model_dump_json() if sweep.suite else ""
+    known: dict[str, str] = {}
     found = []
     for experiment in (trial.experiment for trial in trials):
-        data, key = experiment.data, experiment.model_dump_json(include={"data", "text", "lock"})
-        if key not in fingerprints:
+        data, key = experiment.data, experiment.model_dump_json(include={"data", "text", "lock", "eval"})
+        if key not in known:
             sets = [data.train, *([data.val] if data.val else [])]
             if not experiment.text_online:
                 embed_captions(sets, data.columns, experiment.text, console)
-            fingerprints[key] = build_index(data.train, data.columns).fingerprint
-        found.append(fingerprints[key])
+            classes = class_names(experiment.eval.zero_shot) if experiment.eval.zero_shot else []
+            known[key] = digest(*(build_index(one, data.columns).fingerprint for one in sets), *classes, suite)
+        found.append(known[key])
     return found
 
 
@@ -153,22 +155,23 @@ def check(sweep: Sweep, trials: Sequence[Trial]) -> None:
 
 
 def refuse_unmeasured(sweep: Sweep, validation: Validation | None) -> None:
-    """Raise ConfigError for a metric that trials with this validation would not have."""
-    known: set[str] = set()
-    if validation:
-        known = measure_names(len(validation.classes.names) if validation.classes else 0, validation.retrieval)
-    tasks = {task.name for task in load_suite(sweep.suite).tasks} if sweep.suite else set()
-    unknown = [name for name in sweep.metrics if name not in known and name.partition("/")[0] not in tasks]
-    if unknown:
-        there = [*sorted(known), *(f"{task}/..." for task in sorted(tasks))]
-        raise ConfigError(f"metrics: {', '.join(unknown)} not measured; there is {', '.join(there) or 'nothing'}")
+    """Raise ConfigError for a metric that trials with this validation would not have, or not have when ASHA asks."""
+    classes = len(validation.classes.names) if validation and validation.classes else 0
+    known = measure_names(classes, validation.retrieval) if validation else set[str]()
+    of_suite = load_suite(sweep.suite).tasks if sweep.suite else ()
+    known |= {f"{task.name}/{metric}" for task in of_suite for metric in METRICS[task.kind]}
+    if unknown := [name for name in sweep.metrics if name not in known]:
+        raise ConfigError(
+            f"metrics: {', '.join(unknown)} not measured; there is {', '.join(sorted(known)) or 'nothing'}"
+        )
+    if sweep.asha and validation:
+        refuse_unknown_metric(sweep.metrics[0], "asha: metrics[0]", validation)
 
 
 def tune_trials(
     sweep: Sweep,
     trials: Sequence[Trial],
     results: Sequence[TrialResult | None],
-    data: Sequence[str],
     parent: str,
     at_once: int,
     console: Console,
@@ -180,7 +183,8 @@ def tune_trials(
     from nev.sweep.follower import Follower, innermost_line
     from nev.sweep.trial import run_trial
 
-    left = [number for number, result in enumerate(results) if result is None]
+    lacking = {trial.name: number for number, trial in enumerate(trials) if results[number] is None}
+    left = list(lacking.values())
     errors: dict[str, str] = {}
     if not left:
         return errors
@@ -193,7 +197,7 @@ def tune_trials(
         halving = ASHAScheduler(
             time_attr=SAMPLES, max_t=sweep.samples, grace_period=sweep.asha.grace, reduction_factor=sweep.asha.reduction
         )
-    setting = {"sweep": sweep, "trials": trials, "data": data, "parent": parent}
+    setting = {"sweep": sweep, "trials": trials, "parent": parent}
     with tempfile.TemporaryDirectory(prefix="nev-tune-") as storage, progress(console) as tell, ended_by_sigterm():
         tuner = tune.Tuner(
             # A trial waits for its TorchTrainer, which reserves what it needs: it must not hold a CPU meanwhile.
@@ -207,7 +211,7 @@ def tune_trials(
                 reuse_actors=not halving,  # a process is started and its libraries are read once for many trials
             ),
             run_config=tune.RunConfig(
-                name="tune", storage_path=storage, verbose=0, callbacks=[Follower(sweep, trials, data, len(left), tell)]
+                name="tune", storage_path=storage, verbose=0, callbacks=[Follower(sweep, trials, len(left), tell)]
             ),
         )
         grid = tuner.fit()
@@ -232,18 +236,3 @@ def ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def close_children(trials: Sequence[Trial], uri: str) -> None:
-    """No trial runs any more: those that MLflow takes for running were ended."""
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    client = MlflowClient(tracking_uri=uri)
-    for trial in trials:
-        run_id = kept_run_id(run_folder(trial.experiment))
-        try:
-            if run_id and client.get_run(run_id).info.status == "RUNNING":
-                Tracker(uri, run_id).finish("KILLED")
-        except MlflowException:
-            return  # it does not answer, and the next start of the sweep sets it right

@@ -15,6 +15,11 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
+FEWEST = (
+    3  # seeds for a difference to be called one: two differ by equal amounts too often, where a metric counts pictures
+)
+RESOLUTION = 1e-4  # the least spread of differences that is believed, for the same reason
+SPAN = 4  # the largest setting over the smallest, below which no curve is fitted
 
 Key = TypeVar("Key")
 Values = Mapping[Key, Mapping[int, float]]  # arm, then seed
@@ -67,12 +72,11 @@ def differences(values: Values[Key], reference: Key) -> list[Difference[Key]]:
 
 
 def paired_p(by: np.ndarray) -> float:
-    """Two-sided p of differences under 'their mean is 0' (Student's paired t). 1 for a single one, or where all are 0."""
-    if len(by) < 2 or not by.any():
+    """Two-sided p of differences whose mean is 0 (Student's paired t, spread at least RESOLUTION); 1 for fewer than FEWEST."""
+    if len(by) < FEWEST:
         return 1.0
-    if np.ptp(by) == 0:
-        return 0.0
-    return float(stats.ttest_1samp(by, 0.0).pvalue)
+    spread = max(float(np.std(by, ddof=1)), RESOLUTION)
+    return float(2 * stats.t.sf(abs(np.mean(by)) * math.sqrt(len(by)) / spread, len(by) - 1))
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -85,11 +89,18 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 class Curve(NamedTuple):
-    """y = a + b x + c x^2 with x = log2 of the setting, fitted to all seeds; peak: the setting where it is highest, if inside."""
+    """y = a + b x + c x^2 with x = log2 of the setting, fitted to all seeds. turn: the setting where it is highest (`top`) or
+    lowest, where that is among those tried; residual: standard deviation of what it leaves.
+    """
 
     coefficients: tuple[float, float, float]
-    peak: float | None
+    turn: float | None
     residual: float
+
+    @property
+    def top(self) -> bool:
+        """Whether it turns down."""
+        return self.coefficients[2] < 0
 
     def __call__(self, setting: float) -> float:
         """The fitted value."""
@@ -99,17 +110,18 @@ class Curve(NamedTuple):
 
 
 def fit(values: Values[float]) -> Curve | None:
-    """A parabola over log2 of the settings, by least squares; None for fewer than four settings, which it would only connect."""
+    """A parabola over log2 of the settings, by least squares. None for fewer than four settings, which it would only connect, and
+    for a range that is not worth a logarithm.
+    """
     settings = sorted(values)
-    if len(settings) < 4 or settings[0] <= 0:
+    if len(settings) < 4 or settings[0] <= 0 or settings[-1] < SPAN * settings[0]:
         return None
     points = [(math.log2(setting), value) for setting in settings for value in values[setting].values()]
     x, y = np.array(points).T
     c, b, a = (float(value) for value in np.polyfit(x, y, 2))
-    top = -b / (2 * c) if c < 0 else None
-    inside = top is not None and x.min() <= top <= x.max()
+    turn = -b / (2 * c) if c else math.inf
     residual = float(np.std(y - (a + b * x + c * x**2)))
-    return Curve((a, b, c), 2**top if inside and top is not None else None, residual)
+    return Curve((a, b, c), 2**turn if x.min() <= turn <= x.max() else None, residual)
 
 
 def steps_up(values: Values[float]) -> list[tuple[float, float, Difference[float]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import time
 from typing import Any
 
@@ -10,18 +10,16 @@ from rich.console import Console
 
 from nev.config import Experiment
 from nev.config_base import ConfigError
-from nev.experiment import Summary, run_experiment
+from nev.experiment import run_experiment
 from nev.sweep.config import Sweep
-from nev.sweep.results import SAMPLES, TrialResult, keep
+from nev.sweep.results import ROOM, SAMPLES, TrialResult, keep
 from nev.sweep.trials import Trial
-from nev.tracking import Tracker
-from nev.train.manifest import read_manifest
 
 
 def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
     """The Tune function: trains, scores, keeps the result beside the run, and reports it.
 
-    Under ASHA it reports every validation, too, and Tune may end this process there.
+    Under ASHA it reports every validation but the last, too, and Tune may end this process there.
     """
     from ray import tune
 
@@ -32,24 +30,25 @@ def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
     trial: Trial = setting["trials"][config["number"]]
     experiment, began = trial.experiment, time.monotonic()
 
-    def heard(step: int, metrics: dict[str, float]) -> None:
-        if sweep.metrics[0] in metrics:
-            tune.report({**metrics, SAMPLES: min(step * experiment.train.global_batch, sweep.samples - 1)})
+    def heard(step: int, metrics: dict[str, float], room: str) -> None:
+        seen = step * experiment.train.global_batch
+        if sweep.metrics[0] in metrics and seen < sweep.samples:
+            tune.report({**metrics, SAMPLES: seen, ROOM: room})
 
     summary = run_experiment(
         experiment, Console(quiet=True), parent=setting["parent"], heard=heard if sweep.asha else None
     )
-    metrics = summary.metrics | all_of(experiment, summary.checkpoint, sweep)
+    everything = summary.metrics | all_of(experiment, summary.checkpoint, sweep)
+    metrics = {name: value for name, value in everything.items() if math.isfinite(value)}
     if missing := [name for name in sweep.metrics if name not in metrics]:
-        raise ConfigError(f"metrics: {', '.join(missing)} not measured. This trial has {', '.join(sorted(metrics))}")
-    log(trial, summary, metrics)
+        told = [f"{name} ({everything.get(name, 'not measured')})" for name in missing]
+        raise ConfigError(f"metrics: {', '.join(told)}. This trial has {', '.join(sorted(metrics))}")
     result = TrialResult(
         name=trial.name,
         arm=trial.arm,
         seed=trial.seed,
         metrics=metrics,
         samples=sweep.samples,
-        data=setting["data"][config["number"]],
         run_id=summary.mlflow_run_id,
         seconds=time.monotonic() - began,
     )
@@ -75,13 +74,3 @@ def all_of(experiment: Experiment, checkpoint: str, sweep: Sweep) -> dict[str, f
         result, _ = evaluate_suite(checkpoint, sweep.suite, Console(quiet=True))
         found |= {f"{task.name}/{name}": value for task in result.tasks for name, value in task.metrics.items()}
     return found
-
-
-def log(trial: Trial, summary: Summary, metrics: dict[str, float]) -> None:
-    """Give the trial's run what it lacks: all numbers, at its last step, and what it is of the sweep."""
-    tracker = Tracker(summary.tracking_uri, summary.mlflow_run_id)
-    tracker.recall()
-    tracker.log(int(read_manifest(summary.checkpoint)["step"]), metrics)
-    tags = {f"nev.arm.{axis}": value for axis, value in trial.arm}
-    tracker.tag_later({**tags, "nev.arm": json.dumps(dict(trial.arm)), "nev.seed": str(trial.seed)})
-    tracker.flush()

@@ -11,8 +11,8 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from nev.config_file import parse, read_yaml
 from nev.sweep.config import LR_RULE, Settings, Sweep, labels_of
 
 LABEL_CHARACTERS = 80
+TRIES = 20  # a draw that was drawn before is drawn anew
 RULES = ("constant", "sqrt", "linear")
 
 # What a trial may be run again with, and be the same one.
@@ -42,7 +43,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """The name of its run."""
+        """The name of its run. Two arms that come to the same settings are one run."""
         return self.experiment.name
 
 
@@ -56,18 +57,17 @@ def plan_trials(sweep: Sweep, overrides: list[str]) -> list[Trial]:
     base = parse(Experiment, raw, fixed, where=sweep.base)
     if sweep.asha and not base.train.eval_every:
         raise ConfigError(f"{sweep.base}: asha judges trials at their validations: set train.eval_every in overrides")
-    budget = {"train.epochs": None, "train.steps": None, "train.samples": sweep.samples}
+    budget = {"train.epochs": None, "train.steps": None, "train.samples": sweep.samples, "eval.patience": None}
     trials = []
     for arm, settings in arms_of(sweep):
         rule = settings.pop(LR_RULE, sweep.lr_rule)
         if rule not in RULES:
             raise ConfigError(f"{LR_RULE}: {rule!r} at {dict(arm)}; there is {', '.join(RULES)}")
-        settings = {**scaled(base, settings, rule), **settings, **budget}
+        settings = {**settings, **scaled(base, settings, rule), **budget}
         for seed in sweep.seeds:
             chosen = [*fixed, *_assignments({**settings, "seed": seed})]
             where = f"{sweep.base} at {', '.join(f'{axis} = {value}' for axis, value in arm)}"
-            experiment = parse(Experiment, raw, chosen, where=where)
-            trials.append(Trial(arm, seed, experiment.model_copy(update={"name": name_of(sweep, arm, experiment)})))
+            trials.append(Trial(arm, seed, parse(Experiment, raw, chosen, where=where)))
     return trials
 
 
@@ -79,7 +79,7 @@ def arms_of(sweep: Sweep) -> Iterator[tuple[Arm, Settings]]:
     ]
     for drawn in drawn_of(sweep):
         for point in itertools.product(*axes):
-            arm = [(axis, label) for axis, label, _ in point] + [(key, shown(value)) for key, value in drawn.items()]
+            arm = [(axis, label) for axis, label, _ in point] + [(key, str(value)) for key, value in drawn.items()]
             settings: Settings = {}
             for _, _, own in point:
                 settings |= own
@@ -87,7 +87,10 @@ def arms_of(sweep: Sweep) -> Iterator[tuple[Arm, Settings]]:
 
 
 def drawn_of(sweep: Sweep) -> list[Settings]:
-    """The draws of the search, the same at every start: a trial that is gone on with must be the one that was begun."""
+    """The draws of the search, the same at every start: a trial that is gone on with must be the one that was begun.
+
+    Raises ConfigError where there are not so many different ones.
+    """
     if not sweep.search:
         return [{}]
     from ray import tune
@@ -98,40 +101,59 @@ def drawn_of(sweep: Sweep) -> list[Settings]:
         (kind,) = draw.model_fields_set
         ends = getattr(draw, kind)
         domains[key] = tune.choice(list(ends)) if kind == "choice" else getattr(tune, kind)(*ends)
-    return [
-        {key: _plain(domain.sample(random_state=random)) for key, domain in domains.items()}
-        for _ in range(sweep.draws or 0)
-    ]
+    found: list[Settings] = []
+    for _ in range(TRIES * (sweep.draws or 0)):
+        drawn = {key: _plain(domain.sample(random_state=random)) for key, domain in domains.items()}
+        if drawn not in found:
+            found.append(drawn)
+        if len(found) == sweep.draws:
+            return found
+    raise ConfigError(f"draws = {sweep.draws}: the search has {len(found)} different settings; lower it")
 
 
 def scaled(base: Experiment, settings: Settings, rule: str) -> Settings:
-    """Learning rate and warm-up at another batch size by a rule, against the base's."""
+    """Rates by a rule at another batch size than the base's, and warm-up and validations after as many samples as there."""
     ratio = int(settings.get("train.global_batch", base.train.global_batch)) / base.train.global_batch
     factor = {"constant": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[rule]
-    return {"optim.lr": base.optim.lr * factor, "optim.warmup_steps": round(base.optim.warmup_steps / ratio)}
+    found = {key: settings.get(key, own) * factor for key, own in _rates(base).items()}
+    found["optim.warmup_steps"] = round(settings.get("optim.warmup_steps", base.optim.warmup_steps) / ratio)
+    if every := settings.get("train.eval_every", base.train.eval_every):
+        found["train.eval_every"] = max(1, round(every / ratio))
+    return found
 
 
-def name_of(sweep: Sweep, arm: Arm, experiment: Experiment) -> str:
-    """The sweep, the arm as far as a name can tell, the seed, and a digest of all that makes the trial what it is."""
+def _rates(base: Experiment) -> dict[str, float]:
+    return {"optim.lr": base.optim.lr, "optim.final_lr": base.optim.final_lr}
+
+
+def named(sweep: Sweep, trials: Sequence[Trial], data: Sequence[str]) -> list[Trial]:
+    """The trials with the names of their runs: the sweep, the arm as far as a name can tell, the seed, and a digest of all that
+    makes the trial what it is. data: what tells each one's sets and classes from others.
+    """
+    names: dict[str, str] = {}
+    found = []
+    for trial, own in zip(trials, data, strict=True):
+        digest = digest_of(trial.experiment, own)
+        label = "-".join(f"{axis.rpartition('.')[2]}_{value}" for axis, value in trial.arm)
+        label = re.sub(r"[^A-Za-z0-9._-]+", "_", label)[:LABEL_CHARACTERS]
+        name = names.setdefault(digest, f"{sweep.name}-{label}-seed_{trial.seed}-{digest[:8]}")
+        found.append(replace(trial, experiment=trial.experiment.model_copy(update={"name": name})))
+    return found
+
+
+def digest_of(experiment: Experiment, data: str) -> str:
+    """sha256 of what makes a trial what it is: its settings, its data, and the weights that it begins with."""
     content = experiment.model_dump(mode="json", exclude=NOT_ITS_OWN)
     weights = Path(experiment.vision.weights or "").expanduser()
     if weights.is_file():
         content["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
-    label = "-".join(f"{axis.rpartition('.')[2]}_{value}" for axis, value in arm)
-    label = re.sub(r"[^A-Za-z0-9._-]+", "_", label)[:LABEL_CHARACTERS]
-    return f"{sweep.name}-{label}-seed_{experiment.seed}-{digest}"
+    return hashlib.sha256(json.dumps([content, data], sort_keys=True).encode()).hexdigest()
 
 
 def reference_of(sweep: Sweep) -> Arm:
     """The arm that the others are compared with; of a search there is none, and its first draw stands in."""
     chosen = {axis: str(sweep.reference.get(axis, labels_of(values)[0])) for axis, values in sweep.axes.items()}
     return next(arm for arm, _ in arms_of(sweep) if all(chosen.get(axis, value) == value for axis, value in arm))
-
-
-def shown(value: Any) -> str:
-    """A setting as a person reads it."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _settings(axis: str, values: tuple[Any, ...] | dict[str, Settings], place: int) -> Settings:

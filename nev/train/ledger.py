@@ -12,15 +12,19 @@ from nev.tracking import Tracker
 from nev.train.patience import Patience
 from nev.train.signatures import Signatures
 
-Heard = Callable[[int, dict[str, float]], None]
+# (step, metrics, the placement group of the workers)
+Heard = Callable[[int, dict[str, float], str], None]
 
 
 class Ledger:
-    """Of one run, in the driver. latest: the newest value of each metric; heard: who else is told, in the thread that takes."""
+    """Of one run, in the driver. latest: the newest value of each metric; room: the placement group of the workers that train
+    now; heard: who else is told, in the thread that takes.
+    """
 
     def __init__(self, config: Experiment, tracker: Tracker, console: Console, heard: Heard | None = None) -> None:
         self.tracker, self.patience = tracker, Patience(config.eval)
         self.latest: dict[str, float] = {}
+        self.room = ""
         self._signatures, self._console, self._heard = Signatures(config), console, heard
 
     def take(self, step: int, metrics: dict[str, float]) -> None:
@@ -33,7 +37,7 @@ class Ledger:
             self.tracker.tag_later({f"nev.alert.{alert.name}": said})
         self.patience.see(step, metrics)
         if self._heard:
-            self._heard(step, metrics)
+            self._heard(step, metrics, self.room)
 
     def note(self, text: str) -> None:
         """A line for the person who watches."""

@@ -31,7 +31,8 @@ class Post(NamedTuple):
     """One message of a training process: metrics of a step, lines for the person, or (`error`) why the run cannot go on.
 
     left: the processes have ended before the run did, as they were asked to, after a checkpoint of this step: a machine of
-    theirs is taken away, or the run is to stop. began: they go on from this step.
+    theirs is taken away, or the run is to stop. began: they go on from this step, in
+    that placement group (`room`).
     """
 
     step: int
@@ -40,6 +41,7 @@ class Post(NamedTuple):
     notes: tuple[str, ...] = ()
     left: bool = False
     began: bool = False
+    room: str = ""
 
 
 class _Board:
@@ -136,6 +138,7 @@ class Watcher:
                 self._ledger.note(f"step {post.step}: {why}what was done is kept, and {goes_on}")
             if post.began or post.left:
                 self._begun, self.left = True, post.left
+                self._ledger.room = post.room or self._ledger.room
                 continue
             if "checkpoint_write_s" in post.metrics and self._validator:
                 self._validator.written(post.step)

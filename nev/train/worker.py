@@ -75,7 +75,7 @@ def work(setting: dict[str, Any]) -> None:
     learner, start = learner_of(built, job, me)
     del built  # it holds the moments of the checkpoint, whole
     if me.rank == 0:
-        ray.get(setting["board"].post.remote(Post(start.step, {}, began=True)))
+        ray.get(setting["board"].post.remote(Post(start.step, {}, began=True, room=room())))
     try:
         done = train(job, me, learner, start, after(first, blocks), report, asked)
         if done < job.stop_step and me.rank == 0:
@@ -93,6 +93,14 @@ def work(setting: dict[str, Any]) -> None:
             f"rank {me.rank} has waited {job.config.workers.timeout_s} s (workers.timeout_s) for another one, which hangs or is "
             f"cut off; all are started again. Torch says: {str(error).splitlines()[0]}"
         ) from error
+
+
+def room() -> str:
+    """The id of the placement group that this worker is in, hex."""
+    from ray.util import get_current_placement_group
+
+    group = get_current_placement_group()
+    return str(group.id.hex()) if group else ""
 
 
 class Stop:
