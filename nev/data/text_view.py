@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 @dataclass(frozen=True)
 class TextView:
     """permuted: share of rows with another row's caption; mean: float32 [D], taken away from each vector; noise: length of the
-    noise that is added to a unit vector, on average. `mean` and `noise` are after collapse and corrupt of Zhang et al. 2024 (C3), for training alone.
+    noise that is added to a unit vector, on average. `mean` and `noise` are after collapse and corrupt of Zhang et al. 2024 (C3),
+    for training alone.
     """
 
     permuted: float = 0.0
