@@ -21,6 +21,7 @@ from ray.train import DataConfig
 from nev.data.block import Block, BlockReader, room_for
 from nev.data.pacing import pace
 from nev.data.plan import Plan
+from nev.imports import import_whole
 
 NUMBERS_PER_TASK = 1000
 NUMBERS_BUFFERED = 64  # by default a task makes two and waits until they are fetched, a turn of 0.1 s later
@@ -62,6 +63,7 @@ def read_block(numbers: Any, source: list[ray.ObjectRef[Any]], first: int) -> Bl
 @functools.lru_cache(maxsize=4)
 def fetched(reference: ray.ObjectRef[Any]) -> Any:
     """The reader and the plan, fetched once a process: with them live its open files and the epoch's order."""
+    import_whole("torch")
     import torch
 
     torch.set_num_threads(1)  # one task a core: threads inside a task would only get in each other's way

@@ -24,6 +24,7 @@ from nev.data.stream import DEATHS, fetched, stream_context
 from nev.errors import NevError
 from nev.eval.scoring import Embedded
 from nev.eval.validation import Embed, Validation, embedder
+from nev.imports import import_whole
 from nev.runtime import cluster_gpus
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ def embed_unit(numbers: Any, source: list[Any], tower: list[Any]) -> Iterator[Bl
 @functools.lru_cache(maxsize=1)
 def _embedder(reference: ray.ObjectRef[Any]) -> Embed:
     """The tower, loaded once a process: tasks of one kind come back to the same processes."""
+    import_whole("nev.models.vision")
     import torch
 
     from nev.models.vision import normalise

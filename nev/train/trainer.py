@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import tempfile
 import threading
@@ -36,6 +37,7 @@ OUT_OF_MEMORY = (
 )
 
 
+RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)(: |$)")
 START_TRIES = 3  # of Ray's controller, each with a wait for room (`nev.runtime`), before `fit` looks at it again
 
 
@@ -250,7 +252,11 @@ def first_cause(error: BaseException) -> str:
         not isinstance(inner, NevError) and "out of memory issue" in said
     ):  # Ray's words, of which the first say nothing else
         return OUT_OF_MEMORY
-    return f"{type(inner).__name__}: {said if isinstance(inner, NevError) else said.splitlines()[-1]}"
+    if isinstance(inner, NevError):
+        return f"{type(inner).__name__}: {said}"
+    # Of errors in tasks of tasks there is only the text: the first one in it is the cause of the others.
+    raised = [line for line in said.splitlines() if RAISED.match(line) and not line.startswith("ray.")]
+    return raised[0] if raised else f"{type(inner).__name__}: {said.splitlines()[-1]}"
 
 
 def innermost(error: BaseException) -> BaseException:
