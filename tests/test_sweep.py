@@ -224,7 +224,8 @@ def test_one_arm_fails_and_one_is_ended_early(ray_cluster: None, base: str, capf
     ((name, error),) = done.outcome.errors.items()
     assert name.startswith("sizes-arm_wild-seed_0-")
     assert "no finite loss" in error
-    assert (dull.ended_early, dull.samples) == (True, 320)
+    assert dull.ended_early
+    assert dull.samples == 320
     printed = capfd.readouterr()
     assert "1 failed" in printed.out
     for chatter in ("run_trial", "Traceback", "tune.py", "─"):
@@ -237,7 +238,8 @@ def test_one_arm_fails_and_one_is_ended_early(ray_cluster: None, base: str, capf
         ("dull", "KILLED"),
         ("good", "FINISHED"),
     ]
-    assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}, "room that is not given back"
+    held = [group["bundles"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
+    assert not held, "room that is not given back"
     client = MlflowClient(tracking_uri=done.tracking_uri)
     files = [artifact.path for artifact in client.list_artifacts(parents[0].info.run_id)]
     assert files == ["sizes.json", "sizes.md", "sizes.png", "sizes.svg", "sizes.yaml"]

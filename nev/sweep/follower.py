@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ray import tune
-from ray._raylet import PlacementGroupID
-from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from nev.errors import NevError
 from nev.progress import Tell
 from nev.sweep.config import Sweep
-from nev.sweep.results import ROOM, SAMPLES, TrialResult, judged_by, keep
+from nev.sweep.results import SAMPLES, TrialResult, judged_by, keep
 from nev.sweep.trials import Trial
 from nev.train.journal import kept_run_id
 from nev.train.output import run_folder
@@ -48,7 +46,6 @@ class Follower(tune.Callback):
                 seconds=found.get("time_total_s", 0.0),
             )
             keep(own, early)
-            give_back(found.get(ROOM))
         if metric in found:
             best = max if self._sweep.mode == "max" else min
             self._best = found[metric] if self._best is None else best(self._best, found[metric])
@@ -69,12 +66,6 @@ class Follower(tune.Callback):
         best = "" if self._best is None else f", best {self._sweep.metrics[0]} {self._best:.3f}"
         failed = f", {self._failed} failed" if self._failed else ""
         self._tell("trials", self._ended, self._count, f"{running} running{failed}{best}")
-
-
-def give_back(room: str | None) -> None:
-    """Free the placement group of a trial's workers. Ray keeps one whose creator was ended until the whole job ends (2.60)."""
-    if room:
-        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(room))))
 
 
 def innermost_line(error: BaseException) -> str:

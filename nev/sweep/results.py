@@ -15,7 +15,7 @@ from nev.sweep.trials import Arm, Trial, arms_of
 from nev.train.output import run_folder
 
 FILE = "result.json"
-SAMPLES, ROOM = "samples", "room"  # what a trial reports to Tune: its length, and its workers' placement group
+SAMPLES = "samples"  # what a trial reports to Tune of its length
 
 
 class TrialResult(Section):

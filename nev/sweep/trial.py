@@ -12,8 +12,10 @@ from nev.config import Experiment
 from nev.config_base import ConfigError
 from nev.experiment import run_experiment
 from nev.sweep.config import Sweep
-from nev.sweep.results import ROOM, SAMPLES, TrialResult, keep
+from nev.sweep.results import SAMPLES, TrialResult, keep
 from nev.sweep.trials import Trial
+from nev.train.ledger import Group
+from nev.train.trainer import end_group
 
 
 def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
@@ -30,10 +32,16 @@ def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
     trial: Trial = setting["trials"][config["number"]]
     experiment, began = trial.experiment, time.monotonic()
 
-    def heard(step: int, metrics: dict[str, float], room: str) -> None:
+    def heard(step: int, metrics: dict[str, float], group: Group | None) -> None:
         seen = step * experiment.train.global_batch
-        if sweep.metrics[0] in metrics and seen < sweep.samples:
-            tune.report({**metrics, SAMPLES: seen, ROOM: room})
+        if sweep.metrics[0] not in metrics or seen >= sweep.samples:
+            return
+        try:
+            tune.report({**metrics, SAMPLES: seen})
+        except SystemExit:  # so Tune tells that it ends this process
+            if group:
+                end_group(group)
+            raise
 
     summary = run_experiment(
         experiment, Console(quiet=True), parent=setting["parent"], heard=heard if sweep.asha else None

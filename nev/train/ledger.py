@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,19 +13,26 @@ from nev.tracking import Tracker
 from nev.train.patience import Patience
 from nev.train.signatures import Signatures
 
-# (step, metrics, the placement group of the workers)
-Heard = Callable[[int, dict[str, float], str], None]
+
+class Group(NamedTuple):
+    """The workers that train now: the actor of Ray Train that starts them again when they die, and their placement group."""
+
+    controller: Any
+    room: Any
+
+
+Heard = Callable[[int, dict[str, float], Group | None], None]
 
 
 class Ledger:
-    """Of one run, in the driver. latest: the newest value of each metric; room: the placement group of the workers that train
-    now; heard: who else is told, in the thread that takes.
+    """Of one run, in the driver. latest: the newest value of each metric; group: the workers that train now;
+    heard: who else is told, in the thread that takes.
     """
 
     def __init__(self, config: Experiment, tracker: Tracker, console: Console, heard: Heard | None = None) -> None:
         self.tracker, self.patience = tracker, Patience(config.eval)
         self.latest: dict[str, float] = {}
-        self.room = ""
+        self.group: Group | None = None
         self._signatures, self._console, self._heard = Signatures(config), console, heard
 
     def take(self, step: int, metrics: dict[str, float]) -> None:
@@ -37,7 +45,7 @@ class Ledger:
             self.tracker.tag_later({f"nev.alert.{alert.name}": said})
         self.patience.see(step, metrics)
         if self._heard:
-            self._heard(step, metrics, self.room)
+            self._heard(step, metrics, self.group)
 
     def note(self, text: str) -> None:
         """A line for the person who watches."""

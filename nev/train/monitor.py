@@ -19,7 +19,7 @@ from rich.table import Column
 
 from nev.errors import NevError
 from nev.progress import rarely
-from nev.train.ledger import Ledger
+from nev.train.ledger import Group, Ledger
 from nev.train.validator import Validator
 
 POLL_S = 0.5
@@ -31,8 +31,8 @@ class Post(NamedTuple):
     """One message of a training process: metrics of a step, lines for the person, or (`error`) why the run cannot go on.
 
     left: the processes have ended before the run did, as they were asked to, after a checkpoint of this step: a machine of
-    theirs is taken away, or the run is to stop. began: they go on from this step, in
-    that placement group (`room`).
+    theirs is taken away, or the run is to stop. began: they go on from this step; `group`: and
+    are this one.
     """
 
     step: int
@@ -41,7 +41,7 @@ class Post(NamedTuple):
     notes: tuple[str, ...] = ()
     left: bool = False
     began: bool = False
-    room: str = ""
+    group: Group | None = None
 
 
 class _Board:
@@ -138,7 +138,7 @@ class Watcher:
                 self._ledger.note(f"step {post.step}: {why}what was done is kept, and {goes_on}")
             if post.began or post.left:
                 self._begun, self.left = True, post.left
-                self._ledger.room = post.room or self._ledger.room
+                self._ledger.group = post.group
                 continue
             if "checkpoint_write_s" in post.metrics and self._validator:
                 self._validator.written(post.step)
@@ -222,6 +222,7 @@ class Watcher:
             over.set()
             for thread in threads:
                 thread.join()
+            self._ledger.group = None  # who holds the handle of a controller keeps its process
             self.read()
             self._send()
             self._line.stop()

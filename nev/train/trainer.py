@@ -20,7 +20,7 @@ from nev.data.storage import join
 from nev.errors import NevError
 from nev.runtime import cluster_cpus, cluster_gpus, may_grow
 from nev.train.job import Job, row_bytes, where
-from nev.train.ledger import Ledger
+from nev.train.ledger import Group, Ledger
 from nev.train.manifest import patiently
 from nev.train.monitor import Watcher, open_board
 from nev.train.validator import Validator
@@ -150,6 +150,16 @@ def free_room() -> None:
     for name, group in placement_group_table().items():
         if name.endswith(job) and group["state"] != "REMOVED":  # a group's id ends with its job's
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+
+
+def end_group(group: Group) -> None:
+    """End workers whose driver is about to be ended. Ray 2.60 keeps the room of a controller that dies so until the job ends."""
+    import ray
+    from ray.util import remove_placement_group
+
+    ray.kill(group.controller)  # first: it would start the workers again
+    if group.room:
+        remove_placement_group(group.room)
 
 
 def ray_trainer(job: Job, reader: BlockReader, board: Any, folder: str) -> TorchTrainer:

@@ -11,6 +11,7 @@ from nev.config_base import ConfigError
 from nev.data.block import Block
 from nev.errors import NevError
 from nev.train.job import Job, row_bytes
+from nev.train.ledger import Group
 from nev.train.manifest import CheckpointError
 from nev.train.monitor import Post
 from nev.train.quarantine import TooManyBadRows
@@ -75,7 +76,7 @@ def work(setting: dict[str, Any]) -> None:
     learner, start = learner_of(built, job, me)
     del built  # it holds the moments of the checkpoint, whole
     if me.rank == 0:
-        ray.get(setting["board"].post.remote(Post(start.step, {}, began=True, room=room())))
+        ray.get(setting["board"].post.remote(Post(start.step, {}, began=True, group=own_group())))
     try:
         done = train(job, me, learner, start, after(first, blocks), report, asked)
         if done < job.stop_step and me.rank == 0:
@@ -95,12 +96,12 @@ def work(setting: dict[str, Any]) -> None:
         ) from error
 
 
-def room() -> str:
-    """The id of the placement group that this worker is in, hex."""
+def own_group() -> Group:
+    """The workers that this one is of."""
+    from ray.train.v2._internal.execution.context import get_train_context
     from ray.util import get_current_placement_group
 
-    group = get_current_placement_group()
-    return str(group.id.hex()) if group else ""
+    return Group(get_train_context().controller_actor, get_current_placement_group())
 
 
 class Stop:
