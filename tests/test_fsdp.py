@@ -120,7 +120,7 @@ def test_steps_are_those_of_one_process(kind: str, train: dict[str, Any], tmp_pa
     assert (results[:, 3] > config.optim.clip_norm).all(), "the gradients were clipped"
 
 
-def _goes_on(rank: int, folder: str) -> dict[str, Any]:
+def _goes_on(rank: int, folder: str, fsdp: bool) -> dict[str, Any]:
     config = experiment()
     model = made(config)
     wrapped = distribute(model, True, WORLD, CPU)
@@ -136,26 +136,29 @@ def _goes_on(rank: int, folder: str) -> dict[str, Any]:
     _, weights, moments, _ = checkpoint.load(f"{folder}/checkpoints/step-00000001")
     again.load_state_dict(weights)
     checkpoint.refuse_unknown(again, moments)
-    wrapped_again = distribute(again, True, WORLD, CPU)
+    wrapped_again = distribute(again, fsdp, WORLD, CPU)
     optimizer_again = make_optimizer(again, config.optim)
     checkpoint.load_optimizer(again, optimizer_again, moments)
     resumed = steps(wrapped_again, optimizer_again, config, share(rank), 2)
-    equal = all(torch.equal(whole(a), whole(b)) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    pairs = [
+        (whole(a).detach(), whole(b).detach()) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    ]
     return {
         "nothing": not (rank == 0 or tensors.model or tensors.optimizer),
-        "same": equal,
+        "pairs": pairs,
         "straight": straight,
         "resumed": resumed,
     }
 
 
-def test_a_checkpoint_is_whole_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    folder = str(tmp_path / "run")
-    first, second = on_ranks(functools.partial(_goes_on, folder=folder), WORLD, tmp_path)
+@pytest.mark.parametrize("fsdp", [True, False])
+def test_a_checkpoint_is_whole_and_goes_on_bit_for_bit_or_under_ddp(fsdp: bool, tmp_path: Path) -> None:
+    folder, exact = str(tmp_path / "run"), {"rtol": 0, "atol": 0}
+    first, second = on_ranks(functools.partial(_goes_on, folder=folder, fsdp=fsdp), WORLD, tmp_path)
     assert second["nothing"], "no other rank holds a whole copy"
     for rank in (first, second):
-        assert rank["same"]
-        assert torch.equal(rank["straight"], rank["resumed"])
+        for straight, resumed in [*rank["pairs"], (rank["straight"], rank["resumed"])]:
+            torch.testing.assert_close(resumed, straight, **(exact if fsdp else CLOSE))
     _, weights = checkpoint.load_model(f"{folder}/checkpoints/step-00000001")
     made(experiment()).load_state_dict(weights)  # one process can take it up
 
