@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nev.eval.plots import FAINT, INK, colours, dress, new_figure, save
-from nev.sweep.statistics import Values, estimate, fit
+from nev.sweep.statistics import SPAN, Values, estimate, fit
 from nev.sweep.trials import Arm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMNS = 2
+TITLE_CHARACTERS = 52  # a panel
+DODGE = 0.05  # octaves between lines, so that bars do not hide each other
 
 # metric to arm to seed to value
 Measured = Mapping[str, Values[Arm]]
@@ -43,8 +46,9 @@ def draw(path: str | Path, title: str, subtitle: str, measured: Measured) -> lis
             by_arm(axes, metric, values, arms)
     for axes in list(panels.flat)[len(shown) :]:
         axes.set_visible(False)
-    figure.suptitle(f"{title}\n", x=0.02, ha="left", fontsize=13, fontweight="bold", color=INK)
-    figure.text(0.02, 0.985, f"\n{subtitle}", va="top", fontsize=9, color=FAINT)
+    wrapped = textwrap.fill(title, TITLE_CHARACTERS * columns)
+    figure.suptitle(wrapped, x=0.02, ha="left", fontsize=12, fontweight="bold", color=INK, parse_math=False)
+    figure.supxlabel(subtitle, x=0.02, ha="left", fontsize=8, color=FAINT, parse_math=False)
     made = [Path(f"{path}.{kind}") for kind in ("png", "svg")]
     for file in made:
         save(figure, file)
@@ -59,18 +63,27 @@ def over_numbers(axes: Axes, metric: str, values: Values[Arm]) -> None:
         assert x is not None
         lines.setdefault(arm[1:], {})[x] = by_seed
     settings = sorted({x for line in lines.values() for x in line})
-    log = settings[0] > 0 and settings[-1] / settings[0] >= 4
-    for (rest, line), colour in zip(lines.items(), colours(len(lines)), strict=True):
+    log = settings[0] > 0 and settings[-1] >= SPAN * settings[0]
+    for place, ((rest, line), colour) in enumerate(zip(lines.items(), colours(len(lines)), strict=True)):
         xs = sorted(line)
+        aside = 2 ** (DODGE * (place - (len(lines) - 1) / 2)) if log else 1.0
         for x in xs:
-            axes.scatter([x] * len(line[x]), list(line[x].values()), s=14, color=colour, alpha=0.45, linewidth=0)
+            axes.scatter(
+                [aside * x] * len(line[x]), list(line[x].values()), s=14, color=colour, alpha=0.45, linewidth=0
+            )
         found = [estimate(list(line[x].values())) for x in xs]
         bars = [_bar(one.mean, one.low) for one in found]
         label = ", ".join(value for _, value in rest) or None
         means = [one.mean for one in found]
-        axes.errorbar(
-            xs, means, yerr=bars, color=colour, marker="o", markersize=5, capsize=3, linewidth=1.6, label=label
-        )
+        style: dict[str, Any] = {
+            "color": colour,
+            "marker": "o",
+            "markersize": 5,
+            "capsize": 3,
+            "linewidth": 1.6,
+            "label": label,
+        }
+        axes.errorbar([aside * x for x in xs], means, yerr=bars, **style)
         if curve := fit(line):
             dense = np.geomspace(xs[0], xs[-1], 100)
             axes.plot(dense, [curve(float(x)) for x in dense], color=colour, linestyle=":", linewidth=1.2)
