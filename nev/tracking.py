@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tenacity import RetryError, Retrying, retry_if_exception_type, stop_after_d
 from nev.config import Tracking
 from nev.config_base import ConfigError
 from nev.config_file import flatten
-from nev.data.storage import at_hand, join, upload
+from nev.data.storage import at_hand, filesystem, join, upload
 
 MAX_METRICS_A_CALL = 1000  # MLflow's own limit for one log_batch
 PATIENCE_S = 60.0  # with a server that does not answer at the end of a run
@@ -112,6 +113,15 @@ class Tracker:
                 self._client.log_artifacts(self.run_id, str(path), folder)
             else:
                 self._client.log_artifact(self.run_id, str(path), folder)
+
+    def read_artifact(self, name: str) -> bytes:
+        """A file among the run's artifacts. Raises MlflowException or OSError where there is none."""
+        root = self._client.get_run(self.run_id).info.artifact_uri
+        if root.startswith("s3://"):
+            fs, path = filesystem(join(root, name))
+            return bytes(fs.cat_file(path))
+        with tempfile.TemporaryDirectory() as folder:
+            return Path(self._client.download_artifacts(self.run_id, name, folder)).read_bytes()
 
     def artifacts_below(self, folder: str) -> bool:
         """Whether the run keeps its artifacts in a folder of this machine, below `folder`."""

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -20,6 +20,7 @@ from rich.console import Console
 from nev.config import Experiment
 from nev.config_base import ConfigError
 from nev.config_file import parse, read_yaml, to_yaml
+from nev.data.storage import filesystem
 from nev.eval.scoring import measure_names
 from nev.eval.suite import METRICS, load_suite
 from nev.sweep.config import Sweep
@@ -27,6 +28,9 @@ from nev.sweep.report import read_sweep
 from nev.sweep.run import concurrent, run_sweep, with_threads
 from nev.sweep.trials import named, plan_trials, reference_of
 from nev.train.manifest import latest
+
+if TYPE_CHECKING:
+    from s3_server import Proxy
 
 ROOT = Path(__file__).parent.parent
 
@@ -203,7 +207,9 @@ def runs_of(uri: str) -> tuple[list[Any], list[Any]]:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_one_arm_fails_and_one_is_ended_early(ray_cluster: None, base: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_one_arm_fails_and_one_is_ended_early_on_s3(
+    s3: Proxy, ray_cluster: None, base: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Two trials at a time on two CPUs. The wild arm makes room for the dull one, which comes to its rung after the good one."""
     wild = {"optim.lr": 1e30, "optim.clip_norm": None, "guards.max_skipped": 0}
     wanted = sweep(
@@ -216,7 +222,8 @@ def test_one_arm_fails_and_one_is_ended_early(ray_cluster: None, base: str, capf
         concurrent=2,
         asha={"grace": 320, "reduction": 2},
     )
-    done = run_sweep(wanted, [], Console(width=200))
+    places = ["output=s3://bucket/runs", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
+    done = run_sweep(wanted, places, Console(width=200))
     good, dull = done.outcome.results
     assert not done.outcome.whole
     assert not good.ended_early
@@ -240,10 +247,12 @@ def test_one_arm_fails_and_one_is_ended_early(ray_cluster: None, base: str, capf
     ]
     held = [group["bundles"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
     assert not held, "room that is not given back"
-    client = MlflowClient(tracking_uri=done.tracking_uri)
-    files = [artifact.path for artifact in client.list_artifacts(parents[0].info.run_id)]
+    fs = filesystem("s3://bucket")[0]
+    files = [path.rpartition("/")[2] for path in fs.find(parents[0].info.artifact_uri)]
     assert files == ["sizes.json", "sizes.md", "sizes.png", "sizes.svg", "sizes.yaml"]
-    said = Path(next(file for file in done.files if file.endswith(".md"))).read_text()
+    assert read_sweep(done.tracking_uri, "sizes").results == done.outcome.results
+    said = fs.cat_file("s3://bucket/runs/sizes/sizes.md").decode()
+    assert "s3://bucket/runs/sizes/sizes.png" in done.files
     assert "**Failed** (1)" in said
     assert "**Ended early by ASHA** (1)" in said
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from pathlib import Path
 
+import yaml
 from rich.markup import escape
 from rich.table import Table
 
 from nev.config_base import ConfigError
-from nev.config_file import parse, read_yaml, to_yaml
+from nev.config_file import parse, to_yaml
 from nev.data.storage import folder_to_fill, join
 from nev.sweep.config import Sweep
 from nev.sweep.figures import draw, label_of
 from nev.sweep.findings import findings
 from nev.sweep.results import Outcome, TrialResult
+from nev.tracking import Tracker
 
 
 def write_report(outcome: Outcome, folder: str) -> list[str]:
@@ -79,11 +79,9 @@ def read_sweep(uri: str, name: str) -> Outcome:
     parents = client.search_runs(everywhere, f"tags.`nev.kind` = 'sweep' and tags.`nev.sweep` = '{name}'")
     if not parents:
         raise ConfigError(f"{uri}: no sweep is called {name!r}")
-    parent = parents[0].info.run_id
-    with tempfile.TemporaryDirectory() as folder:
-        file, results = (client.download_artifacts(parent, f"{name}.{kind}", folder) for kind in ("yaml", "json"))
-        sweep = parse(Sweep, read_yaml(file), where=file)
-        found = json.loads(Path(results).read_text(encoding="utf-8"))
+    own = Tracker(uri, parents[0].info.run_id)
+    sweep = parse(Sweep, yaml.safe_load(own.read_artifact(f"{name}.yaml")), where=f"{name}.yaml in {uri}")
+    found = json.loads(own.read_artifact(f"{name}.json"))
     finished = [{**row, "arm": tuple(row["arm"].items())} for row in found if "error" not in row]
     errors = {row["name"]: row["error"] for row in found if "error" in row}
     return Outcome(sweep, [TrialResult.model_validate(row) for row in finished], errors)
