@@ -24,6 +24,7 @@ from nev.data.storage import filesystem
 from nev.eval.scoring import measure_names
 from nev.eval.suite import METRICS, load_suite
 from nev.sweep.config import Sweep
+from nev.sweep.follower import numbers
 from nev.sweep.report import read_sweep
 from nev.sweep.run import concurrent, run_sweep, with_threads
 from nev.sweep.trials import named, plan_trials, reference_of
@@ -304,3 +305,8 @@ def test_a_killed_sweep_loses_and_repeats_nothing(ray_cluster: None, base: str, 
     assert remembered.results == done.outcome.results
     with pytest.raises(ConfigError, match="no sweep is called 'other'"):
         read_sweep(done.tracking_uri, "other")
+
+
+def test_a_report_that_holds_no_number_ends_no_sweep() -> None:
+    reported = {"zero_shot/top1": 0.5, "space/gap": float("nan"), "val/rows": float("inf"), "samples": 64, "pid": 7.0}
+    assert numbers(reported) == {"zero_shot/top1": 0.5}

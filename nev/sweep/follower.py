@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ class Follower(tune.Callback):
                 name=own.name,
                 arm=own.arm,
                 seed=own.seed,
-                metrics={name: value for name, value in found.items() if isinstance(value, float) and "/" in name},
+                metrics=numbers(found),
                 samples=found[SAMPLES],
                 ended_early=judged_by(self._sweep),
                 run_id=kept_run_id(run_folder(own.experiment)) or "",
@@ -66,6 +67,12 @@ class Follower(tune.Callback):
         best = "" if self._best is None else f", best {self._sweep.metrics[0]} {self._best:.3f}"
         failed = f", {self._failed} failed" if self._failed else ""
         self._tell("trials", self._ended, self._count, f"{running} running{failed}{best}")
+
+
+def numbers(reported: dict[str, Any]) -> dict[str, float]:
+    """The finite metrics of a report (`group/name`), without what Tune adds: a number that is none must not end the sweep."""
+    floats = {name: value for name, value in reported.items() if isinstance(value, float) and "/" in name}
+    return {name: value for name, value in floats.items() if math.isfinite(value)}
 
 
 def innermost_line(error: BaseException) -> str:
