@@ -121,8 +121,8 @@ def measures(root: str, embedded: Embedded, texts: Texts) -> dict[str, float]:
     return metrics
 
 
-def measure_names(classes: int, retrieves: bool) -> set[str]:
-    """What `measures` gives for a set of so many classes (0: no zero-shot), with several captions an image or with none."""
+def measure_names(classes: int, captions: int) -> set[str]:
+    """What `measures` gives for a set of so many classes (0: no zero-shot), with so many captions an image (0: no retrieval)."""
     random = np.random.default_rng(0)
 
     def unit(rows: int) -> Floats:
@@ -131,8 +131,8 @@ def measure_names(classes: int, retrieves: bool) -> set[str]:
 
     rows = 24
     embedded = Embedded(unit(rows), np.ones(rows, bool), np.arange(rows) % max(1, classes))
-    owner = np.repeat(np.arange(rows), 2) if retrieves else None
-    texts = Texts(unit(classes) if classes else None, unit(2 * rows) if retrieves else None, owner)
+    owner = np.repeat(np.arange(rows), captions) if captions else None
+    texts = Texts(unit(classes) if classes else None, unit(captions * rows) if captions else None, owner)
     return set(measures("", embedded, texts))
 
 

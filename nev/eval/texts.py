@@ -43,6 +43,11 @@ def caption_owners(index: Index) -> NDArray[np.int64]:
     return np.repeat(np.arange(len(counts)), counts)
 
 
+def most_captions(index: Index) -> int:
+    """How many captions the row with most of them has."""
+    return int(np.bincount(caption_owners(index)).max(initial=0))
+
+
 def _captions(index: Index) -> list[list[str]]:
     columns = (read_column(index.location(shard), str(index.columns.caption)) for shard in range(len(index.paths)))
     return [captions_of(value) for column in columns for value in column.to_pylist()]

@@ -23,6 +23,7 @@ from nev.errors import NevError
 from nev.eval.cache import digest
 from nev.eval.scoring import measure_names
 from nev.eval.suite import METRICS, load_suite
+from nev.eval.texts import most_captions
 from nev.eval.validation import Validation
 from nev.models.text import load_text
 from nev.progress import progress
@@ -157,7 +158,8 @@ def check(sweep: Sweep, trials: Sequence[Trial]) -> None:
 def refuse_unmeasured(sweep: Sweep, validation: Validation | None) -> None:
     """Raise ConfigError for a metric that trials with this validation would not have, or not have when ASHA asks."""
     classes = len(validation.classes.names) if validation and validation.classes else 0
-    known = measure_names(classes, validation.retrieval) if validation else set[str]()
+    captions = most_captions(validation.reader.index) if validation and validation.retrieval else 0
+    known = measure_names(classes, captions) if validation else set[str]()
     of_suite = load_suite(sweep.suite).tasks if sweep.suite else ()
     known |= {f"{task.name}/{metric}" for task in of_suite for metric in METRICS[task.kind]}
     if unknown := [name for name in sweep.metrics if name not in known]:
@@ -197,7 +199,9 @@ def tune_trials(
         halving = ASHAScheduler(
             time_attr=SAMPLES, max_t=sweep.samples, grace_period=sweep.asha.grace, reduction_factor=sweep.asha.reduction
         )
-    setting = {"sweep": sweep, "trials": trials, "parent": parent}
+    # Where the suite's data lies is said here: a cluster's processes do not have this one's environment.
+    root = load_suite(sweep.suite).root if sweep.suite else None
+    setting = {"sweep": sweep, "trials": trials, "parent": parent, "suite_data": root}
     with tempfile.TemporaryDirectory(prefix="nev-tune-") as storage, progress(console) as tell, ended_by_sigterm():
         tuner = tune.Tuner(
             # A trial waits for its TorchTrainer, which reserves what it needs: it must not hold a CPU meanwhile.

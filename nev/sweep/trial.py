@@ -46,7 +46,7 @@ def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
     summary = run_experiment(
         experiment, Console(quiet=True), parent=setting["parent"], heard=heard if sweep.asha else None
     )
-    everything = summary.metrics | all_of(experiment, summary.checkpoint, sweep)
+    everything = summary.metrics | all_of(experiment, summary.checkpoint, sweep, setting["suite_data"])
     metrics = {name: value for name, value in everything.items() if math.isfinite(value)}
     if missing := [name for name in sweep.metrics if name not in metrics]:
         told = [f"{name} ({everything.get(name, 'not measured')})" for name in missing]
@@ -64,8 +64,8 @@ def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
     tune.report({**{name: metrics[name] for name in sweep.metrics}, SAMPLES: sweep.samples})
 
 
-def all_of(experiment: Experiment, checkpoint: str, sweep: Sweep) -> dict[str, float]:
-    """The numbers of the vectors that the run's validation has kept, and those of the sweep's suite."""
+def all_of(experiment: Experiment, checkpoint: str, sweep: Sweep, suite_data: str | None) -> dict[str, float]:
+    """The numbers of the vectors that the run's validation has kept, and those of the sweep's suite on `suite_data`."""
     from nev.eval.scoring import measures
     from nev.eval.validation import load_kept
     from nev.evaluation import embed
@@ -79,6 +79,6 @@ def all_of(experiment: Experiment, checkpoint: str, sweep: Sweep) -> dict[str, f
         vectors = load_kept(checkpoint, task) or embed(experiment, checkpoint, task)
         found |= measures(task.reader.index.root, *vectors)
     if sweep.suite:
-        result, _ = evaluate_suite(checkpoint, sweep.suite, Console(quiet=True))
+        result, _ = evaluate_suite(checkpoint, sweep.suite, Console(quiet=True), data=suite_data)
         found |= {f"{task.name}/{name}": value for task in result.tasks for name, value in task.metrics.items()}
     return found
