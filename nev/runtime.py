@@ -7,11 +7,13 @@ import os
 import warnings
 
 # Ray Train must not change the working folder, and tqdm bars of libraries must not fight with the one live line. After a node is
-# lost, its elastic policy counts that node for up to 20 s more, and waits for workers there: not the 60 s of its default.
+# lost, its elastic policy counts that node for up to 20 s more, and waits for workers there: not the 60 s of its default. A
+# process of Tune that takes one trial after another may be some seconds with the end of the last one.
 ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",
     "TQDM_DISABLE": "1",
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -25,6 +27,8 @@ LOCAL_ENVIRONMENT = {
     "RAY_enable_metrics_collection": "0",
     "RAY_task_events_report_interval_ms": "0",
 }
+# Where RAY_ADDRESS, which a submitted job's driver alone has, named the cluster: what a sweep's trials ask (`may_grow`).
+FAR_ENVIRONMENT = {"NEV_CLUSTER": "1"}
 
 
 def connect() -> None:
@@ -38,20 +42,21 @@ def connect() -> None:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         os.environ.update(LOCAL_ENVIRONMENT)
+    handed = ENVIRONMENT | (FAR_ENVIRONMENT if address else {})
     ray.init(
         address=address or "local",  # never a cluster that happens to run here
         num_cpus=None if address else os.cpu_count(),
         include_dashboard=None if address else False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        runtime_env={"env_vars": {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}},
+        runtime_env={"env_vars": {name: os.environ.get(name, value) for name, value in handed.items()}},
     )
     _quiet_data()
 
 
 def may_grow() -> bool:
     """Whether the cluster is another than the one that `connect` starts here, so that more may come to it."""
-    return bool(os.environ.get("RAY_ADDRESS"))
+    return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("NEV_CLUSTER"))
 
 
 def cluster_gpus() -> int:

@@ -82,6 +82,17 @@ def test_learning_rate_rule_against_the_base(base: str, rule: str, expected: flo
     assert largest.optim.warmup_steps == round(5 / 2)
 
 
+def test_what_yaml_takes_for_text_is_a_number_all_the_same(base: str) -> None:
+    """1e-3 has no dot, so YAML reads text; and a warm-up of half a step is one."""
+    trials = plan_trials(
+        sweep(base, axes={"optim.lr": ["1e-3"]}, seeds=[0]), ["optim.warmup_steps=1", "train.eval_every=8"]
+    )
+    assert trials[0].experiment.optim.lr == 1e-3
+    large = sweep(base, axes={"train.global_batch": [128, 256]}, seeds=[0])
+    found = [trial.experiment for trial in plan_trials(large, ["optim.warmup_steps=1", "train.eval_every=8"])]
+    assert [(one.optim.warmup_steps, one.train.eval_every) for one in found] == [(1, 4), (1, 2)]
+
+
 def test_the_rule_is_an_axis_and_named_arms_set_several_things(base: str) -> None:
     axes = {
         "lr_rule": ["constant", "linear"],
@@ -125,8 +136,16 @@ def test_a_name_says_what_is_trained(base: str) -> None:
         return {trial.name for trial in named(wanted, trials, [data] * len(trials))}
 
     assert names() == names("workers.threads=2", "output=elsewhere", "guards.max_skipped=3")
-    for change in ("optim.betas=[0.9, 0.99]", "data.val=null", "eval={}"):
+    for change in ("optim.betas=[0.9, 0.99]", "eval={}"):
         assert not names() & names(change), change
+    for free in (
+        "train.micro_batch=32",
+        "train.keep_last=5",
+        "eval.batch=16",
+        "data.max_bad_share=0.5",
+        "data.train=moved",
+    ):
+        assert names() == names(free), free
     assert not names() & names(samples=1280)
     assert not names() & names(data="other")
     same = {"arm": {"one": {}, "two": {"optim.lr": 1e-3}, "three": {"optim.lr": 2e-3}}}
@@ -162,6 +181,15 @@ def test_a_sweep_that_makes_no_sense_is_refused(base: str, settings: dict[str, A
 def test_a_point_that_cannot_run_is_refused_before_the_first_trial(base: str) -> None:
     with pytest.raises(ConfigError, match=r"at train.global_batch = 48.*\n.*must be a multiple"):
         plan_trials(sweep(base, axes={"train.global_batch": [32, 48]}), [])
+    with pytest.raises(ConfigError, match="warmup_steps = 20, and its 640 samples are 20 steps"):
+        plan_trials(sweep(base, axes={"train.global_batch": [32]}), ["optim.warmup_steps=10"])
+    with pytest.raises(ConfigError, match="seed: a sweep sets this itself, by its own `seeds`"):
+        plan_trials(sweep(base, axes={"seed": [1, 2]}), [])
+    with pytest.raises(ConfigError, match=r"train.samples: .* by its own `samples`"):
+        plan_trials(sweep(base), ["train.samples=10"])
+    for free in ({"workers.count": [1, 2]}, {"memory": {"little": {"train.micro_batch": 32}}}):
+        with pytest.raises(ConfigError, match="so it cannot be varied"):
+            plan_trials(sweep(base, axes=free), [])
     with pytest.raises(ConfigError, match="'cubic'"):
         plan_trials(sweep(base, axes={"lr_rule": ["cubic"]}), [])
     with pytest.raises(ConfigError, match="asha judges trials at their validations"):

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.collections import PathCollection
 from scipy import stats
 
 from nev.config_base import ConfigError
 from nev.config_file import parse
+from nev.eval.plots import new_figure
 from nev.sweep.config import Sweep
-from nev.sweep.figures import draw
+from nev.sweep.figures import by_arm, draw, over_numbers
 from nev.sweep.findings import findings
+from nev.sweep.report import subtitle_of
 from nev.sweep.results import Outcome, TrialResult
 from nev.sweep.statistics import RESOLUTION, differences, estimate, fit, holm, steps_up
 from nev.sweep.trials import Arm
@@ -93,16 +96,30 @@ def test_the_fit_finds_its_peak() -> None:
     assert fit({size: value for size, value in values.items() if size < 512}) is None, "three points it would connect"
     rising = fit({size: {0: math.log2(size) / 20} for size in values})
     assert rising
-    assert rising.turn is None or not rising.top
+    assert rising.coefficients == pytest.approx((0, 1 / 20, 0), abs=1e-9)
     assert fit({1.0 + size / 1000: value for size, value in values.items()}) is None, "not worth a logarithm"
+
+
+def test_a_bend_is_one_as_often_as_chance_has_it() -> None:
+    """Of lines that are straight but for noise, one in twenty."""
+    random = np.random.default_rng(1)
+    found = []
+    for _ in range(600):
+        line = {float(2**x): dict(enumerate(0.05 * x + random.normal(0, 0.01, 3))) for x in range(6, 14)}
+        curve = fit(line)
+        assert curve
+        found.append(curve.p < 0.05)
+    assert np.mean(found) == pytest.approx(0.05, abs=0.02)
 
 
 def test_steps_up_end_where_returns_do() -> None:
     noise = {0: 0.001, 1: -0.002, 2: 0.0015}
     heights = {64.0: 0.3, 128.0: 0.4, 256.0: 0.4005}
     values = {size: {seed: height + noise[seed] * size / 64 for seed in noise} for size, height in heights.items()}
-    found = [(lower, upper, one.distinguishable) for lower, upper, one in steps_up(values)]
-    assert found == [(64, 128, True), (128, 256, False)]
+    (steps,) = steps_up([values])
+    assert [(lower, upper, one.distinguishable) for lower, upper, one in steps] == [(64, 128, True), (128, 256, False)]
+    ((first, *_), *_) = steps_up([values] * 40)
+    assert first[2].p > steps[0][2].p, "the steps of all lines are adjusted together"
 
 
 def sweep(axes: object, seeds: tuple[int, ...] = (0, 1, 2)) -> Sweep:
@@ -161,8 +178,33 @@ def test_sizes_are_told_step_by_step() -> None:
     heights = {(("train.global_batch", str(size)),): 0.2 + 0.05 * math.log2(size / 64) for size in (64, 128, 256, 512)}
     said = findings(outcome({"train.global_batch": [64, 128, 256, 512]}, heights))
     assert "From train.global_batch 64 to 128: +5.0 points" in said
-    assert "The last step up of train.global_batch that changes it for sure ends at 512." in said
-    assert "A parabola over log2 of train.global_batch is" in said
+    assert "The last step up of train.global_batch that is distinguishable ends at 512." in said
+    assert "Over log2 of train.global_batch no bend is distinguishable" in said
+    bent = {arm: 0.5 - 0.02 * (math.log2(int(arm[0][1])) - 8) ** 2 for arm in heights}
+    said = findings(outcome({"train.global_batch": [64, 128, 256, 512]}, bent))
+    assert "A parabola over log2 of train.global_batch is highest at 256" in said
+    few = findings(outcome({"train.global_batch": [64, 128, 256, 512]}, bent, seeds=(0, 1)))
+    assert "parabola" not in few
+    assert "From train" not in few
+
+
+def test_samples_are_those_that_were_seen() -> None:
+    arms = {(("train.global_batch", str(size)),): 0.2 for size in (64, 128)}
+    done = outcome({"train.global_batch": [64, 128]}, arms)
+    assert "1,000 samples seen by each" in findings(done)
+    larger = [one.model_copy(update={"samples": 1024}) if "128" in one.name else one for one in done.results]
+    uneven = Outcome(done.sweep, larger, {})
+    assert "1,000 to 1,024 samples seen (whole steps) by each" in findings(uneven)
+    assert subtitle_of(uneven).startswith("1,000 to 1,024 samples seen")
+
+
+def test_a_picture_is_the_least_difference_that_counts() -> None:
+    """Of 100 pictures each seed has one more right: that may well be chance."""
+    a, b = ((("lock", name),) for name in ("text", "none"))
+    done = outcome({"lock": ["text", "none"]}, {a: 0.3, b: 0.31})
+    assert "none against text" in findings(done)
+    few = [one.model_copy(update={"metrics": {**one.metrics, "val/rows": 100.0}}) for one in done.results]
+    assert "Against text not distinguishable at this budget: none." in findings(Outcome(done.sweep, few, {}))
 
 
 @pytest.mark.parametrize("numeric", [True, False])
@@ -171,13 +213,40 @@ def test_the_figure(numeric: bool, tmp_path: Path) -> None:
     heights = {(("size", label), ("rule", rule)): 0.3 for label in labels for rule in ("sqrt", "linear")}
     done = outcome({"size": labels, "rule": ["sqrt", "linear"]}, heights)
     measured = {metric: done.values(metric) for metric in ("zero_shot/top1", "space/gap", "absent")}
-    png, svg = draw(tmp_path / "figure", "Which?", "1,000 samples", measured)
+    png, svg = draw(tmp_path / "figure", "Which?", "1,000 samples", measured, done.complete)
     assert png.read_bytes().startswith(b"\x89PNG")
     assert b"<svg" in svg.read_bytes()
     with pytest.raises(ValueError, match="no value"):
-        draw(tmp_path / "none", "", "", {"absent": {}})
+        draw(tmp_path / "none", "", "", {"absent": {}}, done.complete)
+
+
+@pytest.mark.parametrize("numeric", [True, False])
+def test_points_and_bars_stand_where_they_belong(numeric: bool) -> None:
+    """An arm that lacks a seed has points, and neither mean nor interval nor part in the fit."""
+    labels = ["64", "128", "256", "512", "1024"] if numeric else ["a", "b", "c", "d", "e"]
+    heights = {(("size", label),): 0.1 * place for place, label in enumerate(labels, start=1)}
+    whole = outcome({"size": labels}, heights)
+    done = Outcome(whole.sweep, whole.results[:-1], {"lost": "it broke"})
+    values, axes = done.values("zero_shot/top1"), new_figure(4, 3).subplots()
+    if numeric:
+        over_numbers(axes, "zero_shot/top1", values, done.complete)
+    else:
+        by_arm(axes, "zero_shot/top1", values, list(heights), done.complete)
+    places = [64, 128, 256, 512, 1024] if numeric else range(5)
+    swap = slice(None) if numeric else slice(None, None, -1)
+    clouds = [cloud for cloud in axes.collections if isinstance(cloud, PathCollection)]
+    drawn = [tuple(point[swap]) for cloud in clouds for point in np.asarray(cloud.get_offsets())]
+    wanted = [(x, y) for x, own in zip(places, values.values(), strict=True) for y in own.values()]
+    assert np.allclose(sorted(drawn), sorted(wanted))
+    bars = [segment[:, swap] for bar in axes.containers for segment in bar.lines[2][0].get_segments()]
+    expected = [estimate(list(own.values())) for own in list(values.values())[:4]]
+    assert [bar[0, 0] for bar in bars] == pytest.approx(list(places)[:4])
+    assert [tuple(bar[:, 1]) for bar in bars] == [pytest.approx((one.low, one.high)) for one in expected]
+    if numeric:
+        (curve,) = [line for line in axes.lines if line.get_linestyle() == ":"]
+        assert max(curve.get_xdata()) == pytest.approx(512)
 
 
 def test_a_metric_must_be_given() -> None:
     with pytest.raises(ConfigError, match="metrics"):
-        parse(Sweep, {"name": "s", "base": "b", "axes": {"seed": [1]}, "samples": 1, "metrics": []})
+        parse(Sweep, {"name": "s", "base": "b", "axes": {"optim.lr": [1]}, "samples": 1, "metrics": []})

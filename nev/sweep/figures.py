@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,11 @@ DODGE = 0.05  # octaves between lines, so that bars do not hide each other
 Measured = Mapping[str, Values[Arm]]
 
 
-def draw(path: str | Path, title: str, subtitle: str, measured: Measured) -> list[Path]:
+def draw(path: str | Path, title: str, subtitle: str, measured: Measured, complete: Collection[Arm]) -> list[Path]:
     """Write `path`.png and `path`.svg: over the first axis where all its values are numbers, else an arm a line.
 
-    measured: a panel for each metric that has a value; Raises ValueError where none has.
+    measured: a panel for each metric that has a value. complete: the arms with all seeds; of others the seeds alone are shown.
+    Raises ValueError where there is no value.
     """
     shown = {metric: values for metric, values in measured.items() if values}
     if not shown:
@@ -41,9 +42,9 @@ def draw(path: str | Path, title: str, subtitle: str, measured: Measured) -> lis
     panels = figure.subplots(rows, columns, squeeze=False, sharex="all" if numeric else False)
     for axes, (metric, values) in zip(panels.flat, shown.items(), strict=False):
         if numeric:
-            over_numbers(axes, metric, values)
+            over_numbers(axes, metric, values, complete)
         else:
-            by_arm(axes, metric, values, arms)
+            by_arm(axes, metric, values, arms, complete)
     for axes in list(panels.flat)[len(shown) :]:
         axes.set_visible(False)
     wrapped = textwrap.fill(title, TITLE_CHARACTERS * columns)
@@ -55,19 +56,22 @@ def draw(path: str | Path, title: str, subtitle: str, measured: Measured) -> lis
     return made
 
 
-def over_numbers(axes: Axes, metric: str, values: Values[Arm]) -> None:
+def over_numbers(axes: Axes, metric: str, values: Values[Arm], complete: Collection[Arm]) -> None:
     """A line for each combination of the other axes, over the numbers of the first, with `statistics.fit`."""
     lines: dict[Arm, dict[float, Mapping[int, float]]] = {}
+    whole: dict[Arm, list[float]] = {}
     for arm, by_seed in values.items():
         x = number(arm[0][1])
         assert x is not None
         lines.setdefault(arm[1:], {})[x] = by_seed
+        if arm in complete:
+            whole.setdefault(arm[1:], []).append(x)
     settings = sorted({x for line in lines.values() for x in line})
     log = settings[0] > 0 and settings[-1] >= SPAN * settings[0]
     for place, ((rest, line), colour) in enumerate(zip(lines.items(), colours(len(lines)), strict=True)):
-        xs = sorted(line)
+        xs = sorted(whole.get(rest, []))
         aside = 2 ** (DODGE * (place - (len(lines) - 1) / 2)) if log else 1.0
-        for x in xs:
+        for x in sorted(line):
             axes.scatter(
                 [aside * x] * len(line[x]), list(line[x].values()), s=14, color=colour, alpha=0.45, linewidth=0
             )
@@ -84,7 +88,7 @@ def over_numbers(axes: Axes, metric: str, values: Values[Arm]) -> None:
             "label": label,
         }
         axes.errorbar([aside * x for x in xs], means, yerr=bars, **style)
-        if curve := fit(line):
+        if curve := fit({x: line[x] for x in xs}):
             dense = np.geomspace(xs[0], xs[-1], 100)
             axes.plot(dense, [curve(float(x)) for x in dense], color=colour, linestyle=":", linewidth=1.2)
     if log:
@@ -94,14 +98,16 @@ def over_numbers(axes: Axes, metric: str, values: Values[Arm]) -> None:
     dress(axes, next(iter(values))[0][0], metric, legend=len(lines) > 1)
 
 
-def by_arm(axes: Axes, metric: str, values: Values[Arm], arms: Sequence[Arm]) -> None:
+def by_arm(axes: Axes, metric: str, values: Values[Arm], arms: Sequence[Arm], complete: Collection[Arm]) -> None:
     """A line for each arm, the first one on top: seeds as points, the mean with its interval."""
     for place, (arm, colour) in enumerate(zip(arms, colours(len(arms)), strict=True)):
         by_seed = values.get(arm)
         if not by_seed:
             continue
-        found = estimate(list(by_seed.values()))
         axes.scatter(list(by_seed.values()), [place] * len(by_seed), s=16, color=colour, alpha=0.45, linewidth=0)
+        if arm not in complete:
+            continue
+        found = estimate(list(by_seed.values()))
         axes.errorbar([found.mean], [place], xerr=[_bar(found.mean, found.low)], color=colour, marker="o", capsize=3)
     dress(axes, metric, "", legend=False)
     axes.set_yticks(range(len(arms)), [label_of(arm) for arm in arms])

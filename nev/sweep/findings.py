@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 
 from nev.sweep.figures import label_of, number
-from nev.sweep.results import Outcome
-from nev.sweep.statistics import FEWEST, Difference, Estimate, differences, estimate, fit, steps_up
+from nev.sweep.results import Outcome, is_share
+from nev.sweep.statistics import FEWEST, LEVEL, Curve, Difference, Estimate, differences, estimate, fit, steps_up
 from nev.sweep.trials import Arm, reference_of
 
 NOTHING = "not distinguishable at this budget"
@@ -18,7 +18,7 @@ def findings(outcome: Outcome) -> str:
     sweep = outcome.sweep
     arms, seeds = len(outcome.arms), len(sweep.seeds)
     counts = f"{arms * seeds} trials: {arms} arms, {seeds} seed" + "s" * (seeds > 1)
-    head = [f"# {sweep.name}", sweep.question, f"{counts}, {sweep.samples:,} samples seen by each; base {sweep.base}."]
+    head = [f"# {sweep.name}", sweep.question, f"{counts}, {seen(outcome)} by each; base {sweep.base}."]
     parts = [part for part in head if part]
     measured = [metric for metric in sweep.metrics if outcome.values(metric)]
     if measured:
@@ -37,6 +37,12 @@ def findings(outcome: Outcome) -> str:
     if early:
         parts.append("\n".join([f"**Ended early by ASHA** ({len(early)}), in no mean above", "", *early]))
     return "\n\n".join(parts) + "\n"
+
+
+def seen(outcome: Outcome) -> str:
+    """The samples that trials have seen."""
+    least, most = outcome.samples
+    return f"{least:,} samples seen" if least == most else f"{least:,} to {most:,} samples seen (whole steps)"
 
 
 def table(outcome: Outcome, metrics: list[str]) -> Iterator[str]:
@@ -77,40 +83,47 @@ def sentences(outcome: Outcome, metric: str) -> Iterator[str]:
     if seeds < FEWEST:
         yield f"Fewer than {FEWEST} seeds say too little of how much seeds differ: no difference is called one."
     elif reference in values:
-        found = differences(values, reference)
+        found = differences(values, reference, outcome.resolution(metric))
         same = [label_of(difference.arm) for difference in found if not difference.distinguishable]
         for difference in found:
             if difference.distinguishable:
                 yield f"{label_of(difference.arm)} against {label_of(reference)}: {_change(metric, difference)}."
         if same:
             yield f"Against {label_of(reference)} {NOTHING}: {'; '.join(same)}."
-    yield from _over_numbers(values, metric, seeds)
+    if seeds >= FEWEST:
+        yield from _over_numbers(values, metric, outcome.resolution(metric))
 
 
-def _over_numbers(values: dict[Arm, dict[int, float]], metric: str, seeds: int) -> Iterator[str]:
+def _over_numbers(values: dict[Arm, dict[int, float]], metric: str, resolution: float) -> Iterator[str]:
     lines: dict[Arm, dict[float, dict[int, float]]] = {}
     for arm, by_seed in values.items():
         if (x := number(arm[0][1])) is None:
             return
         lines.setdefault(arm[1:], {})[x] = by_seed
-    for rest, line in lines.items():
-        axis = next(iter(values))[0][0]
+    axis = next(iter(values))[0][0]
+    for (rest, line), steps in zip(lines.items(), steps_up(list(lines.values()), resolution), strict=True):
         where = f" at {label_of(rest)}" if rest else ""
-        steps = steps_up(line) if seeds >= FEWEST else []
         for lower, upper, difference in steps:
             said = _change(metric, difference) if difference.distinguishable else NOTHING
             yield f"From {axis} {lower:,g} to {upper:,g}{where}: {said}."
         if len(steps) > 1:
             sure = [upper for _, upper, difference in steps if difference.distinguishable]
             yield (
-                f"The last step up of {axis}{where} that changes it for sure ends at {max(sure):,g}."
+                f"The last step up of {axis}{where} that is distinguishable ends at {max(sure):,g}."
                 if sure
-                else f"No step up of {axis}{where} changes it for sure."
+                else f"No step up of {axis}{where} is distinguishable."
             )
         if curve := fit(line):
-            which = "highest" if curve.top else "lowest"
-            at = f"{which} at {curve.turn:,.3g}" if curve.turn else "highest and lowest at the ends of what was tried"
-            yield f"A parabola over log2 of {axis}{where} is {at}; it leaves {_number(metric, curve.residual, True)} over."
+            yield _shape(curve, f"{axis}{where}", metric)
+
+
+def _shape(curve: Curve, axis: str, metric: str) -> str:
+    left = f"{_number(metric, curve.residual, True)} are left over"
+    if curve.p >= 1 - LEVEL:
+        return f"Over log2 of {axis} no bend is distinguishable (p = {curve.p:.2g}; {left} by a parabola)."
+    which = "highest" if curve.top else "lowest"
+    at = f"{which} at {curve.turn:,.3g}" if curve.turn else "highest and lowest at the ends of what was tried"
+    return f"A parabola over log2 of {axis} is {at} (p of the bend = {curve.p:.2g}; {left})."
 
 
 def _how(outcome: Outcome) -> str:
@@ -118,7 +131,7 @@ def _how(outcome: Outcome) -> str:
         return "One seed: no intervals."
     return (
         f"Mean and Student's 95 % interval over {len(outcome.sweep.seeds)} seeds. Differences are paired by seed; their p values "
-        "are adjusted for all arms of a metric (Holm), their intervals are not."
+        "are adjusted for all arms of a metric, those of steps up for all steps (Holm), their intervals are not."
     )
 
 
@@ -139,6 +152,6 @@ def _number(metric: str, value: float | None, points: bool = False, sign: bool =
     if value is None:
         return "none"
     plus = "+" if sign else ""
-    if {"space", "val", "loss"} & set(metric.split("/")):
+    if not is_share(metric):
         return f"{value:{plus}.3f}"
     return f"{100 * value:{plus}.1f} {'points' if points else '%'}"

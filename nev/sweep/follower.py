@@ -18,11 +18,12 @@ from nev.train.output import run_folder
 
 
 class Follower(tune.Callback):
-    """Of one sweep; count: how many trials are run now."""
+    """Of one sweep; count: how many trials are run now. errors: what ended each one that has failed, by its name."""
 
     def __init__(self, sweep: Sweep, trials: Sequence[Trial], count: int, tell: Tell) -> None:
         self._sweep, self._trials, self._count, self._tell = sweep, trials, count, tell
-        self._ended, self._failed, self._best = 0, 0, None
+        self._running, self._ended, self._best = 0, 0, None
+        self.errors: dict[str, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune writes its callbacks down for a restore of its own, which nev does not use."""
@@ -30,7 +31,8 @@ class Follower(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """One more runs."""
-        self._say(trials)
+        self._running += 1
+        self._say()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """One is done, or ASHA has ended it, and then nobody else knows how far it came."""
@@ -50,23 +52,29 @@ class Follower(tune.Callback):
         if metric in found:
             best = max if self._sweep.mode == "max" else min
             self._best = found[metric] if self._best is None else best(self._best, found[metric])
-        self._ended += 1
-        self._say(trials)
+        self._end()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """One has failed; the others go on. What ended it is told with the results, when Tune knows it."""
-        self._ended += 1
-        self._failed += 1
-        self._say(trials)
+        """One has failed; the others go on. What ended it is known with the results, if its process began at all."""
+        self.errors[self._of(trial).name] = "its process did not come up, or was killed; Ray's logs say more"
+        self._end()
+
+    def explain(self, number: int, error: BaseException) -> None:
+        """What ended the trial of this number."""
+        self.errors[self._trials[number].name] = innermost(error)
 
     def _of(self, trial: Any) -> Trial:
         return self._trials[int(trial.config["number"])]
 
-    def _say(self, started: list[Any]) -> None:
-        running = sum(one.status == "RUNNING" for one in started)
+    def _end(self) -> None:
+        self._running -= 1
+        self._ended += 1
+        self._say()
+
+    def _say(self) -> None:
         best = "" if self._best is None else f", best {self._sweep.metrics[0]} {self._best:.3f}"
-        failed = f", {self._failed} failed" if self._failed else ""
-        self._tell("trials", self._ended, self._count, f"{running} running{failed}{best}")
+        failed = f", {len(self.errors)} failed" if self.errors else ""
+        self._tell("trials", self._ended, self._count, f"{self._running} running{failed}{best}")
 
 
 def numbers(reported: dict[str, Any]) -> dict[str, float]:
@@ -75,9 +83,9 @@ def numbers(reported: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in floats.items() if math.isfinite(value)}
 
 
-def innermost_line(error: BaseException) -> str:
-    """What ended a trial, in a line."""
+def innermost(error: BaseException) -> str:
+    """What ended a trial, in a line: all that nev says, of others the last line."""
     while (deeper := getattr(error, "cause", None) or error.__cause__) is not None:
         error = deeper
-    lines = str(error).strip().splitlines() or [repr(error)]
-    return lines[0] if isinstance(error, NevError) else lines[-1]
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [repr(error)]
+    return " ".join(lines) if isinstance(error, NevError) else lines[-1]

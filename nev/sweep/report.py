@@ -8,32 +8,36 @@ import yaml
 from rich.markup import escape
 from rich.table import Table
 
+from nev.config import Experiment
 from nev.config_base import ConfigError
 from nev.config_file import parse, to_yaml
 from nev.data.storage import folder_to_fill, join
 from nev.sweep.config import Sweep
 from nev.sweep.figures import draw, label_of
-from nev.sweep.findings import findings
+from nev.sweep.findings import findings, seen
 from nev.sweep.results import Outcome, TrialResult
 from nev.tracking import Tracker
 
 
-def write_report(outcome: Outcome, folder: str) -> list[str]:
-    """Write NAME.png, .svg, .json, .md and .yaml below `folder` (a folder or S3 prefix). Returns their locations, the figure
-    first; there is none where no trial has a result.
+def write_report(outcome: Outcome, base: Experiment, folder: str) -> list[str]:
+    """Write NAME.png, .svg, .json, .md and .yaml below `folder` (a folder or S3 prefix), and base.yaml, the experiment with what
+    was overridden. Returns their locations, the figure first; there is none where no trial has a result.
     """
     sweep = outcome.sweep
     measured = {metric: outcome.values(metric) for metric in sweep.metrics}
     with folder_to_fill(folder) as local:
         made = []
         if any(measured.values()):
-            made += draw(local / sweep.name, sweep.question or sweep.name, subtitle_of(outcome), measured)
-        for kind, text in (
-            ("md", findings(outcome)),
-            ("json", json.dumps(rows(outcome), indent=1)),
-            ("yaml", to_yaml(sweep)),
+            made += draw(
+                local / sweep.name, sweep.question or sweep.name, subtitle_of(outcome), measured, outcome.complete
+            )
+        for name, text in (
+            (f"{sweep.name}.md", findings(outcome)),
+            (f"{sweep.name}.json", json.dumps(rows(outcome), indent=1)),
+            (f"{sweep.name}.yaml", to_yaml(sweep)),
+            ("base.yaml", to_yaml(base)),
         ):
-            made.append(local / f"{sweep.name}.{kind}")
+            made.append(local / name)
             made[-1].write_text(text, encoding="utf-8")
     return [join(folder, path.name) for path in made]
 
@@ -42,7 +46,7 @@ def subtitle_of(outcome: Outcome) -> str:
     """What a figure shows, in a line."""
     seeds = len(outcome.sweep.seeds)
     bars = "; bars: 95 % intervals of the means" if seeds > 1 else ""
-    return f"{outcome.sweep.samples:,} samples seen, {seeds} seed{'s' * (seeds > 1)}{bars}"
+    return f"{seen(outcome)}, {seeds} seed{'s' * (seeds > 1)}{bars}"
 
 
 def rows(outcome: Outcome) -> list[dict[str, object]]:

@@ -11,6 +11,7 @@ from nev.config_base import Section
 from nev.data.index import content_of
 from nev.data.storage import join, naming, write_whole
 from nev.sweep.config import Sweep
+from nev.sweep.statistics import RESOLUTION
 from nev.sweep.trials import Arm, Trial, arms_of
 from nev.train.output import run_folder
 
@@ -20,8 +21,8 @@ SAMPLES = "samples"  # what a trial reports to Tune of its length
 
 class TrialResult(Section):
     """A finished trial: its run's name, arm and seed. `metrics` are its chosen checkpoint's; `samples`: those it has seen, fewer
-    than the sweep's where it was ended early, and then `ended_early` is `judged_by` of the sweep that did; `run_id`: its MLflow
-    run.
+    than the sweep's where it was ended early, and then `ended_early` is `judged_by` of the sweep that did; `suite`: a digest of
+    the suite that it was scored on, too; `run_id`: its MLflow run.
     """
 
     name: str
@@ -30,6 +31,7 @@ class TrialResult(Section):
     metrics: dict[str, float]
     samples: int
     ended_early: str = ""
+    suite: str = ""
     run_id: str
     seconds: float
 
@@ -58,6 +60,17 @@ class Outcome:
         whole = [result.arm for result in self.results if not result.ended_early]
         return {arm for arm in whole if whole.count(arm) == len(self.sweep.seeds)}
 
+    @property
+    def samples(self) -> tuple[int, int]:
+        """The fewest and the most samples that a finished trial has seen: the sweep's, rounded up to whole steps."""
+        seen = [result.samples for result in self.results if not result.ended_early] or [self.sweep.samples]
+        return min(seen), max(seen)
+
+    def resolution(self, metric: str) -> float:
+        """The least spread of seeds that is believed: a picture, where the metric is a share of the validation set's."""
+        rows = [result.metrics["val/rows"] for result in self.results if result.metrics.get("val/rows")]
+        return max(RESOLUTION, 1 / min(rows)) if rows and is_share(metric) else RESOLUTION
+
     def values(self, metric: str) -> dict[Arm, dict[int, float]]:
         """Arm to seed to the value of a metric, of trials that have it and saw all samples."""
         found: dict[Arm, dict[int, float]] = {}
@@ -65,6 +78,11 @@ class Outcome:
             if not result.ended_early and metric in result.metrics:
                 found.setdefault(result.arm, {})[result.seed] = result.metrics[metric]
         return found
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric counts, so that it is from 0 to 1."""
+    return not {"space", "val", "loss"} & set(metric.split("/"))
 
 
 def keep(trial: Trial, result: TrialResult) -> None:
@@ -79,9 +97,9 @@ def judged_by(sweep: Sweep) -> str:
     return f"{sweep.asha.model_dump_json()} {sweep.mode} {sweep.metrics[0]} {sweep.samples}" if sweep.asha else ""
 
 
-def kept(trial: Trial, sweep: Sweep) -> TrialResult | None:
-    """A trial's result; None where there is none, where it lacks a metric that is asked for now, or was ended early by a rule
-    that is not this sweep's.
+def kept(trial: Trial, sweep: Sweep, suite: str) -> TrialResult | None:
+    """A trial's result; None where there is none, where it lacks a metric that is asked for now, was scored on another suite than
+    the one of this digest, or was ended early by a rule that is not this sweep's.
     """
     content = content_of(join(run_folder(trial.experiment), FILE))
     if content is None:
@@ -93,4 +111,4 @@ def kept(trial: Trial, sweep: Sweep) -> TrialResult | None:
     result = result.model_copy(update={"arm": trial.arm})  # two arms of the same settings share a run
     if result.ended_early:
         return result if result.ended_early == judged_by(sweep) else None
-    return result if set(sweep.metrics) <= result.metrics.keys() else None
+    return result if set(sweep.metrics) <= result.metrics.keys() and suite in ("", result.suite) else None

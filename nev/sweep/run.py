@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 
 from nev.config import Experiment
 from nev.config_base import ConfigError
@@ -31,18 +32,17 @@ from nev.runtime import cluster_cpus, cluster_gpus, connect, may_grow
 from nev.sweep.config import Sweep
 from nev.sweep.mlflow_runs import close_children, open_parent, publish
 from nev.sweep.results import SAMPLES, Outcome, TrialResult, kept
-from nev.sweep.trials import Trial, named, plan_trials
+from nev.sweep.suite_data import SuiteData, read_suite
+from nev.sweep.trials import DIGITS, Trial, base_of, definition_of, named, plan_trials
 from nev.tracking import check_tracking, tracking_uri
 from nev.train.setup import absolute, class_names, prepare_job, refuse_unknown_metric
 from nev.train.trainer import Stopped
 
-# Tune's own files and tables of each trial say nothing that nev's do not; its SIGINT handler would end the driver with status 0;
-# and a process that is used for the next trial may be some seconds with the end of the last one.
+# Tune's own files and tables of each trial say nothing that nev's do not; its SIGINT handler would end the driver with status 0.
 TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",
 }
 
 
@@ -67,21 +67,28 @@ def run_sweep(sweep: Sweep, overrides: list[str], console: Console) -> Finished:
     uri = tracking_uri(first.tracking, first.output)
     check_tracking(uri)
     connect()
+    suite = read_suite(sweep, first)
     at_once = concurrent(sweep, planned)
+    if may_grow() and not sweep.concurrent:
+        console.print(
+            f"{at_once} trials at a time, the room that there is now; `concurrent` asks for more", highlight=False
+        )
     ready = [replace(trial, experiment=with_threads(trial.experiment, at_once)) for trial in planned]
-    trials = named(sweep, ready, share(sweep, ready, console))
-    results = [kept(trial, sweep) for trial in trials]
+    trials = named(sweep, ready, share(ready, console))
+    results = [kept(trial, sweep, suite.digest) for trial in trials]
     check(sweep, [trial for trial, result in zip(trials, results, strict=True) if result is None])
-    parent = open_parent(sweep, first, uri)
+    definition = definition_of(sweep, trials)
+    parent = open_parent(sweep, definition, first, uri)
     status = "KILLED"
     try:
-        errors = tune_trials(sweep, trials, results, parent.run_id, at_once, console)
-        found = [result for result in (kept(trial, sweep) for trial in trials) if result]
+        errors = tune_trials(sweep, trials, results, suite, parent.run_id, at_once, console)
+        found = [result for result in (kept(trial, sweep, suite.digest) for trial in trials) if result]
         outcome = Outcome(sweep, found, errors)
-        files = write_report(outcome, join(first.output, sweep.name))
-        if not publish(outcome, parent, files):
-            said = "MLflow does not answer: what it should show of the sweep is in the files below; the same command sends it"
-            console.print(f"[yellow]{said}[/]", highlight=False, soft_wrap=True)
+        base = base_of(sweep, overrides)
+        files = write_report(outcome, base, join(first.output, f"{sweep.name}-{definition[:DIGITS]}"))
+        if lacking := publish(outcome, parent, files):
+            said = f"MLflow lacks some of the sweep ({lacking}). The files below have it; the same command sends it"
+            console.print(f"[yellow]{escape(said)}[/]", highlight=False, soft_wrap=True)
         status = "FINISHED" if outcome.whole else "FAILED"
     finally:
         parent.finish(status)
@@ -125,11 +132,10 @@ def with_threads(experiment: Experiment, at_once: int) -> Experiment:
     return experiment.model_copy(update={"workers": workers.model_copy(update={"threads": threads})})
 
 
-def share(sweep: Sweep, trials: Sequence[Trial], console: Console) -> list[str]:
+def share(trials: Sequence[Trial], console: Console) -> list[str]:
     """Do once what every trial needs: the index of each set, and the captions' vectors beside it. Returns what tells the data of
-    each trial from others: its sets, its classes, the sweep's suite.
+    each trial from others: its sets, its classes, its text tower.
     """
-    suite = load_suite(sweep.suite).model_dump_json() if sweep.suite else ""
     known: dict[str, str] = {}
     found = []
     for experiment in (trial.experiment for trial in trials):
@@ -139,7 +145,8 @@ def share(sweep: Sweep, trials: Sequence[Trial], console: Console) -> list[str]:
             if not experiment.text_online:
                 embed_captions(sets, data.columns, experiment.text, console)
             classes = class_names(experiment.eval.zero_shot) if experiment.eval.zero_shot else []
-            known[key] = digest(*(build_index(one, data.columns).fingerprint for one in sets), *classes, suite)
+            content = (build_index(one, data.columns).fingerprint for one in sets)
+            known[key] = digest(*content, *classes, load_text(experiment.text).fingerprint)
         found.append(known[key])
     return found
 
@@ -161,7 +168,12 @@ def refuse_unmeasured(sweep: Sweep, validation: Validation | None) -> None:
     captions = most_captions(validation.reader.index) if validation and validation.retrieval else 0
     known = measure_names(classes, captions) if validation else set[str]()
     of_suite = load_suite(sweep.suite).tasks if sweep.suite else ()
-    known |= {f"{task.name}/{metric}" for task in of_suite for metric in METRICS[task.kind]}
+    known |= {
+        f"{task.name}/{metric}"
+        for task in of_suite
+        for metric in METRICS[task.kind]
+        if task.group or not metric.startswith("worst_group")
+    }
     if unknown := [name for name in sweep.metrics if name not in known]:
         raise ConfigError(
             f"metrics: {', '.join(unknown)} not measured; there is {', '.join(sorted(known)) or 'nothing'}"
@@ -174,6 +186,7 @@ def tune_trials(
     sweep: Sweep,
     trials: Sequence[Trial],
     results: Sequence[TrialResult | None],
+    suite: SuiteData,
     parent: str,
     at_once: int,
     console: Console,
@@ -182,27 +195,24 @@ def tune_trials(
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
-    from nev.sweep.follower import Follower, innermost_line
+    from nev.sweep.follower import Follower
     from nev.sweep.trial import run_trial
 
     lacking = {trial.name: number for number, trial in enumerate(trials) if results[number] is None}
     left = list(lacking.values())
-    errors: dict[str, str] = {}
     if not left:
-        return errors
+        return {}
     os.environ |= TUNE_ENVIRONMENT
-    logging.getLogger("ray.tune").setLevel(
-        logging.CRITICAL
-    )  # a trial that fails is told in a line, not with Ray's frames
+    # A trial that fails is told in a line, not with Ray's frames.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     halving = None
     if sweep.asha:
         halving = ASHAScheduler(
             time_attr=SAMPLES, max_t=sweep.samples, grace_period=sweep.asha.grace, reduction_factor=sweep.asha.reduction
         )
-    # Where the suite's data lies is said here: a cluster's processes do not have this one's environment.
-    root = load_suite(sweep.suite).root if sweep.suite else None
-    setting = {"sweep": sweep, "trials": trials, "parent": parent, "suite_data": root}
+    setting = {"sweep": sweep, "trials": trials, "parent": parent, "suite": suite}
     with tempfile.TemporaryDirectory(prefix="nev-tune-") as storage, progress(console) as tell, ended_by_sigterm():
+        follower = Follower(sweep, trials, len(left), tell)
         tuner = tune.Tuner(
             # A trial waits for its TorchTrainer, which reserves what it needs: it must not hold a CPU meanwhile.
             tune.with_resources(tune.with_parameters(run_trial, setting=setting), {"CPU": 0, "memory": 2**20}),
@@ -214,15 +224,13 @@ def tune_trials(
                 max_concurrent_trials=at_once,
                 reuse_actors=not halving,  # a process is started and its libraries are read once for many trials
             ),
-            run_config=tune.RunConfig(
-                name="tune", storage_path=storage, verbose=0, callbacks=[Follower(sweep, trials, len(left), tell)]
-            ),
+            run_config=tune.RunConfig(name="tune", storage_path=storage, verbose=0, callbacks=[follower]),
         )
         grid = tuner.fit()
         for one in (grid[place] for place in range(len(grid))):
             if one.config and one.error is not None:
-                errors[trials[one.config["number"]].name] = innermost_line(one.error)
-    return errors
+                follower.explain(one.config["number"], one.error)
+    return follower.errors
 
 
 @contextmanager

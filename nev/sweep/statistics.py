@@ -15,10 +15,11 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
-FEWEST = (
-    3  # seeds for a difference to be called one: two differ by equal amounts too often, where a metric counts pictures
+# Seeds for a difference to be called one: two differ by equal amounts too often, where a metric counts pictures.
+FEWEST = 3
+RESOLUTION = (
+    1e-4  # the least spread of differences that is believed, for the same reason, where nothing larger is known
 )
-RESOLUTION = 1e-4  # the least spread of differences that is believed, for the same reason
 SPAN = 4  # the largest setting over the smallest, below which no curve is fitted
 
 Key = TypeVar("Key")
@@ -59,23 +60,25 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half, count)
 
 
-def differences(values: Values[Key], reference: Key) -> list[Difference[Key]]:
-    """Each other arm less the reference, over the seeds that both have; arms without a common seed are left out."""
+def differences(values: Values[Key], reference: Key, resolution: float = RESOLUTION) -> list[Difference[Key]]:
+    """Each other arm less the reference, over the seeds that both have; arms without a common seed are left out. resolution: the
+    least spread of a difference that is believed, in the metric's units.
+    """
     found = []
     for arm, own in values.items():
         seeds = sorted(own.keys() & values.get(reference, {}).keys())
         if arm != reference and seeds:
             by = np.array([own[seed] - values[reference][seed] for seed in seeds])
-            found.append((arm, estimate(by.tolist()), paired_p(by)))
+            found.append((arm, estimate(by.tolist()), paired_p(by, resolution)))
     adjusted = holm([p for _, _, p in found])
     return [Difference(arm, by, p) for (arm, by, _), p in zip(found, adjusted, strict=True)]
 
 
-def paired_p(by: np.ndarray) -> float:
-    """Two-sided p of differences whose mean is 0 (Student's paired t, spread at least RESOLUTION); 1 for fewer than FEWEST."""
+def paired_p(by: np.ndarray, resolution: float = RESOLUTION) -> float:
+    """Two-sided p of differences whose mean is 0 (Student's paired t, spread at least `resolution`); 1 for fewer than FEWEST."""
     if len(by) < FEWEST:
         return 1.0
-    spread = max(float(np.std(by, ddof=1)), RESOLUTION)
+    spread = max(float(np.std(by, ddof=1)), resolution)
     return float(2 * stats.t.sf(abs(np.mean(by)) * math.sqrt(len(by)) / spread, len(by) - 1))
 
 
@@ -90,12 +93,14 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 class Curve(NamedTuple):
     """y = a + b x + c x^2 with x = log2 of the setting, fitted to all seeds. turn: the setting where it is highest (`top`) or
-    lowest, where that is among those tried; residual: standard deviation of what it leaves.
+    lowest, where that is among those tried; residual: standard deviation of what it leaves; p: that it is straight (two-sided t
+    of c).
     """
 
     coefficients: tuple[float, float, float]
     turn: float | None
     residual: float
+    p: float
 
     @property
     def top(self) -> bool:
@@ -118,20 +123,25 @@ def fit(values: Values[float]) -> Curve | None:
         return None
     points = [(math.log2(setting), value) for setting in settings for value in values[setting].values()]
     x, y = np.array(points).T
-    c, b, a = (float(value) for value in np.polyfit(x, y, 2))
+    (c, b, a), free = np.polyfit(x, y, 2), len(x) - 3
     turn = -b / (2 * c) if c else math.inf
-    residual = float(np.std(y - (a + b * x + c * x**2)))
-    return Curve((a, b, c), 2**turn if x.min() <= turn <= x.max() else None, residual)
+    residual = math.sqrt(float(np.sum((y - (a + b * x + c * x**2)) ** 2)) / free)
+    spread = np.linalg.inv(np.vander(x, 3).T @ np.vander(x, 3))[0, 0] ** 0.5  # of c, in residuals
+    p = 2 * stats.t.sf(abs(c) / max(residual * spread, np.finfo(float).tiny), free)
+    return Curve((a, b, c), float(2**turn) if x.min() <= turn <= x.max() else None, residual, float(p))
 
 
-def steps_up(values: Values[float]) -> list[tuple[float, float, Difference[float]]]:
-    """Each setting and the next larger one, and what going there changes, paired by seed and adjusted together."""
-    settings = sorted(values)
+def steps_up(
+    lines: Sequence[Values[float]], resolution: float = RESOLUTION
+) -> list[list[tuple[float, float, Difference[float]]]]:
+    """Of each line, each setting and the next larger one, and what going there changes, paired by seed; adjusted together."""
     found = []
-    for lower, upper in itertools.pairwise(settings):
-        one = differences({lower: values[lower], upper: values[upper]}, lower)
-        found += [(lower, upper, difference) for difference in one]
-    adjusted = holm([difference.p for _, _, difference in found])
-    return [
-        (lower, upper, difference._replace(p=p)) for (lower, upper, difference), p in zip(found, adjusted, strict=True)
-    ]
+    for place, values in enumerate(lines):
+        for lower, upper in itertools.pairwise(sorted(values)):
+            pair = {lower: values[lower], upper: values[upper]}
+            found += [(place, lower, upper, one) for one in differences(pair, lower, resolution)]
+    adjusted = holm([one.p for *_, one in found])
+    steps: list[list[tuple[float, float, Difference[float]]]] = [[] for _ in lines]
+    for (place, lower, upper, one), p in zip(found, adjusted, strict=True):
+        steps[place].append((lower, upper, one._replace(p=p)))
+    return steps

@@ -13,7 +13,8 @@ from nev.config_base import ConfigError
 from nev.experiment import run_experiment
 from nev.sweep.config import Sweep
 from nev.sweep.results import SAMPLES, TrialResult, keep
-from nev.sweep.trials import Trial
+from nev.sweep.suite_data import SuiteData
+from nev.sweep.trials import Trial, steps_of
 from nev.train.ledger import Group
 from nev.train.trainer import end_group
 
@@ -29,6 +30,7 @@ def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
 
     quiet()
     sweep: Sweep = setting["sweep"]
+    suite: SuiteData = setting["suite"]
     trial: Trial = setting["trials"][config["number"]]
     experiment, began = trial.experiment, time.monotonic()
 
@@ -46,7 +48,7 @@ def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
     summary = run_experiment(
         experiment, Console(quiet=True), parent=setting["parent"], heard=heard if sweep.asha else None
     )
-    everything = summary.metrics | all_of(experiment, summary.checkpoint, sweep, setting["suite_data"])
+    everything = summary.metrics | all_of(experiment, summary.checkpoint, sweep, suite.root)
     metrics = {name: value for name, value in everything.items() if math.isfinite(value)}
     if missing := [name for name in sweep.metrics if name not in metrics]:
         told = [f"{name} ({everything.get(name, 'not measured')})" for name in missing]
@@ -56,7 +58,8 @@ def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
         arm=trial.arm,
         seed=trial.seed,
         metrics=metrics,
-        samples=sweep.samples,
+        samples=steps_of(experiment) * experiment.train.global_batch,
+        suite=suite.digest,
         run_id=summary.mlflow_run_id,
         seconds=time.monotonic() - began,
     )
@@ -64,8 +67,8 @@ def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
     tune.report({**{name: metrics[name] for name in sweep.metrics}, SAMPLES: sweep.samples})
 
 
-def all_of(experiment: Experiment, checkpoint: str, sweep: Sweep, suite_data: str | None) -> dict[str, float]:
-    """The numbers of the vectors that the run's validation has kept, and those of the sweep's suite on `suite_data`."""
+def all_of(experiment: Experiment, checkpoint: str, sweep: Sweep, suite_root: str) -> dict[str, float]:
+    """The numbers of the vectors that the run's validation has kept, and those of the sweep's suite at `suite_root`."""
     from nev.eval.scoring import measures
     from nev.eval.validation import load_kept
     from nev.evaluation import embed
@@ -79,6 +82,6 @@ def all_of(experiment: Experiment, checkpoint: str, sweep: Sweep, suite_data: st
         vectors = load_kept(checkpoint, task) or embed(experiment, checkpoint, task)
         found |= measures(task.reader.index.root, *vectors)
     if sweep.suite:
-        result, _ = evaluate_suite(checkpoint, sweep.suite, Console(quiet=True), data=suite_data)
+        result, _ = evaluate_suite(checkpoint, sweep.suite, Console(quiet=True), data=suite_root)
         found |= {f"{task.name}/{name}": value for task in result.tasks for name, value in task.metrics.items()}
     return found

@@ -24,11 +24,33 @@ from nev.config_file import parse, read_yaml
 from nev.sweep.config import LR_RULE, Settings, Sweep, labels_of
 
 LABEL_CHARACTERS = 80
+DIGITS = 8  # of a digest, in a name
 TRIES = 20  # a draw that was drawn before is drawn anew
 RULES = ("constant", "sqrt", "linear")
 
-# What a trial may be run again with, and be the same one.
-NOT_ITS_OWN = {"name", "output", "tracking", "workers", "guards"}
+# What a trial may be run again with, and be the same one: it does not touch what comes out. Of locations the content counts.
+NOT_ITS_OWN: dict[str, Any] = {
+    **dict.fromkeys(("name", "output", "tracking", "workers", "guards"), True),
+    "data": {"train", "val", "max_bad_share"},
+    "vision": {"weights"},
+    "train": {
+        "micro_batch",
+        "activation_checkpointing",
+        "compile",
+        "fsdp",
+        "log_every",
+        "checkpoint_every",
+        "keep_last",
+    },
+    "eval": {"batch": True, "asynchronous": True, "zero_shot": {"classes"}},
+}
+# What the sweep sets, by the names that it has there.
+SET_BY_SWEEP = {
+    "seed": "seeds",
+    **dict.fromkeys(("train.samples", "train.steps", "train.epochs"), "samples"),
+    "eval.patience": "asha",
+}
+CONTENT_COUNTS = ("data.train", "data.val", "vision.weights", "eval.zero_shot.classes")
 
 Arm = tuple[tuple[str, str], ...]
 
@@ -54,21 +76,57 @@ def plan_trials(sweep: Sweep, overrides: list[str]) -> list[Trial]:
     """
     raw = read_yaml(sweep.base)
     fixed = [*_assignments(sweep.overrides), *overrides]
-    base = parse(Experiment, raw, fixed, where=sweep.base)
+    refuse_keys(sweep, [assignment.partition("=")[0] for assignment in fixed])
+    base = base_of(sweep, overrides)
     if sweep.asha and not base.train.eval_every:
         raise ConfigError(f"{sweep.base}: asha judges trials at their validations: set train.eval_every in overrides")
     budget = {"train.epochs": None, "train.steps": None, "train.samples": sweep.samples, "eval.patience": None}
     trials = []
     for arm, settings in arms_of(sweep):
+        where = f"{sweep.base} at {', '.join(f'{axis} = {value}' for axis, value in arm)}"
         rule = settings.pop(LR_RULE, sweep.lr_rule)
         if rule not in RULES:
-            raise ConfigError(f"{LR_RULE}: {rule!r} at {dict(arm)}; there is {', '.join(RULES)}")
-        settings = {**settings, **scaled(base, settings, rule), **budget}
+            raise ConfigError(f"{where}: there is {', '.join(RULES)}, not {LR_RULE} {rule!r}")
+        chosen = {**settings, **budget}
+        own = parse(Experiment, raw, [*fixed, *_assignments(chosen)], where=where)
+        chosen |= scaled(base, own, rule)
         for seed in sweep.seeds:
-            chosen = [*fixed, *_assignments({**settings, "seed": seed})]
-            where = f"{sweep.base} at {', '.join(f'{axis} = {value}' for axis, value in arm)}"
-            trials.append(Trial(arm, seed, parse(Experiment, raw, chosen, where=where)))
+            trial = parse(Experiment, raw, [*fixed, *_assignments({**chosen, "seed": seed})], where=where)
+            if trial.optim.warmup_steps >= (steps := steps_of(trial)):
+                raise ConfigError(
+                    f"{where}: optim.warmup_steps = {trial.optim.warmup_steps}, and its {sweep.samples:,} samples are {steps} "
+                    "steps: lower it in overrides, or raise samples"
+                )
+            trials.append(Trial(arm, seed, trial))
     return trials
+
+
+def base_of(sweep: Sweep, overrides: list[str]) -> Experiment:
+    """The experiment that all trials start from. Raises ConfigError."""
+    fixed = [*_assignments(sweep.overrides), *overrides]
+    return parse(Experiment, read_yaml(sweep.base), fixed, where=sweep.base)
+
+
+def refuse_keys(sweep: Sweep, overridden: Sequence[str]) -> None:
+    """Raise ConfigError for a setting that is the sweep's own, or is varied and makes no other trial."""
+    varied = [*sweep.axes, *sweep.search]
+    for arms in sweep.axes.values():
+        varied += [key for settings in (arms.values() if isinstance(arms, dict) else ()) for key in settings]
+    for key in (*varied, *overridden):
+        if name := SET_BY_SWEEP.get(key):
+            raise ConfigError(f"{key}: a sweep sets this itself, by its own `{name}`")
+    for key in varied:
+        section, _, rest = key.partition(".")
+        free = NOT_ITS_OWN.get(section)
+        if free is True or (free and rest in free and key not in CONTENT_COUNTS):
+            raise ConfigError(
+                f"{key}: a trial comes to the same whatever this is, so it cannot be varied; overrides may set it"
+            )
+
+
+def steps_of(experiment: Experiment) -> int:
+    """The steps of a trial: its samples, rounded up to whole ones."""
+    return math.ceil((experiment.train.samples or 0) / experiment.train.global_batch)
 
 
 def arms_of(sweep: Sweep) -> Iterator[tuple[Arm, Settings]]:
@@ -111,19 +169,18 @@ def drawn_of(sweep: Sweep) -> list[Settings]:
     raise ConfigError(f"draws = {sweep.draws}: the search has {len(found)} different settings; lower it")
 
 
-def scaled(base: Experiment, settings: Settings, rule: str) -> Settings:
-    """Rates by a rule at another batch size than the base's, and warm-up and validations after as many samples as there."""
-    ratio = int(settings.get("train.global_batch", base.train.global_batch)) / base.train.global_batch
+def scaled(base: Experiment, own: Experiment, rule: str) -> Settings:
+    """Rates of `own` by a rule at another batch size than the base's, and warm-up and validations after as many samples as
+    there, to the nearest step.
+    """
+    ratio = own.train.global_batch / base.train.global_batch
     factor = {"constant": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[rule]
-    found = {key: settings.get(key, own) * factor for key, own in _rates(base).items()}
-    found["optim.warmup_steps"] = round(settings.get("optim.warmup_steps", base.optim.warmup_steps) / ratio)
-    if every := settings.get("train.eval_every", base.train.eval_every):
-        found["train.eval_every"] = max(1, round(every / ratio))
+    found: Settings = {"optim.lr": own.optim.lr * factor, "optim.final_lr": own.optim.final_lr * factor}
+    if own.optim.warmup_steps:
+        found["optim.warmup_steps"] = max(1, round(own.optim.warmup_steps / ratio))
+    if own.train.eval_every:
+        found["train.eval_every"] = max(1, round(own.train.eval_every / ratio))
     return found
-
-
-def _rates(base: Experiment) -> dict[str, float]:
-    return {"optim.lr": base.optim.lr, "optim.final_lr": base.optim.final_lr}
 
 
 def named(sweep: Sweep, trials: Sequence[Trial], data: Sequence[str]) -> list[Trial]:
@@ -136,7 +193,7 @@ def named(sweep: Sweep, trials: Sequence[Trial], data: Sequence[str]) -> list[Tr
         digest = digest_of(trial.experiment, own)
         label = "-".join(f"{axis.rpartition('.')[2]}_{value}" for axis, value in trial.arm)
         label = re.sub(r"[^A-Za-z0-9._-]+", "_", label)[:LABEL_CHARACTERS]
-        name = names.setdefault(digest, f"{sweep.name}-{label}-seed_{trial.seed}-{digest[:8]}")
+        name = names.setdefault(digest, f"{sweep.name}-{label}-seed_{trial.seed}-{digest[:DIGITS]}")
         found.append(replace(trial, experiment=trial.experiment.model_copy(update={"name": name})))
     return found
 
@@ -144,10 +201,19 @@ def named(sweep: Sweep, trials: Sequence[Trial], data: Sequence[str]) -> list[Tr
 def digest_of(experiment: Experiment, data: str) -> str:
     """sha256 of what makes a trial what it is: its settings, its data, and the weights that it begins with."""
     content = experiment.model_dump(mode="json", exclude=NOT_ITS_OWN)
-    weights = Path(experiment.vision.weights or "").expanduser()
-    if weights.is_file():
-        content["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if given := experiment.vision.weights:
+        file = Path(given).expanduser()
+        content["weights"] = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else given
     return hashlib.sha256(json.dumps([content, data], sort_keys=True).encode()).hexdigest()
+
+
+def definition_of(sweep: Sweep, trials: Sequence[Trial]) -> str:
+    """sha256 of what a sweep asks, and of which trials: another budget, base or metric is another sweep."""
+    content = [
+        sweep.model_dump(mode="json", exclude={"concurrent", "base", "overrides"}),
+        [trial.name for trial in trials],
+    ]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def reference_of(sweep: Sweep) -> Arm:
