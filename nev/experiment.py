@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -47,12 +47,12 @@ def run_experiment(
     config: Experiment,
     console: Console,
     stop_after: int | None = None,
-    parent: str | None = None,
+    tags: Mapping[str, str] | None = None,
     heard: Heard | None = None,
 ) -> Summary:
     """Train `config` (from where it stands) on the connected or a local Ray, and score its best checkpoint.
 
-    parent: the MLflow run above this one's. heard: told of a step's metrics as they come.
+    tags: of the MLflow run that this begins, more than its own. heard: told of a step's metrics as they come.
     Raises a NevError for anything that the user can mend; before any process is started where that is possible.
     """
     from nev.capacity import checkpoint_bytes
@@ -82,7 +82,7 @@ def run_experiment(
     check_store(job)
     begun = begin(job, console)
     with posting(job.run) as board:  # before MLflow hears of it: another job may train this run
-        tracker = track(job, parent, begun)
+        tracker = track(job, tags or {}, begun)
         status, sent = "FAILED", False
         try:
             ledger = Ledger(config, tracker, console, heard)
@@ -176,20 +176,18 @@ def extent(job: Job, begun: int) -> str:
     )
 
 
-def track(job: Job, parent: str | None, begun: int) -> Tracker:
+def track(job: Job, tags: Mapping[str, str], begun: int) -> Tracker:
     """The MLflow run of this job, with the config and the fingerprints; it gets what it has missed up to step `begun`."""
     config = job.config
-    tags = {f"nev.{name}_fingerprint": value for name, value in job.fingerprints.items()}
-    tags["nev.tail_rows"] = str(job.plan.tail_rows)
+    fingerprints = {f"nev.{name}_fingerprint": value for name, value in job.fingerprints.items()}
     tracker = open_run(
         tracking_uri(config.tracking, config.output),
         config.tracking.experiment,
         config.name,
         config,
-        tags,
+        {**tags, **fingerprints, "nev.tail_rows": str(job.plan.tail_rows)},
         config.output,
         run_id=kept_run_id(job.run),
-        parent=parent,
     )
     keep_run_id(job.run, tracker.run_id)
     for point in read_points(job.run, begun):

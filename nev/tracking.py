@@ -175,11 +175,8 @@ def open_run(
     tags: dict[str, str],
     output: str,
     run_id: str | None = None,
-    parent: str | None = None,
 ) -> Tracker:
     """Continue run `run_id` where this server has it, or begin one with the flattened config as parameters.
-
-    `parent` makes it a child run.
 
     Artifacts lie under `<output>/mlartifacts`, unless an MLflow server (http) has its own place for them.
     """
@@ -189,8 +186,6 @@ def open_run(
         run_id = None
     if run_id is None:
         tags = {**tags, "mlflow.runName": name, **git_tags()}
-        if parent:
-            tags["mlflow.parentRunId"] = parent
         run_id = client.create_run(_experiment(client, uri, experiment, output), tags=tags).info.run_id
         from mlflow.entities import Param
 

@@ -125,7 +125,7 @@ def test_a_continued_run_is_the_same_run_and_repeated_steps_are_there_once(uri: 
 def test_children_know_their_parent(uri: str, tmp_path: Path) -> None:
     config, name = experiment(), f"nev-{tmp_path.name}"
     parent = open_run(uri, name, "sweep", config, {}, str(tmp_path))
-    child = open_run(uri, name, "trial", config, {}, str(tmp_path), parent=parent.run_id)
+    child = open_run(uri, name, "trial", config, {"mlflow.parentRunId": parent.run_id}, str(tmp_path))
     tags = MlflowClient(tracking_uri=uri).get_run(child.run_id).data.tags
     assert tags["mlflow.parentRunId"] == parent.run_id
 

@@ -12,6 +12,7 @@ from nev.config import Experiment
 from nev.config_base import ConfigError
 from nev.experiment import run_experiment
 from nev.sweep.config import Sweep
+from nev.sweep.mlflow_runs import tags_of
 from nev.sweep.results import SAMPLES, TrialResult, keep
 from nev.sweep.suite_data import SuiteData
 from nev.sweep.trials import Trial, steps_of
@@ -46,7 +47,7 @@ def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
             raise
 
     summary = run_experiment(
-        experiment, Console(quiet=True), parent=setting["parent"], heard=heard if sweep.asha else None
+        experiment, Console(quiet=True), tags=tags_of(trial, setting["parent"]), heard=heard if sweep.asha else None
     )
     everything = summary.metrics | all_of(experiment, summary.checkpoint, sweep, suite.root)
     metrics = {name: value for name, value in everything.items() if math.isfinite(value)}
