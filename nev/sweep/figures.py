@@ -68,6 +68,7 @@ def over_numbers(axes: Axes, metric: str, values: Values[Arm], complete: Collect
             whole.setdefault(arm[1:], []).append(x)
     settings = sorted({x for line in lines.values() for x in line})
     log = settings[0] > 0 and settings[-1] >= SPAN * settings[0]
+    fitted = 0
     for place, ((rest, line), colour) in enumerate(zip(lines.items(), colours(len(lines)), strict=True)):
         xs = sorted(whole.get(rest, []))
         aside = 2 ** (DODGE * (place - (len(lines) - 1) / 2)) if log else 1.0
@@ -90,12 +91,14 @@ def over_numbers(axes: Axes, metric: str, values: Values[Arm], complete: Collect
         axes.errorbar([aside * x for x in xs], means, yerr=bars, **style)
         if curve := fit({x: line[x] for x in xs}):
             dense = np.geomspace(xs[0], xs[-1], 100)
-            axes.plot(dense, [curve(float(x)) for x in dense], color=colour, linestyle=":", linewidth=1.2)
+            name = None if fitted else "a parabola over log2"
+            axes.plot(dense, [curve(float(x)) for x in dense], color=colour, linestyle=":", linewidth=1.2, label=name)
+            fitted += 1
     if log:
         axes.set_xscale("log", base=2)
     axes.set_xticks(settings, [f"{x:,.6g}" for x in settings], rotation=30 if len(settings) > 6 else 0)
     axes.minorticks_off()
-    dress(axes, next(iter(values))[0][0], metric, legend=len(lines) > 1)
+    dress(axes, next(iter(values))[0][0], metric, legend=len(lines) > 1 or fitted > 0)
 
 
 def by_arm(axes: Axes, metric: str, values: Values[Arm], arms: Sequence[Arm], complete: Collection[Arm]) -> None:
