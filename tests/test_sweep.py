@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from PIL import Image
 from ray.util import placement_group_table
 from rich.console import Console
 
+import nev.sweep.run
 from nev.config import Experiment
 from nev.config_base import ConfigError
 from nev.config_file import parse, read_yaml, to_yaml
@@ -28,9 +30,13 @@ from nev.eval.suite import METRICS, load_suite
 from nev.eval.validation import Validation
 from nev.sweep.config import Sweep
 from nev.sweep.follower import numbers
+from nev.sweep.mlflow_runs import open_parent, publish
 from nev.sweep.report import read_sweep
-from nev.sweep.run import concurrent, refuse_unmeasured, run_sweep, with_threads
+from nev.sweep.results import Outcome, TrialResult
+from nev.sweep.run import concurrent, refuse_unmeasured, run_sweep, share, with_threads
+from nev.sweep.suite_data import read_suite
 from nev.sweep.trials import named, plan_trials, reference_of
+from nev.tracking import open_run
 from nev.train.manifest import latest
 from nev.train.setup import val_reader
 
@@ -237,6 +243,55 @@ def test_as_many_at_a_time_as_leave_a_cpu_to_decode(ray_cluster: None, base: str
     wanted = sweep(base)
     trial = plan_trials(wanted, ["workers.threads=null"])[0].experiment
     assert with_threads(trial, 2).workers.threads == max(1, cpus // 2)
+
+
+def test_what_trials_share_is_done_once(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six trials of one set and one text tower: one index of each set, one call for the captions, one tower."""
+    calls: list[str] = []
+
+    def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given, **named: (calls.append(name), call(*given, **named))[1]
+
+    monkeypatch.setattr("nev.sweep.run.embed_captions", counted("captions", lambda *given: None))
+    for name in ("build_index", "load_text"):
+        monkeypatch.setattr(f"nev.sweep.run.{name}", counted(name, getattr(nev.sweep.run, name)))
+    trials = plan_trials(sweep(base), [])
+    assert len(set(share(trials, Console(quiet=True)))) == 1
+    assert sorted(calls) == ["build_index", "build_index", "captions", "load_text"]
+
+
+def test_a_suite_without_its_data_is_refused_before_training(
+    base: str, tmp_path: Path, tiny: Callable[..., Experiment]
+) -> None:
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(yaml.safe_dump({**suite_of_colours(tmp_path / "colours"), "root": str(tmp_path)}))
+    wanted = sweep(base, suite=str(suite), metrics=["colours/top1"])
+    known = read_suite(wanted, tiny())
+    assert known == read_suite(wanted, tiny()), "the same at every start"
+    shutil.rmtree(tmp_path / "colours")
+    with pytest.raises(ConfigError, match=r"cannot score colours: .*colours"):
+        read_suite(wanted, tiny())
+    other = read_suite(sweep(base, suite=str(suite)), tiny())
+    assert other.digest != known.digest, "no metric needs it, and what was scored there counts no more"
+
+
+def test_a_run_that_mlflow_lacks_hides_no_other(base: str, tmp_path: Path, tiny: Callable[..., Experiment]) -> None:
+    uri, wanted = f"sqlite:///{tmp_path}/mlflow.db", sweep(base)
+    parent = open_parent(wanted, "definition", tiny(), uri)
+    child = open_run(uri, "nev", "trial", tiny(), {}, str(tmp_path))
+    arm = (("train (batch)", "32"),)
+    made = {"arm": arm, "metrics": {"zero_shot/top1": 0.5}, "samples": 640, "seconds": 1.0}
+    lost = TrialResult(name="lost", seed=0, run_id="0" * 32, **made)
+    kept = TrialResult(name="kept", seed=1, run_id=child.run_id, **made)
+    said = publish(Outcome(wanted, [lost, kept], {}), parent, [])
+    assert said.startswith("lost: ")
+    assert "kept" not in said
+    run = MlflowClient(tracking_uri=uri).get_run(child.run_id)
+    assert run.data.metrics["zero_shot/top1"] == 0.5
+    assert run.data.tags["mlflow.parentRunId"] == parent.run_id
+    assert run.data.tags["nev.arm.train _batch_"] == "32", "MLflow takes no brackets in a tag's name"
+    assert open_parent(wanted, "definition", tiny(), uri).run_id == parent.run_id
+    assert open_parent(wanted, "another", tiny(), uri).run_id != parent.run_id
 
 
 def suite_of_colours(folder: Path) -> dict[str, Any]:
