@@ -152,7 +152,7 @@ def test_sentences_name_what_differs_and_what_does_not() -> None:
     assert "| text (reference) | 30.3 % ±" in said
     assert "none against text: +12.0 points" in said
     assert "Against text not distinguishable at this budget: image." in said
-    assert "Against text not distinguishable at this budget: none; image." in said.partition("**space/gap**")[2]
+    assert "0.500 for every arm: it tells none from another at this budget." in said.partition("**space/gap**")[2]
     few = findings(outcome({"lock": ["text", "none"]}, {a: 0.3, b: 0.9}, seeds=(0, 1)))
     assert "no difference is called one" in few
     assert "against text" not in few

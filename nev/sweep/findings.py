@@ -78,6 +78,9 @@ def sentences(outcome: Outcome, metric: str) -> Iterator[str]:
     if not values:
         return
     means = {arm: estimate(list(own.values())).mean for arm, own in values.items()}
+    if len(means) > 1 and len({*means.values()}) == 1:
+        yield f"{_number(metric, means.popitem()[1])} for every arm: it tells none from another at this budget."
+        return
     ends = (("Highest", max(means, key=means.__getitem__)), ("lowest", min(means, key=means.__getitem__)))
     yield "; ".join(f"{word} mean: {label_of(arm)} with {_number(metric, means[arm])}" for word, arm in ends) + "."
     if seeds < FEWEST:
