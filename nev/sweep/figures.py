@@ -115,6 +115,7 @@ def by_arm(axes: Axes, metric: str, values: Values[Arm], arms: Sequence[Arm], co
     dress(axes, metric, "", legend=False)
     axes.set_yticks(range(len(arms)), [label_of(arm) for arm in arms])
     axes.set_ylim(len(arms) - 0.5, -0.5)
+    axes.locator_params(axis="x", nbins=6)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color="#e6e8eb", linewidth=0.8)
 
