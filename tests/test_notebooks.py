@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from nev.config_file import parse
+from nev.config_file import load, parse
 from nev.sweep.config import Sweep
 from nev.sweep.report import write_report
 from nev.sweep.results import Outcome, TrialResult
@@ -38,7 +38,9 @@ def test_any_sweep_is_read_from_mlflow(tmp_path: Path, monkeypatch: pytest.Monke
         for arm, _ in arms_of(sweep)
         for seed in sweep.seeds
     ]
-    for file in write_report(Outcome(sweep, results, {}), str(tmp_path / "made-up")):
+    for file in write_report(
+        Outcome(sweep, results, {}), load(ROOT / "configs" / "quickstart.yaml"), str(tmp_path / "made-up")
+    ):
         parent.artifact(file)
     monkeypatch.setenv("NEV_NOTEBOOK_MLFLOW", uri)
     monkeypatch.setenv("NEV_NOTEBOOK_SWEEP", "made-up")
