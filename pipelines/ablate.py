@@ -1,7 +1,7 @@
 """Try settings of an experiment against each other with Ray Tune, at a fixed number of samples seen, and say what differs.
 
 python pipelines/ablate.py --config configs/ablations/batch_size.yaml
-python pipelines/ablate.py --config configs/ablations/batch_size.yaml --sweep samples=10000 --sweep seeds=[0]
+python pipelines/ablate.py --config configs/ablations/batch_size.yaml --sweep samples=10000 --sweep "seeds=[0]"
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nev.cli import ConfigFile, Overrides, command, explained
+from nev.cli import Overrides, command, explained
 from nev.config_file import parse, read_yaml
 from nev.sweep.config import Sweep
 
 
 def main(
-    config: ConfigFile,
+    config: Annotated[
+        str, typer.Option("--config", help="Sweep file (YAML); the shipped ones are in configs/ablations/.")
+    ],
     overrides: Overrides = None,
     sweep_overrides: Annotated[
         list[str] | None, typer.Option("--sweep", help="Override the sweep itself: key=value. May be repeated.")

@@ -112,7 +112,7 @@ def test_secrets_of_the_environment_are_written_nowhere(
         monkeypatch.setenv(name, SECRET)
     config = tiny(train__steps=2)
     job = prepare_job(config, text)
-    tracker = track(job, None, 0)
+    tracker = track(job, {}, 0)
     for step, metrics in run_bare(job, train_reader(config, text)).items():
         tracker.log(step, metrics)
     assert tracker.finish("FINISHED")

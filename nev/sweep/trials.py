@@ -114,7 +114,7 @@ def refuse_keys(sweep: Sweep, overridden: Sequence[str]) -> None:
         varied += [key for settings in (arms.values() if isinstance(arms, dict) else ()) for key in settings]
     for key in (*varied, *overridden):
         if name := SET_BY_SWEEP.get(key):
-            raise ConfigError(f"{key}: a sweep sets this itself, by its own `{name}`")
+            raise ConfigError(f"{key}: a sweep sets this itself, by its own `{name}` (--sweep {name}=...)")
     for key in varied:
         section, _, rest = key.partition(".")
         free = NOT_ITS_OWN.get(section)
