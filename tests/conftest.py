@@ -216,3 +216,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     output = tmp_path_factory.mktemp("whole") / "set"
     assert len(make(output).shards) == SHARDS
     return contents(output)
+
+
+@pytest.fixture
+def base(tiny: Callable[..., Experiment], tmp_path: Path) -> str:
+    """The file of an experiment that `tiny` makes."""
+    from nev.config_file import to_yaml
+
+    path = tmp_path / "base.yaml"
+    path.write_text(to_yaml(tiny()))
+    return str(path)
