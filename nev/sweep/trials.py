@@ -171,7 +171,7 @@ def drawn_of(sweep: Sweep) -> list[Settings]:
 
 def scaled(base: Experiment, own: Experiment, rule: str) -> Settings:
     """Rates of `own` by a rule at another batch size than the base's, and warm-up and validations after as many samples as
-    there, to the nearest step.
+    there, to the nearest step and one at least.
     """
     ratio = own.train.global_batch / base.train.global_batch
     factor = {"constant": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[rule]
