@@ -15,9 +15,9 @@ import typer
 from rich.console import Console
 
 from benchmarks import report
-from nev.cli import command, explained
-from nev.config import Experiment
-from nev.config_file import parse
+from nev.common.cli import command, explained
+from nev.config.experiment import Experiment
+from nev.config.file import parse
 
 STEPS = 2
 VIT_S = {"trunk": "vit_small_patch16_224", "pool": "map"}

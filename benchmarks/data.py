@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import report
-from nev.cli import command, explained
+from nev.common.cli import command, explained
 
 DATALOADER_GOAL, OPEN_CLIP_GOAL, LIMIT_GOAL, RESUME_GOAL = 1.0, 2.0, 0.9, 1.2
 NOTES = (

@@ -19,7 +19,7 @@ from rich.console import Console
 from benchmarks import report
 from benchmarks.contestants import embedding
 from benchmarks.contestants.processes import in_own_process
-from nev.cli import command, explained
+from nev.common.cli import command, explained
 
 FORWARD_GOAL = 0.85
 SUITE_GOAL_S, SEARCH_GOAL_GIB = 180.0, 1.0

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import report
-from nev.cli import command, explained
+from nev.common.cli import command, explained
 
 TIME_GOAL, MEMORY_GOAL, FLOPS_GOAL = 0.33, 0.05, 0.65
 NOTES = (

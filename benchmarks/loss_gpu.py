@@ -19,8 +19,8 @@ import typer
 from rich.console import Console
 
 from benchmarks import report
-from nev.cli import command, explained
-from nev.errors import NevError
+from nev.common.cli import command, explained
+from nev.common.errors import NevError
 
 if TYPE_CHECKING:
     from torch import Tensor

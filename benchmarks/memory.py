@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import report
-from nev.cli import command, explained
+from nev.common.cli import command, explained
 
 MIB = 2**20
 SLOW_S = 0.4  # what the slow consumer takes for a batch: the stream could give several in that time
@@ -92,8 +92,8 @@ def samples(own: object, size: int, batches: int, fast: int) -> list[Sample]:
     from ray._private.internal_api import node_stats
 
     from benchmarks.contestants.streams import reader_and_plan
+    from nev.cluster.session import connect
     from nev.data.stream import make_stream
-    from nev.runtime import connect
 
     connect()
     (node,) = ray.nodes()

@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import report
-from nev.cli import command, explained
+from nev.common.cli import command, explained
 
 if TYPE_CHECKING:
     from nev.data.index import Index
@@ -84,7 +84,7 @@ def main(
 
 def made_up_index(group_rows: int) -> Index:
     """An index of SHARDS shards and ROWS rows in row groups of `group_rows`, the last of each shard being shorter."""
-    from nev.config_data import Columns
+    from nev.config.data import Columns
     from nev.data.index import Index
 
     rows_of_shard = np.full(SHARDS, ROWS // SHARDS)
@@ -120,7 +120,7 @@ def write_shards(folder: Path, count: int) -> None:
 
 def index_seconds(name: str, cached: bool) -> float:
     """Seconds of build_index over the folder's shards, whose entry is in the cache or has been deleted."""
-    from nev.config_data import Columns
+    from nev.config.data import Columns
     from nev.data.index import build_index
     from nev.data.index_cache import cache_folder
 

@@ -25,7 +25,7 @@ from rich.table import Table
 from benchmarks import report
 from benchmarks.contestants.checkpointing import Spent, seconds_to_findings, steps_with_checkpoints
 from benchmarks.contestants.processes import in_own_process
-from nev.cli import command, explained
+from nev.common.cli import command, explained
 from nev.train.journal import kept_run_id
 from tests.faults.disk import small_disk
 from tests.faults.machines import Machines, machines, wait_for
@@ -108,8 +108,8 @@ def main(
 
 def drawn(folder: Path) -> Path:
     """A set of pictures with the vectors of their captions."""
-    from nev.config import Text
-    from nev.config_data import Columns
+    from nev.config.data import Columns
+    from nev.config.experiment import Text
     from nev.data.index import build_index
     from nev.data.sidecar import sidecar_key, write_sidecar
     from nev.data.synthetic import write_synthetic

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import report
-from nev.cli import command, explained
+from nev.common.cli import command, explained
 
 MEMORY_GOAL, TIME_GOAL = 1.3, 4 / 3
 NOTES = (

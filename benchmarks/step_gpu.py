@@ -18,10 +18,10 @@ import typer
 from rich.console import Console
 
 from benchmarks import report
-from nev.cli import command, explained
-from nev.config import Experiment
-from nev.config_file import load
-from nev.errors import NevError
+from nev.common.cli import command, explained
+from nev.common.errors import NevError
+from nev.config.experiment import Experiment
+from nev.config.file import load
 
 CONFIG = Path(__file__).parents[1] / "configs/nomic_embed_vision_v1_5.yaml"
 WIDTH = 768

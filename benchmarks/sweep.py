@@ -19,12 +19,12 @@ import yaml
 from rich.console import Console
 
 from benchmarks import report
-from nev.cli import command, explained
-from nev.config import Text
-from nev.config_data import Columns
+from nev.cluster.session import connect
+from nev.common.cli import command, explained
+from nev.config.data import Columns
+from nev.config.experiment import Text
 from nev.data.synthetic import write_synthetic
 from nev.embedding import embed_captions
-from nev.runtime import connect
 
 ROOT = Path(__file__).parent.parent
 GOAL = 1.1

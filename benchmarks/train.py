@@ -19,10 +19,10 @@ import typer
 from rich.console import Console
 
 from benchmarks import report
-from nev.cli import Overrides, command, explained
+from nev.common.cli import Overrides, command, explained
 
 if TYPE_CHECKING:
-    from nev.config import Experiment
+    from nev.config.experiment import Experiment
 
 CONFIGS = ["configs/cifar10.yaml", "configs/flickr8k.yaml"]
 FIXED = ("data.val=null", "eval={}", "train.eval_every=null")  # no validation while training is timed
@@ -30,7 +30,7 @@ BARE_LOOP_GOAL, OPEN_CLIP_GOAL = 0.85, 4.0
 NOTES = (
     "Every measurement has a process of its own; the first fifth of its steps is left out. All run on the CPU alone.",
     "ray_job: pipelines/train.py with the config's workers; it reads parquet, decodes, crops, flips, and waits for data in "
-    "the timed steps. Its linear layers go through oneDNN (nev/models/onednn.py). The rate from the first request for data "
+    "the timed steps. Its linear layers go through oneDNN (nev/ops/onednn.py). The rate from the first request for data "
     "on, which waits for the first block, stands beside the steady one.",
     "bare_loop: one process, every core, the same tower, batch, InfoNCE, AdamW and clipping; decoded pictures and text "
     "vectors in memory, the config's flip, no crop. Its linear layers are PyTorch's, as a user would have them; "
@@ -84,8 +84,8 @@ def ready(path: str, overrides: list[str], console: Console) -> Experiment:
     Raises ConfigError for a wrong config, and BenchmarkFailed, with what to do, where the shards are absent.
     """
     from benchmarks.contestants.processes import BenchmarkFailed, run_script
-    from nev.config_file import load, to_yaml
-    from nev.train.setup import absolute
+    from nev.config.file import load, to_yaml
+    from nev.config.paths import absolute
 
     experiment = absolute(load(path, [*overrides, *FIXED]))
     if experiment.workers.gpus:

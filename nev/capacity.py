@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nev.config import Experiment, refuse_widths
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment, refuse_widths
 from nev.losses.fused import HALF, PARTIAL_BYTES
 from nev.losses.tiles import GPU_TILE_COLUMNS, GPU_TILE_ROWS, TILE_COLUMNS, TILE_ROWS
 from nev.models.text import TextTower

@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from nev.config import Text
-from nev.config_base import ConfigError
-from nev.config_data import Columns
+from nev.cluster.session import cluster_cpus, cluster_gpus, cluster_nodes, may_grow
+from nev.common.progress import progress
+from nev.config.base import ConfigError
+from nev.config.data import Columns
+from nev.config.experiment import Text
 from nev.data.index import Index, build_index
 from nev.data.sidecar import Encode, sidecar_key, sidecars_to_write, write_sidecar
 from nev.models.text import TextTower, load_text
-from nev.progress import progress
-from nev.runtime import cluster_cpus, cluster_gpus, cluster_nodes, may_grow
 
 CPUS_AN_ACTOR = 4
 
@@ -83,7 +83,7 @@ def embed_captions(
 
 
 def _by_actors(text: Text, indexes: list[Index], tower: TextTower, missing: list[Place], gpus: int) -> Iterator[int]:
-    from nev.data.ray_run import ray_run_on_actors
+    from nev.cluster.tasks import ray_run_on_actors
 
     cpus = cluster_cpus()
     threads = 1 if gpus else min(CPUS_AN_ACTOR, cpus)  # Ray gives torch as many threads as an actor has CPUs

@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nev.config import Experiment
-from nev.config_base import ConfigError
-from nev.config_file import parse
-from nev.data.storage import folder_to_fill, join, naming
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment
+from nev.config.file import parse
+from nev.config.paths import absolute
+from nev.storage.files import folder_to_fill, join, naming
 from nev.train.manifest import CheckpointError, read_manifest
-from nev.train.setup import absolute, make_validation
+from nev.train.setup import make_validation
 
 if TYPE_CHECKING:
     from nev.eval.mteb_model import MtebModel
@@ -63,8 +64,8 @@ def evaluate_checkpoint(
     their 95 % intervals, `..._low` and `..._high`; where there are captions, also `space/` and `mixed/`), and where the files
     lie. Raises as `open_checkpoint`, and ConfigError where there is nothing to score.
     """
+    from nev.cluster.session import connect
     from nev.eval.scoring import measures
-    from nev.runtime import connect
 
     location, _, config, text = open_checkpoint(location, overrides)
     if not config.data.val or not (config.eval.zero_shot or config.eval.retrieval):

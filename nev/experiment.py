@@ -13,18 +13,20 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from nev.config import Experiment
-from nev.config_file import to_yaml
-from nev.data.storage import folder_to_fill, join, naming, write_whole
+from nev.common.errors import Findings
+from nev.common.signals import Stopped, set_by_sigterm
+from nev.config.experiment import Experiment
+from nev.config.file import to_yaml
+from nev.config.paths import absolute
 from nev.eval.tables import metrics_table
-from nev.preflight import Findings
+from nev.storage.files import folder_to_fill, join, naming, write_whole
 from nev.tracking import Tracker, check_tracking, open_run, tracking_uri
 from nev.train.journal import keep_run_id, kept_run_id, read_points
 from nev.train.ledger import Heard, Ledger
 from nev.train.manifest import best, latest, metrics_of, newest_whole, verified
 from nev.train.output import check_output, check_space, run_folder
-from nev.train.setup import absolute, prepare_job, train_reader
-from nev.train.trainer import Stopped, check_room, check_store, fit, posting, set_by_sigterm
+from nev.train.setup import prepare_job, train_reader
+from nev.train.trainer import check_room, check_store, fit, posting
 from nev.train.validator import BEHIND, Validator
 
 if TYPE_CHECKING:
@@ -56,8 +58,8 @@ def run_experiment(
     Raises a NevError for anything that the user can mend; before any process is started where that is possible.
     """
     from nev.capacity import checkpoint_bytes
+    from nev.cluster.session import connect
     from nev.models.text import check_locked, load_text, lock_of
-    from nev.runtime import connect
 
     config = absolute(config)
     found = Findings()

@@ -18,18 +18,20 @@ from rich.console import Console
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from nev.config import Experiment
-from nev.config_base import ConfigError
+from nev.common.progress import progress
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment
+from nev.config.paths import absolute
 from nev.data.augment import draw
 from nev.data.block import Block, BlockReader
-from nev.data.index import DataError, Index, build_index, read_column
+from nev.data.index import Index, build_index
 from nev.data.plan import Plan, in_order
-from nev.data.storage import join, naming, write_whole
 from nev.models.vision import VisionTower, build_vision, normalise
-from nev.progress import progress
+from nev.storage.files import join, naming, write_whole
+from nev.storage.reading import DataError, read_column
 from nev.tracking import open_run, tracking_uri
 from nev.train.optim import learning_rate, make_optimizer, set_learning_rate
-from nev.train.setup import absolute, total_steps, used_rows, val_reader
+from nev.train.setup import total_steps, used_rows, val_reader
 
 Objective = Literal["supervised", "mim"]
 MASKED = 0.6  # of the patches: SimMIM's
@@ -48,7 +50,7 @@ def pretrain(config: Experiment, objective: Objective, console: Console) -> Pret
     Writes `<output>/<name>-<objective>/trunk.safetensors`. Raises ConfigError for a trunk without patches to mask, DataError for
     a set without labels to learn.
     """
-    from nev.runtime import connect
+    from nev.cluster.session import connect
 
     config = absolute(config)
     torch.manual_seed(config.seed)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from rich.console import Console
 from rich.markup import escape
 
-from nev.config_base import ConfigError
-from nev.data.storage import folder_to_fill, join, naming
-from nev.errors import NevError
+from nev.common.errors import NevError
+from nev.config.base import ConfigError
 from nev.evaluation import Opened, open_checkpoint
+from nev.storage.files import folder_to_fill, join, naming
 from nev.tracking import Tracker, check_tracking
 from nev.train.journal import kept_run_id
 
@@ -44,11 +44,11 @@ def evaluate_suite(
     says why; all else is. Embeddings are kept in `output`/embeddings. Returns the result, and where the files lie. Raises as
     `open_checkpoint` and `nev.eval.suite.load_suite`.
     """
+    from nev.cluster.session import connect
     from nev.eval.effective import with_effective
     from nev.eval.report import write_report
     from nev.eval.results import SuiteResult, average_of, load_result
     from nev.eval.suite import load_suite
-    from nev.runtime import connect
 
     suite = load_suite(name, data)
     others = [load_result(file, Path(name).stem) for file in against]
@@ -95,6 +95,8 @@ class Scored(NamedTuple):
 
 def run_tasks(suite: Suite, opened: Opened, cache: str, folder: Path, console: Console) -> list[Scored]:
     """Every task of a suite, on the connected Ray: a source is embedded once, whatever tasks share it. folder: for pictures."""
+    from nev.cluster.session import cluster_cpus
+    from nev.common.progress import counting
     from nev.eval.cache import texts
     from nev.eval.collection import collect
     from nev.eval.engine import Tower
@@ -102,8 +104,6 @@ def run_tasks(suite: Suite, opened: Opened, cache: str, folder: Path, console: C
     from nev.eval.reading import BATCH, reading_of
     from nev.eval.results import not_run
     from nev.eval.tasks import Context, score
-    from nev.progress import counting
-    from nev.runtime import cluster_cpus
     from nev.train.checkpoint import load_tower, load_vision, logit_scale
 
     location, manifest, config, text = opened

@@ -13,10 +13,10 @@ from urllib.parse import unquote, urlsplit
 from pydantic import BaseModel
 from tenacity import RetryError, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
-from nev.config import Tracking
-from nev.config_base import ConfigError
-from nev.config_file import flatten
-from nev.data.storage import at_hand, filesystem, join, upload
+from nev.config.base import ConfigError
+from nev.config.experiment import Tracking
+from nev.config.file import flatten
+from nev.storage.files import at_hand, filesystem, join, upload
 
 MAX_METRICS_A_CALL = 1000  # MLflow's own limit for one log_batch
 PATIENCE_S = 60.0  # with a server that does not answer at the end of a run

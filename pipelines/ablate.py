@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nev.cli import Overrides, command, explained
-from nev.config_file import parse, read_yaml
+from nev.common.cli import Overrides, command, explained
+from nev.config.file import parse, read_yaml
 from nev.sweep.config import Sweep
 
 

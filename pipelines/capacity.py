@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from nev.cli import ConfigFile, Overrides, command, explained
-from nev.config_file import load
+from nev.common.cli import ConfigFile, Overrides, command, explained
+from nev.config.file import load
 
 EXAMPLE = "python pipelines/capacity.py --config configs/nomic_embed_vision_v1_5.yaml --width 768"
 

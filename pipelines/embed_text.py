@@ -14,8 +14,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nev.cli import ConfigFile, Overrides, command, explained
-from nev.config_file import load
+from nev.common.cli import ConfigFile, Overrides, command, explained
+from nev.config.file import load
 
 
 def main(
@@ -30,9 +30,9 @@ def main(
     console = Console()
     with explained(console, "The same command goes on with the shards that are left."):
         experiment = load(config, overrides or [])
+        from nev.cluster.session import connect
+        from nev.config.paths import absolute
         from nev.embedding import embed_captions
-        from nev.runtime import connect
-        from nev.train.setup import absolute
 
         experiment = absolute(experiment)
         connect()

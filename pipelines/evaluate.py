@@ -23,8 +23,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nev.cli import Overrides, command, explained
-from nev.config_base import ConfigError
+from nev.common.cli import Overrides, command, explained
+from nev.config.base import ConfigError
 
 
 def main(

@@ -42,9 +42,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from nev.cli import command, explained
-from nev.config_base import ConfigError
-from nev.config_file import parse
+from nev.common.cli import command, explained
+from nev.common.progress import progress
+from nev.config.base import ConfigError
+from nev.config.file import parse
 from nev.data.cut import DUPLICATE_UID
 from nev.data.filters import Filters
 from nev.data.prepare import Progress, Report, Run, prepare, run_here
@@ -52,7 +53,6 @@ from nev.data.resize import Resize
 from nev.data.shards import Layout
 from nev.data.sources import SOURCES, Source, SourceOptions, refuse_inside
 from nev.data.synthetic import write_synthetic
-from nev.progress import progress
 
 EXAMPLE = "python pipelines/prepare.py --source webdataset --input tars/train --output data/flickr8k/train"
 Kind = Literal["webdataset", "hf-parquet", "datacomp", "folder-captions", "folder-classes", "synthetic"]
@@ -210,8 +210,8 @@ def _run(source: Source, limit: int | None, part_bytes: int) -> Run:
     """Who does the work: Ray, unless there is too little to share out."""
     if limit is not None or (len(source.parts) == 1 and source.nbytes <= part_bytes):
         return run_here
-    from nev.data.ray_run import ray_run
-    from nev.runtime import connect
+    from nev.cluster.session import connect
+    from nev.cluster.tasks import ray_run
 
     connect()
     return ray_run

@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nev.cli import Overrides, command, explained
-from nev.config_file import load
+from nev.common.cli import Overrides, command, explained
+from nev.config.file import load
 
 
 def main(
@@ -27,12 +27,12 @@ def main(
     begin = time.perf_counter()
     with explained(console, "The same command goes on from the latest checkpoint."):
         experiment = load(config, overrides or [])
+        from nev.cluster.session import connect
+        from nev.config.paths import absolute
         from nev.data.shards import Layout
         from nev.data.synthetic import write_synthetic
         from nev.embedding import embed_captions
         from nev.experiment import run_experiment, show_summary
-        from nev.runtime import connect
-        from nev.train.setup import absolute
 
         experiment = absolute(experiment)
         folder = Path(experiment.data.train).parent

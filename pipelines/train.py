@@ -13,8 +13,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nev.cli import ConfigFile, Overrides, command, explained
-from nev.config_file import load
+from nev.common.cli import ConfigFile, Overrides, command, explained
+from nev.config.file import load
 
 
 def main(

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from data_helpers import WIDTH, encode, rows_of, write_shard
 
-from nev.config_data import Augment, Columns, Limits
+from nev.config.data import Augment, Columns, Limits
 from nev.data.block import Block, BlockReader
 from nev.data.index import Index, build_index
 from nev.data.plan import Segment

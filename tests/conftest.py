@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
-from nev.config import Experiment
-from nev.config_file import parse
+from nev.config.experiment import Experiment
+from nev.config.file import parse
 
 if TYPE_CHECKING:
     from s3_server import Proxy
@@ -68,7 +68,7 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray of two CPUs for the whole session."""
     import ray
 
-    from nev.runtime import connect
+    from nev.cluster.session import connect
 
     connect()
     yield
@@ -92,7 +92,7 @@ def s3_session() -> Iterator[Proxy]:
 @pytest.fixture
 def s3(s3_session: Proxy) -> Iterator[Proxy]:
     """The S3 server with an empty bucket `bucket`, no faults and counts at zero."""
-    from nev.data.storage import filesystem
+    from nev.storage.files import filesystem
 
     s3_session.reset()
     fs, bucket = filesystem("s3://bucket")
@@ -108,7 +108,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
     """Pauses before retries are short; where connections stall, they are given up soon."""
     from botocore.retries import standard
 
-    from nev.data import s3
+    from nev.storage import s3
 
     monkeypatch.setattr(standard.ExponentialBackoff, "delay_amount", lambda self, context: 0.01)
     if "stall" in request.node.name:
@@ -121,8 +121,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A drawn set of 1,024 + 128 captioned pictures, with the real text tower's sidecars and classes.txt."""
-    from nev.config import Text
-    from nev.config_data import Columns
+    from nev.config.data import Columns
+    from nev.config.experiment import Text
     from nev.data.index import build_index
     from nev.data.sidecar import sidecar_key, write_sidecar
     from nev.data.synthetic import write_synthetic
@@ -221,7 +221,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 @pytest.fixture
 def base(tiny: Callable[..., Experiment], tmp_path: Path) -> str:
     """The file of an experiment that `tiny` makes."""
-    from nev.config_file import to_yaml
+    from nev.config.file import to_yaml
 
     path = tmp_path / "base.yaml"
     path.write_text(to_yaml(tiny()))

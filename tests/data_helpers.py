@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from nev.config_data import Augment
+from nev.config.data import Augment
 from nev.data.augment import eval_view, train_view
 from nev.data.decode import Encoded
 

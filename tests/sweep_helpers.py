@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nev.config_file import parse
+from nev.config.file import parse
 from nev.sweep.config import Sweep
 
 

@@ -10,8 +10,8 @@ import pytest
 from data_helpers import encoded, photo
 from sklearn.metrics import jaccard_score
 
-from nev.config_base import ConfigError
-from nev.config_data import Limits
+from nev.config.base import ConfigError
+from nev.config.data import Limits
 from nev.eval.association import jaccard
 from nev.eval.collection import Collection, Fact
 from nev.eval.reading import blocks, reading_of

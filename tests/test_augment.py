@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from nev.config_base import ConfigError
-from nev.config_data import Augment, Jitter, Limits
+from nev.config.base import ConfigError
+from nev.config.data import Augment, Jitter, Limits
 from nev.data.augment import auto_augment, draw, random_crop
 from nev.data.decode import BadImage, Encoded, read_header
 

@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks import capacity, loss, loss_gpu, step, step_gpu
 from benchmarks.contestants import collectives, losses, open_clip, processes, steps
-from nev.config import Experiment
-from nev.errors import NevError
+from nev.common.errors import NevError
+from nev.config.experiment import Experiment
 from nev.losses import contrastive, tiles
 
 REPO = Path(__file__).parents[1]

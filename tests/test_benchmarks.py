@@ -15,8 +15,8 @@ from rich.console import Console
 
 from benchmarks import data, report, train
 from benchmarks.contestants import open_clip, pictures, processes, ray_job, streams
-from nev.config import Experiment
-from nev.config_file import load
+from nev.config.experiment import Experiment
+from nev.config.file import load
 
 REPO = Path(__file__).parents[1]
 BENCHMARKS = sorted(path for path in (REPO / "benchmarks").glob("*.py") if path.name != "report.py")

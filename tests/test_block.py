@@ -11,12 +11,13 @@ import pytest
 from block_helpers import SIZE, embedded, equal, reader_of, three_shards, whole
 from data_helpers import WIDTH, encoded, photo, rows_of, seen, trained_on, vector_of, write_shard
 
-from nev.config_data import Augment, Columns, Limits
+from nev.config.data import Augment, Columns, Limits
 from nev.data.augment import draw
 from nev.data.decode import read_header
-from nev.data.index import DataError, build_index
+from nev.data.index import build_index
 from nev.data.plan import Plan, Segment, in_order
 from nev.data.rows import captions_of
+from nev.storage.reading import DataError
 
 BROKEN: list[tuple[str, Any, Any, str]] = [
     ("good", encoded(photo(1)), "a caption", ""),

@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from nev.capacity import LEAVE, Live, capacity, collectives, pieces, shape_of
-from nev.config import Experiment
-from nev.config_base import ConfigError
-from nev.config_file import parse, to_yaml
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment
+from nev.config.file import parse, to_yaml
 from nev.models.dual_encoder import DualEncoder
 from nev.models.vision import build_vision
 from nev.train.optim import make_optimizer

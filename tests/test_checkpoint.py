@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nev.config import Optim
+from nev.config.experiment import Optim
 from nev.train import checkpoint, manifest
 from nev.train.checkpoint import gather_tensors
 from nev.train.job import where

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from nev.config import Experiment
-from nev.config_base import ConfigError
-from nev.config_file import flatten, load, parse, read_yaml, to_yaml
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment
+from nev.config.file import flatten, load, parse, read_yaml, to_yaml
 
 SMALL: dict[str, Any] = {
     "name": "small",

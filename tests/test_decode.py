@@ -12,7 +12,7 @@ from data_helpers import encoded, mutated, photo
 from PIL import Image
 from pydantic import ValidationError
 
-from nev.config_data import Limits
+from nev.config.data import Limits
 from nev.data.decode import BadImage, decode, read_header
 
 LIMITS = Limits()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from scipy.special import expit, logit
 
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
 from nev.eval.effective import effective_robustness, with_effective
 from nev.eval.results import SuiteResult, TaskResult, load_result
 from nev.eval.suite import Suite

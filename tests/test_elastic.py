@@ -14,8 +14,8 @@ import torch.distributed as dist
 from gloo_helpers import on_ranks
 from test_train import blocks
 
-from nev.config import Experiment
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment
 from nev.data.block import Block, BlockReader
 from nev.models.text import TextTower
 from nev.train import checkpoint

@@ -13,9 +13,9 @@ import pytest
 from data_helpers import rows_of, write_shard
 from rich.console import Console
 
-from nev.config import Text
-from nev.config_base import ConfigError
-from nev.config_data import Columns
+from nev.config.base import ConfigError
+from nev.config.data import Columns
+from nev.config.experiment import Text
 from nev.data.index import build_index
 from nev.embedding import embed_captions
 
@@ -96,7 +96,7 @@ def deadly_once(marker: Path, number: int) -> int:
 def test_an_item_whose_actor_dies_is_done_by_another(ray_cluster: None, tmp_path: Path) -> None:
     from ray import cloudpickle
 
-    from nev.data.ray_run import ray_run_on_actors
+    from nev.cluster.tasks import ray_run_on_actors
 
     marker = tmp_path / "died"
     here = sys.modules[__name__]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
-from nev.config_data import Limits
+from nev.config.data import Limits
 from nev.data.filters import Filters, select
 from nev.data.rows import Row
 from nev.data.uids import read_uids

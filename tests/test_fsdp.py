@@ -16,9 +16,9 @@ from test_gradcache import CPU, ROWS, SIZE, WIDTH, batch
 from test_guards import poisoned
 from torch import Tensor, nn
 
-from nev.config import Experiment, Vision
-from nev.config_base import ConfigError
-from nev.config_file import parse
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment, Vision
+from nev.config.file import parse
 from nev.evaluation import evaluate_checkpoint
 from nev.experiment import run_experiment
 from nev.models.dual_encoder import DualEncoder

@@ -9,7 +9,7 @@ from block_helpers import embedded, reader_of
 from data_helpers import encoded, mutated, write_shard
 from PIL import Image
 
-from nev.config_data import Augment, Limits
+from nev.config.data import Augment, Limits
 from nev.data.plan import Plan
 
 MUTATIONS, WHOLE, BLOCK = 2400, 600, 64

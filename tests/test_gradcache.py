@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from nev.config import Experiment, Loss, Vision
-from nev.config_base import ConfigError
-from nev.config_file import parse
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment, Loss, Vision
+from nev.config.file import parse
 from nev.losses.contrastive import contrastive_loss
 from nev.losses.gather import gather
 from nev.losses.pairwise import Contrastive

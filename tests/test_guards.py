@@ -19,7 +19,7 @@ from test_train import blocks, weights
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from nev.config import Experiment, Guards
+from nev.config.experiment import Experiment, Guards
 from nev.data.block import Block
 from nev.models.dual_encoder import DualEncoder
 from nev.models.text import TextTower, load_text

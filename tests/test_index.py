@@ -9,8 +9,9 @@ import pyarrow as pa
 import pytest
 from data_helpers import rows_of, write_shard
 
-from nev.config_data import Columns
-from nev.data.index import DataError, build_index
+from nev.config.data import Columns
+from nev.data.index import build_index
+from nev.storage.reading import DataError
 
 HF_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 

@@ -13,10 +13,11 @@ from data_helpers import rows_of, write_shard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nev.config_data import Columns
+from nev.config.data import Columns
 from nev.data import index as index_module
 from nev.data import index_cache
-from nev.data.index import DataError, Index, build_index
+from nev.data.index import Index, build_index
+from nev.storage.reading import DataError
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_the_second_build_opens_no_shard_and_gives_the_same_index(folder: Path, 
 
 
 def test_over_s3_the_second_build_costs_a_listing(folder: Path, s3: object, opened: list[str]) -> None:
-    from nev.data.storage import filesystem
+    from nev.storage.files import filesystem
 
     fs, _ = filesystem("s3://bucket")
     fs.put(str(folder), "bucket/set", recursive=True)

@@ -15,9 +15,9 @@ import pytest
 import typer
 from rich.console import Console
 
-from nev.cli import explained
-from nev.config import Experiment
-from nev.config_file import to_yaml
+from nev.common.cli import explained
+from nev.config.experiment import Experiment
+from nev.config.file import to_yaml
 from nev.train.manifest import checkpoints
 
 ROOT = Path(__file__).parent.parent

@@ -92,8 +92,8 @@ def wait_until_started(head: subprocess.Popen[bytes], output: Path) -> None:
 
 # What the job sees: its files, their size, and in the job and in a task of it: where `nev` comes from, and a variable.
 PROBE = """
-import os, pathlib, ray, nev, nev.runtime
-nev.runtime.connect()
+import os, pathlib, ray, nev, nev.cluster.session
+nev.cluster.session.connect()
 def where():
     import nev
     return pathlib.Path(nev.__file__).parents[1], os.environ.get("SENT_ALONG")

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import BertConfig, BertModel
 
-from nev.config import Experiment
-from nev.config_base import ConfigError
-from nev.config_file import parse
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment
+from nev.config.file import parse
 from nev.data.block import Block
 from nev.eval.validation import load_kept, score
 from nev.evaluation import evaluate_checkpoint

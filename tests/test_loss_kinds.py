@@ -7,8 +7,8 @@ import pytest
 import torch
 from test_train import run_bare
 
-from nev.config import Experiment
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment
 from nev.models.text import TextTower, load_text
 from nev.train.setup import prepare_job, train_reader
 

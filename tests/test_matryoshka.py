@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from nev.losses import matryoshka, tiles
 from nev.losses.contrastive import contrastive_loss
 from nev.losses.matryoshka import matryoshka_loss
-from nev.models.onednn import product
+from nev.ops.onednn import product
 
 DIM = 6
 WIDTHS = {2: 0.5, 3: 1.0, DIM: 2.0}

@@ -18,7 +18,7 @@ from mteb.abstasks import AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.abstasks.zeroshot_classification import AbsTaskZeroShotClassification
 
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
 from nev.eval.mteb_model import MtebModel, scores_of, views
 from nev.evaluation import as_mteb_model, open_checkpoint
 from nev.models.text import CANARIES, TextTower

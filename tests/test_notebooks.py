@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from nev.config_file import load, parse
+from nev.config.file import load, parse
 from nev.sweep.config import Sweep
 from nev.sweep.report import write_report
 from nev.sweep.results import Outcome, TrialResult

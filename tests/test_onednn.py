@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nev.config import Vision
-from nev.models.onednn import LEAST_BATCH, Linear1x1, pays, through_onednn
+from nev.config.experiment import Vision
 from nev.models.vision import build_vision
+from nev.ops.onednn import LEAST_BATCH, Linear1x1, pays, through_onednn
 
 pytestmark = pytest.mark.skipif(not pays(), reason="no AVX-512 here, or this torch is built without oneDNN")
 

@@ -15,9 +15,9 @@ from data_helpers import rows_of, write_shard
 from safetensors.torch import save_file
 from test_train import run_bare
 
-from nev.config import Experiment
-from nev.config_base import ConfigError
-from nev.config_data import Columns, Limits
+from nev.config.base import ConfigError
+from nev.config.data import Columns, Limits
+from nev.config.experiment import Experiment
 from nev.data.block import BlockReader
 from nev.data.index import build_index
 from nev.data.plan import Segment

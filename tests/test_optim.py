@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from nev.config import Optim
+from nev.config.experiment import Optim
 from nev.train.optim import learning_rate, make_optimizer, set_learning_rate
 
 

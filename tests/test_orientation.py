@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
-from nev.config_data import Limits
+from nev.config.data import Limits
 from nev.data.decode import decode, read_header
 from nev.data.orientation import TAG, jpeg_orientation
 

@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 from prepare_helpers import LAYOUT, PARTS, ROWS, SHARDS, TASKS, Crash, contents, counting, make, row, source
 
-from nev.config_base import ConfigError
-from nev.config_data import Columns, Limits
+from nev.config.base import ConfigError
+from nev.config.data import Columns, Limits
 from nev.data import unfinished
 from nev.data.filters import Filters
-from nev.data.index import UNFINISHED, DataError, build_index
+from nev.data.index import UNFINISHED, build_index
 from nev.data.prepare import Report, prepare
 from nev.data.resize import Resize
 from nev.data.scatter import BUCKET_BYTES
 from nev.data.shards import Layout
 from nev.data.sources import Part, Source, of_rows
+from nev.storage.reading import DataError
 
 
 def test_another_job_is_refused_and_named(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:

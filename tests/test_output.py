@@ -16,20 +16,20 @@ from rich.console import Console
 from s3_server import Proxy, mixed_faults
 from torch import Tensor
 
-from nev.config import Experiment
-from nev.config_base import ConfigError
-from nev.data import s3 as s3_module
+from nev.cluster.ray_internals import first_cause
+from nev.common.errors import NevError
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment
 from nev.data.block import Block
-from nev.data.storage import StorageError, filesystem, upload
-from nev.errors import NevError
 from nev.evaluation import evaluate_checkpoint
 from nev.experiment import Summary, run_experiment
+from nev.storage import s3 as s3_module
+from nev.storage.files import StorageError, filesystem, upload
 from nev.tracking import Tracker, open_run
 from nev.train import checkpoint, manifest
 from nev.train.checkpoint import gather_tensors
 from nev.train.output import check_output
 from nev.train.quarantine import Quarantine
-from nev.train.trainer import first_cause
 
 Make = Callable[..., Experiment]
 RUN = "s3://bucket/runs/first"

@@ -14,7 +14,7 @@ import pytest
 from data_helpers import WIDTH, encode, rows_of, write_shard
 from numpy.typing import NDArray
 
-from nev.config_data import Columns, Limits
+from nev.config.data import Columns, Limits
 from nev.data.block import Block, BlockReader
 from nev.data.index import build_index
 from nev.data.plan import Plan, Segment
@@ -55,7 +55,7 @@ def counting_reader(folder: Path, count: int) -> BlockReader:
     ],
 )
 def test_what_is_enough(ahead: int, size: int, cpus: float, store: float, expected: int) -> None:
-    from nev.data.pacing import enough_blocks
+    from nev.cluster.backpressure import enough_blocks
 
     assert enough_blocks(ahead, size, cpus, store) == expected
 
@@ -78,7 +78,7 @@ def test_a_consumer_that_does_not_take_holds_the_reading_back(ray_cluster: None,
 def test_the_executor_sleeps_while_the_consumer_does_not_take(ray_cluster: None, tmp_path: Path) -> None:
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-    from nev.data.pacing import PAUSE_S
+    from nev.cluster.backpressure import PAUSE_S
     from nev.data.stream import make_stream
 
     turns = []
@@ -107,8 +107,8 @@ def test_block_numbers_leave_a_cpu_to_the_reading(
     """A run of weeks has millions of them: made all at once, they would hold every CPU before the first block is read."""
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 
+    from nev.cluster.backpressure import NUMBER_OPERATORS
     from nev.data import stream
-    from nev.data.pacing import NUMBER_OPERATORS
 
     running: dict[str, int] = {}
     started: dict[str, int] = {}

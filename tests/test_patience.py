@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from nev.config import Eval, Experiment
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
+from nev.config.experiment import Eval, Experiment
 from nev.experiment import run_experiment
 from nev.train.journal import Point, read_points
 from nev.train.manifest import latest, read_manifest

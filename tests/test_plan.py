@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nev.data.index import DataError
 from nev.data.plan import Plan, Segment, in_order
+from nev.storage.reading import DataError
 
 
 @st.composite

@@ -11,15 +11,15 @@ import pytest
 from rich.console import Console
 
 from nev.capacity import checkpoint_bytes
-from nev.config import Experiment
-from nev.config_base import ConfigError
-from nev.data.index import DataError
+from nev.common.errors import Findings, NotReady
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment
+from nev.config.paths import absolute
 from nev.experiment import run_experiment
 from nev.models.text import load_text
-from nev.preflight import Findings, NotReady
+from nev.storage.reading import DataError
 from nev.train.manifest import checkpoints
 from nev.train.output import check_output, check_space, run_folder
-from nev.train.setup import absolute
 
 Make = Callable[..., Experiment]
 Usage = namedtuple("Usage", "total used free")
@@ -47,7 +47,7 @@ def test_a_bug_is_no_finding() -> None:
 def test_all_that_is_wrong_is_told_before_ray_starts(
     tiny: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("nev.runtime.connect", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr("nev.cluster.session.connect", lambda: pytest.fail("Ray was started"))
     monkeypatch.setattr("ray.is_initialized", lambda: False)  # though another test may have started one
     config = tiny(
         data__train=str(tmp_path / "nothing"),

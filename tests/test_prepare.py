@@ -18,7 +18,7 @@ from PIL import Image
 from tar_helpers import tar_of
 from typer.testing import CliRunner
 
-from nev.config_data import Columns
+from nev.config.data import Columns
 from nev.data.index import build_index
 from nev.data.sources import SOURCES
 

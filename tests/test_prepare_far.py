@@ -19,16 +19,17 @@ from s3_server import Proxy
 from tar_helpers import tar_of
 from test_prepare import prepare as command
 
-from nev.config_base import ConfigError
-from nev.config_data import Columns
+from nev.cluster.tasks import TaskDied
+from nev.config.base import ConfigError
+from nev.config.data import Columns
 from nev.data.filters import Filters
-from nev.data.index import DataError, build_index
+from nev.data.index import build_index
 from nev.data.prepare import Progress, Run, prepare
-from nev.data.ray_run import TaskDied
 from nev.data.rows import Row
 from nev.data.shards import Layout
 from nev.data.sources import SOURCES, SourceOptions
-from nev.data.storage import filesystem
+from nev.storage.files import filesystem
+from nev.storage.reading import DataError
 
 
 def tars(folder: Path, count: int = 3, rows: int = 20) -> Path:
@@ -46,7 +47,7 @@ def on_ray(ray_cluster: None) -> Iterator[Run]:
     """Ray's way of running tasks; its processes are sent what these tests define, which they could not import."""
     from ray import cloudpickle
 
-    from nev.data.ray_run import ray_run
+    from nev.cluster.tasks import ray_run
 
     modules = [sys.modules[name] for name in (__name__, "prepare_helpers")]
     for module in modules:
@@ -141,7 +142,7 @@ def test_the_command_takes_ray_for_several_parts(
 ) -> None:
     import test_prepare
 
-    from nev.data import ray_run
+    from nev.cluster import tasks as ray_run
 
     asked: list[int] = []
     own = ray_run.ray_run

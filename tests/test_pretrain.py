@@ -14,11 +14,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from nev.config import Experiment
-from nev.config_base import ConfigError
-from nev.data.index import DataError
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment
 from nev.models.vision import build_vision
 from nev.pretrain import MASKED, Inpainter, pretrain
+from nev.storage.reading import DataError
 from nev.tracking import Tracker, _client
 
 Make = Callable[..., Experiment]

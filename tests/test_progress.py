@@ -6,8 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from nev import progress as module
-from nev.progress import counting, progress, rarely
+from nev.common import progress as module
+from nev.common.progress import counting, progress, rarely
 from nev.train.monitor import _progress
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from nev.config import Experiment
-from nev.config_file import parse
+from nev.config.experiment import Experiment
+from nev.config.file import parse
 from nev.data.block import Block
 from nev.data.plan import Plan
 from nev.train.quarantine import Quarantine, kind, too_many

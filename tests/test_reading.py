@@ -13,7 +13,7 @@ import pytest
 from data_helpers import encoded, photo
 from tar_helpers import tar_of
 
-from nev.config_data import Limits
+from nev.config.data import Limits
 from nev.eval import collection
 from nev.eval.engine import units
 from nev.eval.reading import Reading, blocks, reading_of

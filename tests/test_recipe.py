@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from nev.config import Experiment
-from nev.config_file import load
+from nev.config.experiment import Experiment
+from nev.config.file import load
 from nev.data.block import BlockReader
 from nev.data.index import build_index
 from nev.data.sidecar import write_sidecar

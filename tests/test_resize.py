@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nev.config_data import Limits
+from nev.config.data import Limits
 from nev.data.resize import Resize, resized, smaller
 from nev.data.rows import Row
 

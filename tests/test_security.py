@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 
 from nev import suites
-from nev.config import Experiment
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment
 from nev.eval.results import SuiteResult
 from nev.evaluation import Opened, evaluate_checkpoint
 from nev.experiment import track

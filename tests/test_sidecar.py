@@ -12,8 +12,8 @@ import pytest
 from block_helpers import KEY, embedded, reader_of, three_shards, whole
 from data_helpers import WIDTH, encode, encoded, photo, rows_of, vector_of, write_shard
 
-from nev.config_data import Columns
-from nev.data.index import DataError, Index, build_index
+from nev.config.data import Columns
+from nev.data.index import Index, build_index
 from nev.data.sidecar import (
     check_sidecars,
     missing_sidecars,
@@ -23,6 +23,7 @@ from nev.data.sidecar import (
     vectors_of,
     write_sidecar,
 )
+from nev.storage.reading import DataError
 
 
 def test_sidecars_lie_beside_their_shards_row_for_row(tmp_path: Path) -> None:

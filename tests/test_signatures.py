@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from test_train import blocks
 
-from nev.config import Experiment
+from nev.config.experiment import Experiment
 from nev.experiment import run_experiment
 from nev.models.text import TextTower
 from nev.train import signatures

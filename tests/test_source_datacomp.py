@@ -8,8 +8,8 @@ import pytest
 from source_helpers import read
 from tar_helpers import tar_of
 
-from nev.config_base import ConfigError
-from nev.config_data import Columns
+from nev.config.base import ConfigError
+from nev.config.data import Columns
 from nev.data.sources import SourceOptions
 
 A, B, C, D = (digit * 32 for digit in "abcd")

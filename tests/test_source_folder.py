@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from source_helpers import read
 
-from nev.config_base import ConfigError
-from nev.config_data import Columns, Limits
+from nev.config.base import ConfigError
+from nev.config.data import Columns, Limits
 from nev.data.sources import SourceOptions
 
 LABELLED = SourceOptions(templates=("a photo of a {}.", "the {}"))

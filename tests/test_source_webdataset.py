@@ -10,8 +10,8 @@ import pytest
 from source_helpers import read
 from tar_helpers import tar_of
 
-from nev.config_base import ConfigError
-from nev.config_data import Limits
+from nev.config.base import ConfigError
+from nev.config.data import Limits
 from nev.data.rows import usable
 from nev.data.sources import SourceOptions
 

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from source_helpers import read
 
-from nev.config_base import ConfigError
-from nev.config_data import Columns
+from nev.config.base import ConfigError
+from nev.config.data import Columns
 from nev.data.sources import SOURCES, SourceOptions, find_files
 
 REAL = os.environ.get("NEV_DATA")

@@ -9,11 +9,10 @@ import pytest
 from data_helpers import WIDTH, encode, rows_of, write_shard
 from s3_server import Proxy, mixed_faults
 
-from nev.config_base import ConfigError
-from nev.config_data import Augment, Columns, Limits
-from nev.data import s3 as s3_module
+from nev.config.base import ConfigError
+from nev.config.data import Augment, Columns, Limits
 from nev.data.block import Block, BlockReader
-from nev.data.index import DataError, Index, build_index
+from nev.data.index import Index, build_index
 from nev.data.plan import Plan, Segment
 from nev.data.sidecar import (
     check_sidecars,
@@ -23,7 +22,9 @@ from nev.data.sidecar import (
     sidecars_to_write,
     write_sidecar,
 )
-from nev.data.storage import filesystem
+from nev.storage import s3 as s3_module
+from nev.storage.files import filesystem
+from nev.storage.reading import DataError
 
 KEY = sidecar_key("tower", "caption")
 REMOTE = "s3://bucket/set/train"

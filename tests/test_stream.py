@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from data_helpers import WIDTH, encode, rows_of, write_shard
 
-from nev.config_data import Augment, Columns, Limits
+from nev.config.data import Augment, Columns, Limits
 from nev.data.block import Block, BlockReader
 from nev.data.index import build_index
 from nev.data.plan import Plan
@@ -195,7 +195,7 @@ def test_a_block_that_always_kills_its_process_ends_the_stream(
 
     from nev.data.stream import make_stream
 
-    monkeypatch.setattr("nev.data.stream.DEATHS", 1)  # each is the start of another process
+    monkeypatch.setattr("nev.cluster.backpressure.DEATHS", 1)  # each is the start of another process
     fine = reader_over(tmp_path, 52)
     deadly = Deadly(fine.index, 8, fine.limits, fine.seed, fine.augment, KEY, WIDTH)
     plan = Plan(fine.index.rows, 3, global_batch=4, block_rows=4)

@@ -12,12 +12,12 @@ from data_helpers import encoded, photo
 from rich.console import Console
 from tar_helpers import tar_of
 
-from nev.config_base import ConfigError
-from nev.data.storage import filesystem
+from nev.config.base import ConfigError
 from nev.eval import collection
 from nev.eval.engine import Work
 from nev.eval.results import SuiteResult
 from nev.eval.suite import Suite, load_suite, shipped
+from nev.storage.files import filesystem
 from nev.suites import evaluate_suite
 
 if TYPE_CHECKING:

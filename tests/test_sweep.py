@@ -12,9 +12,9 @@ from rich.console import Console
 from sweep_helpers import sweep
 
 import nev.sweep.run
-from nev.config import Experiment
-from nev.config_base import ConfigError
-from nev.config_file import parse, read_yaml
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment
+from nev.config.file import parse, read_yaml
 from nev.data.index import build_index
 from nev.eval.scoring import measure_names
 from nev.eval.suite import METRICS, load_suite

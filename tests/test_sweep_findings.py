@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from matplotlib.collections import PathCollection
 from scipy import stats
 
-from nev.config_base import ConfigError
-from nev.config_file import parse
+from nev.config.base import ConfigError
+from nev.config.file import parse
 from nev.eval.plots import new_figure
 from nev.sweep.config import Sweep
 from nev.sweep.figures import by_arm, draw, over_numbers

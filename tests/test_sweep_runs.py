@@ -19,10 +19,10 @@ from ray.util import placement_group_table
 from rich.console import Console
 from sweep_helpers import raw, sweep
 
-from nev.config import Experiment
-from nev.config_base import ConfigError
-from nev.config_file import parse
-from nev.data.storage import filesystem
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment
+from nev.config.file import parse
+from nev.storage.files import filesystem
 from nev.sweep.config import Sweep
 from nev.sweep.mlflow_runs import open_parent, publish
 from nev.sweep.report import read_sweep

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
 from nev.data.rows import Row
 from nev.data.synthetic import CLASSES, COLOURS, PLACES, TEMPLATES, describe, render, render_all, write_synthetic
 

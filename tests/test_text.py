@@ -20,8 +20,8 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from nev.config import Text
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
+from nev.config.experiment import Text
 from nev.models import text as text_module
 from nev.models.text import CANARIES, MINILM, TextMoved, canaries, check_locked, load_text, lock_of, text_width
 

@@ -13,8 +13,8 @@ from data_helpers import WIDTH
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nev.config import Experiment
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment
 from nev.data.block import BlockReader
 from nev.data.plan import Segment
 from nev.data.sidecar import mean_vector, read_column, sidecar_location, vectors_of

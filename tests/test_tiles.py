@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nev.losses import tiles
 from nev.losses.contrastive import contrastive_loss
-from nev.models import onednn
+from nev.ops import onednn
 
 
 @pytest.fixture

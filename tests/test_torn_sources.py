@@ -10,7 +10,7 @@ import pytest
 from source_helpers import read
 from tar_helpers import tar_of
 
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
 from nev.data.sources import SourceOptions
 
 DEFAULT = SourceOptions()

@@ -12,8 +12,8 @@ from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nev.config import Train, Vision
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
+from nev.config.experiment import Train, Vision
 from nev.losses import tiles
 from nev.models.dual_encoder import DualEncoder
 from nev.models.vision import build_vision, normalise

@@ -15,9 +15,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from nev.config import Experiment, Tracking
-from nev.config_base import ConfigError
-from nev.config_file import flatten
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment, Tracking
+from nev.config.file import flatten
 from nev.tracking import Tracker, check_tracking, open_run, tracking_uri
 
 POSTGRES = Path("/usr/lib/postgresql/15/bin")

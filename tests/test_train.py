@@ -15,15 +15,16 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nev.config import Experiment
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment
+from nev.config.paths import absolute
 from nev.data.block import Block, BlockReader
-from nev.data.index import DataError
 from nev.data.plan import Plan
 from nev.eval.validation import kept_file, load_kept, score
 from nev.experiment import Summary, run_experiment
 from nev.models.text import TextTower
 from nev.models.vision import build_vision
+from nev.storage.reading import DataError
 from nev.tracking import Tracker, tracking_uri
 from nev.train import checkpoint
 from nev.train.filling import StreamError
@@ -33,7 +34,7 @@ from nev.train.learner import Rank, build, learner_of
 from nev.train.loop import train
 from nev.train.manifest import CheckpointError, latest, read_manifest
 from nev.train.quarantine import TooManyBadRows
-from nev.train.setup import absolute, prepare_job, train_reader
+from nev.train.setup import prepare_job, train_reader
 from nev.train.step import choose_precision
 from nev.train.trainer import TrainingFailed, check_room
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
 from nev.data.uids import find, keys_of, read_uids
 
 number = st.integers(0, 2**128 - 1) | st.integers(0, 2**64 - 1).map(lambda half: half << 64)  # trailing zero bytes, too

@@ -14,15 +14,16 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from prepare_helpers import LAYOUT, PARTS, ROWS, SHARDS, TASKS, Crash, contents, counting, make, row, source
 
-from nev.config_base import ConfigError
-from nev.config_data import Columns
+from nev.config.base import ConfigError
+from nev.config.data import Columns
 from nev.data.filters import Filters
-from nev.data.index import UNFINISHED, DataError, build_index
+from nev.data.index import UNFINISHED, build_index
 from nev.data.prepare import Progress, prepare
 from nev.data.rows import Row
 from nev.data.shards import Layout
 from nev.data.sources import Part, Source
 from nev.data.unfinished import alone
+from nev.storage.reading import DataError
 
 
 @pytest.mark.parametrize("after", range(TASKS))

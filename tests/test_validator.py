@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from nev.config import Experiment
-from nev.data.storage import StorageError
+from nev.config.experiment import Experiment
 from nev.experiment import run_experiment
+from nev.storage.files import StorageError
 from nev.train import validator
 from nev.train.journal import read_points
 from nev.train.manifest import awaiting, best, checkpoints, prune, read_manifest

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from s3_server import Proxy
 
-from nev.data.storage import StorageError, at_hand, whole_file, write_whole
+from nev.storage.files import StorageError, at_hand, whole_file, write_whole
 
 REMOTE = "s3://bucket/set/train"
 
@@ -51,7 +51,7 @@ def test_the_disk_has_a_file_before_its_name_and_then_the_name(tmp_path: Path, m
 def test_a_key_that_leads_out_of_its_folder_is_refused(
     name: str, s3: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("nev.data.storage.files_below", lambda location: [name])
+    monkeypatch.setattr("nev.storage.files.files_below", lambda location: [name])
     with pytest.raises(StorageError, match=r"leads out of its folder"), at_hand(REMOTE):
         pass
     assert s3.count("GET", "evil") == 0

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from nev.config import Optim
-from nev.data.storage import StorageError
+from nev.config.experiment import Optim
+from nev.storage.files import StorageError
 from nev.train import checkpoint, manifest, writer
 from nev.train.checkpoint import Tensors, gather_tensors
 from nev.train.journal import Point, read_points

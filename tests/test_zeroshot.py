@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nev.config import ZeroShot
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
+from nev.config.experiment import ZeroShot
 from nev.eval import ranks
 from nev.eval.ranks import Floats
 from nev.eval.zeroshot import class_embeddings, zero_shot

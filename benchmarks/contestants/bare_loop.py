@@ -2,7 +2,7 @@
 
 The model, the batch, the loss, the optimiser, the clipping and the precision are those of the config. There is no reading,
 no decoding, no crop (the pictures are centre views, decoded beforehand by nev's decoder) and no tracking; the flip is done
-on the batch where the config flips. Its linear layers are PyTorch's, or nev's (`nev.models.onednn`) if wanted.
+on the batch where the config flips. Its linear layers are PyTorch's, or nev's (`nev.ops.onednn`) if wanted.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.contestants.processes import warm_up_steps
-from nev.config import Experiment
+from nev.config.experiment import Experiment
 
 
 def bare_loop(config: Experiment, steps: int, own_layers: bool) -> float:
     """Train for `steps` steps on the CPU, with nev's linear layers (`own_layers`) or PyTorch's; images/s after the warm-up."""
-    from nev.models.onednn import Linear1x1
     from nev.models.vision import build_vision, normalise
+    from nev.ops.onednn import Linear1x1
     from nev.train.step import choose_precision
 
     torch.set_num_threads(os.cpu_count() or 1)

@@ -15,13 +15,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nev.config import Experiment
-from nev.config_file import load
+from nev.config.experiment import Experiment
+from nev.config.file import load
+from nev.config.paths import absolute
 from nev.data.block import Block
 from nev.models.text import load_text
 from nev.train.learner import Rank, build, learner_of
 from nev.train.loop import train
-from nev.train.setup import absolute, prepare_job, train_reader
+from nev.train.setup import prepare_job, train_reader
 from nev.train.step import choose_precision
 
 REPOSITORY = Path(__file__).parents[2]

@@ -28,12 +28,12 @@ class Search(NamedTuple):
 
 def through_ray(checkpoint: str, tars: str) -> float:
     """Pictures a second of `nev.eval.engine`, from the first ones that come to the last."""
+    from nev.cluster.session import connect
     from nev.eval.collection import work_of
     from nev.eval.engine import Tower, embed_all
     from nev.eval.reading import reading_of
     from nev.eval.suite import Task
     from nev.evaluation import open_checkpoint
-    from nev.runtime import connect
     from nev.train.checkpoint import load_vision
 
     opened = open_checkpoint(checkpoint, [])

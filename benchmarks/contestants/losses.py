@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from nev.losses.tiles import TILE_COLUMNS, TILE_ROWS
-from nev.models import onednn
+from nev.ops import onednn
 
 SCALE = 1 / 0.07
 GEMM_S = 2.0

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contestants.processes import BenchmarkFailed, lines_of_module, warm_up_steps
-from nev.config import Experiment
+from nev.config.experiment import Experiment
 
 MODULES = ("open_clip", "open_clip_train", "webdataset")
 INSTALL = "uv pip install --group bench"

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.contestants.processes import BenchmarkFailed
-from nev.config_data import Columns
+from nev.config.data import Columns
 from nev.data.index import build_index
 from nev.data.prepare import prepare
 from nev.data.rows import Row

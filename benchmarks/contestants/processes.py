@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from nev.errors import NevError
+from nev.common.errors import NevError
 
 REPOSITORY = Path(__file__).parents[2]
 WARM_UP = 0.2  # the share of steps, the first ones, that no rate counts

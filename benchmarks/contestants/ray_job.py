@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.contestants.processes import BenchmarkFailed, run_script, warm_up_steps
-from nev.config import Experiment
-from nev.config_file import to_yaml
+from nev.config.experiment import Experiment
+from nev.config.file import to_yaml
 
 
 class JobRates(NamedTuple):

@@ -10,8 +10,8 @@ import torch
 from torch.nn.functional import normalize
 
 from benchmarks.contestants.losses import Cost, resident_mib
-from nev.config import Experiment
-from nev.config_file import parse
+from nev.config.experiment import Experiment
+from nev.config.file import parse
 
 SIZE, WIDTH = 32, 384
 TRUNK = {"patch_size": 8, "embed_dim": 192, "depth": 12, "num_heads": 3}

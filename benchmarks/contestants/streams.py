@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.contestants.pictures import BLOCK, KEY, WIDTH, Pictures
-from nev.config_data import Augment, Columns, Limits
+from nev.config.data import Augment, Columns, Limits
 from nev.data.augment import draw, train_view
 from nev.data.block import BlockReader
 from nev.data.decode import read_header
@@ -52,8 +52,8 @@ def nev_stream(pictures: Pictures, size: int) -> StreamFigures:
     """nev's stream on a Ray of this machine's CPUs into one consumer."""
     import ray
 
+    from nev.cluster.session import connect
     from nev.data.stream import make_stream
-    from nev.runtime import connect
 
     connect()
     reader, plan = reader_and_plan(pictures, size)
@@ -205,8 +205,8 @@ def copies(pictures: Pictures, size: int) -> dict[str, float]:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
+    from nev.cluster.session import connect
     from nev.data.stream import make_stream
-    from nev.runtime import connect
 
     torch.set_num_threads(1)
     reader, plan = reader_and_plan(pictures, size)

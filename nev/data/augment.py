@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from nev.config_base import ConfigError
-from nev.config_data import Augment, Jitter
+from nev.common.imports import import_whole
+from nev.config.base import ConfigError
+from nev.config.data import Augment, Jitter
 from nev.data.decode import BadImage, Encoded, Picture, shrink_for
-from nev.imports import import_whole
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -14,15 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from nev.config_data import Augment, Limits
+from nev.config.data import Augment, Limits
 from nev.data.augment import draw, eval_view, train_view
 from nev.data.decode import BadImage, read_header
-from nev.data.index import DataError, Index, reading
+from nev.data.index import Index
 from nev.data.plan import Segment
 from nev.data.rows import captions_of
 from nev.data.sidecar import not_beside, sidecar_location, uids_of, vectors_of
-from nev.data.storage import filesystem, is_local, open_parquet
 from nev.data.text_view import OWN_TEXTS, TextView, caption_rows
+from nev.storage.files import filesystem, is_local, open_parquet
+from nev.storage.reading import DataError, reading
 
 if TYPE_CHECKING:
     from nev.data.tokens import Tokens

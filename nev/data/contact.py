@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 
-from nev.config_data import Limits
+from nev.config.data import Limits
 from nev.data.decode import BadImage, read_header, shrink_for
-from nev.data.index import CUT_SHORT, reading
 from nev.data.rows import captions_of
-from nev.data.storage import filesystem, open_parquet
+from nev.storage.files import filesystem, open_parquet
+from nev.storage.reading import CUT_SHORT, reading
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nev.config_data import Limits
+from nev.config.data import Limits
 from nev.data.orientation import SIDEWAYS, jpeg_orientation, orientation_of, upright
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from typing import Annotated, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from nev.config_base import Positive, Section
-from nev.config_data import Limits
+from nev.config.base import Positive, Section
+from nev.config.data import Limits
 from nev.data.decode import BadImage, read_header
 from nev.data.rows import Row, captions_of
 from nev.data.uids import Keys, find

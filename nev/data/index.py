@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from nev.config_data import Columns
+from nev.config.data import Columns
 from nev.data import index_cache
 from nev.data.index_cache import RowGroups
-from nev.data.storage import PARALLEL_REQUESTS, entries_below, filesystem, naming, open_parquet
-from nev.errors import NevError
+from nev.storage.files import PARALLEL_REQUESTS, entries_below, filesystem, open_parquet
+from nev.storage.reading import CUT_SHORT, DataError, reading
 
 UNFINISHED = "_prepare"  # the folder in which `prepare` keeps its work until a split is whole
 LINKED_FOLDER = "a link to a folder, which is not followed. Copy that folder here, or link its files one by one."
-CUT_SHORT = "It may be cut short: delete it, or prepare the shard again."
 
 KNOWN_NAMES = {
     "uid": ("uid", "key", "__key__", "id"),
@@ -40,28 +38,6 @@ NEEDED_TYPES = {
     "caption": "a string or a list of strings",
     "label": "an integer",
 }
-
-
-class DataError(NevError, ValueError):
-    """Data that cannot be trained on. The message says which file or column, what was found, and what to do."""
-
-
-def reading(what: str, damaged: str) -> AbstractContextManager[None]:
-    """Turn what storage and parquet raise into a DataError that names `what`; `damaged` says what to do if it is no good."""
-    return naming(what, "read", damaged, DataError)
-
-
-def content_of(location: str) -> bytes | None:
-    """The bytes of a file (path or URL), None where there is none. Raises DataError where storage fails."""
-    fs, path = filesystem(location)
-    with reading(location, damaged=""):
-        found: bytes | None = fs.cat_file(path) if fs.exists(path) else None
-    return found
-
-
-def writing(what: str) -> AbstractContextManager[None]:
-    """Turn what storage raises into a DataError that names `what`, which could not be written."""
-    return naming(what, "written", "Start again.", DataError)
 
 
 @dataclass(frozen=True)
@@ -168,13 +144,6 @@ def _read_footers(
         rows=rows[filled],
         nbytes=nbytes[filled],
     )
-
-
-def read_column(location: str, column: str, damaged: str = CUT_SHORT) -> pa.ChunkedArray:
-    """One column of a shard or sidecar, whole. Raises DataError where it cannot be read."""
-    fs, path = filesystem(location)
-    with reading(location, damaged), open_parquet(fs, path) as file:
-        return pq.read_table(file, columns=[column])[column]
 
 
 def resolve_columns(schema: pa.Schema, columns: Columns, where: str) -> Columns:

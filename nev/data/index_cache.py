@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from nev.config_data import Columns
-from nev.data.storage import is_local
+from nev.config.data import Columns
+from nev.storage.files import is_local
 
 LAYOUT = 1  # to be raised when what is stored, or how it is read from footers, changes
 DIGEST_BYTES = 32

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from nev.config_base import ConfigError
-from nev.data.index import content_of
+from nev.config.base import ConfigError
 from nev.data.rows import Row
+from nev.storage.reading import content_of
 
 Names = dict[int, tuple[str, str]]  # label to its name, and the uid of the row that gave it first
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nev.data.index import DataError
+from nev.storage.reading import DataError
 
 
 class Segment(NamedTuple):

@@ -15,22 +15,22 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
-from nev.config_base import ConfigError
-from nev.config_data import Limits
+from nev.config.base import ConfigError
+from nev.config.data import Limits
 from nev.data import labels, sidecar
 from nev.data.contact import contact_sheet
 from nev.data.cut import Order, merged, order_of, shard_of
 from nev.data.filters import Filters
 from nev.data.gather import Gather, gather, runs_of
-from nev.data.index import writing
 from nev.data.resize import Resize
 from nev.data.rows import Row
 from nev.data.scatter import Scatter, buckets_for, fetch_keys, read_keys, run_location, scatter, seed_key
 from nev.data.shards import Layout, schema_of, shard_location, shards_in
 from nev.data.sources.common import S3, Part, Source, stamp_of
-from nev.data.storage import PARALLEL_REQUESTS, filesystem, is_local, join, write_whole
 from nev.data.uids import read_uids
 from nev.data.unfinished import Facts, State, alone, begin, forget, remove, work_in, write_json
+from nev.storage.files import PARALLEL_REQUESTS, filesystem, is_local, join, write_whole
+from nev.storage.reading import writing
 
 FORMAT = 2  # of `_prepare`: raised when what is in there, or what it leads to, changes
 MEMORY_BYTES = 512 * 2**20

@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from nev.config_base import Positive, Section
-from nev.config_data import Limits
+from nev.config.base import Positive, Section
+from nev.config.data import Limits
 from nev.data.decode import BadImage, read_header, shrink_for
 from nev.data.rows import Row
 

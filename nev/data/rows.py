@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NotRequired, TypedDict
 
-from nev.config_data import Limits
+from nev.config.data import Limits
 
 MAX_REASON, MAX_REASONS = 100, 100  # characters, and how many: a source may bring its own (`status`)
 

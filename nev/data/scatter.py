@@ -23,18 +23,18 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from nev.config_data import Limits
+from nev.config.data import Limits
 from nev.data import labels
 from nev.data.filters import Filters, select
-from nev.data.index import DataError, reading, writing
 from nev.data.labels import Known, Names
 from nev.data.resize import Resize, resized
 from nev.data.rows import Row, captions_of, usable
 from nev.data.shards import OPTIONAL, SCHEMA, table_of
 from nev.data.sources.common import Part
-from nev.data.storage import filesystem, join, make_folder, write_whole
 from nev.data.uids import KEY, Keys
 from nev.data.unfinished import DAMAGED, Facts, write_json
+from nev.storage.files import filesystem, join, make_folder, write_whole
+from nev.storage.reading import DataError, reading, writing
 
 ROW_OVERHEAD = 1024  # bytes of Python objects around one row, roughly; what `memory_bytes` counts beside the image
 STRING_BYTES = 60  # of a string beside its characters

@@ -15,10 +15,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nev.config_base import ConfigError
-from nev.data.index import reading
+from nev.config.base import ConfigError
 from nev.data.rows import Row, captions_of
-from nev.data.storage import filesystem, join
+from nev.storage.files import filesystem, join
+from nev.storage.reading import reading
 
 SCHEMA = pa.schema(
     {

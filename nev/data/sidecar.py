@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from nev.data.index import CUT_SHORT, DataError, Index, read_column, reading, writing
+from nev.data.index import Index
 from nev.data.rows import captions_of
-from nev.data.storage import PARALLEL_REQUESTS, filesystem, is_damage, join, open_parquet, whole_file
+from nev.storage.files import PARALLEL_REQUESTS, filesystem, is_damage, join, open_parquet, whole_file
+from nev.storage.reading import CUT_SHORT, DataError, read_column, reading, writing
 
 WRITE_AGAIN = "Delete this file and write it again with `python pipelines/embed_text.py`."
 FOLDER = "_text"

@@ -15,20 +15,15 @@ import numpy as np
 import ray
 import ray.data
 from numpy.typing import NDArray
-from ray.data import DataContext, DataIterator, Dataset, ExecutionOptions
+from ray.data import DataContext, DataIterator, Dataset
 from ray.train import DataConfig
 
+from nev.cluster.backpressure import DEATHS, fetched, stream_context
 from nev.data.block import Block, BlockReader, room_for
-from nev.data.pacing import pace
 from nev.data.plan import Plan
-from nev.imports import import_whole
 
 NUMBERS_PER_TASK = 1000
-NUMBERS_BUFFERED = 64  # by default a task makes two and waits until they are fetched, a turn of 0.1 s later
 NUMBER_TASKS = 1000  # at most: each is put into the object store before the first one runs
-DEATHS = (
-    5  # of the process over one block: lost nodes, or a picture that kills its decoder. By default Ray tries for ever
-)
 STEPS_AHEAD = 2  # decoded and not yet taken; each rank fetches two more (`nev.train.worker.blocks_of`)
 
 
@@ -60,16 +55,6 @@ def read_block(numbers: Any, source: list[ray.ObjectRef[Any]], first: int) -> Bl
     return block
 
 
-@functools.lru_cache(maxsize=4)
-def fetched(reference: ray.ObjectRef[Any]) -> Any:
-    """The reader and the plan, fetched once a process: with them live its open files and the epoch's order."""
-    import_whole("torch")
-    import torch
-
-    torch.set_num_threads(1)  # one task a core: threads inside a task would only get in each other's way
-    return ray.get(reference)
-
-
 @functools.lru_cache(maxsize=1)
 def _pictures(rows: int, size: int) -> NDArray[np.uint8]:
     """Memory for a block's pictures, kept for the life of the process: the pages of a new one cost 2 to 6 % of the rate.
@@ -77,28 +62,6 @@ def _pictures(rows: int, size: int) -> NDArray[np.uint8]:
     Ray has copied a block into the object store when the process gets its next task.
     """
     return room_for(rows, size)
-
-
-def stream_context(blocks_ahead: int, block_bytes: int) -> DataContext:
-    """A copy of this process's DataContext with what the stream needs (see `nev.data.pacing`)."""
-    context = DataContext.get_current().copy()
-    pace(context, blocks_ahead, block_bytes)
-    context._max_num_blocks_in_streaming_gen_buffer = NUMBERS_BUFFERED
-    context.target_max_block_size = None
-    context.execution_no_progress_timeout_s = (
-        -1
-    )  # a trainer that validates for an hour, or waits for nodes, is no failure
-    context.op_resource_reservation_enabled = False
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.memory_usage_poll_interval_s = None  # or Ray would start and end a thread for every block
-    context.execution_options = stream_options()
-    return context
-
-
-def stream_options() -> ExecutionOptions:
-    """Blocks in order."""
-    return ExecutionOptions(preserve_order=True)
 
 
 class Turns(DataConfig):

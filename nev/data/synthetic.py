@@ -22,12 +22,12 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageOps
 
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
 from nev.data.prepare import Progress, Report, prepare
 from nev.data.rows import Row
 from nev.data.shards import Layout
 from nev.data.sources.common import of_rows
-from nev.data.storage import join
+from nev.storage.files import join
 
 Point = tuple[float, float]
 RGB = tuple[int, int, int]

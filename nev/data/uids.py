@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
 
 KEY = np.dtype("S16")
 HEX = re.compile(r"[0-9a-f]{32}")

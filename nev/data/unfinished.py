@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-from nev.config_base import ConfigError
-from nev.data.index import UNFINISHED, DataError, reading, writing
+from nev.config.base import ConfigError
+from nev.data.index import UNFINISHED
 from nev.data.shards import shards_in
-from nev.data.storage import PARALLEL_REQUESTS, entries_below, filesystem, is_local, join, make_folder, write_whole
+from nev.storage.files import PARALLEL_REQUESTS, entries_below, filesystem, is_local, join, make_folder, write_whole
+from nev.storage.reading import DataError, reading, writing
 
 DAMAGED = "Delete it and run the same command again."
 LAST = ("job.json", "plan.json")

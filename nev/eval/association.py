@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from nev.config_base import ConfigError
-from nev.data.index import content_of
-from nev.data.storage import join
+from nev.config.base import ConfigError
 from nev.eval.collection import Collection
 from nev.eval.intervals import Interval, interval
 from nev.eval.reading import place_of
 from nev.eval.suite import Task
+from nev.storage.files import join
+from nev.storage.reading import content_of
 
 HARD = 10  # candidates, from which on an instance is one of the hard ones, which DataComp counts
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nev.data.index import content_of, writing
 from nev.data.sidecar import Encode
-from nev.data.storage import join, write_whole
+from nev.storage.files import join, write_whole
+from nev.storage.reading import content_of, writing
 
 
 def texts(sentences: Sequence[str], encode: Encode, fingerprint: str, cache: str) -> NDArray[np.float32]:

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nev.config_base import Section
+from nev.common.errors import NevError
+from nev.config.base import Section
 from nev.data.block import Block
-from nev.data.index import writing
-from nev.data.storage import join, write_whole
-from nev.errors import NevError
 from nev.eval.cache import digest, kept
 from nev.eval.engine import Tower, Work, embed_all
 from nev.eval.reading import CLEAN, Reading, blocks, variants
 from nev.eval.scoring import Embedded
+from nev.storage.files import join, write_whole
+from nev.storage.reading import writing
 
 
 class Fact(Section):

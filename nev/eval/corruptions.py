@@ -12,8 +12,8 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from nev.common.imports import import_whole
 from nev.data.decode import Picture
-from nev.imports import import_whole
 
 if TYPE_CHECKING:
     import torch

@@ -17,15 +17,15 @@ import ray.data
 from numpy.typing import NDArray
 from ray.data import DataContext
 
+from nev.cluster.backpressure import DEATHS, fetched, stream_context
+from nev.cluster.session import cluster_gpus
+from nev.common.errors import NevError
+from nev.common.imports import import_whole
 from nev.data.block import Block
-from nev.data.index import DataError
 from nev.data.plan import Segment, in_order
-from nev.data.stream import DEATHS, fetched, stream_context
-from nev.errors import NevError
 from nev.eval.scoring import Embedded
 from nev.eval.validation import Embed, Validation, embedder
-from nev.imports import import_whole
-from nev.runtime import cluster_gpus
+from nev.storage.reading import DataError
 
 if TYPE_CHECKING:
     from torch import nn

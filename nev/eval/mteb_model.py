@@ -14,7 +14,7 @@ import numpy as np
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
 from nev.data.augment import eval_view
 from nev.data.block import room_for
 from nev.data.decode import Encoded, Picture, rgb

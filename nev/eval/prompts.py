@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
 from nev.eval.collection import Fact
 from nev.eval.reading import Reading, lines_at, place_of
 from nev.eval.suite import Task

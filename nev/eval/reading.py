@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nev.config_base import ConfigError
-from nev.config_data import Limits
+from nev.config.base import ConfigError
+from nev.config.data import Limits
 from nev.data.augment import draw, eval_view
 from nev.data.block import Block, room_for
 from nev.data.decode import BadImage, Picture, read_header
@@ -27,9 +27,9 @@ from nev.data.labels import known
 from nev.data.rows import Row, captions_of
 from nev.data.sources import SOURCES, Source, SourceOptions, folder
 from nev.data.sources.common import Part, stamp_of
-from nev.data.storage import join
 from nev.eval.corruptions import CORRUPTIONS, SEVERITIES, STRENGTHS, corrupted
 from nev.eval.suite import Task
+from nev.storage.files import join
 
 # Of how a picture becomes what the model sees: raised when that changes, so that nothing kept before is taken for it.
 VERSION = 1

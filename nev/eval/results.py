@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from nev.config_base import ConfigError, Section
-from nev.data.index import content_of
+from nev.config.base import ConfigError, Section
 from nev.eval.intervals import Interval
 from nev.eval.suite import Suite, Task
+from nev.storage.reading import content_of
 
 
 class TaskResult(Section):

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nev.data.index import DataError
 from nev.eval.ranks import Floats, Ints, mean_cosine
 from nev.eval.retrieval import Ranks, recalls, retrieval_ranks
 from nev.eval.texts import Texts
 from nev.eval.zeroshot import accuracies, zero_shot_ranks
+from nev.storage.reading import DataError
 
 if TYPE_CHECKING:
     from nev.eval.intervals import Interval

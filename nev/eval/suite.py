@@ -10,9 +10,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nev.config_base import ConfigError, Location, Section, Share
-from nev.config_data import Columns
-from nev.config_file import parse, read_yaml
+from nev.config.base import ConfigError, Location, Section, Share
+from nev.config.data import Columns
+from nev.config.file import parse, read_yaml
 
 Kind = Literal["zero_shot", "retrieval", "alignment", "robustness", "compression", "association"]
 Format = Literal["clip-benchmark", "webdataset", "hf-parquet", "folder-classes", "folder-captions", "winogavil"]

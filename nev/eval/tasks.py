@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
 from nev.eval import classification
 from nev.eval.association import jaccard
 from nev.eval.collection import Collection

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nev.data.index import Index, read_column
+from nev.data.index import Index
 from nev.data.rows import captions_of
 from nev.data.sidecar import WRITE_AGAIN, sidecar_location, vectors_of
+from nev.storage.reading import read_column
 
 
 class Texts(NamedTuple):

@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nev.data.block import Block, BlockReader
-from nev.data.index import content_of
 from nev.data.plan import in_order
 from nev.data.sidecar import Encode
-from nev.data.storage import join
 from nev.eval.scoring import Embedded, rank, shares
 from nev.eval.texts import Classes, Texts, all_captions, caption_owners, load_texts
 from nev.eval.zeroshot import class_embeddings
+from nev.storage.files import join
+from nev.storage.reading import content_of
 
 if TYPE_CHECKING:
     import torch

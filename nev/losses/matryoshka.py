@@ -30,7 +30,7 @@ from nev.losses.gather import Gathering
 from nev.losses.pairwise import AlongWithGradients, Computed, Contrastive, gathered, own_share, wide
 from nev.losses.sigmoid import LINEAR_FROM
 from nev.losses.tiles import Best, LogSums, pairs_in, tile_shape
-from nev.models.onednn import product
+from nev.ops.onednn import product
 
 NEVER = -1e30  # the score of an invalid text: its exponential is 0, and so is 0 times it
 

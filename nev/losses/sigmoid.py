@@ -23,7 +23,7 @@ from torch import Tensor
 from nev.losses.gather import Gathering
 from nev.losses.pairwise import AlongWithGradients, Computed, Contrastive, gathered, own_share, wide
 from nev.losses.tiles import Best, pairs_in, walk
-from nev.models.onednn import product
+from nev.ops.onednn import product
 
 LINEAR_FROM = 50.0  # softplus(x) is x there, to float64's last digit
 

@@ -19,7 +19,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from nev.models.onednn import product
+from nev.ops.onednn import product
 
 TILE_ROWS, TILE_COLUMNS = 1024, 512  # 2 MiB in fp32: a tile stays in a core's cache between its product and its sums
 GPU_TILE_ROWS, GPU_TILE_COLUMNS = 8192, 4096  # 128 MiB: there a tile costs a dozen launches, whatever its size

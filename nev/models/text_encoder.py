@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
 
 if TYPE_CHECKING:
     from nev.models.text import TextTower

@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nev.config import Vision
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
+from nev.config.experiment import Vision
 from nev.models import nomic
 from nev.models.heads import build_head
-from nev.models.onednn import through_onednn
 from nev.models.weights import read_weights
+from nev.ops.onednn import through_onednn
 
 OURS = ("num_classes", "global_pool", "img_size", "pretrained")  # set here, so not for trunk_args
 NAMED = 4  # of the weights that do not fit

@@ -7,7 +7,7 @@ from pathlib import Path
 import timm.models
 from torch import Tensor
 
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nev.config_base import Positive, Section
+from nev.config.base import Positive, Section
 
 LR_RULE = "lr_rule"
 

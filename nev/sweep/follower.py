@@ -8,8 +8,8 @@ from typing import Any
 
 from ray import tune
 
-from nev.errors import NevError
-from nev.progress import Tell
+from nev.common.errors import NevError
+from nev.common.progress import Tell
 from nev.sweep.config import Sweep
 from nev.sweep.results import SAMPLES, TrialResult, judged_by, keep
 from nev.sweep.trials import Trial

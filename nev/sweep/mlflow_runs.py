@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 
-from nev.config import Experiment
+from nev.config.experiment import Experiment
 from nev.sweep.config import Sweep
 from nev.sweep.results import Outcome, TrialResult
 from nev.sweep.trials import Trial

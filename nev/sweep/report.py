@@ -8,10 +8,10 @@ import yaml
 from rich.markup import escape
 from rich.table import Table
 
-from nev.config import Experiment
-from nev.config_base import ConfigError
-from nev.config_file import parse, to_yaml
-from nev.data.storage import folder_to_fill, join
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment
+from nev.config.file import parse, to_yaml
+from nev.storage.files import folder_to_fill, join
 from nev.sweep.config import Sweep
 from nev.sweep.figures import draw, label_of
 from nev.sweep.findings import findings, seen

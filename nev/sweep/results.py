@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from nev.config_base import Section
-from nev.data.index import content_of
-from nev.data.storage import join, naming, write_whole
+from nev.config.base import Section
+from nev.storage.files import join, naming, write_whole
+from nev.storage.reading import content_of
 from nev.sweep.config import Sweep
 from nev.sweep.statistics import RESOLUTION
 from nev.sweep.trials import Arm, Trial, arms_of

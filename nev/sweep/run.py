@@ -4,39 +4,37 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import tempfile
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
 
-from nev.config import Experiment
-from nev.config_base import ConfigError
+from nev.cluster.session import cluster_cpus, cluster_gpus, connect, may_grow
+from nev.common.errors import NevError
+from nev.common.progress import progress
+from nev.common.signals import ended_by_sigterm
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment
+from nev.config.paths import absolute
 from nev.data.index import build_index
-from nev.data.storage import join
 from nev.embedding import embed_captions
-from nev.errors import NevError
 from nev.eval.cache import digest
 from nev.eval.scoring import measure_names
 from nev.eval.suite import METRICS, load_suite
 from nev.eval.texts import most_captions
 from nev.eval.validation import Validation
 from nev.models.text import load_text
-from nev.progress import progress
-from nev.runtime import cluster_cpus, cluster_gpus, connect, may_grow
+from nev.storage.files import join
 from nev.sweep.config import Sweep
 from nev.sweep.mlflow_runs import close_children, open_parent, publish
 from nev.sweep.results import SAMPLES, Outcome, TrialResult, kept
 from nev.sweep.suite_data import SuiteData, read_suite
 from nev.sweep.trials import DIGITS, Trial, base_of, definition_of, named, plan_trials
 from nev.tracking import check_tracking, tracking_uri
-from nev.train.setup import absolute, class_names, prepare_job, refuse_unknown_metric
-from nev.train.trainer import Stopped
+from nev.train.setup import class_names, prepare_job, refuse_unknown_metric
 
 # Tune's own files and tables of each trial say nothing that nev's do not; its SIGINT handler would end the driver with status 0.
 TUNE_ENVIRONMENT = {
@@ -231,20 +229,3 @@ def tune_trials(
             if one.config and one.error is not None:
                 follower.explain(one.config["number"], one.error)
     return follower.errors
-
-
-@contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the sweep as Ctrl-C does: its trials go on from their checkpoints at the next start."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: object) -> None:
-        raise Stopped
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

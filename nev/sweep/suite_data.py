@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from nev.config import Experiment
-from nev.config_base import ConfigError
-from nev.errors import NevError
+from nev.common.errors import NevError
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment
 from nev.eval.cache import digest
 from nev.eval.reading import reading_of
 from nev.eval.suite import load_suite

@@ -8,16 +8,15 @@ from typing import Any
 
 from rich.console import Console
 
-from nev.config import Experiment
-from nev.config_base import ConfigError
+from nev.cluster.ray_internals import Group, end_group
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment
 from nev.experiment import run_experiment
 from nev.sweep.config import Sweep
 from nev.sweep.mlflow_runs import tags_of
 from nev.sweep.results import SAMPLES, TrialResult, keep
 from nev.sweep.suite_data import SuiteData
 from nev.sweep.trials import Trial, steps_of
-from nev.train.ledger import Group
-from nev.train.trainer import end_group
 
 
 def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
@@ -27,7 +26,7 @@ def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
     """
     from ray import tune
 
-    from nev.runtime import quiet
+    from nev.common.quiet import quiet
 
     quiet()
     sweep: Sweep = setting["sweep"]

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from nev.config import Experiment
-from nev.config_base import ConfigError
-from nev.config_file import parse, read_yaml
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment
+from nev.config.file import parse, read_yaml
 from nev.sweep.config import LR_RULE, Settings, Sweep, labels_of
 
 LABEL_CHARACTERS = 80

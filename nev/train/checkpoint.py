@@ -19,10 +19,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from nev.config import Experiment
-from nev.data.storage import files_below, filesystem, join, naming, remedy, storage_errors, write_whole
+from nev.config.experiment import Experiment
 from nev.models.text import TextTower, load_text
 from nev.models.vision import VisionTower, build_vision
+from nev.storage.files import files_below, filesystem, join, naming, remedy, storage_errors, write_whole
 from nev.train.manifest import FORMAT, CheckpointError, Damaged, State, Unreadable, read_manifest, remove, verified
 from nev.train.parallel import share_of, whole
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
 from nev.losses.pairwise import Contrastive
 from nev.models.dual_encoder import Embedded
 from nev.train.parallel import bare

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nev.config import Guards
+from nev.common.errors import NevError
+from nev.config.experiment import Guards
 from nev.data.plan import Plan
-from nev.data.storage import StorageError, join, naming, write_whole
-from nev.errors import NevError
+from nev.storage.files import StorageError, join, naming, write_whole
 from nev.train.step import StepResult
 
 WINDOW = 1000  # steps over which skipped ones are counted

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nev.config import Experiment
+from nev.config.experiment import Experiment
 from nev.data.plan import Plan
 from nev.eval.validation import Validation
 from nev.train.manifest import newest_whole, verified

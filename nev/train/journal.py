@@ -13,7 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from nev.data.storage import PARALLEL_REQUESTS, files_below, filesystem, join, naming, write_whole
+from nev.storage.files import PARALLEL_REQUESTS, files_below, filesystem, join, naming, write_whole
 
 
 class Point(NamedTuple):

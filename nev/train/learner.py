@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
 from nev.models.dual_encoder import DualEncoder
 from nev.models.text import TextTower, load_text
 from nev.models.text_encoder import encoder_of, unlock

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
 
-from nev.config import Experiment
+from nev.cluster.ray_internals import Group
+from nev.config.experiment import Experiment
 from nev.tracking import Tracker
 from nev.train.patience import Patience
 from nev.train.signatures import Signatures
-
-
-class Group(NamedTuple):
-    """The workers that train now: the actor of Ray Train that starts them again when they die, and their placement group."""
-
-    controller: Any
-    room: Any
-
 
 Heard = Callable[[int, dict[str, float], Group | None], None]
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nev.config import Experiment
+from nev.common.errors import NevError
+from nev.config.experiment import Experiment
 from nev.data.block import Block
-from nev.errors import NevError
 from nev.eval.validation import Result, embedder, validate
 from nev.models.text import CANARIES, TextTower, weight_digests
 from nev.models.text_encoder import encoder_of

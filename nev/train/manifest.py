@@ -10,8 +10,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
-from nev.data.storage import StorageError, files_below, filesystem, is_local, join, naming, remedy, storage_errors
-from nev.errors import NevError
+from nev.common.errors import NevError
+from nev.storage.files import StorageError, files_below, filesystem, is_local, join, naming, remedy, storage_errors
 
 FORMAT = 2
 READ_BYTES = 2**25  # a request

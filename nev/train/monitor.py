@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from nev.errors import NevError
-from nev.progress import rarely
-from nev.train.ledger import Group, Ledger
+from nev.cluster.ray_internals import Group
+from nev.common.errors import NevError
+from nev.common.progress import rarely
+from nev.train.ledger import Ledger
 from nev.train.validator import Validator
 
 POLL_S = 0.5

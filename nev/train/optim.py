@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from nev.config import Optim
+from nev.config.experiment import Optim
 
 
 def make_optimizer(model: nn.Module, config: Optim) -> torch.optim.AdamW:

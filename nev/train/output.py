@@ -6,9 +6,9 @@ import shutil
 import uuid
 from pathlib import Path
 
-from nev.config import Experiment
-from nev.config_base import ConfigError
-from nev.data.storage import (
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment
+from nev.storage.files import (
     entries_below,
     files_below,
     filesystem,
@@ -24,19 +24,6 @@ from nev.tracking import tracking_uri
 def run_folder(config: Experiment) -> str:
     """`<output>/<name>`."""
     return join(config.output, config.name)
-
-
-def refuse_lost_output(output: str) -> None:
-    """Raise ConfigError for an `output` that nev cannot write to, or that would be lost."""
-    if "://" in output:
-        bucket = output.removeprefix("s3://").split("/")[0]
-        if not output.startswith("s3://") or not bucket:
-            raise ConfigError(f"output = {output!r}: give a folder, or s3://BUCKET/PREFIX")
-    elif "working_dir_files" in Path.cwd().parts and not Path(output).expanduser().is_absolute():
-        raise ConfigError(
-            f"output = {output!r} is relative, and a submitted job's folder goes away with the node: give an absolute "
-            "folder that every node sees, or s3://BUCKET/PREFIX, with --set output=..."
-        )
 
 
 def check_output(config: Experiment) -> None:

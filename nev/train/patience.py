@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from nev.config import Eval
+from nev.config.experiment import Eval
 from nev.train.journal import Point
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nev.config import Experiment
+from nev.common.errors import NevError
+from nev.config.experiment import Experiment
 from nev.data.block import Block
 from nev.data.plan import Plan
-from nev.data.storage import StorageError, files_below, filesystem, join, naming, write_whole
-from nev.errors import NevError
+from nev.storage.files import StorageError, files_below, filesystem, join, naming, write_whole
 
 LEAST_ROWS = 10_000  # row groups come whole: a rotten one at the start is a large share of few rows
 

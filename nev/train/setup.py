@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nev.config import Experiment, ZeroShot, refuse_widths
-from nev.config_base import ConfigError
-from nev.config_data import Data
-from nev.config_file import parse
+from nev.common.errors import Findings
+from nev.config.base import ConfigError
+from nev.config.data import Data
+from nev.config.experiment import Experiment, ZeroShot, refuse_widths
+from nev.config.file import parse
 from nev.data.augment import auto_augment
 from nev.data.block import BlockReader
-from nev.data.index import DataError, Index, build_index, content_of, read_column
+from nev.data.index import Index, build_index
 from nev.data.index_cache import cache_folder
 from nev.data.labels import lines_of
 from nev.data.plan import Plan
@@ -27,10 +27,10 @@ from nev.eval.cache import texts
 from nev.eval.texts import Classes
 from nev.eval.validation import Validation, metric_names
 from nev.eval.zeroshot import class_embeddings
-from nev.preflight import Findings
+from nev.storage.reading import DataError, content_of, read_column
 from nev.train.job import Job
 from nev.train.manifest import CheckpointError, latest, newest_whole, read_manifest
-from nev.train.output import refuse_lost_output, run_folder
+from nev.train.output import run_folder
 
 if TYPE_CHECKING:
     from nev.models.text import TextTower
@@ -61,28 +61,6 @@ FREE_TO_CHANGE = (
         "train.eval_every",
     ),
 )
-
-
-def absolute(config: Experiment) -> Experiment:
-    """The same experiment with local paths made absolute: Ray's processes have other working folders.
-
-    Raises ConfigError for an `output` that would be lost or cannot be written.
-    """
-    refuse_lost_output(config.output)
-
-    def whole(path: str | None) -> str | None:
-        return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
-
-    data = config.data.model_copy(update={"train": whole(config.data.train), "val": whole(config.data.val)})
-    vision = config.vision.model_copy(update={"weights": whole(config.vision.weights)})
-    text, evaluation = config.text, config.eval
-    if Path(text.encoder).expanduser().is_dir():  # else it is a name: of the package, or on the hub
-        text = text.model_copy(update={"encoder": whole(text.encoder)})
-    if evaluation.zero_shot and isinstance(evaluation.zero_shot.classes, str):
-        zero_shot = evaluation.zero_shot.model_copy(update={"classes": whole(evaluation.zero_shot.classes)})
-        evaluation = evaluation.model_copy(update={"zero_shot": zero_shot})
-    changed = {"data": data, "vision": vision, "text": text, "eval": evaluation, "output": whole(config.output)}
-    return config.model_copy(update=changed)
 
 
 def prepare_job(

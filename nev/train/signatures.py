@@ -10,7 +10,7 @@ import math
 from collections import deque
 from typing import NamedTuple
 
-from nev.config import Experiment
+from nev.config.experiment import Experiment
 
 FLAT_POINTS = 30  # logged losses, after the warm-up, that all have to be flat
 FLAT_SHARE = 0.01  # of what guessing has: a loss less than that below it is flat

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nev.config import Experiment, Loss
+from nev.config.experiment import Experiment, Loss
 from nev.losses.contrastive import contrastive_loss
 from nev.losses.gather import Gathering, gather
 from nev.losses.matryoshka import matryoshka_loss

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from nev.config import Train
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
+from nev.config.experiment import Train
 from nev.models.vision import VisionTower
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from nev.config import Experiment, Workers
-from nev.config_base import ConfigError
+from nev.cluster.ray_internals import first_cause, free_room, innermost
+from nev.cluster.session import cluster_cpus, cluster_gpus, may_grow
+from nev.common.errors import NevError
+from nev.common.signals import Stopped, set_by_sigterm
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment, Workers
 from nev.data.block import BlockReader
-from nev.data.storage import join
-from nev.errors import NevError
-from nev.runtime import cluster_cpus, cluster_gpus, may_grow
+from nev.storage.files import join
 from nev.train.job import Job, row_bytes, where
-from nev.train.ledger import Group, Ledger
+from nev.train.ledger import Ledger
 from nev.train.manifest import patiently
 from nev.train.monitor import Watcher, open_board
 from nev.train.validator import Validator
@@ -30,22 +29,9 @@ if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
 
-OUT_OF_MEMORY = (
-    "a process of this run was ended because its machine's memory was full. Lower train.micro_batch (`python "
-    "pipelines/capacity.py` tells what a worker takes), or let less else run there. The same command goes on from the latest "
-    "checkpoint."
+START_TRIES = (
+    3  # of Ray's controller, each with a wait for room (`nev.cluster.session`), before `fit` looks at it again
 )
-
-
-RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)(: |$)")
-START_TRIES = 3  # of Ray's controller, each with a wait for room (`nev.runtime`), before `fit` looks at it again
-
-
-class Stopped(SystemExit):
-    """A run that a SIGTERM has stopped, with the exit status that a shell gives it."""
-
-    def __init__(self) -> None:
-        super().__init__(128 + signal.SIGTERM)
 
 
 class TrainingFailed(NevError, RuntimeError):
@@ -114,52 +100,6 @@ def fit(
         raise TrainingFailed(watcher.errors[0])
     if watcher.left and not watcher.enough.is_set():
         raise Stopped
-
-
-@contextmanager
-def set_by_sigterm(event: threading.Event) -> Iterator[None]:
-    """SIGTERM, with which a machine or a job's manager asks a process to end, sets the event; a second one ends the process."""
-    if threading.current_thread() is not threading.main_thread():  # a trial of a sweep: Ray ends those
-        yield
-        return
-
-    def handle(number: int, frame: object) -> None:
-        if event.is_set():
-            raise Stopped
-        event.set()
-
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def free_room() -> None:
-    """Give back the room of workers that did not start. Ray 2.60 forgets the placement group of workers of which one died then.
-
-    Called when no worker of this job runs. Nothing is done in a trial of a sweep, whose job has the groups of others, too.
-    """
-    import ray
-    from ray._raylet import PlacementGroupID
-    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
-
-    if threading.current_thread() is not threading.main_thread():
-        return
-    job = ray.get_runtime_context().get_job_id()
-    for name, group in placement_group_table().items():
-        if name.endswith(job) and group["state"] != "REMOVED":  # a group's id ends with its job's
-            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
-
-
-def end_group(group: Group) -> None:
-    """End workers whose driver is about to be ended. Ray 2.60 keeps the room of a controller that dies so until the job ends."""
-    import ray
-    from ray.util import remove_placement_group
-
-    ray.kill(group.controller)  # first: it would start the workers again
-    if group.room:
-        remove_placement_group(group.room)
 
 
 def ray_trainer(job: Job, reader: BlockReader, board: Any, folder: str) -> TorchTrainer:
@@ -252,27 +192,3 @@ def stream_from_here(job: Job, reader: BlockReader) -> Any:
     from nev.data.stream import make_stream
 
     return make_stream(reader, job.plan, patiently(lambda: where(job.run)).step, job.stop_step)
-
-
-def first_cause(error: BaseException) -> str:
-    """The message of a failure that went through Ray: nev's own, else the innermost."""
-    inner = innermost(error)
-    said = str(inner).strip() or repr(inner)
-    if (
-        not isinstance(inner, NevError) and "out of memory issue" in said
-    ):  # Ray's words, of which the first say nothing else
-        return OUT_OF_MEMORY
-    if isinstance(inner, NevError):
-        return f"{type(inner).__name__}: {said}"
-    # Of errors in tasks of tasks there is only the text: the first one in it is the cause of the others.
-    raised = [line for line in said.splitlines() if RAISED.match(line) and not line.startswith("ray.")]
-    return raised[0] if raised else f"{type(inner).__name__}: {said.splitlines()[-1]}"
-
-
-def innermost(error: BaseException) -> BaseException:
-    """The first cause of a failure that went through Ray, or nev's own error on the way to it."""
-    failures = getattr(error, "worker_failures", None)
-    inner = next(iter(failures.values())) if failures else getattr(error, "controller_failure", error)
-    while not isinstance(inner, NevError) and (deeper := getattr(inner, "cause", None) or inner.__cause__) is not None:
-        inner = deeper
-    return inner

@@ -15,8 +15,8 @@ from typing import NamedTuple, Self
 
 from ray.exceptions import RayError
 
-from nev.data.storage import StorageError, filesystem, join, naming, write_whole
-from nev.errors import NevError
+from nev.common.errors import NevError
+from nev.storage.files import StorageError, filesystem, join, naming, write_whole
 from nev.train.job import Job
 from nev.train.journal import point, write_validation
 from nev.train.manifest import VALIDATION, awaiting

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from nev.config_base import ConfigError
+from nev.cluster.ray_internals import machine_goes, own_group
+from nev.common.errors import NevError
+from nev.config.base import ConfigError
 from nev.data.block import Block
-from nev.errors import NevError
 from nev.train.job import Job, row_bytes
-from nev.train.ledger import Group
 from nev.train.manifest import CheckpointError
 from nev.train.monitor import Post
 from nev.train.quarantine import TooManyBadRows
@@ -96,14 +96,6 @@ def work(setting: dict[str, Any]) -> None:
         ) from error
 
 
-def own_group() -> Group:
-    """The workers that this one is of."""
-    from ray.train.v2._internal.execution.context import get_train_context
-    from ray.util import get_current_placement_group
-
-    return Group(get_train_context().controller_actor, get_current_placement_group())
-
-
 class Stop:
     """Whether the driver was told to stop the run: an answer that its board gives once it is so, and that nobody waits for."""
 
@@ -121,16 +113,6 @@ class Stop:
         except ray.exceptions.RayActorError:  # the driver is gone, and its processes will be ended
             return False
         return True
-
-
-def machine_goes() -> bool:
-    """Whether this process was told that a machine of the run will be taken away.
-
-    Ray's public `get_preemption_info` would have all ranks meet in an actor; here they agree by a byte after each step.
-    """
-    from ray.train.v2._internal.execution.context import get_train_context
-
-    return get_train_context().preemption_context.preemption_info is not None
 
 
 def after(first: Future[Block | None], blocks: Iterator[Block]) -> Iterator[Block]:
@@ -155,6 +137,6 @@ def blocks_of(job: Job, me: Rank) -> Iterator[Block]:
 def fetch_ahead(plan: Plan, world: int, block_bytes: int, store_bytes: float) -> int:
     """How many blocks a rank holds fetched: two steps' or, where the ranks' would be more, a quarter of the object store.
 
-    The blocks that the tasks are ahead take up to half of it (`nev.data.pacing`); beyond all of it Ray spills to the disk.
+    The blocks that the tasks are ahead take up to half of it (`nev.cluster.backpressure`); beyond that Ray spills to the disk.
     """
     return max(1, min(2 * plan.blocks_per_step // world, int(store_bytes / 4 / world // block_bytes)))

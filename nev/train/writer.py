@@ -18,8 +18,8 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, sleep_us
 from tenacity.wait import wait_exponential
 from torch import Tensor
 
-from nev.data.storage import StorageError
-from nev.errors import NevError
+from nev.common.errors import NevError
+from nev.storage.files import StorageError
 from nev.train import checkpoint
 from nev.train.checkpoint import Tensors
 from nev.train.journal import Point, write_points

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nev.data.storage import upload
+from nev.storage.files import upload
 from nev.train import checkpoint
 from nev.train.journal import read_points
 from nev.train.manifest import latest

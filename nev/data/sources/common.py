@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 
 from pydantic import field_validator
 
-from nev.config_base import ConfigError, Positive, Section
-from nev.config_data import Columns, Limits
-from nev.data.index import LINKED_FOLDER, reading
+from nev.config.base import ConfigError, Positive, Section
+from nev.config.data import Columns, Limits
+from nev.data.index import LINKED_FOLDER
 from nev.data.rows import Row
-from nev.data.storage import filesystem, remedy, storage_errors
+from nev.storage.files import filesystem, remedy, storage_errors
+from nev.storage.reading import reading
 
 S3 = "s3://"
 FETCH_AGAIN = "Fetch it again, or take it out of the input."

@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
 from nev.data.rows import Row
 from nev.data.sources import webdataset
 from nev.data.sources.common import Source, SourceOptions, facts_of, find_files, input_file, parts_of, stamp_of
-from nev.data.storage import filesystem, open_parquet
 from nev.data.uids import BATCH_ROWS, Keys, find, keys_of
+from nev.storage.files import filesystem, open_parquet
 
 CAPTIONS = ("text", "caption")
 

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from nev.config_base import ConfigError
-from nev.config_data import Limits
+from nev.config.base import ConfigError
+from nev.config.data import Limits
 from nev.data.rows import Row, captions_of
 from nev.data.sources.common import (
     S3,

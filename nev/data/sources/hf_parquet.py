@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
 from nev.data.index import KNOWN_NAMES
 from nev.data.rows import Row
 from nev.data.sources.common import (
@@ -30,7 +30,7 @@ from nev.data.sources.common import (
     parts_of,
     shared_folder,
 )
-from nev.data.storage import filesystem, open_parquet
+from nev.storage.files import filesystem, open_parquet
 
 USUAL = {
     **KNOWN_NAMES,  # what a shard's columns may be called, and what only foreign files have

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nev.config_data import Limits
+from nev.config.data import Limits
 from nev.data.rows import Row
 from nev.data.sources.common import (
     Source,
@@ -27,7 +27,7 @@ from nev.data.sources.common import (
     parts_of,
     shared_folder,
 )
-from nev.data.storage import filesystem, is_local
+from nev.storage.files import filesystem, is_local
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGES = ("jpg", "jpeg", "png", "webp")

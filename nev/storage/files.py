@@ -1,4 +1,4 @@
-"""Local paths and `s3://` URLs behind one door: fsspec's filesystems (s3fs for S3, see `nev.data.s3`).
+"""Local paths and `s3://` URLs behind one door: fsspec's filesystems (s3fs for S3, see `nev.storage.s3`).
 
 Endpoint, region and credentials of S3 come from where botocore looks for them: AWS_ENDPOINT_URL, AWS_PROFILE,
 AWS_ACCESS_KEY_ID and the rest, the profile's file, the machine's role.
@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 from fsspec.core import url_to_fs
 
-from nev.errors import NevError
+from nev.common.errors import NevError
 
 PARALLEL_REQUESTS = 16  # of small files, which are mostly waiting
 
@@ -29,7 +29,7 @@ class StorageError(NevError, RuntimeError):
 def filesystem(location: str) -> tuple[Any, str]:
     """The fsspec filesystem of a path or URL, and the path inside it. Local paths become absolute."""
     if location.startswith("s3://"):
-        from nev.data.s3 import s3_filesystem
+        from nev.storage.s3 import s3_filesystem
 
         return s3_filesystem(), location.removeprefix("s3://")
     fs, path = url_to_fs(os.path.expanduser(location))

@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from nev.config_base import Location, Positive, Section, Share
+from nev.config.base import Location, Positive, Section, Share
 
 
 class Columns(Section):

@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from nev.errors import NevError
-from nev.runtime import quiet
+from nev.common.errors import NevError
+from nev.common.quiet import quiet
 
 ConfigFile = Annotated[str, typer.Option("--config", help="Experiment file (YAML); the shipped ones are in configs/.")]
 Overrides = Annotated[

@@ -1,10 +1,10 @@
-"""What a run finds wrong before it begins: all of it in one list, each with its remedy."""
-
-from __future__ import annotations
+"""The base of every error that nev raises on purpose: its message says what, where and what to do."""
 
 from types import TracebackType
 
-from nev.errors import NevError
+
+class NevError(Exception):
+    """Something that the user can mend. Commands print its message alone, without a traceback."""
 
 
 class NotReady(NevError, ValueError):

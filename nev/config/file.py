@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from nev.config import Experiment
-from nev.config_base import ConfigError, Section
-from nev.plain_words import in_plain_words
+from nev.config.base import ConfigError, Section
+from nev.config.experiment import Experiment
 
 Section_ = TypeVar("Section_", bound=Section)
 
@@ -83,3 +83,18 @@ def flatten(section: BaseModel) -> dict[str, str | int | float | bool]:
 def to_yaml(section: BaseModel) -> str:
     """The whole section, defaults included, as YAML that `load` reads back to an equal one."""
     return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def in_plain_words(schema: type[BaseModel], problem: Any) -> str:
+    """A problem that pydantic found, in plain words: for an unknown key the known ones that are like it."""
+    if problem["type"] != "extra_forbidden":
+        return str(problem["msg"]).removeprefix("Value error, ")
+    *sections, key = map(str, problem["loc"])
+    for name in sections:
+        kind = schema.model_fields[name].annotation if name in schema.model_fields else None
+        kinds = [one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, BaseModel)]
+        if not kinds:
+            return "unknown key"
+        schema = kinds[0]
+    close = difflib.get_close_matches(key, schema.model_fields, n=3) or list(schema.model_fields)
+    return f"unknown key; there is {', '.join(close)}"

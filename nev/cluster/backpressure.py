@@ -13,16 +13,20 @@ executor sleep for a moment after a turn that found nothing to do.
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
-from ray.data import DataContext
+import ray.data
+from ray.data import DataContext, ExecutionOptions
 from ray.data._internal.execution.backpressure_policy import (
     ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
     BackpressurePolicy,
 )
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.operators.task_pool_map_operator import TaskPoolMapOperator
+
+from nev.common.imports import import_whole
 
 AHEAD_KEY, BYTES_KEY = "nev.blocks_ahead", "nev.block_bytes"
 NUMBER_OPERATORS = ("ReadRange", "StreamingRepartition")
@@ -85,3 +89,43 @@ class Pause(ExecutionCallback):
         if now == self._seen:
             time.sleep(max(0.0, self._end + PAUSE_S - time.monotonic()))
         self._seen, self._end = now, time.monotonic()
+
+
+NUMBERS_BUFFERED = 64  # by default a task makes two and waits until they are fetched, a turn of 0.1 s later
+
+
+DEATHS = (
+    5  # of the process over one block: lost nodes, or a picture that kills its decoder. By default Ray tries for ever
+)
+
+
+@functools.lru_cache(maxsize=4)
+def fetched(reference: ray.ObjectRef[Any]) -> Any:
+    """The reader and the plan, fetched once a process: with them live its open files and the epoch's order."""
+    import_whole("torch")
+    import torch
+
+    torch.set_num_threads(1)  # one task a core: threads inside a task would only get in each other's way
+    return ray.get(reference)
+
+
+def stream_context(blocks_ahead: int, block_bytes: int) -> DataContext:
+    """A copy of this process's DataContext with what the stream needs (see `nev.cluster.backpressure`)."""
+    context = DataContext.get_current().copy()
+    pace(context, blocks_ahead, block_bytes)
+    context._max_num_blocks_in_streaming_gen_buffer = NUMBERS_BUFFERED
+    context.target_max_block_size = None
+    context.execution_no_progress_timeout_s = (
+        -1
+    )  # a trainer that validates for an hour, or waits for nodes, is no failure
+    context.op_resource_reservation_enabled = False
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.memory_usage_poll_interval_s = None  # or Ray would start and end a thread for every block
+    context.execution_options = stream_options()
+    return context
+
+
+def stream_options() -> ExecutionOptions:
+    """Blocks in order."""
+    return ExecutionOptions(preserve_order=True)

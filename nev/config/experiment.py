@@ -1,4 +1,4 @@
-"""The schema of an experiment: one YAML file, whole and readable on one screen (`nev.config_file` reads it).
+"""The schema of an experiment: one YAML file, whole and readable on one screen (`nev.config.file` reads it).
 
 Every section is frozen and refuses keys that it does not know, so a misspelt key is an error before anything starts.
 """
@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nev.config_base import ConfigError, Location, Positive, Section
-from nev.config_data import Data
+from nev.config.base import ConfigError, Location, Positive, Section
+from nev.config.data import Data
 
 
 class Text(Section):

@@ -19,7 +19,7 @@ from aiobotocore.session import AioSession
 from botocore.exceptions import HTTPClientError
 from s3fs import S3FileSystem
 
-from nev.config_base import ConfigError
+from nev.config.base import ConfigError
 
 REQUEST_TRIES = 6
 BODY_TRIES = 3

@@ -15,7 +15,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionOptions
 from ray.exceptions import RaySystemError, WorkerCrashedError
 
-from nev.errors import NevError
+from nev.common.errors import NevError
 
 DEATHS = 5  # of a task's process before the job ends; by default Ray tries for ever
 

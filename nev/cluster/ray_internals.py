@@ -1,0 +1,115 @@
+"""The only file that touches Ray's private names: what Ray 2.60 has no public way to."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import warnings
+from typing import Any, NamedTuple
+
+from nev.common.errors import NevError
+
+
+def quiet_worker_deaths() -> None:
+    """Of every process or node that dies, a driver prints pages (Ray 2.60, `log_to_driver` or not). Ray's logs have them, too."""
+    import ray._private.worker as driver
+
+    driver.print_to_stdstream = lambda data, ignore_prefix: logging.getLogger("ray").debug("%s", data.get("lines"))
+
+
+def quiet_data_logger() -> None:
+    """Ray Data's logger writes INFO to the console by a handler of its own; its log file keeps everything."""
+    import ray.data  # it gives its logger that handler when it is imported: later, it would speak up again
+
+    # Ray 2.60 has no other way to bound a task's retries (`max_retries`), and says that this one will go.
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+    for handler in logging.getLogger(ray.data.__name__).handlers:
+        if handler.name == "console":
+            handler.setLevel(logging.ERROR)
+
+
+class Group(NamedTuple):
+    """The workers that train now: the actor of Ray Train that starts them again when they die, and their placement group."""
+
+    controller: Any
+    room: Any
+
+
+OUT_OF_MEMORY = (
+    "a process of this run was ended because its machine's memory was full. Lower train.micro_batch (`python "
+    "pipelines/capacity.py` tells what a worker takes), or let less else run there. The same command goes on from the latest "
+    "checkpoint."
+)
+
+
+RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)(: |$)")
+
+
+def free_room() -> None:
+    """Give back the room of workers that did not start. Ray 2.60 forgets the placement group of workers of which one died then.
+
+    Called when no worker of this job runs. Nothing is done in a trial of a sweep, whose job has the groups of others, too.
+    """
+    import ray
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    if threading.current_thread() is not threading.main_thread():
+        return
+    job = ray.get_runtime_context().get_job_id()
+    for name, group in placement_group_table().items():
+        if name.endswith(job) and group["state"] != "REMOVED":  # a group's id ends with its job's
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+
+
+def end_group(group: Group) -> None:
+    """End workers whose driver is about to be ended. Ray 2.60 keeps the room of a controller that dies so until the job ends."""
+    import ray
+    from ray.util import remove_placement_group
+
+    ray.kill(group.controller)  # first: it would start the workers again
+    if group.room:
+        remove_placement_group(group.room)
+
+
+def first_cause(error: BaseException) -> str:
+    """The message of a failure that went through Ray: nev's own, else the innermost."""
+    inner = innermost(error)
+    said = str(inner).strip() or repr(inner)
+    if (
+        not isinstance(inner, NevError) and "out of memory issue" in said
+    ):  # Ray's words, of which the first say nothing else
+        return OUT_OF_MEMORY
+    if isinstance(inner, NevError):
+        return f"{type(inner).__name__}: {said}"
+    # Of errors in tasks of tasks there is only the text: the first one in it is the cause of the others.
+    raised = [line for line in said.splitlines() if RAISED.match(line) and not line.startswith("ray.")]
+    return raised[0] if raised else f"{type(inner).__name__}: {said.splitlines()[-1]}"
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The first cause of a failure that went through Ray, or nev's own error on the way to it."""
+    failures = getattr(error, "worker_failures", None)
+    inner = next(iter(failures.values())) if failures else getattr(error, "controller_failure", error)
+    while not isinstance(inner, NevError) and (deeper := getattr(inner, "cause", None) or inner.__cause__) is not None:
+        inner = deeper
+    return inner
+
+
+def own_group() -> Group:
+    """The workers that this one is of."""
+    from ray.train.v2._internal.execution.context import get_train_context
+    from ray.util import get_current_placement_group
+
+    return Group(get_train_context().controller_actor, get_current_placement_group())
+
+
+def machine_goes() -> bool:
+    """Whether this process was told that a machine of the run will be taken away.
+
+    Ray's public `get_preemption_info` would have all ranks meet in an actor; here they agree by a byte after each step.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None

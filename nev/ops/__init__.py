@@ -1,0 +1,1 @@
+"""Operations that are faster than PyTorch's own on some hardware."""

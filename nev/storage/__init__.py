@@ -1,0 +1,1 @@
+"""The one place that knows what a location is: local paths and `s3://` alike."""
