@@ -26,7 +26,7 @@ from benchmarks import report
 from benchmarks.contestants.checkpointing import Spent, seconds_to_findings, steps_with_checkpoints
 from benchmarks.contestants.processes import in_own_process
 from nev.common.cli import command, explained
-from nev.train.journal import kept_run_id
+from nev.runs.metrics_log import kept_run_id
 from tests.faults.disk import small_disk
 from tests.faults.machines import Machines, machines, wait_for
 from tests.faults.runs import BATCH, Result, Run, settings

@@ -6,14 +6,12 @@ import importlib.util
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
-from nev.config.file import parse
-from nev.config.paths import absolute
+from nev.runs.towers import Opened, open_checkpoint
 from nev.storage.files import folder_to_fill, join, naming
-from nev.train.manifest import CheckpointError, read_manifest
 from nev.train.setup import make_validation
 
 if TYPE_CHECKING:
@@ -21,38 +19,6 @@ if TYPE_CHECKING:
     from nev.eval.scoring import Embedded
     from nev.eval.texts import Texts
     from nev.eval.validation import Validation
-    from nev.models.text import TextTower
-
-
-class Opened(NamedTuple):
-    """A checkpoint, and what it was trained with: the config (with overrides) and the text tower as the run found it."""
-
-    location: str
-    manifest: dict[str, Any]
-    config: Experiment
-    text: TextTower
-
-
-def open_checkpoint(location: str, overrides: list[str]) -> Opened:
-    """Read a checkpoint's manifest and load its text tower.
-
-    Raises CheckpointError where it is none, or where the text tower here is not the one that it was trained against.
-    """
-    from nev.models.text import load_text
-
-    location = location.rstrip("/")
-    if "://" not in location:
-        location = str(Path(location).absolute())  # Ray's processes have other working folders
-    manifest = read_manifest(location)
-    # Whoever made the checkpoint may say what is evaluated, but not that code from the hub runs here.
-    own_text = {**manifest["config"].get("text", {}), "trust_remote_code": False}
-    config = absolute(parse(Experiment, {**manifest["config"], "text": own_text}, overrides, where=location))
-    if config.lock != (own := manifest["config"].get("lock", "text")):
-        raise ConfigError(f"lock: {location} was trained with lock: {own}, which says whose weights it holds: leave it")
-    text = load_text(config.text)
-    if text.fingerprint != manifest["fingerprints"]["text"]:
-        raise CheckpointError(f"{location} was trained against another text tower than {config.text.encoder} is here")
-    return Opened(location, manifest, config, text)
 
 
 def evaluate_checkpoint(
@@ -115,7 +81,7 @@ def as_mteb_model(opened: Opened) -> MtebModel:
     from nev.eval.mteb_model import MtebModel
     from nev.eval.validation import embedder
     from nev.models.vision import normalise
-    from nev.train.checkpoint import load_tower, load_vision
+    from nev.runs.towers import load_tower, load_vision
 
     config, data = opened.config, opened.config.data
     text = opened.text if config.lock == "text" else load_tower(opened.location, config)
@@ -134,7 +100,7 @@ def embed(config: Experiment, checkpoint: str, task: Validation, taken: float = 
     """
     from nev.eval.engine import Tower, embed_set
     from nev.eval.validation import texts_of
-    from nev.train.checkpoint import load_tower, load_vision
+    from nev.runs.towers import load_tower, load_vision
 
     load = partial(load_vision, checkpoint, config, task.text_width)
     encode = load_tower(checkpoint, config).encode if config.text_online else None

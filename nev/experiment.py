@@ -19,12 +19,12 @@ from nev.config.experiment import Experiment
 from nev.config.file import to_yaml
 from nev.config.paths import absolute
 from nev.eval.tables import metrics_table
+from nev.runs.folder import check_output, check_space, run_folder
+from nev.runs.manifest import best, latest, metrics_of, newest_whole, verified
+from nev.runs.metrics_log import keep_run_id, kept_run_id, read_points
+from nev.runs.tracking import Tracker, check_tracking, open_run, tracking_uri
 from nev.storage.files import folder_to_fill, join, naming, write_whole
-from nev.tracking import Tracker, check_tracking, open_run, tracking_uri
-from nev.train.journal import keep_run_id, kept_run_id, read_points
 from nev.train.ledger import Heard, Ledger
-from nev.train.manifest import best, latest, metrics_of, newest_whole, verified
-from nev.train.output import check_output, check_space, run_folder
 from nev.train.setup import prepare_job, train_reader
 from nev.train.trainer import check_room, check_store, fit, posting
 from nev.train.validator import BEHIND, Validator

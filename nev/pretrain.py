@@ -27,9 +27,9 @@ from nev.data.block import Block, BlockReader
 from nev.data.index import Index, build_index
 from nev.data.plan import Plan, in_order
 from nev.models.vision import VisionTower, build_vision, normalise
+from nev.runs.tracking import open_run, tracking_uri
 from nev.storage.files import join, naming, write_whole
 from nev.storage.reading import DataError, read_column
-from nev.tracking import open_run, tracking_uri
 from nev.train.optim import learning_rate, make_optimizer, set_learning_rate
 from nev.train.setup import total_steps, used_rows, val_reader
 

@@ -16,10 +16,10 @@ from rich.markup import escape
 
 from nev.common.errors import NevError
 from nev.config.base import ConfigError
-from nev.evaluation import Opened, open_checkpoint
+from nev.runs.metrics_log import kept_run_id
+from nev.runs.towers import Opened, open_checkpoint
+from nev.runs.tracking import Tracker, check_tracking
 from nev.storage.files import folder_to_fill, join, naming
-from nev.tracking import Tracker, check_tracking
-from nev.train.journal import kept_run_id
 
 if TYPE_CHECKING:
     from nev.eval.exhibits import Exhibit
@@ -104,7 +104,7 @@ def run_tasks(suite: Suite, opened: Opened, cache: str, folder: Path, console: C
     from nev.eval.reading import BATCH, reading_of
     from nev.eval.results import not_run
     from nev.eval.tasks import Context, score
-    from nev.train.checkpoint import load_tower, load_vision, logit_scale
+    from nev.runs.towers import load_tower, load_vision, logit_scale
 
     location, manifest, config, text = opened
     readings: dict[str, Reading] = {}

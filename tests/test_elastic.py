@@ -18,7 +18,7 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.data.block import Block, BlockReader
 from nev.models.text import TextTower
-from nev.train import checkpoint
+from nev.runs import checkpoint
 from nev.train.agreement import Agreement
 from nev.train.filling import Filling
 from nev.train.job import Job, where

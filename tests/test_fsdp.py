@@ -24,10 +24,11 @@ from nev.experiment import run_experiment
 from nev.models.dual_encoder import DualEncoder
 from nev.models.text import load_text
 from nev.models.vision import build_vision
-from nev.tracking import Tracker
-from nev.train import checkpoint
+from nev.runs import checkpoint
+from nev.runs.manifest import State
+from nev.runs.tracking import Tracker
+from nev.train.core.state_dict import Tensors, gather_tensors, load_optimizer, unknown_parameters
 from nev.train.learner import build
-from nev.train.manifest import State
 from nev.train.optim import make_optimizer
 from nev.train.parallel import blocks_of, distribute, is_sharded, whole
 from nev.train.setup import prepare_job
@@ -73,10 +74,10 @@ def share(rank: int) -> Batch:
     return Batch(*(part.chunk(WORLD)[rank] for part in batch(torch.float32)))
 
 
-def alone(config: Experiment) -> tuple[Tensor, checkpoint.Tensors]:
+def alone(config: Experiment) -> tuple[Tensor, Tensors]:
     model = made(config)
     optimizer = make_optimizer(model, config.optim)
-    return steps(model, optimizer, config, batch(torch.float32), STEPS), checkpoint.gather_tensors(model, optimizer)
+    return steps(model, optimizer, config, batch(torch.float32), STEPS), gather_tensors(model, optimizer)
 
 
 def _trains(rank: int, config: Experiment) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def _trains(rank: int, config: Experiment) -> dict[str, Any]:
     found = steps(wrapped, optimizer, config, share(rank), STEPS)
     held = [*model.parameters(), *(slot for slots in optimizer.state.values() for slot in slots.values())]
     mine = sum(one.to_local().numel() for one in held if is_sharded(one))
-    tensors = checkpoint.gather_tensors(model, optimizer)
+    tensors = gather_tensors(model, optimizer)
     return {
         "found": found,
         "mine": mine,
@@ -126,7 +127,7 @@ def _goes_on(rank: int, folder: str, fsdp: bool) -> dict[str, Any]:
     wrapped = distribute(model, True, WORLD, CPU)
     optimizer = make_optimizer(model, config.optim)
     steps(wrapped, optimizer, config, share(rank), 1)
-    tensors = checkpoint.gather_tensors(model, optimizer, keep=rank == 0)
+    tensors = gather_tensors(model, optimizer, keep=rank == 0)
     if rank == 0:
         checkpoint.save(folder, State(1, {}, {}, {}, WORLD, 0, {}), tensors, {})
     straight = steps(wrapped, optimizer, config, share(rank), 2)
@@ -135,10 +136,10 @@ def _goes_on(rank: int, folder: str, fsdp: bool) -> dict[str, Any]:
     again = made(config.model_copy(update={"seed": 5}))
     _, weights, moments, _ = checkpoint.load(f"{folder}/checkpoints/step-00000001")
     again.load_state_dict(weights)
-    checkpoint.refuse_unknown(again, moments)
+    assert not unknown_parameters(again, moments)
     wrapped_again = distribute(again, fsdp, WORLD, CPU)
     optimizer_again = make_optimizer(again, config.optim)
-    checkpoint.load_optimizer(again, optimizer_again, moments)
+    load_optimizer(again, optimizer_again, moments)
     resumed = steps(wrapped_again, optimizer_again, config, share(rank), 2)
     pairs = [
         (whole(a).detach(), whole(b).detach()) for a, b in zip(model.parameters(), again.parameters(), strict=True)

@@ -23,13 +23,13 @@ from nev.config.experiment import Experiment, Guards
 from nev.data.block import Block
 from nev.models.dual_encoder import DualEncoder
 from nev.models.text import TextTower, load_text
-from nev.tracking import Tracker
+from nev.runs.manifest import latest, read_manifest
+from nev.runs.tracking import Tracker
 from nev.train.guards import MEMORY, WINDOW, Diverged, History, judge
 from nev.train.job import Job, where
 from nev.train.learner import Rank, build, learner_of
 from nev.train.ledger import Ledger
 from nev.train.loop import train
-from nev.train.manifest import latest, read_manifest
 from nev.train.monitor import Post, Watcher, open_board
 from nev.train.optim import make_optimizer
 from nev.train.setup import prepare_job, train_reader

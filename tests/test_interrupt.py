@@ -18,7 +18,7 @@ from rich.console import Console
 from nev.common.cli import explained
 from nev.config.experiment import Experiment
 from nev.config.file import to_yaml
-from nev.train.manifest import checkpoints
+from nev.runs.manifest import checkpoints
 
 ROOT = Path(__file__).parent.parent
 WAIT_S = 200.0

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from nev.train.manifest import latest, read_manifest
+from nev.runs.manifest import latest, read_manifest
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -32,11 +32,12 @@ from nev.models.dual_encoder import DualEncoder, Embedded
 from nev.models.text import TextTower, load_text, weight_digests
 from nev.models.text_encoder import TextEncoder, unlock
 from nev.models.vision import build_vision
-from nev.train import checkpoint
+from nev.runs.manifest import latest, read_manifest
+from nev.runs.towers import load_tower
+from nev.train.core.state_dict import gather_tensors
 from nev.train.gradcache import backward_in_parts
 from nev.train.learner import Rank, build, learner_of
 from nev.train.loop import TowerMoved, refuse_moved, train
-from nev.train.manifest import latest, read_manifest
 from nev.train.optim import make_optimizer
 from nev.train.parallel import distribute
 from nev.train.setup import prepare_job, train_reader
@@ -133,7 +134,7 @@ def _trains(rank: int, lock: str, train: dict[str, Any]) -> dict[str, Any]:
     optimizer = make_optimizer(model, config.optim)
     given = Batch(*(part.chunk(WORLD)[rank] for part in tokenised()))
     found = steps(wrapped, optimizer, config, given, STEPS)
-    return {"found": found, **checkpoint.gather_tensors(model, optimizer).model}
+    return {"found": found, **gather_tensors(model, optimizer).model}
 
 
 @pytest.mark.parametrize("lock", ["none", "image"])
@@ -215,7 +216,7 @@ def test_without_a_lock_both_towers_learn_and_go_on_bit_for_bit(tiny: Make, text
 
     newest = latest(job.run)
     assert newest
-    tower = checkpoint.load_tower(newest, whole)
+    tower = load_tower(newest, whole)
     assert tower.fingerprint != text.fingerprint
     moved = weight_digests(tower.model)
     assert sum(moved[name] != digest for name, digest in weight_digests(text.model).items()) > 90

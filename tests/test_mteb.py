@@ -20,8 +20,9 @@ from mteb.abstasks.zeroshot_classification import AbsTaskZeroShotClassification
 
 from nev.config.base import ConfigError
 from nev.eval.mteb_model import MtebModel, scores_of, views
-from nev.evaluation import as_mteb_model, open_checkpoint
+from nev.evaluation import as_mteb_model
 from nev.models.text import CANARIES, TextTower
+from nev.runs.towers import open_checkpoint
 
 PAIRS = [
     ("a dog runs over the grass", "a dog is running on a lawn", 5.0),

@@ -9,11 +9,11 @@ import pytest
 from nbclient import NotebookClient
 
 from nev.config.file import load, parse
+from nev.runs.tracking import open_run
 from nev.sweep.config import Sweep
 from nev.sweep.report import write_report
 from nev.sweep.results import Outcome, TrialResult
 from nev.sweep.trials import arms_of
-from nev.tracking import open_run
 
 ROOT = Path(__file__).parent.parent
 

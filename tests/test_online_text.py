@@ -27,7 +27,7 @@ from nev.eval.validation import load_kept
 from nev.models.text import CANARIES, TextTower, load_text, weight_digests
 from nev.models.text_encoder import encoder_of, refuse_other_vectors
 from nev.models.vision import build_vision
-from nev.train.manifest import latest
+from nev.runs.manifest import latest
 from nev.train.setup import prepare_job, train_reader
 
 Make = Callable[..., Experiment]

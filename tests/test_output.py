@@ -23,12 +23,12 @@ from nev.config.experiment import Experiment
 from nev.data.block import Block
 from nev.evaluation import evaluate_checkpoint
 from nev.experiment import Summary, run_experiment
+from nev.runs import checkpoint, manifest
+from nev.runs.folder import check_output
+from nev.runs.tracking import Tracker, open_run
 from nev.storage import s3 as s3_module
 from nev.storage.files import StorageError, filesystem, upload
-from nev.tracking import Tracker, open_run
-from nev.train import checkpoint, manifest
-from nev.train.checkpoint import gather_tensors
-from nev.train.output import check_output
+from nev.train.core.state_dict import gather_tensors
 from nev.train.quarantine import Quarantine
 
 Make = Callable[..., Experiment]

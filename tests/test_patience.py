@@ -14,8 +14,8 @@ from rich.console import Console
 from nev.config.base import ConfigError
 from nev.config.experiment import Eval, Experiment
 from nev.experiment import run_experiment
-from nev.train.journal import Point, read_points
-from nev.train.manifest import latest, read_manifest
+from nev.runs.manifest import latest, read_manifest
+from nev.runs.metrics_log import Point, read_points
 from nev.train.patience import Patience
 
 Make = Callable[..., Experiment]

@@ -17,9 +17,9 @@ from nev.config.experiment import Experiment
 from nev.config.paths import absolute
 from nev.experiment import run_experiment
 from nev.models.text import load_text
+from nev.runs.folder import check_output, check_space, run_folder
+from nev.runs.manifest import checkpoints
 from nev.storage.reading import DataError
-from nev.train.manifest import checkpoints
-from nev.train.output import check_output, check_space, run_folder
 
 Make = Callable[..., Experiment]
 Usage = namedtuple("Usage", "total used free")

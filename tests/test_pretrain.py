@@ -18,8 +18,8 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.models.vision import build_vision
 from nev.pretrain import MASKED, Inpainter, pretrain
+from nev.runs.tracking import Tracker, _client
 from nev.storage.reading import DataError
-from nev.tracking import Tracker, _client
 
 Make = Callable[..., Experiment]
 SIZE, PATCH = 32, 8

@@ -20,13 +20,14 @@ from nev import suites
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.eval.results import SuiteResult
-from nev.evaluation import Opened, evaluate_checkpoint
+from nev.evaluation import evaluate_checkpoint
 from nev.experiment import track
 from nev.models.text import TextTower
-from nev.train import checkpoint, manifest
-from nev.train.checkpoint import gather_tensors
-from nev.train.journal import keep_run_id
-from nev.train.manifest import Damaged, State
+from nev.runs import checkpoint, manifest
+from nev.runs.manifest import Damaged, State
+from nev.runs.metrics_log import keep_run_id
+from nev.runs.towers import Opened
+from nev.train.core.state_dict import gather_tensors
 from nev.train.setup import prepare_job, train_reader
 
 if TYPE_CHECKING:

@@ -22,6 +22,8 @@ from sweep_helpers import raw, sweep
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.file import parse
+from nev.runs.manifest import latest
+from nev.runs.tracking import open_run
 from nev.storage.files import filesystem
 from nev.sweep.config import Sweep
 from nev.sweep.mlflow_runs import open_parent, publish
@@ -29,8 +31,6 @@ from nev.sweep.report import read_sweep
 from nev.sweep.results import Outcome, TrialResult
 from nev.sweep.run import run_sweep
 from nev.sweep.suite_data import read_suite
-from nev.tracking import open_run
-from nev.train.manifest import latest
 
 if TYPE_CHECKING:
     from s3_server import Proxy

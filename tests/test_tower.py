@@ -17,7 +17,7 @@ from nev.config.experiment import Train, Vision
 from nev.losses import tiles
 from nev.models.dual_encoder import DualEncoder
 from nev.models.vision import build_vision, normalise
-from nev.train import checkpoint
+from nev.train.core.state_dict import gather_tensors, load_optimizer
 from nev.train.optim import make_optimizer
 from nev.train.step import Batch, Precision, StepResult, train_step
 from nev.train.tower import keep_few_activations, make_ready, uncompiled
@@ -77,13 +77,13 @@ def test_convolutions_lie_as_the_pixels_do_and_so_do_their_moments_after_a_check
     assert not stem.is_contiguous()
     for _ in range(2):
         train_step(model, optimizer, given, config, FP32)
-    tensors = checkpoint.gather_tensors(model, optimizer)
+    tensors = gather_tensors(model, optimizer)
     assert all(tensor.is_contiguous() for part in tensors for tensor in part.values())
     train_step(model, optimizer, given, config, FP32)
 
     again, anew = made_of_convolutions()
     again.load_state_dict(tensors.model)
-    checkpoint.load_optimizer(again, anew, tensors.optimizer)
+    load_optimizer(again, anew, tensors.optimizer)
     train_step(again, anew, given, config, FP32)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 

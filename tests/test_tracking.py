@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment, Tracking
 from nev.config.file import flatten
-from nev.tracking import Tracker, check_tracking, open_run, tracking_uri
+from nev.runs.tracking import Tracker, check_tracking, open_run, tracking_uri
 
 POSTGRES = Path("/usr/lib/postgresql/15/bin")
 
@@ -170,7 +170,7 @@ def test_metrics_are_kept_while_the_server_is_away(sqlite: str, tmp_path: Path) 
 
 
 def test_a_run_that_goes_on_gets_what_mlflow_has_missed(sqlite: str, tmp_path: Path) -> None:
-    from nev.train.journal import Point, keep_run_id, kept_run_id, read_points, write_points
+    from nev.runs.metrics_log import Point, keep_run_id, kept_run_id, read_points, write_points
 
     config, run = experiment(), str(tmp_path / "run")
     assert kept_run_id(run) is None
@@ -196,7 +196,7 @@ def test_a_run_that_goes_on_gets_what_mlflow_has_missed(sqlite: str, tmp_path: P
 def test_a_server_that_stays_away_at_the_end_is_no_traceback(
     sqlite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nev.tracking.PATIENCE_S", 0.5)
+    monkeypatch.setattr("nev.runs.tracking.PATIENCE_S", 0.5)
     config = experiment()
     tracker = open_run(sqlite, f"nev-{tmp_path.name}", config.name, config, {}, str(tmp_path))
     tracker._client = _Away(tracker._client)

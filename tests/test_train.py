@@ -24,15 +24,15 @@ from nev.eval.validation import kept_file, load_kept, score
 from nev.experiment import Summary, run_experiment
 from nev.models.text import TextTower
 from nev.models.vision import build_vision
+from nev.runs import checkpoint
+from nev.runs.manifest import CheckpointError, latest, read_manifest
+from nev.runs.tracking import Tracker, tracking_uri
 from nev.storage.reading import DataError
-from nev.tracking import Tracker, tracking_uri
-from nev.train import checkpoint
 from nev.train.filling import StreamError
 from nev.train.guards import Diverged
 from nev.train.job import Job, where
 from nev.train.learner import Rank, build, learner_of
 from nev.train.loop import train
-from nev.train.manifest import CheckpointError, latest, read_manifest
 from nev.train.quarantine import TooManyBadRows
 from nev.train.setup import prepare_job, train_reader
 from nev.train.step import choose_precision

@@ -15,10 +15,10 @@ from rich.console import Console
 
 from nev.config.experiment import Experiment
 from nev.experiment import run_experiment
+from nev.runs.manifest import awaiting, best, checkpoints, prune, read_manifest
+from nev.runs.metrics_log import read_points
 from nev.storage.files import StorageError
 from nev.train import validator
-from nev.train.journal import read_points
-from nev.train.manifest import awaiting, best, checkpoints, prune, read_manifest
 from nev.train.validator import Validated, Validator
 
 Make = Callable[..., Experiment]
@@ -31,7 +31,7 @@ def job(run: Path, every: int = 10) -> Any:
 def checkpoint(run: Path, step: int, metrics: dict[str, float] | None = None) -> Path:
     folder = run / f"checkpoints/step-{step:08d}"
     folder.mkdir(parents=True)
-    from nev.train.manifest import FORMAT
+    from nev.runs.manifest import FORMAT
 
     (folder / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, "metrics": metrics or {}}))
     return folder

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from nev.config.experiment import Optim
+from nev.runs import checkpoint, manifest
+from nev.runs.manifest import State, checkpoints, verified
+from nev.runs.metrics_log import Point, read_points
 from nev.storage.files import StorageError
-from nev.train import checkpoint, manifest, writer
-from nev.train.checkpoint import Tensors, gather_tensors
-from nev.train.journal import Point, read_points
-from nev.train.manifest import State, checkpoints, verified
+from nev.train import writer
+from nev.train.core.state_dict import Tensors, gather_tensors
 from nev.train.optim import make_optimizer
 from nev.train.rng import gather_rng
 from nev.train.writer import NotKept, Snapshot, Writer

@@ -33,8 +33,7 @@ def through_ray(checkpoint: str, tars: str) -> float:
     from nev.eval.engine import Tower, embed_all
     from nev.eval.reading import reading_of
     from nev.eval.suite import Task
-    from nev.evaluation import open_checkpoint
-    from nev.train.checkpoint import load_vision
+    from nev.runs.towers import load_vision, open_checkpoint
 
     opened = open_checkpoint(checkpoint, [])
     config = opened.config
@@ -63,9 +62,8 @@ def bare_forward(checkpoint: str) -> float:
 def _forward(checkpoint: str) -> float:
     import torch
 
-    from nev.evaluation import open_checkpoint
     from nev.models.vision import normalise
-    from nev.train.checkpoint import load_vision
+    from nev.runs.towers import load_vision, open_checkpoint
 
     torch.set_num_threads(1)
     opened = open_checkpoint(checkpoint, [])

@@ -25,9 +25,9 @@ class JobRates(NamedTuple):
 
 def ray_job(config: Experiment, steps: int) -> JobRates:
     """Train `steps` steps of `config` (paths absolute, no validation) and read the rates. Raises BenchmarkFailed."""
-    from nev.tracking import Tracker, tracking_uri
-    from nev.train.journal import kept_run_id
-    from nev.train.output import run_folder
+    from nev.runs.folder import run_folder
+    from nev.runs.metrics_log import kept_run_id
+    from nev.runs.tracking import Tracker, tracking_uri
 
     with tempfile.TemporaryDirectory(prefix="nev-bench-") as folder:
         train = config.train.model_copy(update={"log_every": max(1, steps // 20)})

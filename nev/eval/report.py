@@ -12,7 +12,7 @@ from markupsafe import Markup
 from nev.eval.exhibits import Exhibit
 from nev.eval.results import SuiteResult, TaskResult
 from nev.eval.showcase import run_curves
-from nev.train.journal import read_points
+from nev.runs.metrics_log import read_points
 
 METRICS_SHOWN = 40  # of a task, beside its table
 

@@ -13,7 +13,7 @@ from nev.eval.plots import curve, gallery
 from nev.eval.scoring import Embedded
 from nev.eval.texts import Texts, all_captions
 from nev.eval.validation import Validation
-from nev.train.journal import Point
+from nev.runs.metrics_log import Point
 
 QUERIES = 7
 RESULTS = 6

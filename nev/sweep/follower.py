@@ -10,11 +10,11 @@ from ray import tune
 
 from nev.common.errors import NevError
 from nev.common.progress import Tell
+from nev.runs.folder import run_folder
+from nev.runs.metrics_log import kept_run_id
 from nev.sweep.config import Sweep
 from nev.sweep.results import SAMPLES, TrialResult, judged_by, keep
 from nev.sweep.trials import Trial
-from nev.train.journal import kept_run_id
-from nev.train.output import run_folder
 
 
 class Follower(tune.Callback):

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from nev.config.experiment import Experiment
+from nev.runs.folder import run_folder
+from nev.runs.metrics_log import kept_run_id
+from nev.runs.tracking import Tracker, open_run
 from nev.sweep.config import Sweep
 from nev.sweep.results import Outcome, TrialResult
 from nev.sweep.trials import Trial
-from nev.tracking import Tracker, open_run
-from nev.train.journal import kept_run_id
-from nev.train.output import run_folder
 
 TOLD = 3  # of what MLflow lacks
 OF_ONE_RUN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # codes of what other runs may not have

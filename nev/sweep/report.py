@@ -11,12 +11,12 @@ from rich.table import Table
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.file import parse, to_yaml
+from nev.runs.tracking import Tracker
 from nev.storage.files import folder_to_fill, join
 from nev.sweep.config import Sweep
 from nev.sweep.figures import draw, label_of
 from nev.sweep.findings import findings, seen
 from nev.sweep.results import Outcome, TrialResult
-from nev.tracking import Tracker
 
 
 def write_report(outcome: Outcome, base: Experiment, folder: str) -> list[str]:

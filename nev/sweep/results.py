@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from nev.config.base import Section
+from nev.runs.folder import run_folder
 from nev.storage.files import join, naming, write_whole
 from nev.storage.reading import content_of
 from nev.sweep.config import Sweep
 from nev.sweep.statistics import RESOLUTION
 from nev.sweep.trials import Arm, Trial, arms_of
-from nev.train.output import run_folder
 
 FILE = "result.json"
 SAMPLES = "samples"  # what a trial reports to Tune of its length

@@ -27,13 +27,13 @@ from nev.eval.suite import METRICS, load_suite
 from nev.eval.texts import most_captions
 from nev.eval.validation import Validation
 from nev.models.text import load_text
+from nev.runs.tracking import check_tracking, tracking_uri
 from nev.storage.files import join
 from nev.sweep.config import Sweep
 from nev.sweep.mlflow_runs import close_children, open_parent, publish
 from nev.sweep.results import SAMPLES, Outcome, TrialResult, kept
 from nev.sweep.suite_data import SuiteData, read_suite
 from nev.sweep.trials import DIGITS, Trial, base_of, definition_of, named, plan_trials
-from nev.tracking import check_tracking, tracking_uri
 from nev.train.setup import class_names, prepare_job, refuse_unknown_metric
 
 # Tune's own files and tables of each trial say nothing that nev's do not; its SIGINT handler would end the driver with status 0.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from nev.config.experiment import Experiment
 from nev.data.plan import Plan
 from nev.eval.validation import Validation
-from nev.train.manifest import newest_whole, verified
+from nev.runs.manifest import newest_whole, verified
 
 
 @dataclass(frozen=True)

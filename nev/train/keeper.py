@@ -9,12 +9,12 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from nev.eval.validation import Result, kept_bytes, kept_file
-from nev.train.checkpoint import Tensors, gather_tensors
+from nev.runs.manifest import State, drop_beyond
+from nev.runs.metrics_log import Point, point
+from nev.train.core.state_dict import Tensors, gather_tensors
 from nev.train.guards import History
 from nev.train.job import Job
-from nev.train.journal import Point, point
 from nev.train.learner import Learner, Rank
-from nev.train.manifest import State, drop_beyond
 from nev.train.rng import gather_rng
 from nev.train.writer import Snapshot, Writer
 

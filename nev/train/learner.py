@@ -13,10 +13,11 @@ from nev.models.dual_encoder import DualEncoder
 from nev.models.text import TextTower, load_text
 from nev.models.text_encoder import encoder_of, unlock
 from nev.models.vision import build_vision
-from nev.train import checkpoint
+from nev.runs import checkpoint
+from nev.runs.manifest import CheckpointError, State, newest_whole, patiently
+from nev.train.core.state_dict import load_optimizer, unknown_parameters
 from nev.train.gradcache import refuse_batch_norm
 from nev.train.job import Job, Start
-from nev.train.manifest import CheckpointError, State, newest_whole, patiently
 from nev.train.optim import make_optimizer
 from nev.train.parallel import distribute
 from nev.train.rng import restore_rng, seed_rank
@@ -88,7 +89,8 @@ def build(job: Job) -> Built:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(f"{found.location}: not the weights of this experiment's model: {error}") from error
-    checkpoint.refuse_unknown(model, moments)
+    if unknown := unknown_parameters(model, moments):
+        raise CheckpointError(f"{found.location}: optimiser state of parameters that the model lacks: {unknown[:5]}")
     return Built(model, tower, state, moments, rng)
 
 
@@ -103,6 +105,6 @@ def learner_of(built: Built, job: Job, me: Rank) -> tuple[Learner, Start]:
         seed_rank(me.rank, config.seed, 0)
         return Learner(model, wrapped, optimizer, tower), Start()
     state = built.state
-    checkpoint.load_optimizer(model, optimizer, built.moments)
+    load_optimizer(model, optimizer, built.moments)
     restore_rng(built.rng, me.rank, me.device, config.seed, state.step)
     return Learner(model, wrapped, optimizer, tower), Start(state.step, state.bad_rows, state.history)

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from nev.cluster.ray_internals import Group
 from nev.config.experiment import Experiment
-from nev.tracking import Tracker
+from nev.runs.tracking import Tracker
 from nev.train.patience import Patience
 from nev.train.signatures import Signatures
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from nev.config.experiment import Eval
-from nev.train.journal import Point
+from nev.runs.metrics_log import Point
 
 
 class Patience:

@@ -27,10 +27,10 @@ from nev.eval.cache import texts
 from nev.eval.texts import Classes
 from nev.eval.validation import Validation, metric_names
 from nev.eval.zeroshot import class_embeddings
+from nev.runs.folder import run_folder
+from nev.runs.manifest import CheckpointError, latest, newest_whole, read_manifest
 from nev.storage.reading import DataError, content_of, read_column
 from nev.train.job import Job
-from nev.train.manifest import CheckpointError, latest, newest_whole, read_manifest
-from nev.train.output import run_folder
 
 if TYPE_CHECKING:
     from nev.models.text import TextTower

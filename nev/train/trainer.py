@@ -17,10 +17,10 @@ from nev.common.signals import Stopped, set_by_sigterm
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment, Workers
 from nev.data.block import BlockReader
+from nev.runs.manifest import patiently
 from nev.storage.files import join
 from nev.train.job import Job, row_bytes, where
 from nev.train.ledger import Ledger
-from nev.train.manifest import patiently
 from nev.train.monitor import Watcher, open_board
 from nev.train.validator import Validator
 from nev.train.worker import work

@@ -16,10 +16,10 @@ from typing import NamedTuple, Self
 from ray.exceptions import RayError
 
 from nev.common.errors import NevError
+from nev.runs.manifest import VALIDATION, awaiting
+from nev.runs.metrics_log import point, write_validation
 from nev.storage.files import StorageError, filesystem, join, naming, write_whole
 from nev.train.job import Job
-from nev.train.journal import point, write_validation
-from nev.train.manifest import VALIDATION, awaiting
 
 BEHIND = 2  # checkpoints that may wait: validation that is slower than training leaves the oldest out, so that disks do not fill
 PAUSE_S = 5.0  # after a failure

@@ -11,8 +11,8 @@ from nev.cluster.ray_internals import machine_goes, own_group
 from nev.common.errors import NevError
 from nev.config.base import ConfigError
 from nev.data.block import Block
+from nev.runs.manifest import CheckpointError
 from nev.train.job import Job, row_bytes
-from nev.train.manifest import CheckpointError
 from nev.train.monitor import Post
 from nev.train.quarantine import TooManyBadRows
 

@@ -19,11 +19,11 @@ from tenacity.wait import wait_exponential
 from torch import Tensor
 
 from nev.common.errors import NevError
+from nev.runs import checkpoint
+from nev.runs.manifest import CheckpointError, State, prune
+from nev.runs.metrics_log import Point, write_points
 from nev.storage.files import StorageError
-from nev.train import checkpoint
-from nev.train.checkpoint import Tensors
-from nev.train.journal import Point, write_points
-from nev.train.manifest import CheckpointError, State, prune
+from nev.train.core.state_dict import Tensors
 
 REFUSALS = (StorageError, CheckpointError)
 LAST_S = 600.0  # how long storage that refuses the last checkpoint is asked again
@@ -38,7 +38,7 @@ class NotKept(NevError, RuntimeError):
 
 
 class Snapshot(NamedTuple):
-    """What a checkpoint is written from: `nev.train.checkpoint.save`'s, and the points since the one before."""
+    """What a checkpoint is written from: `nev.runs.checkpoint.save`'s, and the points since the one before."""
 
     state: State
     tensors: Tensors

@@ -12,10 +12,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from nev.tracking import Tracker, _client
-from nev.train import checkpoint
-from nev.train.journal import kept_run_id
-from nev.train.manifest import checkpoints, latest
+from nev.runs import checkpoint
+from nev.runs.manifest import checkpoints, latest
+from nev.runs.metrics_log import kept_run_id
+from nev.runs.tracking import Tracker, _client
 
 from .machines import environment, wait_for
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from nev.runs import checkpoint
+from nev.runs.manifest import latest
+from nev.runs.metrics_log import read_points
 from nev.storage.files import upload
-from nev.train import checkpoint
-from nev.train.journal import read_points
-from nev.train.manifest import latest
 
 from .disk import small_disk
 from .machines import TRAINER, Machines, machines, wait_for

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
+from nev.runs.tracking import tracking_uri
 from nev.storage.files import (
     entries_below,
     files_below,
@@ -18,7 +19,6 @@ from nev.storage.files import (
     storage_errors,
     write_whole,
 )
-from nev.tracking import tracking_uri
 
 
 def run_folder(config: Experiment) -> str:

@@ -1,0 +1,97 @@
+"""Checkpoints that are complete or absent: safetensors and JSON, the manifest written last.
+
+    <run>/checkpoints/step-00000500/  model.safetensors  optimizer.safetensors  rng.safetensors  state.json
+
+`state.json` holds the sha256 of the other files and is written last, in one piece (locally by a rename, on S3 by one PUT); a
+folder without it is not a checkpoint.
+Nothing is pickled, so nothing is executed on load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from nev.runs.manifest import FORMAT, Damaged, State, Unreadable, read_manifest, remove, verified
+from nev.storage.files import files_below, filesystem, join, naming, remedy, storage_errors, write_whole
+
+PARTS = ("model", "optimizer", "rng")
+Trained = tuple[
+    dict[str, Tensor], dict[str, Tensor]
+]  # of the model and of its optimiser, by name; on the CPU, contiguous
+
+
+def save(
+    run: str, state: State, tensors: Trained, rng: dict[str, Tensor], beside: dict[str, bytes] | None = None
+) -> str:
+    """Write a checkpoint under `run` (path or URL) and return its location. Raises StorageError.
+
+    tensors: the model's, and its optimiser's. rng: uint8 [n] states by name. beside: further files by name, complete and
+    checksummed with the rest.
+    """
+    location = join(run, "checkpoints", f"step-{state.step:08d}")
+    with naming(location, "listed"):
+        left = files_below(location)
+    if left:
+        remove(location)  # by a run that died here, or by one that reached this step before
+    digests = {}
+    for name, data in _files(tensors, rng, beside or {}):
+        digests[name] = hashlib.sha256(data).hexdigest()
+        _write(location, name, data)
+    manifest = {"format": FORMAT, **state.__dict__, "sha256": digests, "versions": {"torch": torch.__version__}}
+    _write(location, "state.json", json.dumps(manifest, indent=1).encode())
+    return location
+
+
+def _files(tensors: Trained, rng: dict[str, Tensor], beside: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
+    """One file after another: a copy of all at once would take the memory of the model and its moments again."""
+    model, optimizer = tensors
+    yield "model.safetensors", safetensors.torch.save(model)
+    yield "optimizer.safetensors", safetensors.torch.save(optimizer)
+    yield "rng.safetensors", safetensors.torch.save(rng)
+    yield from beside.items()
+
+
+def _write(location: str, name: str, data: bytes) -> None:
+    with naming(join(location, name), "written"):
+        write_whole(join(location, name), data)
+
+
+def load(location: str) -> tuple[State, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """(state, model, optimiser and rng tensors) of a checkpoint, checksums verified. Raises CheckpointError."""
+    manifest = verified(location, besides=[f"{name}.safetensors" for name in PARTS])  # whose checksums are taken below
+    model, optimizer, rng = (_tensors(location, manifest, name) for name in PARTS)
+    return _state(manifest), model, optimizer, rng
+
+
+def load_model(location: str) -> tuple[State, dict[str, Tensor]]:
+    """The state and the model's tensors alone."""
+    manifest = read_manifest(location)
+    return _state(manifest), _tensors(location, manifest, "model")
+
+
+def _state(manifest: dict[str, Any]) -> State:
+    return State(**{key: manifest[key] for key in State.__dataclass_fields__})
+
+
+def _tensors(location: str, manifest: dict[str, Any], name: str) -> dict[str, Tensor]:
+    file = f"{name}.safetensors"
+    fs, path = filesystem(join(location, file))
+    try:
+        data = fs.cat_file(path)
+        if hashlib.sha256(data).hexdigest() != manifest["sha256"].get(file):
+            raise Damaged(f"{location}/{file}: damaged (its sha256 is not the one in state.json)")
+        return safetensors.torch.load(data)
+    except FileNotFoundError as error:
+        raise Damaged(f"{location}/{file}: damaged (it is not there)") from error
+    except safetensors.SafetensorError as error:
+        raise Damaged(f"{location}/{file}: damaged ({error})") from error
+    except storage_errors() as error:
+        raise Unreadable(f"{location}/{file}: cannot be read ({error}). {remedy(error, '')}") from error
