@@ -59,7 +59,8 @@ def run_experiment(
     """
     from nev.capacity import checkpoint_bytes
     from nev.cluster.session import connect
-    from nev.models.text import check_locked, load_text, lock_of
+    from nev.models.lock import check_locked, lock_of
+    from nev.models.text import load_text
 
     config = absolute(config)
     found = Findings()

@@ -46,10 +46,10 @@ import os, sys, threading
 import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
-from nev.config import Text
-from nev.config_data import Columns
+from nev.config.experiment import Text
+from nev.config.data import Columns
 from nev.embedding import embed_captions
-from nev.runtime import connect
+from nev.cluster.session import connect
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
 os.environ["RAY_ADDRESS"] = cluster.address

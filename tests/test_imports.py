@@ -7,7 +7,7 @@ import sys
 
 SCRIPT = """
 import _thread, sys, threading, time
-from nev.imports import import_whole
+from nev.common.imports import import_whole
 
 threading.Timer(0.3, _thread.interrupt_main).start()
 try:

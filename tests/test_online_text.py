@@ -24,8 +24,8 @@ from nev.data.plan import Segment
 from nev.data.sidecar import sidecar_key, write_sidecar
 from nev.data.tokens import tokens_of
 from nev.eval.validation import load_kept
-from nev.models.text import CANARIES, TextTower, load_text, weight_digests
-from nev.models.text_encoder import encoder_of, refuse_other_vectors
+from nev.models.lock import CANARIES, refuse_other_vectors
+from nev.models.text import TextTower, encoder_of, load_text, weight_digests
 from nev.models.vision import build_vision
 from nev.runs.manifest import latest
 from nev.train.setup import prepare_job, train_reader

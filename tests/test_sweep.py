@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -24,9 +24,6 @@ from nev.sweep.follower import numbers
 from nev.sweep.run import concurrent, refuse_unmeasured, share, with_threads
 from nev.sweep.trials import named, plan_trials, reference_of
 from nev.train.setup import val_reader
-
-if TYPE_CHECKING:
-    pass
 
 ROOT = Path(__file__).parent.parent
 ABLATIONS = ROOT / "configs" / "ablations"

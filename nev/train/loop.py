@@ -12,8 +12,8 @@ from nev.common.errors import NevError
 from nev.config.experiment import Experiment
 from nev.data.block import Block
 from nev.eval.validation import Result, embedder, validate
-from nev.models.text import CANARIES, TextTower, weight_digests
-from nev.models.text_encoder import encoder_of
+from nev.models.lock import CANARIES
+from nev.models.text import TextTower, encoder_of, weight_digests
 from nev.models.vision import normalise
 from nev.train import guards
 from nev.train.agreement import Agreement

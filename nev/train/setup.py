@@ -71,7 +71,7 @@ def prepare_job(
     `config` has absolute paths. Raises what it finds, with what `findings` holds already: DataError, ConfigError or
     CheckpointError, each saying what to do, or NotReady for several.
     """
-    from nev.models.text import canaries
+    from nev.models.lock import canaries
     from nev.models.vision import check_vision
 
     found = findings or Findings()
@@ -92,7 +92,7 @@ def prepare_job(
             check_sidecars(index, text_key(index, text), text.width)
     with found:
         if config.text_online:
-            from nev.models.text_encoder import refuse_other_vectors
+            from nev.models.lock import refuse_other_vectors
 
             refuse_other_vectors(text, tokens_of(text))
     with found:
