@@ -23,7 +23,7 @@ from nev.cluster.session import connect
 from nev.common.cli import command, explained
 from nev.config.data import Columns
 from nev.config.experiment import Text
-from nev.data.synthetic import write_synthetic
+from nev.data.prepare.synthetic import write_synthetic
 from nev.embedding import embed_captions
 
 ROOT = Path(__file__).parent.parent

@@ -46,13 +46,13 @@ from nev.common.cli import command, explained
 from nev.common.progress import progress
 from nev.config.base import ConfigError
 from nev.config.file import parse
-from nev.data.cut import DUPLICATE_UID
-from nev.data.filters import Filters
-from nev.data.prepare import Progress, Report, Run, prepare, run_here
-from nev.data.resize import Resize
-from nev.data.shards import Layout
+from nev.data.prepare.filters import Filters
+from nev.data.prepare.order import DUPLICATE_UID
+from nev.data.prepare.pipeline import Progress, Report, Run, prepare, run_here
+from nev.data.prepare.resize import Resize
+from nev.data.prepare.shards import Layout
+from nev.data.prepare.synthetic import write_synthetic
 from nev.data.sources import SOURCES, Source, SourceOptions, refuse_inside
-from nev.data.synthetic import write_synthetic
 
 EXAMPLE = "python pipelines/prepare.py --source webdataset --input tars/train --output data/flickr8k/train"
 Kind = Literal["webdataset", "hf-parquet", "datacomp", "folder-captions", "folder-classes", "synthetic"]

@@ -29,8 +29,8 @@ def main(
         experiment = load(config, overrides or [])
         from nev.cluster.session import connect
         from nev.config.paths import absolute
-        from nev.data.shards import Layout
-        from nev.data.synthetic import write_synthetic
+        from nev.data.prepare.shards import Layout
+        from nev.data.prepare.synthetic import write_synthetic
         from nev.embedding import embed_captions
         from nev.experiment import run_experiment, show_summary
 

@@ -124,8 +124,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from nev.config.data import Columns
     from nev.config.experiment import Text
     from nev.data.index import build_index
+    from nev.data.prepare.synthetic import write_synthetic
     from nev.data.sidecar import sidecar_key, write_sidecar
-    from nev.data.synthetic import write_synthetic
     from nev.models.text import load_text
 
     folder = tmp_path_factory.mktemp("pictures")

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nev.data.prepare import Report, Run, prepare, run_here
+from nev.data.prepare.pipeline import Report, Run, prepare, run_here
+from nev.data.prepare.scatter import BUCKET_BYTES
+from nev.data.prepare.shards import Layout
 from nev.data.rows import Row
-from nev.data.scatter import BUCKET_BYTES
-from nev.data.shards import Layout
 from nev.data.sources import Part, Source
 
 PARTS, ROWS = 4, 70

@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from nev.config.data import Limits
-from nev.data.filters import Filters, select
+from nev.data.prepare.filters import Filters, select
 from nev.data.rows import Row
 from nev.data.uids import read_uids
 

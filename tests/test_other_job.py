@@ -10,13 +10,13 @@ from prepare_helpers import LAYOUT, PARTS, ROWS, SHARDS, TASKS, Crash, contents,
 
 from nev.config.base import ConfigError
 from nev.config.data import Columns, Limits
-from nev.data import unfinished
-from nev.data.filters import Filters
 from nev.data.index import UNFINISHED, build_index
-from nev.data.prepare import Report, prepare
-from nev.data.resize import Resize
-from nev.data.scatter import BUCKET_BYTES
-from nev.data.shards import Layout
+from nev.data.prepare import job_state as unfinished
+from nev.data.prepare.filters import Filters
+from nev.data.prepare.pipeline import Report, prepare
+from nev.data.prepare.resize import Resize
+from nev.data.prepare.scatter import BUCKET_BYTES
+from nev.data.prepare.shards import Layout
 from nev.data.sources import Part, Source, of_rows
 from nev.storage.reading import DataError
 

@@ -22,11 +22,11 @@ from test_prepare import prepare as command
 from nev.cluster.tasks import TaskDied
 from nev.config.base import ConfigError
 from nev.config.data import Columns
-from nev.data.filters import Filters
 from nev.data.index import build_index
-from nev.data.prepare import Progress, Run, prepare
+from nev.data.prepare.filters import Filters
+from nev.data.prepare.pipeline import Progress, Run, prepare
+from nev.data.prepare.shards import Layout
 from nev.data.rows import Row
-from nev.data.shards import Layout
 from nev.data.sources import SOURCES, SourceOptions
 from nev.storage.files import filesystem
 from nev.storage.reading import DataError

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from nev.config.data import Limits
-from nev.data.resize import Resize, resized, smaller
+from nev.data.prepare.resize import Resize, resized, smaller
 from nev.data.rows import Row
 
 

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from nev.config.base import ConfigError
 from nev.config.data import Limits
-from nev.data import scatter
-from nev.data.filters import Filters
-from nev.data.prepare import Report, prepare
+from nev.data.prepare import scatter
+from nev.data.prepare.filters import Filters
+from nev.data.prepare.pipeline import Report, prepare
+from nev.data.prepare.scatter import BUCKET_BYTES
+from nev.data.prepare.shards import Layout
 from nev.data.rows import Row, usable
-from nev.data.scatter import BUCKET_BYTES
-from nev.data.shards import Layout
 from nev.data.sources import Part, Source, of_rows
 
 

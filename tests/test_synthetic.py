@@ -10,8 +10,17 @@ import pytest
 from PIL import Image
 
 from nev.config.base import ConfigError
+from nev.data.prepare.synthetic import (
+    CLASSES,
+    COLOURS,
+    PLACES,
+    TEMPLATES,
+    describe,
+    render,
+    render_all,
+    write_synthetic,
+)
 from nev.data.rows import Row
-from nev.data.synthetic import CLASSES, COLOURS, PLACES, TEMPLATES, describe, render, render_all, write_synthetic
 
 
 def pixels(row: Row) -> np.ndarray:

@@ -16,13 +16,13 @@ from prepare_helpers import LAYOUT, PARTS, ROWS, SHARDS, TASKS, Crash, contents,
 
 from nev.config.base import ConfigError
 from nev.config.data import Columns
-from nev.data.filters import Filters
 from nev.data.index import UNFINISHED, build_index
-from nev.data.prepare import Progress, prepare
+from nev.data.prepare.filters import Filters
+from nev.data.prepare.job_state import alone
+from nev.data.prepare.pipeline import Progress, prepare
+from nev.data.prepare.shards import Layout
 from nev.data.rows import Row
-from nev.data.shards import Layout
 from nev.data.sources import Part, Source
-from nev.data.unfinished import alone
 from nev.storage.reading import DataError
 
 
@@ -54,7 +54,7 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = [{tests!r}]
 from prepare_helpers import make
-from nev.data import gather, scatter
+from nev.data.prepare import gather, scatter
 from pathlib import Path
 module, name = {where}
 own, calls = getattr(module, name), []

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from benchmarks.contestants.processes import BenchmarkFailed
 from nev.config.data import Columns
 from nev.data.index import build_index
-from nev.data.prepare import prepare
+from nev.data.prepare.pipeline import prepare
+from nev.data.prepare.shards import Layout
 from nev.data.rows import Row
-from nev.data.shards import Layout
 from nev.data.sidecar import sidecar_key, write_sidecar
 from nev.data.sources import SOURCES, SourceOptions, of_rows, rows_of
 

@@ -1,6 +1,6 @@
 """A row on its way into a shard, and the rule that says which rows may go in.
 
-Readers (`nev.data.sources`, `nev.data.synthetic`) yield rows as they find them, faults and all. `usable` is the one
+Readers (`nev.data.sources`, `nev.data.prepare.synthetic`) yield rows as they find them, faults and all. `usable` is the one
 place where a row is left out, so every row that went in is either in a shard or counted under a reason.
 """
 
@@ -21,7 +21,7 @@ class Row(TypedDict):
     uid: unique over the whole set. image: encoded bytes (JPEG, PNG, WebP). caption: one sentence or several.
     label, label_name: the class, where there is one. score: how well they fit, where it is asked for; it is not written. extra:
     what else was asked for; it is not written either. reject: set by a reader that knows why the row can't be used. image_hash:
-    of the image as it came, where equal ones are to be left out (`nev.data.filters`).
+    of the image as it came, where equal ones are to be left out (`nev.data.prepare.filters`).
     """
 
     uid: str

@@ -1,9 +1,9 @@
 """Read DataComp: image tars as its downloader (img2dataset) writes them, joined by uid with the metadata parquet.
 
 The metadata give the caption (`text`) and the score; columns as in https://github.com/mlfoundations/datacomp. A DFN is a
-list of uids over the same tars: a filter (`nev.data.filters`). The metadata are read once and shared by all tasks. In memory
-they take 24 bytes a row and the captions' own length, as arrays, and up to four times that while they are sorted; where that
-is too much, prepare some of the tars at a time, each time with their own metadata.
+list of uids over the same tars: a filter (`nev.data.prepare.filters`). The metadata are read once and shared by all tasks. In
+memory they take 24 bytes a row and the captions' own length, as arrays, and up to four times that while they are sorted; where
+that is too much, prepare some of the tars at a time, each time with their own metadata.
 """
 
 from __future__ import annotations

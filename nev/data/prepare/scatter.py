@@ -25,14 +25,14 @@ from numpy.typing import NDArray
 
 from nev.config.data import Limits
 from nev.data import labels
-from nev.data.filters import Filters, select
 from nev.data.labels import Known, Names
-from nev.data.resize import Resize, resized
+from nev.data.prepare.filters import Filters, select
+from nev.data.prepare.job_state import DAMAGED, Facts, write_json
+from nev.data.prepare.resize import Resize, resized
+from nev.data.prepare.shards import OPTIONAL, SCHEMA, table_of
 from nev.data.rows import Row, captions_of, usable
-from nev.data.shards import OPTIONAL, SCHEMA, table_of
 from nev.data.sources.common import Part
 from nev.data.uids import KEY, Keys
-from nev.data.unfinished import DAMAGED, Facts, write_json
 from nev.storage.files import filesystem, join, make_folder, write_whole
 from nev.storage.reading import DataError, reading, writing
 

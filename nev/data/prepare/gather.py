@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from nev.data.cut import Shard
+from nev.data.prepare.job_state import DAMAGED
+from nev.data.prepare.order import Shard
+from nev.data.prepare.scatter import read_batches
+from nev.data.prepare.shards import shard_location, write_shard
 from nev.data.rows import Row
-from nev.data.scatter import read_batches
-from nev.data.shards import shard_location, write_shard
 from nev.data.uids import KEY
-from nev.data.unfinished import DAMAGED
 from nev.storage.files import PARALLEL_REQUESTS, filesystem, is_local, whole_file
 from nev.storage.reading import DataError, reading, writing
 

@@ -18,17 +18,17 @@ from typing import Any, NamedTuple
 from nev.config.base import ConfigError
 from nev.config.data import Limits
 from nev.data import labels, sidecar
-from nev.data.contact import contact_sheet
-from nev.data.cut import Order, merged, order_of, shard_of
-from nev.data.filters import Filters
-from nev.data.gather import Gather, gather, runs_of
-from nev.data.resize import Resize
+from nev.data.prepare.contact_sheet import contact_sheet
+from nev.data.prepare.filters import Filters
+from nev.data.prepare.gather import Gather, gather, runs_of
+from nev.data.prepare.job_state import Facts, State, alone, begin, forget, remove, work_in, write_json
+from nev.data.prepare.order import Order, merged, order_of, shard_of
+from nev.data.prepare.resize import Resize
+from nev.data.prepare.scatter import Scatter, buckets_for, fetch_keys, read_keys, run_location, scatter, seed_key
+from nev.data.prepare.shards import Layout, schema_of, shard_location, shards_in
 from nev.data.rows import Row
-from nev.data.scatter import Scatter, buckets_for, fetch_keys, read_keys, run_location, scatter, seed_key
-from nev.data.shards import Layout, schema_of, shard_location, shards_in
 from nev.data.sources.common import S3, Part, Source, stamp_of
 from nev.data.uids import read_uids
-from nev.data.unfinished import Facts, State, alone, begin, forget, remove, work_in, write_json
 from nev.storage.files import PARALLEL_REQUESTS, filesystem, is_local, join, write_whole
 from nev.storage.reading import writing
 

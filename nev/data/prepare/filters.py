@@ -58,7 +58,7 @@ def select(
     """Pass on the rows that satisfy `filters`, their captions chosen; count the others in `dropped` by reason.
 
     listed: what `read_uids` made of `filters.uids`. With `filters.unique` the rows that go on carry their `image_hash`;
-    which of equal ones stays is decided when all rows are known (`nev.data.cut`).
+    which of equal ones stays is decided when all rows are known (`nev.data.prepare.order`).
     """
     rules = _rules(filters, limits, listed)
     for row in rows:

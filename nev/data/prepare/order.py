@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from nev.data import labels
 from nev.data.labels import Known, Names
-from nev.data.scatter import PartKeys, bucket_of
+from nev.data.prepare.job_state import Facts
+from nev.data.prepare.scatter import PartKeys, bucket_of
 from nev.data.uids import KEY, Keys
-from nev.data.unfinished import Facts
 
 DUPLICATE_UID = "duplicate uid"
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from nev.config.base import ConfigError
 from nev.data.index import UNFINISHED
-from nev.data.shards import shards_in
+from nev.data.prepare.shards import shards_in
 from nev.storage.files import PARALLEL_REQUESTS, entries_below, filesystem, is_local, join, make_folder, write_whole
 from nev.storage.reading import DataError, reading, writing
 

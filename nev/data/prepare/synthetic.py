@@ -23,9 +23,9 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageOps
 
 from nev.config.base import ConfigError
-from nev.data.prepare import Progress, Report, prepare
+from nev.data.prepare.pipeline import Progress, Report, prepare
+from nev.data.prepare.shards import Layout
 from nev.data.rows import Row
-from nev.data.shards import Layout
 from nev.data.sources.common import of_rows
 from nev.storage.files import join
 
@@ -243,7 +243,7 @@ def write_synthetic(
     """Write folder/train, folder/val (parquet shards) and folder/classes.txt; return the report of each split.
 
     train, val: pictures, at least len(CLASSES) each, so that every class is in both. The other settings are those of
-    `render_all` and `nev.data.prepare.prepare`. Raises ConfigError for too few
+    `render_all` and `nev.data.prepare.pipeline.prepare`. Raises ConfigError for too few
     pictures, or if there are shards already and `layout.overwrite` is not set.
     """
     counts = {"train": train, "val": val}

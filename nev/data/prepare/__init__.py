@@ -1,0 +1,1 @@
+"""Offline work: rows of any source become shards, filtered, resized, in random order, restartable."""
