@@ -24,7 +24,7 @@ from nev.common.cli import command, explained
 from nev.config.data import Columns
 from nev.config.experiment import Text
 from nev.data.prepare.synthetic import write_synthetic
-from nev.embedding import embed_captions
+from nev.embed.captions import embed_captions
 
 ROOT = Path(__file__).parent.parent
 GOAL = 1.1

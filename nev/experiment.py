@@ -18,7 +18,7 @@ from nev.common.signals import Stopped, set_by_sigterm
 from nev.config.experiment import Experiment
 from nev.config.file import to_yaml
 from nev.config.paths import absolute
-from nev.eval.tables import metrics_table
+from nev.eval.report.tables import metrics_table
 from nev.runs.folder import check_output, check_space, run_folder
 from nev.runs.manifest import best, latest, metrics_of, newest_whole, verified
 from nev.runs.metrics_log import keep_run_id, kept_run_id, read_points
@@ -119,8 +119,10 @@ def run_experiment(
 
 def validated(config: Experiment, job: Job, checkpoint: str) -> dict[str, float]:
     """Score a checkpoint on the connected Ray, and keep its vectors with it. Returns the metrics."""
-    from nev.eval.validation import Result, kept_bytes, kept_file, score
-    from nev.evaluation import embed
+    from nev.eval.validation.on_cluster import embed
+    from nev.eval.validation.task import Result
+    from nev.eval.validation.validate import score
+    from nev.eval.validation.vectors import kept_bytes, kept_file
 
     assert job.validation
     embedded, texts = embed(config, checkpoint, job.validation, config.workers.most * config.workers.gpus)
@@ -200,9 +202,10 @@ def track(job: Job, tags: Mapping[str, str], begun: int) -> Tracker:
 
 def summarise(job: Job, tracker: Tracker) -> tuple[Summary, list[str]]:
     """Choose the checkpoint and draw the pictures. Returns them, and where the files lie that MLflow should have, too."""
-    from nev.eval.showcase import run_curves
-    from nev.eval.validation import load_kept
-    from nev.evaluation import embed, galleries
+    from nev.eval.evaluate import galleries
+    from nev.eval.report.galleries import run_curves
+    from nev.eval.validation.on_cluster import embed
+    from nev.eval.validation.vectors import load_kept
 
     config = job.config
     chosen = (best(job.run, config.eval.best) if config.eval.best else None) or latest(job.run)

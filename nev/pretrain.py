@@ -26,12 +26,13 @@ from nev.data.augment import draw
 from nev.data.block import Block, BlockReader
 from nev.data.index import Index, build_index
 from nev.data.plan import Plan, in_order
+from nev.eval.validation.task import val_reader
 from nev.models.vision import VisionTower, build_vision, normalise
 from nev.runs.tracking import open_run, tracking_uri
 from nev.storage.files import join, naming, write_whole
 from nev.storage.reading import DataError, read_column
 from nev.train.optim import learning_rate, make_optimizer, set_learning_rate
-from nev.train.setup import total_steps, used_rows, val_reader
+from nev.train.setup import total_steps, used_rows
 
 Objective = Literal["supervised", "mim"]
 MASKED = 0.6  # of the patches: SimMIM's

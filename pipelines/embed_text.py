@@ -32,7 +32,7 @@ def main(
         experiment = load(config, overrides or [])
         from nev.cluster.session import connect
         from nev.config.paths import absolute
-        from nev.embedding import embed_captions
+        from nev.embed.captions import embed_captions
 
         experiment = absolute(experiment)
         connect()

@@ -49,9 +49,9 @@ def main(
     """Score a checkpoint on its experiment's validation set, on another one, or on a suite."""
     console = Console()
     with explained(console):
-        from nev.eval.tables import metrics_table, suite_table
-        from nev.evaluation import evaluate_checkpoint, evaluate_mteb
-        from nev.suites import evaluate_suite
+        from nev.eval.evaluate import evaluate_checkpoint, evaluate_mteb
+        from nev.eval.evaluate_suite import evaluate_suite
+        from nev.eval.report.tables import metrics_table, suite_table
 
         if suite and mteb:
             raise ConfigError("--suite and --mteb are two evaluations: run one after the other")

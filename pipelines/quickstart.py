@@ -31,7 +31,7 @@ def main(
         from nev.config.paths import absolute
         from nev.data.prepare.shards import Layout
         from nev.data.prepare.synthetic import write_synthetic
-        from nev.embedding import embed_captions
+        from nev.embed.captions import embed_captions
         from nev.experiment import run_experiment, show_summary
 
         experiment = absolute(experiment)

@@ -12,11 +12,11 @@ from sklearn.metrics import jaccard_score
 
 from nev.config.base import ConfigError
 from nev.config.data import Limits
-from nev.eval.association import jaccard
-from nev.eval.collection import Collection, Fact
-from nev.eval.reading import blocks, reading_of
-from nev.eval.scoring import Embedded
-from nev.eval.suite import Task
+from nev.eval.suite.association import jaccard
+from nev.eval.suite.collection import Collection, Fact
+from nev.eval.suite.reading import blocks, reading_of
+from nev.eval.suite.schema import Task
+from nev.eval.validation.scoring import Embedded
 
 TASK = Task.model_validate(
     {"name": "w", "kind": "association", "source": {"format": "winogavil", "input": "wino"}, "prompt": "A {}"}

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from nev.eval import classification
-from nev.eval.classification import answers, calibration_error, confusions, fitted_scale
-from nev.eval.retrieval import retrieval
-from nev.eval.zeroshot import zero_shot, zero_shot_ranks
+from nev.eval.metrics import classification
+from nev.eval.metrics.classification import answers, calibration_error, confusions, fitted_scale
+from nev.eval.metrics.retrieval import retrieval
+from nev.eval.metrics.zeroshot import zero_shot, zero_shot_ranks
 
 
 def unit(rng: np.random.Generator, *shape: int) -> np.ndarray:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nev.eval.compression import compressions, cut, rounded
-from nev.eval.retrieval import retrieval
+from nev.eval.metrics.compression import compressions, cut, rounded
+from nev.eval.metrics.retrieval import retrieval
 
 
 def unit(seed: int, rows: int, width: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from nev.data.augment import draw
-from nev.eval.corruptions import CORRUPTIONS, SEVERITIES, corrupted
+from nev.eval.suite.corruptions import CORRUPTIONS, SEVERITIES, corrupted
 
 
 def picture(size: int) -> np.ndarray:

@@ -8,9 +8,9 @@ import pytest
 from scipy.special import expit, logit
 
 from nev.config.base import ConfigError
-from nev.eval.effective import effective_robustness, with_effective
-from nev.eval.results import SuiteResult, TaskResult, load_result
-from nev.eval.suite import Suite
+from nev.eval.suite.effective_robustness import effective_robustness, with_effective
+from nev.eval.suite.results import SuiteResult, TaskResult, load_result
+from nev.eval.suite.schema import Suite
 
 LINE = [(clean, float(expit(0.8 * logit(clean) - 1))) for clean in (0.3, 0.5, 0.7)]
 

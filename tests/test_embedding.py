@@ -17,7 +17,7 @@ from nev.config.base import ConfigError
 from nev.config.data import Columns
 from nev.config.experiment import Text
 from nev.data.index import build_index
-from nev.embedding import embed_captions
+from nev.embed.captions import embed_captions
 
 COLUMNS, TEXT = Columns(), Text()
 QUIET = Console(quiet=True)
@@ -48,7 +48,7 @@ from ray.cluster_utils import Cluster
 from rich.console import Console
 from nev.config.experiment import Text
 from nev.config.data import Columns
-from nev.embedding import embed_captions
+from nev.embed.captions import embed_captions
 from nev.cluster.session import connect
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment, Vision
 from nev.config.file import parse
-from nev.evaluation import evaluate_checkpoint
+from nev.eval.evaluate import evaluate_checkpoint
 from nev.experiment import run_experiment
 from nev.models.dual_encoder import DualEncoder
 from nev.models.text import load_text

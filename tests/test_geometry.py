@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import skew
 
-from nev.eval import neighbours
-from nev.eval.geometry import geometry, others
-from nev.eval.neighbours import nearest
+from nev.eval.metrics import neighbours
+from nev.eval.metrics.geometry import geometry, others
+from nev.eval.metrics.neighbours import nearest
 
 Floats = NDArray[np.float32]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nev.eval.intervals import interval
+from nev.eval.metrics.intervals import interval
 
 
 def test_as_wide_as_the_binomial() -> None:

@@ -24,8 +24,9 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.file import parse
 from nev.data.block import Block
-from nev.eval.validation import load_kept, score
-from nev.evaluation import evaluate_checkpoint
+from nev.eval.evaluate import evaluate_checkpoint
+from nev.eval.validation.validate import score
+from nev.eval.validation.vectors import load_kept
 from nev.losses.contrastive import contrastive_loss
 from nev.losses.gather import gather
 from nev.models.dual_encoder import DualEncoder, Embedded
@@ -230,7 +231,7 @@ def test_without_a_lock_both_towers_learn_and_go_on_bit_for_bit(tiny: Make, text
 
 
 def captions(job: Any) -> list[str]:
-    from nev.eval.texts import all_captions
+    from nev.eval.validation.texts import all_captions
 
     return all_captions(job.validation.reader.index)
 

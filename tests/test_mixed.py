@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nev.eval.mixed import mixed_retrieval, queries_of, shifted, text_retrieval
-from nev.eval.ranks import Floats
+from nev.eval.metrics.mixed_retrieval import mixed_retrieval, queries_of, shifted, text_retrieval
+from nev.eval.metrics.ranks import Floats
 
 
 def unit(rows: object) -> Floats:

@@ -19,8 +19,8 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.abstasks.zeroshot_classification import AbsTaskZeroShotClassification
 
 from nev.config.base import ConfigError
+from nev.eval.evaluate import as_mteb_model
 from nev.eval.mteb_model import MtebModel, scores_of, views
-from nev.evaluation import as_mteb_model
 from nev.models.lock import CANARIES
 from nev.models.text import TextTower
 from nev.runs.towers import open_checkpoint

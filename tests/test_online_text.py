@@ -23,7 +23,7 @@ from nev.data.index import build_index
 from nev.data.plan import Segment
 from nev.data.sidecar import sidecar_key, write_sidecar
 from nev.data.tokens import tokens_of
-from nev.eval.validation import load_kept
+from nev.eval.validation.vectors import load_kept
 from nev.models.lock import CANARIES, refuse_other_vectors
 from nev.models.text import TextTower, encoder_of, load_text, weight_digests
 from nev.models.vision import build_vision
@@ -41,7 +41,7 @@ def text() -> TextTower:
 
 
 def captions(job: Any) -> list[str]:
-    from nev.eval.texts import all_captions
+    from nev.eval.validation.texts import all_captions
 
     return all_captions(job.validation.reader.index)
 

@@ -21,7 +21,7 @@ from nev.common.errors import NevError
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.data.block import Block
-from nev.evaluation import evaluate_checkpoint
+from nev.eval.evaluate import evaluate_checkpoint
 from nev.experiment import Summary, run_experiment
 from nev.runs import checkpoint, manifest
 from nev.runs.folder import check_output

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nev.eval.plots import curve, gallery
+from nev.eval.report.plots import curve, gallery
 
 GREEN = (0x2C, 0xA2, 0x5F)
 
@@ -63,7 +63,7 @@ def test_curve_refuses_what_it_cannot_draw(tmp_path: Path) -> None:
 
 
 def test_smoothing_keeps_a_line_and_calms_noise() -> None:
-    from nev.eval.plots import _running_mean
+    from nev.eval.report.plots import _running_mean
 
     line = np.linspace(3, 7, 200)
     smooth, window = _running_mean(line)
@@ -123,7 +123,7 @@ def test_gallery_refuses_unequal_lengths_and_other_pictures(tmp_path: Path) -> N
 
 def test_matplotlib_is_imported_late_and_pyplot_never(tmp_path: Path) -> None:
     code = (
-        "import sys; from nev.eval.plots import curve; assert 'matplotlib' not in sys.modules;"
+        "import sys; from nev.eval.report.plots import curve; assert 'matplotlib' not in sys.modules;"
         f"curve({str(tmp_path / 'c.png')!r}, {{'a': ([0, 1], [1, 2])}}, 't', 'y');"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )

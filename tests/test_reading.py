@@ -14,10 +14,10 @@ from data_helpers import encoded, photo
 from tar_helpers import tar_of
 
 from nev.config.data import Limits
-from nev.eval import collection
-from nev.eval.engine import units
-from nev.eval.reading import Reading, blocks, reading_of
-from nev.eval.suite import Task
+from nev.embed.images import units
+from nev.eval.suite import collection
+from nev.eval.suite.reading import Reading, blocks, reading_of
+from nev.eval.suite.schema import Task
 
 SIDE = 16
 
@@ -78,8 +78,8 @@ def test_clip_benchmarks_layout_with_groups(tmp_path: Path) -> None:
 def test_every_row_is_read_once_whatever_the_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, sharers: int
 ) -> None:
-    monkeypatch.setattr("nev.eval.reading.UNIT_BYTES", 1)  # the set is small, and shared all the same
-    monkeypatch.setattr("nev.eval.reading.BATCH", 10)
+    monkeypatch.setattr("nev.eval.suite.reading.UNIT_BYTES", 1)  # the set is small, and shared all the same
+    monkeypatch.setattr("nev.eval.suite.reading.BATCH", 10)
     one = task(source={"format": "clip-benchmark", "input": "set"})
     reading = reading_of(one, str(clip_benchmark(tmp_path)), SIDE, Limits(), processes)
     assert {unit.of for unit in reading.units} == {sharers}  # one part: two pieces of work for each process, to 8
@@ -211,8 +211,8 @@ def test_decoded_pictures_come_to_a_gpu_in_blocks_of_a_batch(ray_cluster: None, 
     import ray
     from ray.data import DataContext
 
-    from nev.eval import engine
-    from nev.eval.reading import BATCH
+    from nev.embed import images as engine
+    from nev.eval.suite.reading import BATCH
 
     one = task(source={"format": "clip-benchmark", "input": "set"})
     reading = reading_of(one, str(clip_benchmark(tmp_path, 4 * BATCH)), 64, Limits(), 1)

@@ -17,12 +17,13 @@ from nev.config.file import load
 from nev.data.block import BlockReader
 from nev.data.index import build_index
 from nev.data.sidecar import write_sidecar
+from nev.eval.validation.task import text_key
 from nev.models.text import load_text
 from nev.train import step as step_module
 from nev.train.job import Job
 from nev.train.learner import Rank, build, learner_of
 from nev.train.loop import train
-from nev.train.setup import prepare_job, text_key, train_reader
+from nev.train.setup import prepare_job, train_reader
 from nev.train.step import choose_precision
 
 CONFIG = Path(__file__).parent.parent / "configs" / "nomic_embed_vision_v1_5.yaml"

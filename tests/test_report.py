@@ -12,9 +12,9 @@ import pytest
 from data_helpers import photo
 from PIL import Image
 
-from nev.eval.exhibits import Exhibit
-from nev.eval.report import write_report
-from nev.eval.results import SuiteResult, TaskResult
+from nev.eval.report.figures import Exhibit
+from nev.eval.report.page import write_report
+from nev.eval.suite.results import SuiteResult, TaskResult
 
 NASTY = "<script>alert(1)</script> & \"quotes\" 'n' $x$"
 PHONE, DESK = 390, 1280

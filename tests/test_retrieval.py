@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nev.eval import ranks
-from nev.eval.ranks import best_ranks
-from nev.eval.retrieval import retrieval
+from nev.eval.metrics import ranks
+from nev.eval.metrics.ranks import best_ranks
+from nev.eval.metrics.retrieval import retrieval
 
 
 def unit(rows) -> np.ndarray:

@@ -16,11 +16,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from nev import suites
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
-from nev.eval.results import SuiteResult
-from nev.evaluation import evaluate_checkpoint
+from nev.eval import evaluate_suite as suites
+from nev.eval.evaluate import evaluate_checkpoint
+from nev.eval.suite.results import SuiteResult
 from nev.experiment import track
 from nev.models.text import TextTower
 from nev.runs import checkpoint, manifest

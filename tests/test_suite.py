@@ -13,12 +13,12 @@ from rich.console import Console
 from tar_helpers import tar_of
 
 from nev.config.base import ConfigError
-from nev.eval import collection
-from nev.eval.engine import Work
-from nev.eval.results import SuiteResult
-from nev.eval.suite import Suite, load_suite, shipped
+from nev.embed.images import Work
+from nev.eval.evaluate_suite import evaluate_suite
+from nev.eval.suite import collection
+from nev.eval.suite.results import SuiteResult
+from nev.eval.suite.schema import Suite, load_suite, shipped
 from nev.storage.files import filesystem
-from nev.suites import evaluate_suite
 
 if TYPE_CHECKING:
     from s3_server import Proxy

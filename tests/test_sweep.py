@@ -16,14 +16,13 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.file import parse, read_yaml
 from nev.data.index import build_index
-from nev.eval.scoring import measure_names
-from nev.eval.suite import METRICS, load_suite
-from nev.eval.validation import Validation
+from nev.eval.suite.schema import METRICS, load_suite
+from nev.eval.validation.scoring import measure_names
+from nev.eval.validation.task import Validation, val_reader
 from nev.sweep.config import Sweep
 from nev.sweep.follower import numbers
 from nev.sweep.run import concurrent, refuse_unmeasured, share, with_threads
 from nev.sweep.trials import named, plan_trials, reference_of
-from nev.train.setup import val_reader
 
 ROOT = Path(__file__).parent.parent
 ABLATIONS = ROOT / "configs" / "ablations"

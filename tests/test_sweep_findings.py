@@ -14,7 +14,7 @@ from scipy import stats
 
 from nev.config.base import ConfigError
 from nev.config.file import parse
-from nev.eval.plots import new_figure
+from nev.eval.report.plots import new_figure
 from nev.sweep.config import Sweep
 from nev.sweep.figures import by_arm, draw, over_numbers
 from nev.sweep.findings import findings

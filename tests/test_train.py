@@ -20,7 +20,8 @@ from nev.config.experiment import Experiment
 from nev.config.paths import absolute
 from nev.data.block import Block, BlockReader
 from nev.data.plan import Plan
-from nev.eval.validation import kept_file, load_kept, score
+from nev.eval.validation.validate import score
+from nev.eval.validation.vectors import kept_file, load_kept
 from nev.experiment import Summary, run_experiment
 from nev.models.text import TextTower
 from nev.models.vision import build_vision

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from nev.config.base import ConfigError
 from nev.config.experiment import ZeroShot
-from nev.eval import ranks
-from nev.eval.ranks import Floats
-from nev.eval.zeroshot import class_embeddings, zero_shot
+from nev.eval.metrics import ranks
+from nev.eval.metrics.ranks import Floats
+from nev.eval.metrics.zeroshot import class_embeddings, zero_shot
+from nev.eval.validation.task import class_names, class_sentences
 from nev.models.text import TextTower
-from nev.train.setup import class_names, class_sentences
 
 
 def unit(rows) -> np.ndarray:

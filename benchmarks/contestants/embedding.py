@@ -27,12 +27,12 @@ class Search(NamedTuple):
 
 
 def through_ray(checkpoint: str, tars: str) -> float:
-    """Pictures a second of `nev.eval.engine`, from the first ones that come to the last."""
+    """Pictures a second of `nev.embed.images`, from the first ones that come to the last."""
     from nev.cluster.session import connect
-    from nev.eval.collection import work_of
-    from nev.eval.engine import Tower, embed_all
-    from nev.eval.reading import reading_of
-    from nev.eval.suite import Task
+    from nev.embed.images import Tower, embed_all
+    from nev.eval.suite.collection import work_of
+    from nev.eval.suite.reading import reading_of
+    from nev.eval.suite.schema import Task
     from nev.runs.towers import load_vision, open_checkpoint
 
     opened = open_checkpoint(checkpoint, [])
@@ -95,7 +95,7 @@ def quick_suite(checkpoint: str, data: Path, output: Path) -> None:
 
 def search(rows: int, width: int) -> Search:
     """Ranks of so many texts and images, both ways."""
-    from nev.eval.retrieval import retrieval_ranks
+    from nev.eval.metrics.retrieval import retrieval_ranks
 
     rng = np.random.default_rng(0)
     sides = []

@@ -18,7 +18,7 @@ from nev.config.base import ConfigError
 from nev.data.augment import eval_view
 from nev.data.block import room_for
 from nev.data.decode import Encoded, Picture, rgb
-from nev.eval.validation import Embed
+from nev.embed.images import Embed
 
 if TYPE_CHECKING:
     from mteb.types import PromptType

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nev.eval.plots import FAINT, INK, colours, dress, new_figure, save
+from nev.eval.report.plots import FAINT, INK, colours, dress, new_figure, save
 from nev.sweep.statistics import SPAN, Values, estimate, fit
 from nev.sweep.trials import Arm
 

@@ -20,12 +20,12 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.paths import absolute
 from nev.data.index import build_index
-from nev.embedding import embed_captions
-from nev.eval.cache import digest
-from nev.eval.scoring import measure_names
-from nev.eval.suite import METRICS, load_suite
-from nev.eval.texts import most_captions
-from nev.eval.validation import Validation
+from nev.embed.cache import digest
+from nev.embed.captions import embed_captions
+from nev.eval.suite.schema import METRICS, load_suite
+from nev.eval.validation.scoring import measure_names
+from nev.eval.validation.task import Validation, class_names, refuse_unknown_metric
+from nev.eval.validation.texts import most_captions
 from nev.models.text import load_text
 from nev.runs.tracking import check_tracking, tracking_uri
 from nev.storage.files import join
@@ -34,7 +34,7 @@ from nev.sweep.mlflow_runs import close_children, open_parent, publish
 from nev.sweep.results import SAMPLES, Outcome, TrialResult, kept
 from nev.sweep.suite_data import SuiteData, read_suite
 from nev.sweep.trials import DIGITS, Trial, base_of, definition_of, named, plan_trials
-from nev.train.setup import class_names, prepare_job, refuse_unknown_metric
+from nev.train.setup import prepare_job
 
 # Tune's own files and tables of each trial say nothing that nev's do not; its SIGINT handler would end the driver with status 0.
 TUNE_ENVIRONMENT = {

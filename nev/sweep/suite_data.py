@@ -7,9 +7,9 @@ from typing import NamedTuple
 from nev.common.errors import NevError
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
-from nev.eval.cache import digest
-from nev.eval.reading import reading_of
-from nev.eval.suite import load_suite
+from nev.embed.cache import digest
+from nev.eval.suite.reading import reading_of
+from nev.eval.suite.schema import load_suite
 from nev.sweep.config import Sweep
 
 TASK = {"name", "kind", "source", "classes", "templates", "metric", "group", "prompt"}  # what its score depends on

@@ -69,12 +69,12 @@ def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
 
 def all_of(experiment: Experiment, checkpoint: str, sweep: Sweep, suite_root: str) -> dict[str, float]:
     """The numbers of the vectors that the run's validation has kept, and those of the sweep's suite at `suite_root`."""
-    from nev.eval.scoring import measures
-    from nev.eval.validation import load_kept
-    from nev.evaluation import embed
+    from nev.eval.evaluate_suite import evaluate_suite
+    from nev.eval.validation.on_cluster import embed
+    from nev.eval.validation.scoring import measures
+    from nev.eval.validation.task import make_validation
+    from nev.eval.validation.vectors import load_kept
     from nev.models.text import load_text
-    from nev.suites import evaluate_suite
-    from nev.train.setup import make_validation
 
     found: dict[str, float] = {}
     if experiment.data.val and (experiment.eval.zero_shot or experiment.eval.retrieval):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from nev.config.experiment import Experiment
 from nev.data.plan import Plan
-from nev.eval.validation import Validation
+from nev.eval.validation.task import Validation
 from nev.runs.manifest import newest_whole, verified
 
 

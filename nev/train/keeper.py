@@ -8,7 +8,8 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Protocol, Self
 
-from nev.eval.validation import Result, kept_bytes, kept_file
+from nev.eval.validation.task import Result
+from nev.eval.validation.vectors import kept_bytes, kept_file
 from nev.runs.manifest import State, drop_beyond
 from nev.runs.metrics_log import Point, point
 from nev.train.core.state_dict import Tensors, gather_tensors

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from nev.common.errors import NevError
 from nev.config.experiment import Experiment
 from nev.data.block import Block
-from nev.eval.validation import Result, embedder, validate
+from nev.embed.images import embedder
+from nev.eval.validation.task import Result
+from nev.eval.validation.validate import validate
 from nev.models.lock import CANARIES
 from nev.models.text import TextTower, encoder_of, weight_digests
 from nev.models.vision import normalise

@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-import logging
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nev.common.errors import Findings
-from nev.config.base import ConfigError
-from nev.config.data import Data
-from nev.config.experiment import Experiment, ZeroShot, refuse_widths
+from nev.config.experiment import Experiment, refuse_widths
 from nev.config.file import parse
 from nev.data.augment import auto_augment
 from nev.data.block import BlockReader
 from nev.data.index import Index, build_index
-from nev.data.index_cache import cache_folder
-from nev.data.labels import lines_of
 from nev.data.plan import Plan
-from nev.data.sidecar import check_sidecars, mean_vector, sidecar_key
+from nev.data.sidecar import check_sidecars, mean_vector
 from nev.data.text_view import TextView
 from nev.data.tokens import tokens_of
-from nev.eval.cache import texts
-from nev.eval.texts import Classes
-from nev.eval.validation import Validation, metric_names
-from nev.eval.zeroshot import class_embeddings
+from nev.eval.validation.task import make_validation, refuse_unknown_metric, text_key
 from nev.runs.folder import run_folder
 from nev.runs.manifest import CheckpointError, latest, newest_whole, read_manifest
-from nev.storage.reading import DataError, content_of, read_column
 from nev.train.job import Job
 
 if TYPE_CHECKING:
     from nev.models.text import TextTower
 
-log = logging.getLogger(__name__)
 
 # A run may go on with these changed: they do not touch what is computed.
 FREE_TO_CHANGE = (
@@ -139,12 +128,6 @@ def used_rows(index: Index, share: float) -> NDArray[np.int64]:
     return index.rows if share == 1 else np.floor(index.rows * share).astype(np.int64)
 
 
-def text_key(index: Index, text: TextTower) -> str:
-    """The key of a shard set's sidecars under this text tower."""
-    assert index.columns.caption
-    return sidecar_key(text.fingerprint, index.columns.caption)
-
-
 def total_steps(config: Experiment, plan: Plan) -> int:
     """The run's length in steps, from whichever of epochs, steps and samples is given (samples round up)."""
     train = config.train
@@ -154,90 +137,6 @@ def total_steps(config: Experiment, plan: Plan) -> int:
         return train.steps
     assert train.samples is not None
     return -(-train.samples // train.global_batch)
-
-
-def make_validation(config: Experiment, text: TextTower) -> Validation:
-    """What `config.eval` asks for on `data.val`, class prompts embedded. Raises DataError for missing labels or sidecars."""
-    assert config.data.val
-    index = build_index(config.data.val, config.data.columns)
-    key = None if config.text_online else text_key(index, text)
-    if config.eval.retrieval and key:
-        check_sidecars(index, key, text.width, every_row=True)
-    if config.eval.zero_shot and not index.columns.label:
-        raise DataError(f"{config.data.val}: zero-shot needs an integer label column; name it with data.columns.label")
-    classes = class_sentences(config.eval.zero_shot, None if config.text_online else text)
-    if classes:
-        check_labels(index, len(classes.names))
-    return Validation(
-        reader=val_reader(config.data, index),
-        batch=config.eval.batch,
-        classes=classes,
-        retrieval=config.eval.retrieval,
-        text_key=key,
-        text_width=text.width,
-    )
-
-
-def refuse_unknown_metric(name: str, where: str, validation: Validation | None) -> None:
-    """Raise ConfigError unless the validation gives a metric of this name."""
-    if validation is None:
-        raise ConfigError(f"{where} = {name!r} needs a validation set: give data.val")
-    classes = len(validation.classes.names) if validation.classes else 0
-    names = metric_names(classes, validation.retrieval)
-    if name not in names:
-        raise ConfigError(
-            f"{where} = {name!r} is not measured; this experiment measures {', '.join(names) or 'nothing'}"
-        )
-
-
-def check_labels(index: Index, classes: int) -> None:
-    """Raise DataError unless every label is null, negative (unknown) or a class, and one at least is a class."""
-    known = 0
-    for shard in range(len(index.paths)):
-        labels = read_column(index.location(shard), str(index.columns.label)).drop_null().to_numpy()
-        if len(labels) and labels.max() >= classes:
-            raise DataError(
-                f"{index.location(shard)}: label {labels.max()}, but eval.zero_shot.classes names {classes} classes "
-                "(labels count from 0). Give the classes of this data set, in the order of its labels."
-            )
-        known += int((labels >= 0).sum())
-    if not known:
-        raise DataError(f"{index.root}: no row has a label, so zero-shot has nothing to score")
-
-
-def val_reader(data: Data, index: Index) -> BlockReader:
-    """The reader of evaluation blocks: centre view, labels where there are any, no text vectors."""
-    return BlockReader(index, data.image_size, data.limits, seed=0, augment=None, with_labels=True)
-
-
-def class_names(zero_shot: ZeroShot) -> list[str]:
-    """The class names, in label order. Raises ConfigError for a file that is absent, empty or no list of names."""
-    if not isinstance(zero_shot.classes, str):
-        return list(zero_shot.classes)
-    where = f"eval.zero_shot.classes: {zero_shot.classes}"
-    content = content_of(zero_shot.classes)
-    if content is None:
-        raise ConfigError(f"eval.zero_shot.classes: no such file: {zero_shot.classes}")
-    names = [line.strip() for line in lines_of(content, where)]
-    if not names:
-        raise ConfigError(f"eval.zero_shot.classes: {zero_shot.classes} is empty; it needs one class name a line")
-    return names
-
-
-def class_sentences(zero_shot: ZeroShot | None, text: TextTower | None) -> Classes | None:
-    """The classes to score, embedded where a tower is given: once on this machine, for all runs with these sentences."""
-    if not zero_shot:
-        return None
-    names = class_names(zero_shot)
-    if text is None:
-        return Classes(tuple(names), zero_shot.templates, None)
-    encode = partial(texts, encode=text.encode, fingerprint=text.fingerprint, cache=str(cache_folder("texts")))
-    try:
-        vectors = class_embeddings(encode, names, zero_shot.templates)
-    except DataError as error:
-        log.warning("%s: the class prompts are embedded, and not kept", error)
-        vectors = class_embeddings(text.encode, names, zero_shot.templates)
-    return Classes(tuple(names), zero_shot.templates, vectors)
 
 
 def refuse_other_run(job: Job) -> None:

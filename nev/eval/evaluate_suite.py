@@ -1,0 +1,189 @@
+"""A checkpoint on a suite of tasks: embed each set once, score, show, log."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+
+from nev.common.errors import NevError
+from nev.config.base import ConfigError
+from nev.runs.metrics_log import kept_run_id
+from nev.runs.towers import Opened, open_checkpoint
+from nev.runs.tracking import Tracker, check_tracking
+from nev.storage.files import folder_to_fill, join, naming
+
+if TYPE_CHECKING:
+    from nev.eval.report.figures import Exhibit
+    from nev.eval.suite.reading import Reading
+    from nev.eval.suite.results import SuiteResult, TaskResult
+    from nev.eval.suite.schema import Suite
+
+
+def evaluate_suite(
+    location: str,
+    name: str,
+    console: Console,
+    overrides: list[str] | None = None,
+    data: str | None = None,
+    output: str | None = None,
+    against: Sequence[str] = (),
+) -> tuple[SuiteResult, list[str]]:
+    """Score a checkpoint on a suite; write NAME-STEP.json and .html in `output`, by default the run's folder/evaluation.
+
+    data: a folder in the place of the suite's own. against: JSON files of other models, which stand beside this one, and are what
+    its robustness is held against. A task whose data is absent, or is not what the task says, is not run, and
+    says why; all else is. Embeddings are kept in `output`/embeddings. Returns the result, and where the files lie. Raises as
+    `open_checkpoint` and `nev.eval.suite.schema.load_suite`.
+    """
+    from nev.cluster.session import connect
+    from nev.eval.report.page import write_report
+    from nev.eval.suite.effective_robustness import with_effective
+    from nev.eval.suite.results import SuiteResult, average_of, load_result
+    from nev.eval.suite.schema import load_suite
+
+    suite = load_suite(name, data)
+    others = [load_result(file, Path(name).stem) for file in against]
+    opened = open_checkpoint(location, overrides or [])
+    output = output or join(opened.location.rsplit("/", 2)[0], "evaluation")
+    connect()
+    began = time.perf_counter()
+    with naming(output, "written"), folder_to_fill(output) as folder:
+        pictures = folder / f"{Path(name).stem}-{opened.manifest['step']:08d}"
+        scored = run_tasks(suite, opened, join(output, "embeddings"), pictures, console)
+        refuse_nothing(name, [one.result for one in scored])
+        results = with_effective(suite, [one.result for one in scored], others)
+        result = SuiteResult(
+            suite=Path(name).stem,
+            about=suite.about,
+            checkpoint=opened.location,
+            model=opened.config.name,
+            step=opened.manifest["step"],
+            average=average_of(suite, results),
+            published=suite.published,
+            seconds=time.perf_counter() - began,
+            tasks=tuple(results),
+        )
+        made = write_report(result, [one.exhibits for one in scored], others, opened.location, folder, pictures)
+    shown = [join(output, path.name) for path in made]
+    track(result, opened, shown, console)
+    return result, shown
+
+
+def refuse_nothing(name: str, results: Sequence[TaskResult]) -> None:
+    """Raise ConfigError where no task was run: a page of nothing would take the place of an earlier one of the same name."""
+    if any(result.value is not None for result in results):
+        return
+    reasons = list(dict.fromkeys(str(result.reason) for result in results))
+    raise ConfigError(f"suite {name}: no task could be run, so nothing is written:\n  " + "\n  ".join(reasons))
+
+
+class Scored(NamedTuple):
+    """A task's record, and its pictures."""
+
+    result: TaskResult
+    exhibits: list[Exhibit]
+
+
+def run_tasks(suite: Suite, opened: Opened, cache: str, folder: Path, console: Console) -> list[Scored]:
+    """Every task of a suite, on the connected Ray: a source is embedded once, whatever tasks share it. folder: for pictures."""
+    from nev.cluster.session import cluster_cpus
+    from nev.common.progress import counting
+    from nev.embed.cache import texts
+    from nev.embed.images import Tower
+    from nev.eval.report.figures import exhibits
+    from nev.eval.suite.collection import collect
+    from nev.eval.suite.reading import BATCH, reading_of
+    from nev.eval.suite.results import not_run
+    from nev.eval.suite.tasks import Context, score
+    from nev.runs.towers import load_tower, load_vision, logit_scale
+
+    location, manifest, config, text = opened
+    readings: dict[str, Reading] = {}
+    reasons: dict[str, str] = {}
+    for task in suite.tasks:
+        try:
+            readings[task.name] = reading_of(
+                task, suite.root, config.data.image_size, config.data.limits, cluster_cpus()
+            )
+        except NevError as error:
+            reasons[task.name] = str(error)
+    weights = manifest["sha256"]["model.safetensors"]
+    seen_as = [weights, config.vision.model_dump(mode="json"), config.data.mean, config.data.std]
+    model = hashlib.sha256(json.dumps(seen_as).encode()).hexdigest()
+    tower = Tower(partial(load_vision, location, config, text.width), config.data.mean, config.data.std)
+    block_bytes = BATCH * config.data.image_size**2 * 3
+    with counting(console, "pictures embedded") as more:
+        found = collect(list(readings.values()), model, cache, tower, block_bytes, more)
+    own_text = text if config.lock == "text" else load_tower(location, config)
+    fingerprint = text.fingerprint if config.lock == "text" else weights
+    encode = partial(texts, encode=own_text.encode, fingerprint=fingerprint, cache=cache)
+    scale = logit_scale(location)
+    scored = []
+    for task in suite.tasks:
+        if task.name in reasons:
+            scored.append(Scored(not_run(task, reasons[task.name]), []))
+            continue
+        context = Context(encode, scale, suite.root, readings[task.name])
+        collection = found[context.reading.key]
+        try:
+            if isinstance(collection, NevError):
+                raise collection
+            result = score(task, collection, context)
+        except (NevError, ValueError) as error:
+            scored.append(Scored(not_run(task, str(error)), []))
+            continue
+        try:
+            shown = exhibits(task, collection, context, result, folder)
+        except (NevError, ValueError, OSError) as error:  # a page without a picture beats no page
+            console.print(
+                f"[yellow]{task.name}: no pictures ({escape(str(error))})[/]", highlight=False, soft_wrap=True
+            )
+            shown = []
+        scored.append(Scored(result, shown))
+    return scored
+
+
+def track(result: SuiteResult, opened: Opened, files: list[str], console: Console) -> None:
+    """Log a suite's numbers at the checkpoint's step, and its files, to the MLflow run of the training, where that is known.
+
+    Only where the person who asks has named the server (MLFLOW_TRACKING_URI), or where it is the file beside the run and keeps
+    its files there, too: a checkpoint of somebody else's must not say where data goes. A server that does not answer is told.
+    """
+    from mlflow.exceptions import MlflowException
+
+    run, inside, _ = opened.location.rpartition("/checkpoints/")
+    if not inside:
+        return
+    try:
+        run_id = kept_run_id(run)
+        if run_id is None:
+            return
+        home = run.rpartition("/")[0]
+        own = f"sqlite:///{home}/mlflow.db"
+        uri = opened.config.tracking.uri or own
+        named = uri == os.environ.get("MLFLOW_TRACKING_URI")
+        if not named and (uri != own or "://" in home):
+            raise ConfigError(f"the checkpoint names {uri}: set MLFLOW_TRACKING_URI to the same to allow it")
+        check_tracking(uri)
+        tracker = Tracker(uri, run_id)
+        if not named and not tracker.artifacts_below(home):
+            raise ConfigError(f"{uri} keeps files elsewhere: set MLFLOW_TRACKING_URI to the same to allow it")
+        tracker.log(result.step, result.flat())
+        tracker.flush()
+        for file in files:
+            tracker.artifact(file, "evaluation")
+    except (NevError, MlflowException, OSError) as error:
+        console.print(
+            f"[yellow]not logged to MLflow ({escape(str(error).splitlines()[0])}); the results lie in {files[0]}[/]",
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -1,0 +1,94 @@
+"""A suite's result as one page that needs nothing else, and as JSON."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from nev.eval.report.figures import Exhibit
+from nev.eval.report.galleries import run_curves
+from nev.eval.suite.results import SuiteResult, TaskResult
+from nev.runs.metrics_log import read_points
+
+METRICS_SHOWN = 40  # of a task, beside its table
+
+
+def write_report(
+    result: SuiteResult,
+    exhibits: Sequence[Sequence[Exhibit]],
+    others: Sequence[SuiteResult],
+    checkpoint: str,
+    folder: Path,
+    pictures: Path,
+) -> list[Path]:
+    """Write SUITE-STEP.json and .html to `folder`. exhibits: the pictures of each task, in the order of the result's. others: of
+    other models, to stand beside it. pictures: the folder of those.
+
+    Pictures are in the page itself; it loads nothing and runs no script.
+    """
+    numbers, page = folder / f"{result.suite}-{result.step:08d}.json", folder / f"{result.suite}-{result.step:08d}.html"
+    numbers.write_text(result.model_dump_json(indent=1), encoding="utf-8")
+    curves = _curves(result, checkpoint, pictures)
+    beside = {task.name: {**task.published, **_beside(task.name, others)} for task in result.tasks}
+    html = _template().render(
+        result=result,
+        tasks=list(zip(result.tasks, exhibits, strict=True)),
+        curves=curves,
+        beside=beside,
+        models=list(dict.fromkeys(model for values in beside.values() for model in values)),
+    )
+    page.write_text(html, encoding="utf-8")
+    return [page, numbers]
+
+
+def _beside(name: str, others: Sequence[SuiteResult]) -> dict[str, float | None]:
+    """The value of a task by model."""
+    return {
+        f"{other.model}, step {other.step}": task.value for other in others for task in other.tasks if task.name == name
+    }
+
+
+def _curves(result: SuiteResult, checkpoint: str, pictures: Path) -> Exhibit | None:
+    """The loss up to the checkpoint, where it lies in its run's folder."""
+    points = read_points(checkpoint.rsplit("/checkpoints/", 1)[0], result.step) if "/checkpoints/" in checkpoint else []
+    if not any("loss" in point.metrics for point in points):
+        return None
+    path = pictures / "curves.png"
+    run_curves(path, points, result.model)
+    return Exhibit("training: the loss up to this checkpoint", path)
+
+
+def _template() -> Template:
+    page = Environment(loader=PackageLoader("nev.eval.report", "templates"), autoescape=True, undefined=StrictUndefined)
+    page.filters |= {"picture": _picture, "percent": _percent, "number": _number, "words": _words, "shown": _shown}
+    return page.get_template("report.html")
+
+
+def _picture(exhibit: Exhibit) -> Markup:
+    """An image that lies in the page."""
+    data = base64.b64encode(exhibit.path.read_bytes()).decode()
+    return Markup('<img alt="{}" src="data:image/png;base64,{}">').format(exhibit.title, data)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+def _number(value: object) -> str:
+    if not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _shown(task: TaskResult) -> dict[str, float]:
+    """The numbers of a task but the ends of its intervals and what its table has."""
+    rest = {name: value for name, value in task.metrics.items() if not name.endswith(("_low", "_high"))}
+    return dict(list(rest.items())[:METRICS_SHOWN])

@@ -1,0 +1,1 @@
+"""Sets and tasks as data: suites, what they read, and how they are scored."""

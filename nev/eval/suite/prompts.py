@@ -1,0 +1,79 @@
+"""The sentences of a task's classes: the user's, the data's own, or the standard ones of ImageNet."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from nev.config.base import ConfigError
+from nev.eval.suite.collection import Fact
+from nev.eval.suite.reading import Reading, lines_at, place_of
+from nev.eval.suite.schema import Task
+
+IMAGENET = "imagenet"
+DEFAULT_TEMPLATES = ("a photo of a {}.",)
+
+
+class Prompts(NamedTuple):
+    """names: of the classes, in the order of their labels; templates: sentences with a `{}` for the name."""
+
+    names: tuple[str, ...]
+    templates: tuple[str, ...]
+
+
+def prompts_of(task: Task, reading: Reading, facts: Sequence[Fact], labels: Sequence[int], root: str) -> Prompts:
+    """Raises ConfigError where the classes have no names, or a template has no place for one."""
+    names = _named(task.classes, root, IMAGENET_NAMES) or reading.names or _names_in(facts, labels)
+    templates = _named(task.templates, root, IMAGENET_TEMPLATES) or reading.templates or DEFAULT_TEMPLATES
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ConfigError(f"a template needs exactly one '{{}}' for the class name: {template!r}")
+    if labels and (most := max(labels)) >= len(names):
+        raise ConfigError(
+            f"label {most}, but there are {len(names)} classes (labels count from 0): give the classes of this set"
+        )
+    return Prompts(tuple(name.replace("_", " ") for name in names), templates)
+
+
+def _named(given: tuple[str, ...] | str | None, root: str, standard: str) -> tuple[str, ...] | None:
+    """A list as it is, the lines of a file, or open_clip's list of that name; None where none is given."""
+    if given is None or not isinstance(given, str):
+        return given or None
+    if given == IMAGENET:
+        return _open_clip(standard)
+    location = place_of(given, root)
+    found = lines_at(location)
+    if found is None:
+        raise ConfigError(
+            f"{location}: no such file; it needs one line a class or template. open_clip's own are called {IMAGENET!r}"
+        )
+    return found
+
+
+IMAGENET_NAMES, IMAGENET_TEMPLATES = "IMAGENET_CLASSNAMES", "OPENAI_IMAGENET_TEMPLATES"
+
+
+def _open_clip(name: str) -> tuple[str, ...]:
+    """A list of open_clip's, whose templates are functions of the class name."""
+    if importlib.util.find_spec("open_clip") is None:
+        raise ConfigError("the names and templates of ImageNet come from open_clip: pip install 'nev[eval]'")
+    from open_clip import zero_shot_metadata
+
+    return tuple(one("{}") if callable(one) else str(one) for one in getattr(zero_shot_metadata, name))
+
+
+def _names_in(facts: Sequence[Fact], labels: Sequence[int]) -> tuple[str, ...]:
+    """The names that the rows give their labels. Raises ConfigError where a label up to the highest has none, or two."""
+    names: dict[int, str] = {}
+    for fact, label in zip(facts, labels, strict=True):
+        if fact.name and label >= 0 and names.setdefault(label, fact.name) != fact.name:
+            raise ConfigError(
+                f"label {label} is {fact.name!r} in row {fact.uid} and {names[label]!r} in an earlier row"
+            )
+    lacking = sorted(set(range(max(labels, default=-1) + 1)) - names.keys())
+    if lacking or not names:
+        raise ConfigError(
+            f"the data names no class{f' for label {lacking[0]}' if lacking else ''}: give `classes` to the task"
+        )
+    return tuple(names[label] for label in sorted(names))

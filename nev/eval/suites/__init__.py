@@ -1,1 +1,0 @@
-"""The suites that come with nev, as YAML (`nev.eval.suite` reads them)."""

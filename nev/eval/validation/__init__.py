@@ -1,0 +1,1 @@
+"""A run's own set: embedded and scored while it trains, and after it."""

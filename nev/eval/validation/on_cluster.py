@@ -1,0 +1,64 @@
+"""A validation set embedded on the connected Ray."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nev.common.errors import NevError
+from nev.config.experiment import Experiment
+from nev.data.block import Block
+from nev.data.plan import Segment, in_order
+from nev.embed.images import Tower, Work, embed_all
+from nev.eval.validation.scoring import Embedded
+from nev.eval.validation.task import Validation
+
+if TYPE_CHECKING:
+    from nev.eval.validation.scoring import Embedded
+    from nev.eval.validation.task import Validation
+    from nev.eval.validation.texts import Texts
+
+
+def embed_set(task: Validation, tower: Tower, taken: float = 0.0) -> Embedded:
+    """Embed a whole validation set on the connected cluster, in index order. taken: as `embed_all` has it."""
+    blocks = in_order(task.reader.index.rows, task.batch)
+    read = functools.partial(_segments, reader=task.reader)
+    (found,) = embed_all([Work(blocks, read)], tower, task.batch * task.reader.row_bytes, taken=taken)
+    if isinstance(found, NevError):
+        raise found
+    return Embedded(found["vector"], found["valid"], found["label"])
+
+
+def _segments(segments: list[Segment], reader: Any) -> Iterator[Block]:
+    block: Block = reader.read(segments, 0)
+    yield {name: block[name] for name in ("image", "valid", "label")}
+
+
+def pictures(task: Validation, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+    """The evaluation views of some rows (positions in index order): uint8 [S, S, 3] each."""
+    ends = np.cumsum(task.reader.index.rows)
+    views = []
+    for row in rows.tolist():
+        group = int(np.searchsorted(ends, row, side="right"))
+        start = int(row - (ends[group] - task.reader.index.rows[group]))
+        views.append(task.reader.read([Segment(group, start, start + 1)], 0)["image"][0])
+    return views
+
+
+def embed(config: Experiment, checkpoint: str, task: Validation, taken: float = 0.0) -> tuple[Embedded, Texts]:
+    """The validation set under a checkpoint's towers: the pictures on the connected Ray, texts without sidecars here.
+
+    taken: GPUs of the cluster that others hold.
+    """
+    from nev.embed.images import Tower
+    from nev.eval.validation.vectors import texts_of
+    from nev.runs.towers import load_tower, load_vision
+
+    load = partial(load_vision, checkpoint, config, task.text_width)
+    encode = load_tower(checkpoint, config).encode if config.text_online else None
+    return embed_set(task, Tower(load, config.data.mean, config.data.std), taken), texts_of(task, encode)
