@@ -1,4 +1,4 @@
-"""The memory of a training step as `nev.capacity` tells it, beside the peak of a process that takes it.
+"""The memory of a training step as `nev.train.capacity` tells it, beside the peak of a process that takes it.
 
 make bench NAME=capacity
 python benchmarks/capacity.py --repetitions 1
@@ -36,7 +36,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], int, int, dict[str, Any]]] = {
     "narrow_batch_4096_in_parts_of_256": (NARROW, 32, 4096, {"micro_batch": 256}),
 }
 NOTES = (
-    "Float32, AdamW, one process on every core, texts of 384 numbers. told: the peak of nev.capacity. measured: the peak of a "
+    "Float32, AdamW, one process on every core, texts of 384 numbers. told: the peak of nev.train.capacity. measured: that of a "
     "fresh process over two steps, less what it took before it built the model, with the libraries' own first calls in it; "
     "glibc's allocator as it is.",
 )
@@ -64,7 +64,7 @@ def main(
     """Measure the memory of steps beside what was told; writes benchmarks/results/capacity.json."""
     from benchmarks.contestants import steps
     from benchmarks.contestants.processes import in_own_process
-    from nev.capacity import capacity
+    from nev.train.capacity import capacity
 
     console = Console()
     with explained(console):

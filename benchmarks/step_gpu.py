@@ -132,9 +132,9 @@ def images_per_s(config: Experiment, device_name: str, warm: int = 3, timed: int
 
     from nev.models.dual_encoder import DualEncoder
     from nev.models.vision import build_vision
-    from nev.train.optim import make_optimizer
-    from nev.train.step import Batch, choose_precision, train_step
-    from nev.train.tower import make_ready
+    from nev.train.core.optim import make_optimizer
+    from nev.train.core.step import Batch, choose_precision, train_step
+    from nev.train.core.vision_setup import make_ready
 
     device, batch, size = torch.device(device_name), config.train.global_batch, config.data.image_size
     on_gpu = device.type == "cuda"

@@ -36,9 +36,9 @@ def main(
             sweep_overrides or [],
             where=config,
         )
-        from nev.experiment import how_to_look
         from nev.sweep.report import outcome_table
         from nev.sweep.run import run_sweep
+        from nev.train.experiment import how_to_look
 
         done = run_sweep(sweep, overrides or [], console)
     console.print(outcome_table(done.outcome))

@@ -30,8 +30,8 @@ def main(
     console = Console()
     with explained(console):
         experiment = load(config, overrides or [])
-        from nev.capacity import MEANING, capacity, collectives, table
         from nev.models.text import text_width
+        from nev.train.capacity import MEANING, capacity, collectives, table
 
         width = width or text_width(experiment.text)
         gpu = experiment.workers.gpus > 0

@@ -26,7 +26,7 @@ def main(
     console = Console()
     with explained(console):
         experiment = load(config, overrides or [])
-        from nev.pretrain import pretrain
+        from nev.train.pretrain import pretrain
 
         done = pretrain(experiment, objective, console)
     for name, value in done.metrics.items():

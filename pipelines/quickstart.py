@@ -32,7 +32,7 @@ def main(
         from nev.data.prepare.shards import Layout
         from nev.data.prepare.synthetic import write_synthetic
         from nev.embed.captions import embed_captions
-        from nev.experiment import run_experiment, show_summary
+        from nev.train.experiment import run_experiment, show_summary
 
         experiment = absolute(experiment)
         folder = Path(experiment.data.train).parent

@@ -28,7 +28,7 @@ def main(
     console = Console()
     with explained(console, "The same command goes on from the latest checkpoint."):
         experiment = load(config, overrides or [])
-        from nev.experiment import run_experiment, show_summary
+        from nev.train.experiment import run_experiment, show_summary
 
         show_summary(run_experiment(experiment, console, stop_after), console)
 

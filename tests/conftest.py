@@ -188,7 +188,7 @@ def trained(ray_cluster: None, pictures: Path, tmp_path_factory: pytest.TempPath
     """A checkpoint of a short run."""
     from rich.console import Console
 
-    from nev.experiment import run_experiment
+    from nev.train.experiment import run_experiment
 
     config = parse(
         Experiment,

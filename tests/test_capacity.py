@@ -18,16 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
-from nev.capacity import LEAVE, Live, capacity, collectives, pieces, shape_of
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.file import parse, to_yaml
 from nev.models.dual_encoder import DualEncoder
 from nev.models.vision import build_vision
-from nev.train.optim import make_optimizer
-from nev.train.parallel import distribute
-from nev.train.step import Batch, choose_precision, train_step
-from nev.train.tower import make_ready
+from nev.train.capacity import LEAVE, Live, capacity, collectives, pieces, shape_of
+from nev.train.core.optim import make_optimizer
+from nev.train.core.parallel import distribute
+from nev.train.core.step import Batch, choose_precision, train_step
+from nev.train.core.vision_setup import make_ready
 
 CPU = torch.device("cpu")
 WIDTH = 48

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from nev.config.experiment import Optim
 from nev.runs import checkpoint, manifest
 from nev.runs.manifest import CheckpointError, State
+from nev.train.core.optim import make_optimizer
+from nev.train.core.rng import gather_rng, restore_rng
 from nev.train.core.state_dict import gather_tensors, load_optimizer, optimizer_tensors, unknown_parameters
 from nev.train.job import where
-from nev.train.optim import make_optimizer
-from nev.train.rng import gather_rng, restore_rng
 
 CPU = torch.device("cpu")
 

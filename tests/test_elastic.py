@@ -19,13 +19,13 @@ from nev.config.experiment import Experiment
 from nev.data.block import Block, BlockReader
 from nev.models.text import TextTower
 from nev.runs import checkpoint
-from nev.train.agreement import Agreement
-from nev.train.filling import Filling
+from nev.train.core.step import choose_precision
+from nev.train.driver.setup import prepare_job, train_reader
 from nev.train.job import Job, where
-from nev.train.learner import Rank, build, learner_of
-from nev.train.loop import train
-from nev.train.setup import prepare_job, train_reader
-from nev.train.step import choose_precision
+from nev.train.worker.batch import Filling
+from nev.train.worker.collectives import Agreement
+from nev.train.worker.loop import train
+from nev.train.worker.state import Rank, build, learner_of
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")

@@ -20,20 +20,20 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment, Vision
 from nev.config.file import parse
 from nev.eval.evaluate import evaluate_checkpoint
-from nev.experiment import run_experiment
 from nev.models.dual_encoder import DualEncoder
 from nev.models.text import load_text
 from nev.models.vision import build_vision
 from nev.runs import checkpoint
 from nev.runs.manifest import State
 from nev.runs.tracking import Tracker
+from nev.train.core.optim import make_optimizer
+from nev.train.core.parallel import blocks_of, distribute, is_sharded, whole
 from nev.train.core.state_dict import Tensors, gather_tensors, load_optimizer, unknown_parameters
-from nev.train.learner import build
-from nev.train.optim import make_optimizer
-from nev.train.parallel import blocks_of, distribute, is_sharded, whole
-from nev.train.setup import prepare_job
-from nev.train.step import Batch, Precision, train_step
-from nev.train.tower import make_ready
+from nev.train.core.step import Batch, Precision, train_step
+from nev.train.core.vision_setup import make_ready
+from nev.train.driver.setup import prepare_job
+from nev.train.experiment import run_experiment
+from nev.train.worker.state import build
 
 Make = Callable[..., Experiment]
 WORLD, STEPS = 2, 3

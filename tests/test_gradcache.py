@@ -21,10 +21,10 @@ from nev.losses.gather import gather
 from nev.losses.pairwise import Contrastive
 from nev.models.dual_encoder import DualEncoder, Embedded
 from nev.models.vision import build_vision
-from nev.train.gradcache import backward_in_parts, refuse_batch_norm
-from nev.train.optim import make_optimizer
-from nev.train.rng import rng_state
-from nev.train.step import Batch, Precision, train_step
+from nev.train.core.gradcache import backward_in_parts, refuse_batch_norm
+from nev.train.core.optim import make_optimizer
+from nev.train.core.rng import rng_state
+from nev.train.core.step import Batch, Precision, train_step
 
 CPU = torch.device("cpu")
 ROWS, SIZE, WIDTH = 24, 16, 12

@@ -25,15 +25,16 @@ from nev.models.dual_encoder import DualEncoder
 from nev.models.text import TextTower, load_text
 from nev.runs.manifest import latest, read_manifest
 from nev.runs.tracking import Tracker
-from nev.train.guards import MEMORY, WINDOW, Diverged, History, judge
+from nev.train.core.optim import make_optimizer
+from nev.train.core.step import Batch, Precision, choose_precision, train_step
+from nev.train.driver.metrics import Ledger
+from nev.train.driver.monitor import Watcher
+from nev.train.driver.setup import prepare_job, train_reader
 from nev.train.job import Job, where
-from nev.train.learner import Rank, build, learner_of
-from nev.train.ledger import Ledger
-from nev.train.loop import train
-from nev.train.monitor import Post, Watcher, open_board
-from nev.train.optim import make_optimizer
-from nev.train.setup import prepare_job, train_reader
-from nev.train.step import Batch, Precision, choose_precision, train_step
+from nev.train.messages import Post, open_board
+from nev.train.worker.guards import MEMORY, WINDOW, Diverged, History, judge
+from nev.train.worker.loop import train
+from nev.train.worker.state import Rank, build, learner_of
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")

@@ -35,14 +35,14 @@ from nev.models.text_encoder import TextEncoder, unlock
 from nev.models.vision import build_vision
 from nev.runs.manifest import latest, read_manifest
 from nev.runs.towers import load_tower
+from nev.train.core.gradcache import backward_in_parts
+from nev.train.core.optim import make_optimizer
+from nev.train.core.parallel import distribute
 from nev.train.core.state_dict import gather_tensors
-from nev.train.gradcache import backward_in_parts
-from nev.train.learner import Rank, build, learner_of
-from nev.train.loop import TowerMoved, refuse_moved, train
-from nev.train.optim import make_optimizer
-from nev.train.parallel import distribute
-from nev.train.setup import prepare_job, train_reader
-from nev.train.step import Batch
+from nev.train.core.step import Batch
+from nev.train.driver.setup import prepare_job, train_reader
+from nev.train.worker.loop import TowerMoved, refuse_moved, train
+from nev.train.worker.state import Rank, build, learner_of
 
 Make = Callable[..., Experiment]
 WORLD, STEPS, LONGEST = 2, 3, 7

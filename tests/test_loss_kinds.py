@@ -10,7 +10,7 @@ from test_train import run_bare
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.models.text import TextTower, load_text
-from nev.train.setup import prepare_job, train_reader
+from nev.train.driver.setup import prepare_job, train_reader
 
 Make = Callable[..., Experiment]
 

@@ -22,13 +22,12 @@ from nev.data.block import BlockReader
 from nev.data.index import build_index
 from nev.data.plan import Segment
 from nev.data.sidecar import sidecar_key, write_sidecar
-from nev.data.tokens import tokens_of
 from nev.eval.validation.vectors import load_kept
 from nev.models.lock import CANARIES, refuse_other_vectors
 from nev.models.text import TextTower, encoder_of, load_text, weight_digests
 from nev.models.vision import build_vision
 from nev.runs.manifest import latest
-from nev.train.setup import prepare_job, train_reader
+from nev.train.driver.setup import prepare_job, tokens_of, train_reader
 
 Make = Callable[..., Experiment]
 WORLD, STEPS, LONGEST = 2, 3, 7

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nev.config.experiment import Optim
-from nev.train.optim import learning_rate, make_optimizer, set_learning_rate
+from nev.train.core.optim import learning_rate, make_optimizer, set_learning_rate
 
 
 def test_warm_up_then_cosine_to_the_final_rate() -> None:

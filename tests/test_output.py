@@ -22,14 +22,14 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.data.block import Block
 from nev.eval.evaluate import evaluate_checkpoint
-from nev.experiment import Summary, run_experiment
 from nev.runs import checkpoint, manifest
 from nev.runs.folder import check_output
 from nev.runs.tracking import Tracker, open_run
 from nev.storage import s3 as s3_module
 from nev.storage.files import StorageError, filesystem, upload
 from nev.train.core.state_dict import gather_tensors
-from nev.train.quarantine import Quarantine
+from nev.train.experiment import Summary, run_experiment
+from nev.train.worker.quarantine import Quarantine
 
 Make = Callable[..., Experiment]
 RUN = "s3://bucket/runs/first"

@@ -13,10 +13,10 @@ from rich.console import Console
 
 from nev.config.base import ConfigError
 from nev.config.experiment import Eval, Experiment
-from nev.experiment import run_experiment
 from nev.runs.manifest import latest, read_manifest
 from nev.runs.metrics_log import Point, read_points
-from nev.train.patience import Patience
+from nev.train.driver.early_stopping import Patience
+from nev.train.experiment import run_experiment
 
 Make = Callable[..., Experiment]
 METRIC = "zero_shot/top1"

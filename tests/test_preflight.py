@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from nev.capacity import checkpoint_bytes
 from nev.common.errors import Findings, NotReady
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.paths import absolute
-from nev.experiment import run_experiment
 from nev.models.text import load_text
 from nev.runs.folder import check_output, check_space, run_folder
 from nev.runs.manifest import checkpoints
 from nev.storage.reading import DataError
+from nev.train.capacity import checkpoint_bytes
+from nev.train.experiment import run_experiment
 
 Make = Callable[..., Experiment]
 Usage = namedtuple("Usage", "total used free")
@@ -100,7 +100,7 @@ def test_room_for_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_size_of_a_checkpoint_is_foretold(lock: str, tiny: Make) -> None:
     from test_train import run_bare
 
-    from nev.train.setup import prepare_job, train_reader
+    from nev.train.driver.setup import prepare_job, train_reader
 
     config = tiny(lock=lock, train__steps=1)
     text = load_text(config.text)

@@ -17,9 +17,9 @@ from torch.nn import functional
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.models.vision import build_vision
-from nev.pretrain import MASKED, Inpainter, pretrain
 from nev.runs.tracking import Tracker, _client
 from nev.storage.reading import DataError
+from nev.train.pretrain import MASKED, Inpainter, pretrain
 
 Make = Callable[..., Experiment]
 SIZE, PATCH = 32, 8

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from nev.common import progress as module
 from nev.common.progress import counting, progress, rarely
-from nev.train.monitor import _progress
+from nev.train.driver.monitor import _progress
 
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from nev.config.experiment import Experiment
 from nev.config.file import parse
 from nev.data.block import Block
 from nev.data.plan import Plan
-from nev.train.quarantine import Quarantine, kind, too_many
+from nev.train.worker.quarantine import Quarantine, kind, too_many
 
 SHARDS = ("a.parquet", "b.parquet")
 

@@ -19,12 +19,12 @@ from nev.data.index import build_index
 from nev.data.sidecar import write_sidecar
 from nev.eval.validation.task import text_key
 from nev.models.text import load_text
-from nev.train import step as step_module
+from nev.train.core import step as step_module
+from nev.train.core.step import choose_precision
+from nev.train.driver.setup import prepare_job, train_reader
 from nev.train.job import Job
-from nev.train.learner import Rank, build, learner_of
-from nev.train.loop import train
-from nev.train.setup import prepare_job, train_reader
-from nev.train.step import choose_precision
+from nev.train.worker.loop import train
+from nev.train.worker.state import Rank, build, learner_of
 
 CONFIG = Path(__file__).parent.parent / "configs" / "nomic_embed_vision_v1_5.yaml"
 CPU = torch.device("cpu")

@@ -21,14 +21,14 @@ from nev.config.experiment import Experiment
 from nev.eval import evaluate_suite as suites
 from nev.eval.evaluate import evaluate_checkpoint
 from nev.eval.suite.results import SuiteResult
-from nev.experiment import track
 from nev.models.text import TextTower
 from nev.runs import checkpoint, manifest
 from nev.runs.manifest import Damaged, State
 from nev.runs.metrics_log import keep_run_id
 from nev.runs.towers import Opened
 from nev.train.core.state_dict import gather_tensors
-from nev.train.setup import prepare_job, train_reader
+from nev.train.driver.metrics import track
+from nev.train.driver.setup import prepare_job, train_reader
 
 if TYPE_CHECKING:
     from s3_server import Proxy

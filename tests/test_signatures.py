@@ -14,15 +14,15 @@ from rich.console import Console
 from test_train import blocks
 
 from nev.config.experiment import Experiment
-from nev.experiment import run_experiment
 from nev.models.text import TextTower
-from nev.train import signatures
-from nev.train.guards import Diverged
-from nev.train.learner import Rank, build, learner_of
-from nev.train.loop import train
-from nev.train.setup import prepare_job, train_reader
-from nev.train.signatures import BOUND_POINTS, FLAT_POINTS, Signatures
-from nev.train.step import choose_precision
+from nev.train.core.step import choose_precision
+from nev.train.driver import alerts as signatures
+from nev.train.driver.alerts import BOUND_POINTS, FLAT_POINTS, Signatures
+from nev.train.driver.setup import prepare_job, train_reader
+from nev.train.experiment import run_experiment
+from nev.train.worker.guards import Diverged
+from nev.train.worker.loop import train
+from nev.train.worker.state import Rank, build, learner_of
 
 Make = Callable[..., Experiment]
 GUESS = math.log(64)

@@ -20,7 +20,7 @@ from nev.data.plan import Segment
 from nev.data.sidecar import mean_vector, read_column, sidecar_location, vectors_of
 from nev.data.text_view import TextView, caption_rows, normal, unit
 from nev.models.text import TextTower
-from nev.train.setup import prepare_job, train_reader
+from nev.train.driver.setup import prepare_job, train_reader
 
 Make = Callable[..., Experiment]
 

@@ -17,10 +17,10 @@ from nev.config.experiment import Train, Vision
 from nev.losses import tiles
 from nev.models.dual_encoder import DualEncoder
 from nev.models.vision import build_vision, normalise
+from nev.train.core.optim import make_optimizer
 from nev.train.core.state_dict import gather_tensors, load_optimizer
-from nev.train.optim import make_optimizer
-from nev.train.step import Batch, Precision, StepResult, train_step
-from nev.train.tower import keep_few_activations, make_ready, uncompiled
+from nev.train.core.step import Batch, Precision, StepResult, train_step
+from nev.train.core.vision_setup import keep_few_activations, make_ready, uncompiled
 
 FP32 = Precision(torch.device("cpu"), torch.float32)
 TRAIN = Train(global_batch=ROWS, steps=1)

@@ -22,22 +22,23 @@ from nev.data.block import Block, BlockReader
 from nev.data.plan import Plan
 from nev.eval.validation.validate import score
 from nev.eval.validation.vectors import kept_file, load_kept
-from nev.experiment import Summary, run_experiment
 from nev.models.text import TextTower
 from nev.models.vision import build_vision
 from nev.runs import checkpoint
 from nev.runs.manifest import CheckpointError, latest, read_manifest
 from nev.runs.tracking import Tracker, tracking_uri
 from nev.storage.reading import DataError
-from nev.train.filling import StreamError
-from nev.train.guards import Diverged
+from nev.train.core.step import choose_precision
+from nev.train.driver.launcher import TrainingFailed
+from nev.train.driver.preflight import check_room
+from nev.train.driver.setup import prepare_job, train_reader
+from nev.train.experiment import Summary, run_experiment
 from nev.train.job import Job, where
-from nev.train.learner import Rank, build, learner_of
-from nev.train.loop import train
-from nev.train.quarantine import TooManyBadRows
-from nev.train.setup import prepare_job, train_reader
-from nev.train.step import choose_precision
-from nev.train.trainer import TrainingFailed, check_room
+from nev.train.worker.batch import StreamError
+from nev.train.worker.guards import Diverged
+from nev.train.worker.loop import train
+from nev.train.worker.quarantine import TooManyBadRows
+from nev.train.worker.state import Rank, build, learner_of
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")

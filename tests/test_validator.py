@@ -14,12 +14,12 @@ import pytest
 from rich.console import Console
 
 from nev.config.experiment import Experiment
-from nev.experiment import run_experiment
 from nev.runs.manifest import awaiting, best, checkpoints, prune, read_manifest
 from nev.runs.metrics_log import read_points
 from nev.storage.files import StorageError
-from nev.train import validator
-from nev.train.validator import Validated, Validator
+from nev.train.driver import validator
+from nev.train.driver.validator import Validated, Validator
+from nev.train.experiment import run_experiment
 
 Make = Callable[..., Experiment]
 

@@ -19,11 +19,11 @@ from nev.runs import checkpoint, manifest
 from nev.runs.manifest import State, checkpoints, verified
 from nev.runs.metrics_log import Point, read_points
 from nev.storage.files import StorageError
-from nev.train import writer
+from nev.train.core.optim import make_optimizer
+from nev.train.core.rng import gather_rng
 from nev.train.core.state_dict import Tensors, gather_tensors
-from nev.train.optim import make_optimizer
-from nev.train.rng import gather_rng
-from nev.train.writer import NotKept, Snapshot, Writer
+from nev.train.worker import checkpointer as writer
+from nev.train.worker.checkpointer import NotKept, Snapshot, Writer
 
 CPU = torch.device("cpu")
 Refuse = Callable[[int], None]

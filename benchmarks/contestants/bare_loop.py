@@ -24,7 +24,7 @@ def bare_loop(config: Experiment, steps: int, own_layers: bool) -> float:
     """Train for `steps` steps on the CPU, with nev's linear layers (`own_layers`) or PyTorch's; images/s after the warm-up."""
     from nev.models.vision import build_vision, normalise
     from nev.ops.onednn import Linear1x1
-    from nev.train.step import choose_precision
+    from nev.train.core.step import choose_precision
 
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(config.seed)
@@ -69,7 +69,7 @@ def preload(config: Experiment, wanted: int) -> tuple[Tensor, Tensor]:
     """
     from nev.data.plan import in_order
     from nev.models.text import load_text
-    from nev.train.setup import train_reader
+    from nev.train.driver.setup import train_reader
 
     reader = dataclasses.replace(train_reader(config, load_text(config.text)), augment=None)
     images, texts, count = [], [], 0

@@ -20,10 +20,10 @@ from nev.config.file import load
 from nev.config.paths import absolute
 from nev.data.block import Block
 from nev.models.text import load_text
-from nev.train.learner import Rank, build, learner_of
-from nev.train.loop import train
-from nev.train.setup import prepare_job, train_reader
-from nev.train.step import choose_precision
+from nev.train.core.step import choose_precision
+from nev.train.driver.setup import prepare_job, train_reader
+from nev.train.worker.loop import train
+from nev.train.worker.state import Rank, build, learner_of
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 150

@@ -38,9 +38,9 @@ def cost_of(config: Experiment, steps: int) -> Cost:
     """The same of some steps of an experiment, on made-up images."""
     from nev.models.dual_encoder import DualEncoder
     from nev.models.vision import build_vision
-    from nev.train.optim import make_optimizer
-    from nev.train.step import Batch, choose_precision, train_step
-    from nev.train.tower import make_ready
+    from nev.train.core.optim import make_optimizer
+    from nev.train.core.step import Batch, choose_precision, train_step
+    from nev.train.core.vision_setup import make_ready
 
     batch, size, device = config.train.global_batch, config.data.image_size, torch.device("cpu")
     before = resident_mib("VmRSS")

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-
-if TYPE_CHECKING:
-    from nev.models.text import TextTower
 
 
 @dataclass(frozen=True)
@@ -29,11 +25,3 @@ class Tokens:
             found = self.tokenizer.encode(self.prefix + sentence).ids  # many at once would take every core
             row[: len(found)] = found
         return ids
-
-
-def tokens_of(tower: TextTower) -> Tokens:
-    """How a tower reads sentences, as something that travels to a task (transformers is not imported there)."""
-    tokenizer = Tokenizer.from_str(tower.tokenizer.backend_tokenizer.to_str())
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(tower.max_tokens, direction=tower.tokenizer.truncation_side)
-    return Tokens(tokenizer, tower.prefix, tower.max_tokens)

@@ -167,7 +167,7 @@ def _validation(location: str) -> dict[str, float] | None:
 
 
 def awaiting(run: str, validated: Callable[[int], bool]) -> list[str]:
-    """The checkpoints that are to be validated after they were written (see `nev.train.validator`), and are not yet.
+    """The checkpoints that are to be validated after they were written (see `nev.train.driver.validator`), and are not yet.
 
     validated: whether those of a step are.
     """

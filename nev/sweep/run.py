@@ -34,7 +34,7 @@ from nev.sweep.mlflow_runs import close_children, open_parent, publish
 from nev.sweep.results import SAMPLES, Outcome, TrialResult, kept
 from nev.sweep.suite_data import SuiteData, read_suite
 from nev.sweep.trials import DIGITS, Trial, base_of, definition_of, named, plan_trials
-from nev.train.setup import prepare_job
+from nev.train.driver.setup import prepare_job
 
 # Tune's own files and tables of each trial say nothing that nev's do not; its SIGINT handler would end the driver with status 0.
 TUNE_ENVIRONMENT = {

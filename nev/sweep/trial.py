@@ -11,12 +11,12 @@ from rich.console import Console
 from nev.cluster.ray_internals import Group, end_group
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
-from nev.experiment import run_experiment
 from nev.sweep.config import Sweep
 from nev.sweep.mlflow_runs import tags_of
 from nev.sweep.results import SAMPLES, TrialResult, keep
 from nev.sweep.suite_data import SuiteData
 from nev.sweep.trials import Trial, steps_of
+from nev.train.experiment import run_experiment
 
 
 def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:

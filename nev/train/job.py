@@ -42,7 +42,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run stands: steps done, rows left out on the way, and what its guards remember (`nev.train.guards.History`)."""
+    """Where a run stands: steps done, rows left out on the way, and what its guards remember (`guards.History`)."""
 
     step: int = 0
     bad_rows: int = 0

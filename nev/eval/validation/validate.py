@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +14,6 @@ from nev.eval.validation.scoring import Embedded, rank, shares
 from nev.eval.validation.task import Result, Validation
 from nev.eval.validation.texts import Texts
 from nev.eval.validation.vectors import texts_of
-
-if TYPE_CHECKING:
-    pass
 
 
 def validate(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nev.train.parallel import share_of, whole
+from nev.train.core.parallel import share_of, whole
 
 
 class Tensors(NamedTuple):
@@ -23,7 +23,7 @@ def gather_tensors(
     """A copy of what a checkpoint holds of a model and its optimiser, empty unless `keep`.
 
     into: what an earlier call gave; its memory is filled again (pages of new memory cost more than the copy).
-    Of what FSDP has split (`nev.train.parallel`) each rank gives its part, one tensor after another: every rank must come here.
+    Of what FSDP has split (`nev.train.core.parallel`) each rank gives its part, one tensor after another: every rank calls this.
     """
     copied = into or Tensors({}, {})
     for source, target in zip((model.state_dict(), optimizer_tensors(model, optimizer)), copied, strict=True):

@@ -1,4 +1,4 @@
-"""The driver's side of Ray Train: it starts the processes (`nev.train.worker`), and starts them again when they die."""
+"""The driver's side of Ray Train: it starts the processes (`nev.train.worker.process`), and starts them again when they die."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from nev.cluster.ray_internals import first_cause, free_room, innermost
-from nev.cluster.session import cluster_cpus, cluster_gpus, may_grow
 from nev.common.errors import NevError
 from nev.common.signals import Stopped, set_by_sigterm
-from nev.config.base import ConfigError
-from nev.config.experiment import Experiment, Workers
+from nev.config.experiment import Experiment
 from nev.data.block import BlockReader
 from nev.runs.manifest import patiently
 from nev.storage.files import join
-from nev.train.job import Job, row_bytes, where
-from nev.train.ledger import Ledger
-from nev.train.monitor import Watcher, open_board
-from nev.train.validator import Validator
-from nev.train.worker import work
+from nev.train.driver.metrics import Ledger
+from nev.train.driver.monitor import Watcher
+from nev.train.driver.validator import Validator
+from nev.train.job import Job, where
+from nev.train.worker.process import work
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
@@ -36,18 +34,6 @@ START_TRIES = (
 
 class TrainingFailed(NevError, RuntimeError):
     """The run could not be finished. The message is the first cause, without Ray's frames."""
-
-
-@contextmanager
-def posting(run: str) -> Iterator[Any]:
-    """The run's board, for the body of a `with`. Raises RunIsBusy where another job of this cluster trains the run."""
-    import ray
-
-    board = open_board(run)
-    try:
-        yield board
-    finally:
-        ray.kill(board)  # its name is the run's: another start of this run may need it at once
 
 
 def fit(
@@ -144,40 +130,6 @@ def ray_folder(run: str) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="nev-ray-") as folder:
         yield folder
-
-
-def check_room(workers: Workers) -> None:
-    """Raise ConfigError for workers that never start, or whose stream never does: Ray would wait for room without a word.
-
-    Asked before Ray starts here. A cluster that may grow is given the benefit of the doubt.
-    """
-    if may_grow():
-        return
-    gpus, cpus = cluster_gpus(), cluster_cpus()
-    asked = f"workers.{'min' if workers.min else 'count'} = {workers.least}"
-    if workers.least * workers.gpus > gpus:
-        raise ConfigError(
-            f"{asked} times workers.gpus = {workers.gpus:g} are more than this machine's {gpus} GPUs: "
-            "lower one of them, or submit the run to a cluster"
-        )
-    if workers.cpus and workers.least * workers.cpus > cpus - 1:
-        raise ConfigError(
-            f"{asked} times workers.cpus = {workers.cpus:g} leave none of this machine's {cpus} CPUs "
-            "to decode: lower one of them; with workers.cpus = 0, training and decoding share them"
-        )
-
-
-def check_store(job: Job) -> None:
-    """Raise ConfigError where the blocks of a step are more than the cluster's object store. Needs a connected Ray."""
-    import ray
-
-    store = ray.cluster_resources().get("object_store_memory", 0.0)  # type: ignore[no-untyped-call]
-    step = job.config.train.global_batch * row_bytes(job)
-    if step > store and not may_grow():
-        raise ConfigError(
-            f"the pictures of a step take {step / 2**30:.1f} GiB, and Ray's object store has {store / 2**30:.1f} GiB here: lower "
-            "train.global_batch or data.image_size, or submit the run to a cluster"
-        )
 
 
 def resources(config: Experiment) -> dict[str, float]:

@@ -5,83 +5,24 @@ The driver owns the console and MLflow, so the training processes import neither
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from nev.cluster.ray_internals import Group
-from nev.common.errors import NevError
 from nev.common.progress import rarely
-from nev.train.ledger import Ledger
-from nev.train.validator import Validator
+from nev.train.driver.metrics import Ledger
+from nev.train.driver.validator import Validator
 
 POLL_S = 0.5
 RELAY_S = 0.2
 SEND_S = 5.0  # to MLflow: every call to a SQLite store costs CPU that training on one machine would miss
-
-
-class Post(NamedTuple):
-    """One message of a training process: metrics of a step, lines for the person, or (`error`) why the run cannot go on.
-
-    left: the processes have ended before the run did, as they were asked to, after a checkpoint of this step: a machine of
-    theirs is taken away, or the run is to stop. began: they go on from this step; `group`: and
-    are this one.
-    """
-
-    step: int
-    metrics: dict[str, float]
-    error: str | None = None
-    notes: tuple[str, ...] = ()
-    left: bool = False
-    began: bool = False
-    group: Group | None = None
-
-
-class _Board:
-    def __init__(self) -> None:
-        self._posts: list[Post] = []
-        self._stop = asyncio.Event()
-
-    async def post(self, post: Post) -> None:
-        self._posts.append(post)
-
-    async def take(self) -> list[Post]:
-        posts, self._posts = self._posts, []
-        return posts
-
-    async def stop(self) -> None:
-        self._stop.set()
-
-    async def stopped(self) -> None:
-        await self._stop.wait()
-
-
-class RunIsBusy(NevError, RuntimeError):
-    """Another driver on this cluster trains the same run."""
-
-
-def open_board(run: str) -> Any:
-    """The run's board, on this node: an actor with `post(Post)` and `take() -> list[Post]`, `stop()`, and `stopped()`, which
-    comes back after that. Raises RunIsBusy.
-    """
-    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-        ray.get_runtime_context().get_node_id(), soft=False
-    )
-    board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here, name=run, namespace="nev")
-    try:
-        return board.remote()
-    except ValueError as error:  # the name is taken
-        raise RunIsBusy(
-            f"{run}: another job on this cluster trains this run. See `ray job list`; stop that job, or wait for its end."
-        ) from error
 
 
 class Watcher:

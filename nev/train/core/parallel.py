@@ -99,20 +99,3 @@ def _average(gradients: list[Tensor | None]) -> None:
     together /= dist.get_world_size()
     for gradient, mean in zip(found, together, strict=True):
         gradient.copy_(mean)
-
-
-def all_of(value: int, world: int) -> set[int]:
-    """The values that the ranks have. One gather of objects, none where W = 1."""
-    values: list[int] = [value] * world
-    if world > 1:
-        dist.all_gather_object(values, value)
-    return set(values)
-
-
-def first_of_all(problem: str | None, world: int) -> str | None:
-    """The first rank's problem, if any rank has one. One gather of objects, none where W = 1."""
-    if world == 1:
-        return problem
-    problems: list[str | None] = [None] * world
-    dist.all_gather_object(problems, problem)
-    return next((found for found in problems if found), None)

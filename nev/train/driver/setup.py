@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.markup import escape
+from tokenizers import Tokenizer
 
 from nev.common.errors import Findings
 from nev.config.experiment import Experiment, refuse_widths
@@ -16,14 +19,15 @@ from nev.data.index import Index, build_index
 from nev.data.plan import Plan
 from nev.data.sidecar import check_sidecars, mean_vector
 from nev.data.text_view import TextView
-from nev.data.tokens import tokens_of
+from nev.data.tokens import Tokens
 from nev.eval.validation.task import make_validation, refuse_unknown_metric, text_key
 from nev.runs.folder import run_folder
-from nev.runs.manifest import CheckpointError, latest, newest_whole, read_manifest
+from nev.runs.manifest import CheckpointError, latest, newest_whole, read_manifest, verified
 from nev.train.job import Job
 
 if TYPE_CHECKING:
     from nev.models.text import TextTower
+    from nev.train.job import Job
 
 
 # A run may go on with these changed: they do not touch what is computed.
@@ -171,3 +175,34 @@ def _leaves(tree: object, prefix: str = "") -> dict[str, object]:
     if not isinstance(tree, dict):
         return {prefix.rstrip("."): tree}
     return {key: leaf for name, child in tree.items() for key, leaf in _leaves(child, f"{prefix}{name}.").items()}
+
+
+def tokens_of(tower: TextTower) -> Tokens:
+    """How a tower reads sentences, as something that travels to a task (transformers is not imported there)."""
+    tokenizer = Tokenizer.from_str(tower.tokenizer.backend_tokenizer.to_str())
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(tower.max_tokens, direction=tower.tokenizer.truncation_side)
+    return Tokens(tokenizer, tower.prefix, tower.max_tokens)
+
+
+def begin(job: Job, console: Console) -> int:
+    """Tell what lies before a run, and what of it is damaged. Returns the step that it goes on from, 0 for a new one."""
+    found = newest_whole(job.run, verified)
+    for damage in found.damaged if found else []:
+        console.print(f"[yellow]{escape(damage)}; the one before it is used[/]", highlight=False, soft_wrap=True)
+    begun: int = found.read["step"] if found else 0
+    console.print(extent(job, begun))
+    return begun
+
+
+def extent(job: Job, begun: int) -> str:
+    """What lies before a run, in a line."""
+    plan = job.plan
+    steps = f"steps {begun:,} to {job.stop_step:,}" if begun else f"{job.stop_step:,} steps"
+    left = f", {plan.tail_rows:,} rows left over" if plan.tail_rows else ""
+    trained = {"text": "", "image": ", the text tower alone is trained", "none": ", both towers are trained"}[
+        job.config.lock
+    ]
+    return (
+        f"{job.config.name}: {plan.total_rows:,} rows, {plan.steps_per_epoch:,} steps an epoch{left}; {steps}{trained}"
+    )

@@ -13,12 +13,12 @@ from nev.config.base import ConfigError
 from nev.data.block import Block
 from nev.runs.manifest import CheckpointError
 from nev.train.job import Job, row_bytes
-from nev.train.monitor import Post
-from nev.train.quarantine import TooManyBadRows
+from nev.train.messages import Post
+from nev.train.worker.quarantine import TooManyBadRows
 
 if TYPE_CHECKING:
     from nev.data.plan import Plan
-    from nev.train.learner import Rank
+    from nev.train.worker.state import Rank
 
 
 class Stalled(NevError, RuntimeError):
@@ -32,12 +32,12 @@ def work(setting: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
-    from nev.train.guards import Diverged
-    from nev.train.learner import Rank, build, learner_of
-    from nev.train.loop import TowerMoved, train
-    from nev.train.parallel import all_of, first_of_all
-    from nev.train.step import choose_precision
-    from nev.train.writer import NotKept
+    from nev.train.core.step import choose_precision
+    from nev.train.worker.checkpointer import NotKept
+    from nev.train.worker.collectives import all_of, first_of_all
+    from nev.train.worker.guards import Diverged
+    from nev.train.worker.loop import TowerMoved, train
+    from nev.train.worker.state import Rank, build, learner_of
 
     job: Job = setting["job"]
     context = ray.train.get_context()

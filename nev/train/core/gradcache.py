@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from nev.config.base import ConfigError
 from nev.losses.pairwise import Contrastive
 from nev.models.dual_encoder import Embedded
-from nev.train.parallel import bare
-from nev.train.rng import rng_state, set_rng_state
+from nev.train.core.parallel import bare
+from nev.train.core.rng import rng_state, set_rng_state
 
 Embed = Callable[[nn.Module, slice], Embedded]
 Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Contrastive]

@@ -29,3 +29,20 @@ class Agreement:
         flag = torch.tensor([self._asked()], dtype=torch.uint8)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
         return bool(flag)
+
+
+def all_of(value: int, world: int) -> set[int]:
+    """The values that the ranks have. One gather of objects, none where W = 1."""
+    values: list[int] = [value] * world
+    if world > 1:
+        dist.all_gather_object(values, value)
+    return set(values)
+
+
+def first_of_all(problem: str | None, world: int) -> str | None:
+    """The first rank's problem, if any rank has one. One gather of objects, none where W = 1."""
+    if world == 1:
+        return problem
+    problems: list[str | None] = [None] * world
+    dist.all_gather_object(problems, problem)
+    return next((found for found in problems if found), None)

@@ -24,7 +24,7 @@ def make_ready(vision: VisionTower, config: Train, backend: str = "inductor") ->
     if config.activation_checkpointing:
         keep_few_activations(vision)
     if config.compile:
-        # Eager random numbers: a part of a batch is embedded twice (`nev.train.gradcache`), in two graphs, and must draw alike.
+        # Eager random numbers: GradCache embeds a part of a batch twice, in two graphs, which must draw alike.
         options: dict[str, Any] = {"options": {"fallback_random": True}} if backend == "inductor" else {}
         vision.compile(backend=backend, dynamic=False, **options)
 

@@ -17,18 +17,17 @@ from nev.eval.validation.validate import validate
 from nev.models.lock import CANARIES
 from nev.models.text import TextTower, encoder_of, weight_digests
 from nev.models.vision import normalise
-from nev.train import guards
-from nev.train.agreement import Agreement
-from nev.train.filling import Filling, next_block
+from nev.train.core.optim import learning_rate, set_learning_rate
+from nev.train.core.step import train_step
+from nev.train.core.vision_setup import uncompiled
 from nev.train.job import Job, Start
-from nev.train.keeper import Keeper, Report
-from nev.train.learner import Learner, Rank
-from nev.train.meter import Clock, Totals
-from nev.train.optim import learning_rate, set_learning_rate
-from nev.train.parallel import first_of_all
-from nev.train.quarantine import Quarantine, TooManyBadRows, describe, too_many
-from nev.train.step import train_step
-from nev.train.tower import uncompiled
+from nev.train.worker import guards
+from nev.train.worker.batch import Filling, next_block
+from nev.train.worker.checkpointer import Keeper, Report
+from nev.train.worker.collectives import Agreement, first_of_all
+from nev.train.worker.meters import Clock, Totals
+from nev.train.worker.quarantine import Quarantine, TooManyBadRows, describe, too_many
+from nev.train.worker.state import Learner, Rank
 
 
 class TowerMoved(NevError, RuntimeError):

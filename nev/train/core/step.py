@@ -19,8 +19,8 @@ from nev.losses.pairwise import Contrastive
 from nev.losses.sigmoid import sigmoid_loss
 from nev.models.dual_encoder import DualEncoder, Embedded
 from nev.models.vision import normalise
-from nev.train.gradcache import backward_in_parts
-from nev.train.parallel import bare, clip_gradients
+from nev.train.core.gradcache import backward_in_parts
+from nev.train.core.parallel import bare, clip_gradients
 
 
 class Batch(NamedTuple):
@@ -70,8 +70,8 @@ def train_step(
 ) -> StepResult:
     """One update of `model` (a DualEncoder, bare, under DDP or FSDP) on the global batch that `batch` is a share of.
 
-    With `train.micro_batch` below the local batch it is embedded in parts (`nev.train.gradcache`). Collectives: those of the
-    loss and of DDP, or of FSDP and two numbers (`nev.capacity.collectives`). Without a finite loss and gradient nothing is
+    With `train.micro_batch` below the local batch it is embedded in parts (`nev.train.core.gradcache`). Collectives: those of the
+    loss and of DDP, or of FSDP and two numbers (`nev.train.capacity.collectives`). Without a finite loss and gradient nothing is
     updated. The scale is clamped to `loss.max_scale` after the update.
     """
     dual = bare(model)

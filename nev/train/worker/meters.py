@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 
 from nev.models.dual_encoder import DualEncoder
-from nev.train.step import StepResult
+from nev.train.core.step import StepResult
 
 
 class Totals:

@@ -15,14 +15,14 @@ from nev.models.text_encoder import unlock
 from nev.models.vision import build_vision
 from nev.runs import checkpoint
 from nev.runs.manifest import CheckpointError, State, newest_whole, patiently
+from nev.train.core.gradcache import refuse_batch_norm
+from nev.train.core.optim import make_optimizer
+from nev.train.core.parallel import distribute
+from nev.train.core.rng import restore_rng, seed_rank
 from nev.train.core.state_dict import load_optimizer, unknown_parameters
-from nev.train.gradcache import refuse_batch_norm
+from nev.train.core.step import Precision
+from nev.train.core.vision_setup import make_ready
 from nev.train.job import Job, Start
-from nev.train.optim import make_optimizer
-from nev.train.parallel import distribute
-from nev.train.rng import restore_rng, seed_rank
-from nev.train.step import Precision
-from nev.train.tower import make_ready
 
 
 @dataclass(frozen=True)

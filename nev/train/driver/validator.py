@@ -9,17 +9,26 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from ray.exceptions import RayError
 
 from nev.common.errors import NevError
+from nev.common.signals import Stopped, set_by_sigterm
+from nev.config.experiment import Experiment
 from nev.runs.manifest import VALIDATION, awaiting
 from nev.runs.metrics_log import point, write_validation
 from nev.storage.files import StorageError, filesystem, join, naming, write_whole
+from nev.train.driver.metrics import Ledger
 from nev.train.job import Job
+
+if TYPE_CHECKING:
+    from nev.train.job import Job
+
 
 BEHIND = 2  # checkpoints that may wait: validation that is slower than training leaves the oldest out, so that disks do not fill
 PAUSE_S = 5.0  # after a failure
@@ -144,3 +153,44 @@ class Validator:
 def first_line(error: BaseException) -> str:
     """What an error says, in a line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def validated(config: Experiment, job: Job, checkpoint: str) -> dict[str, float]:
+    """Score a checkpoint on the connected Ray, and keep its vectors with it. Returns the metrics."""
+    from nev.eval.validation.on_cluster import embed
+    from nev.eval.validation.task import Result
+    from nev.eval.validation.validate import score
+    from nev.eval.validation.vectors import kept_bytes, kept_file
+
+    assert job.validation
+    embedded, texts = embed(config, checkpoint, job.validation, config.workers.most * config.workers.gpus)
+    metrics = score(job.validation, embedded, texts)
+    result = Result(metrics, embedded, texts)
+    vectors = join(checkpoint, kept_file(job.validation))
+    with naming(vectors, "written"):
+        write_whole(vectors, kept_bytes(job.validation, result))
+    return metrics
+
+
+@contextmanager
+def validating(job: Job) -> Iterator[Validator | None]:
+    """What scores the checkpoints of a run beside its training, where that is asked for."""
+    if not (job.config.eval.asynchronous and job.validation):
+        yield None
+        return
+    with Validator(job, partial(validated, job.config, job)) as validator:
+        yield validator
+
+
+def finish_validation(validator: Validator, ledger: Ledger) -> None:
+    """Wait for the checkpoints that are not validated yet. Raises Stopped where a SIGTERM ends that."""
+    told, finished = threading.Event(), False
+    with set_by_sigterm(told):
+        while not finished:
+            if told.is_set():
+                raise Stopped
+            finished = validator.finished(0.5)
+            for step, metrics, problem in validator.done():
+                ledger.take(step, metrics)
+                if problem:
+                    ledger.note(problem)

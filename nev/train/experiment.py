@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 
 from nev.common.errors import Findings
-from nev.common.signals import Stopped, set_by_sigterm
+from nev.common.signals import Stopped
 from nev.config.experiment import Experiment
 from nev.config.file import to_yaml
 from nev.config.paths import absolute
 from nev.eval.report.tables import metrics_table
 from nev.runs.folder import check_output, check_space, run_folder
-from nev.runs.manifest import best, latest, metrics_of, newest_whole, verified
-from nev.runs.metrics_log import keep_run_id, kept_run_id, read_points
-from nev.runs.tracking import Tracker, check_tracking, open_run, tracking_uri
-from nev.storage.files import folder_to_fill, join, naming, write_whole
-from nev.train.ledger import Heard, Ledger
-from nev.train.setup import prepare_job, train_reader
-from nev.train.trainer import check_room, check_store, fit, posting
-from nev.train.validator import BEHIND, Validator
+from nev.runs.manifest import best, latest, metrics_of
+from nev.runs.metrics_log import read_points
+from nev.runs.tracking import Tracker, check_tracking, tracking_uri
+from nev.storage.files import folder_to_fill, join
+from nev.train.driver.launcher import fit
+from nev.train.driver.metrics import Heard, Ledger, track
+from nev.train.driver.preflight import check_room, check_store
+from nev.train.driver.setup import begin, prepare_job, train_reader
+from nev.train.driver.validator import BEHIND, finish_validation, validating
+from nev.train.messages import posting
 
 if TYPE_CHECKING:
     from nev.train.job import Job
@@ -57,10 +55,10 @@ def run_experiment(
     tags: of the MLflow run that this begins, more than its own. heard: told of a step's metrics as they come.
     Raises a NevError for anything that the user can mend; before any process is started where that is possible.
     """
-    from nev.capacity import checkpoint_bytes
     from nev.cluster.session import connect
     from nev.models.lock import check_locked, lock_of
     from nev.models.text import load_text
+    from nev.train.capacity import checkpoint_bytes
 
     config = absolute(config)
     found = Findings()
@@ -115,89 +113,6 @@ def run_experiment(
                     soft_wrap=True,
                 )
     return summary
-
-
-def validated(config: Experiment, job: Job, checkpoint: str) -> dict[str, float]:
-    """Score a checkpoint on the connected Ray, and keep its vectors with it. Returns the metrics."""
-    from nev.eval.validation.on_cluster import embed
-    from nev.eval.validation.task import Result
-    from nev.eval.validation.validate import score
-    from nev.eval.validation.vectors import kept_bytes, kept_file
-
-    assert job.validation
-    embedded, texts = embed(config, checkpoint, job.validation, config.workers.most * config.workers.gpus)
-    metrics = score(job.validation, embedded, texts)
-    result = Result(metrics, embedded, texts)
-    vectors = join(checkpoint, kept_file(job.validation))
-    with naming(vectors, "written"):
-        write_whole(vectors, kept_bytes(job.validation, result))
-    return metrics
-
-
-@contextmanager
-def validating(job: Job) -> Iterator[Validator | None]:
-    """What scores the checkpoints of a run beside its training, where that is asked for."""
-    if not (job.config.eval.asynchronous and job.validation):
-        yield None
-        return
-    with Validator(job, partial(validated, job.config, job)) as validator:
-        yield validator
-
-
-def finish_validation(validator: Validator, ledger: Ledger) -> None:
-    """Wait for the checkpoints that are not validated yet. Raises Stopped where a SIGTERM ends that."""
-    told, finished = threading.Event(), False
-    with set_by_sigterm(told):
-        while not finished:
-            if told.is_set():
-                raise Stopped
-            finished = validator.finished(0.5)
-            for step, metrics, problem in validator.done():
-                ledger.take(step, metrics)
-                if problem:
-                    ledger.note(problem)
-
-
-def begin(job: Job, console: Console) -> int:
-    """Tell what lies before a run, and what of it is damaged. Returns the step that it goes on from, 0 for a new one."""
-    found = newest_whole(job.run, verified)
-    for damage in found.damaged if found else []:
-        console.print(f"[yellow]{escape(damage)}; the one before it is used[/]", highlight=False, soft_wrap=True)
-    begun: int = found.read["step"] if found else 0
-    console.print(extent(job, begun))
-    return begun
-
-
-def extent(job: Job, begun: int) -> str:
-    """What lies before a run, in a line."""
-    plan = job.plan
-    steps = f"steps {begun:,} to {job.stop_step:,}" if begun else f"{job.stop_step:,} steps"
-    left = f", {plan.tail_rows:,} rows left over" if plan.tail_rows else ""
-    trained = {"text": "", "image": ", the text tower alone is trained", "none": ", both towers are trained"}[
-        job.config.lock
-    ]
-    return (
-        f"{job.config.name}: {plan.total_rows:,} rows, {plan.steps_per_epoch:,} steps an epoch{left}; {steps}{trained}"
-    )
-
-
-def track(job: Job, tags: Mapping[str, str], begun: int) -> Tracker:
-    """The MLflow run of this job, with the config and the fingerprints; it gets what it has missed up to step `begun`."""
-    config = job.config
-    fingerprints = {f"nev.{name}_fingerprint": value for name, value in job.fingerprints.items()}
-    tracker = open_run(
-        tracking_uri(config.tracking, config.output),
-        config.tracking.experiment,
-        config.name,
-        config,
-        {**tags, **fingerprints, "nev.tail_rows": str(job.plan.tail_rows)},
-        config.output,
-        run_id=kept_run_id(job.run),
-    )
-    keep_run_id(job.run, tracker.run_id)
-    for point in read_points(job.run, begun):
-        tracker.log(point.step, point.metrics, point.time)
-    return tracker
 
 
 def summarise(job: Job, tracker: Tracker) -> tuple[Summary, list[str]]:

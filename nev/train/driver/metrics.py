@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 
 from nev.cluster.ray_internals import Group
 from nev.config.experiment import Experiment
-from nev.runs.tracking import Tracker
-from nev.train.patience import Patience
-from nev.train.signatures import Signatures
+from nev.runs.metrics_log import keep_run_id, kept_run_id, read_points
+from nev.runs.tracking import Tracker, open_run, tracking_uri
+from nev.train.driver.alerts import Signatures
+from nev.train.driver.early_stopping import Patience
+
+if TYPE_CHECKING:
+    from nev.train.job import Job
+
 
 Heard = Callable[[int, dict[str, float], Group | None], None]
 
@@ -42,3 +48,22 @@ class Ledger:
     def note(self, text: str) -> None:
         """A line for the person who watches."""
         self._console.print(f"[yellow]{escape(text)}[/]", highlight=False, soft_wrap=True)
+
+
+def track(job: Job, tags: Mapping[str, str], begun: int) -> Tracker:
+    """The MLflow run of this job, with the config and the fingerprints; it gets what it has missed up to step `begun`."""
+    config = job.config
+    fingerprints = {f"nev.{name}_fingerprint": value for name, value in job.fingerprints.items()}
+    tracker = open_run(
+        tracking_uri(config.tracking, config.output),
+        config.tracking.experiment,
+        config.name,
+        config,
+        {**tags, **fingerprints, "nev.tail_rows": str(job.plan.tail_rows)},
+        config.output,
+        run_id=kept_run_id(job.run),
+    )
+    keep_run_id(job.run, tracker.run_id)
+    for point in read_points(job.run, begun):
+        tracker.log(point.step, point.metrics, point.time)
+    return tracker

@@ -80,7 +80,7 @@ def guessing_loss(config: Experiment) -> float | None:
 
 
 def non_finite(metrics: dict[str, float]) -> Alert | None:
-    """Steps without a finite loss and gradient, which change nothing (`nev.train.guards`), or a loss that is no number."""
+    """Steps without a finite loss and gradient, which change nothing (`nev.train.worker.guards`), or a loss that is no number."""
     skipped = metrics.get("skipped_steps", 0.0)
     if not skipped and math.isfinite(metrics.get("loss", 0.0)):
         return None

@@ -25,11 +25,11 @@ from nev.losses.fused import HALF, PARTIAL_BYTES
 from nev.losses.tiles import GPU_TILE_COLUMNS, GPU_TILE_ROWS, TILE_COLUMNS, TILE_ROWS
 from nev.models.text import TextTower
 from nev.models.vision import VisionTower, build_vision
-from nev.train.parallel import blocks_of
-from nev.train.tower import make_ready
+from nev.train.core.parallel import blocks_of
+from nev.train.core.vision_setup import make_ready
 
 BUCKET_BYTES = 25 * 2**20  # DDP's default
-LEAVE = "whether to leave (hosts)"  # nev.train.agreement
+LEAVE = "whether to leave (hosts)"  # nev.train.worker.collectives
 FP32, FP16 = 4, 2
 # Measured with glibc's allocator and oneDNN (`benchmarks/results/capacity.json`): a share of what is alive, and on a CPU what the
 # first step brings for good, libraries and compiled kernels.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nev.data.block import Block
-from nev.train.step import Batch
+from nev.train.core.step import Batch
 
 
 class StreamError(RuntimeError):

@@ -31,8 +31,8 @@ from nev.models.vision import VisionTower, build_vision, normalise
 from nev.runs.tracking import open_run, tracking_uri
 from nev.storage.files import join, naming, write_whole
 from nev.storage.reading import DataError, read_column
-from nev.train.optim import learning_rate, make_optimizer, set_learning_rate
-from nev.train.setup import total_steps, used_rows
+from nev.train.core.optim import learning_rate, make_optimizer, set_learning_rate
+from nev.train.driver.setup import total_steps, used_rows
 
 Objective = Literal["supervised", "mim"]
 MASKED = 0.6  # of the patches: SimMIM's

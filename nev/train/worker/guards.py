@@ -21,7 +21,7 @@ from nev.common.errors import NevError
 from nev.config.experiment import Guards
 from nev.data.plan import Plan
 from nev.storage.files import StorageError, join, naming, write_whole
-from nev.train.step import StepResult
+from nev.train.core.step import StepResult
 
 WINDOW = 1000  # steps over which skipped ones are counted
 MEMORY = 100  # losses that the running mean and variance look back on, and how many they need before they judge

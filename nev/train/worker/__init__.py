@@ -1,0 +1,1 @@
+"""One training process: torch.distributed, blocks, steps, checkpoints. No console, no MLflow."""
