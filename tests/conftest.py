@@ -16,7 +16,7 @@ from nev.config.experiment import Experiment
 from nev.config.file import parse
 
 if TYPE_CHECKING:
-    from s3_server import Proxy
+    from helpers.s3_server import Proxy
 
     from nev.models.text import TextTower
 
@@ -78,7 +78,7 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def s3_session() -> Iterator[Proxy]:
     """An S3 server behind a proxy that counts and breaks answers, its address and keys in the profile `nev`."""
-    from s3_server import s3_server
+    from helpers.s3_server import s3_server
 
     with s3_server() as proxy:
         AWS_PROFILE.write_text(
@@ -211,7 +211,7 @@ def trained(ray_cluster: None, pictures: Path, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of `prepare_helpers.make` where nothing went wrong."""
-    from prepare_helpers import SHARDS, contents, make
+    from helpers.prepare import SHARDS, contents, make
 
     output = tmp_path_factory.mktemp("whole") / "set"
     assert len(make(output).shards) == SHARDS

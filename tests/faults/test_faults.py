@@ -22,7 +22,7 @@ from .servers import MlflowServer
 from .table import FAULTS
 
 if TYPE_CHECKING:
-    from s3_server import Proxy
+    from helpers.s3_server import Proxy
 
 AWAY_S = 8.0
 

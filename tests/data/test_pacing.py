@@ -1,0 +1,135 @@
+"""Pacing: how far ahead the stream reads, and that its executor sleeps while nothing can be done."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.pictures import WIDTH, encode, rows_of, write_shard
+from numpy.typing import NDArray
+
+from nev.config.data import Columns, Limits
+from nev.data.block import Block, BlockReader
+from nev.data.index import build_index
+from nev.data.plan import Plan, Segment
+from nev.data.sidecar import sidecar_key, write_sidecar
+
+pytestmark = pytest.mark.ray
+
+KEY = sidecar_key("tower", "caption")
+AHEAD = 4 * 2  # four blocks for each of the two CPUs; more than two steps of two blocks
+
+
+def counting_reader(folder: Path, count: int) -> BlockReader:
+    """A reader that leaves a file in `folder/read` for every block that it reads, in whatever process."""
+
+    @dataclass(frozen=True)
+    class Counting(BlockReader):
+        log: str = ""
+
+        def read(self, segments: list[Segment], epoch: int, pictures: NDArray[np.uint8] | None = None) -> Block:
+            Path(self.log, f"{epoch}-{segments[0].group}-{segments[0].start}").touch()
+            return super().read(segments, epoch, pictures)
+
+    (folder / "read").mkdir()
+    write_shard(folder / "a.parquet", rows_of(count), [count])
+    index = build_index(str(folder), Columns())
+    write_sidecar(index, 0, KEY, WIDTH, encode)
+    return Counting(index, 8, Limits(), 5, None, KEY, WIDTH, log=str(folder / "read"))
+
+
+@pytest.mark.parametrize(
+    ("ahead", "size", "cpus", "store", "expected"),
+    [
+        (8, 1, 2, 1e9, 8),  # two steps
+        (8, 1, 64, 1e9, 256),  # work for every CPU
+        (8, 100, 64, 1000, 5),  # half of the memory
+        (8, 100, 64, 10, 1),  # a block at least, or nothing would ever move
+        (8, 100, 0, 0, 8),  # a stream's first second: CPUs and memory are not known yet
+    ],
+)
+def test_what_is_enough(ahead: int, size: int, cpus: float, store: float, expected: int) -> None:
+    from nev.cluster.backpressure import enough_blocks
+
+    assert enough_blocks(ahead, size, cpus, store) == expected
+
+
+def test_a_consumer_that_does_not_take_holds_the_reading_back(ray_cluster: None, tmp_path: Path) -> None:
+    from nev.data.stream import make_stream
+
+    reader = counting_reader(tmp_path, 120)
+    plan = Plan(reader.index.rows, 1, global_batch=4, block_rows=2)
+    blocks = iter(make_stream(reader, plan, 0, 30).iter_batches(batch_size=None, prefetch_batches=0))
+    for taken in range(1, 4):
+        next(blocks)
+        time.sleep(1.0)  # far longer than it takes to read all 60
+        read = len(list((tmp_path / "read").iterdir()))
+        assert taken <= read <= taken + AHEAD + 1, "one more is on its way between the stream and the consumer"
+    assert sum(1 for _ in blocks) == 60 - 3
+    assert len(list((tmp_path / "read").iterdir())) == 60
+
+
+def test_the_executor_sleeps_while_the_consumer_does_not_take(ray_cluster: None, tmp_path: Path) -> None:
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    from nev.cluster.backpressure import PAUSE_S
+    from nev.data.stream import make_stream
+
+    turns = []
+
+    class Count(ExecutionCallback):
+        def on_execution_step(self, executor: Any) -> None:
+            turns.append(time.monotonic())
+
+    reader = counting_reader(tmp_path, 120)
+    plan = Plan(reader.index.rows, 1, global_batch=4, block_rows=2)
+    stream = make_stream(reader, plan, 0, 30)
+    stream.context.custom_execution_callback_classes.append(Count)
+    blocks = iter(stream.iter_batches(batch_size=None, prefetch_batches=0))
+    next(blocks)
+    time.sleep(1.0)
+    before, begin = len(turns), time.monotonic()
+    assert before, "the executor runs in this process, so its turns are seen"
+    time.sleep(1.0)
+    assert len(turns) - before <= 2 * (time.monotonic() - begin) / PAUSE_S  # without a pause it is some thousands
+    assert sum(1 for _ in blocks) == 59
+
+
+def test_block_numbers_leave_a_cpu_to_the_reading(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of weeks has millions of them: made all at once, they would hold every CPU before the first block is read."""
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    from nev.cluster.backpressure import NUMBER_OPERATORS
+    from nev.data import stream
+
+    running: dict[str, int] = {}
+    started: dict[str, int] = {}
+
+    class Watch(ExecutionCallback):
+        def on_execution_step(self, executor: Any) -> None:
+            for op in executor._topology:
+                if op.name.startswith(NUMBER_OPERATORS):
+                    running[op.name] = max(running.get(op.name, 0), op.num_active_tasks())
+                    started[op.name] = op.metrics.num_tasks_submitted
+
+    monkeypatch.setattr(stream, "NUMBERS_PER_TASK", 20)
+    reader = counting_reader(tmp_path, 8)
+    data = stream.make_stream(reader, Plan(reader.index.rows, 1, global_batch=4, block_rows=2), 0, 200)  # 20 tasks
+    data.context.custom_execution_callback_classes.append(Watch)
+    blocks = iter(data.iter_batches(batch_size=None, prefetch_batches=0))
+    taken: list[Any] = []
+    taker = threading.Thread(target=lambda: taken.extend(itertools.islice(blocks, 4)), daemon=True)
+    taker.start()
+    taker.join(60)
+    time.sleep(1.0)  # while nothing is taken, no more are made than blocks may be under way
+    assert list(running.values()) == [1, 1], running
+    assert max(started.values()) <= AHEAD + 1, started
+    assert len(taken) == 4

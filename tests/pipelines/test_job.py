@@ -1,0 +1,168 @@
+"""The way to a cluster, on one machine: a head with its job server, and jobs submitted to it over HTTP with a token.
+
+The head is a cluster of its own: other ports and another folder than the Ray of the test session, and a token of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from nev.runs.manifest import latest, read_manifest
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+
+REPO = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+START_S, JOB_S, STOP_S = 240, 500, 60  # a hang becomes an error; none of these is a promise of speed
+
+
+@dataclass(frozen=True)
+class JobServer:
+    """A running head. `folder` is its --temp-dir; `env` holds what a client needs: the mode and the token's path."""
+
+    address: str
+    folder: Path
+    env: dict[str, str]
+
+    def submit(self, name: str, *command: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        """`ray job submit --working-dir .` from the repository's root, to the end of the job."""
+        submit = [str(BIN / "ray"), "job", "submit", "--address", self.address, "--submission-id", name]
+        submit += ["--working-dir", ".", "--runtime-env-json", '{"env_vars": {"SENT_ALONG": "yes"}}']
+        whole = [*submit, "--", *command]
+        return subprocess.run(whole, cwd=REPO, env=env or self.env, capture_output=True, text=True, timeout=JOB_S)
+
+    def log(self, name: str) -> str:
+        """What the job itself printed, without the words of the submitting client."""
+        return (self.folder / "session_latest" / "logs" / f"job-driver-{name}.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[JobServer]:
+    # Not tmp_path: the sockets of Ray lie below this folder, and a socket's path has at most 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="nev-job-"))
+    token = folder / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1"}
+    options = ["--port=0", "--num-cpus=2", f"--object-store-memory={256 * 2**20}", "--disable-usage-stats"]
+    options += [f"--dashboard-port={port}", "--dashboard-host=127.0.0.1", "--dashboard-agent-listen-port=0"]
+    output = folder / "head.txt"
+    with output.open("wb") as file:
+        head = subprocess.Popen(
+            [str(BIN / "ray"), "start", "--head", "--block", f"--temp-dir={folder}", *options],
+            env=env,
+            cwd=folder,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        wait_until_started(head, output)
+        yield JobServer(f"http://127.0.0.1:{port}", folder, env)
+    finally:
+        head.terminate()  # it ends its own processes; `ray stop` would end every Ray of the machine
+        head.wait(STOP_S)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_until_started(head: subprocess.Popen[bytes], output: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while "Ray runtime started" not in output.read_text():
+        if head.poll() is not None or time.monotonic() > deadline:
+            pytest.fail(f"the head did not start:\n{output.read_text()}")
+        time.sleep(0.2)
+
+
+# What the job sees: its files, their size, and in the job and in a task of it: where `nev` comes from, and a variable.
+PROBE = """
+import os, pathlib, ray, nev, nev.cluster.session
+nev.cluster.session.connect()
+def where():
+    import nev
+    return pathlib.Path(nev.__file__).parents[1], os.environ.get("SENT_ALONG")
+files = [path for path in pathlib.Path().rglob("*") if path.is_file()]
+print("top", *sorted({path.parts[0] for path in files}))
+print("bytes", sum(path.stat().st_size for path in files))
+print("here", os.getcwd())
+print("job", *where())
+print("task", *ray.get(ray.remote(where).remote()))
+"""
+
+
+def test_a_job_runs_the_uploaded_code(server: JobServer) -> None:
+    done = server.submit("probe", "python", "-c", PROBE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    seen = dict(line.split(" ", 1) for line in server.log("probe").splitlines() if " " in line)
+    top = set(seen["top"].split())
+    assert {"nev", "pipelines", "configs"} <= top
+    assert not top & {".git", ".venv", "data", "runs", "tests", "docs", "notebooks"}
+    assert int(seen["bytes"]) < 5 * 2**20
+    assert Path(seen["here"]).is_relative_to(server.folder)
+    assert seen["job"] == seen["task"] == f"{seen['here']} yes"
+
+
+def test_no_token_no_job(server: JobServer) -> None:
+    env = {name: value for name, value in server.env.items() if name != "RAY_AUTH_TOKEN_PATH"}
+    done = server.submit("stranger", "true", env=env | {"RAY_AUTH_MODE": "disabled"})
+    assert done.returncode != 0
+    assert "Unauthorized" in done.stdout + done.stderr
+    other = server.folder / "other"
+    other.write_text(secrets.token_hex(32))
+    done = server.submit("forger", "true", env=env | {"RAY_AUTH_TOKEN_PATH": str(other)})
+    assert done.returncode != 0
+    assert "token is invalid" in done.stdout + done.stderr
+
+
+def test_a_job_trains_to_the_end(server: JobServer, pictures: Path, tmp_path: Path) -> None:
+    changes = {
+        "name": "job",
+        "output": tmp_path / "runs",
+        "data.train": pictures / "train",
+        "data.val": pictures / "val",
+        "data.image_size": 32,
+        "vision.trunk_args": "{patch_size: 8, embed_dim: 32, depth: 1, num_heads: 2}",
+        "train.steps": 4,
+        "train.log_every": 2,
+        "eval.zero_shot.classes": pictures / "classes.txt",
+        "workers.count": 1,
+    }
+    options = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+    done = server.submit("train", "python", "pipelines/train.py", "--config", "configs/quickstart.yaml", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    newest = latest(str(tmp_path / "runs" / "job"))
+    assert newest is not None
+    manifest = read_manifest(newest)
+    assert manifest["step"] == 4
+    assert "zero_shot/top1" in manifest["metrics"]
+    log = printed_by_nev(server.log("train"))
+    assert "step 2/4" in log
+    assert "top1" in log
+    assert newest in log
+    for mark in (" INFO ", "WARNING", "Warning", "(pid=", "(RayTrainWorker", "(TrainController", "Traceback"):
+        assert mark not in log, f"{mark!r} in the log of the job:\n{log}"
+
+
+def printed_by_nev(log: str) -> str:
+    """The log of a job without the two lines that the job server puts before it."""
+    before, found, after = log.partition("Running entrypoint for job ")
+    assert found
+    assert len(before.splitlines()) <= 1
+    return after.partition("\n")[2]

@@ -1,0 +1,212 @@
+"""FSDP2 on two processes: the step, the checkpoint and the validation of one process, and half of its memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.gloo import on_ranks
+from helpers.steps import CPU, FP32, ROWS, SIZE, WIDTH, batch, poisoned, steps
+from rich.console import Console
+from torch import Tensor
+
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment, Vision
+from nev.config.file import parse
+from nev.eval.evaluate import evaluate_checkpoint
+from nev.models.dual_encoder import DualEncoder
+from nev.models.text import load_text
+from nev.models.vision import build_vision
+from nev.runs import checkpoint
+from nev.runs.manifest import State
+from nev.runs.tracking import Tracker
+from nev.train.core.optim import make_optimizer
+from nev.train.core.parallel import blocks_of, distribute, is_sharded, whole
+from nev.train.core.state_dict import Tensors, gather_tensors, load_optimizer, unknown_parameters
+from nev.train.core.step import Batch, train_step
+from nev.train.core.vision_setup import make_ready
+from nev.train.driver.setup import prepare_job
+from nev.train.experiment import run_experiment
+from nev.train.worker.state import build
+
+Make = Callable[..., Experiment]
+WORLD, STEPS = 2, 3
+TRUNK = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}  # float32, sums in another order
+
+
+def experiment(kind: str = "softmax", **train: Any) -> Experiment:
+    return parse(
+        Experiment,
+        {
+            "name": "shards",
+            "data": {"train": "nowhere", "image_size": SIZE, "block_rows": 4},
+            "vision": {"trunk": "vit_tiny_patch16_224", "trunk_args": TRUNK, "pool": "map"},
+            "loss": {"kind": kind, "init_scale": 10.0},
+            # eps: without it the first update is the gradient's sign, and rounding decides where it is nearly 0.
+            "optim": {"lr": 0.01, "eps": 1e-3, "clip_norm": 0.05, "weight_decay": 0.1},
+            "train": {"global_batch": ROWS, "steps": STEPS, "fsdp": True, **train},
+        },
+    )
+
+
+def made(config: Experiment) -> DualEncoder:
+    torch.manual_seed(1)
+    vision = build_vision(config.vision, SIZE, WIDTH)
+    make_ready(vision, config.train, backend="aot_eager")
+    return DualEncoder(vision, config.loss).train()
+
+
+def share(rank: int) -> Batch:
+    return Batch(*(part.chunk(WORLD)[rank] for part in batch(torch.float32)))
+
+
+def alone(config: Experiment) -> tuple[Tensor, Tensors]:
+    model = made(config)
+    optimizer = make_optimizer(model, config.optim)
+    return steps(model, optimizer, config, batch(torch.float32), STEPS), gather_tensors(model, optimizer)
+
+
+def _trains(rank: int, config: Experiment) -> dict[str, Any]:
+    model = made(config)
+    wrapped = distribute(model, True, WORLD, CPU)
+    optimizer = make_optimizer(model, config.optim)
+    found = steps(wrapped, optimizer, config, share(rank), STEPS)
+    held = [*model.parameters(), *(slot for slots in optimizer.state.values() for slot in slots.values())]
+    mine = sum(one.to_local().numel() for one in held if is_sharded(one))
+    tensors = gather_tensors(model, optimizer)
+    return {
+        "found": found,
+        "mine": mine,
+        "all": sum(one.numel() for one in held if is_sharded(one)),
+        **tensors._asdict(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "train"),
+    [
+        ("softmax", {}),
+        ("sigmoid", {"micro_batch": 4}),
+        ("softmax", {"micro_batch": 6, "activation_checkpointing": True}),
+        ("softmax", {"compile": True}),
+    ],
+)
+def test_steps_are_those_of_one_process(kind: str, train: dict[str, Any], tmp_path: Path) -> None:
+    config = experiment(kind, **train)
+    results, expected = alone(experiment(kind))
+    ranks = on_ranks(functools.partial(_trains, config=config), WORLD, tmp_path)
+    for rank in ranks:
+        torch.testing.assert_close(rank["found"], results, **CLOSE)
+        for held in ("model", "optimizer"):
+            assert rank[held].keys() == getattr(expected, held).keys()
+            for name, tensor in getattr(expected, held).items():
+                torch.testing.assert_close(
+                    rank[held][name], tensor, **CLOSE, msg=lambda text, name=name: f"{name}: {text}"
+                )
+        assert rank["mine"] < 0.6 * rank["all"], "uneven rows aside, each rank holds its half"
+    assert (results[:, 3] > config.optim.clip_norm).all(), "the gradients were clipped"
+
+
+def _goes_on(rank: int, folder: str, fsdp: bool) -> dict[str, Any]:
+    config = experiment()
+    model = made(config)
+    wrapped = distribute(model, True, WORLD, CPU)
+    optimizer = make_optimizer(model, config.optim)
+    steps(wrapped, optimizer, config, share(rank), 1)
+    tensors = gather_tensors(model, optimizer, keep=rank == 0)
+    if rank == 0:
+        checkpoint.save(folder, State(1, {}, {}, {}, WORLD, 0, {}), tensors, {})
+    straight = steps(wrapped, optimizer, config, share(rank), 2)
+    dist.barrier()
+
+    again = made(config.model_copy(update={"seed": 5}))
+    _, weights, moments, _ = checkpoint.load(f"{folder}/checkpoints/step-00000001")
+    again.load_state_dict(weights)
+    assert not unknown_parameters(again, moments)
+    wrapped_again = distribute(again, fsdp, WORLD, CPU)
+    optimizer_again = make_optimizer(again, config.optim)
+    load_optimizer(again, optimizer_again, moments)
+    resumed = steps(wrapped_again, optimizer_again, config, share(rank), 2)
+    pairs = [
+        (whole(a).detach(), whole(b).detach()) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    ]
+    return {
+        "nothing": not (rank == 0 or tensors.model or tensors.optimizer),
+        "pairs": pairs,
+        "straight": straight,
+        "resumed": resumed,
+    }
+
+
+@pytest.mark.parametrize("fsdp", [True, False])
+def test_a_checkpoint_is_whole_and_goes_on_bit_for_bit_or_under_ddp(fsdp: bool, tmp_path: Path) -> None:
+    folder, exact = str(tmp_path / "run"), {"rtol": 0, "atol": 0}
+    first, second = on_ranks(functools.partial(_goes_on, folder=folder, fsdp=fsdp), WORLD, tmp_path)
+    assert second["nothing"], "no other rank holds a whole copy"
+    for rank in (first, second):
+        for straight, resumed in [*rank["pairs"], (rank["straight"], rank["resumed"])]:
+            torch.testing.assert_close(resumed, straight, **(exact if fsdp else CLOSE))
+    _, weights = checkpoint.load_model(f"{folder}/checkpoints/step-00000001")
+    made(experiment()).load_state_dict(weights)  # one process can take it up
+
+
+def _meets_nan(rank: int) -> bool:
+    config = experiment()
+    model = made(config)
+    wrapped = distribute(model, True, WORLD, CPU)
+    optimizer = make_optimizer(model, config.optim)
+    before = [whole(parameter).detach().clone() for parameter in model.parameters()]
+    given = share(rank)
+    train_step(wrapped, optimizer, poisoned(given) if rank else given, config, FP32)
+    return all(torch.equal(whole(now), was) for now, was in zip(model.parameters(), before, strict=True))
+
+
+def test_a_step_that_one_rank_spoils_changes_nothing_on_any(tmp_path: Path) -> None:
+    assert on_ranks(_meets_nan, WORLD, tmp_path) == [True, True]
+
+
+def test_every_block_of_a_trunk_is_gathered_apart() -> None:
+    vit = build_vision(experiment().vision, SIZE, WIDTH)
+    assert [type(one).__name__ for one in blocks_of(vit)] == ["Block"] * 3
+    convnext = build_vision(Vision(trunk="convnext_atto", pool="mean"), 64, WIDTH)
+    names = [type(one).__name__ for one in blocks_of(convnext)]
+    assert names.count("ConvNeXtBlock") == 12
+    assert names.count("ConvNeXtStage") == 4
+    assert names.index("ConvNeXtBlock") > names.index("ConvNeXtStage"), "outer ones first"
+
+
+def test_batch_norm_is_refused(tiny: Make) -> None:
+    trunk = {"vision__trunk": "resnet10t", "vision__trunk_args": {}, "vision__pool": "mean"}
+    config = tiny(train__fsdp=True, eval={}, data__val=None, **trunk)
+    with pytest.raises(ConfigError, match=r"train\.fsdp: vision\.trunk\.\S+ is a batch norm"):
+        build(prepare_job(config, load_text(config.text)))
+
+
+def test_a_process_alone_splits_nothing() -> None:
+    model = made(experiment())
+    assert distribute(model, True, 1, CPU) is model
+    assert not any(map(is_sharded, model.parameters()))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_on_ray_of_both_towers_validates_in_lockstep_and_goes_on_under_ddp(ray_cluster: None, tiny: Make) -> None:
+    """Three blocks to validate for two ranks; stopped under FSDP, gone on with under DDP; one process scores it the same."""
+    options = {"lock": "none", "train__steps": 6, "train__eval_every": 3, "train__micro_batch": 16, "eval__batch": 48}
+    split = {"name": "fsdp", "workers__count": 2, **options}
+    stopped = run_experiment(tiny(train__fsdp=True, **split), Console(quiet=True), stop_after=4)
+    found = run_experiment(tiny(**split), Console(quiet=True))
+    steps, losses = Tracker(found.tracking_uri, found.mlflow_run_id).history("loss")
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert losses[-1] < losses[0]
+    for summary in (stopped, found):
+        again, _ = evaluate_checkpoint(summary.checkpoint, [])
+        for name, value in summary.metrics.items():
+            assert name == "space/text_drift" or again[name] == pytest.approx(value, abs=0.02), name
