@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import report
-from nev.common.cli import command, explained
+from nev.common.cli import make_command, report_errors
 from nev.config.experiment import Experiment
 from nev.config.file import parse
 
@@ -67,7 +67,7 @@ def main(
     from nev.train.capacity import capacity
 
     console = Console()
-    with explained(console):
+    with report_errors(console):
         contestants: dict[str, Callable[[], float]] = {}
         ratios: dict[str, report.Ratio] = {}
 
@@ -84,7 +84,7 @@ def main(
         report.write("capacity", report.this_command(), figures, ratios, NOTES, results, console)
 
 
-app = command(main, "make bench NAME=capacity")
+app = make_command(main, "make bench NAME=capacity")
 
 if __name__ == "__main__":
     app()

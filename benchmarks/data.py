@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import report
-from nev.common.cli import command, explained
+from nev.common.cli import make_command, report_errors
 
 DATALOADER_GOAL, OPEN_CLIP_GOAL, LIMIT_GOAL, RESUME_GOAL = 1.0, 2.0, 0.9, 1.2
 NOTES = (
@@ -53,7 +53,7 @@ def main(
     from benchmarks.contestants.processes import in_own_process
 
     console = Console()
-    with explained(console), tempfile.TemporaryDirectory(prefix="nev-bench-") as name:
+    with report_errors(console), tempfile.TemporaryDirectory(prefix="nev-bench-") as name:
         if (os.cpu_count() or 1) / 2 < report.LOAD_AT_START:
             console.print(
                 f"[yellow]the machine is busy (load {report.LOAD_AT_START:.1f}): do not keep these figures[/]"
@@ -100,7 +100,7 @@ def main(
         report.write("data", report.this_command(), figures, headline, NOTES, results, console)
 
 
-app = command(main, "make bench NAME=data")
+app = make_command(main, "make bench NAME=data")
 
 if __name__ == "__main__":
     app()

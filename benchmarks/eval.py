@@ -19,7 +19,7 @@ from rich.console import Console
 from benchmarks import report
 from benchmarks.contestants import embedding
 from benchmarks.contestants.processes import in_own_process
-from nev.common.cli import command, explained
+from nev.common.cli import make_command, report_errors
 
 FORWARD_GOAL = 0.85
 SUITE_GOAL_S, SEARCH_GOAL_GIB = 180.0, 1.0
@@ -48,7 +48,7 @@ def main(
 ) -> None:
     """Measure evaluation; writes benchmarks/results/eval.json."""
     console = Console()
-    with explained(console), tempfile.TemporaryDirectory(prefix="nev-bench-") as name:
+    with report_errors(console), tempfile.TemporaryDirectory(prefix="nev-bench-") as name:
         tars = str(data.absolute() / "flickr8k/train")
         embedded = report.measure_interleaved(
             {
@@ -84,7 +84,7 @@ def main(
         )
 
 
-app = command(main, 'make bench NAME=eval ARGS="--cifar10 CHECKPOINT --flickr8k CHECKPOINT"')
+app = make_command(main, 'make bench NAME=eval ARGS="--cifar10 CHECKPOINT --flickr8k CHECKPOINT"')
 
 if __name__ == "__main__":
     app()

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import report
-from nev.common.cli import command, explained
+from nev.common.cli import make_command, report_errors
 
 TIME_GOAL, MEMORY_GOAL, FLOPS_GOAL = 0.33, 0.05, 0.65
 NOTES = (
@@ -48,7 +48,7 @@ def main(
     from benchmarks.contestants.processes import in_own_process
 
     console = Console()
-    with explained(console):
+    with report_errors(console):
         beside: dict[str, list[float]] = {}
 
         def seconds(name: str, n: int) -> float:
@@ -98,7 +98,7 @@ def main(
         report.write("loss", report.this_command(), figures, ratios, NOTES, results, console)
 
 
-app = command(main, "make bench NAME=loss")
+app = make_command(main, "make bench NAME=loss")
 
 if __name__ == "__main__":
     app()

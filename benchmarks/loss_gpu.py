@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import report
-from nev.common.cli import command, explained
+from nev.common.cli import make_command, report_errors
 from nev.common.errors import NevError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def main(
     import torch
 
     console = Console()
-    with explained(console):
+    with report_errors(console):
         require_gpu()
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         beside: dict[str, list[float]] = {}
@@ -130,7 +130,7 @@ def loss(way: str, image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
         return contrastive_loss(image, text, log_scale).loss
 
 
-app = command(main, "make bench NAME=loss_gpu")
+app = make_command(main, "make bench NAME=loss_gpu")
 
 if __name__ == "__main__":
     app()

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import report
-from nev.common.cli import command, explained
+from nev.common.cli import make_command, report_errors
 
 MIB = 2**20
 SLOW_S = 0.4  # what the slow consumer takes for a batch: the stream could give several in that time
@@ -56,7 +56,7 @@ def main(
     from benchmarks.contestants.processes import in_own_process
 
     console = Console()
-    with explained(console), tempfile.TemporaryDirectory(prefix="nev-bench-") as name:
+    with report_errors(console), tempfile.TemporaryDirectory(prefix="nev-bench-") as name:
         own = pictures.flickr8k(data.absolute(), Path(name), rows)
         with console.status("the short run"):
             short = in_own_process(samples, own, size, batches, batches)
@@ -135,7 +135,7 @@ def draw(found: list[Sample], slow_from: int, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-app = command(main, "make bench NAME=memory")
+app = make_command(main, "make bench NAME=memory")
 
 if __name__ == "__main__":
     app()

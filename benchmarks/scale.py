@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import report
-from nev.common.cli import command, explained
+from nev.common.cli import make_command, report_errors
 
 if TYPE_CHECKING:
     from nev.data.index import Index
@@ -54,7 +54,7 @@ def main(
 ) -> None:
     """Time the plan of 1.55 billion rows and the index with and without its cache; writes benchmarks/results/scale.json."""
     console = Console()
-    with explained(console), tempfile.TemporaryDirectory(prefix="nev-bench-") as name:
+    with report_errors(console), tempfile.TemporaryDirectory(prefix="nev-bench-") as name:
         os.environ["NEV_CACHE"] = f"{name}/cache"
         write_shards(Path(name, "shards"), shards)
         index = made_up_index(BLOCK)
@@ -176,7 +176,7 @@ def groups_a_block(plan: Plan, blocks: int = 20_000) -> float:
     return float(np.mean([len(plan.segments(block)) for block in range(middle, middle + blocks)]))
 
 
-app = command(main, "make bench NAME=scale")
+app = make_command(main, "make bench NAME=scale")
 
 if __name__ == "__main__":
     app()

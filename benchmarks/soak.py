@@ -25,7 +25,7 @@ from rich.table import Table
 from benchmarks import report
 from benchmarks.contestants.checkpointing import Spent, seconds_to_findings, steps_with_checkpoints
 from benchmarks.contestants.processes import in_own_process
-from nev.common.cli import command, explained
+from nev.common.cli import make_command, report_errors
 from nev.runs.metrics_log import kept_run_id
 from tests.faults.disk import small_disk
 from tests.faults.machines import Machines, machines, wait_for
@@ -79,7 +79,7 @@ def main(
 ) -> None:
     """Inject faults at random moments; writes benchmarks/results/faults.json."""
     console = Console()
-    with explained(console), tempfile.TemporaryDirectory(prefix="nev-soak-") as name:
+    with report_errors(console), tempfile.TemporaryDirectory(prefix="nev-soak-") as name:
         folder = Path(name)
         pictures = drawn(folder / "pictures")
         checkpoints = cost_of_checkpoints(pictures, repetitions, console)
@@ -304,7 +304,7 @@ def table(struck: list[Struck]) -> Table:
     return shown
 
 
-app = command(main, "make soak")
+app = make_command(main, "make soak")
 
 if __name__ == "__main__":
     app()

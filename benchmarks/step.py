@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import report
-from nev.common.cli import command, explained
+from nev.common.cli import make_command, report_errors
 
 MEMORY_GOAL, TIME_GOAL = 1.3, 4 / 3
 NOTES = (
@@ -39,7 +39,7 @@ def main(
     from benchmarks.contestants.processes import in_own_process
 
     console = Console()
-    with explained(console):
+    with report_errors(console):
         beside: dict[str, list[float]] = {}
 
         def seconds(name: str, step: int) -> float:
@@ -59,7 +59,7 @@ def main(
         report.write("step", report.this_command(), figures, ratios, NOTES, results, console)
 
 
-app = command(main, "make bench NAME=step")
+app = make_command(main, "make bench NAME=step")
 
 if __name__ == "__main__":
     app()

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import report
-from nev.common.cli import command, explained
+from nev.common.cli import make_command, report_errors
 from nev.common.errors import NevError
 from nev.config.experiment import Experiment
 from nev.config.file import load
@@ -49,7 +49,7 @@ def main(
 ) -> None:
     """Measure training steps on a GPU; writes benchmarks/results/step_gpu.json."""
     console = Console()
-    with explained(console):
+    with report_errors(console):
         most = (peak or peak_of(device_name())) * 1e12
         flops = flops_of_an_image(experiment(1, 1, compiled=False))
         beside: dict[str, list[float]] = {"gflop_an_image": [flops / 1e9]}
@@ -163,7 +163,7 @@ def images_per_s(config: Experiment, device_name: str, warm: int = 3, timed: int
     return timed * batch / seconds, torch.cuda.max_memory_allocated() / 2**20 if on_gpu else 0.0
 
 
-app = command(main, "make bench NAME=step_gpu")
+app = make_command(main, "make bench NAME=step_gpu")
 
 if __name__ == "__main__":
     app()

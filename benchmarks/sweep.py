@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks import report
 from nev.cluster.session import connect
-from nev.common.cli import command, explained
+from nev.common.cli import make_command, report_errors
 from nev.config.data import Columns
 from nev.config.experiment import Text
 from nev.data.prepare.synthetic import write_synthetic
@@ -45,7 +45,7 @@ def main(
 ) -> None:
     """Measure a sweep; writes benchmarks/results/sweep.json."""
     console = Console()
-    with explained(console), tempfile.TemporaryDirectory(prefix="nev-bench-") as name:
+    with report_errors(console), tempfile.TemporaryDirectory(prefix="nev-bench-") as name:
         folder = Path(name)
         write_synthetic(folder / "pictures", train=4000, val=500, seed=0)
         connect()
@@ -128,7 +128,7 @@ def run(pipeline: str, *options: str) -> None:
     subprocess.run(command_line, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL)
 
 
-app = command(main, "make bench NAME=sweep")
+app = make_command(main, "make bench NAME=sweep")
 
 if __name__ == "__main__":
     app()

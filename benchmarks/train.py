@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import report
-from nev.common.cli import Overrides, command, explained
+from nev.common.cli import Overrides, make_command, report_errors
 
 if TYPE_CHECKING:
     from nev.config.experiment import Experiment
@@ -62,7 +62,7 @@ def main(
 ) -> None:
     """Measure the training speed of nev beside a bare loop and beside open_clip; writes benchmarks/results/train.json."""
     console = Console()
-    with explained(console):
+    with report_errors(console):
         load, cores = report.LOAD_AT_START, os.cpu_count() or 1
         if load > cores / 2:
             console.print(f"[yellow]the machine is busy (load {load:.1f}): do not keep these figures[/]")
@@ -85,9 +85,9 @@ def ready(path: str, overrides: list[str], console: Console) -> Experiment:
     """
     from benchmarks.contestants.processes import BenchmarkFailed, run_script
     from nev.config.file import load, to_yaml
-    from nev.config.paths import absolute
+    from nev.config.paths import with_absolute_paths
 
-    experiment = absolute(load(path, [*overrides, *FIXED]))
+    experiment = with_absolute_paths(load(path, [*overrides, *FIXED]))
     if experiment.workers.gpus:
         raise BenchmarkFailed(f"{path}: workers.gpus is {experiment.workers.gpus:g}, but this benchmark times the CPU")
     if not any(Path(experiment.data.train).glob("*.parquet")):
@@ -164,7 +164,7 @@ def figure(name: str, contestant: str) -> str:
     return f"{name}_{contestant}_images_per_s"
 
 
-app = command(main, "make bench NAME=train")
+app = make_command(main, "make bench NAME=train")
 
 if __name__ == "__main__":
     app()

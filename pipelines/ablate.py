@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nev.common.cli import Overrides, command, explained
+from nev.common.cli import Overrides, make_command, report_errors
 from nev.config.file import parse, read_yaml
 from nev.sweep.config import Sweep
 
@@ -27,7 +27,7 @@ def main(
 ) -> None:
     """Run an ablation: every arm with every seed; --set overrides the base experiment."""
     console = Console()
-    with explained(
+    with report_errors(
         console, "The same command goes on: finished trials are kept, others continue from their checkpoints."
     ):
         sweep = parse(
@@ -49,7 +49,7 @@ def main(
         raise typer.Exit(1)
 
 
-app = command(main, "python pipelines/ablate.py --config configs/ablations/batch_size.yaml --sweep samples=10000")
+app = make_command(main, "python pipelines/ablate.py --config configs/ablations/batch_size.yaml --sweep samples=10000")
 
 if __name__ == "__main__":
     app()

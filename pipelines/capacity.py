@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from nev.common.cli import ConfigFile, Overrides, command, explained
+from nev.common.cli import ConfigFile, Overrides, make_command, report_errors
 from nev.config.file import load
 
 EXAMPLE = "python pipelines/capacity.py --config configs/nomic_embed_vision_v1_5.yaml --width 768"
@@ -28,7 +28,7 @@ def main(
 ) -> None:
     """Print the bytes of a worker at the peak of a step, by what they are for, and the collectives of a step."""
     console = Console()
-    with explained(console):
+    with report_errors(console):
         experiment = load(config, overrides or [])
         from nev.models.text import text_width
         from nev.train.capacity import MEANING, capacity, collectives, table
@@ -57,7 +57,7 @@ def main(
         console.print(spoken)
 
 
-app = command(main, EXAMPLE)
+app = make_command(main, EXAMPLE)
 
 if __name__ == "__main__":
     app()

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nev.common.cli import ConfigFile, Overrides, command, explained
+from nev.common.cli import ConfigFile, Overrides, make_command, report_errors
 from nev.config.file import load
 
 
@@ -28,13 +28,13 @@ def main(
 ) -> None:
     """Write the text sidecars of an experiment's shards; shards that have theirs are passed over."""
     console = Console()
-    with explained(console, "The same command goes on with the shards that are left."):
+    with report_errors(console, "The same command goes on with the shards that are left."):
         experiment = load(config, overrides or [])
         from nev.cluster.session import connect
-        from nev.config.paths import absolute
+        from nev.config.paths import with_absolute_paths
         from nev.embed.captions import embed_captions
 
-        experiment = absolute(experiment)
+        experiment = with_absolute_paths(experiment)
         connect()
         roots = [root for root in (experiment.data.train, experiment.data.val) if root]
         done = embed_captions(roots, experiment.data.columns, experiment.text, console, gpus)
@@ -42,7 +42,7 @@ def main(
     console.print(f"{done.shards} sidecars written, {done.captions:,} captions{rate}", highlight=False)
 
 
-app = command(main, "python pipelines/embed_text.py --config configs/cifar10.yaml")
+app = make_command(main, "python pipelines/embed_text.py --config configs/cifar10.yaml")
 
 if __name__ == "__main__":
     app()

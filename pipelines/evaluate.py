@@ -23,7 +23,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nev.common.cli import Overrides, command, explained
+from nev.common.cli import Overrides, make_command, report_errors
 from nev.config.base import ConfigError
 
 
@@ -48,7 +48,7 @@ def main(
 ) -> None:
     """Score a checkpoint on its experiment's validation set, on another one, or on a suite."""
     console = Console()
-    with explained(console):
+    with report_errors(console):
         from nev.eval.evaluate import evaluate_checkpoint, evaluate_mteb
         from nev.eval.evaluate_suite import evaluate_suite
         from nev.eval.report.tables import metrics_table, suite_table
@@ -81,7 +81,9 @@ def main(
         console.print(f"{PurePosixPath(file).stem:<11} {file}", highlight=False, soft_wrap=True)
 
 
-app = command(main, "python pipelines/evaluate.py --checkpoint runs/cifar10/checkpoints/step-00001170 --suite quick")
+app = make_command(
+    main, "python pipelines/evaluate.py --checkpoint runs/cifar10/checkpoints/step-00001170 --suite quick"
+)
 
 if __name__ == "__main__":
     app()

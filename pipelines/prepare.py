@@ -42,7 +42,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from nev.common.cli import command, explained
+from nev.common.cli import make_command, report_errors
 from nev.common.progress import progress
 from nev.config.base import ConfigError
 from nev.config.file import parse
@@ -124,7 +124,7 @@ def main(
     """Turn a source into shards, in an order that is random over the whole set, and report what was left out."""
     console = Console(stderr=True)
     anew = source == "synthetic"  # it is drawn in seconds, and a split that is there already is refused
-    with explained(
+    with report_errors(
         console, f"The same command {'with --overwrite begins anew' if anew else 'goes on with what is done'}."
     ):
         _fitting(source, _given(context))
@@ -247,7 +247,7 @@ def _table(reports: dict[str, Report]) -> Table:
     return table
 
 
-app = command(main, EXAMPLE)
+app = make_command(main, EXAMPLE)
 
 if __name__ == "__main__":
     app()

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from nev.common.cli import ConfigFile, Overrides, command, explained
+from nev.common.cli import ConfigFile, Overrides, make_command, report_errors
 from nev.config.file import load
 
 
@@ -24,7 +24,7 @@ def main(
 ) -> None:
     """Train the trunk of an experiment without texts; --set overrides it."""
     console = Console()
-    with explained(console):
+    with report_errors(console):
         experiment = load(config, overrides or [])
         from nev.train.pretrain import pretrain
 
@@ -34,7 +34,7 @@ def main(
     console.print(f"weights     {done.weights}", highlight=False, soft_wrap=True)
 
 
-app = command(main, "python pipelines/pretrain.py --config configs/cifar10.yaml --objective mim")
+app = make_command(main, "python pipelines/pretrain.py --config configs/cifar10.yaml --objective mim")
 
 if __name__ == "__main__":
     app()

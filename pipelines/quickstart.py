@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nev.common.cli import Overrides, command, explained
+from nev.common.cli import Overrides, make_command, report_errors
 from nev.config.file import load
 
 
@@ -25,16 +25,16 @@ def main(
     """Draw captioned pictures, train a vision encoder into a locked text space, and show what it learnt."""
     console = Console()
     begin = time.perf_counter()
-    with explained(console, "The same command goes on from the latest checkpoint."):
+    with report_errors(console, "The same command goes on from the latest checkpoint."):
         experiment = load(config, overrides or [])
         from nev.cluster.session import connect
-        from nev.config.paths import absolute
+        from nev.config.paths import with_absolute_paths
         from nev.data.prepare.shards import Layout
         from nev.data.prepare.synthetic import write_synthetic
         from nev.embed.captions import embed_captions
         from nev.train.experiment import run_experiment, show_summary
 
-        experiment = absolute(experiment)
+        experiment = with_absolute_paths(experiment)
         folder = Path(experiment.data.train).parent
         if not all(_drawn(folder / split) for split in ("train", "val")):
             console.print(f"drawing {train + val:,} captioned pictures into {folder}", soft_wrap=True)
@@ -60,7 +60,7 @@ def _drawn(split: Path) -> bool:
     return any(split.glob("*.parquet")) and not (split / UNFINISHED).exists()
 
 
-app = command(main, "python pipelines/quickstart.py --set train.steps=200")
+app = make_command(main, "python pipelines/quickstart.py --set train.steps=200")
 
 if __name__ == "__main__":
     app()

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nev.common.cli import ConfigFile, Overrides, command, explained
+from nev.common.cli import ConfigFile, Overrides, make_command, report_errors
 from nev.config.file import load
 
 
@@ -26,14 +26,14 @@ def main(
 ) -> None:
     """Train a vision encoder into the space of a text encoder, locked or not; the same command goes on where a run stopped."""
     console = Console()
-    with explained(console, "The same command goes on from the latest checkpoint."):
+    with report_errors(console, "The same command goes on from the latest checkpoint."):
         experiment = load(config, overrides or [])
         from nev.train.experiment import run_experiment, show_summary
 
         show_summary(run_experiment(experiment, console, stop_after), console)
 
 
-app = command(main, "python pipelines/train.py --config configs/cifar10.yaml --set train.epochs=1")
+app = make_command(main, "python pipelines/train.py --config configs/cifar10.yaml --set train.epochs=1")
 
 if __name__ == "__main__":
     app()

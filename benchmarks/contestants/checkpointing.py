@@ -17,7 +17,7 @@ import torch
 
 from nev.config.experiment import Experiment
 from nev.config.file import load
-from nev.config.paths import absolute
+from nev.config.paths import with_absolute_paths
 from nev.data.block import Block
 from nev.models.text import load_text
 from nev.train.core.step import choose_precision
@@ -83,7 +83,7 @@ def seconds_to_findings(pictures: Path) -> float:
 
 def quickstart(pictures: Path, folder: str, every: int | None) -> Experiment:
     """The quickstart's config over these pictures, without validation."""
-    return absolute(
+    return with_absolute_paths(
         load(
             REPOSITORY / "configs" / "quickstart.yaml",
             [

@@ -7,8 +7,8 @@ Left alone, Ray Data (2.60) does three things that cost this stream dearly:
   no CPU is left for the decoding that they wait for: streams of more than `NUMBERS_PER_TASK` blocks began 35 s late.
 - Without that policy it makes all the block numbers of a run at once, millions of them in a long one.
 
-`LookAhead`, in place of Ray Data's policies, bounds what is under way, and no task waits with its output. `Pause` lets the
-executor sleep for a moment after a turn that found nothing to do.
+`LookaheadBackpressure`, in place of Ray Data's policies, bounds the blocks under way, so that no task waits with its output.
+`IdleSleep` lets the executor sleep for a moment after a turn that found nothing to do.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ray.data._internal.execution.backpressure_policy import (
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.operators.task_pool_map_operator import TaskPoolMapOperator
 
-from nev.common.imports import import_whole
+from nev.common.imports import import_uninterrupted
 
 AHEAD_KEY, BYTES_KEY = "nev.blocks_ahead", "nev.block_bytes"
 NUMBER_OPERATORS = ("ReadRange", "StreamingRepartition")
@@ -34,7 +34,7 @@ BLOCKS_A_CPU = 4  # a CPU reads two blocks of small pictures while the executor 
 PAUSE_S = 0.1  # as long as the executor itself waits for a task
 
 
-def pace(context: DataContext, blocks_ahead: int, block_bytes: int) -> None:
+def limit_lookahead(context: DataContext, blocks_ahead: int, block_bytes: int) -> None:
     """Let streams under `context` hold at most `blocks_ahead` blocks that are being read or wait to be taken.
 
     Where that would leave CPUs of the cluster without work, it is `BLOCKS_A_CPU` for each instead; where that many blocks of
@@ -42,12 +42,12 @@ def pace(context: DataContext, blocks_ahead: int, block_bytes: int) -> None:
     """
     context.set_config(AHEAD_KEY, blocks_ahead)
     context.set_config(BYTES_KEY, block_bytes)
-    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [LookAhead])
-    context.custom_execution_callback_classes = [Pause]
+    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [LookaheadBackpressure])
+    context.custom_execution_callback_classes = [IdleSleep]
 
 
 def enough_blocks(blocks_ahead: int, block_bytes: int, cpus: float, store_bytes: float) -> float:
-    """How many blocks may be under way (see `pace`); `store_bytes` is what Ray Data may keep in the object store.
+    """How many blocks may be under way (see `limit_lookahead`); `store_bytes` is what Ray Data may keep in the object store.
 
     In the first second of a stream the executor knows neither yet and says 0: `blocks_ahead` alone counts then.
     """
@@ -56,7 +56,7 @@ def enough_blocks(blocks_ahead: int, block_bytes: int, cpus: float, store_bytes:
     return max(1.0, min(max(blocks_ahead, BLOCKS_A_CPU * cpus), store_bytes / 2 // block_bytes))
 
 
-class LookAhead(BackpressurePolicy):
+class LookaheadBackpressure(BackpressurePolicy):
     """Starts no task while enough is under way: block numbers, or blocks being read and those not yet taken."""
 
     def can_add_input(self, op: Any) -> bool:
@@ -75,7 +75,7 @@ class LookAhead(BackpressurePolicy):
         return bool(op.num_active_tasks() + waiting < enough)
 
 
-class Pause(ExecutionCallback):
+class IdleSleep(ExecutionCallback):
     """Lets a turn of the executor that neither started nor finished anything last `PAUSE_S` at least."""
 
     def __init__(self) -> None:
@@ -100,9 +100,9 @@ DEATHS = (
 
 
 @functools.lru_cache(maxsize=4)
-def fetched(reference: ray.ObjectRef[Any]) -> Any:
+def load_from_store(reference: ray.ObjectRef[Any]) -> Any:
     """The reader and the plan, fetched once a process: with them live its open files and the epoch's order."""
-    import_whole("torch")
+    import_uninterrupted("torch")
     import torch
 
     torch.set_num_threads(1)  # one task a core: threads inside a task would only get in each other's way
@@ -112,7 +112,7 @@ def fetched(reference: ray.ObjectRef[Any]) -> Any:
 def stream_context(blocks_ahead: int, block_bytes: int) -> DataContext:
     """A copy of this process's DataContext with what the stream needs (see `nev.cluster.backpressure`)."""
     context = DataContext.get_current().copy()
-    pace(context, blocks_ahead, block_bytes)
+    limit_lookahead(context, blocks_ahead, block_bytes)
     context._max_num_blocks_in_streaming_gen_buffer = NUMBERS_BUFFERED
     context.target_max_block_size = None
     context.execution_no_progress_timeout_s = (

@@ -29,11 +29,11 @@ def quiet_data_logger() -> None:
             handler.setLevel(logging.ERROR)
 
 
-class Group(NamedTuple):
+class WorkerGroup(NamedTuple):
     """The workers that train now: the actor of Ray Train that starts them again when they die, and their placement group."""
 
     controller: Any
-    room: Any
+    placement_group: Any
 
 
 OUT_OF_MEMORY = (
@@ -46,7 +46,7 @@ OUT_OF_MEMORY = (
 RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)(: |$)")
 
 
-def free_room() -> None:
+def remove_leaked_placement_groups() -> None:
     """Give back the room of workers that did not start. Ray 2.60 forgets the placement group of workers of which one died then.
 
     Called when no worker of this job runs. Nothing is done in a trial of a sweep, whose job has the groups of others, too.
@@ -63,14 +63,14 @@ def free_room() -> None:
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 
-def end_group(group: Group) -> None:
+def kill_worker_group(group: WorkerGroup) -> None:
     """End workers whose driver is about to be ended. Ray 2.60 keeps the room of a controller that dies so until the job ends."""
     import ray
     from ray.util import remove_placement_group
 
     ray.kill(group.controller)  # first: it would start the workers again
-    if group.room:
-        remove_placement_group(group.room)
+    if group.placement_group:
+        remove_placement_group(group.placement_group)
 
 
 def first_cause(error: BaseException) -> str:
@@ -97,15 +97,15 @@ def innermost(error: BaseException) -> BaseException:
     return inner
 
 
-def own_group() -> Group:
+def current_worker_group() -> WorkerGroup:
     """The workers that this one is of."""
     from ray.train.v2._internal.execution.context import get_train_context
     from ray.util import get_current_placement_group
 
-    return Group(get_train_context().controller_actor, get_current_placement_group())
+    return WorkerGroup(get_train_context().controller_actor, get_current_placement_group())
 
 
-def machine_goes() -> bool:
+def preemption_pending() -> bool:
     """Whether this process was told that a machine of the run will be taken away.
 
     Ray's public `get_preemption_info` would have all ranks meet in an actor; here they agree by a byte after each step.

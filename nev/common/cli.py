@@ -20,7 +20,7 @@ Overrides = Annotated[
 
 
 @contextmanager
-def explained(console: Console, interrupted: str = "Nothing is lost but this command's work.") -> Iterator[None]:
+def report_errors(console: Console, interrupted: str = "Nothing is lost but this command's work.") -> Iterator[None]:
     """Keep libraries quiet; print a NevError as one message and exit with 2; let a bug keep its traceback.
 
     interrupted: what a user who pressed Ctrl-C wants to know; the exit status is 130 then, as the shell has it.
@@ -36,7 +36,7 @@ def explained(console: Console, interrupted: str = "Nothing is lost but this com
         raise typer.Exit(130) from None
 
 
-def command(main: object, example: str) -> typer.Typer:
+def make_command(main: object, example: str) -> typer.Typer:
     """A Typer application of one command, with an example under its help."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(epilog=f"Example: {example}")(main)  # type: ignore[type-var]

@@ -16,7 +16,7 @@ class NotReady(NevError, ValueError):
     """More than one thing is in the way of a run. The message lists them."""
 
 
-class Findings:
+class ErrorCollector:
     """Checks one after another, each the body of a `with`: an error of one does not hide those of the next."""
 
     def __init__(self) -> None:

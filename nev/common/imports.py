@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 @functools.cache
-def import_whole(module: str) -> None:
+def import_uninterrupted(module: str) -> None:
     """Import a module in a thread of its own, so that the import comes to its end whatever happens to this one.
 
     Ray cancels a task by an exception in its main thread, and gives the process more tasks afterwards. Where that broke off

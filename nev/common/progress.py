@@ -13,11 +13,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 PLAIN_LINE_S = 15.0
 
 # (name of the work, done, in all, what else there is to say)
-Tell = Callable[[str, int, int, str], None]
+ProgressCallback = Callable[[str, int, int, str], None]
 
 
 @contextmanager
-def progress(console: Console) -> Iterator[Tell]:
+def progress(console: Console) -> Iterator[ProgressCallback]:
     """Yield a function that shows how far some work is, a line for each name. Work that is done may begin anew."""
     if console.is_terminal:
         bars = Progress(
@@ -43,7 +43,7 @@ def progress(console: Console) -> Iterator[Tell]:
         def line(text: str) -> None:
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-        lines: defaultdict[str, Callable[[str], None]] = defaultdict(lambda: rarely(line))
+        lines: defaultdict[str, Callable[[str], None]] = defaultdict(lambda: throttle(line))
 
         def say(name: str, done: int, total: int, said: str) -> None:
             show_it = line if done == total else lines[name]
@@ -53,7 +53,7 @@ def progress(console: Console) -> Iterator[Tell]:
 
 
 @contextmanager
-def counting(console: Console, what: str) -> Iterator[Callable[[int], None]]:
+def count_progress(console: Console, what: str) -> Iterator[Callable[[int], None]]:
     """Yield a function that is told how many more of `what` are done, where nobody knows how many there are."""
     began, total = time.monotonic(), 0
 
@@ -61,7 +61,7 @@ def counting(console: Console, what: str) -> Iterator[Callable[[int], None]]:
         return f"{total:,} {what}, {total / max(time.monotonic() - began, 1e-9):,.0f}/s"
 
     with console.status("") as status:
-        show = status.update if console.is_terminal else rarely(lambda text: console.print(text, highlight=False))
+        show = status.update if console.is_terminal else throttle(lambda text: console.print(text, highlight=False))
 
         def more(count: int) -> None:
             nonlocal total
@@ -73,7 +73,7 @@ def counting(console: Console, what: str) -> Iterator[Callable[[int], None]]:
         console.print(said(), highlight=False)
 
 
-def rarely(show: Callable[[str], None], seconds: float = PLAIN_LINE_S) -> Callable[[str], None]:
+def throttle(show: Callable[[str], None], seconds: float = PLAIN_LINE_S) -> Callable[[str], None]:
     """`show`, but at most once in so many seconds; what comes between is passed over."""
     last = -seconds
 

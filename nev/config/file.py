@@ -52,7 +52,7 @@ def parse(
         return schema.model_validate(raw)
     except ValidationError as error:
         lines = [
-            "  " + ": ".join(filter(None, [".".join(map(str, item["loc"])), in_plain_words(schema, item)]))
+            "  " + ": ".join(filter(None, [".".join(map(str, item["loc"])), explain_problem(schema, item)]))
             for item in error.errors()
         ]
         raise ConfigError(f"{where}: {len(lines)} problem(s)\n" + "\n".join(lines)) from None
@@ -85,7 +85,7 @@ def to_yaml(section: BaseModel) -> str:
     return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, width=120)
 
 
-def in_plain_words(schema: type[BaseModel], problem: Any) -> str:
+def explain_problem(schema: type[BaseModel], problem: Any) -> str:
     """A problem that pydantic found, in plain words: for an unknown key the known ones that are like it."""
     if problem["type"] != "extra_forbidden":
         return str(problem["msg"]).removeprefix("Value error, ")

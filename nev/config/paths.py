@@ -21,7 +21,7 @@ def refuse_lost_output(output: str) -> None:
         )
 
 
-def absolute(config: Experiment) -> Experiment:
+def with_absolute_paths(config: Experiment) -> Experiment:
     """The same experiment with local paths made absolute: Ray's processes have other working folders.
 
     Raises ConfigError for an `output` that would be lost or cannot be written.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from nev.common.imports import import_whole
+from nev.common.imports import import_uninterrupted
 from nev.config.base import ConfigError
 from nev.config.data import Augment, Jitter
 from nev.data.decode import BadImage, Encoded, Picture, shrink_for
@@ -117,7 +117,7 @@ def resize_into(out: Picture, picture: Picture) -> None:
 
 def jittered(picture: Picture, jitter: Jitter, rng: random.Random) -> Picture:
     """torchvision's ColorJitter: brightness, contrast, saturation and hue in random order. uint8 [h, w, 3] -> the same."""
-    import_whole("torchvision.transforms.v2.functional")
+    import_uninterrupted("torchvision.transforms.v2.functional")
     import torch
     from torchvision.transforms.v2 import functional
 
@@ -154,7 +154,7 @@ def auto_augment(name: str, size: int) -> Callable[[Image.Image], Image.Image]:
 
     Raises ConfigError for a name that timm does not know.
     """
-    import_whole("timm.data.auto_augment")
+    import_uninterrupted("timm.data.auto_augment")
     from timm.data import auto_augment as timm_augment
 
     kind = name.split("-")[0]

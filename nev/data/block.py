@@ -23,7 +23,7 @@ from nev.data.rows import captions_of
 from nev.data.sidecar import not_beside, sidecar_location, uids_of, vectors_of
 from nev.data.text_view import OWN_TEXTS, TextView, caption_rows
 from nev.storage.files import filesystem, is_local, open_parquet
-from nev.storage.reading import DataError, reading
+from nev.storage.reading import DataError, read_errors_as_data_errors
 
 if TYPE_CHECKING:
     from nev.data.tokens import Tokens
@@ -170,7 +170,9 @@ class BlockReader:
         return whole[column].take(whose[segment.start : segment.stop])
 
     def _table(self, location: str, group: int, columns: list[str], segment: Segment) -> pa.Table:
-        with reading(f"{location}: row group {group}", "Write this file again, or remove it and start anew."):
+        with read_errors_as_data_errors(
+            f"{location}: row group {group}", "Write this file again, or remove it and start anew."
+        ):
             table = self._file(location).read_row_group(group, columns, use_threads=False)
         if len(table) < segment.stop:
             raise DataError(f"{location}: row group {group} has lost rows since it was indexed. Start again.")

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from nev.config.data import Columns
 from nev.data import index_cache
 from nev.data.index_cache import RowGroups
-from nev.storage.files import PARALLEL_REQUESTS, entries_below, filesystem, open_parquet
-from nev.storage.reading import CUT_SHORT, DataError, reading
+from nev.storage.files import PARALLEL_REQUESTS, filesystem, list_entries, open_parquet
+from nev.storage.reading import CUT_SHORT, DataError, read_errors_as_data_errors
 
 UNFINISHED = "_prepare"  # the folder in which `prepare` keeps its work until a split is whole
 LINKED_FOLDER = "a link to a folder, which is not followed. Copy that folder here, or link its files one by one."
@@ -81,10 +81,10 @@ def build_index(root: str, columns: Columns) -> Index:
     """
     fs, base = filesystem(root)
     base = base.rstrip("/")
-    with reading(root, damaged=""):
+    with read_errors_as_data_errors(root, damaged=""):
         if not fs.isdir(base):
             raise DataError(f"{root}: no such folder. Make shards with `python pipelines/prepare.py --help`.")
-        found = {path[len(base) :].lstrip("/"): entry for path, entry in entries_below(fs, base).items()}
+        found = {path[len(base) :].lstrip("/"): entry for path, entry in list_entries(fs, base).items()}
     if any(UNFINISHED in path.split("/")[:-1] for path in found):
         raise DataError(f"{root}: not finished (there is a folder {UNFINISHED}): run the same prepare command again.")
     seen = {path for path in found if not any(part.startswith(("_", ".")) for part in path.split("/"))}
@@ -97,7 +97,7 @@ def build_index(root: str, columns: Columns) -> Index:
         raise DataError(
             f"{root}: no .parquet shard in this folder. Make some with `python pipelines/prepare.py --help`."
         )
-    with reading(root, damaged=""):
+    with read_errors_as_data_errors(root, damaged=""):
         key = index_cache.listing_key(fs, base, columns, relative, found)
     groups = index_cache.load(key) if key else None
     if groups is None:
@@ -117,7 +117,10 @@ def _read_footers(
 
     def footer(path: str) -> tuple[pa.Schema, NDArray[np.int64]]:
         """Schema, and [row groups, 2]: rows and bytes. The footer itself, many times larger, is let go."""
-        with reading(f"{root.rstrip('/')}/{path}", CUT_SHORT), open_parquet(fs, f"{base}/{path}", found[path]) as file:
+        with (
+            read_errors_as_data_errors(f"{root.rstrip('/')}/{path}", CUT_SHORT),
+            open_parquet(fs, f"{base}/{path}", found[path]) as file,
+        ):
             meta = pq.read_metadata(file)
         sizes = [(part.num_rows, part.total_byte_size) for part in map(meta.row_group, range(meta.num_row_groups))]
         return meta.schema.to_arrow_schema(), np.array(sizes, np.int64).reshape(-1, 2)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from nev.config.base import ConfigError
 from nev.data.rows import Row
-from nev.storage.reading import content_of
+from nev.storage.reading import read_bytes
 
 Names = dict[int, tuple[str, str]]  # label to its name, and the uid of the row that gave it first
 
@@ -21,7 +21,7 @@ class Known(NamedTuple):
 
 def known(location: str) -> Known | None:
     """What the classes.txt at `location` (path or URL) says, or None where there is none."""
-    content = content_of(location)
+    content = read_bytes(location)
     return None if content is None else Known(location, lines_of(content, location))
 
 

@@ -20,8 +20,14 @@ from numpy.typing import NDArray
 
 from nev.data.index import Index
 from nev.data.rows import captions_of
-from nev.storage.files import PARALLEL_REQUESTS, filesystem, is_damage, join, open_parquet, whole_file
-from nev.storage.reading import CUT_SHORT, DataError, read_column, reading, writing
+from nev.storage.files import PARALLEL_REQUESTS, atomic_file, filesystem, is_damage, join, open_parquet
+from nev.storage.reading import (
+    CUT_SHORT,
+    DataError,
+    read_column,
+    read_errors_as_data_errors,
+    write_errors_as_data_errors,
+)
 
 WRITE_AGAIN = "Delete this file and write it again with `python pipelines/embed_text.py`."
 FOLDER = "_text"
@@ -56,7 +62,7 @@ def write_sidecar(index: Index, shard: int, key: str, width: int, encode: Encode
     """Embed the captions of a shard and write its sidecar, whole or not at all. Returns the number of captions."""
     uid, caption = index.columns.uid, index.columns.caption
     source_fs, source_path = filesystem(index.location(shard))
-    with reading(index.location(shard), CUT_SHORT), open_parquet(source_fs, source_path) as source:
+    with read_errors_as_data_errors(index.location(shard), CUT_SHORT), open_parquet(source_fs, source_path) as source:
         shard_file = pq.ParquetFile(source, pre_buffer=True)
         if shard_file.metadata.num_rows != int(index.rows[index.groups_of(shard)].sum()):
             raise DataError(f"{index.location(shard)}: the shard changed since it was indexed. Start again.")
@@ -73,8 +79,8 @@ def write_sidecar(index: Index, shard: int, key: str, width: int, encode: Encode
     schema = pa.schema([("uid", pa.string()), ("vectors", pa.binary())], metadata=metadata)
     location = sidecar_location(index, shard, key)
     with (
-        writing(location),
-        whole_file(location) as sink,
+        write_errors_as_data_errors(location),
+        atomic_file(location) as sink,
         pq.ParquetWriter(sink, schema, compression="none", write_statistics=False) as writer,
     ):
         for names, group in zip(uids, groups, strict=True):
@@ -88,7 +94,7 @@ def missing_sidecars(index: Index, key: str) -> list[int]:
 
     def absent(shard: int) -> bool:
         fs, path = filesystem(sidecar_location(index, shard, key))
-        with reading(sidecar_location(index, shard, key), damaged=""):
+        with read_errors_as_data_errors(sidecar_location(index, shard, key), damaged=""):
             return not fs.exists(path)
 
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
@@ -131,7 +137,7 @@ def sidecars_to_write(index: Index, key: str, width: int) -> list[int]:
 def _check(index: Index, shard: int, key: str, width: int, every_row: bool = False) -> None:
     location = sidecar_location(index, shard, key)
     fs, path = filesystem(location)
-    with reading(location, WRITE_AGAIN), open_parquet(fs, path) as file:
+    with read_errors_as_data_errors(location, WRITE_AGAIN), open_parquet(fs, path) as file:
         footer = pq.read_metadata(file)
     found = {name.decode(): value.decode() for name, value in (footer.metadata or {}).items()}
     wanted = {"nev.key": key, "nev.shard": shard_fingerprint(index, shard), "nev.width": str(width)}

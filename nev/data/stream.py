@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ray.data import DataContext, DataIterator, Dataset
 from ray.train import DataConfig
 
-from nev.cluster.backpressure import DEATHS, fetched, stream_context
+from nev.cluster.backpressure import DEATHS, load_from_store, stream_context
 from nev.data.block import Block, BlockReader, room_for
 from nev.data.plan import Plan
 
@@ -47,7 +47,7 @@ def read_block(numbers: Any, source: list[ray.ObjectRef[Any]], first: int) -> Bl
     """The Ray Data task: one block number in, its rows out."""
     if len(numbers["id"]) != 1:
         raise RuntimeError(f"a task got {len(numbers['id'])} block numbers, not one: blocks would not be R rows")
-    reader, plan = fetched(source[0])
+    reader, plan = load_from_store(source[0])
     number = first + int(numbers["id"][0])
     pictures = _pictures(plan.block_rows, reader.image_size)
     block: Block = reader.read(plan.segments(number), plan.epoch_of(number), pictures)
@@ -64,7 +64,7 @@ def _pictures(rows: int, size: int) -> NDArray[np.uint8]:
     return room_for(rows, size)
 
 
-class Turns(DataConfig):
+class RoundRobinSplit(DataConfig):
     """How Ray Train hands out the stream: block i to rank i mod W, at once.
 
     Ray's own way holds blocks back, and cuts the last ones, so that all ranks get equally many rows.

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nev.data.sidecar import Encode
-from nev.storage.files import join, write_whole
-from nev.storage.reading import content_of, writing
+from nev.storage.files import join, write_atomic
+from nev.storage.reading import read_bytes, write_errors_as_data_errors
 
 
 def texts(sentences: Sequence[str], encode: Encode, fingerprint: str, cache: str) -> NDArray[np.float32]:
@@ -23,8 +23,8 @@ def texts(sentences: Sequence[str], encode: Encode, fingerprint: str, cache: str
     if (found := kept(file)) is not None:
         return found["vectors"]
     vectors = np.asarray(encode(sentences), np.float32)
-    with writing(file):
-        write_whole(file, save({"vectors": vectors}))
+    with write_errors_as_data_errors(file):
+        write_atomic(file, save({"vectors": vectors}))
     return vectors
 
 
@@ -33,7 +33,7 @@ def kept(file: str) -> dict[str, NDArray[Any]] | None:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    data = content_of(file)
+    data = read_bytes(file)
     try:
         return None if data is None else dict(load(data))
     except SafetensorError:

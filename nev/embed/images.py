@@ -17,10 +17,10 @@ import ray.data
 from numpy.typing import NDArray
 from ray.data import DataContext
 
-from nev.cluster.backpressure import DEATHS, fetched, stream_context
+from nev.cluster.backpressure import DEATHS, load_from_store, stream_context
 from nev.cluster.session import cluster_gpus
 from nev.common.errors import NevError
-from nev.common.imports import import_whole
+from nev.common.imports import import_uninterrupted
 from nev.data.block import Block
 from nev.storage.reading import DataError
 
@@ -114,7 +114,7 @@ def units(task: Callable[..., Iterator[Block]], count: int, **more: Any) -> ray.
 
 def read_unit(numbers: Any, source: list[Any]) -> Iterator[Block]:
     """The Ray Data task that decodes: the number of a unit in, its blocks out; one row, `error`, where it can't be read."""
-    works, places = fetched(source[0])
+    works, places = load_from_store(source[0])
     which, unit = places[int(numbers["id"][0])]
     work, number = works[which], 0
     try:
@@ -142,7 +142,7 @@ def embed_unit(numbers: Any, source: list[Any], tower: list[Any]) -> Iterator[Bl
 @functools.lru_cache(maxsize=1)
 def _embedder(reference: ray.ObjectRef[Any]) -> Embed:
     """The tower, loaded once a process: tasks of one kind come back to the same processes."""
-    import_whole("nev.models.vision")
+    import_uninterrupted("nev.models.vision")
     import torch
 
     from nev.models.vision import normalise

@@ -12,7 +12,7 @@ from nev.config.experiment import Experiment
 from nev.eval.validation.on_cluster import embed
 from nev.eval.validation.task import make_validation
 from nev.runs.towers import Opened, open_checkpoint
-from nev.storage.files import folder_to_fill, join, naming
+from nev.storage.files import join, output_folder, storage_errors_as
 
 if TYPE_CHECKING:
     from nev.eval.mteb_model import MtebModel
@@ -39,7 +39,7 @@ def evaluate_checkpoint(
     task = make_validation(config, text)
     connect()
     output = output or own_folder(location)
-    with naming(output, "written"), folder_to_fill(output) as folder:
+    with storage_errors_as(output, "written"), output_folder(output) as folder:
         embedded, texts = embed(config, location, task)
         metrics = measures(task.reader.index.root, embedded, texts)
         numbers = folder / "metrics.json"
@@ -62,7 +62,7 @@ def evaluate_mteb(
 
     opened = open_checkpoint(location, overrides)
     output = output or own_folder(opened.location)
-    with naming(output, "written"), folder_to_fill(output) as folder:
+    with storage_errors_as(output, "written"), output_folder(output) as folder:
         scores = scores_of(as_mteb_model(opened), names)
         (folder / "mteb.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
     return scores, join(output, "mteb.json")

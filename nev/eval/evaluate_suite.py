@@ -19,7 +19,7 @@ from nev.config.base import ConfigError
 from nev.runs.metrics_log import kept_run_id
 from nev.runs.towers import Opened, open_checkpoint
 from nev.runs.tracking import Tracker, check_tracking
-from nev.storage.files import folder_to_fill, join, naming
+from nev.storage.files import join, output_folder, storage_errors_as
 
 if TYPE_CHECKING:
     from nev.eval.report.figures import Exhibit
@@ -56,7 +56,7 @@ def evaluate_suite(
     output = output or join(opened.location.rsplit("/", 2)[0], "evaluation")
     connect()
     began = time.perf_counter()
-    with naming(output, "written"), folder_to_fill(output) as folder:
+    with storage_errors_as(output, "written"), output_folder(output) as folder:
         pictures = folder / f"{Path(name).stem}-{opened.manifest['step']:08d}"
         scored = run_tasks(suite, opened, join(output, "embeddings"), pictures, console)
         refuse_nothing(name, [one.result for one in scored])
@@ -96,7 +96,7 @@ class Scored(NamedTuple):
 def run_tasks(suite: Suite, opened: Opened, cache: str, folder: Path, console: Console) -> list[Scored]:
     """Every task of a suite, on the connected Ray: a source is embedded once, whatever tasks share it. folder: for pictures."""
     from nev.cluster.session import cluster_cpus
-    from nev.common.progress import counting
+    from nev.common.progress import count_progress
     from nev.embed.cache import texts
     from nev.embed.images import Tower
     from nev.eval.report.figures import exhibits
@@ -121,7 +121,7 @@ def run_tasks(suite: Suite, opened: Opened, cache: str, folder: Path, console: C
     model = hashlib.sha256(json.dumps(seen_as).encode()).hexdigest()
     tower = Tower(partial(load_vision, location, config, text.width), config.data.mean, config.data.std)
     block_bytes = BATCH * config.data.image_size**2 * 3
-    with counting(console, "pictures embedded") as more:
+    with count_progress(console, "pictures embedded") as more:
         found = collect(list(readings.values()), model, cache, tower, block_bytes, more)
     own_text = text if config.lock == "text" else load_tower(location, config)
     fingerprint = text.fingerprint if config.lock == "text" else weights

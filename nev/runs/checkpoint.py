@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nev.runs.manifest import FORMAT, Damaged, State, Unreadable, read_manifest, remove, verified
-from nev.storage.files import files_below, filesystem, join, naming, remedy, storage_errors, write_whole
+from nev.storage.files import filesystem, join, list_files, remedy, storage_errors, storage_errors_as, write_atomic
 
 PARTS = ("model", "optimizer", "rng")
 Trained = tuple[
@@ -37,8 +37,8 @@ def save(
     checksummed with the rest.
     """
     location = join(run, "checkpoints", f"step-{state.step:08d}")
-    with naming(location, "listed"):
-        left = files_below(location)
+    with storage_errors_as(location, "listed"):
+        left = list_files(location)
     if left:
         remove(location)  # by a run that died here, or by one that reached this step before
     digests = {}
@@ -60,8 +60,8 @@ def _files(tensors: Trained, rng: dict[str, Tensor], beside: dict[str, bytes]) -
 
 
 def _write(location: str, name: str, data: bytes) -> None:
-    with naming(join(location, name), "written"):
-        write_whole(join(location, name), data)
+    with storage_errors_as(join(location, name), "written"):
+        write_atomic(join(location, name), data)
 
 
 def load(location: str) -> tuple[State, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:

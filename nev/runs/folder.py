@@ -10,14 +10,14 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.runs.tracking import tracking_uri
 from nev.storage.files import (
-    entries_below,
-    files_below,
     filesystem,
     is_local,
     join,
+    list_entries,
+    list_files,
     remedy,
     storage_errors,
-    write_whole,
+    write_atomic,
 )
 
 
@@ -35,8 +35,8 @@ def check_output(config: Experiment) -> None:
     probe = join(run_folder(config), f".probe-{uuid.uuid4().hex}")
     fs, path = filesystem(probe)
     try:
-        write_whole(join(probe, "file"), b"nev")
-        seen = files_below(probe)
+        write_atomic(join(probe, "file"), b"nev")
+        seen = list_files(probe)
         fs.rm_file(f"{path}/file")
         if is_local(fs):
             fs.rmdir(path)
@@ -55,7 +55,7 @@ def check_space(run: str, checkpoints: int, size: int) -> None:
     if not is_local(fs):
         return
     there = next(parent for parent in (Path(path), *Path(path).parents) if parent.exists())
-    held = sum(info["size"] for info in entries_below(fs, f"{path}/checkpoints").values())
+    held = sum(info["size"] for info in list_entries(fs, f"{path}/checkpoints").values())
     needed, free = (checkpoints + 1) * size - held, shutil.disk_usage(there).free
     if needed > free:
         raise ConfigError(

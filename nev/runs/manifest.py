@@ -11,7 +11,16 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
 from nev.common.errors import NevError
-from nev.storage.files import StorageError, files_below, filesystem, is_local, join, naming, remedy, storage_errors
+from nev.storage.files import (
+    StorageError,
+    filesystem,
+    is_local,
+    join,
+    list_files,
+    remedy,
+    storage_errors,
+    storage_errors_as,
+)
 
 FORMAT = 2
 READ_BYTES = 2**25  # a request
@@ -72,8 +81,8 @@ def read_manifest(location: str) -> dict[str, Any]:
 def checkpoints(run: str) -> list[str]:
     """Locations of the complete checkpoints of a run, oldest first. Raises StorageError where they cannot be listed."""
     folder = join(run, "checkpoints")
-    with naming(folder, "listed"):
-        places = [file.split("/") for file in files_below(folder)]
+    with storage_errors_as(folder, "listed"):
+        places = [file.split("/") for file in list_files(folder)]
     names = [parts[0] for parts in places if parts[0].startswith("step-") and parts[1:] == ["state.json"]]
     return [join(folder, name) for name in names]
 
@@ -161,7 +170,7 @@ def metrics_of(location: str) -> dict[str, float]:
 def _validation(location: str) -> dict[str, float] | None:
     """What a validation of this checkpoint gave that was made after it; None where there was none."""
     fs, path = filesystem(join(location, VALIDATION))
-    with naming(join(location, VALIDATION), "read"):
+    with storage_errors_as(join(location, VALIDATION), "read"):
         metrics: dict[str, float] | None = json.loads(fs.cat_file(path)) if fs.exists(path) else None
     return metrics
 
@@ -202,8 +211,8 @@ def prune(run: str, keep_last: int, keep_best: str | None, awaited: Callable[[in
 def remove(location: str) -> None:
     """Delete a checkpoint or what is left of one, its manifest first, so that it is never seen in part."""
     fs, path = filesystem(location)
-    with naming(location, "removed"):
-        files = files_below(location)
+    with storage_errors_as(location, "removed"):
+        files = list_files(location)
         if "state.json" in files:
             fs.rm_file(f"{path}/state.json")
         if is_local(fs):

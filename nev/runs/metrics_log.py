@@ -13,7 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from nev.storage.files import PARALLEL_REQUESTS, files_below, filesystem, join, naming, write_whole
+from nev.storage.files import PARALLEL_REQUESTS, filesystem, join, list_files, storage_errors_as, write_atomic
 
 
 class Point(NamedTuple):
@@ -32,13 +32,13 @@ def point(step: int, metrics: dict[str, float]) -> Point:
 def write_points(run: str, done: int, points: list[Point]) -> None:
     """Keep the points up to the checkpoint of step `done`; those of an attempt that reached it before are replaced."""
     location = join(run, "metrics", f"step-{done:08d}.jsonl")
-    with naming(location, "written"):
-        write_whole(location, "".join(json.dumps(one) + "\n" for one in points).encode())
+    with storage_errors_as(location, "written"):
+        write_atomic(location, "".join(json.dumps(one) + "\n" for one in points).encode())
 
 
 def write_validation(run: str, scored: Point) -> None:
     """Keep what a checkpoint scored after it was written."""
-    write_whole(join(run, "metrics", f"validation-{scored.step:08d}.jsonl"), (json.dumps(scored) + "\n").encode())
+    write_atomic(join(run, "metrics", f"validation-{scored.step:08d}.jsonl"), (json.dumps(scored) + "\n").encode())
 
 
 def read_points(run: str, last: int) -> list[Point]:
@@ -47,10 +47,10 @@ def read_points(run: str, last: int) -> list[Point]:
     A step that was repeated may be there twice.
     """
     folder = join(run, "metrics")
-    with naming(folder, "listed"):
-        files = [re.fullmatch(r"(?:step|validation)-(\d+)\.jsonl", name) for name in files_below(folder)]
+    with storage_errors_as(folder, "listed"):
+        files = [re.fullmatch(r"(?:step|validation)-(\d+)\.jsonl", name) for name in list_files(folder)]
     names = [file[0] for file in files if file and int(file[1]) <= last]
-    with naming(folder, "read"), ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+    with storage_errors_as(folder, "read"), ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         fs, path = filesystem(folder)
         contents = list(pool.map(lambda name: fs.cat_file(f"{path}/{name}"), names))
     return [Point(*json.loads(line)) for content in contents for line in content.splitlines()]
@@ -59,11 +59,11 @@ def read_points(run: str, last: int) -> list[Point]:
 def kept_run_id(run: str) -> str | None:
     """The MLflow run that shows this run, or None for one that has not begun."""
     fs, path = filesystem(join(run, "mlflow.json"))
-    with naming(join(run, "mlflow.json"), "read"):
+    with storage_errors_as(join(run, "mlflow.json"), "read"):
         return str(json.loads(fs.cat_file(path))["run_id"]) if fs.exists(path) else None
 
 
 def keep_run_id(run: str, run_id: str) -> None:
     """Remember it, before the first step: a run that dies before its first checkpoint is the same one in MLflow, too."""
-    with naming(join(run, "mlflow.json"), "written"):
-        write_whole(join(run, "mlflow.json"), json.dumps({"run_id": run_id}).encode())
+    with storage_errors_as(join(run, "mlflow.json"), "written"):
+        write_atomic(join(run, "mlflow.json"), json.dumps({"run_id": run_id}).encode())

@@ -10,7 +10,7 @@ from torch import Tensor
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.file import parse
-from nev.config.paths import absolute
+from nev.config.paths import with_absolute_paths
 from nev.models.text import TextTower, load_text
 from nev.models.vision import VisionTower, build_vision
 from nev.runs.checkpoint import load_model
@@ -42,7 +42,7 @@ def open_checkpoint(location: str, overrides: list[str]) -> Opened:
     manifest = read_manifest(location)
     # Whoever made the checkpoint may say what is evaluated, but not that code from the hub runs here.
     own_text = {**manifest["config"].get("text", {}), "trust_remote_code": False}
-    config = absolute(parse(Experiment, {**manifest["config"], "text": own_text}, overrides, where=location))
+    config = with_absolute_paths(parse(Experiment, {**manifest["config"], "text": own_text}, overrides, where=location))
     if config.lock != (own := manifest["config"].get("lock", "text")):
         raise ConfigError(f"lock: {location} was trained with lock: {own}, which says whose weights it holds: leave it")
     text = load_text(config.text)

@@ -16,7 +16,7 @@ from tenacity import RetryError, Retrying, retry_if_exception_type, stop_after_d
 from nev.config.base import ConfigError
 from nev.config.experiment import Tracking
 from nev.config.file import flatten
-from nev.storage.files import at_hand, filesystem, join, upload
+from nev.storage.files import filesystem, join, local_copy, upload
 
 MAX_METRICS_A_CALL = 1000  # MLflow's own limit for one log_batch
 PATIENCE_S = 60.0  # with a server that does not answer at the end of a run
@@ -105,7 +105,7 @@ class Tracker:
         Those on S3 are written as all else that nev writes there, where MLflow itself would need boto3.
         """
         root = self._client.get_run(self.run_id).info.artifact_uri
-        with at_hand(str(location)) as path:
+        with local_copy(str(location)) as path:
             if root.startswith("s3://"):
                 parts = [folder] if folder else []
                 upload(path, join(root, *parts) if path.is_dir() else join(root, *parts, path.name))

@@ -69,7 +69,7 @@ def make_folder(fs: Any, path: str) -> None:
 
 
 @contextmanager
-def whole_file(location: str, folder: str | None = None) -> Iterator[str]:
+def atomic_file(location: str, folder: str | None = None) -> Iterator[str]:
     """A local path to write to, whose content comes to `location` in one step at the end; after an error it is dropped.
 
     folder: where a local file is written meanwhile, on the same disk; beside `location` if None. S3 shows an object when all
@@ -91,11 +91,11 @@ def whole_file(location: str, folder: str | None = None) -> Iterator[str]:
         _sync(Path(home))
 
 
-def write_whole(location: str, data: bytes) -> None:
+def write_atomic(location: str, data: bytes) -> None:
     """Write a file that is complete or absent, with the folders above it, in place of one that was there."""
     fs, path = filesystem(location)
     if is_local(fs):
-        with whole_file(location) as partial:
+        with atomic_file(location) as partial:
             Path(partial).write_bytes(data)
     else:
         fs.pipe_file(path, data)
@@ -110,16 +110,16 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def files_below(location: str) -> list[str]:
+def list_files(location: str) -> list[str]:
     """The files below a folder or prefix as they are now, relative to it and sorted; none where there is no such folder.
 
     For S3 that is one listing, a page for 1,000 objects.
     """
     fs, path = filesystem(location.rstrip("/"))
-    return sorted(found[len(path) + 1 :] for found in entries_below(fs, path) if len(found) > len(path))
+    return sorted(found[len(path) + 1 :] for found in list_entries(fs, path) if len(found) > len(path))
 
 
-def entries_below(fs: Any, path: str) -> dict[str, dict[str, Any]]:
+def list_entries(fs: Any, path: str) -> dict[str, dict[str, Any]]:
     """All files below a folder, at any depth, by their whole path. One that can't be listed is an error, not an empty one."""
     strict = {"on_error": "raise"} if is_local(fs) and fs.exists(path) else {}
     found: dict[str, dict[str, Any]] = fs.find(path, detail=True, **strict)
@@ -127,7 +127,7 @@ def entries_below(fs: Any, path: str) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
-def at_hand(location: str) -> Iterator[Path]:
+def local_copy(location: str) -> Iterator[Path]:
     """A file or folder on this machine: itself where it is local, else a copy that goes away at the end."""
     fs, path = filesystem(location)
     if is_local(fs):
@@ -135,8 +135,8 @@ def at_hand(location: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="nev-") as folder:
         copy = Path(folder, path.rsplit("/", 1)[-1])
-        with naming(location, "listed"):
-            names = files_below(location)
+        with storage_errors_as(location, "listed"):
+            names = list_files(location)
         for name in names or [""]:
             if name and any(part in ("", ".", "..") for part in name.split("/")):
                 raise StorageError(
@@ -144,13 +144,13 @@ def at_hand(location: str) -> Iterator[Path]:
                 )
             target = copy / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            with naming(f"{location}/{name}".rstrip("/"), "read"):
+            with storage_errors_as(f"{location}/{name}".rstrip("/"), "read"):
                 fs.get_file(f"{path}/{name}".rstrip("/"), str(target))
         yield copy
 
 
 @contextmanager
-def folder_to_fill(location: str) -> Iterator[Path]:
+def output_folder(location: str) -> Iterator[Path]:
     """A folder on this machine to write files in, which lie at `location` when the body has ended well."""
     fs, path = filesystem(location)
     if is_local(fs):
@@ -168,12 +168,12 @@ def upload(source: Path, location: str) -> None:
     files = [file for file in sorted(source.rglob("*")) if file.is_file()] if source.is_dir() else [source]
     for file in files:
         name = "" if file == source else f"/{file.relative_to(source).as_posix()}"
-        with naming(f"{location}{name}", "written"):
+        with storage_errors_as(f"{location}{name}", "written"):
             fs.put_file(str(file), f"{path}{name}")
 
 
 @contextmanager
-def naming(
+def storage_errors_as(
     location: str, doing: str, damaged: str = "", kind: Callable[[str], NevError] = StorageError
 ) -> Iterator[None]:
     """Turn what storage raises into an error of `kind`: `location` cannot be `doing` ("read", "written"), and what to do."""

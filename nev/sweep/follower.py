@@ -9,7 +9,7 @@ from typing import Any
 from ray import tune
 
 from nev.common.errors import NevError
-from nev.common.progress import Tell
+from nev.common.progress import ProgressCallback
 from nev.runs.folder import run_folder
 from nev.runs.metrics_log import kept_run_id
 from nev.sweep.config import Sweep
@@ -20,7 +20,7 @@ from nev.sweep.trials import Trial
 class Follower(tune.Callback):
     """Of one sweep; count: how many trials are run now. errors: what ended each one that has failed, by its name."""
 
-    def __init__(self, sweep: Sweep, trials: Sequence[Trial], count: int, tell: Tell) -> None:
+    def __init__(self, sweep: Sweep, trials: Sequence[Trial], count: int, tell: ProgressCallback) -> None:
         self._sweep, self._trials, self._count, self._tell = sweep, trials, count, tell
         self._running, self._ended, self._best = 0, 0, None
         self.errors: dict[str, str] = {}

@@ -12,7 +12,7 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.file import parse, to_yaml
 from nev.runs.tracking import Tracker
-from nev.storage.files import folder_to_fill, join
+from nev.storage.files import join, output_folder
 from nev.sweep.config import Sweep
 from nev.sweep.figures import draw, label_of
 from nev.sweep.findings import findings, seen
@@ -25,7 +25,7 @@ def write_report(outcome: Outcome, base: Experiment, folder: str) -> list[str]:
     """
     sweep = outcome.sweep
     measured = {metric: outcome.values(metric) for metric in sweep.metrics}
-    with folder_to_fill(folder) as local:
+    with output_folder(folder) as local:
         made = []
         if any(measured.values()):
             made += draw(

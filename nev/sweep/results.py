@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from nev.config.base import Section
 from nev.runs.folder import run_folder
-from nev.storage.files import join, naming, write_whole
-from nev.storage.reading import content_of
+from nev.storage.files import join, storage_errors_as, write_atomic
+from nev.storage.reading import read_bytes
 from nev.sweep.config import Sweep
 from nev.sweep.statistics import RESOLUTION
 from nev.sweep.trials import Arm, Trial, arms_of
@@ -88,8 +88,8 @@ def is_share(metric: str) -> bool:
 def keep(trial: Trial, result: TrialResult) -> None:
     """Write a trial's result into its run's folder."""
     file = join(run_folder(trial.experiment), FILE)
-    with naming(file, "written"):
-        write_whole(file, result.model_dump_json(indent=1).encode())
+    with storage_errors_as(file, "written"):
+        write_atomic(file, result.model_dump_json(indent=1).encode())
 
 
 def judged_by(sweep: Sweep) -> str:
@@ -101,7 +101,7 @@ def kept(trial: Trial, sweep: Sweep, suite: str) -> TrialResult | None:
     """A trial's result; None where there is none, where it lacks a metric that is asked for now, was scored on another suite than
     the one of this digest, or was ended early by a rule that is not this sweep's.
     """
-    content = content_of(join(run_folder(trial.experiment), FILE))
+    content = read_bytes(join(run_folder(trial.experiment), FILE))
     if content is None:
         return None
     try:

@@ -18,7 +18,7 @@ from nev.common.progress import progress
 from nev.common.signals import ended_by_sigterm
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
-from nev.config.paths import absolute
+from nev.config.paths import with_absolute_paths
 from nev.data.index import build_index
 from nev.embed.cache import digest
 from nev.embed.captions import embed_captions
@@ -60,7 +60,9 @@ def run_sweep(sweep: Sweep, overrides: list[str], console: Console) -> Finished:
     """
     from nev.sweep.report import write_report
 
-    planned = [replace(trial, experiment=absolute(trial.experiment)) for trial in plan_trials(sweep, overrides)]
+    planned = [
+        replace(trial, experiment=with_absolute_paths(trial.experiment)) for trial in plan_trials(sweep, overrides)
+    ]
     first = planned[0].experiment
     uri = tracking_uri(first.tracking, first.output)
     check_tracking(uri)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from nev.cluster.ray_internals import Group, end_group
+from nev.cluster.ray_internals import WorkerGroup, kill_worker_group
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.sweep.config import Sweep
@@ -34,7 +34,7 @@ def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
     trial: Trial = setting["trials"][config["number"]]
     experiment, began = trial.experiment, time.monotonic()
 
-    def heard(step: int, metrics: dict[str, float], group: Group | None) -> None:
+    def heard(step: int, metrics: dict[str, float], group: WorkerGroup | None) -> None:
         seen = step * experiment.train.global_batch
         if sweep.metrics[0] not in metrics or seen >= sweep.samples:
             return
@@ -42,7 +42,7 @@ def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
             tune.report({**metrics, SAMPLES: seen})
         except SystemExit:  # so Tune tells that it ends this process
             if group:
-                end_group(group)
+                kill_worker_group(group)
             raise
 
     summary = run_experiment(

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from nev.common.errors import Findings
+from nev.common.errors import ErrorCollector
 from nev.common.signals import Stopped
 from nev.config.experiment import Experiment
 from nev.config.file import to_yaml
-from nev.config.paths import absolute
+from nev.config.paths import with_absolute_paths
 from nev.eval.report.tables import metrics_table
 from nev.runs.folder import check_output, check_space, run_folder
 from nev.runs.manifest import best, latest, metrics_of
 from nev.runs.metrics_log import read_points
 from nev.runs.tracking import Tracker, check_tracking, tracking_uri
-from nev.storage.files import folder_to_fill, join
+from nev.storage.files import join, output_folder
 from nev.train.driver.launcher import fit
 from nev.train.driver.metrics import Heard, Ledger, track
 from nev.train.driver.preflight import check_room, check_store
@@ -60,8 +60,8 @@ def run_experiment(
     from nev.models.text import load_text
     from nev.train.capacity import checkpoint_bytes
 
-    config = absolute(config)
-    found = Findings()
+    config = with_absolute_paths(config)
+    found = ErrorCollector()
     with found:
         check_output(config)
     with found:
@@ -125,7 +125,7 @@ def summarise(job: Job, tracker: Tracker) -> tuple[Summary, list[str]]:
     config = job.config
     chosen = (best(job.run, config.eval.best) if config.eval.best else None) or latest(job.run)
     assert chosen, "a finished run has a checkpoint"
-    with folder_to_fill(job.run) as folder:
+    with output_folder(job.run) as folder:
         pictures = [folder / "loss.png"]
         run_curves(pictures[0], read_points(job.run, job.stop_step), config.name)
         if job.validation:

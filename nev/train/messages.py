@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import ray
 
-from nev.cluster.ray_internals import Group
+from nev.cluster.ray_internals import WorkerGroup
 from nev.common.errors import NevError
 
 
@@ -27,7 +27,7 @@ class Post(NamedTuple):
     notes: tuple[str, ...] = ()
     left: bool = False
     began: bool = False
-    group: Group | None = None
+    group: WorkerGroup | None = None
 
 
 class _Board:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nev.common.progress import progress
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
-from nev.config.paths import absolute
+from nev.config.paths import with_absolute_paths
 from nev.data.augment import draw
 from nev.data.block import Block, BlockReader
 from nev.data.index import Index, build_index
@@ -29,7 +29,7 @@ from nev.data.plan import Plan, in_order
 from nev.eval.validation.task import val_reader
 from nev.models.vision import VisionTower, build_vision, normalise
 from nev.runs.tracking import open_run, tracking_uri
-from nev.storage.files import join, naming, write_whole
+from nev.storage.files import join, storage_errors_as, write_atomic
 from nev.storage.reading import DataError, read_column
 from nev.train.core.optim import learning_rate, make_optimizer, set_learning_rate
 from nev.train.driver.setup import total_steps, used_rows
@@ -53,7 +53,7 @@ def pretrain(config: Experiment, objective: Objective, console: Console) -> Pret
     """
     from nev.cluster.session import connect
 
-    config = absolute(config)
+    config = with_absolute_paths(config)
     torch.manual_seed(config.seed)
     index = build_index(config.data.train, config.data.columns)
     tower = build_vision(config.vision.model_copy(update={"pool": "mean"}), config.data.image_size, 1)
@@ -77,8 +77,10 @@ def pretrain(config: Experiment, objective: Objective, console: Console) -> Pret
         metrics = score(config, model, device) if config.data.val else {}
         tracker.log(steps, metrics)
         weights = join(folder, "trunk.safetensors")
-        with naming(weights, "written"):
-            write_whole(weights, save({name: one.cpu().contiguous() for name, one in tower.trunk.state_dict().items()}))
+        with storage_errors_as(weights, "written"):
+            write_atomic(
+                weights, save({name: one.cpu().contiguous() for name, one in tower.trunk.state_dict().items()})
+            )
         status = "FINISHED"
     finally:
         tracker.finish(status)

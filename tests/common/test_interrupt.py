@@ -15,7 +15,7 @@ import pytest
 import typer
 from rich.console import Console
 
-from nev.common.cli import explained
+from nev.common.cli import report_errors
 from nev.config.experiment import Experiment
 from nev.config.file import to_yaml
 from nev.runs.manifest import checkpoints
@@ -45,7 +45,7 @@ def interrupted(command: list[str], ready: Callable[[], bool], folder: Path) -> 
 
 def test_the_status_is_that_of_a_shell() -> None:
     said = io.StringIO()
-    with pytest.raises(typer.Exit) as ended, explained(Console(file=said), "The same command goes on."):
+    with pytest.raises(typer.Exit) as ended, report_errors(Console(file=said), "The same command goes on."):
         raise KeyboardInterrupt
     assert ended.value.exit_code == 130
     assert said.getvalue() == "interrupted. The same command goes on.\n"

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from nev.common import progress as module
-from nev.common.progress import counting, progress, rarely
+from nev.common.progress import count_progress, progress, throttle
 from nev.train.driver.monitor import _progress
 
 
@@ -78,7 +78,7 @@ def test_a_narrow_terminal_keeps_the_step_the_time_left_and_the_loss() -> None:
 def test_rarely_shows_the_first_of_each_while(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, shown = [0.0], []
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
-    maybe = rarely(shown.append, 10)
+    maybe = throttle(shown.append, 10)
     for second in (0, 9, 10, 11, 25, 34, 35):
         clock[0] = second
         maybe(str(second))
@@ -90,7 +90,7 @@ def test_what_has_no_known_end_is_counted(monkeypatch: pytest.MonkeyPatch, termi
     clock = [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
     console = Console(file=io.StringIO(), width=60, force_terminal=terminal, force_interactive=False)
-    with counting(console, "pictures embedded") as more:
+    with count_progress(console, "pictures embedded") as more:
         for _ in range(40):
             clock[0] += 1
             more(100)

@@ -41,9 +41,9 @@ def reader_over(folder: Path, count: int, image_size: int = 8) -> BlockReader:
 
 def splits(stream: Any, world: int, dawdle: bool = False) -> list[list[Block]]:
     """What each of W ranks gets, taken at the same time, from the split that Ray Train makes under nev's configuration."""
-    from nev.data.stream import Turns
+    from nev.data.stream import RoundRobinSplit
 
-    shards = [share["train"] for share in Turns().configure({"train": stream}, world, None, None)]
+    shards = [share["train"] for share in RoundRobinSplit().configure({"train": stream}, world, None, None)]
 
     def take(rank: int) -> list[Block]:
         pauses = random.Random(rank)

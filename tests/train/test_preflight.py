@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from nev.common.errors import Findings, NotReady
+from nev.common.errors import ErrorCollector, NotReady
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
-from nev.config.paths import absolute
+from nev.config.paths import with_absolute_paths
 from nev.models.text import load_text
 from nev.runs.folder import check_output, check_space, run_folder
 from nev.runs.manifest import checkpoints
@@ -26,7 +26,7 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def test_one_finding_is_itself_and_more_are_a_list() -> None:
-    found = Findings()
+    found = ErrorCollector()
     found.refuse()
     with found:
         raise DataError("no shards")
@@ -40,7 +40,7 @@ def test_one_finding_is_itself_and_more_are_a_list() -> None:
 
 
 def test_a_bug_is_no_finding() -> None:
-    with pytest.raises(ZeroDivisionError), Findings():
+    with pytest.raises(ZeroDivisionError), ErrorCollector():
         1 / 0  # noqa: B018
 
 
@@ -71,14 +71,14 @@ def test_all_that_is_wrong_is_told_before_ray_starts(
     )
     for part in parts:
         assert part in said, part
-    assert not list(Path(run_folder(absolute(config))).glob("*")), "nothing is left behind"
+    assert not list(Path(run_folder(with_absolute_paths(config))).glob("*")), "nothing is left behind"
 
 
 def test_an_output_that_cannot_be_written(tmp_path: Path, tiny: Make) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"output = .*file/runs.* cannot be used"):
-        check_output(absolute(tiny(output=str(tmp_path / "file" / "runs"))))
-    config = absolute(tiny())
+        check_output(with_absolute_paths(tiny(output=str(tmp_path / "file" / "runs"))))
+    config = with_absolute_paths(tiny())
     check_output(config)
     assert list(Path(run_folder(config)).iterdir()) == []
 

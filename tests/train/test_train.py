@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
-from nev.config.paths import absolute
+from nev.config.paths import with_absolute_paths
 from nev.data.block import Block
 from nev.eval.validation.validate import score
 from nev.eval.validation.vectors import kept_file, load_kept
@@ -231,14 +231,14 @@ def test_best_without_a_validation_set_is_refused(tiny: Make, text: TextTower) -
 
 def test_output_that_would_be_lost_is_refused(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"'gs://bucket/runs': give a folder, or s3://BUCKET/PREFIX"):
-        absolute(tiny(output="gs://bucket/runs"))
-    assert absolute(tiny(output="s3://bucket/runs")).output == "s3://bucket/runs"
+        with_absolute_paths(tiny(output="gs://bucket/runs"))
+    assert with_absolute_paths(tiny(output="s3://bucket/runs")).output == "s3://bucket/runs"
     uploaded = tmp_path / "working_dir_files" / "_ray_pkg_1"  # where Ray unpacks a submitted working folder
     uploaded.mkdir(parents=True)
     monkeypatch.chdir(uploaded)
     with pytest.raises(ConfigError, match="goes away with the node"):
-        absolute(tiny(output="runs"))
-    assert absolute(tiny(output=str(tmp_path))).output == str(tmp_path)
+        with_absolute_paths(tiny(output="runs"))
+    assert with_absolute_paths(tiny(output=str(tmp_path))).output == str(tmp_path)
 
 
 @pytest.mark.ray

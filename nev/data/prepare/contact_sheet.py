@@ -12,7 +12,7 @@ from nev.config.data import Limits
 from nev.data.decode import BadImage, read_header, shrink_for
 from nev.data.rows import captions_of
 from nev.storage.files import filesystem, open_parquet
-from nev.storage.reading import CUT_SHORT, reading
+from nev.storage.reading import CUT_SHORT, read_errors_as_data_errors
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,7 +29,11 @@ def contact_sheet(shard: str, limits: Limits) -> bytes:
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    with reading(shard, CUT_SHORT), open_parquet(*filesystem(shard)) as raw, pq.ParquetFile(raw) as file:
+    with (
+        read_errors_as_data_errors(shard, CUT_SHORT),
+        open_parquet(*filesystem(shard)) as raw,
+        pq.ParquetFile(raw) as file,
+    ):
         batch = next(file.iter_batches(COLUMNS * ROWS, columns=["image", "caption"])).to_pylist()
     step_x, step_y = CELL + GAP, CELL + LINE * LINES + GAP
     down = -(-len(batch) // COLUMNS)

@@ -16,8 +16,8 @@ from nev.data.prepare.scatter import read_batches
 from nev.data.prepare.shards import shard_location, write_shard
 from nev.data.rows import Row
 from nev.data.uids import KEY
-from nev.storage.files import PARALLEL_REQUESTS, filesystem, is_local, whole_file
-from nev.storage.reading import DataError, reading, writing
+from nev.storage.files import PARALLEL_REQUESTS, atomic_file, filesystem, is_local
+from nev.storage.reading import DataError, read_errors_as_data_errors, write_errors_as_data_errors
 
 
 class Gather(NamedTuple):
@@ -41,7 +41,7 @@ def gather(shard: Shard, job: Gather) -> int:
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         contents = pool.map(_read, (run for run, _ in job.runs), shard.ranges)
         for (run, first), content in zip(job.runs, contents, strict=True):
-            with reading(run, DAMAGED):
+            with read_errors_as_data_errors(run, DAMAGED):
                 for batch in read_batches(content):
                     digests = np.frombuffer(batch["digest"].buffers()[1], KEY, len(batch))
                     places = first + batch["row"].to_numpy()
@@ -60,7 +60,7 @@ def gather(shard: Shard, job: Gather) -> int:
     groups = (order[start : start + job.row_group_rows] for start in range(0, len(order), job.row_group_rows))
     _, work = filesystem(job.work)
     location = shard_location(job.output, shard.number)
-    with writing(location), whole_file(location, work) as path:
+    with write_errors_as_data_errors(location), atomic_file(location, work) as path:
         write_shard(path, (_rows(batches, which[group], at[group]) for group in groups), job.schema)
     return shard.rows
 
@@ -71,7 +71,7 @@ def _read(run: str, span: NDArray[np.int64]) -> pa.Buffer:
     if start == end:
         return pa.py_buffer(b"")
     fs, path = filesystem(run)
-    with reading(run, DAMAGED):
+    with read_errors_as_data_errors(run, DAMAGED):
         if not is_local(fs):
             return pa.py_buffer(fs.cat_file(path, start=start, end=end))
         with pa.memory_map(path) as file:  # closed, it leaves the mapping to the buffer

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 from nev.config.base import ConfigError
 from nev.data.index import UNFINISHED
 from nev.data.prepare.shards import shards_in
-from nev.storage.files import PARALLEL_REQUESTS, entries_below, filesystem, is_local, join, make_folder, write_whole
-from nev.storage.reading import DataError, reading, writing
+from nev.storage.files import PARALLEL_REQUESTS, filesystem, is_local, join, list_entries, make_folder, write_atomic
+from nev.storage.reading import DataError, read_errors_as_data_errors, write_errors_as_data_errors
 
 DAMAGED = "Delete it and run the same command again."
 LAST = ("job.json", "plan.json")
@@ -103,8 +103,8 @@ def begin(output: str, facts: Facts | None, stamps: Sequence[str], overwrite: bo
 def _done_parts(work: str) -> dict[str, Facts]:
     """The parts that are scattered, their runs whole."""
     fs, path = filesystem(work)
-    with reading(work, damaged=""):
-        sizes = {name[len(path) + 1 :]: entry["size"] for name, entry in entries_below(fs, path).items()}
+    with read_errors_as_data_errors(work, damaged=""):
+        sizes = {name[len(path) + 1 :]: entry["size"] for name, entry in list_entries(fs, path).items()}
     names = sorted(name for name in sizes if re.fullmatch(r"part-\w+/part\.json", name))
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         found = [part for part in pool.map(partial(_read_part, work), names) if part]
@@ -127,7 +127,7 @@ def remove(work: str) -> None:
     for name in LAST:
         _drop(work, name)
     fs, path = filesystem(work)
-    with writing(work):
+    with write_errors_as_data_errors(work):
         if is_local(fs) and fs.exists(path):
             fs.rmdir(path)
 
@@ -135,7 +135,7 @@ def remove(work: str) -> None:
 def forget(work: str, stamps: Iterable[str]) -> None:
     """Remove parts that are not asked for."""
     fs, path = filesystem(work)
-    with writing(work):
+    with write_errors_as_data_errors(work):
         for stamp in stamps:
             fs.rm(f"{path}/part-{stamp}", recursive=True)
 
@@ -143,7 +143,7 @@ def forget(work: str, stamps: Iterable[str]) -> None:
 def _clear(work: str) -> None:
     """Remove all but `job.json` and `plan.json`."""
     fs, path = filesystem(work)
-    with writing(work):
+    with write_errors_as_data_errors(work):
         if not fs.exists(path):
             return
         found = fs.ls(path, detail=False) if is_local(fs) else fs.find(path)
@@ -153,7 +153,7 @@ def _clear(work: str) -> None:
 
 def _drop(work: str, name: str) -> None:
     fs, path = filesystem(join(work, name))
-    with writing(work):
+    with write_errors_as_data_errors(work):
         if fs.exists(path):
             fs.rm_file(path)
 
@@ -161,7 +161,7 @@ def _drop(work: str, name: str) -> None:
 def read_json(location: str) -> Facts | None:
     """The JSON object at `location`, or None where there is none."""
     fs, path = filesystem(location)
-    with reading(location, damaged=""):
+    with read_errors_as_data_errors(location, damaged=""):
         try:
             content = fs.cat_file(path)
         except FileNotFoundError:
@@ -175,8 +175,8 @@ def read_json(location: str) -> Facts | None:
 
 def write_json(location: str, content: Facts) -> None:
     """Write a JSON object, whole or not at all."""
-    with writing(location):
-        write_whole(location, json.dumps(content, indent=1).encode())
+    with write_errors_as_data_errors(location):
+        write_atomic(location, json.dumps(content, indent=1).encode())
 
 
 @contextmanager
@@ -194,7 +194,7 @@ def alone(output: str) -> Iterator[None]:
         return
     if fs.exists(path) and not fs.isdir(path):
         raise ConfigError(f"{output}: is a file. A split is a folder: give another name.")
-    with writing(output):
+    with write_errors_as_data_errors(output):
         make_folder(fs, path)
         handle = os.open(path, os.O_RDONLY)
     try:

@@ -29,8 +29,8 @@ from nev.data.prepare.shards import Layout, schema_of, shard_location, shards_in
 from nev.data.rows import Row
 from nev.data.sources.common import S3, Part, Source, stamp_of
 from nev.data.uids import read_uids
-from nev.storage.files import PARALLEL_REQUESTS, filesystem, is_local, join, write_whole
-from nev.storage.reading import writing
+from nev.storage.files import PARALLEL_REQUESTS, filesystem, is_local, join, write_atomic
+from nev.storage.reading import write_errors_as_data_errors
 
 FORMAT = 2  # of `_prepare`: raised when what is in there, or what it leads to, changes
 MEMORY_BYTES = 512 * 2**20
@@ -180,7 +180,7 @@ def _cut(output: str, parts: list[Facts], state: State, job: Scatter, layout: La
         reasons = ", ".join(f"{reason} ({count:,})" for reason, count in plan["dropped"].items()) or "none was read"
         raise ConfigError(f"{output}: no rows to write. Dropped by reason: {reasons}")
     fs, path = filesystem(output)
-    with writing(output):
+    with write_errors_as_data_errors(output):
         for name in state.shards:
             fs.rm_file(join(path, name))
         if fs.exists(join(path, sidecar.FOLDER)):
@@ -240,8 +240,8 @@ def _beside(output: str, plan: Facts, limits: Limits, progress: Progress) -> tup
             labels.add({}, label, called, uid, known)
     there = known is not None
     if plan["names"] and not there:
-        with writing(classes):
-            write_whole(classes, "".join(f"{one}\n" for one in plan["names"]).encode())
+        with write_errors_as_data_errors(classes):
+            write_atomic(classes, "".join(f"{one}\n" for one in plan["names"]).encode())
         there = True
     if plan["labelled"] and not there:
         progress.note(
@@ -249,8 +249,8 @@ def _beside(output: str, plan: Facts, limits: Limits, progress: Progress) -> tup
             "Scoring by class needs that file: one name a line, in the order of the labels."
         )
     sheet = contact_sheet(shard_location(output, 0), limits)
-    with writing(samples):
-        write_whole(samples, sheet)
+    with write_errors_as_data_errors(samples):
+        write_atomic(samples, sheet)
     return (classes if plan["labelled"] and there else None), samples
 
 

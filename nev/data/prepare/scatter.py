@@ -33,8 +33,8 @@ from nev.data.prepare.shards import OPTIONAL, SCHEMA, table_of
 from nev.data.rows import Row, captions_of, usable
 from nev.data.sources.common import Part
 from nev.data.uids import KEY, Keys
-from nev.storage.files import filesystem, join, make_folder, write_whole
-from nev.storage.reading import DataError, reading, writing
+from nev.storage.files import filesystem, join, make_folder, write_atomic
+from nev.storage.reading import DataError, read_errors_as_data_errors, write_errors_as_data_errors
 
 ROW_OVERHEAD = 1024  # bytes of Python objects around one row, roughly; what `memory_bytes` counts beside the image
 STRING_BYTES = 60  # of a string beside its characters
@@ -126,8 +126,8 @@ def scatter(part: Part, job: Scatter) -> Facts:
     )
     packed = io.BytesIO()
     np.savez(packed, **keys._asdict())
-    with writing(join(folder, "keys.npz")):
-        write_whole(join(folder, "keys.npz"), packed.getvalue())
+    with write_errors_as_data_errors(join(folder, "keys.npz")):
+        write_atomic(join(folder, "keys.npz"), packed.getvalue())
     files[f"part-{part.stamp}/keys.npz"] = len(packed.getvalue())
     done = {
         "stamp": part.stamp,
@@ -153,7 +153,7 @@ def fetch_keys(work: str, part: str) -> bytes:
     """The file of keys of a part that is done."""
     location = _keys_location(work, part)
     fs, path = filesystem(location)
-    with reading(location, DAMAGED):
+    with read_errors_as_data_errors(location, DAMAGED):
         content: bytes = fs.cat_file(path)
     return content
 
@@ -198,7 +198,7 @@ def _write_run(location: str, rows: list[Row], digests: list[bytes], first: int,
     sizes = np.zeros(buckets + 1, np.int64)
     fs, path = filesystem(location)
     order = sorted(range(len(rows)), key=digests.__getitem__)
-    with writing(location), fs.open(path, "wb") as sink:
+    with write_errors_as_data_errors(location), fs.open(path, "wb") as sink:
         for bucket, members in groupby(order, key=lambda at: bucket_of(digests[at], buckets)):
             places = list(members)
             start = 0

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from nev.config.base import ConfigError
 from nev.data.rows import Row, captions_of
 from nev.storage.files import filesystem, join
-from nev.storage.reading import reading
+from nev.storage.reading import read_errors_as_data_errors
 
 SCHEMA = pa.schema(
     {
@@ -61,7 +61,7 @@ def shards_in(folder: str) -> dict[str, int]:
     """
     fs, path = filesystem(folder)
     found: dict[str, int] = {}
-    with reading(folder, damaged=""):
+    with read_errors_as_data_errors(folder, damaged=""):
         for below, folders, entries in fs.walk(path, detail=True, on_error="raise") if fs.exists(path) else ():
             for name in [name for name in folders if name[0] in "._"]:
                 del folders[name]  # not walked: the work of a prepare, the sidecars

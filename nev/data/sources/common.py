@@ -22,7 +22,7 @@ from nev.config.data import Columns, Limits
 from nev.data.index import LINKED_FOLDER
 from nev.data.rows import Row
 from nev.storage.files import filesystem, remedy, storage_errors
-from nev.storage.reading import reading
+from nev.storage.reading import read_errors_as_data_errors
 
 S3 = "s3://"
 FETCH_AGAIN = "Fetch it again, or take it out of the input."
@@ -200,7 +200,7 @@ def _refuse(error: OSError) -> None:
 
 def _remote(given: str) -> tuple[list[File], bool]:
     fs, path = filesystem(given.rstrip("/"))
-    with reading(given, damaged=""):
+    with read_errors_as_data_errors(given, damaged=""):
         if any(sign in path for sign in "*?["):
             return [_listed(entry) for entry in fs.glob(path, detail=True).values() if entry["type"] == "file"], False
         if not fs.exists(path):

@@ -16,7 +16,7 @@ from nev.eval.suite.collection import Collection
 from nev.eval.suite.reading import place_of
 from nev.eval.suite.schema import Task
 from nev.storage.files import join
-from nev.storage.reading import content_of
+from nev.storage.reading import read_bytes
 
 HARD = 10  # candidates, from which on an instance is one of the hard ones, which DataComp counts
 
@@ -83,7 +83,7 @@ def _sentence(prompt: str, cue: str) -> str:
 
 
 def _instances(location: str) -> list[Instance]:
-    content = content_of(location)
+    content = read_bytes(location)
     if content is None:
         raise ConfigError(
             f"{location}: no such file; it needs a line of JSON an instance: cue, candidates, associations"

@@ -17,8 +17,8 @@ from nev.embed.cache import digest, kept
 from nev.embed.images import Tower, Work, embed_all
 from nev.eval.suite.reading import CLEAN, Reading, blocks, variants
 from nev.eval.validation.scoring import Embedded
-from nev.storage.files import join, write_whole
-from nev.storage.reading import writing
+from nev.storage.files import join, write_atomic
+from nev.storage.reading import write_errors_as_data_errors
 
 
 class Fact(Section):
@@ -66,8 +66,8 @@ def collect(
             found[key] = rows
             continue
         own = _ordered(rows)
-        with writing(files[key]):
-            write_whole(files[key], _bytes(own))
+        with write_errors_as_data_errors(files[key]):
+            write_atomic(files[key], _bytes(own))
         found[key] = own
     return found
 

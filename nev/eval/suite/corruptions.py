@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from nev.common.imports import import_whole
+from nev.common.imports import import_uninterrupted
 from nev.data.decode import Picture
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _contrast(pixels: torch.Tensor, factor: float, noise: torch.Generator) -> to
 
 
 def _gaussian_blur(pixels: torch.Tensor, sigma: float, noise: torch.Generator) -> torch.Tensor:
-    import_whole("torchvision.transforms.v2.functional")
+    import_uninterrupted("torchvision.transforms.v2.functional")
     from torchvision.transforms.v2 import functional
 
     changed: torch.Tensor = functional.gaussian_blur(pixels, [2 * round(4 * sigma) + 1] * 2, [sigma, sigma])
@@ -104,7 +104,7 @@ def _gaussian_blur(pixels: torch.Tensor, sigma: float, noise: torch.Generator) -
 
 
 def _jpeg(pixels: torch.Tensor, quality: float, noise: torch.Generator) -> torch.Tensor:
-    import_whole("torchvision.transforms.v2.functional")
+    import_uninterrupted("torchvision.transforms.v2.functional")
     from torchvision.transforms.v2 import functional
 
     changed: torch.Tensor = functional.jpeg(pixels, int(quality))

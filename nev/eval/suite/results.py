@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 from nev.config.base import ConfigError, Section
 from nev.eval.metrics.intervals import Interval
 from nev.eval.suite.schema import Suite, Task
-from nev.storage.reading import content_of
+from nev.storage.reading import read_bytes
 
 
 class TaskResult(Section):
@@ -65,7 +65,7 @@ def load_result(location: str, suite: str) -> SuiteResult:
     """What an earlier `evaluate.py --suite` wrote as JSON, here or on S3. Raises ConfigError where it is no such file, or is of
     another suite.
     """
-    content = content_of(location)
+    content = read_bytes(location)
     if content is None:
         raise ConfigError(
             f"{location}: no such file. evaluate.py --suite NAME writes NAME-STEP.json in the run's folder/evaluation."

@@ -19,7 +19,7 @@ from nev.embed.cache import texts
 from nev.eval.metrics.zeroshot import class_embeddings
 from nev.eval.validation.scoring import Embedded
 from nev.eval.validation.texts import Classes, Texts
-from nev.storage.reading import DataError, content_of, read_column
+from nev.storage.reading import DataError, read_bytes, read_column
 
 if TYPE_CHECKING:
     from nev.models.text import TextTower
@@ -120,7 +120,7 @@ def class_names(zero_shot: ZeroShot) -> list[str]:
     if not isinstance(zero_shot.classes, str):
         return list(zero_shot.classes)
     where = f"eval.zero_shot.classes: {zero_shot.classes}"
-    content = content_of(zero_shot.classes)
+    content = read_bytes(zero_shot.classes)
     if content is None:
         raise ConfigError(f"eval.zero_shot.classes: no such file: {zero_shot.classes}")
     names = [line.strip() for line in lines_of(content, where)]

@@ -13,7 +13,7 @@ from nev.eval.validation.scoring import Embedded
 from nev.eval.validation.task import Result, Validation
 from nev.eval.validation.texts import Texts, all_captions, caption_owners, load_texts
 from nev.storage.files import join
-from nev.storage.reading import content_of
+from nev.storage.reading import read_bytes
 
 
 def texts_of(task: Validation, encode: Encode | None) -> Texts:
@@ -55,7 +55,7 @@ def load_kept(checkpoint: str, task: Validation) -> tuple[Embedded, Texts] | Non
     """The vectors of this validation that a checkpoint keeps, or None."""
     from safetensors.numpy import load
 
-    content = content_of(join(checkpoint, kept_file(task)))
+    content = read_bytes(join(checkpoint, kept_file(task)))
     if content is None:
         return None
     found = load(content)

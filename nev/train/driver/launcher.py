@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from nev.cluster.ray_internals import first_cause, free_room, innermost
+from nev.cluster.ray_internals import first_cause, innermost, remove_leaked_placement_groups
 from nev.common.errors import NevError
 from nev.common.signals import Stopped, set_by_sigterm
 from nev.config.experiment import Experiment
@@ -66,7 +66,7 @@ def fit(
                     # where there was no room for a while: that is waited for as long as it takes.
                     if watcher.stop.is_set():
                         raise Stopped from error
-                    free_room()
+                    remove_leaked_placement_groups()
                     failures += not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError)
                     if failures > job.config.workers.max_failures or isinstance(innermost(error), NevError):
                         raise
@@ -93,7 +93,7 @@ def ray_trainer(job: Job, reader: BlockReader, board: Any, folder: str) -> Torch
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from nev.data.stream import Turns
+    from nev.data.stream import RoundRobinSplit
 
     workers = job.config.workers
     # Both are typed as the ones before, which knew less.
@@ -115,7 +115,7 @@ def ray_trainer(job: Job, reader: BlockReader, board: Any, folder: str) -> Torch
             failure_config=failing(workers.max_failures, controller_failure_limit=START_TRIES - 1),
         ),
         datasets={"train": lambda: stream_from_here(job, reader)},
-        dataset_config=Turns(),
+        dataset_config=RoundRobinSplit(),
     )
 
 

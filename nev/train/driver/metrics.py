@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from nev.cluster.ray_internals import Group
+from nev.cluster.ray_internals import WorkerGroup
 from nev.config.experiment import Experiment
 from nev.runs.metrics_log import keep_run_id, kept_run_id, read_points
 from nev.runs.tracking import Tracker, open_run, tracking_uri
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nev.train.job import Job
 
 
-Heard = Callable[[int, dict[str, float], Group | None], None]
+Heard = Callable[[int, dict[str, float], WorkerGroup | None], None]
 
 
 class Ledger:
@@ -30,7 +30,7 @@ class Ledger:
     def __init__(self, config: Experiment, tracker: Tracker, console: Console, heard: Heard | None = None) -> None:
         self.tracker, self.patience = tracker, Patience(config.eval)
         self.latest: dict[str, float] = {}
-        self.group: Group | None = None
+        self.group: WorkerGroup | None = None
         self._signatures, self._console, self._heard = Signatures(config), console, heard
 
     def take(self, step: int, metrics: dict[str, float]) -> None:

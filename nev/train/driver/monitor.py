@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from nev.common.progress import rarely
+from nev.common.progress import throttle
 from nev.train.driver.metrics import Ledger
 from nev.train.driver.validator import Validator
 
@@ -53,7 +53,7 @@ class Watcher:
         self._line = _progress(console)
         self._task = self._line.add_task("", total=total_steps, completed=first_step, numbers="starting")
         self._said = self._saying = ""
-        self._plain = rarely(self._say)
+        self._plain = throttle(self._say)
         self._sent = 0.0
         self._away = False
         self._reading = threading.Lock()

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from tokenizers import Tokenizer
 
-from nev.common.errors import Findings
+from nev.common.errors import ErrorCollector
 from nev.config.experiment import Experiment, refuse_widths
 from nev.config.file import parse
 from nev.data.augment import auto_augment
@@ -57,7 +57,7 @@ FREE_TO_CHANGE = (
 
 
 def prepare_job(
-    config: Experiment, text: TextTower, stop_after: int | None = None, findings: Findings | None = None
+    config: Experiment, text: TextTower, stop_after: int | None = None, findings: ErrorCollector | None = None
 ) -> Job:
     """Index the data, plan it, check sidecars and embed class prompts (online text has neither), check the run to continue.
 
@@ -67,7 +67,7 @@ def prepare_job(
     from nev.models.lock import canaries
     from nev.models.vision import check_vision
 
-    found = findings or Findings()
+    found = findings or ErrorCollector()
     with found:
         if config.data.augment.auto:  # an unknown name is an error now, not in a worker
             auto_augment(config.data.augment.auto, config.data.image_size)

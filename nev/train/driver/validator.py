@@ -22,7 +22,7 @@ from nev.common.signals import Stopped, set_by_sigterm
 from nev.config.experiment import Experiment
 from nev.runs.manifest import VALIDATION, awaiting
 from nev.runs.metrics_log import point, write_validation
-from nev.storage.files import StorageError, filesystem, join, naming, write_whole
+from nev.storage.files import StorageError, filesystem, join, storage_errors_as, write_atomic
 from nev.train.driver.metrics import Ledger
 from nev.train.job import Job
 
@@ -140,11 +140,11 @@ class Validator:
         """Beside the checkpoint, which may be removed from now on, and in the journal; nothing of one that is gone."""
         location = self._location(found.step)
         fs, path = filesystem(join(location, "state.json"))
-        with naming(location, "written"):
+        with storage_errors_as(location, "written"):
             if self._stopped or not fs.exists(path):
                 return
             write_validation(self._job.run, point(found.step, found.metrics))
-            write_whole(join(location, VALIDATION), json.dumps(found.metrics).encode())
+            write_atomic(join(location, VALIDATION), json.dumps(found.metrics).encode())
 
     def _location(self, step: int) -> str:
         return join(self._job.run, "checkpoints", f"step-{step:08d}")
@@ -167,8 +167,8 @@ def validated(config: Experiment, job: Job, checkpoint: str) -> dict[str, float]
     metrics = score(job.validation, embedded, texts)
     result = Result(metrics, embedded, texts)
     vectors = join(checkpoint, kept_file(job.validation))
-    with naming(vectors, "written"):
-        write_whole(vectors, kept_bytes(job.validation, result))
+    with storage_errors_as(vectors, "written"):
+        write_atomic(vectors, kept_bytes(job.validation, result))
     return metrics
 
 

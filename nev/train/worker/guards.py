@@ -20,7 +20,7 @@ from torch import Tensor
 from nev.common.errors import NevError
 from nev.config.experiment import Guards
 from nev.data.plan import Plan
-from nev.storage.files import StorageError, join, naming, write_whole
+from nev.storage.files import StorageError, join, storage_errors_as, write_atomic
 from nev.train.core.step import StepResult
 
 WINDOW = 1000  # steps over which skipped ones are counted
@@ -182,5 +182,5 @@ def write(findings: list[Finding], run: str) -> None:
     """
     for finding in findings:
         location = join(run, "guards", f"step-{finding.step:08d}.json")
-        with suppress(StorageError), naming(location, "written"):
-            write_whole(location, json.dumps(asdict(finding), indent=1).encode())
+        with suppress(StorageError), storage_errors_as(location, "written"):
+            write_atomic(location, json.dumps(asdict(finding), indent=1).encode())

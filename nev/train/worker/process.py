@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from nev.cluster.ray_internals import machine_goes, own_group
+from nev.cluster.ray_internals import current_worker_group, preemption_pending
 from nev.common.errors import NevError
 from nev.config.base import ConfigError
 from nev.data.block import Block
@@ -58,7 +58,7 @@ def work(setting: dict[str, Any]) -> None:
     stop = Stop(setting["board"]) if me.rank == 0 else None
 
     def asked() -> bool:
-        return machine_goes() or (stop is not None and stop.told())
+        return preemption_pending() or (stop is not None and stop.told())
 
     # Asked for now, the first block is made while this process still imports and builds the model.
     blocks = blocks_of(job, me)
@@ -76,7 +76,7 @@ def work(setting: dict[str, Any]) -> None:
     learner, start = learner_of(built, job, me)
     del built  # it holds the moments of the checkpoint, whole
     if me.rank == 0:
-        ray.get(setting["board"].post.remote(Post(start.step, {}, began=True, group=own_group())))
+        ray.get(setting["board"].post.remote(Post(start.step, {}, began=True, group=current_worker_group())))
     try:
         done = train(job, me, learner, start, after(first, blocks), report, asked)
         if done < job.stop_step and me.rank == 0:

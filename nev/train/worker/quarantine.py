@@ -18,7 +18,7 @@ from nev.common.errors import NevError
 from nev.config.experiment import Experiment
 from nev.data.block import Block
 from nev.data.plan import Plan
-from nev.storage.files import StorageError, files_below, filesystem, join, naming, write_whole
+from nev.storage.files import StorageError, filesystem, join, list_files, storage_errors_as, write_atomic
 
 LEAST_ROWS = 10_000  # row groups come whole: a rotten one at the start is a large share of few rows
 
@@ -47,12 +47,14 @@ class Quarantine:
 
     def _take_up(self, first_step: int) -> None:
         fs, folder = filesystem(self.folder)
-        with naming(self.folder, "listed"):
-            names = files_below(self.folder)
+        with storage_errors_as(self.folder, "listed"):
+            names = list_files(self.folder)
         for name in names:
             if not (found := re.fullmatch(r"step-(\d+)-rank-\d+\.parquet", name)):
                 continue
-            with naming(join(self.folder, name), "taken up", "It is damaged: remove it, and its rows are not counted."):
+            with storage_errors_as(
+                join(self.folder, name), "taken up", "It is damaged: remove it, and its rows are not counted."
+            ):
                 if int(found[1]) > first_step:
                     fs.rm_file(f"{folder}/{name}")
                     continue
@@ -92,8 +94,8 @@ class Quarantine:
             return
         location, sink = join(self.folder, f"step-{done:08d}-rank-{self._rank}.parquet"), io.BytesIO()
         pq.write_table(pa.Table.from_pylist(self._rows), sink)
-        with suppress(StorageError), naming(location, "written"):
-            write_whole(location, sink.getvalue())
+        with suppress(StorageError), storage_errors_as(location, "written"):
+            write_atomic(location, sink.getvalue())
             self._rows = []
 
     def totals(self) -> tuple[Counter[str], Counter[str], dict[str, str]]:
