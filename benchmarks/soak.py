@@ -26,7 +26,7 @@ from benchmarks import report
 from benchmarks.contestants.checkpointing import Spent, seconds_to_findings, steps_with_checkpoints
 from benchmarks.contestants.processes import in_own_process
 from nev.common.cli import make_command, report_errors
-from nev.runs.metrics_log import kept_run_id
+from nev.runs.metrics_log import load_mlflow_run_id
 from tests.faults.disk import small_disk
 from tests.faults.machines import Machines, machines, wait_for
 from tests.faults.runs import BATCH, Result, Run, settings
@@ -256,7 +256,7 @@ def seen(run: Run, before: int) -> float | None:
 
 def new_step(run: Run, again: float) -> float:
     """When MLflow got the first point of a step after `again`: it holds no step twice, so this one is new."""
-    client, run_id = MlflowClient(tracking_uri=run.tracking_uri()), kept_run_id(run.folder) or ""
+    client, run_id = MlflowClient(tracking_uri=run.tracking_uri()), load_mlflow_run_id(run.folder) or ""
 
     def first() -> float | None:
         times = [point.timestamp / 1000 for point in client.get_metric_history(run_id, "loss")]

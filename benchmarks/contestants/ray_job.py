@@ -26,7 +26,7 @@ class JobRates(NamedTuple):
 def ray_job(config: Experiment, steps: int) -> JobRates:
     """Train `steps` steps of `config` (paths absolute, no validation) and read the rates. Raises BenchmarkFailed."""
     from nev.runs.folder import run_folder
-    from nev.runs.metrics_log import kept_run_id
+    from nev.runs.metrics_log import load_mlflow_run_id
     from nev.runs.tracking import Tracker, tracking_uri
 
     with tempfile.TemporaryDirectory(prefix="nev-bench-") as folder:
@@ -34,7 +34,7 @@ def ray_job(config: Experiment, steps: int) -> JobRates:
         config = config.model_copy(update={"output": folder, "train": train})
         Path(folder, "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         run_script("pipelines/train.py", "--config", f"{folder}/config.yaml", "--stop-after", str(steps))
-        run_id = kept_run_id(run_folder(config))
+        run_id = load_mlflow_run_id(run_folder(config))
         if run_id is None:
             raise BenchmarkFailed("pipelines/train.py has begun no run")
         tracker = Tracker(tracking_uri(config.tracking, folder), run_id)

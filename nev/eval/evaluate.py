@@ -11,7 +11,7 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.eval.validation.on_cluster import embed
 from nev.eval.validation.task import make_validation
-from nev.runs.towers import Opened, open_checkpoint
+from nev.runs.towers import OpenedCheckpoint, open_checkpoint
 from nev.storage.files import join, output_folder, storage_errors_as
 
 if TYPE_CHECKING:
@@ -74,17 +74,17 @@ def own_folder(checkpoint: str) -> str:
     return join(run, "evaluation", step)
 
 
-def as_mteb_model(opened: Opened) -> MtebModel:
+def as_mteb_model(opened: OpenedCheckpoint) -> MtebModel:
     """A checkpoint as a model of mteb, on this machine's GPU where it has one."""
     import torch
 
     from nev.embed.images import embedder
     from nev.eval.mteb_model import MtebModel
     from nev.models.vision import normalise
-    from nev.runs.towers import load_tower, load_vision
+    from nev.runs.towers import load_text_tower, load_vision
 
     config, data = opened.config, opened.config.data
-    text = opened.text if config.lock == "text" else load_tower(opened.location, config)
+    text = opened.text if config.lock == "text" else load_text_tower(opened.location, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     text.model.to(device)
     vision = load_vision(opened.location, config, text.width).to(device).eval()

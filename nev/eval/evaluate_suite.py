@@ -16,8 +16,8 @@ from rich.markup import escape
 
 from nev.common.errors import NevError
 from nev.config.base import ConfigError
-from nev.runs.metrics_log import kept_run_id
-from nev.runs.towers import Opened, open_checkpoint
+from nev.runs.metrics_log import load_mlflow_run_id
+from nev.runs.towers import OpenedCheckpoint, open_checkpoint
 from nev.runs.tracking import Tracker, check_tracking
 from nev.storage.files import join, output_folder, storage_errors_as
 
@@ -93,7 +93,7 @@ class Scored(NamedTuple):
     exhibits: list[Exhibit]
 
 
-def run_tasks(suite: Suite, opened: Opened, cache: str, folder: Path, console: Console) -> list[Scored]:
+def run_tasks(suite: Suite, opened: OpenedCheckpoint, cache: str, folder: Path, console: Console) -> list[Scored]:
     """Every task of a suite, on the connected Ray: a source is embedded once, whatever tasks share it. folder: for pictures."""
     from nev.cluster.session import cluster_cpus
     from nev.common.progress import count_progress
@@ -104,7 +104,7 @@ def run_tasks(suite: Suite, opened: Opened, cache: str, folder: Path, console: C
     from nev.eval.suite.reading import BATCH, reading_of
     from nev.eval.suite.results import not_run
     from nev.eval.suite.tasks import Context, score
-    from nev.runs.towers import load_tower, load_vision, logit_scale
+    from nev.runs.towers import load_logit_scale, load_text_tower, load_vision
 
     location, manifest, config, text = opened
     readings: dict[str, Reading] = {}
@@ -123,10 +123,10 @@ def run_tasks(suite: Suite, opened: Opened, cache: str, folder: Path, console: C
     block_bytes = BATCH * config.data.image_size**2 * 3
     with count_progress(console, "pictures embedded") as more:
         found = collect(list(readings.values()), model, cache, tower, block_bytes, more)
-    own_text = text if config.lock == "text" else load_tower(location, config)
+    own_text = text if config.lock == "text" else load_text_tower(location, config)
     fingerprint = text.fingerprint if config.lock == "text" else weights
     encode = partial(texts, encode=own_text.encode, fingerprint=fingerprint, cache=cache)
-    scale = logit_scale(location)
+    scale = load_logit_scale(location)
     scored = []
     for task in suite.tasks:
         if task.name in reasons:
@@ -152,7 +152,7 @@ def run_tasks(suite: Suite, opened: Opened, cache: str, folder: Path, console: C
     return scored
 
 
-def track(result: SuiteResult, opened: Opened, files: list[str], console: Console) -> None:
+def track(result: SuiteResult, opened: OpenedCheckpoint, files: list[str], console: Console) -> None:
     """Log a suite's numbers at the checkpoint's step, and its files, to the MLflow run of the training, where that is known.
 
     Only where the person who asks has named the server (MLFLOW_TRACKING_URI), or where it is the file beside the run and keeps
@@ -164,7 +164,7 @@ def track(result: SuiteResult, opened: Opened, files: list[str], console: Consol
     if not inside:
         return
     try:
-        run_id = kept_run_id(run)
+        run_id = load_mlflow_run_id(run)
         if run_id is None:
             return
         home = run.rpartition("/")[0]

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from nev.runs.manifest import FORMAT, Damaged, State, Unreadable, read_manifest, remove, verified
+from nev.runs.manifest import FORMAT, CheckpointState, Damaged, Unreadable, read_manifest, remove_checkpoint, verify
 from nev.storage.files import filesystem, join, list_files, remedy, storage_errors, storage_errors_as, write_atomic
 
 PARTS = ("model", "optimizer", "rng")
@@ -29,7 +29,7 @@ Trained = tuple[
 
 
 def save(
-    run: str, state: State, tensors: Trained, rng: dict[str, Tensor], beside: dict[str, bytes] | None = None
+    run: str, state: CheckpointState, tensors: Trained, rng: dict[str, Tensor], beside: dict[str, bytes] | None = None
 ) -> str:
     """Write a checkpoint under `run` (path or URL) and return its location. Raises StorageError.
 
@@ -40,7 +40,7 @@ def save(
     with storage_errors_as(location, "listed"):
         left = list_files(location)
     if left:
-        remove(location)  # by a run that died here, or by one that reached this step before
+        remove_checkpoint(location)  # by a run that died here, or by one that reached this step before
     digests = {}
     for name, data in _files(tensors, rng, beside or {}):
         digests[name] = hashlib.sha256(data).hexdigest()
@@ -64,21 +64,21 @@ def _write(location: str, name: str, data: bytes) -> None:
         write_atomic(join(location, name), data)
 
 
-def load(location: str) -> tuple[State, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+def load(location: str) -> tuple[CheckpointState, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """(state, model, optimiser and rng tensors) of a checkpoint, checksums verified. Raises CheckpointError."""
-    manifest = verified(location, besides=[f"{name}.safetensors" for name in PARTS])  # whose checksums are taken below
+    manifest = verify(location, besides=[f"{name}.safetensors" for name in PARTS])  # whose checksums are taken below
     model, optimizer, rng = (_tensors(location, manifest, name) for name in PARTS)
     return _state(manifest), model, optimizer, rng
 
 
-def load_model(location: str) -> tuple[State, dict[str, Tensor]]:
+def load_model(location: str) -> tuple[CheckpointState, dict[str, Tensor]]:
     """The state and the model's tensors alone."""
     manifest = read_manifest(location)
     return _state(manifest), _tensors(location, manifest, "model")
 
 
-def _state(manifest: dict[str, Any]) -> State:
-    return State(**{key: manifest[key] for key in State.__dataclass_fields__})
+def _state(manifest: dict[str, Any]) -> CheckpointState:
+    return CheckpointState(**{key: manifest[key] for key in CheckpointState.__dataclass_fields__})
 
 
 def _tensors(location: str, manifest: dict[str, Any], name: str) -> dict[str, Tensor]:

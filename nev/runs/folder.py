@@ -41,7 +41,9 @@ def check_output(config: Experiment) -> None:
         if is_local(fs):
             fs.rmdir(path)
     except storage_errors() as error:
-        raise ConfigError(f"output = {config.output!r} cannot be used: {error}. {what_to_do(error, path)}") from error
+        raise ConfigError(
+            f"output = {config.output!r} cannot be used: {error}. {output_remedy(error, path)}"
+        ) from error
     if seen != ["file"]:
         raise ConfigError(f"output = {config.output!r} cannot be used: what is written there is not listed at once.")
 
@@ -64,7 +66,7 @@ def check_space(run: str, checkpoints: int, size: int) -> None:
         )
 
 
-def what_to_do(error: Exception, path: str) -> str:
+def output_remedy(error: Exception, path: str) -> str:
     """The remedy for an output that failed its probe at `path`."""
     if path.startswith("/"):
         return "Give a folder that can be written to with --set output=..."

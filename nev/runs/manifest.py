@@ -43,7 +43,7 @@ class Unreadable(CheckpointError):
 
 
 @dataclass(frozen=True)
-class State:
+class CheckpointState:
     """What a run needs beside its tensors. `step` is the number of updates done; `metrics` are the latest evaluation's."""
 
     step: int
@@ -62,7 +62,7 @@ def read_manifest(location: str) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(fs.cat_file(f"{path}/state.json"))
     except FileNotFoundError:
         runs = (location, location.rstrip("/").rpartition("/checkpoints")[0])
-        near = [found for run in runs if run for found in checkpoints(run)]
+        near = [found for run in runs if run for found in list_checkpoints(run)]
         there = (
             f"There {'is' if len(near) == 1 else 'are'} {', '.join(near)}."
             if near
@@ -78,7 +78,7 @@ def read_manifest(location: str) -> dict[str, Any]:
     return manifest
 
 
-def checkpoints(run: str) -> list[str]:
+def list_checkpoints(run: str) -> list[str]:
     """Locations of the complete checkpoints of a run, oldest first. Raises StorageError where they cannot be listed."""
     folder = join(run, "checkpoints")
     with storage_errors_as(folder, "listed"):
@@ -87,13 +87,13 @@ def checkpoints(run: str) -> list[str]:
     return [join(folder, name) for name in names]
 
 
-def latest(run: str) -> str | None:
+def latest_checkpoint(run: str) -> str | None:
     """The newest complete checkpoint of a run, or None."""
-    found = checkpoints(run)
+    found = list_checkpoints(run)
     return found[-1] if found else None
 
 
-class Found(NamedTuple, Generic[Read]):
+class LatestValid(NamedTuple, Generic[Read]):
     """The newest checkpoint that is whole: what was read of it, and the newer ones that are not, each with its damage."""
 
     location: str
@@ -101,15 +101,15 @@ class Found(NamedTuple, Generic[Read]):
     damaged: list[str]
 
 
-def newest_whole(run: str, read: Callable[[str], Read]) -> Found[Read] | None:
+def latest_valid(run: str, read: Callable[[str], Read]) -> LatestValid[Read] | None:
     """The newest checkpoint that `read` reads without finding it Damaged; None for a run without a checkpoint.
 
     Raises CheckpointError where all are damaged, since only a person may say to start over, and where one cannot be read.
     """
     damaged: list[str] = []
-    for location in reversed(checkpoints(run)):
+    for location in reversed(list_checkpoints(run)):
         try:
-            return Found(location, read(location), damaged)
+            return LatestValid(location, read(location), damaged)
         except Damaged as error:
             damaged.append(str(error))
     if damaged:
@@ -120,7 +120,7 @@ def newest_whole(run: str, read: Callable[[str], Read]) -> Found[Read] | None:
     return None
 
 
-def verified(location: str, besides: Collection[str] = ()) -> dict[str, Any]:
+def verify(location: str, besides: Collection[str] = ()) -> dict[str, Any]:
     """The manifest of a checkpoint, every file of which but `besides` was read and is as it was written; else raises Damaged."""
     manifest = read_manifest(location)
     for name, digest in manifest["sha256"].items():
@@ -141,7 +141,7 @@ def verified(location: str, besides: Collection[str] = ()) -> dict[str, Any]:
     return manifest
 
 
-def patiently(read: Callable[[], Read]) -> Read:
+def with_retries(read: Callable[[], Read]) -> Read:
     """What `read` gives; storage that fails is asked again for five minutes, since a run that starts again has nothing else."""
     return Retrying(
         retry=retry_if_exception_type((StorageError, Unreadable)),
@@ -151,14 +151,14 @@ def patiently(read: Callable[[], Read]) -> Read:
     )(read)
 
 
-def best(run: str, metric: str) -> str | None:
+def best_checkpoint(run: str, metric: str) -> str | None:
     """The checkpoint whose `metric` is highest (the newest among equals), or None where none has it."""
-    scored = [(metrics_of(location).get(metric), location) for location in checkpoints(run)]
+    scored = [(read_metrics(location).get(metric), location) for location in list_checkpoints(run)]
     held = [(value, location) for value, location in scored if value is not None]
     return max(held)[1] if held else None
 
 
-def metrics_of(location: str) -> dict[str, float]:
+def read_metrics(location: str) -> dict[str, float]:
     """What a checkpoint scored, in training or afterwards; nothing where it was not validated, or is damaged."""
     try:
         metrics: dict[str, float] = read_manifest(location)["metrics"]
@@ -175,13 +175,15 @@ def _validation(location: str) -> dict[str, float] | None:
     return metrics
 
 
-def awaiting(run: str, validated: Callable[[int], bool]) -> list[str]:
+def pending_validation(run: str, validated: Callable[[int], bool]) -> list[str]:
     """The checkpoints that are to be validated after they were written (see `nev.train.driver.validator`), and are not yet.
 
     validated: whether those of a step are.
     """
     return [
-        location for location in checkpoints(run) if validated(int(location.rsplit("-", 1)[1])) and _unscored(location)
+        location
+        for location in list_checkpoints(run)
+        if validated(int(location.rsplit("-", 1)[1])) and _unscored(location)
     ]
 
 
@@ -192,23 +194,29 @@ def _unscored(location: str) -> bool:
         return False  # nor will it be
 
 
-def drop_beyond(run: str, step: int) -> None:
+def remove_checkpoints_after(run: str, step: int) -> None:
     """Remove the checkpoints beyond `step`, which a run goes on from since they are damaged."""
-    for location in checkpoints(run):
+    for location in list_checkpoints(run):
         if int(location.rsplit("-", 1)[1]) > step:
-            remove(location)
+            remove_checkpoint(location)
 
 
-def prune(run: str, keep_last: int, keep_best: str | None, awaited: Callable[[int], bool] = lambda step: False) -> None:
-    """Remove all but the `keep_last` newest checkpoints, the best one by the metric `keep_best`, and those `awaiting`."""
-    found = checkpoints(run)
-    kept = {*found[-keep_last:], best(run, keep_best) if keep_best else None, *awaiting(run, awaited)}
+def prune_checkpoints(
+    run: str, keep_last: int, keep_best: str | None, awaited: Callable[[int], bool] = lambda step: False
+) -> None:
+    """Remove all but the `keep_last` newest checkpoints, the best one by the metric `keep_best`, and those `pending_validation`."""
+    found = list_checkpoints(run)
+    kept = {
+        *found[-keep_last:],
+        best_checkpoint(run, keep_best) if keep_best else None,
+        *pending_validation(run, awaited),
+    }
     for location in found:
         if location not in kept:
-            remove(location)
+            remove_checkpoint(location)
 
 
-def remove(location: str) -> None:
+def remove_checkpoint(location: str) -> None:
     """Delete a checkpoint or what is left of one, its manifest first, so that it is never seen in part."""
     fs, path = filesystem(location)
     with storage_errors_as(location, "removed"):

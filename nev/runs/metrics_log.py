@@ -16,7 +16,7 @@ from typing import NamedTuple
 from nev.storage.files import PARALLEL_REQUESTS, filesystem, join, list_files, storage_errors_as, write_atomic
 
 
-class Point(NamedTuple):
+class MetricPoint(NamedTuple):
     """Metrics of a step. time: UNIX, milliseconds, as MLflow has them."""
 
     step: int
@@ -24,24 +24,24 @@ class Point(NamedTuple):
     metrics: dict[str, float]
 
 
-def point(step: int, metrics: dict[str, float]) -> Point:
+def make_point(step: int, metrics: dict[str, float]) -> MetricPoint:
     """A point of now."""
-    return Point(step, int(time.time() * 1000), metrics)
+    return MetricPoint(step, int(time.time() * 1000), metrics)
 
 
-def write_points(run: str, done: int, points: list[Point]) -> None:
+def write_points(run: str, done: int, points: list[MetricPoint]) -> None:
     """Keep the points up to the checkpoint of step `done`; those of an attempt that reached it before are replaced."""
     location = join(run, "metrics", f"step-{done:08d}.jsonl")
     with storage_errors_as(location, "written"):
         write_atomic(location, "".join(json.dumps(one) + "\n" for one in points).encode())
 
 
-def write_validation(run: str, scored: Point) -> None:
+def write_validation(run: str, scored: MetricPoint) -> None:
     """Keep what a checkpoint scored after it was written."""
     write_atomic(join(run, "metrics", f"validation-{scored.step:08d}.jsonl"), (json.dumps(scored) + "\n").encode())
 
 
-def read_points(run: str, last: int) -> list[Point]:
+def read_points(run: str, last: int) -> list[MetricPoint]:
     """All points of a run up to the checkpoint of step `last`. Raises StorageError.
 
     A step that was repeated may be there twice.
@@ -53,17 +53,17 @@ def read_points(run: str, last: int) -> list[Point]:
     with storage_errors_as(folder, "read"), ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         fs, path = filesystem(folder)
         contents = list(pool.map(lambda name: fs.cat_file(f"{path}/{name}"), names))
-    return [Point(*json.loads(line)) for content in contents for line in content.splitlines()]
+    return [MetricPoint(*json.loads(line)) for content in contents for line in content.splitlines()]
 
 
-def kept_run_id(run: str) -> str | None:
+def load_mlflow_run_id(run: str) -> str | None:
     """The MLflow run that shows this run, or None for one that has not begun."""
     fs, path = filesystem(join(run, "mlflow.json"))
     with storage_errors_as(join(run, "mlflow.json"), "read"):
         return str(json.loads(fs.cat_file(path))["run_id"]) if fs.exists(path) else None
 
 
-def keep_run_id(run: str, run_id: str) -> None:
+def save_mlflow_run_id(run: str, run_id: str) -> None:
     """Remember it, before the first step: a run that dies before its first checkpoint is the same one in MLflow, too."""
     with storage_errors_as(join(run, "mlflow.json"), "written"):
         write_atomic(join(run, "mlflow.json"), json.dumps({"run_id": run_id}).encode())

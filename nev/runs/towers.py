@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nev.models.text import TextTower
 
 
-class Opened(NamedTuple):
+class OpenedCheckpoint(NamedTuple):
     """A checkpoint, and what it was trained with: the config (with overrides) and the text tower as the run found it."""
 
     location: str
@@ -29,7 +29,7 @@ class Opened(NamedTuple):
     text: TextTower
 
 
-def open_checkpoint(location: str, overrides: list[str]) -> Opened:
+def open_checkpoint(location: str, overrides: list[str]) -> OpenedCheckpoint:
     """Read a checkpoint's manifest and load its text tower.
 
     Raises CheckpointError where it is none, or where the text tower here is not the one that it was trained against.
@@ -48,10 +48,10 @@ def open_checkpoint(location: str, overrides: list[str]) -> Opened:
     text = load_text(config.text)
     if text.fingerprint != manifest["fingerprints"]["text"]:
         raise CheckpointError(f"{location} was trained against another text tower than {config.text.encoder} is here")
-    return Opened(location, manifest, config, text)
+    return OpenedCheckpoint(location, manifest, config, text)
 
 
-def logit_scale(location: str) -> float:
+def load_logit_scale(location: str) -> float:
     """1 / temperature, as a checkpoint has learned it."""
     _, weights = load_model(location)
     return float(weights["log_scale"].exp())
@@ -66,7 +66,7 @@ def load_vision(location: str, config: Experiment, text_width: int) -> VisionTow
     return vision
 
 
-def load_tower(location: str, config: Experiment) -> TextTower:
+def load_text_tower(location: str, config: Experiment) -> TextTower:
     """The text tower of a checkpoint of `config`, on the CPU: as the run found it, or as it trained it."""
     tower = load_text(config.text)
     if config.lock != "text":

@@ -11,7 +11,7 @@ from ray import tune
 from nev.common.errors import NevError
 from nev.common.progress import ProgressCallback
 from nev.runs.folder import run_folder
-from nev.runs.metrics_log import kept_run_id
+from nev.runs.metrics_log import load_mlflow_run_id
 from nev.sweep.config import Sweep
 from nev.sweep.results import SAMPLES, TrialResult, judged_by, keep
 from nev.sweep.trials import Trial
@@ -45,7 +45,7 @@ class Follower(tune.Callback):
                 metrics=numbers(found),
                 samples=found[SAMPLES],
                 ended_early=judged_by(self._sweep),
-                run_id=kept_run_id(run_folder(own.experiment)) or "",
+                run_id=load_mlflow_run_id(run_folder(own.experiment)) or "",
                 seconds=found.get("time_total_s", 0.0),
             )
             keep(own, early)

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from nev.config.experiment import Experiment
 from nev.runs.folder import run_folder
-from nev.runs.metrics_log import kept_run_id
+from nev.runs.metrics_log import load_mlflow_run_id
 from nev.runs.tracking import Tracker, open_run
 from nev.sweep.config import Sweep
 from nev.sweep.results import Outcome, TrialResult
@@ -83,7 +83,7 @@ def close_children(trials: Sequence[Trial], uri: str) -> None:
 
     client = MlflowClient(tracking_uri=uri)
     for trial in trials:
-        run_id = kept_run_id(run_folder(trial.experiment))
+        run_id = load_mlflow_run_id(run_folder(trial.experiment))
         with suppress(MlflowException):
             if run_id and client.get_run(run_id).info.status == "RUNNING":
                 Tracker(uri, run_id).finish("KILLED")

@@ -16,7 +16,7 @@ from nev.config.file import to_yaml
 from nev.config.paths import with_absolute_paths
 from nev.eval.report.tables import metrics_table
 from nev.runs.folder import check_output, check_space, run_folder
-from nev.runs.manifest import best, latest, metrics_of
+from nev.runs.manifest import best_checkpoint, latest_checkpoint, read_metrics
 from nev.runs.metrics_log import read_points
 from nev.runs.tracking import Tracker, check_tracking, tracking_uri
 from nev.storage.files import join, output_folder
@@ -123,7 +123,7 @@ def summarise(job: Job, tracker: Tracker) -> tuple[Summary, list[str]]:
     from nev.eval.validation.vectors import load_kept
 
     config = job.config
-    chosen = (best(job.run, config.eval.best) if config.eval.best else None) or latest(job.run)
+    chosen = (best_checkpoint(job.run, config.eval.best) if config.eval.best else None) or latest_checkpoint(job.run)
     assert chosen, "a finished run has a checkpoint"
     with output_folder(job.run) as folder:
         pictures = [folder / "loss.png"]
@@ -134,7 +134,7 @@ def summarise(job: Job, tracker: Tracker) -> tuple[Summary, list[str]]:
         settings = folder / "config.yaml"
         settings.write_text(to_yaml(config), encoding="utf-8")
     shown = [join(job.run, path.name) for path in pictures]
-    summary = Summary(config.name, chosen, metrics_of(chosen), shown, tracker.uri, tracker.run_id)
+    summary = Summary(config.name, chosen, read_metrics(chosen), shown, tracker.uri, tracker.run_id)
     return summary, [*shown, join(job.run, settings.name)]
 
 

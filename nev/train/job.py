@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from nev.config.experiment import Experiment
 from nev.data.plan import Plan
 from nev.eval.validation.task import Validation
-from nev.runs.manifest import newest_whole, verified
+from nev.runs.manifest import latest_valid, verify
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Start:
 
 def where(run: str) -> Start:
     """Where a run stands, by its newest checkpoint that is whole. Raises CheckpointError where there are but damaged ones."""
-    found = newest_whole(run, verified)
+    found = latest_valid(run, verify)
     return Start() if found is None else start_of(found.read)
 
 

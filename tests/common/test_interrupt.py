@@ -18,7 +18,7 @@ from rich.console import Console
 from nev.common.cli import report_errors
 from nev.config.experiment import Experiment
 from nev.config.file import to_yaml
-from nev.runs.manifest import checkpoints
+from nev.runs.manifest import list_checkpoints
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 200.0
@@ -76,8 +76,8 @@ def test_training_is_interrupted_and_leaves_its_checkpoint(tiny: Callable[..., E
     (tmp_path / "tiny.yaml").write_text(to_yaml(config))
     command = [sys.executable, str(ROOT / "pipelines/train.py"), "--config", "tiny.yaml"]
     run = f"{config.output}/{config.name}"
-    status, output, errors = interrupted(command, lambda: bool(checkpoints(run)), tmp_path)
+    status, output, errors = interrupted(command, lambda: bool(list_checkpoints(run)), tmp_path)
     assert status == 130, output + errors
     assert output.endswith("interrupted. The same command goes on from the latest checkpoint.\n")
     assert "Traceback" not in output + errors
-    assert checkpoints(run)
+    assert list_checkpoints(run)

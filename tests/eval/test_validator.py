@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from nev.config.experiment import Experiment
-from nev.runs.manifest import awaiting, best, checkpoints, prune, read_manifest
+from nev.runs.manifest import best_checkpoint, list_checkpoints, pending_validation, prune_checkpoints, read_manifest
 from nev.runs.metrics_log import read_points
 from nev.storage.files import StorageError
 from nev.train.driver import validator
@@ -65,8 +65,8 @@ def test_what_is_written_is_scored_and_what_was_left_comes_first(tmp_path: Path)
     assert {one.step: one.metrics for one in done} == {10: {"top1": 0.1}, 20: {"top1": 0.2}, 30: {"top1": 0.3}}
     points = [(point.step, point.metrics) for point in read_points(str(tmp_path), 20)]
     assert points == [(10, {"top1": 0.1}), (20, {"top1": 0.2})]
-    assert awaiting(str(tmp_path), job(tmp_path).validates) == []
-    assert steps([str(best(str(tmp_path), "top1"))]) == [30]
+    assert pending_validation(str(tmp_path), job(tmp_path).validates) == []
+    assert steps([str(best_checkpoint(str(tmp_path), "top1"))]) == [30]
 
 
 def test_slow_validation_leaves_the_oldest_out_and_says_so(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_slow_validation_leaves_the_oldest_out_and_says_so(tmp_path: Path) -> No
     assert seen == [10, 40, 50]
     assert set(problems) == {10, 20, 30, 40, 50}
     assert "faster than validation" in str(problems[20])
-    assert awaiting(str(tmp_path), job(tmp_path).validates) == []
+    assert pending_validation(str(tmp_path), job(tmp_path).validates) == []
 
 
 def test_what_no_try_can_mend_is_told_and_the_next_one_is_scored(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_what_no_try_can_mend_is_told_and_the_next_one_is_scored(tmp_path: Path)
         bad, good = ended(found)
     assert bad.problem == "step 10: not validated (images: 3 of 9 rows hold NaN)"
     assert good.metrics == {"top1": 1.0}
-    assert awaiting(str(tmp_path), job(tmp_path).validates) == []
+    assert pending_validation(str(tmp_path), job(tmp_path).validates) == []
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -132,7 +132,7 @@ def test_storage_that_fails_is_asked_again_at_last_by_the_next_start(
 
     with Validator(job(tmp_path), score) as found:
         (first,) = ended(found)
-    again = awaiting(str(tmp_path), job(tmp_path).validates)
+    again = pending_validation(str(tmp_path), job(tmp_path).validates)
     if failures < validator.TRIES:
         assert first.metrics == {"top1": 1.0}
         assert again == []
@@ -165,7 +165,7 @@ def test_one_that_is_left_writes_nothing_more(tmp_path: Path) -> None:
     go_on.set()
     assert left[0].finished(60)
     assert left[0].done() == []
-    assert steps(awaiting(str(tmp_path), job(tmp_path).validates)) == [10, 20]
+    assert steps(pending_validation(str(tmp_path), job(tmp_path).validates)) == [10, 20]
 
 
 def test_a_checkpoint_that_is_gone_leaves_no_trace(tmp_path: Path) -> None:
@@ -185,13 +185,13 @@ def test_no_checkpoint_is_removed_before_it_is_validated(tmp_path: Path) -> None
         checkpoint(tmp_path, step)
     validates = job(tmp_path).validates
     (tmp_path / "checkpoints/step-00000010/validation.json").write_text('{"top1": 0.9}')
-    prune(str(tmp_path), 1, None, validates)
-    assert steps(checkpoints(str(tmp_path))) == [20, 30]
+    prune_checkpoints(str(tmp_path), 1, None, validates)
+    assert steps(list_checkpoints(str(tmp_path))) == [20, 30]
     (tmp_path / "checkpoints/step-00000020/validation.json").write_text('{"top1": 0.9}')
     (tmp_path / "checkpoints/step-00000030/validation.json").write_text('{"top1": 0.1}')
     checkpoint(tmp_path, 35)
-    prune(str(tmp_path), 1, "top1", validates)
-    assert steps(checkpoints(str(tmp_path))) == [20, 35]
+    prune_checkpoints(str(tmp_path), 1, "top1", validates)
+    assert steps(list_checkpoints(str(tmp_path))) == [20, 35]
 
 
 @pytest.mark.ray
@@ -210,7 +210,7 @@ def test_a_run_scores_and_chooses_as_one_that_validates_in_its_loop(
 
     assert scored("other") == pytest.approx(scored("own"), abs=1e-5)
     assert set(scored("own")) == {4, 8, 12}
-    for location in checkpoints(str(tmp_path / "runs/other")):
+    for location in list_checkpoints(str(tmp_path / "runs/other")):
         assert read_manifest(location)["metrics"] == {}  # not in the loop
     files = [read_manifest(f"{tmp_path}/runs/{name}/checkpoints/step-00000012")["sha256"] for name in ("own", "other")]
     assert files[0]["model.safetensors"] == files[1]["model.safetensors"]

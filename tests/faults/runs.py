@@ -13,8 +13,8 @@ import yaml
 from torch import Tensor
 
 from nev.runs import checkpoint
-from nev.runs.manifest import checkpoints, latest
-from nev.runs.metrics_log import kept_run_id
+from nev.runs.manifest import latest_checkpoint, list_checkpoints
+from nev.runs.metrics_log import load_mlflow_run_id
 from nev.runs.tracking import Tracker, _client
 
 from .machines import environment, wait_for
@@ -99,7 +99,7 @@ class Run:
 
     def newest(self) -> int:
         """The step of its newest checkpoint, 0 where there is none."""
-        return int((latest(self.folder) or "-0").rsplit("-", 1)[1])
+        return int((latest_checkpoint(self.folder) or "-0").rsplit("-", 1)[1])
 
     def finish(self, seconds: float = LIMIT_S) -> int:
         """Wait for the driver's end; its exit status."""
@@ -114,11 +114,11 @@ class Run:
 
     def result(self) -> Result:
         """What the finished run left."""
-        state, weights, moments, _ = checkpoint.load(checkpoints(self.folder)[-1])
+        state, weights, moments, _ = checkpoint.load(list_checkpoints(self.folder)[-1])
         counts = {int(value) for name, value in moments.items() if name.endswith("/step")}
         assert len(counts) == 1, counts
         uri = self.tracking_uri()
-        tracker = Tracker(uri, kept_run_id(self.folder) or "")
+        tracker = Tracker(uri, load_mlflow_run_id(self.folder) or "")
         steps, losses = tracker.history("loss")
         client = _client(uri)
         experiment = client.get_experiment_by_name("nev")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from nev.runs.manifest import latest, read_manifest
+from nev.runs.manifest import latest_checkpoint, read_manifest
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -147,7 +147,7 @@ def test_a_job_trains_to_the_end(server: JobServer, pictures: Path, tmp_path: Pa
     done = server.submit("train", "python", "pipelines/train.py", "--config", "configs/quickstart.yaml", *options)
     assert done.returncode == 0, done.stdout + done.stderr
 
-    newest = latest(str(tmp_path / "runs" / "job"))
+    newest = latest_checkpoint(str(tmp_path / "runs" / "job"))
     assert newest is not None
     manifest = read_manifest(newest)
     assert manifest["step"] == 4

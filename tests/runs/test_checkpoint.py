@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nev.config.experiment import Optim
 from nev.runs import checkpoint, manifest
-from nev.runs.manifest import CheckpointError, State
+from nev.runs.manifest import CheckpointError, CheckpointState
 from nev.train.core.optim import make_optimizer
 from nev.train.core.rng import gather_rng, restore_rng
 from nev.train.core.state_dict import gather_tensors, load_optimizer, optimizer_tensors, unknown_parameters
@@ -20,8 +20,8 @@ from nev.train.job import where
 CPU = torch.device("cpu")
 
 
-def state(step: int, **metrics: float) -> State:
-    return State(step, {"name": "x"}, {"plan": "p"}, metrics, world_size=1, bad_rows=0, history={})
+def state(step: int, **metrics: float) -> CheckpointState:
+    return CheckpointState(step, {"name": "x"}, {"plan": "p"}, metrics, world_size=1, bad_rows=0, history={})
 
 
 def trained(steps: int = 2) -> tuple[nn.Module, torch.optim.AdamW]:
@@ -76,9 +76,9 @@ def test_folder_without_manifest_is_not_a_checkpoint(tmp_path: Path) -> None:
     model, optimizer = trained()
     older = checkpoint.save(str(tmp_path), state(1), gather_tensors(model, optimizer), gather_rng(CPU, 1))
     newer = checkpoint.save(str(tmp_path), state(2), gather_tensors(model, optimizer), gather_rng(CPU, 1))
-    assert manifest.latest(str(tmp_path)) == newer
+    assert manifest.latest_checkpoint(str(tmp_path)) == newer
     Path(newer, "state.json").unlink()  # as a process that died before its last write would leave it
-    assert manifest.latest(str(tmp_path)) == older
+    assert manifest.latest_checkpoint(str(tmp_path)) == older
     with pytest.raises(CheckpointError, match=r"not a checkpoint .*There is .*step-00000001"):
         checkpoint.load(newer)
     with pytest.raises(CheckpointError, match=r"not a checkpoint .*There is .*step-00000001"):
@@ -86,7 +86,7 @@ def test_folder_without_manifest_is_not_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"not a checkpoint .*Checkpoints lie in RUN/checkpoints/step-\.\.\."):
         checkpoint.load(str(tmp_path / "nothing"))
     assert checkpoint.save(str(tmp_path), state(2), gather_tensors(model, optimizer), gather_rng(CPU, 1)) == newer
-    assert manifest.latest(str(tmp_path)) == newer
+    assert manifest.latest_checkpoint(str(tmp_path)) == newer
 
 
 @pytest.mark.parametrize("part", ["model.safetensors", "optimizer.safetensors", "rng.safetensors"])
@@ -124,11 +124,11 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     model, optimizer = trained()
     for number, score in enumerate([0.1, 0.9, 0.2, 0.3, 0.4], 1):
         checkpoint.save(str(tmp_path), state(number, top1=score), gather_tensors(model, optimizer), gather_rng(CPU, 1))
-    manifest.prune(str(tmp_path), keep_last=2, keep_best="top1")
-    kept = [int(location.rsplit("-", 1)[1]) for location in manifest.checkpoints(str(tmp_path))]
+    manifest.prune_checkpoints(str(tmp_path), keep_last=2, keep_best="top1")
+    kept = [int(location.rsplit("-", 1)[1]) for location in manifest.list_checkpoints(str(tmp_path))]
     assert kept == [2, 4, 5]
-    assert (manifest.best(str(tmp_path), "top1") or "").endswith("step-00000002")
-    assert manifest.best(str(tmp_path), "absent") is None
+    assert (manifest.best_checkpoint(str(tmp_path), "top1") or "").endswith("step-00000002")
+    assert manifest.best_checkpoint(str(tmp_path), "absent") is None
 
 
 def test_optimizer_state_of_another_model_is_refused() -> None:
@@ -162,8 +162,8 @@ def test_the_one_before_a_damaged_checkpoint_is_used(tmp_path: Path, part: str) 
         Path(newer, "rng.safetensors").unlink()
     else:
         damage(newer, part)
-    for read in (manifest.verified, checkpoint.load):
-        found = manifest.newest_whole(run, read)
+    for read in (manifest.verify, checkpoint.load):
+        found = manifest.latest_valid(run, read)
         assert found
         assert found.location == older
         assert len(found.damaged) == 1
@@ -175,7 +175,7 @@ def test_the_one_before_a_damaged_checkpoint_is_used(tmp_path: Path, part: str) 
 
 
 def test_a_run_without_a_checkpoint_begins(tmp_path: Path) -> None:
-    assert manifest.newest_whole(str(tmp_path), manifest.verified) is None
+    assert manifest.latest_valid(str(tmp_path), manifest.verify) is None
     assert where(str(tmp_path)).step == 0
 
 
@@ -189,7 +189,7 @@ def test_damaged_checkpoints_beyond_a_new_one_do_not_push_whole_ones_out(tmp_pat
     save(1)
     damage(save(4), "model.safetensors")
     Path(save(3), "state.json").write_text("{")
-    manifest.drop_beyond(run, 1)  # the run goes on from step 1
+    manifest.remove_checkpoints_after(run, 1)  # the run goes on from step 1
     newest = save(2)
-    manifest.prune(run, keep_last=1, keep_best="top1")
-    assert manifest.checkpoints(run) == [newest]
+    manifest.prune_checkpoints(run, keep_last=1, keep_best="top1")
+    assert manifest.list_checkpoints(run) == [newest]

@@ -49,8 +49,8 @@ def trained() -> tuple[torch.nn.Linear, torch.optim.AdamW, dict[str, Tensor]]:
     return model, optimizer, {"torch": torch.get_rng_state()}
 
 
-def state(step: int, score: float) -> manifest.State:
-    return manifest.State(step, {}, {"plan": "p"}, {"score": score}, world_size=1, bad_rows=0, history={})
+def state(step: int, score: float) -> manifest.CheckpointState:
+    return manifest.CheckpointState(step, {}, {"plan": "p"}, {"score": score}, world_size=1, bad_rows=0, history={})
 
 
 def step_folder(step: int) -> str:
@@ -69,10 +69,10 @@ def test_checkpoints_are_kept_as_in_a_folder(fault: str, s3: Proxy, impatient: N
     model, optimizer, rng = trained()
     for step, score in ((1, 0.1), (2, 0.9), (3, 0.5), (3, 0.4), (4, 0.2)):  # step 3 is reached twice
         saved = checkpoint.save(RUN, state(step, score), gather_tensors(model, optimizer), rng, {"more.bin": b"beside"})
-        assert saved == manifest.latest(RUN) == step_folder(step)
-    assert manifest.best(RUN, "score") == step_folder(2)
-    manifest.prune(RUN, keep_last=1, keep_best="score")
-    assert manifest.checkpoints(RUN) == [step_folder(2), step_folder(4)]
+        assert saved == manifest.latest_checkpoint(RUN) == step_folder(step)
+    assert manifest.best_checkpoint(RUN, "score") == step_folder(2)
+    manifest.prune_checkpoints(RUN, keep_last=1, keep_best="score")
+    assert manifest.list_checkpoints(RUN) == [step_folder(2), step_folder(4)]
     assert len(filesystem(RUN)[0].find(PATH)) == 2 * 5, "what was pruned is gone"
     found, weights, moments, states = checkpoint.load(step_folder(4))
     assert found == state(4, 0.2)
@@ -93,21 +93,21 @@ def test_a_checkpoint_is_there_with_its_last_request(s3: Proxy, impatient: None)
     with pytest.raises(StorageError, match=r"00002/state\.json cannot be written .*AWS_PROFILE"):
         checkpoint.save(RUN, state(2, 0.5), gather_tensors(model, optimizer), rng)
     s3.reset()
-    assert manifest.checkpoints(RUN) == [step_folder(1)]
-    assert checkpoint.save(RUN, state(2, 0.5), gather_tensors(model, optimizer), rng) == manifest.latest(RUN)
+    assert manifest.list_checkpoints(RUN) == [step_folder(1)]
+    assert checkpoint.save(RUN, state(2, 0.5), gather_tensors(model, optimizer), rng) == manifest.latest_checkpoint(RUN)
 
 
 def test_what_another_process_writes_and_removes_is_seen(s3: Proxy, impatient: None) -> None:
     model, optimizer, rng = trained()
     checkpoint.save(RUN, state(1, 0.5), gather_tensors(model, optimizer), rng)
-    assert manifest.checkpoints(RUN) == [step_folder(1)]
+    assert manifest.list_checkpoints(RUN) == [step_folder(1)]
     other, path = another_process(), f"{PATH}/checkpoints/step-00000002"
     assert other is not filesystem(RUN)[0]
     other.pipe_file(f"{path}/state.json", other.cat_file(f"{PATH}/checkpoints/step-00000001/state.json"))
-    assert manifest.checkpoints(RUN) == [step_folder(1), step_folder(2)]
+    assert manifest.list_checkpoints(RUN) == [step_folder(1), step_folder(2)]
     assert filesystem(RUN)[0].exists(f"{path}/state.json")
     other.rm_file(f"{path}/state.json")
-    assert manifest.checkpoints(RUN) == [step_folder(1)]
+    assert manifest.list_checkpoints(RUN) == [step_folder(1)]
     assert not filesystem(RUN)[0].exists(f"{path}/state.json")
 
 
@@ -119,8 +119,8 @@ def test_a_failure_for_good_names_the_object_and_what_to_do(s3: Proxy, impatient
             "PUT",
             lambda: checkpoint.save(RUN, state(2, 0.5), gather_tensors(model, optimizer), rng),
         ),
-        "checkpoints cannot be listed": ("GET", lambda: manifest.latest(RUN)),
-        "step-00000001 cannot be removed": ("DELETE", lambda: manifest.remove(step_folder(1))),
+        "checkpoints cannot be listed": ("GET", lambda: manifest.latest_checkpoint(RUN)),
+        "step-00000001 cannot be removed": ("DELETE", lambda: manifest.remove_checkpoint(step_folder(1))),
         "quarantine cannot be listed": ("GET", lambda: Quarantine(RUN, ("a.parquet",), rank=0, first_step=0)),
     }
     for words, (refused, attempt) in attempts.items():

@@ -23,9 +23,9 @@ from nev.eval.evaluate import evaluate_checkpoint
 from nev.eval.suite.results import SuiteResult
 from nev.models.text import TextTower
 from nev.runs import checkpoint, manifest
-from nev.runs.manifest import Damaged, State
-from nev.runs.metrics_log import keep_run_id
-from nev.runs.towers import Opened
+from nev.runs.manifest import CheckpointState, Damaged
+from nev.runs.metrics_log import save_mlflow_run_id
+from nev.runs.towers import OpenedCheckpoint
 from nev.train.core.state_dict import gather_tensors
 from nev.train.driver.metrics import track
 from nev.train.driver.setup import prepare_job, train_reader
@@ -50,7 +50,7 @@ class Trap:
 def saved(run: Path, config: dict[str, Any] | None = None) -> Path:
     """A good checkpoint."""
     model = torch.nn.Linear(2, 2)
-    state = State(1, config or {}, {"text": "x"}, {}, world_size=1, bad_rows=0, history={})
+    state = CheckpointState(1, config or {}, {"text": "x"}, {}, world_size=1, bad_rows=0, history={})
     return Path(checkpoint.save(str(run), state, gather_tensors(model, torch.optim.AdamW(model.parameters())), {}))
 
 
@@ -75,7 +75,7 @@ def test_a_manifest_names_no_file_outside_its_folder(tmp_path: Path) -> None:
     stated["sha256"]["../../../outside"] = hashlib.sha256(outside.read_bytes()).hexdigest()
     (location / "state.json").write_text(json.dumps(stated))
     with pytest.raises(Damaged, match=r"names '\.\./\.\./\.\./outside', which is no file of a checkpoint"):
-        manifest.verified(str(location))
+        manifest.verify(str(location))
 
 
 def test_a_checkpoint_does_not_decide_that_code_from_the_hub_runs(
@@ -129,14 +129,14 @@ def test_keys_with_odd_characters_are_taken_as_they_are(s3: Proxy) -> None:
     run = "s3://bucket/a b+c%41=&;'ü/{run}"
     model = torch.nn.Linear(2, 2)
     tensors = gather_tensors(model, torch.optim.AdamW(model.parameters()))
-    state = State(1, {}, {}, {}, world_size=1, bad_rows=0, history={})
+    state = CheckpointState(1, {}, {}, {}, world_size=1, bad_rows=0, history={})
     location = checkpoint.save(run, state, tensors, {})
     assert location.startswith(run)
-    assert manifest.checkpoints(run) == [location]
-    assert manifest.verified(location)["step"] == 1
+    assert manifest.list_checkpoints(run) == [location]
+    assert manifest.verify(location)["step"] == 1
     assert torch.equal(checkpoint.load(location)[1]["weight"], model.weight)
-    manifest.remove(location)
-    assert manifest.checkpoints(run) == []
+    manifest.remove_checkpoint(location)
+    assert manifest.list_checkpoints(run) == []
 
 
 def test_a_checkpoint_does_not_decide_where_results_go(
@@ -152,8 +152,8 @@ def test_a_checkpoint_does_not_decide_where_results_go(
 
     def evaluated(uri: str | None, run_id: str) -> str:
         location = saved(run, tiny(tracking__uri=uri).model_dump(mode="json"))
-        keep_run_id(str(run), run_id)
-        opened = Opened(str(location), {}, tiny(tracking__uri=uri), text)
+        save_mlflow_run_id(str(run), run_id)
+        opened = OpenedCheckpoint(str(location), {}, tiny(tracking__uri=uri), text)
         console = Console(file=io.StringIO(), width=400)
         suites.track(result, opened, [str(page)], console)
         return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]

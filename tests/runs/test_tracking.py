@@ -170,20 +170,20 @@ def test_metrics_are_kept_while_the_server_is_away(sqlite: str, tmp_path: Path) 
 
 
 def test_a_run_that_goes_on_gets_what_mlflow_has_missed(sqlite: str, tmp_path: Path) -> None:
-    from nev.runs.metrics_log import Point, keep_run_id, kept_run_id, read_points, write_points
+    from nev.runs.metrics_log import MetricPoint, load_mlflow_run_id, read_points, save_mlflow_run_id, write_points
 
     config, run = experiment(), str(tmp_path / "run")
-    assert kept_run_id(run) is None
+    assert load_mlflow_run_id(run) is None
     assert read_points(run, 100) == []
     first = open_run(sqlite, f"nev-{tmp_path.name}", config.name, config, {}, str(tmp_path))
-    keep_run_id(run, first.run_id)
+    save_mlflow_run_id(run, first.run_id)
     first.log(1, {"loss": 3.0})
     first.flush()  # and the driver dies with steps 2 to 4 unsent; 5 comes after the last checkpoint
-    write_points(run, 2, [Point(1, 10, {"loss": 3.0}), Point(2, 20, {"loss": 2.0, "top1": 0.5})])
-    write_points(run, 4, [Point(3, 30, {"loss": 1.5}), Point(4, 40, {"loss": 1.0})])
-    write_points(run, 6, [Point(5, 50, {"loss": 99.0})])  # of an attempt whose checkpoint is damaged
+    write_points(run, 2, [MetricPoint(1, 10, {"loss": 3.0}), MetricPoint(2, 20, {"loss": 2.0, "top1": 0.5})])
+    write_points(run, 4, [MetricPoint(3, 30, {"loss": 1.5}), MetricPoint(4, 40, {"loss": 1.0})])
+    write_points(run, 6, [MetricPoint(5, 50, {"loss": 99.0})])  # of an attempt whose checkpoint is damaged
 
-    again = open_run(sqlite, "x", config.name, config, {}, str(tmp_path), run_id=kept_run_id(run))
+    again = open_run(sqlite, "x", config.name, config, {}, str(tmp_path), run_id=load_mlflow_run_id(run))
     for point in read_points(run, 4):
         again.log(point.step, point.metrics, point.time)
     again.log(5, {"loss": 0.5})

@@ -22,7 +22,7 @@ from rich.console import Console
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.file import parse
-from nev.runs.manifest import latest
+from nev.runs.manifest import latest_checkpoint
 from nev.runs.tracking import open_run
 from nev.storage.files import filesystem
 from nev.sweep.config import Sweep
@@ -181,7 +181,7 @@ def test_a_killed_sweep_loses_and_repeats_nothing(ray_cluster: None, base: str, 
         driver.kill()
         driver.wait(30)
     (first,), (second,) = runs.glob("*-seed_0-*"), runs.glob("*-seed_1-*")
-    assert int(str(latest(str(second)))[-8:]) < 40
+    assert int(str(latest_checkpoint(str(second)))[-8:]) < 40
     finished = (first / "result.json").stat().st_mtime_ns
 
     done = run_sweep(wanted, overrides, Console(quiet=True))

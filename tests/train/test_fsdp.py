@@ -23,7 +23,7 @@ from nev.models.dual_encoder import DualEncoder
 from nev.models.text import load_text
 from nev.models.vision import build_vision
 from nev.runs import checkpoint
-from nev.runs.manifest import State
+from nev.runs.manifest import CheckpointState
 from nev.runs.tracking import Tracker
 from nev.train.core.optim import make_optimizer
 from nev.train.core.parallel import blocks_of, distribute, is_sharded, whole
@@ -121,7 +121,7 @@ def _goes_on(rank: int, folder: str, fsdp: bool) -> dict[str, Any]:
     steps(wrapped, optimizer, config, share(rank), 1)
     tensors = gather_tensors(model, optimizer, keep=rank == 0)
     if rank == 0:
-        checkpoint.save(folder, State(1, {}, {}, {}, WORLD, 0, {}), tensors, {})
+        checkpoint.save(folder, CheckpointState(1, {}, {}, {}, WORLD, 0, {}), tensors, {})
     straight = steps(wrapped, optimizer, config, share(rank), 2)
     dist.barrier()
 

@@ -23,7 +23,7 @@ from nev.config.experiment import Experiment, Guards
 from nev.data.block import Block
 from nev.models.dual_encoder import DualEncoder
 from nev.models.text import TextTower, load_text
-from nev.runs.manifest import latest, read_manifest
+from nev.runs.manifest import latest_checkpoint, read_manifest
 from nev.runs.tracking import Tracker
 from nev.train.core.optim import make_optimizer
 from nev.train.core.step import Batch, Precision, choose_precision, train_step
@@ -217,7 +217,7 @@ def test_a_run_tells_of_a_skipped_step_and_goes_on_as_it_would_have_in_one_piece
         run(part, spoilt(blocks(reader, part.plan, begun, stop), bad))
     resumed = weights(part.run, 6)
     assert all(torch.equal(after[name], resumed[name]) for name in after)
-    histories = [read_manifest(latest(one) or "")["history"] for one in (job.run, part.run)]
+    histories = [read_manifest(latest_checkpoint(one) or "")["history"] for one in (job.run, part.run)]
     assert histories[0] == histories[1]
     assert histories[0]["skipped"] == [3]
     assert histories[0]["losses"] == 5
@@ -244,7 +244,7 @@ def test_a_run_tells_of_a_spike_with_its_place_in_the_plan_and_goes_on(tiny: Mak
     assert (found["kind"], found["step"], found["epoch"]) == ("spike", 103, 3)
     assert found["loss"] > 2 * found["usual_loss"]
     assert "skipped_steps" not in reported[106]
-    assert read_manifest(latest(job.run) or "")["history"]["losses"] == 106
+    assert read_manifest(latest_checkpoint(job.run) or "")["history"]["losses"] == 106
 
 
 def test_past_the_limit_the_run_stops_and_says_where(tiny: Make, text: TextTower) -> None:
@@ -261,7 +261,7 @@ def test_past_the_limit_the_run_stops_and_says_where(tiny: Make, text: TextTower
     assert sorted(path.name for path in Path(job.run, "guards").iterdir()) == [
         f"step-{step:08d}.json" for step in (1, 4, 6, 7)
     ]
-    assert latest(job.run) is None
+    assert latest_checkpoint(job.run) is None
 
 
 def test_the_limit_and_the_bound_may_change_between_attempts(tiny: Make, text: TextTower) -> None:

@@ -32,8 +32,8 @@ from nev.models.dual_encoder import DualEncoder, Embedded
 from nev.models.text import TextTower, load_text, weight_digests
 from nev.models.text_encoder import TextEncoder, unlock
 from nev.models.vision import build_vision
-from nev.runs.manifest import latest, read_manifest
-from nev.runs.towers import load_tower
+from nev.runs.manifest import latest_checkpoint, read_manifest
+from nev.runs.towers import load_text_tower
 from nev.train.core.gradcache import backward_in_parts
 from nev.train.core.optim import make_optimizer
 from nev.train.core.parallel import distribute
@@ -214,9 +214,9 @@ def test_without_a_lock_both_towers_learn_and_go_on_bit_for_bit(tiny: Make, text
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
-    newest = latest(job.run)
+    newest = latest_checkpoint(job.run)
     assert newest
-    tower = load_tower(newest, whole)
+    tower = load_text_tower(newest, whole)
     assert tower.fingerprint != text.fingerprint
     moved = weight_digests(tower.model)
     assert sum(moved[name] != digest for name, digest in weight_digests(text.model).items()) > 90
@@ -239,7 +239,7 @@ def test_a_locked_image_side_does_not_move(tiny: Make, text: TextTower) -> None:
     first = tiny(name="first", train__steps=3)
     job = prepare_job(first, text)
     run_bare(job, train_reader(first, text))
-    file = f"{latest(job.run)}/model.safetensors"
+    file = f"{latest_checkpoint(job.run)}/model.safetensors"
     config = tiny(name="second", lock="image", vision__weights=file, train__steps=12, optim__lr=1e-4)
     reported = run_bare(prepare_job(config, text), train_reader(config, text))
     before, after = weights(job.run, 3), weights(prepare_job(config, text).run, 12)
@@ -294,7 +294,7 @@ def test_an_evaluation_keeps_to_the_lock_of_its_checkpoint(tiny: Make, text: Tex
     job = prepare_job(config, text)
     run_bare(job, train_reader(config, text))
     with pytest.raises(ConfigError, match="was trained with lock: text, which says whose weights it holds"):
-        evaluate_checkpoint(str(latest(job.run)), ["lock=none"])
+        evaluate_checkpoint(str(latest_checkpoint(job.run)), ["lock=none"])
 
 
 def test_both_towers_train_in_bf16(tiny: Make, text: TextTower) -> None:

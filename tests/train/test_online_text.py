@@ -26,7 +26,7 @@ from nev.eval.validation.vectors import load_kept
 from nev.models.lock import CANARIES, refuse_other_vectors
 from nev.models.text import TextTower, encoder_of, load_text, weight_digests
 from nev.models.vision import build_vision
-from nev.runs.manifest import latest
+from nev.runs.manifest import latest_checkpoint
 from nev.train.driver.setup import prepare_job, tokens_of, train_reader
 
 Make = Callable[..., Experiment]
@@ -135,7 +135,7 @@ def test_kept_texts_are_those_that_are_asked_for(tiny: Make, text: TextTower) ->
     config = tiny(lock="none", train__steps=1)
     job = prepare_job(config, text)
     run_bare(job, train_reader(config, text))
-    newest = latest(job.run)
+    newest = latest_checkpoint(job.run)
     assert newest
     assert job.validation
     assert load_kept(newest, job.validation)

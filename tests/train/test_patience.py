@@ -13,8 +13,8 @@ from rich.console import Console
 
 from nev.config.base import ConfigError
 from nev.config.experiment import Eval, Experiment
-from nev.runs.manifest import latest, read_manifest
-from nev.runs.metrics_log import Point, read_points
+from nev.runs.manifest import latest_checkpoint, read_manifest
+from nev.runs.metrics_log import MetricPoint, read_points
 from nev.train.driver.early_stopping import Patience
 from nev.train.experiment import run_experiment
 
@@ -33,7 +33,9 @@ def test_over_as_soon_as_so_many_in_a_row_do_not_improve(scores: list[int], pati
 
 def test_a_step_that_is_repeated_counts_once_and_a_journal_counts() -> None:
     found = Patience(Eval(best=METRIC, patience=2))
-    found.remember([Point(10, 0, {METRIC: 0.5}), Point(20, 0, {METRIC: 0.4}), Point(20, 0, {"loss": 1.0})])
+    found.remember(
+        [MetricPoint(10, 0, {METRIC: 0.5}), MetricPoint(20, 0, {METRIC: 0.4}), MetricPoint(20, 0, {"loss": 1.0})]
+    )
     found.see(20, {METRIC: 0.4})
     assert not found.over
     found.see(30, {METRIC: 0.5})
@@ -43,7 +45,7 @@ def test_a_step_that_is_repeated_counts_once_and_a_journal_counts() -> None:
 
 def test_without_patience_it_is_never_over(tiny: Make) -> None:
     found = Patience(Eval(best=METRIC))
-    found.remember([Point(step, 0, {METRIC: 0.1}) for step in range(50)])
+    found.remember([MetricPoint(step, 0, {METRIC: 0.1}) for step in range(50)])
     assert not found.over
     with pytest.raises(ConfigError, match="patience needs `best`"):
         tiny(eval__best=None, eval__patience=3)
@@ -61,7 +63,7 @@ def test_a_run_ends_early_and_stays_ended(ray_cluster: None, tiny: Make, tmp_pat
     run = MlflowClient(tracking_uri=summary.tracking_uri).get_run(summary.mlflow_run_id)
     assert run.info.status == "FINISHED"
     folder = str(tmp_path / "runs/early")
-    ended = read_manifest(str(latest(folder)))["step"]
+    ended = read_manifest(str(latest_checkpoint(folder)))["step"]
     assert 16 <= ended < 4000
     validated = {point.step for point in read_points(folder, ended) if METRIC in point.metrics}
     assert {4, 8, 12, 16} <= validated
@@ -71,4 +73,4 @@ def test_a_run_ends_early_and_stays_ended(ray_cluster: None, tiny: Make, tmp_pat
     again = run_experiment(config, said)
     assert "has ended early (--set eval.patience=null trains on)" in said.file.getvalue()  # type: ignore[attr-defined]
     assert again.checkpoint == summary.checkpoint
-    assert read_manifest(str(latest(folder)))["step"] == ended
+    assert read_manifest(str(latest_checkpoint(folder)))["step"] == ended

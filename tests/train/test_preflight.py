@@ -16,7 +16,7 @@ from nev.config.experiment import Experiment
 from nev.config.paths import with_absolute_paths
 from nev.models.text import load_text
 from nev.runs.folder import check_output, check_space, run_folder
-from nev.runs.manifest import checkpoints
+from nev.runs.manifest import list_checkpoints
 from nev.storage.reading import DataError
 from nev.train.capacity import checkpoint_bytes
 from nev.train.experiment import run_experiment
@@ -106,6 +106,6 @@ def test_the_size_of_a_checkpoint_is_foretold(lock: str, tiny: Make) -> None:
     text = load_text(config.text)
     job = prepare_job(config, text)
     run_bare(job, train_reader(config, text))
-    (location,) = checkpoints(job.run)
+    (location,) = list_checkpoints(job.run)
     real = sum(Path(location, f"{part}.safetensors").stat().st_size for part in ("model", "optimizer"))
     assert checkpoint_bytes(config, text) == pytest.approx(real, rel=0.05)

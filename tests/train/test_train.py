@@ -23,7 +23,7 @@ from nev.eval.validation.vectors import kept_file, load_kept
 from nev.models.text import TextTower
 from nev.models.vision import build_vision
 from nev.runs import checkpoint
-from nev.runs.manifest import CheckpointError, latest, read_manifest
+from nev.runs.manifest import CheckpointError, latest_checkpoint, read_manifest
 from nev.runs.tracking import Tracker, tracking_uri
 from nev.storage.reading import DataError
 from nev.train.driver.launcher import TrainingFailed
@@ -164,7 +164,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_its_checkpoint(tiny: Make
         Diverged, match=r"11 of the last 1,000 steps had no finite loss .* at learning rate \S+, loss None"
     ):
         run_bare(job, train_reader(config, text))
-    newest = latest(job.run)
+    newest = latest_checkpoint(job.run)
     assert newest is None or all(torch.isfinite(tensor).all() for tensor in checkpoint.load_model(newest)[1].values())
 
 
@@ -202,7 +202,7 @@ def test_a_run_that_knew_fewer_settings_goes_on(tiny: Make, text: TextTower) -> 
     config = tiny(train__steps=2)
     job = prepare_job(config, text)
     run_bare(job, train_reader(config, text))
-    file = Path(f"{latest(job.run)}/state.json")
+    file = Path(f"{latest_checkpoint(job.run)}/state.json")
     manifest = json.loads(file.read_text())
     del manifest["config"]["lock"]
     del manifest["config"]["guards"]
@@ -215,7 +215,7 @@ def test_a_run_that_knew_fewer_settings_goes_on(tiny: Make, text: TextTower) -> 
 def test_the_vectors_of_the_validation_are_in_the_checkpoint(tiny: Make, text: TextTower) -> None:
     job = prepare_job(tiny(train__steps=2), text)
     run_bare(job, train_reader(job.config, text))
-    newest = latest(job.run)
+    newest = latest_checkpoint(job.run)
     assert newest
     assert job.validation
     kept = load_kept(newest, job.validation)

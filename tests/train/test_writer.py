@@ -16,8 +16,8 @@ from torch import nn
 
 from nev.config.experiment import Optim
 from nev.runs import checkpoint, manifest
-from nev.runs.manifest import State, checkpoints, verified
-from nev.runs.metrics_log import Point, read_points
+from nev.runs.manifest import CheckpointState, list_checkpoints, verify
+from nev.runs.metrics_log import MetricPoint, read_points
 from nev.storage.files import StorageError
 from nev.train.core.optim import make_optimizer
 from nev.train.core.rng import gather_rng
@@ -39,9 +39,9 @@ def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def snapshot(step: int, tensors: Tensors | None = None) -> Snapshot:
-    state = State(step, {}, {}, {}, world_size=1, bad_rows=0, history={})
+    state = CheckpointState(step, {}, {}, {}, world_size=1, bad_rows=0, history={})
     return Snapshot(
-        state, tensors or gather_tensors(*trained()), gather_rng(CPU, 1), {}, [Point(step, 7, {"loss": 1.0})]
+        state, tensors or gather_tensors(*trained()), gather_rng(CPU, 1), {}, [MetricPoint(step, 7, {"loss": 1.0})]
     )
 
 
@@ -74,7 +74,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Refuse:
 
 
 def steps_of(run: Path) -> list[int]:
-    return [int(one.rsplit("-", 1)[1]) for one in checkpoints(str(run))]
+    return [int(one.rsplit("-", 1)[1]) for one in list_checkpoints(str(run))]
 
 
 def test_the_loop_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def test_storage_that_refuses_is_asked_again(tmp_path: Path, refuse: Refuse) -> 
     own.write(snapshot(1))
     own.close()
     assert steps_of(tmp_path) == [1]
-    verified(checkpoints(str(tmp_path))[0])
+    verify(list_checkpoints(str(tmp_path))[0])
     assert len(told.notes) == 1, "it is told once"
     assert "step-00000001/model.safetensors cannot be written" in told.notes[0]
     assert "No space left on device" in told.notes[0]
@@ -143,7 +143,7 @@ def test_a_refused_checkpoint_gives_way_to_a_newer_one_and_no_point_is_lost(tmp_
     own.close()
     assert steps_of(tmp_path) == [1, 3]
     assert [point.step for point in read_points(str(tmp_path), 3)] == [1, 2, 3]
-    assert read_points(str(tmp_path), 1) == [Point(1, 7, {"loss": 1.0})]
+    assert read_points(str(tmp_path), 1) == [MetricPoint(1, 7, {"loss": 1.0})]
 
 
 def test_an_older_one_that_cannot_go_does_not_cost_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,4 +225,4 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
     own.write(snapshot(2))
     own.close()
     assert steps_of(small_disk) == [2]
-    verified(checkpoints(str(small_disk))[0])
+    verify(list_checkpoints(str(small_disk))[0])

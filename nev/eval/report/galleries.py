@@ -13,7 +13,7 @@ from nev.eval.validation.on_cluster import pictures
 from nev.eval.validation.scoring import Embedded
 from nev.eval.validation.task import Validation
 from nev.eval.validation.texts import Texts, all_captions
-from nev.runs.metrics_log import Point
+from nev.runs.metrics_log import MetricPoint
 
 QUERIES = 7
 RESULTS = 6
@@ -54,7 +54,7 @@ def class_gallery(path: str | Path, task: Validation, embedded: Embedded, texts:
     )
 
 
-def run_curves(path: str | Path, journal: list[Point], name: str) -> None:
+def run_curves(path: str | Path, journal: list[MetricPoint], name: str) -> None:
     """The loss of a run, with its validation scores below, from the run's own journal."""
 
     def history(key: str) -> tuple[list[int], list[float]]:

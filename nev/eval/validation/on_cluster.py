@@ -57,8 +57,8 @@ def embed(config: Experiment, checkpoint: str, task: Validation, taken: float = 
     """
     from nev.embed.images import Tower
     from nev.eval.validation.vectors import texts_of
-    from nev.runs.towers import load_tower, load_vision
+    from nev.runs.towers import load_text_tower, load_vision
 
     load = partial(load_vision, checkpoint, config, task.text_width)
-    encode = load_tower(checkpoint, config).encode if config.text_online else None
+    encode = load_text_tower(checkpoint, config).encode if config.text_online else None
     return embed_set(task, Tower(load, config.data.mean, config.data.std), taken), texts_of(task, encode)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from nev.config.experiment import Eval
-from nev.runs.metrics_log import Point
+from nev.runs.metrics_log import MetricPoint
 
 
 class Patience:
@@ -20,7 +20,7 @@ class Patience:
         if self._metric in metrics:
             self._scores[step] = metrics[self._metric]
 
-    def remember(self, points: Iterable[Point]) -> None:
+    def remember(self, points: Iterable[MetricPoint]) -> None:
         """Take those of a run's journal."""
         for point in points:
             self.see(point.step, point.metrics)
@@ -36,6 +36,6 @@ class Patience:
     def __str__(self) -> str:
         best = max(
             self._scores, key=lambda step: (self._scores[step], step)
-        )  # the newest of equals, as `manifest.best` has it
+        )  # the newest of equals, as `manifest.best_checkpoint` has it
         was = f"its best is {self._scores[best]:.4g}, at step {best:,}"
         return f"{self._metric} has not improved for {self._patience} validations; {was}"

@@ -15,7 +15,7 @@ from nev.common.errors import NevError
 from nev.common.signals import Stopped, set_by_sigterm
 from nev.config.experiment import Experiment
 from nev.data.block import BlockReader
-from nev.runs.manifest import patiently
+from nev.runs.manifest import with_retries
 from nev.storage.files import join
 from nev.train.driver.metrics import Ledger
 from nev.train.driver.monitor import Watcher
@@ -143,4 +143,4 @@ def stream_from_here(job: Job, reader: BlockReader) -> Any:
     """Called by Ray Train at every start of the worker group: the stream from the latest checkpoint's step."""
     from nev.data.stream import make_stream
 
-    return make_stream(reader, job.plan, patiently(lambda: where(job.run)).step, job.stop_step)
+    return make_stream(reader, job.plan, with_retries(lambda: where(job.run)).step, job.stop_step)

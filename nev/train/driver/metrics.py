@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from nev.cluster.ray_internals import WorkerGroup
 from nev.config.experiment import Experiment
-from nev.runs.metrics_log import keep_run_id, kept_run_id, read_points
+from nev.runs.metrics_log import load_mlflow_run_id, read_points, save_mlflow_run_id
 from nev.runs.tracking import Tracker, open_run, tracking_uri
 from nev.train.driver.alerts import Signatures
 from nev.train.driver.early_stopping import Patience
@@ -61,9 +61,9 @@ def track(job: Job, tags: Mapping[str, str], begun: int) -> Tracker:
         config,
         {**tags, **fingerprints, "nev.tail_rows": str(job.plan.tail_rows)},
         config.output,
-        run_id=kept_run_id(job.run),
+        run_id=load_mlflow_run_id(job.run),
     )
-    keep_run_id(job.run, tracker.run_id)
+    save_mlflow_run_id(job.run, tracker.run_id)
     for point in read_points(job.run, begun):
         tracker.log(point.step, point.metrics, point.time)
     return tracker

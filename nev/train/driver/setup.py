@@ -22,7 +22,7 @@ from nev.data.text_view import TextView
 from nev.data.tokens import Tokens
 from nev.eval.validation.task import make_validation, refuse_unknown_metric, text_key
 from nev.runs.folder import run_folder
-from nev.runs.manifest import CheckpointError, latest, newest_whole, read_manifest, verified
+from nev.runs.manifest import CheckpointError, latest_checkpoint, latest_valid, read_manifest, verify
 from nev.train.job import Job
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def prepare_job(
     with found:
         refuse_widths(config.loss, text.width)
     with found:
-        if found or latest(run_folder(config)) is None:  # a run that goes on needs neither hub nor file
+        if found or latest_checkpoint(run_folder(config)) is None:  # a run that goes on needs neither hub nor file
             check_vision(config.vision, config.data.image_size, text.width, locked=config.lock == "image")
     with found:
         index = build_index(config.data.train, config.data.columns)
@@ -145,7 +145,7 @@ def total_steps(config: Experiment, plan: Plan) -> int:
 
 def refuse_other_run(job: Job) -> None:
     """A run continues its own checkpoints alone. Raises CheckpointError listing every key that differs."""
-    found = newest_whole(job.run, read_manifest)
+    found = latest_valid(job.run, read_manifest)
     if found is None:
         return
     newest, manifest = found.location, found.read
@@ -187,7 +187,7 @@ def tokens_of(tower: TextTower) -> Tokens:
 
 def begin(job: Job, console: Console) -> int:
     """Tell what lies before a run, and what of it is damaged. Returns the step that it goes on from, 0 for a new one."""
-    found = newest_whole(job.run, verified)
+    found = latest_valid(job.run, verify)
     for damage in found.damaged if found else []:
         console.print(f"[yellow]{escape(damage)}; the one before it is used[/]", highlight=False, soft_wrap=True)
     begun: int = found.read["step"] if found else 0

@@ -20,8 +20,8 @@ from ray.exceptions import RayError
 from nev.common.errors import NevError
 from nev.common.signals import Stopped, set_by_sigterm
 from nev.config.experiment import Experiment
-from nev.runs.manifest import VALIDATION, awaiting
-from nev.runs.metrics_log import point, write_validation
+from nev.runs.manifest import VALIDATION, pending_validation
+from nev.runs.metrics_log import make_point, write_validation
 from nev.storage.files import StorageError, filesystem, join, storage_errors_as, write_atomic
 from nev.train.driver.metrics import Ledger
 from nev.train.job import Job
@@ -51,7 +51,9 @@ class Validator:
 
     def __init__(self, job: Job, score: Callable[[str], dict[str, float]]) -> None:
         self._job, self._score = job, score
-        self._waiting = deque(int(location.rsplit("-", 1)[1]) for location in awaiting(job.run, job.validates))
+        self._waiting = deque(
+            int(location.rsplit("-", 1)[1]) for location in pending_validation(job.run, job.validates)
+        )
         self._left_out: deque[int] = deque()
         self._done: deque[Validated] = deque()
         self._tries: Counter[int] = Counter()
@@ -143,7 +145,7 @@ class Validator:
         with storage_errors_as(location, "written"):
             if self._stopped or not fs.exists(path):
                 return
-            write_validation(self._job.run, point(found.step, found.metrics))
+            write_validation(self._job.run, make_point(found.step, found.metrics))
             write_atomic(join(location, VALIDATION), json.dumps(found.metrics).encode())
 
     def _location(self, step: int) -> str:

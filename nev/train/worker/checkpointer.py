@@ -24,8 +24,8 @@ from nev.common.errors import NevError
 from nev.eval.validation.task import Result
 from nev.eval.validation.vectors import kept_bytes, kept_file
 from nev.runs import checkpoint
-from nev.runs.manifest import CheckpointError, State, drop_beyond, prune
-from nev.runs.metrics_log import Point, point, write_points
+from nev.runs.manifest import CheckpointError, CheckpointState, prune_checkpoints, remove_checkpoints_after
+from nev.runs.metrics_log import MetricPoint, make_point, write_points
 from nev.storage.files import StorageError
 from nev.train.core.rng import gather_rng
 from nev.train.core.state_dict import Tensors, gather_tensors
@@ -48,15 +48,15 @@ class NotKept(NevError, RuntimeError):
 class Snapshot(NamedTuple):
     """What a checkpoint is written from: `nev.runs.checkpoint.save`'s, and the points since the one before."""
 
-    state: State
+    state: CheckpointState
     tensors: Tensors
     rng: dict[str, Tensor]
     beside: dict[str, bytes]
-    points: list[Point]
+    points: list[MetricPoint]
 
 
 class Writer:
-    """Rank 0's. tell: takes a step, metrics and lines for the person, from another thread. awaited: see `prune`."""
+    """Rank 0's. tell: takes a step, metrics and lines for the person, from another thread. awaited: see `prune_checkpoints`."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Writer:
         self._pool = ThreadPoolExecutor(1, "nev-checkpoint")
         self._pending: Future[None] | None = None
         self._enough = threading.Event()
-        self._points: list[Point] = []
+        self._points: list[MetricPoint] = []
         self._step = 0
 
     def ready(self) -> None:
@@ -133,7 +133,7 @@ class Writer:
                     self._points = []
                 checkpoint.save(self._run, snapshot.state, snapshot.tensors, snapshot.rng, snapshot.beside)
         try:
-            prune(self._run, self._keep_last, self._keep_best, self._awaited)
+            prune_checkpoints(self._run, self._keep_last, self._keep_best, self._awaited)
         except REFUSALS as error:  # the new one is whole: the next one will try again
             self._tell(step, {}, [f"step {step}: older checkpoints could not be removed: {error}"])
         self._tell(step, {"checkpoint_write_s": time.perf_counter() - begin}, [])
@@ -154,12 +154,12 @@ class Keeper:
 
     def __init__(self, job: Job, me: Rank, begun: int, report: Report) -> None:
         self._job, self._me, self._report = job, me, report
-        self._points: list[Point] = []
+        self._points: list[MetricPoint] = []
         self._tensors: Tensors | None = None
         train = job.config.train
         self._writer = None
         if me.rank == 0:
-            drop_beyond(job.run, begun)
+            remove_checkpoints_after(job.run, begun)
             awaited = job.validates if job.config.eval.asynchronous else lambda step: False
             self._writer = Writer(job.run, train.keep_last, job.config.eval.best, self.say, awaited)
 
@@ -167,7 +167,7 @@ class Keeper:
         """Report metrics of a step, and note them for the next checkpoint's journal. Nothing on other ranks than 0."""
         if self._me.rank == 0:
             if metrics:
-                self._points.append(point(step, metrics))
+                self._points.append(make_point(step, metrics))
             self._report(step, metrics, notes)
 
     def keep(self, learner: Learner, step: int, bad_rows: int, history: History, scored: Result | None) -> None:
@@ -183,7 +183,7 @@ class Keeper:
         if not self._writer:
             return
         job = self._job
-        state = State(
+        state = CheckpointState(
             step=step,
             config=job.config.model_dump(mode="json"),
             fingerprints=job.fingerprints,

@@ -14,7 +14,7 @@ from nev.models.text import TextTower, encoder_of, load_text
 from nev.models.text_encoder import unlock
 from nev.models.vision import build_vision
 from nev.runs import checkpoint
-from nev.runs.manifest import CheckpointError, State, newest_whole, patiently
+from nev.runs.manifest import CheckpointError, CheckpointState, latest_valid, with_retries
 from nev.train.core.gradcache import refuse_batch_norm
 from nev.train.core.optim import make_optimizer
 from nev.train.core.parallel import distribute
@@ -53,7 +53,7 @@ class Built(NamedTuple):
 
     model: DualEncoder
     tower: TextTower | None
-    state: State | None
+    state: CheckpointState | None
     moments: dict[str, Tensor]
     rng: dict[str, Tensor]
 
@@ -70,7 +70,7 @@ def build(job: Job) -> Built:
             f"text.encoder {config.text.encoder!r}: this node's is not the driver's. Install the same everywhere."
         )
     torch.manual_seed(config.seed)
-    found = patiently(lambda: newest_whole(job.run, checkpoint.load))
+    found = with_retries(lambda: latest_valid(job.run, checkpoint.load))
     source = config.vision
     if found is not None:  # its weights replace all: neither hub nor file is needed
         source = source.model_copy(update={"pretrained": False, "weights": None})
