@@ -64,7 +64,7 @@ def main(
     """Measure the memory of steps beside what was told; writes benchmarks/results/capacity.json."""
     from benchmarks.contestants import steps
     from benchmarks.contestants.processes import in_own_process
-    from nev.train.capacity import capacity
+    from nev.train.capacity import estimate_memory
 
     console = Console()
     with report_errors(console):
@@ -75,7 +75,7 @@ def main(
             return in_own_process(steps.cost_of, experiment(name), STEPS).mib
 
         def told(name: str) -> float:
-            return capacity(experiment(name), steps.WIDTH).peak / 2**20
+            return estimate_memory(experiment(name), steps.WIDTH).peak / 2**20
 
         for name in SETTINGS:
             contestants |= {f"{name}_told_mib": partial(told, name), f"{name}_measured_mib": partial(measured, name)}

@@ -134,14 +134,14 @@ def images_per_s(config: Experiment, device_name: str, warm: int = 3, timed: int
     from nev.models.vision import build_vision
     from nev.train.core.optim import make_optimizer
     from nev.train.core.step import Batch, choose_precision, train_step
-    from nev.train.core.vision_setup import make_ready
+    from nev.train.core.vision_setup import apply_train_options
 
     device, batch, size = torch.device(device_name), config.train.global_batch, config.data.image_size
     on_gpu = device.type == "cuda"
     torch._dynamo.reset()  # what the contestant before compiled counts against a limit
     torch.manual_seed(0)
     vision = build_vision(config.vision, size, WIDTH)
-    make_ready(vision, config.train)
+    apply_train_options(vision, config.train)
     model = DualEncoder(vision, config.loss).to(device).train()
     optimizer = make_optimizer(model, config.optim)
     given = Batch(

@@ -38,13 +38,13 @@ def main(
         )
         from nev.sweep.report import outcome_table
         from nev.sweep.run import run_sweep
-        from nev.train.experiment import how_to_look
+        from nev.train.experiment import mlflow_hint
 
         done = run_sweep(sweep, overrides or [], console)
     console.print(outcome_table(done.outcome))
     for file in done.files:
         console.print(f"{file.rpartition('.')[2]:<11} {file}", highlight=False, soft_wrap=True)
-    console.print(f"MLflow      {how_to_look(done.tracking_uri)}", highlight=False, soft_wrap=True)
+    console.print(f"MLflow      {mlflow_hint(done.tracking_uri)}", highlight=False, soft_wrap=True)
     if not done.outcome.whole:
         raise typer.Exit(1)
 

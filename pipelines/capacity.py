@@ -31,12 +31,12 @@ def main(
     with report_errors(console):
         experiment = load(config, overrides or [])
         from nev.models.text import text_width
-        from nev.train.capacity import MEANING, capacity, collectives, table
+        from nev.train.capacity import MEANING, collectives, estimate_memory, memory_table
 
         width = width or text_width(experiment.text)
         gpu = experiment.workers.gpus > 0
         bf16 = experiment.train.precision == "bf16" or (experiment.train.precision == "auto" and gpu)
-        found = capacity(experiment, width, bf16, gpu)
+        found = estimate_memory(experiment, width, bf16, gpu)
         said = collectives(experiment, width)
     console.print(
         f"{experiment.name}: a worker of {experiment.workers.least}, texts of {width} numbers", highlight=False
@@ -45,7 +45,7 @@ def main(
     shown.add_column("")
     shown.add_column("bytes", justify="right", no_wrap=True)
     shown.add_column("what for")
-    for name, nbytes in table(found):
+    for name, nbytes in memory_table(found):
         shown.add_row(name, decimal(nbytes), MEANING[name], style="bold" if name == "peak" else None)
     console.print(shown)
     if said:

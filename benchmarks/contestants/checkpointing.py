@@ -23,7 +23,7 @@ from nev.models.text import load_text
 from nev.train.core.step import choose_precision
 from nev.train.driver.setup import prepare_job, train_reader
 from nev.train.worker.loop import train
-from nev.train.worker.state import Rank, build, learner_of
+from nev.train.worker.state import RankContext, load_model, make_train_state
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 150
@@ -43,8 +43,8 @@ def steps_with_checkpoints(pictures: Path, every: int | None) -> Spent:
         config = quickstart(pictures, folder, every)
         text = load_text(config.text)
         job, reader = prepare_job(config, text), train_reader(config, text)
-        me = Rank(0, 1, torch.device("cpu"), choose_precision("fp32", torch.device("cpu")))
-        learner, start = learner_of(build(job), job, me)
+        me = RankContext(0, 1, torch.device("cpu"), choose_precision("fp32", torch.device("cpu")))
+        learner, start = make_train_state(load_model(job), job, me)
         block = reader.read(job.plan.segments(0), 0)
 
         def blocks() -> Iterator[Block]:

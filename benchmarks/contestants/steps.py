@@ -40,14 +40,14 @@ def cost_of(config: Experiment, steps: int) -> Cost:
     from nev.models.vision import build_vision
     from nev.train.core.optim import make_optimizer
     from nev.train.core.step import Batch, choose_precision, train_step
-    from nev.train.core.vision_setup import make_ready
+    from nev.train.core.vision_setup import apply_train_options
 
     batch, size, device = config.train.global_batch, config.data.image_size, torch.device("cpu")
     before = resident_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     torch.manual_seed(0)
     vision = build_vision(config.vision, size, WIDTH)
-    make_ready(vision, config.train)
+    apply_train_options(vision, config.train)
     model = DualEncoder(vision, config.loss).train()
     optimizer = make_optimizer(model, config.optim)
     given = Batch(

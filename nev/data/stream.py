@@ -24,7 +24,7 @@ from nev.data.plan import Plan
 
 NUMBERS_PER_TASK = 1000
 NUMBER_TASKS = 1000  # at most: each is put into the object store before the first one runs
-STEPS_AHEAD = 2  # decoded and not yet taken; each rank fetches two more (`nev.train.worker.process.blocks_of`)
+STEPS_AHEAD = 2  # decoded and not yet taken; each rank fetches two more (`nev.train.worker.process.iterate_blocks`)
 
 
 def make_stream(reader: BlockReader, plan: Plan, first_step: int, last_step: int) -> Dataset:

@@ -27,17 +27,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nev.losses import fused, tiles
-from nev.losses.gather import Gathering
-from nev.losses.pairwise import AlongWithGradients, Computed, Contrastive, gathered, own_share, wide
+from nev.losses.gather import AsyncGather
+from nev.losses.pairwise import LossAndGrads, LossOutput, PrecomputedGradient, gathered, local_share, upcast
 
 
 def contrastive_loss(
     image: Tensor,
-    text: Tensor | Gathering,
+    text: Tensor | AsyncGather,
     log_scale: Tensor,
     valid: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
-) -> Contrastive:
+) -> LossOutput:
     """Symmetric InfoNCE between this rank's images and the texts of all ranks of `group`.
 
     image: [b, D] unit rows, any floating dtype. text: [b, D] unit rows, any floating dtype; it gets a gradient if it wants
@@ -61,17 +61,17 @@ def contrastive_loss(
     texts = gathered(image, text, log_scale, valid, group)
     with_grad = torch.is_grad_enabled() and any(one.requires_grad for one in (image, texts.own, log_scale))
 
-    def compute() -> Computed:
-        x = wide(image, texts)
+    def compute() -> LossAndGrads:
+        x = upcast(image, texts)
         return _infonce(x, texts, log_scale.to(x.dtype).exp(), with_grad, with_grad and texts.own.requires_grad)
 
-    return Contrastive(*AlongWithGradients.apply(compute, image, texts.own, log_scale))
+    return LossOutput(*PrecomputedGradient.apply(compute, image, texts.own, log_scale))
 
 
-def _infonce(x: Tensor, gathering: Gathering, scale: Tensor, with_grad: bool, of_texts: bool) -> Computed:
+def _infonce(x: Tensor, gathering: AsyncGather, scale: Tensor, with_grad: bool, of_texts: bool) -> LossAndGrads:
     """The loss, and its gradients times W. x: [b, D] in the dtype to compute in, its invalid rows 0."""
     valid, first, world, group = gathering.valid, gathering.first, gathering.world, gathering.group
-    texts, valid_texts = gathering.arrived()
+    texts, valid_texts = gathering.wait()
     own = slice(first, first + len(x))
     pairs = valid_texts.sum()
     zero = x.new_zeros(())
@@ -93,17 +93,17 @@ def _infonce(x: Tensor, gathering: Gathering, scale: Tensor, with_grad: bool, of
     loss = (sums[-2] + log_column_sum.sum()) * half_mean
     correct = sums[-1].round().long()
     if not with_grad:
-        return Computed(loss, correct, pairs, (None, None, None))
+        return LossAndGrads(loss, correct, pairs, (None, None, None))
     everywhere = found._replace(column=column_max + log_column_sum)
     grad, grad_texts = walks.gradient(scaled, texts, valid, valid_texts, first, everywhere, of_texts)
     del scaled  # the peak is below, where x and its gradient are multiplied
     grad.mul_(world * scale * half_mean)
     if grad_texts is not None:
-        grad_texts = own_share(grad_texts.mul_(world * half_mean), gathering)
-    return Computed(loss, correct, pairs, (grad, grad_texts, torch.sum(x * grad)))
+        grad_texts = local_share(grad_texts.mul_(world * half_mean), gathering)
+    return LossAndGrads(loss, correct, pairs, (grad, grad_texts, torch.sum(x * grad)))
 
 
-def highest(column: Tensor, shift: Tensor, valid_texts: Tensor, gathering: Gathering) -> Tensor:
+def highest(column: Tensor, shift: Tensor, valid_texts: Tensor, gathering: AsyncGather) -> Tensor:
     """The highest of the ranks' column terms [..., N], which are less each rank's own `shift`; 0 for invalid texts."""
     if gathering.world > 1:
         column = column + shift

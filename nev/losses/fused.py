@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nev.losses.tiles import Best, Statistics
+from nev.losses.tiles import RunningArgmax, Statistics
 
 
 class Blocks(NamedTuple):
@@ -94,7 +94,7 @@ def statistics(
         text = torch.where(score == highest, best, many).amin(0)  # the first of equal ones
         found.append((row.logsumexp(0), own.sum(0), highest, text.long()))
     row, own, highest, text = (torch.cat(several) for several in zip(*found, strict=True))
-    return Statistics(row, column, own, Best(highest, text), x.new_zeros(()))
+    return Statistics(row, column, own, RunningArgmax(highest, text), x.new_zeros(()))
 
 
 def gradient(

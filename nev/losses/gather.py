@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass
-class Gathering:
+class AsyncGather:
     """Rows of all ranks that are on their way. Made by `gather`; `arrived` waits for them.
 
     own: [b, D], this rank's; valid: bool [b]; group: the ranks that take part; first: the number of this rank's first row among
@@ -25,7 +25,7 @@ class Gathering:
     _packed: Tensor | None
     _work: dist.Work | None
 
-    def arrived(self) -> tuple[Tensor, Tensor]:
+    def wait(self) -> tuple[Tensor, Tensor]:
         """The rows of all ranks [N, D], detached, in their own dtype and rank order, and bool [N]: which are valid."""
         if self._packed is None:
             return self.own.detach(), self.valid
@@ -35,7 +35,7 @@ class Gathering:
         return self._packed[:, :-1], self._packed[:, -1] == 1
 
 
-def gather(own: Tensor, valid: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Gathering:
+def gather(own: Tensor, valid: Tensor | None = None, group: dist.ProcessGroup | None = None) -> AsyncGather:
     """Start to gather own [b, D] and valid (bool [b]; None: all) of all ranks: one collective, none where W = 1.
 
     What is sent has the dtype of `own`, and `valid` rides as a column. b, D and that dtype must be equal on every rank; no
@@ -45,11 +45,11 @@ def gather(own: Tensor, valid: Tensor | None = None, group: dist.ProcessGroup | 
         valid = torch.ones(len(own), dtype=torch.bool, device=own.device)
     rank, world = place(group)
     if world == 1:
-        return Gathering(own, valid, group, 0, 1, None, None)
+        return AsyncGather(own, valid, group, 0, 1, None, None)
     packed = torch.cat([own.detach(), valid[:, None].to(own.dtype)], dim=1)
     gathered = packed.new_empty(world * len(packed), packed.shape[1])
     work = dist.all_gather_into_tensor(gathered, packed, group, async_op=True)
-    return Gathering(own, valid, group, rank * len(own), world, gathered, work)
+    return AsyncGather(own, valid, group, rank * len(own), world, gathered, work)
 
 
 def place(group: dist.ProcessGroup | None) -> tuple[int, int]:

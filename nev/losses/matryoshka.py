@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nev.losses.contrastive import highest
-from nev.losses.gather import Gathering
-from nev.losses.pairwise import AlongWithGradients, Computed, Contrastive, gathered, own_share, wide
+from nev.losses.gather import AsyncGather
+from nev.losses.pairwise import LossAndGrads, LossOutput, PrecomputedGradient, gathered, local_share, upcast
 from nev.losses.sigmoid import LINEAR_FROM
-from nev.losses.tiles import Best, LogSums, pairs_in, tile_shape
+from nev.losses.tiles import LogSums, RunningArgmax, pairs_in_tile, tile_shape
 from nev.ops.onednn import product
 
 NEVER = -1e30  # the score of an invalid text: its exponential is 0, and so is 0 times it
@@ -55,13 +55,13 @@ class Tile(NamedTuple):
 
 def matryoshka_loss(
     image: Tensor,
-    text: Tensor | Gathering,
+    text: Tensor | AsyncGather,
     log_scale: Tensor,
     widths: Mapping[int, float],
     bias: Tensor | None = None,
     valid: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
-) -> Contrastive:
+) -> LossOutput:
     """The weighted sum of the losses at `widths` (width to weight): of `contrastive_loss`, or with a `bias` `sigmoid_loss`.
 
     The widest must be D. `correct` is that of the widest; everything else, the scale of the gradients included, is as those
@@ -73,22 +73,26 @@ def matryoshka_loss(
     inputs = image, texts.own, log_scale, *(() if bias is None else (bias,))
     with_grad = torch.is_grad_enabled() and any(one.requires_grad for one in inputs)
 
-    def compute() -> Computed:
-        x = wide(image, texts)
-        _, valid_texts = texts.arrived()
+    def compute() -> LossAndGrads:
+        x = upcast(image, texts)
+        _, valid_texts = texts.wait()
         scale = log_scale.to(x.dtype).exp()
-        levels = levels_of(x, texts, scale, widths)
-        back = Back(x, levels, scale, len(valid_texts) if texts.own.requires_grad else 0) if with_grad else None
+        levels = make_levels(x, texts, scale, widths)
+        back = (
+            GradientAccumulator(x, levels, scale, len(valid_texts) if texts.own.requires_grad else 0)
+            if with_grad
+            else None
+        )
         if bias is None:
             return _infonce(x, texts, levels, back)
         return _sigmoid(x, texts, levels, bias.to(x.dtype), back)
 
-    return Contrastive(*AlongWithGradients.apply(compute, *inputs))
+    return LossOutput(*PrecomputedGradient.apply(compute, *inputs))
 
 
-def levels_of(x: Tensor, gathering: Gathering, scale: Tensor, widths: Mapping[int, float]) -> list[Level]:
+def make_levels(x: Tensor, gathering: AsyncGather, scale: Tensor, widths: Mapping[int, float]) -> list[Level]:
     """The levels, narrowest first. x: [b, D], its invalid rows 0."""
-    texts, valid_texts = gathering.arrived()
+    texts, valid_texts = gathering.wait()
     return [
         Level(
             width,
@@ -100,9 +104,11 @@ def levels_of(x: Tensor, gathering: Gathering, scale: Tensor, widths: Mapping[in
     ]
 
 
-def tiles_of(x: Tensor, gathering: Gathering, levels: Sequence[Level], shifts: Sequence[Tensor]) -> Iterator[Tile]:
+def iterate_tiles(
+    x: Tensor, gathering: AsyncGather, levels: Sequence[Level], shifts: Sequence[Tensor]
+) -> Iterator[Tile]:
     """The tiles of the scores of x [b, D] with all texts."""
-    texts, valid_texts = gathering.arrived()
+    texts, valid_texts = gathering.wait()
     height, width = tile_shape(x.device)
     starts = [0, *(level.width for level in levels)]
     segments = [slice(*ends) for ends in pairwise(starts)]
@@ -126,7 +132,7 @@ def tiles_of(x: Tensor, gathering: Gathering, levels: Sequence[Level], shifts: S
             yield Tile(rows, columns, some, scores)
 
 
-class Back:
+class GradientAccumulator:
     """The gradients, times N, as tile after tile is seen. texts: N where they want one, else 0."""
 
     def __init__(self, x: Tensor, levels: Sequence[Level], scale: Tensor, texts: int) -> None:
@@ -137,7 +143,7 @@ class Back:
         self._sigma = x.new_zeros(len(levels), texts)
         self.bias = x.new_zeros(())
 
-    def see(self, tile: Tile, slopes: Sequence[Tensor], shifts: Sequence[Tensor]) -> None:
+    def add(self, tile: Tile, slopes: Sequence[Tensor], shifts: Sequence[Tensor]) -> None:
         """Take a tile into account. slopes: lambda dL/ds of each level, [r, c], 0 in invalid rows and columns."""
         rows, columns, some, scores = tile
         above: Tensor | None = None
@@ -155,9 +161,9 @@ class Back:
                 piece = self._x[rows, segment].T.contiguous()
                 self._texts[columns, segment] += product(above.T.contiguous(), piece)
 
-    def finish(self, gathering: Gathering, mean: Tensor, bias: bool) -> tuple[Tensor | None, ...]:
+    def finish(self, gathering: AsyncGather, mean: Tensor, bias: bool) -> tuple[Tensor | None, ...]:
         """The gradients in image, text, log tau and, where there is one, bias; mean: 1 / N."""
-        texts, valid_texts = gathering.arrived()
+        texts, valid_texts = gathering.wait()
         factor = gathering.world * mean
         self._images.masked_fill_(~gathering.valid[:, None], 0)
         for at, level in enumerate(self._levels):
@@ -170,31 +176,33 @@ class Back:
             for at, level in enumerate(self._levels):
                 share = self._sigma[at] * level.columns**2
                 self._texts[:, : level.width] -= share[:, None] * own[:, : level.width]
-            of_texts = own_share(self._texts.mul_(factor), gathering)
+            of_texts = local_share(self._texts.mul_(factor), gathering)
         ends = self._images.mul_(factor), of_texts, self._rho.sum() * factor
         return (*ends, self.bias * factor) if bias else ends
 
 
-def _infonce(x: Tensor, gathering: Gathering, levels: Sequence[Level], back: Back | None) -> Computed:
+def _infonce(
+    x: Tensor, gathering: AsyncGather, levels: Sequence[Level], back: GradientAccumulator | None
+) -> LossAndGrads:
     valid, first, world = gathering.valid, gathering.first, gathering.world
-    texts, valid_texts = gathering.arrived()
+    texts, valid_texts = gathering.wait()
     own = slice(first, first + len(x))
     together = torch.cumsum(x * texts[own].to(x.dtype).masked_fill(~valid[:, None], 0), 1)
     sums = [
         LogSums.of(together[:, level.width - 1] * level.rows * level.columns[own], len(texts), valid, first)
         for level in levels
     ]
-    best = Best.of(x)
-    for tile in tiles_of(x, gathering, levels, [one.shift for one in sums]):
-        best.see(tile.rows, tile.columns, tile.scores[-1])
+    best = RunningArgmax.of(x)
+    for tile in iterate_tiles(x, gathering, levels, [one.shift for one in sums]):
+        best.update(tile.rows, tile.columns, tile.scores[-1])
         for one, scores in zip(sums, tile.scores, strict=True):
-            one.see(tile.rows, tile.columns, scores)
+            one.update(tile.rows, tile.columns, scores)
     exact = [one.exact(valid_texts) for one in sums]
     if not all(exact):
         sums = [one.with_own_shifts() for one in sums]
-        for tile in tiles_of(x, gathering, levels, [one.shift for one in sums]):
+        for tile in iterate_tiles(x, gathering, levels, [one.shift for one in sums]):
             for one, scores in zip(sums, tile.scores, strict=True):
-                one.see(tile.rows, tile.columns, scores)
+                one.update(tile.rows, tile.columns, scores)
 
     shifts = torch.stack([one.shift for one in sums])
     columns = torch.stack([one.column for one in sums])
@@ -211,43 +219,45 @@ def _infonce(x: Tensor, gathering: Gathering, levels: Sequence[Level], back: Bac
     loss = (added[-2] + _weighted(log_sums, levels)) * mean * 0.5
     correct = added[-1].round().long()
     if back is None:
-        return Computed(loss, correct, count, (None, None, None))
+        return LossAndGrads(loss, correct, count, (None, None, None))
     columns = column_max + log_sums
-    for tile in tiles_of(x, gathering, levels, list(shifts)):
+    for tile in iterate_tiles(x, gathering, levels, list(shifts)):
         slopes = []
         for at, (level, score) in enumerate(zip(levels, tile.scores, strict=True)):
             slope = (score - rows[at, tile.rows, None]).exp_().add_((score - columns[at, tile.columns]).exp_())
-            pairs_in(slope, first + tile.rows.start - tile.columns.start).sub_(2)
+            pairs_in_tile(slope, first + tile.rows.start - tile.columns.start).sub_(2)
             slopes.append(slope.mul_(0.5 * level.weight).masked_fill_(~valid[tile.rows, None], 0))
-        back.see(tile, slopes, list(shifts))
-    return Computed(loss, correct, count, back.finish(gathering, mean, bias=False))
+        back.add(tile, slopes, list(shifts))
+    return LossAndGrads(loss, correct, count, back.finish(gathering, mean, bias=False))
 
 
-def _sigmoid(x: Tensor, gathering: Gathering, levels: Sequence[Level], bias: Tensor, back: Back | None) -> Computed:
+def _sigmoid(
+    x: Tensor, gathering: AsyncGather, levels: Sequence[Level], bias: Tensor, back: GradientAccumulator | None
+) -> LossAndGrads:
     valid, first = gathering.valid, gathering.first
-    _, valid_texts = gathering.arrived()
-    best, terms = Best.of(x), x.new_zeros(())
+    _, valid_texts = gathering.wait()
+    best, terms = RunningArgmax.of(x), x.new_zeros(())
     shifts = [-bias] * len(levels)
-    for tile in tiles_of(x, gathering, levels, shifts):
+    for tile in iterate_tiles(x, gathering, levels, shifts):
         offset = first + tile.rows.start - tile.columns.start
-        best.see(tile.rows, tile.columns, tile.scores[-1])
+        best.update(tile.rows, tile.columns, tile.scores[-1])
         slopes = []
         for level, score in zip(levels, tile.scores, strict=True):
             part = F.softplus(score, threshold=LINEAR_FROM)
-            pairs_in(part, offset).copy_(F.softplus(-pairs_in(score, offset), threshold=LINEAR_FROM))
+            pairs_in_tile(part, offset).copy_(F.softplus(-pairs_in_tile(score, offset), threshold=LINEAR_FROM))
             terms += level.weight * torch.where(valid[tile.rows], part.sum(1), 0).sum()
             slope = score.sigmoid()
-            pairs_in(slope, offset).sub_(1)
+            pairs_in_tile(slope, offset).sub_(1)
             slopes.append(slope.mul_(level.weight).masked_fill_(~valid[tile.rows, None], 0))
         if back is not None:
-            back.see(tile, slopes, shifts)
+            back.add(tile, slopes, shifts)
     added = torch.stack([terms, best.correct(first, valid).to(x.dtype)])
     if gathering.world > 1:
         dist.all_reduce(added, dist.ReduceOp.SUM, gathering.group)
     count = valid_texts.sum()
     mean = 1 / count.clamp(min=1).to(x.dtype)
     ends = (None,) * 4 if back is None else back.finish(gathering, mean, bias=True)
-    return Computed(added[0] * mean, added[1].round().long(), count, ends)
+    return LossAndGrads(added[0] * mean, added[1].round().long(), count, ends)
 
 
 def _weighted(terms: Tensor, levels: Sequence[Level]) -> Tensor:

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nev.losses.gather import Gathering, gather
+from nev.losses.gather import AsyncGather, gather
 
 
-class Contrastive(NamedTuple):
+class LossOutput(NamedTuple):
     """The loss of the global batch, and two counts of it. All three are 0-d and equal on every rank.
 
     loss: float32 (float64 for float64 inputs), differentiable in `image`, `log_scale`, and `text` where it wants a gradient.
@@ -27,8 +27,8 @@ class Contrastive(NamedTuple):
     pairs: Tensor
 
 
-class Computed(NamedTuple):
-    """`Contrastive`, and d loss / d input for each input in its own order, None for one that wants none."""
+class LossAndGrads(NamedTuple):
+    """`LossOutput`, and d loss / d input for each input in its own order, None for one that wants none."""
 
     loss: Tensor
     correct: Tensor
@@ -36,11 +36,11 @@ class Computed(NamedTuple):
     gradients: tuple[Tensor | None, ...]
 
 
-class AlongWithGradients(torch.autograd.Function):
+class PrecomputedGradient(torch.autograd.Function):
     """apply(compute, *inputs): what `compute()` gives, its gradients kept for the backward, which then costs nothing."""
 
     @staticmethod
-    def forward(ctx: Any, compute: Callable[[], Computed], *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, compute: Callable[[], LossAndGrads], *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The loss and the two counts of it; `compute` runs without autocast."""
         with torch.autocast(inputs[0].device.type, enabled=False):
             loss, correct, pairs, gradients = compute()
@@ -59,10 +59,10 @@ class AlongWithGradients(torch.autograd.Function):
 
 
 def gathered(
-    image: Tensor, text: Tensor | Gathering, log_scale: Tensor, valid: Tensor | None, group: dist.ProcessGroup | None
-) -> Gathering:
+    image: Tensor, text: Tensor | AsyncGather, log_scale: Tensor, valid: Tensor | None, group: dist.ProcessGroup | None
+) -> AsyncGather:
     """The texts on their way, after the input of a loss was checked. Raises ValueError where it does not fit together."""
-    if not isinstance(text, Gathering):
+    if not isinstance(text, AsyncGather):
         _check(image, text, log_scale, valid)
         return gather(text, valid, group)
     if valid is not None or group is not None:
@@ -71,7 +71,7 @@ def gathered(
     return text
 
 
-def wide(image: Tensor, texts: Gathering) -> Tensor:
+def upcast(image: Tensor, texts: AsyncGather) -> Tensor:
     """The images in the dtype to compute in, at least float32, 0 in invalid rows.
 
     What an invalid row holds must not reach a product, not even with weight 0: NaN * 0 is NaN.
@@ -80,7 +80,7 @@ def wide(image: Tensor, texts: Gathering) -> Tensor:
     return image.to(dtype).masked_fill(~texts.valid[:, None], 0)
 
 
-def own_share(parts: Tensor, gathering: Gathering) -> Tensor:
+def local_share(parts: Tensor, gathering: AsyncGather) -> Tensor:
     """Of [N, D] on each rank, the sum over the ranks of this rank's rows: [b, D]."""
     if gathering.world == 1:
         return parts

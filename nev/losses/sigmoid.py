@@ -20,9 +20,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from nev.losses.gather import Gathering
-from nev.losses.pairwise import AlongWithGradients, Computed, Contrastive, gathered, own_share, wide
-from nev.losses.tiles import Best, pairs_in, walk
+from nev.losses.gather import AsyncGather
+from nev.losses.pairwise import LossAndGrads, LossOutput, PrecomputedGradient, gathered, local_share, upcast
+from nev.losses.tiles import RunningArgmax, pairs_in_tile, walk
 from nev.ops.onednn import product
 
 LINEAR_FROM = 50.0  # softplus(x) is x there, to float64's last digit
@@ -30,12 +30,12 @@ LINEAR_FROM = 50.0  # softplus(x) is x there, to float64's last digit
 
 def sigmoid_loss(
     image: Tensor,
-    text: Tensor | Gathering,
+    text: Tensor | AsyncGather,
     log_scale: Tensor,
     bias: Tensor,
     valid: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
-) -> Contrastive:
+) -> LossOutput:
     """The sigmoid loss between this rank's images and the texts of all ranks of `group`.
 
     bias: beta, 0-d, equal on every rank (the paper starts at -10, and with a scale of 10). Everything else, the scale of the
@@ -47,34 +47,36 @@ def sigmoid_loss(
     inputs = image, texts.own, log_scale, bias
     with_grad = torch.is_grad_enabled() and any(one.requires_grad for one in inputs)
 
-    def compute() -> Computed:
-        x = wide(image, texts)
+    def compute() -> LossAndGrads:
+        x = upcast(image, texts)
         of_texts = with_grad and texts.own.requires_grad
         return _sigmoid(x, texts, log_scale.to(x.dtype).exp(), bias.to(x.dtype), with_grad, of_texts)
 
-    return Contrastive(*AlongWithGradients.apply(compute, *inputs))
+    return LossOutput(*PrecomputedGradient.apply(compute, *inputs))
 
 
-def _sigmoid(x: Tensor, gathering: Gathering, scale: Tensor, bias: Tensor, with_grad: bool, of_texts: bool) -> Computed:
+def _sigmoid(
+    x: Tensor, gathering: AsyncGather, scale: Tensor, bias: Tensor, with_grad: bool, of_texts: bool
+) -> LossAndGrads:
     """The loss, and its gradients times W. x: [b, D] in the dtype to compute in, its invalid rows 0."""
     valid, first, world = gathering.valid, gathering.first, gathering.world
-    texts, valid_texts = gathering.arrived()
+    texts, valid_texts = gathering.wait()
     scaled = scale * x
-    best = Best.of(x)
+    best = RunningArgmax.of(x)
     terms, excess = x.new_zeros(len(x)), x.new_zeros(len(x))
     grad = torch.zeros_like(x)
     grad_texts = x.new_zeros(texts.shape) if of_texts else None
     for rows, columns, across, scores in walk(scaled, texts, valid_texts, -bias):
-        best.see(rows, columns, scores)
+        best.update(rows, columns, scores)
         offset = first + rows.start - columns.start
         part = F.softplus(scores, threshold=LINEAR_FROM)
-        pairs = pairs_in(part, offset)
-        pairs.copy_(F.softplus(-pairs_in(scores, offset), threshold=LINEAR_FROM))
+        pairs = pairs_in_tile(part, offset)
+        pairs.copy_(F.softplus(-pairs_in_tile(scores, offset), threshold=LINEAR_FROM))
         terms[rows] += part.sum(1)
         if not with_grad:
             continue
         weights = scores.sigmoid_()
-        pairs_in(weights, offset).sub_(1)
+        pairs_in_tile(weights, offset).sub_(1)
         excess[rows] += weights.sum(1)
         grad[rows] += product(weights, across)
         if grad_texts is not None:  # invalid images are 0 in x, so what stands in their weights does not count
@@ -87,11 +89,11 @@ def _sigmoid(x: Tensor, gathering: Gathering, scale: Tensor, bias: Tensor, with_
     mean = 1 / pairs.clamp(min=1).to(x.dtype)
     loss, correct = sums[0] * mean, sums[1].round().long()
     if not with_grad:
-        return Computed(loss, correct, pairs, (None, None, None, None))
+        return LossAndGrads(loss, correct, pairs, (None, None, None, None))
     del scaled  # the peak is below, where x and its gradient are multiplied
     grad.masked_fill_(~valid[:, None], 0).mul_(world * scale * mean)
     if grad_texts is not None:
         grad_texts.masked_fill_(~valid_texts[:, None], 0)
-        grad_texts = own_share(grad_texts.mul_(world * mean), gathering)
+        grad_texts = local_share(grad_texts.mul_(world * mean), gathering)
     grad_bias = torch.where(valid, excess, zero).sum() * (world * mean)
-    return Computed(loss, correct, pairs, (grad, grad_texts, torch.sum(x * grad), grad_bias))
+    return LossAndGrads(loss, correct, pairs, (grad, grad_texts, torch.sum(x * grad), grad_bias))

@@ -38,12 +38,12 @@ class Statistics(NamedTuple):
     row: Tensor
     column: Tensor
     own: Tensor
-    best: Best
+    best: RunningArgmax
     shift: Tensor
 
 
 @dataclass
-class Best:
+class RunningArgmax:
     """The text with the highest score for each of b images, the first of equal ones, as tile after tile is seen."""
 
     score: Tensor
@@ -54,7 +54,7 @@ class Best:
         """Before any tile is seen. x: [b, D]."""
         return cls(x.new_full((len(x),), -torch.inf), torch.zeros(len(x), dtype=torch.int64, device=x.device))
 
-    def see(self, rows: slice, columns: slice, scores: Tensor) -> None:
+    def update(self, rows: slice, columns: slice, scores: Tensor) -> None:
         """Take a tile of scores into account, the one with the first columns first."""
         top, at = scores.max(1)
         self.text[rows] = torch.where(top > self.score[rows], at + columns.start, self.text[rows])
@@ -102,14 +102,14 @@ def statistics(x: Tensor, texts: Tensor, valid: Tensor, valid_texts: Tensor, fir
     """
     pairs = (x * texts[first : first + len(x)].to(x.dtype)).sum(1)
     sums = LogSums.of(pairs, len(texts), valid, first)
-    best = Best.of(x)
+    best = RunningArgmax.of(x)
     for rows, columns, _, scores in walk(x, texts, valid_texts, sums.shift):
-        best.see(rows, columns, scores)
-        sums.see(rows, columns, scores)
+        best.update(rows, columns, scores)
+        sums.update(rows, columns, scores)
     if not sums.exact(valid_texts):
         sums = sums.with_own_shifts()
         for rows, columns, _, scores in walk(x, texts, valid_texts, sums.shift):
-            sums.see(rows, columns, scores)
+            sums.update(rows, columns, scores)
     return Statistics(sums.row, sums.column, sums.own, best, sums.shift)
 
 
@@ -142,10 +142,10 @@ class LogSums:
         own = torch.zeros_like(self.own)
         return replace(self, shift=torch.zeros_like(self.shift), own=own, row=row, column=column, one_shift=False)
 
-    def see(self, rows: slice, columns: slice, scores: Tensor) -> None:
+    def update(self, rows: slice, columns: slice, scores: Tensor) -> None:
         """Take a tile of scores, less the shift, into account; nothing of it is left."""
         offset = self.first + rows.start - columns.start
-        pairs = pairs_in(scores, offset)
+        pairs = pairs_in_tile(scores, offset)
         start = rows.start + max(0, -offset)
         self.own[start : start + len(pairs)] = pairs
         if self.one_shift:
@@ -162,7 +162,7 @@ class LogSums:
         if not self.one_shift:
             return True
         self.row.log_(), self.column.log_()
-        return in_window(self.row, self.valid) and in_window(self.column, valid_texts)
+        return window_rows(self.row, self.valid) and window_rows(self.column, valid_texts)
 
 
 def gradient(
@@ -175,7 +175,7 @@ def gradient(
     found: of `statistics`, but `column` the log-sum-exp over all ranks' images. The others as there.
     """
     row, column = found.row, found.column
-    narrow = in_window(row, valid) and in_window(column, valid_texts)
+    narrow = window_rows(row, valid) and window_rows(column, valid_texts)
     by_row, by_column = (-row).exp(), (-column).exp()
     total = torch.zeros_like(x)
     total_texts = x.new_zeros(texts.shape) if of_texts else None
@@ -185,7 +185,7 @@ def gradient(
         else:
             weights = (scores - row[rows, None]).exp_() + scores.sub_(column[columns]).exp_()
         # Before the product: where a pair stands out, its weight is nearly 2, and the difference would lose its digits after.
-        pairs_in(weights, first + rows.start - columns.start).sub_(2)
+        pairs_in_tile(weights, first + rows.start - columns.start).sub_(2)
         total[rows] += product(weights, across)
         if total_texts is not None:
             weights.masked_fill_(~valid[rows, None], 0)  # there anything may stand, inf too
@@ -195,12 +195,12 @@ def gradient(
     return total.masked_fill_(~valid[:, None], 0), total_texts
 
 
-def in_window(shifted: Tensor, counts: Tensor) -> bool:
+def window_rows(shifted: Tensor, counts: Tensor) -> bool:
     """Whether the log-sum-exps that count lie where one shift is exact. A GPU is not asked: the host would wait for it."""
     return shifted.device.type == "cpu" and bool((((shifted > LOW) & (shifted < HIGH)) | ~counts).all())
 
 
-def pairs_in(tile: Tensor, offset: int) -> Tensor:
+def pairs_in_tile(tile: Tensor, offset: int) -> Tensor:
     """A view of the entries of a tile that are scores of pairs, which lie on its diagonal `offset`; it may be empty."""
     height, width = tile.shape
     return tile.diagonal(offset) if -height < offset < width else tile[0, :0]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from nev.common.errors import NevError, first_few
 from nev.config.base import ConfigError
-from nev.models.text import TextTower, compute_fingerprint, encoder_of, weight_digests
+from nev.models.text import TextTower, compute_fingerprint, make_text_encoder, weight_digests
 
 if TYPE_CHECKING:
     from nev.models.text import TextTower
@@ -36,15 +36,15 @@ class TextMoved(NevError, RuntimeError):
 
 
 @dataclass(frozen=True, eq=False)
-class Lock:
-    """What a tower was: `fingerprint`, `weights` (name -> sha256 of each), `canaries` (float32 [8, width])."""
+class TowerLock:
+    """What a tower was: `fingerprint`, `weights` (name -> sha256 of each), `embed_canaries` (float32 [8, width])."""
 
     fingerprint: str
     weights: dict[str, str]
     canaries: npt.NDArray[np.float32]
 
 
-def canaries(tower: TextTower) -> npt.NDArray[np.float32]:
+def embed_canaries(tower: TextTower) -> npt.NDArray[np.float32]:
     """Embeddings of `CANARIES`, float32 [8, width], in one fixed batch on one CPU thread.
 
     So the same weights give the same bits throughout a process; another machine or library may give others.
@@ -57,18 +57,18 @@ def canaries(tower: TextTower) -> npt.NDArray[np.float32]:
         torch.set_num_threads(threads)
 
 
-def lock_of(tower: TextTower) -> Lock:
+def take_lock(tower: TextTower) -> TowerLock:
     """What the tower is now, from its live weights. Take one before training; give it to `check_locked` after."""
     weights = weight_digests(tower.model)
-    return Lock(compute_fingerprint(tower, weights), weights, canaries(tower))
+    return TowerLock(compute_fingerprint(tower, weights), weights, embed_canaries(tower))
 
 
-def check_locked(tower: TextTower, before: Lock) -> None:
+def check_locked(tower: TextTower, before: TowerLock) -> None:
     """Raise TextMoved, naming what moved, unless the tower is bit for bit what it was at `before`.
 
     Checked: every weight, tokenizer and recipe, the canaries' embeddings, eval mode, and that nothing takes gradients.
     """
-    now, wrong = lock_of(tower), []
+    now, wrong = take_lock(tower), []
     if tower.model.training:
         wrong.append("it is in training mode")
     if wanting := [name for name, weight in tower.model.named_parameters() if weight.requires_grad]:
@@ -99,7 +99,7 @@ def refuse_other_vectors(tower: TextTower, tokens: Callable[[Sequence[str]], NDA
 
     sentences = [*CANARIES, " ".join(map(str, range(tower.max_tokens)))]  # the last one is cut
     with torch.inference_mode():
-        found = encoder_of(tower)(torch.from_numpy(tokens(sentences))).numpy()
+        found = make_text_encoder(tower)(torch.from_numpy(tokens(sentences))).numpy()
     distance = float(np.abs(found - tower.encode(sentences)).max())
     if not distance < SAME:
         raise ConfigError(

@@ -230,6 +230,6 @@ def _published(config: Text, source: str, file: str) -> Any:
     return json.loads(Path(found).read_text(encoding="utf-8")) if found else None
 
 
-def encoder_of(tower: TextTower) -> TextEncoder:
+def make_text_encoder(tower: TextTower) -> TextEncoder:
     """The layer of a tower; it shares the tower's weights. Its inputs are made by `nev.data.tokens`."""
     return TextEncoder(tower.model, tower.pooling, tower.layer_norm, tower.tokenizer.pad_token_id)

@@ -48,8 +48,7 @@ def pool_tokens(hidden: Tensor, mask: Tensor, pooling: str, layer_norm: bool) ->
 def unlock(encoder: TextEncoder, few_activations: bool) -> None:
     """Let it be trained, dropout as its own config has it.
 
-    few_activations: as `nev.train.core.vision_setup.keep_few_activations` says. Raises ConfigError for an architecture that
-    cannot keep few.
+    few_activations: keep less for the backward, compute it again. Raises ConfigError for an architecture that cannot do so.
     """
     encoder.requires_grad_(True).train()
     encoder(torch.zeros(1, 2, dtype=torch.int32)).sum().backward()

@@ -27,7 +27,7 @@ from nev.config.experiment import Vision
 from nev.models import nomic
 from nev.models.heads import build_head
 from nev.models.weights import read_weights
-from nev.ops.onednn import through_onednn
+from nev.ops.onednn import use_onednn
 
 OURS = ("num_classes", "global_pool", "img_size", "pretrained")  # set here, so not for trunk_args
 BEYOND_TOKENS = ("head", "attn_pool", "fc_norm", "norm_head", "conv_head")  # timm's classifier side: never called here
@@ -80,7 +80,7 @@ def build_vision(config: Vision, image_size: int, width: int) -> VisionTower:
     and patch embeddings are resampled by timm's filter to this size), or the whole tower's from a checkpoint of nev.
     With the head `nomic` on an EVA-02 trunk the blocks also take the two details in which the released tower departs
     from timm (`nomic.as_released`). Linear layers compute through oneDNN on CPUs where that pays
-    (`onednn.through_onednn`); their parameters and names stay.
+    (`onednn.use_onednn`); their parameters and names stay.
 
     Raises ConfigError for an unknown trunk or trunk argument (with close matches), weights that do not fit, a head
     that the trunk cannot feed.
@@ -88,7 +88,7 @@ def build_vision(config: Vision, image_size: int, width: int) -> VisionTower:
     tower = _assemble(config, image_size, width)
     if config.weights:
         tower.load_state_dict(weights_for(tower, config), strict=False)  # they have been held against it
-    through_onednn(tower)
+    use_onednn(tower)
     return tower
 
 

@@ -33,7 +33,7 @@ class Linear1x1(nn.Linear):
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """rows [r, k] times the transpose of weight [c, k], plus bias [c]: [r, c]; through oneDNN where it pays."""
     usable = rows.dtype == torch.float32 and rows.device.type == "cpu" and len(rows) % LEAST_BATCH == 0
-    if not usable or not pays():
+    if not usable or not is_faster():
         return F.linear(rows, weight, bias)
     pixels = rows.view(LEAST_BATCH, -1, rows.shape[1]).transpose(1, 2).unsqueeze(2)
     out = F.conv2d(pixels, weight[:, :, None, None], bias)
@@ -41,15 +41,15 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 @functools.cache
-def pays() -> bool:
+def is_faster() -> bool:
     """Whether oneDNN has more to work with than MKL might: this torch is built with it, and the processor has AVX-512."""
     built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return built and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
-def through_onednn(model: nn.Module) -> None:
+def use_onednn(model: nn.Module) -> None:
     """Where it pays, let every plain `nn.Linear` of `model` be a `Linear1x1`; nothing else about it changes."""
-    if pays():
+    if is_faster():
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = Linear1x1

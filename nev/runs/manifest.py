@@ -204,7 +204,7 @@ def remove_checkpoints_after(run: str, step: int) -> None:
 def prune_checkpoints(
     run: str, keep_last: int, keep_best: str | None, awaited: Callable[[int], bool] = lambda step: False
 ) -> None:
-    """Remove all but the `keep_last` newest checkpoints, the best one by the metric `keep_best`, and those `pending_validation`."""
+    """Remove all checkpoints but the `keep_last` newest, the best one by `keep_best`, and those of `pending_validation`."""
     found = list_checkpoints(run)
     kept = {
         *found[-keep_last:],

@@ -25,8 +25,8 @@ from nev.losses.fused import HALF, PARTIAL_BYTES
 from nev.losses.tiles import GPU_TILE_COLUMNS, GPU_TILE_ROWS, TILE_COLUMNS, TILE_ROWS
 from nev.models.text import TextTower
 from nev.models.vision import VisionTower, build_vision
-from nev.train.core.parallel import blocks_of
-from nev.train.core.vision_setup import make_ready
+from nev.train.core.parallel import transformer_blocks
+from nev.train.core.vision_setup import apply_train_options
 
 BUCKET_BYTES = 25 * 2**20  # DDP's default
 LEAVE = "whether to leave (hosts)"  # nev.train.worker.collectives
@@ -86,7 +86,7 @@ class Collective:
     nbytes: int
 
 
-def capacity(config: Experiment, text_width: int, bf16: bool = False, gpu: bool = False) -> Capacity:
+def estimate_memory(config: Experiment, text_width: int, bf16: bool = False, gpu: bool = False) -> Capacity:
     """The memory of a rank. bf16: under autocast; gpu: the loss as it goes there.
 
     Raises ConfigError as `build_vision` does, and for a text tower in the loop.
@@ -99,13 +99,13 @@ def capacity(config: Experiment, text_width: int, bf16: bool = False, gpu: bool 
     world, batch = config.workers.least, config.train.global_batch
     local = config.local_batch(world)
     part = min(config.train.micro_batch or local, local)
-    vision = shape_of(config, text_width)
-    make_ready(vision, config.train.model_copy(update={"compile": False}))
+    vision = compute_shape(config, text_width)
+    apply_train_options(vision, config.train.model_copy(update={"compile": False}))
     weights = sum(tensor.nbytes for tensor in (*vision.parameters(), *vision.buffers()))
     learned = sum(parameter.nbytes for parameter in vision.parameters())
     gathered = 0
     if config.train.fsdp and world > 1:
-        blocks, rest = pieces(vision)
+        blocks, rest = measure_activations(vision)
         gathered = rest + 3 * max(blocks, default=0)
         weights, learned = weights // world, learned // world
     kept, tower = tower_bytes(vision, part, config.data.image_size, bf16)
@@ -159,7 +159,7 @@ def collectives(config: Experiment, text_width: int) -> list[Collective]:
     counts = Collective("all_reduce", "loss and counts", 1, 2 * FP32)
     leave = Collective("all_reduce", LEAVE, 1, 1)
     said = [texts, counts if config.loss.kind == "sigmoid" else columns, leave]
-    blocks, rest = pieces(shape_of(config, text_width))
+    blocks, rest = measure_activations(compute_shape(config, text_width))
     learned = sum(blocks) + rest
     if not config.train.fsdp:
         return [*said, Collective("all_reduce", "gradients (DDP)", math.ceil(learned / BUCKET_BYTES), learned)]
@@ -174,7 +174,7 @@ def collectives(config: Experiment, text_width: int) -> list[Collective]:
     ]
 
 
-def shape_of(config: Experiment, text_width: int) -> VisionTower:
+def compute_shape(config: Experiment, text_width: int) -> VisionTower:
     """The vision tower without its numbers."""
     empty = config.vision.model_copy(update={"pretrained": False, "weights": None})
     with torch.device("meta"):
@@ -186,16 +186,16 @@ def checkpoint_bytes(config: Experiment, text: TextTower) -> int:
 
     A text tower that is locked is in no checkpoint.
     """
-    vision = sum(tensor.nbytes for tensor in shape_of(config, text.width).parameters())
+    vision = sum(tensor.nbytes for tensor in compute_shape(config, text.width).parameters())
     words = sum(tensor.nbytes for tensor in text.model.parameters()) if config.lock != "text" else 0
     return vision * (1 if config.lock == "image" else 3) + 3 * words
 
 
-def pieces(vision: VisionTower) -> tuple[list[int], int]:
+def measure_activations(vision: VisionTower) -> tuple[list[int], int]:
     """(bytes of each block that FSDP gathers in one piece, bytes of the parameters outside of all)."""
     seen: set[nn.Parameter] = set()
     blocks = []
-    for block in reversed(blocks_of(vision)):
+    for block in reversed(transformer_blocks(vision)):
         own = set(block.parameters()) - seen
         blocks.append(sum(parameter.nbytes for parameter in own))
         seen |= own
@@ -208,7 +208,7 @@ def tower_bytes(vision: VisionTower, rows: int, size: int, bf16: bool) -> tuple[
         _without_memory(vision)
         live = Live()
         for tensor in (*vision.parameters(), *vision.buffers()):
-            live.see(tensor)
+            live.track(tensor)
         weights = live.now
         with live:
             pixels = torch.empty(rows, size, size, 3).permute(0, 3, 1, 2)
@@ -239,7 +239,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def see(self, tensor: Tensor) -> None:
+    def track(self, tensor: Tensor) -> None:
         """Count the memory of a tensor until it goes, once."""
         storage = tensor.untyped_storage()
         if storage in self._known:
@@ -257,10 +257,10 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor):
-                self.see(leaf)
+                self.track(leaf)
         return found
 
 
-def table(found: Capacity) -> list[tuple[str, int]]:
+def memory_table(found: Capacity) -> list[tuple[str, int]]:
     """The parts in the order of `Capacity`, the peak last."""
     return [(field.name, getattr(found, field.name)) for field in fields(found)]

@@ -20,12 +20,12 @@ from nev.runs.manifest import best_checkpoint, latest_checkpoint, read_metrics
 from nev.runs.metrics_log import read_points
 from nev.runs.tracking import Tracker, check_tracking, tracking_uri
 from nev.storage.files import join, output_folder
-from nev.train.driver.launcher import fit
-from nev.train.driver.metrics import Heard, Ledger, track
+from nev.train.driver.launcher import run_workers
+from nev.train.driver.metrics import MetricsCallback, MetricsLogger, start_tracking
 from nev.train.driver.preflight import check_room, check_store
-from nev.train.driver.setup import begin, prepare_job, train_reader
-from nev.train.driver.validator import BEHIND, finish_validation, validating
-from nev.train.messages import posting
+from nev.train.driver.setup import prepare_job, report_resume, train_reader
+from nev.train.driver.validator import BEHIND, async_validation, wait_for_validation
+from nev.train.messages import open_mailbox
 
 if TYPE_CHECKING:
     from nev.train.job import Job
@@ -48,7 +48,7 @@ def run_experiment(
     console: Console,
     stop_after: int | None = None,
     tags: Mapping[str, str] | None = None,
-    heard: Heard | None = None,
+    heard: MetricsCallback | None = None,
 ) -> Summary:
     """Train `config` (from where it stands) on the connected or a local Ray, and score its best checkpoint.
 
@@ -56,7 +56,7 @@ def run_experiment(
     Raises a NevError for anything that the user can mend; before any process is started where that is possible.
     """
     from nev.cluster.session import connect
-    from nev.models.lock import check_locked, lock_of
+    from nev.models.lock import check_locked, take_lock
     from nev.models.text import load_text
     from nev.train.capacity import checkpoint_bytes
 
@@ -77,28 +77,28 @@ def run_experiment(
     with found:
         kept = config.train.keep_last + bool(config.eval.best) + (BEHIND + 1) * config.eval.asynchronous
         check_space(run_folder(config), kept, checkpoint_bytes(config, text))
-    lock = lock_of(text) if config.lock == "text" else None
+    lock = take_lock(text) if config.lock == "text" else None
     job = prepare_job(config, text, stop_after, found)
     connect()
     check_store(job)
-    begun = begin(job, console)
-    with posting(job.run) as board:  # before MLflow hears of it: another job may train this run
-        tracker = track(job, tags or {}, begun)
+    begun = report_resume(job, console)
+    with open_mailbox(job.run) as board:  # before MLflow hears of it: another job may train this run
+        tracker = start_tracking(job, tags or {}, begun)
         status, sent = "FAILED", False
         try:
-            ledger = Ledger(config, tracker, console, heard)
-            ledger.patience.remember(read_points(job.run, begun))
-            if begun < job.stop_step and ledger.patience.over:
+            ledger = MetricsLogger(config, tracker, console, heard)
+            ledger.patience.restore(read_points(job.run, begun))
+            if begun < job.stop_step and ledger.patience.should_stop:
                 ledger.note(f"{ledger.patience}: the run has ended early (--set eval.patience=null trains on)")
-            with validating(job) as validator:
-                if begun < job.stop_step and not ledger.patience.over:
-                    fit(job, begun, train_reader(config, text), board, ledger, console, validator)
+            with async_validation(job) as validator:
+                if begun < job.stop_step and not ledger.patience.should_stop:
+                    run_workers(job, begun, train_reader(config, text), board, ledger, console, validator)
                 if validator:
-                    finish_validation(validator, ledger)
+                    wait_for_validation(validator, ledger)
             if lock:
                 check_locked(load_text(config.text), lock)
                 check_locked(text, lock)
-            summary, files = summarise(job, tracker)
+            summary, files = summarise_run(job, tracker)
             sent = tracker.artifacts(files, summary.checkpoint)
             status = "FINISHED"
         except (Stopped, KeyboardInterrupt):
@@ -115,7 +115,7 @@ def run_experiment(
     return summary
 
 
-def summarise(job: Job, tracker: Tracker) -> tuple[Summary, list[str]]:
+def summarise_run(job: Job, tracker: Tracker) -> tuple[Summary, list[str]]:
     """Choose the checkpoint and draw the pictures. Returns them, and where the files lie that MLflow should have, too."""
     from nev.eval.evaluate import galleries
     from nev.eval.report.galleries import run_curves
@@ -145,9 +145,9 @@ def show_summary(summary: Summary, console: Console) -> None:
     console.print(f"checkpoint  {summary.checkpoint}", highlight=False, soft_wrap=True)
     for picture in summary.pictures:
         console.print(f"{PurePosixPath(picture).stem:<11} {picture}", highlight=False, soft_wrap=True)
-    console.print(f"MLflow      {how_to_look(summary.tracking_uri)}", highlight=False, soft_wrap=True)
+    console.print(f"MLflow      {mlflow_hint(summary.tracking_uri)}", highlight=False, soft_wrap=True)
 
 
-def how_to_look(uri: str) -> str:
+def mlflow_hint(uri: str) -> str:
     """What opens the runs of a tracking store: a server's address, or the command that starts one."""
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"

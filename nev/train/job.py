@@ -41,23 +41,23 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where a run stands: steps done, rows left out on the way, and what its guards remember (`guards.History`)."""
+class ResumePoint:
+    """Where a run stands: steps done, rows left out on the way, and what its guards remember (`guards.GuardState`)."""
 
     step: int = 0
     bad_rows: int = 0
     history: dict[str, Any] = field(default_factory=dict)
 
 
-def where(run: str) -> Start:
+def find_resume_point(run: str) -> ResumePoint:
     """Where a run stands, by its newest checkpoint that is whole. Raises CheckpointError where there are but damaged ones."""
     found = latest_valid(run, verify)
-    return Start() if found is None else start_of(found.read)
+    return ResumePoint() if found is None else make_resume_point(found.read)
 
 
-def start_of(manifest: dict[str, Any]) -> Start:
+def make_resume_point(manifest: dict[str, Any]) -> ResumePoint:
     """Where the run of a checkpoint's manifest stood."""
-    return Start(manifest["step"], manifest["bad_rows"], manifest["history"])
+    return ResumePoint(manifest["step"], manifest["bad_rows"], manifest["history"])
 
 
 def row_bytes(job: Job) -> int:

@@ -30,22 +30,28 @@ class Post(NamedTuple):
     group: WorkerGroup | None = None
 
 
-class _Board:
+class Mailbox:
+    """The actor that holds what rank 0 has posted until the driver takes it, and the driver's request to stop."""
+
     def __init__(self) -> None:
         self._posts: list[Post] = []
         self._stop = asyncio.Event()
 
     async def post(self, post: Post) -> None:
+        """Keep a message for the driver."""
         self._posts.append(post)
 
     async def take(self) -> list[Post]:
+        """The messages since the last call, oldest first."""
         posts, self._posts = self._posts, []
         return posts
 
     async def stop(self) -> None:
+        """Ask the workers to stop."""
         self._stop.set()
 
     async def stopped(self) -> None:
+        """Return once `stop` was called."""
         await self._stop.wait()
 
 
@@ -53,14 +59,14 @@ class RunIsBusy(NevError, RuntimeError):
     """Another driver on this cluster trains the same run."""
 
 
-def open_board(run: str) -> Any:
+def start_mailbox(run: str) -> Any:
     """The run's board, on this node: an actor with `post(Post)` and `take() -> list[Post]`, `stop()`, and `stopped()`, which
     comes back after that. Raises RunIsBusy.
     """
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False
     )
-    board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here, name=run, namespace="nev")
+    board = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here, name=run, namespace="nev")
     try:
         return board.remote()
     except ValueError as error:  # the name is taken
@@ -70,11 +76,11 @@ def open_board(run: str) -> Any:
 
 
 @contextmanager
-def posting(run: str) -> Iterator[Any]:
+def open_mailbox(run: str) -> Iterator[Any]:
     """The run's board, for the body of a `with`. Raises RunIsBusy where another job of this cluster trains the run."""
     import ray
 
-    board = open_board(run)
+    board = start_mailbox(run)
     try:
         yield board
     finally:

@@ -60,7 +60,9 @@ def pretrain(config: Experiment, objective: Objective, console: Console) -> Pret
     plan = Plan(used_rows(index, config.data.used_rows), config.seed, config.train.global_batch, config.data.block_rows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = (
-        Classifier(tower, classes_of(index)) if objective == "supervised" else Inpainter(tower, config.data.image_size)
+        Classifier(tower, read_classes(index))
+        if objective == "supervised"
+        else Inpainter(tower, config.data.image_size)
     )
     model.to(device)
     reader = BlockReader(
@@ -73,8 +75,8 @@ def pretrain(config: Experiment, objective: Objective, console: Console) -> Pret
     status = "FAILED"
     try:
         steps = total_steps(config, plan)
-        fit(config, model, stream(reader, plan, steps), steps, device, tracker.log, console)
-        metrics = score(config, model, device) if config.data.val else {}
+        train_objective(config, model, stream(reader, plan, steps), steps, device, tracker.log, console)
+        metrics = score_objective(config, model, device) if config.data.val else {}
         tracker.log(steps, metrics)
         weights = join(folder, "trunk.safetensors")
         with storage_errors_as(weights, "written"):
@@ -153,7 +155,7 @@ class Inpainter(nn.Module):
         return {"pretrain/mim_error": self.errors(images, random)}
 
 
-def fit(
+def train_objective(
     config: Experiment,
     model: Classifier | Inpainter,
     blocks: Iterator[Block],
@@ -168,7 +170,7 @@ def fit(
     model.train()
     with progress(console) as tell:
         for step in range(steps):
-            images, labels = batch_of(list(itertools.islice(blocks, parts)), model, config, device)
+            images, labels = load_batch(list(itertools.islice(blocks, parts)), model, config, device)
             set_learning_rate(optimizer, learning_rate(step, steps, config.optim))
             random = torch.Generator().manual_seed(int(draw(config.seed, step, "", "mask").random() * 2**53))
             loss = model(images, labels, random)
@@ -189,19 +191,19 @@ def fit(
 
 
 @torch.inference_mode()
-def score(config: Experiment, model: Classifier | Inpainter, device: torch.device) -> dict[str, float]:
+def score_objective(config: Experiment, model: Classifier | Inpainter, device: torch.device) -> dict[str, float]:
     """The mean of the model's metrics over `data.val`."""
     reader = val_reader(config.data, build_index(str(config.data.val), config.data.columns))
     random, found = torch.Generator().manual_seed(0), dict[str, list[Tensor]]()
     model.eval()
     for segments in in_order(reader.index.rows, config.eval.batch):
-        images, labels = batch_of([reader.read(segments, 0)], model, config, device)
+        images, labels = load_batch([reader.read(segments, 0)], model, config, device)
         for name, values in model.metrics(images, labels, random).items():
             found.setdefault(name, []).append(values.cpu())
     return {name: float(torch.cat(values).mean()) for name, values in found.items()}
 
 
-def batch_of(
+def load_batch(
     blocks: list[Block], model: Classifier | Inpainter, config: Experiment, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The usable pictures of some blocks: float [n, 3, H, W], and their labels int64 [n]."""
@@ -219,7 +221,7 @@ def stream(reader: BlockReader, plan: Plan, steps: int) -> Iterator[Block]:
     return iter(blocks)
 
 
-def classes_of(index: Index) -> int:
+def read_classes(index: Index) -> int:
     """One more than the highest label. Raises DataError where there is none."""
     if not index.columns.label:
         raise DataError(f"{index.root}: --objective supervised needs an integer label column (data.columns.label)")

@@ -18,7 +18,7 @@ from nev.runs.manifest import best_checkpoint, list_checkpoints, pending_validat
 from nev.runs.metrics_log import read_points
 from nev.storage.files import StorageError
 from nev.train.driver import validator
-from nev.train.driver.validator import Validated, Validator
+from nev.train.driver.validator import ValidationOutcome, Validator
 from nev.train.experiment import run_experiment
 
 Make = Callable[..., Experiment]
@@ -41,7 +41,7 @@ def steps(locations: list[str]) -> list[int]:
     return [int(location.rsplit("-", 1)[1]) for location in locations]
 
 
-def ended(found: Validator) -> list[Validated]:
+def ended(found: Validator) -> list[ValidationOutcome]:
     """Everything that it has to say, when it has come to its end."""
     assert found.finished(60)
     return found.done()

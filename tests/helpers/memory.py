@@ -14,7 +14,7 @@ from nev.models.vision import build_vision
 from nev.train.capacity import Live
 from nev.train.core.optim import make_optimizer
 from nev.train.core.step import Batch, choose_precision, train_step
-from nev.train.core.vision_setup import make_ready
+from nev.train.core.vision_setup import apply_train_options
 
 CPU = torch.device("cpu")
 WIDTH = 48
@@ -37,7 +37,7 @@ def one_step(config: Experiment, live: Live | None = None) -> None:
     """Two training steps of a process alone; the second under `live`."""
     rows, size = config.train.global_batch, config.data.image_size
     vision = build_vision(config.vision, size, WIDTH)
-    make_ready(vision, config.train)
+    apply_train_options(vision, config.train)
     model = DualEncoder(vision, config.loss).train()
     optimizer = make_optimizer(model, config.optim)
     given = Batch(
@@ -51,7 +51,7 @@ def one_step(config: Experiment, live: Live | None = None) -> None:
         optimizer.zero_grad(set_to_none=True)
         state = [one for slots in optimizer.state.values() for one in slots.values()]
         for tensor in (*model.parameters(), *model.buffers(), *given, *state):
-            live.see(tensor)
+            live.track(tensor)
         with live:
             train_step(model, optimizer, given, config, precision)
 

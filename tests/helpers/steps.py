@@ -14,7 +14,7 @@ from nev.config.experiment import Experiment, Loss, Vision
 from nev.config.file import parse
 from nev.losses.contrastive import contrastive_loss
 from nev.losses.gather import gather
-from nev.losses.pairwise import Contrastive
+from nev.losses.pairwise import LossOutput
 from nev.models.dual_encoder import DualEncoder, Embedded
 from nev.models.vision import build_vision
 from nev.train.core.gradcache import backward_in_parts
@@ -68,12 +68,12 @@ def parts_of(part_rows: int, rows: int = ROWS) -> list[slice]:
     return [slice(start, start + part_rows) for start in range(0, rows, part_rows)]
 
 
-def in_parts(model: nn.Module, given: Batch, part_rows: int) -> Contrastive:
+def in_parts(model: nn.Module, given: Batch, part_rows: int) -> LossOutput:
     parts = parts_of(part_rows, len(given.images))
     return backward_in_parts(model, parts, embed(given), against(given), CPU)
 
 
-def against(given: Batch) -> Callable[..., Contrastive]:
+def against(given: Batch) -> Callable[..., LossOutput]:
     """The loss of vectors with the texts of a batch."""
     texts = gather(given.text, given.valid)
     return lambda vectors, scalars: contrastive_loss(vectors[0], texts, scalars[0])

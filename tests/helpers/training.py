@@ -14,7 +14,7 @@ from nev.runs import checkpoint
 from nev.train.core.step import choose_precision
 from nev.train.job import Job
 from nev.train.worker.loop import train
-from nev.train.worker.state import Rank, build, learner_of
+from nev.train.worker.state import RankContext, load_model, make_train_state
 
 CPU = torch.device("cpu")
 
@@ -29,14 +29,14 @@ def blocks(reader: BlockReader, plan: Plan, first: int, last: int, rank: int = 0
 
 def run_bare(job: Job, reader: BlockReader, stream: Iterator[Block] | None = None) -> dict[int, dict[str, float]]:
     """Train in this process from where the job stands; returns the reported metrics by step."""
-    me = Rank(0, 1, CPU, choose_precision(job.config.train.precision, CPU))
-    learner, start = learner_of(build(job), job, me)
+    ctx = RankContext(0, 1, CPU, choose_precision(job.config.train.precision, CPU))
+    learner, start = make_train_state(load_model(job), job, ctx)
     reported: dict[int, dict[str, float]] = {}
 
     def report(step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None:
         reported.setdefault(step, {}).update(metrics)
 
-    train(job, me, learner, start, stream or blocks(reader, job.plan, start.step, job.stop_step), report)
+    train(job, ctx, learner, start, stream or blocks(reader, job.plan, start.step, job.stop_step), report)
     return reported
 
 

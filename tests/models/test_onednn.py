@@ -10,16 +10,16 @@ from torch import nn
 
 from nev.config.experiment import Vision
 from nev.models.vision import build_vision
-from nev.ops.onednn import LEAST_BATCH, Linear1x1, pays, through_onednn
+from nev.ops.onednn import LEAST_BATCH, Linear1x1, is_faster, use_onednn
 
-pytestmark = pytest.mark.skipif(not pays(), reason="no AVX-512 here, or this torch is built without oneDNN")
+pytestmark = pytest.mark.skipif(not is_faster(), reason="no AVX-512 here, or this torch is built without oneDNN")
 
 
 def pair(inputs: int, outputs: int, bias: bool) -> tuple[nn.Linear, nn.Linear]:
     """A layer of PyTorch's and the same one through oneDNN."""
     plain = nn.Linear(inputs, outputs, bias)
     ours = copy.deepcopy(plain)
-    through_onednn(ours)
+    use_onednn(ours)
     assert type(ours) is Linear1x1
     return plain, ours
 

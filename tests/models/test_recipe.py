@@ -24,7 +24,7 @@ from nev.train.core.step import choose_precision
 from nev.train.driver.setup import prepare_job, train_reader
 from nev.train.job import Job
 from nev.train.worker.loop import train
-from nev.train.worker.state import Rank, build, learner_of
+from nev.train.worker.state import RankContext, load_model, make_train_state
 
 CONFIG = Path(__file__).parents[2] / "configs" / "nomic_embed_vision_v1_5.yaml"
 CPU = torch.device("cpu")
@@ -101,9 +101,9 @@ def test_every_number_reaches_the_run(
     monkeypatch.setattr(step_module, "clip_gradients", watched_clip)
     monkeypatch.setattr(step_module, "normalise", watched_normalise)
 
-    me = Rank(0, 1, CPU, choose_precision(config.train.precision, CPU))
+    me = RankContext(0, 1, CPU, choose_precision(config.train.precision, CPU))
     assert me.precision.dtype is torch.bfloat16
-    learner, start = learner_of(build(task), task, me)
+    learner, start = make_train_state(load_model(task), task, me)
     tower = learner.model.vision
     for layer in tower.trunk.blocks.modules():
         if isinstance(

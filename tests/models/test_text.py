@@ -23,7 +23,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from nev.config.base import ConfigError
 from nev.config.experiment import Text
 from nev.models import text as text_module
-from nev.models.lock import CANARIES, TextMoved, canaries, check_locked, lock_of
+from nev.models.lock import CANARIES, TextMoved, check_locked, embed_canaries, take_lock
 from nev.models.text import MINILM, load_text, text_width
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "search", "_", "query", ":", "a", "red", "dog", "on", "snow", "cat", "."]
@@ -208,7 +208,7 @@ print(tower.fingerprint)
 
 
 def test_a_locked_tower_passes(minilm):
-    before = lock_of(minilm)
+    before = take_lock(minilm)
     minilm.encode(["anything", "else " * 50])
     threads = torch.get_num_threads()
     torch.set_num_threads(3 - min(threads, 2))
@@ -216,13 +216,13 @@ def test_a_locked_tower_passes(minilm):
         check_locked(minilm, before)
     finally:
         torch.set_num_threads(threads)
-    assert np.array_equal(before.canaries, canaries(minilm))
+    assert np.array_equal(before.canaries, embed_canaries(minilm))
     assert len({row.tobytes() for row in before.canaries}) == len(CANARIES)
 
 
 def test_one_weight_moved_by_one_ulp_is_caught(nomic_folder):
     tower = load_text(Text(encoder=str(nomic_folder)))
-    before, fingerprint = lock_of(tower), tower.fingerprint
+    before, fingerprint = take_lock(tower), tower.fingerprint
     weight = dict(tower.model.named_parameters())["layers.1.mlp.down_proj.weight"]
     kept = weight[3, 5].clone()
     weight[3, 5] = torch.nextafter(kept, torch.tensor(math.inf))
@@ -235,7 +235,7 @@ def test_one_weight_moved_by_one_ulp_is_caught(nomic_folder):
 
 def test_canaries_see_what_weights_do_not(nomic_folder, monkeypatch):
     tower = load_text(Text(encoder=str(nomic_folder)))
-    before = lock_of(tower)
+    before = take_lock(tower)
     monkeypatch.setattr(tower.model.layers[0].mlp, "act_fn", torch.nn.GELU())
     with pytest.raises(TextMoved, match=r"canary sentences \[0, 1, .* have other embeddings"):
         check_locked(tower, before)
@@ -251,7 +251,7 @@ def test_canaries_see_what_weights_do_not(nomic_folder, monkeypatch):
 )
 def test_what_else_unlocks(nomic_folder, move, message):
     tower = load_text(Text(encoder=str(nomic_folder)))
-    before = lock_of(tower)
+    before = take_lock(tower)
     move(tower)
     with pytest.raises(TextMoved, match=message):
         check_locked(tower, before)
@@ -260,7 +260,7 @@ def test_what_else_unlocks(nomic_folder, move, message):
 def test_another_prefix_is_another_tower(nomic_folder):
     tower = load_text(Text(encoder=str(nomic_folder)))
     with pytest.raises(TextMoved, match=r"its tokenizer, prefix.*canary"):
-        check_locked(dataclasses.replace(tower, prefix="a "), lock_of(tower))
+        check_locked(dataclasses.replace(tower, prefix="a "), take_lock(tower))
 
 
 @pytest.fixture

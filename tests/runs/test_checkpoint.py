@@ -15,7 +15,7 @@ from nev.runs.manifest import CheckpointError, CheckpointState
 from nev.train.core.optim import make_optimizer
 from nev.train.core.rng import gather_rng, restore_rng
 from nev.train.core.state_dict import gather_tensors, load_optimizer, optimizer_tensors, unknown_parameters
-from nev.train.job import where
+from nev.train.job import find_resume_point
 
 CPU = torch.device("cpu")
 
@@ -168,15 +168,15 @@ def test_the_one_before_a_damaged_checkpoint_is_used(tmp_path: Path, part: str) 
         assert found.location == older
         assert len(found.damaged) == 1
         assert newer in found.damaged[0]
-    assert where(run).step == 1
+    assert find_resume_point(run).step == 1
     damage(older, "model.safetensors")
     with pytest.raises(CheckpointError, match=r"no checkpoint is whole:\n  .*00000002.*\n  .*00000001/model"):
-        where(run)
+        find_resume_point(run)
 
 
 def test_a_run_without_a_checkpoint_begins(tmp_path: Path) -> None:
     assert manifest.latest_valid(str(tmp_path), manifest.verify) is None
-    assert where(str(tmp_path)).step == 0
+    assert find_resume_point(str(tmp_path)).step == 0
 
 
 def test_damaged_checkpoints_beyond_a_new_one_do_not_push_whole_ones_out(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from nev.runs.manifest import CheckpointState, Damaged
 from nev.runs.metrics_log import save_mlflow_run_id
 from nev.runs.towers import OpenedCheckpoint
 from nev.train.core.state_dict import gather_tensors
-from nev.train.driver.metrics import track
+from nev.train.driver.metrics import start_tracking
 from nev.train.driver.setup import prepare_job, train_reader
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def test_secrets_of_the_environment_are_written_nowhere(
         monkeypatch.setenv(name, SECRET)
     config = tiny(train__steps=2)
     job = prepare_job(config, text)
-    tracker = track(job, {}, 0)
+    tracker = start_tracking(job, {}, 0)
     for step, metrics in run_bare(job, train_reader(config, text)).items():
         tracker.log(step, metrics)
     assert tracker.finish("FINISHED")

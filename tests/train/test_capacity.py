@@ -23,7 +23,7 @@ from nev.config.base import ConfigError
 from nev.config.file import to_yaml
 from nev.models.dual_encoder import DualEncoder
 from nev.models.vision import build_vision
-from nev.train.capacity import LEAVE, Live, capacity, collectives, pieces, shape_of
+from nev.train.capacity import LEAVE, Live, collectives, compute_shape, estimate_memory, measure_activations
 from nev.train.core.optim import make_optimizer
 from nev.train.core.parallel import distribute
 from nev.train.core.step import Batch, choose_precision, train_step
@@ -47,7 +47,7 @@ def test_the_peak_is_what_is_alive_in_a_real_step(sections: dict[str, Any]) -> N
     config = experiment(**sections)
     live = Live()
     one_step(config, live)
-    told = capacity(config, WIDTH, bf16=config.train.precision == "bf16")
+    told = estimate_memory(config, WIDTH, bf16=config.train.precision == "bf16")
     assert told.alive == pytest.approx(live.peak, rel=0.1)
 
 
@@ -59,7 +59,7 @@ def test_nothing_is_allocated_and_a_large_tower_is_told_in_seconds() -> None:
         train={"micro_batch": 256},
         workers={"count": 16},
     )
-    told = capacity(config, 768, bf16=True, gpu=True)
+    told = estimate_memory(config, 768, bf16=True, gpu=True)
     parameters = 303e6
     assert told.weights == pytest.approx(4 * parameters, rel=0.1)
     assert told.optimiser == pytest.approx(2 * told.weights, rel=0.01)
@@ -68,11 +68,11 @@ def test_nothing_is_allocated_and_a_large_tower_is_told_in_seconds() -> None:
 
 
 def test_the_parts_follow_the_settings() -> None:
-    small, large = (capacity(experiment(batch=512, train={"micro_batch": part}), WIDTH) for part in (16, 128))
+    small, large = (estimate_memory(experiment(batch=512, train={"micro_batch": part}), WIDTH) for part in (16, 128))
     assert small.activations < large.activations / 6
     assert small.images == large.images
-    few = capacity(experiment(train={"activation_checkpointing": True}), WIDTH)
-    assert few.activations < capacity(experiment(), WIDTH).activations / 2
+    few = estimate_memory(experiment(train={"activation_checkpointing": True}), WIDTH)
+    assert few.activations < estimate_memory(experiment(), WIDTH).activations / 2
 
 
 RSS = """
@@ -97,7 +97,7 @@ print(resident("VmHWM") - before)
 def test_the_peak_of_a_process_is_within_15_percent() -> None:
     code = RSS.format(tests=str(Path(__file__).parents[1]))
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert capacity(real(), WIDTH).peak == pytest.approx(int(done.stdout), rel=0.15)
+    assert estimate_memory(real(), WIDTH).peak == pytest.approx(int(done.stdout), rel=0.15)
 
 
 def test_what_is_said_between_ranks() -> None:
@@ -170,12 +170,12 @@ def test_what_fsdp_says_is_what_it_says(train: dict[str, Any], tmp_path: Path) -
 
 def test_fsdp_holds_a_share_and_what_is_gathered() -> None:
     whole, split = (
-        capacity(experiment(workers={"count": 4}, train={"fsdp": fsdp, "micro_batch": 16}), WIDTH)
+        estimate_memory(experiment(workers={"count": 4}, train={"fsdp": fsdp, "micro_batch": 16}), WIDTH)
         for fsdp in (False, True)
     )
     for name in ("weights", "gradients", "optimiser"):
         assert getattr(split, name) == pytest.approx(getattr(whole, name) / 4, rel=0.01)
-    blocks, rest = pieces(shape_of(experiment(), WIDTH))
+    blocks, rest = measure_activations(compute_shape(experiment(), WIDTH))
     assert len(blocks) == 4
     assert sum(blocks) + rest == whole.gradients
     assert (whole.gathered, split.gathered) == (0, rest + 3 * max(blocks))
@@ -183,7 +183,7 @@ def test_fsdp_holds_a_share_and_what_is_gathered() -> None:
 
 def test_a_text_tower_in_the_loop_is_not_told() -> None:
     with pytest.raises(ConfigError, match="text tower in the loop is not told"):
-        capacity(experiment(lock="none"), WIDTH)
+        estimate_memory(experiment(lock="none"), WIDTH)
 
 
 def test_the_command_prints_a_table(tmp_path: Path) -> None:

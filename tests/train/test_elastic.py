@@ -21,19 +21,19 @@ from nev.models.text import TextTower
 from nev.runs import checkpoint
 from nev.train.core.step import choose_precision
 from nev.train.driver.setup import prepare_job, train_reader
-from nev.train.job import Job, where
-from nev.train.worker.batch import Filling
-from nev.train.worker.collectives import Agreement
+from nev.train.job import Job, find_resume_point
+from nev.train.worker.batch import BatchBuilder
+from nev.train.worker.collectives import StopConsensus
 from nev.train.worker.loop import train
-from nev.train.worker.state import Rank, build, learner_of
+from nev.train.worker.state import RankContext, load_model, make_train_state
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")
 
 
 def _trains(rank: int, job: Job, reader: BlockReader, world: int, leave_after: int | None) -> dict[str, Any]:
-    me = Rank(rank, world, CPU, choose_precision("fp32", CPU))
-    learner, start = learner_of(build(job), job, me)
+    me = RankContext(rank, world, CPU, choose_precision("fp32", CPU))
+    learner, start = make_train_state(load_model(job), job, me)
     asked = [0]
     losses: list[float] = []
 
@@ -93,7 +93,7 @@ def test_all_leave_after_the_same_step_and_others_go_on(tiny: Make, text: TextTo
     assert [rank["done"] for rank in left] == [2, 2, 2], (
         "one was asked, and all left, after the step that was under way"
     )
-    assert where(parts.run).step == 2
+    assert find_resume_point(parts.run).step == 2
     trained(parts, reader, 2, tmp_path / "second")
     (_, expected), (_, weights) = (
         checkpoint.load_model(f"{job.run}/checkpoints/step-00000006") for job in (whole, parts)
@@ -103,22 +103,22 @@ def test_all_leave_after_the_same_step_and_others_go_on(tiny: Make, text: TextTo
 
 
 def _asks(rank: int) -> list[bool]:
-    agreement = Agreement(2, lambda: rank == 1 and dist.is_initialized(), 60)
-    nobody = Agreement(2, lambda: False, 60)
-    return [agreement.reached(), nobody.reached()]
+    agreement = StopConsensus(2, lambda: rank == 1 and dist.is_initialized(), 60)
+    nobody = StopConsensus(2, lambda: False, 60)
+    return [agreement.should_stop(), nobody.should_stop()]
 
 
 def test_one_that_is_asked_is_heard_by_all(tmp_path: Path) -> None:
     assert on_ranks(_asks, 2, tmp_path) == [[True, False], [True, False]]
-    assert Agreement(1, lambda: True, 60).reached()
-    assert not Agreement(1, lambda: False, 60).reached()
+    assert StopConsensus(1, lambda: True, 60).should_stop()
+    assert not StopConsensus(1, lambda: False, 60).should_stop()
 
 
 @pytest.mark.parametrize("online", [False, True])
 def test_rows_behind_a_ranks_blocks_are_invalid(online: bool) -> None:
     text = np.full((2, 5), 3, np.int32) if online else np.ones((2, 5), np.float16)
     block: Block = {"image": np.full((2, 4, 4, 3), 9, np.uint8), "text": text, "valid": np.ones(2, bool)}
-    filling = Filling([7], room=2, block_rows=2, device=CPU)
+    filling = BatchBuilder([7], room=2, block_rows=2, device=CPU)
     filling.add(block)
     batch = filling.batch()
     assert batch.valid.tolist() == [True, True, False, False]

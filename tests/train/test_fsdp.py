@@ -26,13 +26,13 @@ from nev.runs import checkpoint
 from nev.runs.manifest import CheckpointState
 from nev.runs.tracking import Tracker
 from nev.train.core.optim import make_optimizer
-from nev.train.core.parallel import blocks_of, distribute, is_sharded, whole
+from nev.train.core.parallel import distribute, full_tensor, is_sharded, transformer_blocks
 from nev.train.core.state_dict import Tensors, gather_tensors, load_optimizer, unknown_parameters
 from nev.train.core.step import Batch, train_step
-from nev.train.core.vision_setup import make_ready
+from nev.train.core.vision_setup import apply_train_options
 from nev.train.driver.setup import prepare_job
 from nev.train.experiment import run_experiment
-from nev.train.worker.state import build
+from nev.train.worker.state import load_model
 
 Make = Callable[..., Experiment]
 WORLD, STEPS = 2, 3
@@ -58,7 +58,7 @@ def experiment(kind: str = "softmax", **train: Any) -> Experiment:
 def made(config: Experiment) -> DualEncoder:
     torch.manual_seed(1)
     vision = build_vision(config.vision, SIZE, WIDTH)
-    make_ready(vision, config.train, backend="aot_eager")
+    apply_train_options(vision, config.train, backend="aot_eager")
     return DualEncoder(vision, config.loss).train()
 
 
@@ -134,7 +134,8 @@ def _goes_on(rank: int, folder: str, fsdp: bool) -> dict[str, Any]:
     load_optimizer(again, optimizer_again, moments)
     resumed = steps(wrapped_again, optimizer_again, config, share(rank), 2)
     pairs = [
-        (whole(a).detach(), whole(b).detach()) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+        (full_tensor(a).detach(), full_tensor(b).detach())
+        for a, b in zip(model.parameters(), again.parameters(), strict=True)
     ]
     return {
         "nothing": not (rank == 0 or tensors.model or tensors.optimizer),
@@ -161,10 +162,10 @@ def _meets_nan(rank: int) -> bool:
     model = made(config)
     wrapped = distribute(model, True, WORLD, CPU)
     optimizer = make_optimizer(model, config.optim)
-    before = [whole(parameter).detach().clone() for parameter in model.parameters()]
+    before = [full_tensor(parameter).detach().clone() for parameter in model.parameters()]
     given = share(rank)
     train_step(wrapped, optimizer, poisoned(given) if rank else given, config, FP32)
-    return all(torch.equal(whole(now), was) for now, was in zip(model.parameters(), before, strict=True))
+    return all(torch.equal(full_tensor(now), was) for now, was in zip(model.parameters(), before, strict=True))
 
 
 def test_a_step_that_one_rank_spoils_changes_nothing_on_any(tmp_path: Path) -> None:
@@ -173,9 +174,9 @@ def test_a_step_that_one_rank_spoils_changes_nothing_on_any(tmp_path: Path) -> N
 
 def test_every_block_of_a_trunk_is_gathered_apart() -> None:
     vit = build_vision(experiment().vision, SIZE, WIDTH)
-    assert [type(one).__name__ for one in blocks_of(vit)] == ["Block"] * 3
+    assert [type(one).__name__ for one in transformer_blocks(vit)] == ["Block"] * 3
     convnext = build_vision(Vision(trunk="convnext_atto", pool="mean"), 64, WIDTH)
-    names = [type(one).__name__ for one in blocks_of(convnext)]
+    names = [type(one).__name__ for one in transformer_blocks(convnext)]
     assert names.count("ConvNeXtBlock") == 12
     assert names.count("ConvNeXtStage") == 4
     assert names.index("ConvNeXtBlock") > names.index("ConvNeXtStage"), "outer ones first"
@@ -185,7 +186,7 @@ def test_batch_norm_is_refused(tiny: Make) -> None:
     trunk = {"vision__trunk": "resnet10t", "vision__trunk_args": {}, "vision__pool": "mean"}
     config = tiny(train__fsdp=True, eval={}, data__val=None, **trunk)
     with pytest.raises(ConfigError, match=r"train\.fsdp: vision\.trunk\.\S+ is a batch norm"):
-        build(prepare_job(config, load_text(config.text)))
+        load_model(prepare_job(config, load_text(config.text)))
 
 
 def test_a_process_alone_splits_nothing() -> None:

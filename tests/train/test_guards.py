@@ -27,14 +27,14 @@ from nev.runs.manifest import latest_checkpoint, read_manifest
 from nev.runs.tracking import Tracker
 from nev.train.core.optim import make_optimizer
 from nev.train.core.step import Batch, Precision, choose_precision, train_step
-from nev.train.driver.metrics import Ledger
-from nev.train.driver.monitor import Watcher
+from nev.train.driver.metrics import MetricsLogger
+from nev.train.driver.monitor import TrainMonitor
 from nev.train.driver.setup import prepare_job, train_reader
-from nev.train.job import Job, where
-from nev.train.messages import Post, open_board
-from nev.train.worker.guards import MEMORY, WINDOW, Diverged, History, judge
+from nev.train.job import Job, find_resume_point
+from nev.train.messages import Post, start_mailbox
+from nev.train.worker.guards import MEMORY, WINDOW, Diverged, GuardState, judge
 from nev.train.worker.loop import train
-from nev.train.worker.state import Rank, build, learner_of
+from nev.train.worker.state import RankContext, load_model, make_train_state
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def text() -> TextTower:
 
 @given(st.lists(st.sampled_from([1.0, math.nan, math.inf, -math.inf]), max_size=40), st.integers(1, 400))
 def test_skipped_steps_are_counted_over_a_window_and_leave_the_mean_alone(losses: list[float], stride: int) -> None:
-    history = History()
+    history = GuardState()
     skipped = []
     for at, loss in enumerate(losses):
         history, kind = judge(history, at * stride, loss, 1.0, 6.0)
@@ -64,11 +64,11 @@ def test_skipped_steps_are_counted_over_a_window_and_leave_the_mean_alone(losses
 
 
 def test_a_gradient_that_is_no_number_skips_as_a_loss_does() -> None:
-    assert judge(History(), 0, 1.0, math.nan, 6.0)[1] == "skipped"
+    assert judge(GuardState(), 0, 1.0, math.nan, 6.0)[1] == "skipped"
 
 
-def usual(steps: int) -> History:
-    history = History()
+def usual(steps: int) -> GuardState:
+    history = GuardState()
     for step in range(steps):
         history, kind = judge(history, step, 5 + 0.1 * (-1) ** step, 1.0, 6.0)
         assert kind is None
@@ -94,7 +94,7 @@ def test_too_few_losses_are_no_past() -> None:
 
 
 def test_a_loss_that_hardly_moves_has_no_spikes_in_its_ripples() -> None:
-    history = History()
+    history = GuardState()
     for step in range(200):
         history, _ = judge(history, step, 5.0, 1.0, 6.0)
     assert judge(history, 200, 5.2, 1.0, 6.0)[1] is None
@@ -163,8 +163,8 @@ def test_all_ranks_skip_what_one_of_them_spoils(tmp_path: Path) -> None:
 
 
 def run(job: Job, stream: Iterator[Block]) -> tuple[dict[int, dict[str, float]], list[str]]:
-    me = Rank(0, 1, CPU, choose_precision("fp32", CPU))
-    learner, start = learner_of(build(job), job, me)
+    me = RankContext(0, 1, CPU, choose_precision("fp32", CPU))
+    learner, start = make_train_state(load_model(job), job, me)
     reported: dict[int, dict[str, float]] = {}
     told: list[str] = []
 
@@ -213,7 +213,7 @@ def test_a_run_tells_of_a_skipped_step_and_goes_on_as_it_would_have_in_one_piece
 
     for stop in (4, 6):
         part = prepare_job(halves, text, stop_after=stop)
-        begun = where(part.run).step
+        begun = find_resume_point(part.run).step
         run(part, spoilt(blocks(reader, part.plan, begun, stop), bad))
     resumed = weights(part.run, 6)
     assert all(torch.equal(after[name], resumed[name]) for name in after)
@@ -276,8 +276,8 @@ def test_the_person_who_watches_is_told(ray_cluster: None, tiny: Make, tmp_path:
     import ray
 
     console = Console(file=io.StringIO(), width=60)
-    board = open_board(str(tmp_path))
-    watcher = Watcher(board, Ledger(tiny(), Silent(), console), console, None, total_steps=9, first_step=0)
+    board = start_mailbox(str(tmp_path))
+    watcher = TrainMonitor(board, MetricsLogger(tiny(), Silent(), console), console, None, total_steps=9, first_step=0)
     ray.get(
         board.post.remote(
             Post(4, {"loss": 1.0}, notes=("step 3: [no] finite loss and gradient, and a line that no width may break",))

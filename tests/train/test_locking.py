@@ -41,7 +41,7 @@ from nev.train.core.state_dict import gather_tensors
 from nev.train.core.step import Batch
 from nev.train.driver.setup import prepare_job, train_reader
 from nev.train.worker.loop import TowerMoved, refuse_moved, train
-from nev.train.worker.state import Rank, build, learner_of
+from nev.train.worker.state import RankContext, load_model, make_train_state
 
 Make = Callable[..., Experiment]
 WORLD, STEPS, LONGEST = 2, 3, 7
@@ -255,8 +255,8 @@ def test_a_locked_tower_that_moves_voids_the_run(lock: str, tiny: Make, text: Te
     tower = build_vision(tiny().vision, 32, text.width).state_dict()
     save_file({f"vision.{name}": tensor for name, tensor in tower.items()}, file)
     config = tiny(lock=lock, text__mode="online", vision__weights=str(file), train__steps=2, data__val=None, eval={})
-    job, me = prepare_job(config, text), Rank(0, 1, CPU, FP32)
-    learner, start = learner_of(build(job), job, me)
+    job, me = prepare_job(config, text), RankContext(0, 1, CPU, FP32)
+    learner, start = make_train_state(load_model(job), job, me)
     held = learner.model.vision if lock == "image" else learner.tower.model  # type: ignore[union-attr]
 
     def pushing() -> Iterator[Block]:

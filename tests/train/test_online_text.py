@@ -24,10 +24,10 @@ from nev.data.plan import Segment
 from nev.data.sidecar import sidecar_key, write_sidecar
 from nev.eval.validation.vectors import load_kept
 from nev.models.lock import CANARIES, refuse_other_vectors
-from nev.models.text import TextTower, encoder_of, load_text, weight_digests
+from nev.models.text import TextTower, load_text, make_text_encoder, weight_digests
 from nev.models.vision import build_vision
 from nev.runs.manifest import latest_checkpoint
-from nev.train.driver.setup import prepare_job, tokens_of, train_reader
+from nev.train.driver.setup import make_tokens, prepare_job, train_reader
 
 Make = Callable[..., Experiment]
 WORLD, STEPS, LONGEST = 2, 3, 7
@@ -47,20 +47,20 @@ def captions(job: Any) -> list[str]:
 
 def test_tokens_are_those_of_the_tower(text: TextTower) -> None:
     sentences = [*CANARIES, "a dog", "two dogs " * 60]
-    ids = tokens_of(text)(sentences)
+    ids = make_tokens(text)(sentences)
     expected = text.tokenizer(sentences, truncation=True, max_length=text.max_tokens)["input_ids"]
     assert [row[row >= 0].tolist() for row in ids] == expected
     assert ids.shape == (len(sentences), text.max_tokens)
-    found = encoder_of(text)(torch.from_numpy(ids)).numpy()
+    found = make_text_encoder(text)(torch.from_numpy(ids)).numpy()
     np.testing.assert_allclose(found, text.encode(sentences), atol=1e-6)
-    nothing = encoder_of(text)(torch.full((1, 4), -1, dtype=torch.int32))
+    nothing = make_text_encoder(text)(torch.full((1, 4), -1, dtype=torch.int32))
     assert nothing.isfinite().all()
 
 
 def test_an_encoder_that_wants_more_than_ids_is_refused(text: TextTower) -> None:
-    refuse_other_vectors(text, tokens_of(text))
+    refuse_other_vectors(text, make_tokens(text))
     with pytest.raises(ConfigError, match=r"cannot run in the training loop: from ids and a mask alone it gives other"):
-        refuse_other_vectors(text, lambda sentences: np.roll(tokens_of(text)(sentences), 1, axis=0))
+        refuse_other_vectors(text, lambda sentences: np.roll(make_tokens(text)(sentences), 1, axis=0))
 
 
 def test_a_block_has_the_tokens_of_the_captions_whose_vectors_sidecars_give(tmp_path: Path, text: TextTower) -> None:
@@ -75,7 +75,7 @@ def test_a_block_has_the_tokens_of_the_captions_whose_vectors_sidecars_give(tmp_
     settings = {"image_size": 16, "limits": Limits(), "seed": 3, "augment": None, "text_width": text.width}
     vectors, tokens = (
         BlockReader(index, **settings, text_key=key),
-        BlockReader(index, **settings, tokens=tokens_of(text)),
+        BlockReader(index, **settings, tokens=make_tokens(text)),
     )
     assert tokens.row_bytes == 16 * 16 * 3 + 4 * text.max_tokens
     chosen = set()
@@ -84,7 +84,7 @@ def test_a_block_has_the_tokens_of_the_captions_whose_vectors_sidecars_give(tmp_
         assert one["valid"].tolist() == other["valid"].tolist() == [True, True, True, False, False, True]
         assert one["reason"].tolist() == other["reason"].tolist()
         assert other["text"].dtype == np.int32
-        found = encoder_of(text)(torch.from_numpy(other["text"])).detach().numpy()
+        found = make_text_encoder(text)(torch.from_numpy(other["text"])).detach().numpy()
         np.testing.assert_allclose(found[one["valid"]], one["text"][one["valid"]].astype(np.float32), atol=1e-3)
         assert np.isfinite(found).all()
         chosen.add(other["text"][1].tobytes())
@@ -125,10 +125,10 @@ def test_what_is_cut_is_cut_as_the_tower_cuts_it(text: TextTower) -> None:
     left = copy.deepcopy(text.tokenizer)
     left.truncation_side = "left"
     tower = dataclasses.replace(text, tokenizer=left, max_tokens=12)
-    refuse_other_vectors(tower, tokens_of(tower))
+    refuse_other_vectors(tower, make_tokens(tower))
     right = dataclasses.replace(text, max_tokens=12)
     with pytest.raises(ConfigError, match="gives other vectors"):
-        refuse_other_vectors(tower, tokens_of(right))
+        refuse_other_vectors(tower, make_tokens(right))
 
 
 def test_kept_texts_are_those_that_are_asked_for(tiny: Make, text: TextTower) -> None:

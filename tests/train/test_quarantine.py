@@ -10,7 +10,7 @@ from nev.config.experiment import Experiment
 from nev.config.file import parse
 from nev.data.block import Block
 from nev.data.plan import Plan
-from nev.train.worker.quarantine import Quarantine, kind, too_many
+from nev.train.worker.quarantine import Quarantine, classify_reason, too_many_bad_rows
 
 SHARDS = ("a.parquet", "b.parquet")
 
@@ -51,8 +51,10 @@ def test_rows_are_counted_by_reason_without_what_is_their_own(tmp_path: Path) ->
         "bad_rows/image_is_n_more_than": 1.0,
     }
     assert quarantine.totals()[2]["JPEG"] == "u: JPEG: cut"
-    assert kind("not one of JPEG, JPEG2000") == "not one of JPEG, JPEG2000"
-    assert kind("image is 70x90, more than limits.max_pixels") == kind("image is 8x8, more than limits.max_pixels")
+    assert classify_reason("not one of JPEG, JPEG2000") == "not one of JPEG, JPEG2000"
+    assert classify_reason("image is 70x90, more than limits.max_pixels") == classify_reason(
+        "image is 8x8, more than limits.max_pixels"
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -69,7 +71,9 @@ def test_a_resumed_run_counts_what_came_before_once_whatever_the_world(world: in
         quarantine.note(2, block(*((f"v{n}", 1, 0, n, "image is null") for n in range(rank, 4, world))))
         quarantine.flush(4)
     rows = [row for path in (tmp_path / "quarantine").iterdir() for row in pq.read_table(path).to_pylist()]
-    assert sorted(row["uid"] for row in rows) == sorted(f"{kind}{n}" for kind in "uv" for n in range(4))
+    assert sorted(row["uid"] for row in rows) == sorted(
+        f"{classify_reason}{n}" for classify_reason in "uv" for n in range(4)
+    )
     assert sum((one.by_shard for one in resumed), start=type(resumed[0].by_shard)()) == {"a.parquet": 4, "b.parquet": 4}
 
 
@@ -86,7 +90,7 @@ def test_a_rotten_row_group_at_the_start_is_no_large_share(rows: int, least: int
         },
     )
     plan = Plan(np.full(rows // 100, 100, np.int64), 0, 128, 128)
-    assert not too_many(least // 20, 10, plan, config)
-    assert too_many(least // 20 + 1, 10, plan, config)
-    assert not too_many(6_400, 1_000, plan, config)
-    assert too_many(6_401, 1_000, plan, config)
+    assert not too_many_bad_rows(least // 20, 10, plan, config)
+    assert too_many_bad_rows(least // 20 + 1, 10, plan, config)
+    assert not too_many_bad_rows(6_400, 1_000, plan, config)
+    assert too_many_bad_rows(6_401, 1_000, plan, config)

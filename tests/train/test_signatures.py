@@ -17,25 +17,25 @@ from nev.config.experiment import Experiment
 from nev.models.text import TextTower
 from nev.train.core.step import choose_precision
 from nev.train.driver import alerts as signatures
-from nev.train.driver.alerts import BOUND_POINTS, FLAT_POINTS, Signatures
+from nev.train.driver.alerts import BOUND_POINTS, FLAT_POINTS, FailureAlerts
 from nev.train.driver.setup import prepare_job, train_reader
 from nev.train.experiment import run_experiment
 from nev.train.worker.guards import Diverged
 from nev.train.worker.loop import train
-from nev.train.worker.state import Rank, build, learner_of
+from nev.train.worker.state import RankContext, load_model, make_train_state
 
 Make = Callable[..., Experiment]
 GUESS = math.log(64)
 
 
-def told(signs: Signatures, points: list[dict[str, float]]) -> list[str]:
-    return [alert.name for step, metrics in enumerate(points, start=6) for alert in signs.look(step, metrics)]
+def told(signs: FailureAlerts, points: list[dict[str, float]]) -> list[str]:
+    return [alert.name for step, metrics in enumerate(points, start=6) for alert in signs.check(step, metrics)]
 
 
 def test_a_run_that_is_well_is_not_disturbed(tiny: Make) -> None:
     points = [{"loss": GUESS - 0.03 * at, "logit_scale": 14.0 + at} for at in range(80)]
     well = {"space/anisotropy_images": 0.4, "zero_shot/top1": 0.5, "zero_shot/chance": 0.1, "space/text_drift": 0.0}
-    assert told(Signatures(tiny()), [*points, well]) == []
+    assert told(FailureAlerts(tiny()), [*points, well]) == []
 
 
 @pytest.mark.parametrize(
@@ -54,48 +54,48 @@ def test_a_run_that_is_well_is_not_disturbed(tiny: Make) -> None:
     ],
 )
 def test_each_sign_is_told_once(tiny: Make, name: str, points: list[dict[str, float]]) -> None:
-    assert told(Signatures(tiny()), [*points, *points]) == [name]
+    assert told(FailureAlerts(tiny()), [*points, *points]) == [name]
 
 
 def test_few_candidates_leave_no_room_for_half_as_much_again(tiny: Make) -> None:
     few = {"retrieval/text_to_image/r10": 1.0, "retrieval/text_to_image/r10_chance": 10 / 14}
-    assert told(Signatures(tiny()), [few, {"zero_shot/top1": 0.74, "zero_shot/chance": 0.5}]) == []
+    assert told(FailureAlerts(tiny()), [few, {"zero_shot/top1": 0.74, "zero_shot/chance": 0.5}]) == []
 
 
 def test_no_number_is_told_in_the_warm_up_too(tiny: Make) -> None:
-    assert told(Signatures(tiny(optim__warmup_steps=1000)), [{"loss": math.inf}]) == ["non_finite"]
+    assert told(FailureAlerts(tiny(optim__warmup_steps=1000)), [{"loss": math.inf}]) == ["non_finite"]
 
 
 def test_one_loss_below_that_of_guessing_is_enough(tiny: Make) -> None:
     points = [{"loss": GUESS}] * (FLAT_POINTS - 1)
-    assert told(Signatures(tiny()), [{"loss": GUESS - 0.1}, *points]) == []
+    assert told(FailureAlerts(tiny()), [{"loss": GUESS - 0.1}, *points]) == []
 
 
 def test_a_flat_loss_in_the_warm_up_is_no_sign(tiny: Make) -> None:
-    signs = Signatures(tiny(optim__warmup_steps=1000))
+    signs = FailureAlerts(tiny(optim__warmup_steps=1000))
     assert told(signs, [{"loss": GUESS}] * 900) == []
 
 
 def test_a_first_validation_in_the_warm_up_is_no_sign(tiny: Make) -> None:
     early = {"zero_shot/top1": 0.1, "zero_shot/chance": 0.1, "space/anisotropy_images": 0.99}
-    assert told(Signatures(tiny(optim__warmup_steps=1000)), [early]) == []
+    assert told(FailureAlerts(tiny(optim__warmup_steps=1000)), [early]) == []
 
 
 def test_a_scale_that_was_at_its_bound_for_a_moment_is_no_sign(tiny: Make) -> None:
     moment = [{"logit_scale": 100.0}] * (BOUND_POINTS - 1)
-    assert told(Signatures(tiny()), [*moment, {"logit_scale": 80.0}, *moment]) == []
-    assert told(Signatures(tiny(loss__learn_scale=False)), [{"logit_scale": 100.0}] * 100) == []
+    assert told(FailureAlerts(tiny()), [*moment, {"logit_scale": 80.0}, *moment]) == []
+    assert told(FailureAlerts(tiny(loss__learn_scale=False)), [{"logit_scale": 100.0}] * 100) == []
 
 
 def watched(config: Experiment, text: TextTower) -> set[str]:
     """The signs of a real run in this process, to its end or to where it gives up."""
-    signs, seen = Signatures(config), set()
+    signs, seen = FailureAlerts(config), set()
     job = prepare_job(config, text)
-    me = Rank(0, 1, torch.device("cpu"), choose_precision("fp32", torch.device("cpu")))
-    learner, start = learner_of(build(job), job, me)
+    me = RankContext(0, 1, torch.device("cpu"), choose_precision("fp32", torch.device("cpu")))
+    learner, start = make_train_state(load_model(job), job, me)
 
     def report(step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None:
-        seen.update(alert.name for alert in signs.look(step, metrics))
+        seen.update(alert.name for alert in signs.check(step, metrics))
 
     with suppress(Diverged):
         train(job, me, learner, start, blocks(train_reader(config, text), job.plan, 0, job.stop_step), report)

@@ -20,7 +20,7 @@ from nev.models.vision import build_vision, normalise
 from nev.train.core.optim import make_optimizer
 from nev.train.core.state_dict import gather_tensors, load_optimizer
 from nev.train.core.step import Batch, Precision, StepResult, train_step
-from nev.train.core.vision_setup import keep_few_activations, make_ready, uncompiled
+from nev.train.core.vision_setup import apply_train_options, enable_activation_checkpointing, uncompiled
 
 FP32 = Precision(torch.device("cpu"), torch.float32)
 TRAIN = Train(global_batch=ROWS, steps=1)
@@ -33,7 +33,7 @@ def test_few_activations_give_the_same_gradient_under_dropout(parts: int | None)
     for few in (False, True):
         model = made()
         if few:
-            keep_few_activations(model.vision)
+            enable_activation_checkpointing(model.vision)
         held = 0
 
         def pack(tensor: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def test_convolutions_lie_as_the_pixels_do_and_so_do_their_moments_after_a_check
         vision = build_vision(
             Vision(trunk="convnext_atto", trunk_args={"depths": [1, 1, 1, 1]}, pool="mean"), 64, WIDTH
         )
-        make_ready(vision, config.train)
+        apply_train_options(vision, config.train)
         model = DualEncoder(vision, config.loss).train()
         return model, make_optimizer(model, config.optim)
 
@@ -91,7 +91,7 @@ def test_convolutions_lie_as_the_pixels_do_and_so_do_their_moments_after_a_check
 def test_a_trunk_that_cannot_be_checkpointed_is_named() -> None:
     vision = build_vision(Vision(trunk="vgg11", pool="mean"), 32, WIDTH)
     with pytest.raises(ConfigError, match=r"train\.activation_checkpointing: timm's vgg11 has no way to it"):
-        make_ready(vision, TRAIN.model_copy(update={"activation_checkpointing": True}))
+        apply_train_options(vision, TRAIN.model_copy(update={"activation_checkpointing": True}))
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_a_compiled_tower_gives_the_same_and_is_compiled_once(parts: int | None,
     for compiled in (False, True):
         model = made().float()
         names = model.state_dict().keys()
-        make_ready(model.vision, TRAIN.model_copy(update={"compile": compiled}), backend)
+        apply_train_options(model.vision, TRAIN.model_copy(update={"compile": compiled}), backend)
         assert model.state_dict().keys() == names
         optimizer = make_optimizer(model, config.optim)
         torch.manual_seed(5)

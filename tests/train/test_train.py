@@ -30,7 +30,7 @@ from nev.train.driver.launcher import TrainingFailed
 from nev.train.driver.preflight import check_room
 from nev.train.driver.setup import prepare_job, train_reader
 from nev.train.experiment import Summary, run_experiment
-from nev.train.job import where
+from nev.train.job import find_resume_point
 from nev.train.worker.batch import StreamError
 from nev.train.worker.guards import Diverged
 from nev.train.worker.quarantine import TooManyBadRows
@@ -67,7 +67,7 @@ def test_stopped_and_resumed_equals_undisturbed_bit_for_bit(tiny: Make, text: Te
     straight = run_bare(prepare_job(whole, text), reader)
     before = run_bare(prepare_job(halves, text, stop_after=7), reader)
     job = prepare_job(halves, text)
-    assert where(job.run).step == 7
+    assert find_resume_point(job.run).step == 7
     after = run_bare(job, reader)
     assert [straight[step]["loss"] for step in straight] == [
         (before if step <= 7 else after)[step]["loss"] for step in straight
@@ -113,7 +113,7 @@ def test_invalid_rows_are_left_out_and_counted(tiny: Make, text: TextTower) -> N
     reported = run_bare(job, reader, spoilt())
     assert [reported[step]["bad_rows"] for step in (1, 2, 3)] == [6, 12, 18]
     assert all(math.isfinite(reported[step]["loss"]) for step in reported)
-    assert (where(job.run).step, where(job.run).bad_rows) == (3, 18)
+    assert (find_resume_point(job.run).step, find_resume_point(job.run).bad_rows) == (3, 18)
 
 
 def test_learned_scale_is_clamped_and_a_fixed_one_stays(tiny: Make, text: TextTower) -> None:
@@ -176,7 +176,7 @@ def test_a_resumed_run_needs_no_pretrained_weights(tiny: Make, text: TextTower, 
     run_bare(prepare_job(config, text, stop_after=2), train_reader(config, text))
     file.unlink()
     run_bare(prepare_job(config, text), train_reader(config, text))
-    assert where(prepare_job(config, text).run).step == 4
+    assert find_resume_point(prepare_job(config, text).run).step == 4
 
 
 def test_a_vision_tower_that_cannot_be_is_refused_before_ray_starts(

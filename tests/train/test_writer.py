@@ -23,7 +23,7 @@ from nev.train.core.optim import make_optimizer
 from nev.train.core.rng import gather_rng
 from nev.train.core.state_dict import Tensors, gather_tensors
 from nev.train.worker import checkpointer as writer
-from nev.train.worker.checkpointer import NotKept, Snapshot, Writer
+from nev.train.worker.checkpointer import AsyncCheckpointWriter, CheckpointNotSaved, Snapshot
 
 CPU = torch.device("cpu")
 Refuse = Callable[[int], None]
@@ -88,13 +88,13 @@ def test_the_loop_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(checkpoint, "write_whole", slow)
     told = Told()
-    own = Writer(str(tmp_path), 2, None, told)
-    own.ready()
+    own = AsyncCheckpointWriter(str(tmp_path), 2, None, told)
+    own.wait()
     own.write(snapshot(1))  # it comes back while the disk has nothing
     assert reached.wait(60)
     assert steps_of(tmp_path) == []
     go_on.set()
-    own.ready()  # now it waits: the memory of the first snapshot is needed
+    own.wait()  # now it waits: the memory of the first snapshot is needed
     assert steps_of(tmp_path) == [1]
     own.write(snapshot(2))
     own.close()
@@ -118,7 +118,7 @@ def test_the_copy_is_made_in_the_same_memory_and_the_step_may_go_on() -> None:
 
 def test_storage_that_refuses_is_asked_again(tmp_path: Path, refuse: Refuse) -> None:
     told = Told()
-    own = Writer(str(tmp_path), 2, None, told)
+    own = AsyncCheckpointWriter(str(tmp_path), 2, None, told)
     refuse(2)
     own.write(snapshot(1))
     own.close()
@@ -132,12 +132,12 @@ def test_storage_that_refuses_is_asked_again(tmp_path: Path, refuse: Refuse) -> 
 
 def test_a_refused_checkpoint_gives_way_to_a_newer_one_and_no_point_is_lost(tmp_path: Path, refuse: Refuse) -> None:
     told = Told()
-    own = Writer(str(tmp_path), 2, None, told)
+    own = AsyncCheckpointWriter(str(tmp_path), 2, None, told)
     own.write(snapshot(1))
-    own.ready()
+    own.wait()
     refuse(10**6)
     own.write(snapshot(2))
-    own.ready()
+    own.wait()
     refuse(0)
     own.write(snapshot(3))
     own.close()
@@ -158,14 +158,14 @@ def test_an_older_one_that_cannot_go_does_not_cost_the_new_one(tmp_path: Path, m
         raise StorageError(f"{location} cannot be removed (not now)")
 
     told = Told()
-    own = Writer(str(tmp_path), 1, None, told)
+    own = AsyncCheckpointWriter(str(tmp_path), 1, None, told)
     own.write(snapshot(1))
-    own.ready()
+    own.wait()
     with monkeypatch.context() as away:
         away.setattr(checkpoint, "save", once)
         away.setattr(manifest, "remove", refuses)
         own.write(snapshot(2))
-        own.ready()
+        own.wait()
     assert len(saved) == 1
     assert steps_of(tmp_path) == [1, 2]
     assert len(told.notes) == 1
@@ -179,11 +179,11 @@ def test_a_last_checkpoint_that_cannot_be_kept_is_an_error(
     tmp_path: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "LAST_S", 0.2)
-    own = Writer(str(tmp_path), 2, None, Told())
+    own = AsyncCheckpointWriter(str(tmp_path), 2, None, Told())
     refuse(10**6)
     own.write(snapshot(5))
     with pytest.raises(
-        NotKept, match=r"No space left on device.*The same command goes on from the one before"
+        CheckpointNotSaved, match=r"No space left on device.*The same command goes on from the one before"
     ) as caught:
         own.close()
     assert caught.value.step == 5
@@ -194,10 +194,10 @@ def test_what_is_no_refusal_of_storage_comes_through(tmp_path: Path, monkeypatch
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(checkpoint, "save", broken)
-    own = Writer(str(tmp_path), 2, None, Told())
+    own = AsyncCheckpointWriter(str(tmp_path), 2, None, Told())
     own.write(snapshot(1))
     with pytest.raises(RuntimeError, match="a bug"):
-        own.ready()
+        own.wait()
 
 
 @pytest.fixture
@@ -216,9 +216,9 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
     filler = small_disk / "filler"
     filler.write_bytes(bytes(1_000_000))
     told = Told()
-    own = Writer(str(small_disk), 1, None, told)
+    own = AsyncCheckpointWriter(str(small_disk), 1, None, told)
     own.write(snapshot(1))
-    own.ready()
+    own.wait()
     assert steps_of(small_disk) == []
     assert "No space left on device" in told.notes[0]
     filler.unlink()

@@ -20,18 +20,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nev.config.base import ConfigError
-from nev.losses.pairwise import Contrastive
+from nev.losses.pairwise import LossOutput
 from nev.models.dual_encoder import Embedded
-from nev.train.core.parallel import bare
+from nev.train.core.parallel import unwrap
 from nev.train.core.rng import rng_state, set_rng_state
 
 Embed = Callable[[nn.Module, slice], Embedded]
-Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Contrastive]
+Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], LossOutput]
 
 
 def backward_in_parts(
     model: nn.Module, parts: Sequence[slice], embed: Embed, loss: Loss, device: torch.device
-) -> Contrastive:
+) -> LossOutput:
     """The loss of a batch, its gradient added to the parameters of `model`.
 
     parts: equally many rows each, all of them in order. embed(model, part): unit vectors [rows, D] of each side that is
@@ -43,7 +43,7 @@ def backward_in_parts(
     with torch.no_grad():
         for part in parts:
             states.append(rng_state(device))
-            vectors, scalars = embed(bare(model), part)
+            vectors, scalars = embed(unwrap(model), part)
             found.append(vectors)
     embeddings = [torch.cat(side).requires_grad_() for side in zip(*found, strict=True)]
     del found

@@ -37,19 +37,19 @@ def _shard(model: DualEncoder, world: int, device: torch.device) -> None:
 
     mesh = init_device_mesh(device.type, (world,))
     for tower in model.towers():
-        for block in reversed(blocks_of(tower)):  # the inner ones first
+        for block in reversed(transformer_blocks(tower)):  # the inner ones first
             fully_shard(block, mesh=mesh)
         fully_shard(tower, mesh=mesh)
 
 
-def blocks_of(tower: nn.Module) -> list[nn.Module]:
+def transformer_blocks(tower: nn.Module) -> list[nn.Module]:
     """What is gathered in one piece: the elements of every list of layers that have layers themselves, outer ones first."""
     lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
     elements = [element for one in lists for element in one if any(True for _ in element.children())]
     return [block for block in elements if any(True for _ in block.parameters())]
 
 
-def bare(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """The model without DDP around it."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
@@ -59,13 +59,13 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of it. Of a sharded one every rank must ask."""
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full
 
 
-def share_of(full: Tensor, like: Tensor) -> Tensor:
+def local_shard(full: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a whole tensor (equal on every rank), as `like` lies: device, strides, split. No collective."""
     if not is_sharded(like):
         return torch.empty_like(like, dtype=full.dtype, requires_grad=False).copy_(full)
@@ -82,7 +82,7 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
     if kinds[1]:
         _average([parameter.grad for parameter in kinds[0]])
     kinds = [kind for kind in kinds if kind]
-    norms = [whole(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds]
+    norms = [full_tensor(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     for kind in kinds:
         nn.utils.clip_grads_with_norm_(kind, limit, norm)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nev.train.core.parallel import share_of, whole
+from nev.train.core.parallel import full_tensor, local_shard
 
 
 class Tensors(NamedTuple):
@@ -28,7 +28,7 @@ def gather_tensors(
     copied = into or Tensors({}, {})
     for source, target in zip((model.state_dict(), optimizer_tensors(model, optimizer)), copied, strict=True):
         for name, tensor in source.items():
-            full = whole(tensor).detach()
+            full = full_tensor(tensor).detach()
             if keep:
                 if name not in target:
                     target[name] = torch.empty(full.shape, dtype=full.dtype, pin_memory=full.is_cuda)
@@ -60,4 +60,4 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
         name, _, slot = key.rpartition("/")
         parameter = parameters[name]
         # AdamW keeps `step` as one number in float32; fused AdamW wants all on the parameter's device.
-        optimizer.state[parameter][slot] = share_of(value, parameter) if value.ndim else value.to(parameter.device)
+        optimizer.state[parameter][slot] = local_shard(value, parameter) if value.ndim else value.to(parameter.device)

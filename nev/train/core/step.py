@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from nev.config.experiment import Experiment, Loss
 from nev.losses.contrastive import contrastive_loss
-from nev.losses.gather import Gathering, gather
+from nev.losses.gather import AsyncGather, gather
 from nev.losses.matryoshka import matryoshka_loss
-from nev.losses.pairwise import Contrastive
+from nev.losses.pairwise import LossOutput
 from nev.losses.sigmoid import sigmoid_loss
 from nev.models.dual_encoder import DualEncoder, Embedded
 from nev.models.vision import normalise
 from nev.train.core.gradcache import backward_in_parts
-from nev.train.core.parallel import bare, clip_gradients
+from nev.train.core.parallel import clip_gradients, unwrap
 
 
 class Batch(NamedTuple):
@@ -74,7 +74,7 @@ def train_step(
     loss and of DDP, or of FSDP and two numbers (`nev.train.capacity.collectives`). Without a finite loss and gradient nothing is
     updated. The scale is clamped to `loss.max_scale` after the update.
     """
-    dual = bare(model)
+    dual = unwrap(model)
     assert isinstance(dual, DualEncoder)
     local = len(batch.images)
     part = min(config.train.micro_batch or local, local)
@@ -89,9 +89,9 @@ def train_step(
             embedded: Embedded = model(images, tokens)
         return embedded
 
-    def loss(vectors: Sequence[Tensor], scalars: Sequence[Tensor]) -> Contrastive:
+    def loss(vectors: Sequence[Tensor], scalars: Sequence[Tensor]) -> LossOutput:
         others = gather(vectors[1], batch.valid) if constant is None else constant
-        return loss_of(config.loss, vectors[0], others, *scalars)
+        return compute_loss(config.loss, vectors[0], others, *scalars)
 
     optimizer.zero_grad(set_to_none=True)
     # The side that is not trained is on its way, as fp16 from sidecars, while the other one is embedded.
@@ -119,7 +119,9 @@ def train_step(
     return StepResult(result.loss.detach(), result.correct, result.pairs, grad_norm.detach())
 
 
-def loss_of(config: Loss, own: Tensor, others: Gathering, log_scale: Tensor, bias: Tensor | None = None) -> Contrastive:
+def compute_loss(
+    config: Loss, own: Tensor, others: AsyncGather, log_scale: Tensor, bias: Tensor | None = None
+) -> LossOutput:
     """The loss that `config` names, between this rank's vectors of one side and all of the other side's."""
     if config.matryoshka:
         return matryoshka_loss(own, others, log_scale, config.matryoshka, bias)

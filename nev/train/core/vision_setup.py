@@ -12,7 +12,7 @@ from nev.config.experiment import Train
 from nev.models.vision import VisionTower
 
 
-def make_ready(vision: VisionTower, config: Train, backend: str = "inductor") -> None:
+def apply_train_options(vision: VisionTower, config: Train, backend: str = "inductor") -> None:
     """Let `vision` keep few activations (`train.activation_checkpointing`), and be compiled at its first call (`train.compile`).
 
     Its convolutions hold their weights as the pixels lie, channels last (FSDP takes no such weights): 6 to 8 % of a step of
@@ -22,14 +22,14 @@ def make_ready(vision: VisionTower, config: Train, backend: str = "inductor") ->
     if not config.fsdp:
         vision.trunk.to(memory_format=torch.channels_last)
     if config.activation_checkpointing:
-        keep_few_activations(vision)
+        enable_activation_checkpointing(vision)
     if config.compile:
         # Eager random numbers: GradCache embeds a part of a batch twice, in two graphs, which must draw alike.
         options: dict[str, Any] = {"options": {"fallback_random": True}} if backend == "inductor" else {}
         vision.compile(backend=backend, dynamic=False, **options)
 
 
-def keep_few_activations(vision: VisionTower) -> None:
+def enable_activation_checkpointing(vision: VisionTower) -> None:
     """Keep what goes into each block of the trunk, and compute the rest again in the backward, dropout as it was drawn.
 
     Chen et al. 2016, arXiv 1604.06174: one forward more, and the memory of one block instead of all.

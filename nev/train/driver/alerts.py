@@ -27,7 +27,7 @@ class Alert(NamedTuple):
     text: str
 
 
-class Signatures:
+class FailureAlerts:
     """Looks at the numbers of a run as they come, and tells each sign once."""
 
     def __init__(self, config: Experiment) -> None:
@@ -38,7 +38,7 @@ class Signatures:
         self._at_bound = 0
         self._told: set[str] = set()
 
-    def look(self, step: int, metrics: dict[str, float]) -> list[Alert]:
+    def check(self, step: int, metrics: dict[str, float]) -> list[Alert]:
         """The new signs in the numbers of a step."""
         signs = [non_finite(metrics), drift(metrics)]
         if step > self._warm:

@@ -8,25 +8,25 @@ from nev.config.experiment import Eval
 from nev.runs.metrics_log import MetricPoint
 
 
-class Patience:
+class EarlyStopping:
     """What validations have given so far. A step that is repeated after a failure counts once."""
 
     def __init__(self, config: Eval) -> None:
         self._metric, self._patience = config.best, config.patience
         self._scores: dict[int, float] = {}
 
-    def see(self, step: int, metrics: dict[str, float]) -> None:
+    def update(self, step: int, metrics: dict[str, float]) -> None:
         """Take the metric of a validation, where it is among these."""
         if self._metric in metrics:
             self._scores[step] = metrics[self._metric]
 
-    def remember(self, points: Iterable[MetricPoint]) -> None:
+    def restore(self, points: Iterable[MetricPoint]) -> None:
         """Take those of a run's journal."""
         for point in points:
-            self.see(point.step, point.metrics)
+            self.update(point.step, point.metrics)
 
     @property
-    def over(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether the last `eval.patience` validations all were no better than the best one before them."""
         if self._patience is None or len(self._scores) <= self._patience:
             return False

@@ -17,18 +17,18 @@ from nev.config.experiment import Experiment
 from nev.data.block import BlockReader
 from nev.runs.manifest import with_retries
 from nev.storage.files import join
-from nev.train.driver.metrics import Ledger
-from nev.train.driver.monitor import Watcher
+from nev.train.driver.metrics import MetricsLogger
+from nev.train.driver.monitor import TrainMonitor
 from nev.train.driver.validator import Validator
-from nev.train.job import Job, where
-from nev.train.worker.process import work
+from nev.train.job import Job, find_resume_point
+from nev.train.worker.process import train_worker
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
 
 START_TRIES = (
-    3  # of Ray's controller, each with a wait for room (`nev.cluster.session`), before `fit` looks at it again
+    3  # of Ray's controller, each with a wait for room (`nev.cluster.session`), before `run_workers` looks at it again
 )
 
 
@@ -36,12 +36,12 @@ class TrainingFailed(NevError, RuntimeError):
     """The run could not be finished. The message is the first cause, without Ray's frames."""
 
 
-def fit(
+def run_workers(
     job: Job,
     begun: int,
     reader: BlockReader,
     board: Any,
-    ledger: Ledger,
+    ledger: MetricsLogger,
     console: Console,
     validator: Validator | None,
 ) -> None:
@@ -53,7 +53,7 @@ def fit(
     import ray.train
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-    watcher = Watcher(board, ledger, console, validator, job.total_steps, begun)
+    watcher = TrainMonitor(board, ledger, console, validator, job.total_steps, begun)
     try:
         with ray_folder(job.run) as folder, watcher.watching(), set_by_sigterm(watcher.stop):
             failures = 0
@@ -100,7 +100,7 @@ def ray_trainer(job: Job, reader: BlockReader, board: Any, folder: str) -> Torch
     scaling: Any = ray.train.ScalingConfig
     failing: Any = ray.train.FailureConfig
     return TorchTrainer(
-        work,
+        train_worker,
         train_loop_config={"job": job, "board": board},
         torch_config=TorchConfig(timeout_s=workers.timeout_s),
         scaling_config=scaling(
@@ -143,4 +143,4 @@ def stream_from_here(job: Job, reader: BlockReader) -> Any:
     """Called by Ray Train at every start of the worker group: the stream from the latest checkpoint's step."""
     from nev.data.stream import make_stream
 
-    return make_stream(reader, job.plan, with_retries(lambda: where(job.run)).step, job.stop_step)
+    return make_stream(reader, job.plan, with_retries(lambda: find_resume_point(job.run)).step, job.stop_step)

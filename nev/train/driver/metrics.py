@@ -12,36 +12,38 @@ from nev.cluster.ray_internals import WorkerGroup
 from nev.config.experiment import Experiment
 from nev.runs.metrics_log import load_mlflow_run_id, read_points, save_mlflow_run_id
 from nev.runs.tracking import Tracker, open_run, tracking_uri
-from nev.train.driver.alerts import Signatures
-from nev.train.driver.early_stopping import Patience
+from nev.train.driver.alerts import FailureAlerts
+from nev.train.driver.early_stopping import EarlyStopping
 
 if TYPE_CHECKING:
     from nev.train.job import Job
 
 
-Heard = Callable[[int, dict[str, float], WorkerGroup | None], None]
+MetricsCallback = Callable[[int, dict[str, float], WorkerGroup | None], None]
 
 
-class Ledger:
+class MetricsLogger:
     """Of one run, in the driver. latest: the newest value of each metric; group: the workers that train now;
     heard: who else is told, in the thread that takes.
     """
 
-    def __init__(self, config: Experiment, tracker: Tracker, console: Console, heard: Heard | None = None) -> None:
-        self.tracker, self.patience = tracker, Patience(config.eval)
+    def __init__(
+        self, config: Experiment, tracker: Tracker, console: Console, heard: MetricsCallback | None = None
+    ) -> None:
+        self.tracker, self.patience = tracker, EarlyStopping(config.eval)
         self.latest: dict[str, float] = {}
         self.group: WorkerGroup | None = None
-        self._signatures, self._console, self._heard = Signatures(config), console, heard
+        self._alerts, self._console, self._heard = FailureAlerts(config), console, heard
 
     def take(self, step: int, metrics: dict[str, float]) -> None:
         """Log numbers of a step, and look what they say of the run."""
         self.latest.update(metrics)
         self.tracker.log(step, metrics)
-        for alert in self._signatures.look(step, metrics):
+        for alert in self._alerts.check(step, metrics):
             said = f"step {step}: {alert.text}"
             self.note(said)
             self.tracker.tag_later({f"nev.alert.{alert.name}": said})
-        self.patience.see(step, metrics)
+        self.patience.update(step, metrics)
         if self._heard:
             self._heard(step, metrics, self.group)
 
@@ -50,7 +52,7 @@ class Ledger:
         self._console.print(f"[yellow]{escape(text)}[/]", highlight=False, soft_wrap=True)
 
 
-def track(job: Job, tags: Mapping[str, str], begun: int) -> Tracker:
+def start_tracking(job: Job, tags: Mapping[str, str], begun: int) -> Tracker:
     """The MLflow run of this job, with the config and the fingerprints; it gets what it has missed up to step `begun`."""
     config = job.config
     fingerprints = {f"nev.{name}_fingerprint": value for name, value in job.fingerprints.items()}

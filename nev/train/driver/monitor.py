@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from nev.common.progress import throttle
-from nev.train.driver.metrics import Ledger
+from nev.train.driver.metrics import MetricsLogger
 from nev.train.driver.validator import Validator
 
 POLL_S = 0.5
@@ -25,7 +25,7 @@ RELAY_S = 0.2
 SEND_S = 5.0  # to MLflow: every call to a SQLite store costs CPU that training on one machine would miss
 
 
-class Watcher:
+class TrainMonitor:
     """What the driver has read from the board: errors, and numbers, which it gives to the ledger.
 
     stop: set by whoever wants the run to end after the step that is under way, with a checkpoint. enough: set when it has run out
@@ -35,7 +35,7 @@ class Watcher:
     def __init__(
         self,
         board: Any,
-        ledger: Ledger,
+        ledger: MetricsLogger,
         console: Console,
         validator: Validator | None,
         total_steps: int,
@@ -95,7 +95,7 @@ class Watcher:
 
     def _take(self, step: int, metrics: dict[str, float]) -> None:
         self._ledger.take(step, metrics)
-        if self._ledger.patience.over and not self.enough.is_set():
+        if self._ledger.patience.should_stop and not self.enough.is_set():
             self._ledger.note(f"step {step}: {self._ledger.patience}. The run ends here.")
             self.enough.set()
 

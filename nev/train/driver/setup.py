@@ -64,7 +64,7 @@ def prepare_job(
     `config` has absolute paths. Raises what it finds, with what `findings` holds already: DataError, ConfigError or
     CheckpointError, each saying what to do, or NotReady for several.
     """
-    from nev.models.lock import canaries
+    from nev.models.lock import embed_canaries
     from nev.models.vision import check_vision
 
     found = findings or ErrorCollector()
@@ -87,7 +87,7 @@ def prepare_job(
         if config.text_online:
             from nev.models.lock import refuse_other_vectors
 
-            refuse_other_vectors(text, tokens_of(text))
+            refuse_other_vectors(text, make_tokens(text))
     with found:
         validation = make_validation(config, text) if config.data.val else None
         if config.eval.best:
@@ -104,7 +104,7 @@ def prepare_job(
         stop_step=min(total, stop_after or total),
         validation=validation,
         fingerprints={"data": index.fingerprint, "plan": plan.fingerprint, "text": text.fingerprint},
-        canaries=None if config.lock == "text" else canaries(text),
+        canaries=None if config.lock == "text" else embed_canaries(text),
     )
     refuse_other_run(job)
     return job
@@ -122,7 +122,7 @@ def train_reader(config: Experiment, text: TextTower) -> BlockReader:
         augment=config.data.augment,
         text_key=None if config.text_online else text_key(index, text),
         text_width=text.width,
-        tokens=tokens_of(text) if config.text_online else None,
+        tokens=make_tokens(text) if config.text_online else None,
         text_view=TextView(config.data.permuted_captions, mean, config.text.noise),
     )
 
@@ -177,7 +177,7 @@ def _leaves(tree: object, prefix: str = "") -> dict[str, object]:
     return {key: leaf for name, child in tree.items() for key, leaf in _leaves(child, f"{prefix}{name}.").items()}
 
 
-def tokens_of(tower: TextTower) -> Tokens:
+def make_tokens(tower: TextTower) -> Tokens:
     """How a tower reads sentences, as something that travels to a task (transformers is not imported there)."""
     tokenizer = Tokenizer.from_str(tower.tokenizer.backend_tokenizer.to_str())
     tokenizer.no_padding()
@@ -185,17 +185,17 @@ def tokens_of(tower: TextTower) -> Tokens:
     return Tokens(tokenizer, tower.prefix, tower.max_tokens)
 
 
-def begin(job: Job, console: Console) -> int:
+def report_resume(job: Job, console: Console) -> int:
     """Tell what lies before a run, and what of it is damaged. Returns the step that it goes on from, 0 for a new one."""
     found = latest_valid(job.run, verify)
     for damage in found.damaged if found else []:
         console.print(f"[yellow]{escape(damage)}; the one before it is used[/]", highlight=False, soft_wrap=True)
     begun: int = found.read["step"] if found else 0
-    console.print(extent(job, begun))
+    console.print(describe_run(job, begun))
     return begun
 
 
-def extent(job: Job, begun: int) -> str:
+def describe_run(job: Job, begun: int) -> str:
     """What lies before a run, in a line."""
     plan = job.plan
     steps = f"steps {begun:,} to {job.stop_step:,}" if begun else f"{job.stop_step:,} steps"

@@ -23,7 +23,7 @@ from nev.config.experiment import Experiment
 from nev.runs.manifest import VALIDATION, pending_validation
 from nev.runs.metrics_log import make_point, write_validation
 from nev.storage.files import StorageError, filesystem, join, storage_errors_as, write_atomic
-from nev.train.driver.metrics import Ledger
+from nev.train.driver.metrics import MetricsLogger
 from nev.train.job import Job
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ PAUSE_S = 5.0  # after a failure
 TRIES = 3  # of one checkpoint, where storage or a process fails
 
 
-class Validated(NamedTuple):
+class ValidationOutcome(NamedTuple):
     """What became of a checkpoint's validation: its metrics, or why there are none."""
 
     step: int
@@ -55,7 +55,7 @@ class Validator:
             int(location.rsplit("-", 1)[1]) for location in pending_validation(job.run, job.validates)
         )
         self._left_out: deque[int] = deque()
-        self._done: deque[Validated] = deque()
+        self._done: deque[ValidationOutcome] = deque()
         self._tries: Counter[int] = Counter()
         self._news, self._no_more, self._stopped, self._ended = threading.Condition(), False, False, False
         self._thread = threading.Thread(target=self._run, name="nev-validator", daemon=True)
@@ -71,7 +71,7 @@ class Validator:
                 self._left_out.append(self._waiting.popleft())
             self._news.notify()
 
-    def done(self) -> list[Validated]:
+    def done(self) -> list[ValidationOutcome]:
         """What was validated since the last call."""
         return [self._done.popleft() for _ in range(len(self._done))]
 
@@ -115,7 +115,7 @@ class Validator:
         """Validate a checkpoint and keep the result. What fails is tried again later, at last by the next start of the run."""
         try:
             late = f"step {step}: not validated, since training is faster than validation"
-            found = Validated(step, {}, late) if left_out else self._validated(step)
+            found = ValidationOutcome(step, {}, late) if left_out else self._validated(step)
             self._keep(found)
         except (StorageError, RayError, OSError) as error:
             self._tries[step] += 1
@@ -124,21 +124,21 @@ class Validator:
                     self._waiting.append(step)
                     self._news.wait_for(lambda: self._stopped, PAUSE_S)
                 return
-            found = Validated(
+            found = ValidationOutcome(
                 step, {}, f"step {step}: not validated ({first_line(error)}); the next start of the run tries again"
             )
         if not self._stopped:
             self._done.append(found)
 
-    def _validated(self, step: int) -> Validated:
+    def _validated(self, step: int) -> ValidationOutcome:
         try:
-            return Validated(step, self._score(self._location(step)))
+            return ValidationOutcome(step, self._score(self._location(step)))
         except (StorageError, RayError, OSError):
             raise
         except (NevError, ValueError, RuntimeError, MemoryError) as error:  # no try will be better
-            return Validated(step, {}, f"step {step}: not validated ({first_line(error)})")
+            return ValidationOutcome(step, {}, f"step {step}: not validated ({first_line(error)})")
 
-    def _keep(self, found: Validated) -> None:
+    def _keep(self, found: ValidationOutcome) -> None:
         """Beside the checkpoint, which may be removed from now on, and in the journal; nothing of one that is gone."""
         location = self._location(found.step)
         fs, path = filesystem(join(location, "state.json"))
@@ -157,7 +157,7 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def validated(config: Experiment, job: Job, checkpoint: str) -> dict[str, float]:
+def validate_checkpoint(config: Experiment, job: Job, checkpoint: str) -> dict[str, float]:
     """Score a checkpoint on the connected Ray, and keep its vectors with it. Returns the metrics."""
     from nev.eval.validation.on_cluster import embed
     from nev.eval.validation.task import Result
@@ -175,16 +175,16 @@ def validated(config: Experiment, job: Job, checkpoint: str) -> dict[str, float]
 
 
 @contextmanager
-def validating(job: Job) -> Iterator[Validator | None]:
+def async_validation(job: Job) -> Iterator[Validator | None]:
     """What scores the checkpoints of a run beside its training, where that is asked for."""
     if not (job.config.eval.asynchronous and job.validation):
         yield None
         return
-    with Validator(job, partial(validated, job.config, job)) as validator:
+    with Validator(job, partial(validate_checkpoint, job.config, job)) as validator:
         yield validator
 
 
-def finish_validation(validator: Validator, ledger: Ledger) -> None:
+def wait_for_validation(validator: Validator, ledger: MetricsLogger) -> None:
     """Wait for the checkpoints that are not validated yet. Raises Stopped where a SIGTERM ends that."""
     told, finished = threading.Event(), False
     with set_by_sigterm(told):

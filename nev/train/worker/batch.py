@@ -26,7 +26,7 @@ def next_block(blocks: Iterator[Block], expected: int) -> Block:
     return block
 
 
-class Filling:
+class BatchBuilder:
     """Block after block is copied into (pinned) host memory, then all to another device.
 
     room: blocks in a batch. Where a rank has fewer (W does not divide the blocks of a step), the rows behind them are invalid

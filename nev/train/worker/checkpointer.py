@@ -1,6 +1,6 @@
 """Checkpoints on their way to storage while the steps go on: the loop waits for a copy in memory, not for a disk.
 
-One is written at a time. Storage that refuses (a full disk, S3 that is away) is asked again, more and more seldom, until it
+One is written at a time. Storage that refuses (a full disk, S3 that is away) is local_stop again, more and more seldom, until it
 takes the checkpoint or a newer one is there to be written.
 """
 
@@ -30,14 +30,14 @@ from nev.storage.files import StorageError
 from nev.train.core.rng import gather_rng
 from nev.train.core.state_dict import Tensors, gather_tensors
 from nev.train.job import Job
-from nev.train.worker.guards import History
-from nev.train.worker.state import Learner, Rank
+from nev.train.worker.guards import GuardState
+from nev.train.worker.state import RankContext, TrainState
 
 REFUSALS = (StorageError, CheckpointError)
-LAST_S = 600.0  # how long storage that refuses the last checkpoint is asked again
+LAST_S = 600.0  # how long storage that refuses the last checkpoint is local_stop again
 
 
-class NotKept(NevError, RuntimeError):
+class CheckpointNotSaved(NevError, RuntimeError):
     """The last checkpoint of a run, or of workers that leave, could not be written. step: whose it is."""
 
     def __init__(self, message: str, step: int) -> None:
@@ -55,7 +55,7 @@ class Snapshot(NamedTuple):
     points: list[MetricPoint]
 
 
-class Writer:
+class AsyncCheckpointWriter:
     """Rank 0's. tell: takes a step, metrics and lines for the person, from another thread. awaited: see `prune_checkpoints`."""
 
     def __init__(
@@ -74,7 +74,7 @@ class Writer:
         self._points: list[MetricPoint] = []
         self._step = 0
 
-    def ready(self) -> None:
+    def wait(self) -> None:
         """Wait for the write before, whose memory the next snapshot takes. One that storage refuses is given up for it."""
         if self._pending is None:
             return
@@ -101,7 +101,7 @@ class Writer:
             try:
                 self._pending.result()
             except REFUSALS as error:
-                raise NotKept(
+                raise CheckpointNotSaved(
                     f"the last checkpoint could not be kept: {error} The same command goes on from the one before.",
                     self._step,
                 ) from error
@@ -139,38 +139,38 @@ class Writer:
         self._tell(step, {"checkpoint_write_s": time.perf_counter() - begin}, [])
 
 
-class Report(Protocol):
+class ReportMetrics(Protocol):
     """Takes metrics of a step, and lines for the person who watches."""
 
     def __call__(self, step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None: ...  # noqa: D102
 
 
-class Keeper:
+class Checkpointer:
     """A rank's part in it. Rank 0 tells and writes; the others give what they alone have.
 
-    begun: the step that this attempt goes on from. Left without an error, it waits for the last checkpoint; with one, no
+    start_step: the step that this attempt goes on from. Left without an error, it waits for the last checkpoint; with one, no
     longer than for the write that is under way.
     """
 
-    def __init__(self, job: Job, me: Rank, begun: int, report: Report) -> None:
-        self._job, self._me, self._report = job, me, report
+    def __init__(self, job: Job, ctx: RankContext, start_step: int, report: ReportMetrics) -> None:
+        self._job, self._me, self._report = job, ctx, report
         self._points: list[MetricPoint] = []
         self._tensors: Tensors | None = None
         train = job.config.train
         self._writer = None
-        if me.rank == 0:
-            remove_checkpoints_after(job.run, begun)
+        if ctx.rank == 0:
+            remove_checkpoints_after(job.run, start_step)
             awaited = job.validates if job.config.eval.asynchronous else lambda step: False
-            self._writer = Writer(job.run, train.keep_last, job.config.eval.best, self.say, awaited)
+            self._writer = AsyncCheckpointWriter(job.run, train.keep_last, job.config.eval.best, self.log, awaited)
 
-    def say(self, step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None:
+    def log(self, step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None:
         """Report metrics of a step, and note them for the next checkpoint's journal. Nothing on other ranks than 0."""
         if self._me.rank == 0:
             if metrics:
                 self._points.append(make_point(step, metrics))
             self._report(step, metrics, notes)
 
-    def keep(self, learner: Learner, step: int, bad_rows: int, history: History, scored: Result | None) -> None:
+    def save(self, learner: TrainState, step: int, bad_rows: int, history: GuardState, scored: Result | None) -> None:
         """Begin a checkpoint of this step: every rank comes here together. The loop waits for copies in memory alone.
 
         Where the checkpoint before is not written yet, for that, too.
@@ -178,7 +178,7 @@ class Keeper:
         begin = time.perf_counter()
         rng = gather_rng(self._me.device, self._me.world)
         if self._writer:
-            self._writer.ready()
+            self._writer.wait()
         self._tensors = gather_tensors(learner.model, learner.optimizer, bool(self._writer), into=self._tensors)
         if not self._writer:
             return
@@ -193,7 +193,7 @@ class Keeper:
             history=asdict(history),
         )
         beside = {kept_file(job.validation): kept_bytes(job.validation, scored)} if scored and job.validation else {}
-        self.say(step, {"checkpoint_wait_s": time.perf_counter() - begin})
+        self.log(step, {"checkpoint_wait_s": time.perf_counter() - begin})
         points, self._points = self._points, []  # before the writer's thread may tell of this one
         self._writer.write(Snapshot(state, self._tensors, rng, beside, points))
 
@@ -206,4 +206,4 @@ class Keeper:
         if self._writer and error is None:
             self._writer.close()
         elif self._writer:
-            self._writer.ready()
+            self._writer.wait()

@@ -1,4 +1,4 @@
-"""Whether to leave, asked of every rank after each step: a machine that is taken away is told to some of them first."""
+"""Whether to leave, local_stop of every rank after each step: a machine that is taken away is told to some of them first."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 import torch.distributed as dist
 
 
-class Agreement:
-    """All ranks leave after the same step, or none. asked: whether this one was told to. timeout_s: how long one waits.
+class StopConsensus:
+    """All ranks leave after the same step, or none. local_stop: whether this one was told to. timeout_s: how long one waits.
 
     One all-reduce of a byte a call, none where W = 1. It is one of hosts (gloo): no rank's GPU is waited for.
     """
 
-    def __init__(self, world: int, asked: Callable[[], bool], timeout_s: float) -> None:
-        self._asked = asked
+    def __init__(self, world: int, local_stop: Callable[[], bool], timeout_s: float) -> None:
+        self._asked = local_stop
         self._group: Any = None
         if world > 1:  # the timeout of the group that all are in is not taken over
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
-    def reached(self) -> bool:
-        """Whether any rank was asked: the same on all, which call this together."""
+    def should_stop(self) -> bool:
+        """Whether any rank was local_stop: the same on all, which call this together."""
         if self._group is None:
             return self._asked()
         flag = torch.tensor([self._asked()], dtype=torch.uint8)
@@ -31,7 +31,7 @@ class Agreement:
         return bool(flag)
 
 
-def all_of(value: int, world: int) -> set[int]:
+def gather_distinct(value: int, world: int) -> set[int]:
     """The values that the ranks have. One gather of objects, none where W = 1."""
     values: list[int] = [value] * world
     if world > 1:
@@ -39,7 +39,7 @@ def all_of(value: int, world: int) -> set[int]:
     return set(values)
 
 
-def first_of_all(problem: str | None, world: int) -> str | None:
+def first_error(problem: str | None, world: int) -> str | None:
     """The first rank's problem, if any rank has one. One gather of objects, none where W = 1."""
     if world == 1:
         return problem

@@ -34,7 +34,7 @@ class Diverged(NevError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class History:
+class GuardState:
     """What a run has seen of itself; with every checkpoint, so that a resumed run judges as an undisturbed one.
 
     skipped: those of the last 1,000 steps that were skipped; skips, spikes: all so far. mean, variance: of the losses,
@@ -50,7 +50,7 @@ class History:
 
 
 @dataclass(frozen=True)
-class Finding:
+class BadStep:
     """A step that went wrong. loss, grad_norm: as JSON has them, None for one that is no number."""
 
     kind: str
@@ -65,8 +65,8 @@ class Finding:
 
 
 def judge(
-    history: History, step: int, loss: float, grad_norm: float, sigmas: float | None
-) -> tuple[History, str | None]:
+    history: GuardState, step: int, loss: float, grad_norm: float, sigmas: float | None
+) -> tuple[GuardState, str | None]:
     """The history with this step in it, and "skipped", "spike" or None. Only a loss *above* its past is a spike."""
     kept = tuple(one for one in history.skipped if one > step - WINDOW)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -88,26 +88,26 @@ def judge(
     return after, "spike" if spike else None
 
 
-class Watch:
+class StepGuard:
     """One rank's notes of the steps since it last looked."""
 
-    def __init__(self, config: Guards, plan: Plan, shards: tuple[str, ...], history: History) -> None:
+    def __init__(self, config: Guards, plan: Plan, shards: tuple[str, ...], history: GuardState) -> None:
         self.history = history
         self._config, self._plan, self._shards = config, plan, shards
         self._steps: list[tuple[int, float]] = []
         self._results: list[Tensor] = []
         self._own: dict[int, set[int]] = {}
 
-    def read(self, step: int, shards: Iterable[int]) -> None:
+    def record_shards(self, step: int, shards: Iterable[int]) -> None:
         """Note the shards (numbers) that rows of this rank's share of a step came from."""
         self._own.setdefault(step, set()).update(map(int, shards))
 
-    def note(self, step: int, rate: float, result: StepResult) -> None:
+    def record(self, step: int, rate: float, result: StepResult) -> None:
         """Note what a step gave, on the device."""
         self._steps.append((step, rate))
         self._results.append(torch.stack([result.loss.double(), result.grad_norm.double()]))
 
-    def look(self) -> list[Finding]:
+    def check(self) -> list[BadStep]:
         """What went wrong since the last look, the same on every rank: all call this together. It waits for the device."""
         if not self._results:
             return []
@@ -119,7 +119,7 @@ class Watch:
                 found.append((kind, step, rate, loss, norm, usual))
         shards = self._shards_of([step for _, step, *_ in found]) if found else {}
         findings = [
-            Finding(
+            BadStep(
                 kind=kind,
                 step=step,
                 epoch=self._plan.epoch_of(self._plan.step_blocks(step).start),
@@ -146,7 +146,7 @@ class Watch:
         }
 
 
-def refuse_divergence(history: History, findings: list[Finding], config: Guards) -> None:
+def refuse_divergence(history: GuardState, findings: list[BadStep], config: Guards) -> None:
     """Raise Diverged past `guards.max_skipped`: the same on every rank, and before a checkpoint."""
     last = next((one for one in reversed(findings) if one.kind == "skipped"), None)
     if last is None or len(history.skipped) <= config.max_skipped:
@@ -161,7 +161,7 @@ def refuse_divergence(history: History, findings: list[Finding], config: Guards)
     )
 
 
-def told(finding: Finding, run: str) -> str:
+def describe_bad_step(finding: BadStep, run: str) -> str:
     """A finding as a line for the console."""
     first, last = finding.blocks
     what = (
@@ -175,7 +175,7 @@ def told(finding: Finding, run: str) -> str:
     )
 
 
-def write(findings: list[Finding], run: str) -> None:
+def write_bad_steps(findings: list[BadStep], run: str) -> None:
     """Write findings to `<run>/guards/step-00001234.json`, one file a step, so that a repeated step overwrites itself.
 
     Storage that refuses one does not end the run: what was found is on the console, too.

@@ -45,7 +45,7 @@ class Totals:
         return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
-class Clock:
+class StepClock:
     """Wall time between logged lines: how much of it waited for data. Validation and checkpoints are left out."""
 
     def __init__(self, step: int) -> None:

@@ -18,14 +18,14 @@ from nev.train.worker.quarantine import TooManyBadRows
 
 if TYPE_CHECKING:
     from nev.data.plan import Plan
-    from nev.train.worker.state import Rank
+    from nev.train.worker.state import RankContext
 
 
 class Stalled(NevError, RuntimeError):
     """A rank has waited too long for another one."""
 
 
-def work(setting: dict[str, Any]) -> None:
+def train_worker(setting: dict[str, Any]) -> None:
     """One training process, started by Ray Train."""
     import ray
     import ray.train
@@ -33,11 +33,11 @@ def work(setting: dict[str, Any]) -> None:
     import torch
 
     from nev.train.core.step import choose_precision
-    from nev.train.worker.checkpointer import NotKept
-    from nev.train.worker.collectives import all_of, first_of_all
+    from nev.train.worker.checkpointer import CheckpointNotSaved
+    from nev.train.worker.collectives import first_error, gather_distinct
     from nev.train.worker.guards import Diverged
     from nev.train.worker.loop import TowerMoved, train
-    from nev.train.worker.state import Rank, build, learner_of
+    from nev.train.worker.state import RankContext, load_model, make_train_state
 
     job: Job = setting["job"]
     context = ray.train.get_context()
@@ -45,45 +45,45 @@ def work(setting: dict[str, Any]) -> None:
     torch.set_num_threads(threads)
     device = ray.train.torch.get_device()
     precision = choose_precision(job.config.train.precision, device)
-    me = Rank(context.get_world_rank(), context.get_world_size(), device, precision)
+    ctx = RankContext(context.get_world_rank(), context.get_world_size(), device, precision)
 
     def report(step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None:
         setting["board"].post.remote(Post(step, metrics, notes=tuple(notes)))
 
     def give_up(error: str) -> None:
         # All ranks return together: raised, the error would be tried again, to the same end.
-        if me.rank == 0:
+        if ctx.rank == 0:
             ray.get(setting["board"].post.remote(Post(0, {}, error)))
 
-    stop = Stop(setting["board"]) if me.rank == 0 else None
+    stop = StopSignal(setting["board"]) if ctx.rank == 0 else None
 
-    def asked() -> bool:
-        return preemption_pending() or (stop is not None and stop.told())
+    def local_stop() -> bool:
+        return preemption_pending() or (stop is not None and stop.is_set())
 
     # Asked for now, the first block is made while this process still imports and builds the model.
-    blocks = blocks_of(job, me)
+    blocks = iterate_blocks(job, ctx)
     first = ThreadPoolExecutor(1).submit(next, blocks, None)
     problem = built = None
     try:
-        built = build(job)
+        built = load_model(job)
     except (ConfigError, CheckpointError) as error:
         problem = str(error)  # perhaps of this node alone: the others must not wait for it
-    if found := first_of_all(problem, me.world):
+    if found := first_error(problem, ctx.world):
         return give_up(found)
     assert built
-    if len(seen := all_of(built.state.step if built.state else 0, me.world)) > 1:
+    if len(seen := gather_distinct(built.state.step if built.state else 0, ctx.world)) > 1:
         raise RuntimeError(f"the workers see other newest checkpoints, of steps {sorted(seen)}: they start again")
-    learner, start = learner_of(built, job, me)
+    learner, start = make_train_state(built, job, ctx)
     del built  # it holds the moments of the checkpoint, whole
-    if me.rank == 0:
+    if ctx.rank == 0:
         ray.get(setting["board"].post.remote(Post(start.step, {}, began=True, group=current_worker_group())))
     try:
-        done = train(job, me, learner, start, after(first, blocks), report, asked)
-        if done < job.stop_step and me.rank == 0:
+        done = train(job, ctx, learner, start, prepend(first, blocks), report, local_stop)
+        if done < job.stop_step and ctx.rank == 0:
             ray.get(setting["board"].post.remote(Post(done, {}, left=True)))
     except (TooManyBadRows, Diverged, TowerMoved) as error:  # every rank meets these at the same step
         give_up(str(error))
-    except NotKept as error:  # of rank 0 alone: the others are done
+    except CheckpointNotSaved as error:  # of rank 0 alone: the others are done
         if error.step < job.stop_step:
             raise
         give_up(str(error))
@@ -91,18 +91,18 @@ def work(setting: dict[str, Any]) -> None:
         if "timed out" not in str(error).lower():
             raise
         raise Stalled(
-            f"rank {me.rank} has waited {job.config.workers.timeout_s} s (workers.timeout_s) for another one, which hangs or is "
+            f"rank {ctx.rank} has waited {job.config.workers.timeout_s} s (workers.timeout_s) for another one, which hangs or is "
             f"cut off; all are started again. Torch says: {str(error).splitlines()[0]}"
         ) from error
 
 
-class Stop:
+class StopSignal:
     """Whether the driver was told to stop the run: an answer that its board gives once it is so, and that nobody waits for."""
 
     def __init__(self, board: Any) -> None:
         self._answer = board.stopped.remote()
 
-    def told(self) -> bool:
+    def is_set(self) -> bool:
         """True once the run is to stop."""
         import ray
 
@@ -115,7 +115,7 @@ class Stop:
         return True
 
 
-def after(first: Future[Block | None], blocks: Iterator[Block]) -> Iterator[Block]:
+def prepend(first: Future[Block | None], blocks: Iterator[Block]) -> Iterator[Block]:
     """The block that is on its way, then the others."""
     block = first.result()
     if block is not None:
@@ -123,13 +123,13 @@ def after(first: Future[Block | None], blocks: Iterator[Block]) -> Iterator[Bloc
     yield from blocks
 
 
-def blocks_of(job: Job, me: Rank) -> Iterator[Block]:
+def iterate_blocks(job: Job, ctx: RankContext) -> Iterator[Block]:
     """This rank's blocks, as they left the tasks; the blocks of the next steps are fetched while this one computes."""
     import ray
     import ray.train
 
     store_bytes = ray.cluster_resources().get("object_store_memory", 0.0)  # type: ignore[no-untyped-call]
-    ahead = fetch_ahead(job.plan, me.world, job.plan.block_rows * row_bytes(job), store_bytes)
+    ahead = fetch_ahead(job.plan, ctx.world, job.plan.block_rows * row_bytes(job), store_bytes)
     shard = ray.train.get_dataset_shard("train")
     return iter(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=ahead))
 

@@ -81,9 +81,9 @@ class Quarantine:
             self._count(shard, str(block["uid"][at]), reason)
 
     def _count(self, shard: str, uid: str, reason: str) -> None:
-        self.examples.setdefault(kind(reason), f"{uid}: {reason}")
+        self.examples.setdefault(classify_reason(reason), f"{uid}: {reason}")
         self.by_shard[shard] += 1
-        self.by_reason[kind(reason)] += 1
+        self.by_reason[classify_reason(reason)] += 1
 
     def flush(self, done: int) -> None:
         """Write what was kept since the last flush, named by step and rank, so that a repeated step overwrites itself.
@@ -119,14 +119,14 @@ class Quarantine:
         return {name: float(count) for name, count in found.items()}
 
 
-def too_many(bad_rows: int, done: int, plan: Plan, config: Experiment) -> bool:
+def too_many_bad_rows(bad_rows: int, done: int, plan: Plan, config: Experiment) -> bool:
     """Whether `bad_rows` of the rows of `done` steps are more than `data.max_bad_share`; of 10,000, or an epoch, at least."""
     batch = config.train.global_batch
     least = min(LEAST_ROWS, plan.steps_per_epoch * batch)
     return bad_rows > config.data.max_bad_share * max(done * batch, least)
 
 
-def kind(reason: str) -> str:
+def classify_reason(reason: str) -> str:
     """A reason without what is a row's own: numbers, and the detail behind the first colon."""
     return re.sub(r"\b\d+(x\d+)?\b", "N", reason.split(":")[0])
 
@@ -136,7 +136,7 @@ def _slug(reason: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", reason.lower()).strip("_")[:80]
 
 
-def describe(quarantine: Quarantine, bad_rows: int, done: int, config: Experiment) -> str:
+def describe_bad_rows(quarantine: Quarantine, bad_rows: int, done: int, config: Experiment) -> str:
     """The error past `data.max_bad_share`, the same on every rank: they all call it together, at the same step."""
     shards, reasons, examples = quarantine.totals()
     quarantine.flush(done)

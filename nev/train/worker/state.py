@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nev.config.base import ConfigError
 from nev.models.dual_encoder import DualEncoder
-from nev.models.text import TextTower, encoder_of, load_text
+from nev.models.text import TextTower, load_text, make_text_encoder
 from nev.models.text_encoder import unlock
 from nev.models.vision import build_vision
 from nev.runs import checkpoint
@@ -21,12 +21,12 @@ from nev.train.core.parallel import distribute
 from nev.train.core.rng import restore_rng, seed_rank
 from nev.train.core.state_dict import load_optimizer, unknown_parameters
 from nev.train.core.step import Precision
-from nev.train.core.vision_setup import make_ready
-from nev.train.job import Job, Start
+from nev.train.core.vision_setup import apply_train_options
+from nev.train.job import Job, ResumePoint
 
 
 @dataclass(frozen=True)
-class Rank:
+class RankContext:
     """This process among the W."""
 
     rank: int
@@ -36,7 +36,7 @@ class Rank:
 
 
 @dataclass(frozen=True)
-class Learner:
+class TrainState:
     """What is trained: `wrapped` is `model` itself (alone, or under FSDP), or DDP around it.
 
     tower: the text tower where it runs in the loop; one that is trained is the model's own.
@@ -48,7 +48,7 @@ class Learner:
     tower: TextTower | None = None
 
 
-class Built(NamedTuple):
+class LoadedModel(NamedTuple):
     """A model on the host, alike on every rank, and what its checkpoint holds beside the weights, if it comes from one."""
 
     model: DualEncoder
@@ -58,7 +58,7 @@ class Built(NamedTuple):
     rng: dict[str, Tensor]
 
 
-def build(job: Job) -> Built:
+def load_model(job: Job) -> LoadedModel:
     """Build the model that the job trains, and read its checkpoint. It speaks to no other rank.
 
     Raises ConfigError for a tower that cannot be built, CheckpointError for a checkpoint that cannot be read or does not fit.
@@ -75,15 +75,15 @@ def build(job: Job) -> Built:
     if found is not None:  # its weights replace all: neither hub nor file is needed
         source = source.model_copy(update={"pretrained": False, "weights": None})
     vision = build_vision(source, config.data.image_size, job.text_width)
-    make_ready(vision, config.train)
-    text = encoder_of(tower) if tower and config.lock != "text" else None
+    apply_train_options(vision, config.train)
+    text = make_text_encoder(tower) if tower and config.lock != "text" else None
     if text:
         unlock(text, config.train.activation_checkpointing)
     model = DualEncoder(vision, config.loss, text, vision_locked=config.lock == "image").train()
     if config.train.micro_batch is not None or config.train.fsdp:
         refuse_batch_norm(model, "train.fsdp" if config.train.fsdp else "train.micro_batch")
     if found is None:
-        return Built(model, tower, None, {}, {})
+        return LoadedModel(model, tower, None, {}, {})
     state, weights, moments, rng = found.read
     try:
         model.load_state_dict(weights)
@@ -91,20 +91,20 @@ def build(job: Job) -> Built:
         raise CheckpointError(f"{found.location}: not the weights of this experiment's model: {error}") from error
     if unknown := unknown_parameters(model, moments):
         raise CheckpointError(f"{found.location}: optimiser state of parameters that the model lacks: {unknown[:5]}")
-    return Built(model, tower, state, moments, rng)
+    return LoadedModel(model, tower, state, moments, rng)
 
 
-def learner_of(built: Built, job: Job, me: Rank) -> tuple[Learner, Start]:
+def make_train_state(built: LoadedModel, job: Job, ctx: RankContext) -> tuple[TrainState, ResumePoint]:
     """The model on this rank's device, under DDP or FSDP, with its optimiser: every rank must come here."""
     config, model, tower = job.config, built.model, built.tower
     if tower and config.lock == "text":  # else it is the model's, and may be split before it goes there
-        tower.model.to(me.device)
-    wrapped = distribute(model, config.train.fsdp, me.world, me.device)
+        tower.model.to(ctx.device)
+    wrapped = distribute(model, config.train.fsdp, ctx.world, ctx.device)
     optimizer = make_optimizer(model, config.optim)
     if built.state is None:
-        seed_rank(me.rank, config.seed, 0)
-        return Learner(model, wrapped, optimizer, tower), Start()
+        seed_rank(ctx.rank, config.seed, 0)
+        return TrainState(model, wrapped, optimizer, tower), ResumePoint()
     state = built.state
     load_optimizer(model, optimizer, built.moments)
-    restore_rng(built.rng, me.rank, me.device, config.seed, state.step)
-    return Learner(model, wrapped, optimizer, tower), Start(state.step, state.bad_rows, state.history)
+    restore_rng(built.rng, ctx.rank, ctx.device, config.seed, state.step)
+    return TrainState(model, wrapped, optimizer, tower), ResumePoint(state.step, state.bad_rows, state.history)
