@@ -29,9 +29,9 @@ class Search(NamedTuple):
 def through_ray(checkpoint: str, tars: str) -> float:
     """Pictures a second of `nev.embed.images`, from the first ones that come to the last."""
     from nev.cluster.session import connect
-    from nev.embed.images import Tower, embed_all
-    from nev.eval.suite.collection import work_of
-    from nev.eval.suite.reading import reading_of
+    from nev.embed.images import EncoderSpec, embed_all
+    from nev.eval.suite.collection import make_embed_job
+    from nev.eval.suite.reading import make_reading
     from nev.eval.suite.schema import Task
     from nev.runs.towers import load_vision, open_checkpoint
 
@@ -39,13 +39,13 @@ def through_ray(checkpoint: str, tars: str) -> float:
     config = opened.config
     source = {"format": "webdataset", "input": tars}
     task = Task.model_validate({"name": "flickr8k", "kind": "retrieval", "source": source})
-    reading = reading_of(task, "/", config.data.image_size, config.data.limits, os.cpu_count() or 1)
+    reading = make_reading(task, "/", config.data.image_size, config.data.limits, os.cpu_count() or 1)
     load = partial(load_vision, opened.location, config, opened.text.width)
-    tower = Tower(load, config.data.mean, config.data.std)
+    tower = EncoderSpec(load, config.data.mean, config.data.std)
     connect()
     seen: list[tuple[float, int]] = []
     pixels = BATCH * config.data.image_size**2 * 3
-    for _ in embed_all([work_of(reading)], tower, pixels, lambda rows: seen.append((time.perf_counter(), rows))):
+    for _ in embed_all([make_embed_job(reading)], tower, pixels, lambda rows: seen.append((time.perf_counter(), rows))):
         pass
     # What had come when both processes were at work is not counted, nor is the time until then.
     first = 2 * (os.cpu_count() or 1)

@@ -19,7 +19,7 @@ from nev.data.prepare.pipeline import prepare
 from nev.data.prepare.shards import Layout
 from nev.data.rows import Row
 from nev.data.sidecar import sidecar_key, write_sidecar
-from nev.data.sources import SOURCES, SourceOptions, of_rows, rows_of
+from nev.data.sources import SOURCES, SourceOptions, iterate_rows, make_source
 
 WIDTH = 384  # of the text vectors, as MiniLM's
 KEY = sidecar_key("benchmark", "caption")
@@ -52,7 +52,7 @@ def imagenet_sample(data: Path, folder: Path, rows: int) -> Pictures:
 
 def flickr8k(data: Path, folder: Path, rows: int) -> Pictures:
     """The first `rows` training rows of Flickr8k, 224x224."""
-    read = rows_of(SOURCES["webdataset"]([data / "flickr8k/train"], SourceOptions()))
+    read = iterate_rows(SOURCES["webdataset"]([data / "flickr8k/train"], SourceOptions()))
     found = (row for _, row in zip(range(rows), read, strict=False))
     return _written("flickr8k", found, folder)
 
@@ -60,7 +60,7 @@ def flickr8k(data: Path, folder: Path, rows: int) -> Pictures:
 def _written(name: str, rows: Iterator[Row], folder: Path) -> Pictures:
     kept = list(rows)
     shards = folder / name / "shards"
-    prepare(of_rows(kept), shards, seed=0, layout=Layout(rows_per_shard=4 * BLOCK, row_group_rows=BLOCK))
+    prepare(make_source(kept), shards, seed=0, layout=Layout(rows_per_shard=4 * BLOCK, row_group_rows=BLOCK))
     index = build_index(str(shards), Columns())
     for shard in range(len(index.paths)):
         write_sidecar(index, shard, KEY, WIDTH, _vectors)

@@ -58,7 +58,7 @@ def train_view(image: Encoded, out: Picture, augment: Augment, rng: random.Rando
     if augment.flip and rng.random() < 0.5:
         out[:] = out[:, ::-1].copy()
     if augment.jitter:
-        out[:] = jittered(out, augment.jitter, rng)
+        out[:] = apply_jitter(out, augment.jitter, rng)
     if augment.auto:
         out[:] = _auto_augmented(out, augment.auto, rng)
 
@@ -115,7 +115,7 @@ def resize_into(out: Picture, picture: Picture) -> None:
     torch.ops.aten._upsample_bicubic2d_aa.out(source, out.shape[:2], False, None, None, out=target)
 
 
-def jittered(picture: Picture, jitter: Jitter, rng: random.Random) -> Picture:
+def apply_jitter(picture: Picture, jitter: Jitter, rng: random.Random) -> Picture:
     """torchvision's ColorJitter: brightness, contrast, saturation and hue in random order. uint8 [h, w, 3] -> the same."""
     import_uninterrupted("torchvision.transforms.v2.functional")
     import torch

@@ -19,8 +19,8 @@ from nev.data.augment import draw, eval_view, train_view
 from nev.data.decode import BadImage, read_header
 from nev.data.index import Index
 from nev.data.plan import Segment
-from nev.data.rows import captions_of
-from nev.data.sidecar import not_beside, sidecar_location, uids_of, vectors_of
+from nev.data.rows import parse_captions
+from nev.data.sidecar import decode_vectors, misaligned_error, read_uid_column, sidecar_location
 from nev.data.text_view import OWN_TEXTS, TextView, caption_rows
 from nev.storage.files import filesystem, is_local, open_parquet
 from nev.storage.reading import DataError, read_errors_as_data_errors
@@ -68,7 +68,7 @@ class BlockReader:
         """
         total = sum(segment.stop - segment.start for segment in segments)
         if pictures is None:
-            pictures = room_for(total, self.image_size)
+            pictures = allocate_block(total, self.image_size)
         block: Block = {
             "image": pictures,
             "valid": np.ones(total, np.bool_),
@@ -100,7 +100,7 @@ class BlockReader:
         table = self._table(location, group, names, segment)
         part["shard"][:], part["row_group"][:] = shard, group
         part["row"][:] = np.arange(segment.start, segment.stop)
-        part["uid"][:] = uids_of(table[columns.uid])
+        part["uid"][:] = read_uid_column(table[columns.uid])
         if self.with_labels and columns.label:
             part["label"][:] = [-1 if label is None else label for label in table[columns.label].to_pylist()]
         if self.tokens:
@@ -118,7 +118,7 @@ class BlockReader:
 
     def _fill_tokens(self, part: Block, column: pa.ChunkedArray, epoch: int, tokens: Tokens) -> None:
         """One caption's tokens a row."""
-        captions = [captions_of(value) for value in column.to_pylist()]
+        captions = [parse_captions(value) for value in column.to_pylist()]
         counts = np.array([len(of_row) for of_row in captions])
         chosen = self._drawn(part, counts, epoch)
         has_text = _captioned(part, counts)
@@ -138,10 +138,10 @@ class BlockReader:
         assert self.text_key
         location = sidecar_location(self.index, shard, self.text_key)
         table = self._table(location, group, ["uid", "vectors"], segment)
-        if uids_of(table["uid"]) != part["uid"].tolist():
-            raise not_beside(location)
+        if read_uid_column(table["uid"]) != part["uid"].tolist():
+            raise misaligned_error(location)
         column = self._permuted(table, "vectors", location, shard, group, segment)
-        vectors, starts = vectors_of(column, self.text_width)
+        vectors, starts = decode_vectors(column, self.text_width)
         counts = np.diff(starts)
         chosen = self._drawn(part, counts, epoch)
         has_text = _captioned(part, counts)
@@ -195,7 +195,7 @@ class BlockReader:
         return pq.ParquetFile(source, metadata=footer, pre_buffer=not isinstance(source, pa.MemoryMappedFile))
 
 
-def room_for(rows: int, size: int) -> NDArray[np.uint8]:
+def allocate_block(rows: int, size: int) -> NDArray[np.uint8]:
     """Memory for the pictures of a block: uint8 [rows, size, size, 3], with anything in it."""
     return np.empty((rows, size, size, 3), np.uint8)
 

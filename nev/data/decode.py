@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nev.config.data import Limits
-from nev.data.orientation import SIDEWAYS, jpeg_orientation, orientation_of, upright
+from nev.data.orientation import SIDEWAYS, apply_orientation, jpeg_orientation, read_orientation
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -91,7 +91,7 @@ def _jpeg(data: bytes | memoryview, limits: Limits) -> Encoded:
             found: Picture = simplejpeg.decode_jpeg(data, colorspace="RGB", **least if shrink > 1 else {})
         except ValueError as error:
             raise BadImage(f"JPEG: {error}") from error
-        return upright(found, orientation)
+        return apply_orientation(found, orientation)
 
     return Encoded(*_upright_size(height, width, orientation), "JPEG", pixels)
 
@@ -108,7 +108,7 @@ def _pillow_pixels(data: bytes | memoryview, orientation: int, shrink: int) -> P
     """The whole picture: Pillow's formats do not shrink."""
     with _explained(), _opened(data) as image:
         # A copy: Pillow's own memory is read-only, which torch warns about.
-        return upright(np.array(rgb(image)), orientation)
+        return apply_orientation(np.array(to_rgb(image)), orientation)
 
 
 def _orientation(image: Image.Image, data: bytes | memoryview) -> int:
@@ -118,7 +118,7 @@ def _orientation(image: Image.Image, data: bytes | memoryview) -> int:
     """
     if image.format == "TIFF" or (image.format == "PNG" and not any(mark in bytes(data) for mark in PNG_ORIENTATION)):
         return 1
-    return orientation_of(image.getexif)
+    return read_orientation(image.getexif)
 
 
 def _opened(data: bytes | memoryview) -> Image.Image:
@@ -146,7 +146,7 @@ def _upright_size(height: int, width: int, orientation: int) -> tuple[int, int]:
     return (width, height) if orientation in SIDEWAYS else (height, width)
 
 
-def rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode as RGB; transparency is laid over white. Sixteen bits become eight; floats are refused."""
     from PIL import Image
 

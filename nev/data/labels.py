@@ -12,20 +12,20 @@ from nev.storage.reading import read_bytes
 Names = dict[int, tuple[str, str]]  # label to its name, and the uid of the row that gave it first
 
 
-class Known(NamedTuple):
+class ClassNames(NamedTuple):
     """What a classes.txt says: where it lies, and its names."""
 
     location: str
     names: list[str]
 
 
-def known(location: str) -> Known | None:
+def read_class_names(location: str) -> ClassNames | None:
     """What the classes.txt at `location` (path or URL) says, or None where there is none."""
     content = read_bytes(location)
-    return None if content is None else Known(location, lines_of(content, location))
+    return None if content is None else ClassNames(location, parse_class_names(content, location))
 
 
-def lines_of(content: bytes, where: str) -> list[str]:
+def parse_class_names(content: bytes, where: str) -> list[str]:
     """The names in a classes.txt, which `where` names. Raises ConfigError for other bytes than UTF-8 and for a blank line."""
     try:
         names = content.decode("utf-8-sig").splitlines()
@@ -39,7 +39,7 @@ def lines_of(content: bytes, where: str) -> list[str]:
     return names
 
 
-def watch(rows: Iterable[Row], names: Names, against: Known | None) -> Iterator[Row]:
+def watch(rows: Iterable[Row], names: Names, against: ClassNames | None) -> Iterator[Row]:
     """Pass the rows on and gather the names of their labels in `names`; a blank one is none. Raises ConfigError as `add` does."""
     for row in rows:
         label, name = row.get("label"), row.get("label_name")
@@ -48,7 +48,7 @@ def watch(rows: Iterable[Row], names: Names, against: Known | None) -> Iterator[
         yield row
 
 
-def add(names: Names, label: int, name: str, uid: str, against: Known | None) -> None:
+def add(names: Names, label: int, name: str, uid: str, against: ClassNames | None) -> None:
     """Note that the row `uid` calls `label` `name`.
 
     Raises ConfigError if a name has line breaks, if one label has two names, or another name than `against` gives it.

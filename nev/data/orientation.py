@@ -35,7 +35,7 @@ UPRIGHT: Mapping[int, Callable[[Picture], Picture]] = {
 SIDEWAYS = (5, 6, 7, 8)  # these swap height and width
 
 
-def upright(picture: Picture, orientation: int) -> Picture:
+def apply_orientation(picture: Picture, orientation: int) -> Picture:
     """uint8 [h, w, 3] turned and mirrored as `orientation` says, contiguous; unknown values are taken for upright."""
     turn = UPRIGHT.get(orientation)
     return np.ascontiguousarray(turn(picture)) if turn else picture
@@ -50,7 +50,7 @@ def jpeg_orientation(data: bytes | memoryview) -> int:
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != START_OF_SCAN:
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
         if data[at + 1] == APP1 and bytes(data[at + 4 : at + 10]) == EXIF:
-            return orientation_of(partial(_loaded, bytes(data[at + 4 : end])))
+            return read_orientation(partial(_loaded, bytes(data[at + 4 : end])))
         at = end
     return 1
 
@@ -63,7 +63,7 @@ def _loaded(block: bytes) -> Image.Exif:
     return exif
 
 
-def orientation_of(read: Callable[[], Image.Exif]) -> int:
+def read_orientation(read: Callable[[], Image.Exif]) -> int:
     """The tag in the EXIF data that `read` gives; 1 where they are torn: the picture may be whole all the same."""
     try:
         value = read().get(TAG, 1)

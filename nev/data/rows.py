@@ -1,6 +1,6 @@
 """A row on its way into a shard, and the rule that says which rows may go in.
 
-Readers (`nev.data.sources`, `nev.data.prepare.synthetic`) yield rows as they find them, faults and all. `usable` is the one
+Readers (`nev.data.sources`, `nev.data.prepare.synthetic`) yield rows as they find them, faults and all. `usable_rows` is the one
 place where a row is left out, so every row that went in is either in a shard or counted under a reason.
 """
 
@@ -35,13 +35,13 @@ class Row(TypedDict):
     image_hash: NotRequired[bytes]
 
 
-def captions_of(caption: str | list[str] | None) -> list[str]:
+def parse_captions(caption: str | list[str] | None) -> list[str]:
     """The captions of a row, given as one or as a list, without outer white space; null and blank ones do not count."""
     given = [caption] if caption is None or isinstance(caption, str) else caption
     return [sentence.strip() for sentence in given if sentence and sentence.strip()]
 
 
-def fault(row: Row, limits: Limits) -> str | None:
+def find_fault(row: Row, limits: Limits) -> str | None:
     """Why `row` can't go into a shard, or None. Looks at sizes only: nothing is decoded."""
     if "reject" in row:
         return row["reject"].encode(errors="backslashreplace").decode()[:MAX_REASON]
@@ -51,7 +51,7 @@ def fault(row: Row, limits: Limits) -> str | None:
         return "empty image"
     if len(row["image"]) > limits.max_bytes:
         return f"image over {limits.max_bytes} bytes"
-    captions = captions_of(row["caption"])
+    captions = parse_captions(row["caption"])
     if not captions:
         return "empty caption"
     if not all(map(_encodes, [row["uid"], row.get("label_name") or "", *captions])):
@@ -70,10 +70,10 @@ def _encodes(text: str) -> bool:
     return True
 
 
-def usable(rows: Iterable[Row], dropped: Counter[str], limits: Limits) -> Iterator[Row]:
+def usable_rows(rows: Iterable[Row], dropped: Counter[str], limits: Limits) -> Iterator[Row]:
     """Pass on the rows without a fault, their captions cleaned; count the others in `dropped` by reason."""
     for row in rows:
-        if reason := fault(row, limits):
+        if reason := find_fault(row, limits):
             dropped[reason if reason in dropped or len(dropped) < MAX_REASONS else "other reasons"] += 1
         else:
-            yield {**row, "caption": captions_of(row["caption"])}
+            yield {**row, "caption": parse_captions(row["caption"])}

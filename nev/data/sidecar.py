@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from nev.data.index import Index
-from nev.data.rows import captions_of
+from nev.data.rows import parse_captions
 from nev.storage.files import PARALLEL_REQUESTS, atomic_file, filesystem, is_damage, join, open_parquet
 from nev.storage.reading import (
     CUT_SHORT,
@@ -53,7 +53,7 @@ def shard_fingerprint(index: Index, shard: int) -> str:
     return hashlib.sha256(layout.tobytes()).hexdigest()
 
 
-def uids_of(column: pa.ChunkedArray) -> list[str]:
+def read_uid_column(column: pa.ChunkedArray) -> list[str]:
     """The uid column as strings."""
     return [str(uid) for uid in column.to_pylist()]
 
@@ -67,8 +67,8 @@ def write_sidecar(index: Index, shard: int, key: str, width: int, encode: Encode
         if shard_file.metadata.num_rows != int(index.rows[index.groups_of(shard)].sum()):
             raise DataError(f"{index.location(shard)}: the shard changed since it was indexed. Start again.")
         tables = [shard_file.read_row_group(group, [uid, caption]) for group in range(shard_file.num_row_groups)]
-    uids = [uids_of(table[uid]) for table in tables]
-    groups = [[captions_of(value) for value in table[caption].to_pylist()] for table in tables]
+    uids = [read_uid_column(table[uid]) for table in tables]
+    groups = [[parse_captions(value) for value in table[caption].to_pylist()] for table in tables]
     distinct = sorted({caption for group in groups for captions in group for caption in captions})
     vectors = encode(distinct).astype("<f2") if distinct else np.zeros((0, width), "<f2")
     if vectors.shape != (len(distinct), width):
@@ -150,20 +150,20 @@ def _check(index: Index, shard: int, key: str, width: int, every_row: bool = Fal
     rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
     own = index.groups_of(shard)
     if [rows[group] for group in index.group[own] if group < len(rows)] != index.rows[own].tolist():
-        raise not_beside(location)
+        raise misaligned_error(location)
     # In a shard of one row group no footer tells that its rows were put in another order. Where there are more,
     # their sizes mostly tell, and the training reader compares the uids of what it reads besides.
     if len(rows) == 1 or every_row:
-        own_uids = uids_of(read_column(index.location(shard), str(index.columns.uid)))
-        if uids_of(read_column(location, "uid", WRITE_AGAIN)) != own_uids:
-            raise not_beside(location)
+        own_uids = read_uid_column(read_column(index.location(shard), str(index.columns.uid)))
+        if read_uid_column(read_column(location, "uid", WRITE_AGAIN)) != own_uids:
+            raise misaligned_error(location)
 
 
 def mean_vector(index: Index, key: str, width: int, captions: int = 100_000) -> NDArray[np.float32]:
     """The mean of the vectors of the first shards, as many as hold `captions` or all: float32 [D]."""
     total, count = np.zeros(width), 0
     for shard in range(len(index.paths)):
-        vectors, _ = vectors_of(read_column(sidecar_location(index, shard, key), "vectors", WRITE_AGAIN), width)
+        vectors, _ = decode_vectors(read_column(sidecar_location(index, shard, key), "vectors", WRITE_AGAIN), width)
         total += vectors.sum(0, dtype=np.float64)
         count += len(vectors)
         if count >= captions:
@@ -171,12 +171,12 @@ def mean_vector(index: Index, key: str, width: int, captions: int = 100_000) -> 
     return (total / max(1, count)).astype(np.float32)
 
 
-def not_beside(location: str) -> DataError:
+def misaligned_error(location: str) -> DataError:
     """The error for a sidecar whose rows are not those of its shard."""
     return DataError(f"{location}: its rows are not those of the shard, which changed since. {WRITE_AGAIN}")
 
 
-def vectors_of(column: pa.ChunkedArray, width: int) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
+def decode_vectors(column: pa.ChunkedArray, width: int) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
     """The `vectors` column as one array: float16 [captions, D], and int64 [rows + 1] where each row begins."""
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):

@@ -19,7 +19,7 @@ from ray.data import DataContext, DataIterator, Dataset
 from ray.train import DataConfig
 
 from nev.cluster.backpressure import DEATHS, load_from_store, stream_context
-from nev.data.block import Block, BlockReader, room_for
+from nev.data.block import Block, BlockReader, allocate_block
 from nev.data.plan import Plan
 
 NUMBERS_PER_TASK = 1000
@@ -61,7 +61,7 @@ def _pictures(rows: int, size: int) -> NDArray[np.uint8]:
 
     Ray has copied a block into the object store when the process gets its next task.
     """
-    return room_for(rows, size)
+    return allocate_block(rows, size)
 
 
 class RoundRobinSplit(DataConfig):

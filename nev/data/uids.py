@@ -26,12 +26,12 @@ BATCH_ROWS = 65_536
 Keys = NDArray[np.bytes_]
 
 
-def key_of(uid: str) -> Keys:
+def hash_uid(uid: str) -> Keys:
     """The key of one uid: bytes [1]."""
-    return keys_of([uid])
+    return hash_uids([uid])
 
 
-def keys_of(uids: list[str]) -> Keys:
+def hash_uids(uids: list[str]) -> Keys:
     """The keys of `uids`, in their order: bytes [n]."""
     return np.frombuffer(bytearray().join(map(_key, uids)), KEY)
 
@@ -44,7 +44,7 @@ def _key(uid: str) -> bytes:
 
 def find(keys: Keys, uid: str) -> int | None:
     """The first place of `uid` in the sorted `keys`, or None."""
-    key = key_of(uid)
+    key = hash_uid(uid)
     at = int(np.searchsorted(keys, key)[0])
     return at if at < len(keys) and keys[at : at + 1] == key else None
 
@@ -83,7 +83,7 @@ def _parquet(path: Path) -> Keys:
         if "uid" not in file.schema_arrow.names:
             raise ConfigError(f"{path}: no column 'uid' (columns: {file.schema_arrow.names})")
         batches = [
-            keys_of([str(uid) for uid in batch.column(0).to_pylist() if uid is not None])
+            hash_uids([str(uid) for uid in batch.column(0).to_pylist() if uid is not None])
             for batch in file.iter_batches(BATCH_ROWS, columns=["uid"])
         ]
     return np.concatenate(batches) if batches else np.empty(0, KEY)
@@ -91,4 +91,4 @@ def _parquet(path: Path) -> Keys:
 
 def _txt(path: Path) -> Keys:
     lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at what a uid may hold
-    return keys_of([line.rstrip("\r") for line in lines if line.strip()])
+    return hash_uids([line.rstrip("\r") for line in lines if line.strip()])

@@ -15,12 +15,12 @@ from nev.storage.files import join, write_atomic
 from nev.storage.reading import read_bytes, write_errors_as_data_errors
 
 
-def texts(sentences: Sequence[str], encode: Encode, fingerprint: str, cache: str) -> NDArray[np.float32]:
+def embed_texts_cached(sentences: Sequence[str], encode: Encode, fingerprint: str, cache: str) -> NDArray[np.float32]:
     """Sentences under a text tower of that fingerprint: unit float32 [n, D], embedded where `cache` lacks this list."""
     from safetensors.numpy import save
 
-    file = join(cache, f"{digest(fingerprint, *sentences)}.safetensors")
-    if (found := kept(file)) is not None:
+    file = join(cache, f"{hash_values(fingerprint, *sentences)}.safetensors")
+    if (found := load_or_compute(file)) is not None:
         return found["vectors"]
     vectors = np.asarray(encode(sentences), np.float32)
     with write_errors_as_data_errors(file):
@@ -28,7 +28,7 @@ def texts(sentences: Sequence[str], encode: Encode, fingerprint: str, cache: str
     return vectors
 
 
-def kept(file: str) -> dict[str, NDArray[Any]] | None:
+def load_or_compute(file: str) -> dict[str, NDArray[Any]] | None:
     """What a file of the cache holds; None where it is not there, or damaged."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
@@ -40,6 +40,6 @@ def kept(file: str) -> dict[str, NDArray[Any]] | None:
         return None
 
 
-def digest(*parts: str) -> str:
+def hash_values(*parts: str) -> str:
     """The name of what these strings determine."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

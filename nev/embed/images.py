@@ -34,7 +34,7 @@ VECTOR_BYTES = 256 * 2**10
 
 
 @dataclass(frozen=True)
-class Tower:
+class EncoderSpec:
     """A vision tower, as the tasks load it. `load` is called once a process and must travel there (a partial does).
 
     It returns a module that takes normalised pixels, float [b, 3, S, S], and gives unit vectors, [b, D].
@@ -45,7 +45,7 @@ class Tower:
     std: tuple[float, float, float]
 
 
-class Work(NamedTuple):
+class EmbedJob(NamedTuple):
     """A set to embed. read: a unit's blocks, each with image: uint8 [b, S, S, 3], and columns that stay with their rows."""
 
     units: Sequence[Any]
@@ -53,8 +53,8 @@ class Work(NamedTuple):
 
 
 def embed_all(
-    works: Sequence[Work],
-    tower: Tower,
+    works: Sequence[EmbedJob],
+    tower: EncoderSpec,
     block_bytes: int,
     done: Callable[[int], None] = lambda rows: None,
     taken: float = 0.0,
@@ -79,13 +79,13 @@ def embed_all(
 
 
 def _embedded(
-    works: list[Work], places: list[tuple[int, int]], tower: Tower, block_bytes: int, gpus: bool
+    works: list[EmbedJob], places: list[tuple[int, int]], tower: EncoderSpec, block_bytes: int, gpus: bool
 ) -> Iterator[Any]:
     """Blocks as they come, each with place: int64 [b, 3], of the set, the unit and the block in it."""
-    with DataContext.current(context_for(block_bytes if gpus else VECTOR_BYTES)):
+    with DataContext.current(make_data_context(block_bytes if gpus else VECTOR_BYTES)):
         source, towers = ray.put((works, places)), ray.put(tower)
         if gpus:
-            embedded = units(read_unit, len(places), source=[source]).map_batches(
+            embedded = make_units(read_unit, len(places), source=[source]).map_batches(
                 functools.partial(embed_decoded, tower=[towers]),
                 batch_size=None,
                 num_cpus=0,
@@ -94,11 +94,11 @@ def _embedded(
                 max_calls=0,  # Ray would end a process that has a GPU after each block, and load the tower again
             )
         else:
-            embedded = units(embed_unit, len(places), source=[source], tower=[towers])
+            embedded = make_units(embed_unit, len(places), source=[source], tower=[towers])
         yield from embedded.iter_batches(batch_size=None, batch_format="numpy")
 
 
-def context_for(block_bytes: int) -> DataContext:
+def make_data_context(block_bytes: int) -> DataContext:
     """Ray Data's settings for evaluation: a block leaves a decoding task when it is whole, and few wait for the next one."""
     context = stream_context(BLOCKS_AHEAD, block_bytes)
     context._max_num_blocks_in_streaming_gen_buffer = BLOCKS_AHEAD
@@ -106,7 +106,7 @@ def context_for(block_bytes: int) -> DataContext:
     return context
 
 
-def units(task: Callable[..., Iterator[Block]], count: int, **more: Any) -> ray.data.Dataset:
+def make_units(task: Callable[..., Iterator[Block]], count: int, **more: Any) -> ray.data.Dataset:
     """The blocks of a task for each of so many numbers."""
     numbers = ray.data.range(count, override_num_blocks=1).repartition(target_num_rows_per_block=1)
     return numbers.map_batches(functools.partial(task, **more), batch_size=1, num_cpus=1, max_retries=DEATHS)
@@ -147,11 +147,11 @@ def _embedder(reference: ray.ObjectRef[Any]) -> Embed:
 
     from nev.models.vision import normalise
 
-    tower: Tower = ray.get(reference)
+    tower: EncoderSpec = ray.get(reference)
     torch.set_num_threads(1)
     device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
     vision = tower.load().to(device).eval()
-    return embedder(vision, lambda images: normalise(images, tower.mean, tower.std), device)
+    return make_embedder(vision, lambda images: normalise(images, tower.mean, tower.std), device)
 
 
 def _whole(parts: list[Block]) -> Block | NevError:
@@ -168,7 +168,7 @@ def _whole(parts: list[Block]) -> Block | NevError:
 Embed = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 
-def embedder(
+def make_embedder(
     forward: Callable[[torch.Tensor], torch.Tensor],
     normalise: Callable[[torch.Tensor], torch.Tensor],
     device: torch.device,

@@ -26,22 +26,22 @@ def evaluate_checkpoint(
 ) -> tuple[dict[str, float], list[str]]:
     """Score a checkpoint on its experiment's validation set, with overrides; write metrics.json and galleries in `output`.
 
-    `output` is a folder or an S3 prefix; by default `own_folder`. Returns the metrics (shares with the ends of
+    `output` is a folder or an S3 prefix; by default `evaluation_folder`. Returns the metrics (shares with the ends of
     their 95 % intervals, `..._low` and `..._high`; where there are captions, also `space/` and `mixed/`), and where the files
     lie. Raises as `open_checkpoint`, and ConfigError where there is nothing to score.
     """
     from nev.cluster.session import connect
-    from nev.eval.validation.scoring import measures
+    from nev.eval.validation.scoring import compute_metrics
 
     location, _, config, text = open_checkpoint(location, overrides)
     if not config.data.val or not (config.eval.zero_shot or config.eval.retrieval):
         raise ConfigError("nothing to score: give data.val, and eval.zero_shot or eval.retrieval, with --set")
     task = make_validation(config, text)
     connect()
-    output = output or own_folder(location)
+    output = output or evaluation_folder(location)
     with storage_errors_as(output, "written"), output_folder(output) as folder:
         embedded, texts = embed(config, location, task)
-        metrics = measures(task.reader.index.root, embedded, texts)
+        metrics = compute_metrics(task.reader.index.root, embedded, texts)
         numbers = folder / "metrics.json"
         numbers.write_text(json.dumps(metrics, indent=1), encoding="utf-8")
         made = [numbers, *galleries(config, task, embedded, texts, folder)]
@@ -51,24 +51,24 @@ def evaluate_checkpoint(
 def evaluate_mteb(
     location: str, names: list[str], overrides: list[str], output: str | None = None
 ) -> tuple[dict[str, float], str]:
-    """Run mteb's own tasks on a checkpoint, text and image alike; write mteb.json in `output` (by default `own_folder`).
+    """Run mteb's own tasks on a checkpoint, text and image alike; write mteb.json in `output` (by default `evaluation_folder`).
 
     Returns the main score of each task, and where the file lies. Raises ConfigError without the extra `mteb`, for a task that
     mteb does not know, and where its data cannot be had.
     """
     if importlib.util.find_spec("mteb") is None:
         raise ConfigError("--mteb needs mteb: pip install 'nev[mteb]'")
-    from nev.eval.mteb_model import scores_of
+    from nev.eval.mteb_model import run_mteb
 
     opened = open_checkpoint(location, overrides)
-    output = output or own_folder(opened.location)
+    output = output or evaluation_folder(opened.location)
     with storage_errors_as(output, "written"), output_folder(output) as folder:
-        scores = scores_of(as_mteb_model(opened), names)
+        scores = run_mteb(as_mteb_model(opened), names)
         (folder / "mteb.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
     return scores, join(output, "mteb.json")
 
 
-def own_folder(checkpoint: str) -> str:
+def evaluation_folder(checkpoint: str) -> str:
     """Where what is said of a checkpoint lies: RUN/evaluation/step-..."""
     run, _, step = checkpoint.rsplit("/", 2)
     return join(run, "evaluation", step)
@@ -78,7 +78,7 @@ def as_mteb_model(opened: OpenedCheckpoint) -> MtebModel:
     """A checkpoint as a model of mteb, on this machine's GPU where it has one."""
     import torch
 
-    from nev.embed.images import embedder
+    from nev.embed.images import make_embedder
     from nev.eval.mteb_model import MtebModel
     from nev.models.vision import normalise
     from nev.runs.towers import load_text_tower, load_vision
@@ -88,7 +88,7 @@ def as_mteb_model(opened: OpenedCheckpoint) -> MtebModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     text.model.to(device)
     vision = load_vision(opened.location, config, text.width).to(device).eval()
-    embed = embedder(vision, lambda images: normalise(images, data.mean, data.std), device)
+    embed = make_embedder(vision, lambda images: normalise(images, data.mean, data.std), device)
     revision = opened.manifest["sha256"]["model.safetensors"][:12]
     return MtebModel(config.name, revision, text, embed, data.image_size)
 

@@ -22,7 +22,7 @@ from nev.runs.tracking import Tracker, check_tracking
 from nev.storage.files import join, output_folder, storage_errors_as
 
 if TYPE_CHECKING:
-    from nev.eval.report.figures import Exhibit
+    from nev.eval.report.figures import Figure
     from nev.eval.suite.reading import Reading
     from nev.eval.suite.results import SuiteResult, TaskResult
     from nev.eval.suite.schema import Suite
@@ -46,8 +46,8 @@ def evaluate_suite(
     """
     from nev.cluster.session import connect
     from nev.eval.report.page import write_report
-    from nev.eval.suite.effective_robustness import with_effective
-    from nev.eval.suite.results import SuiteResult, average_of, load_result
+    from nev.eval.suite.effective_robustness import add_effective_robustness
+    from nev.eval.suite.results import SuiteResult, compute_average, load_result
     from nev.eval.suite.schema import load_suite
 
     suite = load_suite(name, data)
@@ -60,14 +60,14 @@ def evaluate_suite(
         pictures = folder / f"{Path(name).stem}-{opened.manifest['step']:08d}"
         scored = run_tasks(suite, opened, join(output, "embeddings"), pictures, console)
         refuse_nothing(name, [one.result for one in scored])
-        results = with_effective(suite, [one.result for one in scored], others)
+        results = add_effective_robustness(suite, [one.result for one in scored], others)
         result = SuiteResult(
             suite=Path(name).stem,
             about=suite.about,
             checkpoint=opened.location,
             model=opened.config.name,
             step=opened.manifest["step"],
-            average=average_of(suite, results),
+            average=compute_average(suite, results),
             published=suite.published,
             seconds=time.perf_counter() - began,
             tasks=tuple(results),
@@ -90,18 +90,18 @@ class Scored(NamedTuple):
     """A task's record, and its pictures."""
 
     result: TaskResult
-    exhibits: list[Exhibit]
+    exhibits: list[Figure]
 
 
 def run_tasks(suite: Suite, opened: OpenedCheckpoint, cache: str, folder: Path, console: Console) -> list[Scored]:
     """Every task of a suite, on the connected Ray: a source is embedded once, whatever tasks share it. folder: for pictures."""
     from nev.cluster.session import cluster_cpus
     from nev.common.progress import count_progress
-    from nev.embed.cache import texts
-    from nev.embed.images import Tower
-    from nev.eval.report.figures import exhibits
+    from nev.embed.cache import embed_texts_cached
+    from nev.embed.images import EncoderSpec
+    from nev.eval.report.figures import make_figures
     from nev.eval.suite.collection import collect
-    from nev.eval.suite.reading import BATCH, reading_of
+    from nev.eval.suite.reading import BATCH, make_reading
     from nev.eval.suite.results import not_run
     from nev.eval.suite.tasks import Context, score
     from nev.runs.towers import load_logit_scale, load_text_tower, load_vision
@@ -111,7 +111,7 @@ def run_tasks(suite: Suite, opened: OpenedCheckpoint, cache: str, folder: Path, 
     reasons: dict[str, str] = {}
     for task in suite.tasks:
         try:
-            readings[task.name] = reading_of(
+            readings[task.name] = make_reading(
                 task, suite.root, config.data.image_size, config.data.limits, cluster_cpus()
             )
         except NevError as error:
@@ -119,13 +119,13 @@ def run_tasks(suite: Suite, opened: OpenedCheckpoint, cache: str, folder: Path, 
     weights = manifest["sha256"]["model.safetensors"]
     seen_as = [weights, config.vision.model_dump(mode="json"), config.data.mean, config.data.std]
     model = hashlib.sha256(json.dumps(seen_as).encode()).hexdigest()
-    tower = Tower(partial(load_vision, location, config, text.width), config.data.mean, config.data.std)
+    tower = EncoderSpec(partial(load_vision, location, config, text.width), config.data.mean, config.data.std)
     block_bytes = BATCH * config.data.image_size**2 * 3
     with count_progress(console, "pictures embedded") as more:
         found = collect(list(readings.values()), model, cache, tower, block_bytes, more)
     own_text = text if config.lock == "text" else load_text_tower(location, config)
     fingerprint = text.fingerprint if config.lock == "text" else weights
-    encode = partial(texts, encode=own_text.encode, fingerprint=fingerprint, cache=cache)
+    encode = partial(embed_texts_cached, encode=own_text.encode, fingerprint=fingerprint, cache=cache)
     scale = load_logit_scale(location)
     scored = []
     for task in suite.tasks:
@@ -142,7 +142,7 @@ def run_tasks(suite: Suite, opened: OpenedCheckpoint, cache: str, folder: Path, 
             scored.append(Scored(not_run(task, str(error)), []))
             continue
         try:
-            shown = exhibits(task, collection, context, result, folder)
+            shown = make_figures(task, collection, context, result, folder)
         except (NevError, ValueError, OSError) as error:  # a page without a picture beats no page
             console.print(
                 f"[yellow]{task.name}: no pictures ({escape(str(error))})[/]", highlight=False, soft_wrap=True

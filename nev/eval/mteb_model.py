@@ -16,8 +16,8 @@ from mteb.models.model_meta import ModelMeta, ScoringFunction
 
 from nev.config.base import ConfigError
 from nev.data.augment import eval_view
-from nev.data.block import room_for
-from nev.data.decode import Encoded, Picture, rgb
+from nev.data.block import allocate_block
+from nev.data.decode import Encoded, Picture, to_rgb
 from nev.embed.images import Embed
 
 if TYPE_CHECKING:
@@ -103,9 +103,9 @@ class MtebModel(AbsEncoder):
 
 def views(images: Sequence[Any], size: int) -> NDArray[np.uint8]:
     """Pillow images of any size and mode as the model sees them: uint8 [n, S, S, 3]."""
-    seen = room_for(len(images), size)
+    seen = allocate_block(len(images), size)
     for image, out in zip(images, seen, strict=True):
-        pixels = np.array(rgb(image))
+        pixels = np.array(to_rgb(image))
         eval_view(Encoded(image.height, image.width, "", partial(_as_is, pixels)), out)
     return seen
 
@@ -114,7 +114,7 @@ def _as_is(pixels: Picture, shrink: int) -> Picture:
     return pixels
 
 
-def scores_of(model: MtebModel, names: Sequence[str]) -> dict[str, float]:
+def run_mteb(model: MtebModel, names: Sequence[str]) -> dict[str, float]:
     """The main score of each of mteb's tasks, whose data it fetches from the hub.
 
     Raises ConfigError for a task that mteb does not know, and where the data cannot be had.

@@ -20,10 +20,10 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.paths import with_absolute_paths
 from nev.data.index import build_index
-from nev.embed.cache import digest
+from nev.embed.cache import hash_values
 from nev.embed.captions import embed_captions
 from nev.eval.suite.schema import METRICS, load_suite
-from nev.eval.validation.scoring import measure_names
+from nev.eval.validation.scoring import list_metric_names
 from nev.eval.validation.task import Validation, class_names, refuse_unknown_metric
 from nev.eval.validation.texts import most_captions
 from nev.models.text import load_text
@@ -146,7 +146,7 @@ def share(trials: Sequence[Trial], console: Console) -> list[str]:
                 embed_captions(sets, data.columns, experiment.text, console)
             classes = class_names(experiment.eval.zero_shot) if experiment.eval.zero_shot else []
             content = (build_index(one, data.columns).fingerprint for one in sets)
-            known[key] = digest(*content, *classes, load_text(experiment.text).fingerprint)
+            known[key] = hash_values(*content, *classes, load_text(experiment.text).fingerprint)
         found.append(known[key])
     return found
 
@@ -166,7 +166,7 @@ def refuse_unmeasured(sweep: Sweep, validation: Validation | None) -> None:
     """Raise ConfigError for a metric that trials with this validation would not have, or not have when ASHA asks."""
     classes = len(validation.classes.names) if validation and validation.classes else 0
     captions = most_captions(validation.reader.index) if validation and validation.retrieval else 0
-    known = measure_names(classes, captions) if validation else set[str]()
+    known = list_metric_names(classes, captions) if validation else set[str]()
     of_suite = load_suite(sweep.suite).tasks if sweep.suite else ()
     known |= {
         f"{task.name}/{metric}"

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from nev.common.errors import NevError
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
-from nev.embed.cache import digest
-from nev.eval.suite.reading import reading_of
+from nev.embed.cache import hash_values
+from nev.eval.suite.reading import make_reading
 from nev.eval.suite.schema import load_suite
 from nev.sweep.config import Sweep
 
@@ -32,8 +32,8 @@ def read_suite(sweep: Sweep, experiment: Experiment) -> SuiteData:
     known = [suite.model_dump_json(include={"tasks": {"__all__": TASK}})]
     for task in suite.tasks:
         try:
-            known.append(reading_of(task, suite.root, experiment.data.image_size, experiment.data.limits, 1).key)
+            known.append(make_reading(task, suite.root, experiment.data.image_size, experiment.data.limits, 1).key)
         except NevError as error:
             if any(name.startswith(f"{task.name}/") for name in sweep.metrics):
                 raise ConfigError(f"the suite {sweep.suite} cannot score {task.name}: {error}") from error
-    return SuiteData(suite.root, digest(*known))
+    return SuiteData(suite.root, hash_values(*known))

@@ -71,16 +71,16 @@ def all_of(experiment: Experiment, checkpoint: str, sweep: Sweep, suite_root: st
     """The numbers of the vectors that the run's validation has kept, and those of the sweep's suite at `suite_root`."""
     from nev.eval.evaluate_suite import evaluate_suite
     from nev.eval.validation.on_cluster import embed
-    from nev.eval.validation.scoring import measures
+    from nev.eval.validation.scoring import compute_metrics
     from nev.eval.validation.task import make_validation
-    from nev.eval.validation.vectors import load_kept
+    from nev.eval.validation.vectors import load_vectors
     from nev.models.text import load_text
 
     found: dict[str, float] = {}
     if experiment.data.val and (experiment.eval.zero_shot or experiment.eval.retrieval):
         task = make_validation(experiment, load_text(experiment.text))
-        vectors = load_kept(checkpoint, task) or embed(experiment, checkpoint, task)
-        found |= measures(task.reader.index.root, *vectors)
+        vectors = load_vectors(checkpoint, task) or embed(experiment, checkpoint, task)
+        found |= compute_metrics(task.reader.index.root, *vectors)
     if sweep.suite:
         result, _ = evaluate_suite(checkpoint, sweep.suite, Console(quiet=True), data=suite_root)
         found |= {f"{task.name}/{name}": value for task in result.tasks for name, value in task.metrics.items()}

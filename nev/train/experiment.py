@@ -120,7 +120,7 @@ def summarise_run(job: Job, tracker: Tracker) -> tuple[Summary, list[str]]:
     from nev.eval.evaluate import galleries
     from nev.eval.report.galleries import run_curves
     from nev.eval.validation.on_cluster import embed
-    from nev.eval.validation.vectors import load_kept
+    from nev.eval.validation.vectors import load_vectors
 
     config = job.config
     chosen = (best_checkpoint(job.run, config.eval.best) if config.eval.best else None) or latest_checkpoint(job.run)
@@ -129,7 +129,7 @@ def summarise_run(job: Job, tracker: Tracker) -> tuple[Summary, list[str]]:
         pictures = [folder / "loss.png"]
         run_curves(pictures[0], read_points(job.run, job.stop_step), config.name)
         if job.validation:
-            kept = load_kept(chosen, job.validation) or embed(config, chosen, job.validation)
+            kept = load_vectors(chosen, job.validation) or embed(config, chosen, job.validation)
             pictures += galleries(config, job.validation, *kept, folder)
         settings = folder / "config.yaml"
         settings.write_text(to_yaml(config), encoding="utf-8")

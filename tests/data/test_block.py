@@ -16,7 +16,7 @@ from nev.data.augment import draw
 from nev.data.decode import read_header
 from nev.data.index import build_index
 from nev.data.plan import Plan, Segment, in_order
-from nev.data.rows import captions_of
+from nev.data.rows import parse_captions
 from nev.storage.reading import DataError
 
 BROKEN: list[tuple[str, Any, Any, str]] = [
@@ -68,7 +68,7 @@ def test_rows_that_cannot_be_used_are_masked_with_a_reason(layout: str, tmp_path
         assert block["reason"][row].startswith(reason)
         assert bool(block["reason"][row]) == bool(reason)
         assert block["image"][row].any() == (reason == "")
-        named = captions_of(caption)
+        named = parse_captions(caption)
         assert np.array_equal(block["text"][row], vector_of(named[0]) if named else np.zeros(WIDTH))
 
 
@@ -136,7 +136,9 @@ def test_one_of_several_captions_is_drawn_each_epoch(tmp_path: Path) -> None:
     index = embedded(tmp_path)
     reader = reader_of(index)
     owner = {
-        vector_of(c).tobytes(): (n, k) for n, row in enumerate(rows) for k, c in enumerate(captions_of(row["caption"]))
+        vector_of(c).tobytes(): (n, k)
+        for n, row in enumerate(rows)
+        for k, c in enumerate(parse_captions(row["caption"]))
     }
     drawn: dict[int, Counter[int]] = {n: Counter() for n in range(20)}
     orders = set()
@@ -150,15 +152,15 @@ def test_one_of_several_captions_is_drawn_each_epoch(tmp_path: Path) -> None:
         orders.add(tuple(found))
     assert len(orders) == 120
     for n, row in enumerate(rows):
-        count = len(captions_of(row["caption"]))
+        count = len(parse_captions(row["caption"]))
         assert set(drawn[n]) == set(range(count))
         assert all(abs(times - 120 / count) < 5 * (120 / count) ** 0.5 for times in drawn[n].values())
 
 
 def test_captions_of_a_row() -> None:
-    assert captions_of("  a cat ") == ["a cat"]
-    assert captions_of(["a", "", None, " b "]) == ["a", "b"]  # type: ignore[list-item]
-    assert captions_of(None) == captions_of([]) == captions_of(" ") == []
+    assert parse_captions("  a cat ") == ["a cat"]
+    assert parse_captions(["a", "", None, " b "]) == ["a", "b"]  # type: ignore[list-item]
+    assert parse_captions(None) == parse_captions([]) == parse_captions(" ") == []
 
 
 def test_labels_come_with_evaluation_blocks(tmp_path: Path) -> None:

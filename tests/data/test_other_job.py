@@ -17,7 +17,7 @@ from nev.data.prepare.pipeline import Report, prepare
 from nev.data.prepare.resize import Resize
 from nev.data.prepare.scatter import BUCKET_BYTES
 from nev.data.prepare.shards import Layout
-from nev.data.sources import Part, Source, of_rows
+from nev.data.sources import Part, Source, make_source
 from nev.storage.reading import DataError
 
 
@@ -84,7 +84,7 @@ def test_parts_of_an_input_that_has_none_of_them_are_another_jobs_work(tmp_path:
     with pytest.raises(ConfigError, match=r"begun with other options \(input\)"):
         make_of(other, tmp_path)
     with pytest.raises(ConfigError, match=r"begun with other options \(.*source.*input\)"):
-        make_of(of_rows([row(0)]), tmp_path)
+        make_of(make_source([row(0)]), tmp_path)
     again: list[Any] = []
     make(tmp_path / "set", counting(again))
     assert len(again) == TASKS - 2

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from nev.config.data import Limits
-from nev.data.prepare.resize import Resize, resized, smaller
+from nev.data.prepare.resize import Resize, resize_image, shrink
 from nev.data.rows import Row
 
 
@@ -44,7 +44,7 @@ def opened(image: bytes | None) -> Image.Image:
 )
 @pytest.mark.parametrize("size", [(300, 200), (200, 300)])
 def test_the_shorter_side_becomes_the_size_asked_for(kind: str, wanted: Any, expected: str, size: Any) -> None:
-    small = opened(smaller(photograph(*size, kind), Resize(side=64, format=wanted), Limits()))
+    small = opened(shrink(photograph(*size, kind), Resize(side=64, format=wanted), Limits()))
     assert small.format == expected
     assert small.size == tuple(side * 64 // 200 for side in size)
     there = np.asarray(small.convert("RGB"), float)
@@ -56,7 +56,7 @@ def test_a_large_jpeg_looks_as_if_decoded_whole() -> None:
     speckles = np.random.default_rng(0).integers(0, 256, (100, 100), np.uint8)
     out = io.BytesIO()
     Image.fromarray(speckles).resize((800, 800), Image.Resampling.NEAREST).save(out, "JPEG", quality=95)
-    small = opened(smaller(out.getvalue(), Resize(side=100, quality=100), Limits())).convert("L")
+    small = opened(shrink(out.getvalue(), Resize(side=100, quality=100), Limits())).convert("L")
     whole = Image.open(out).resize((100, 100), Image.Resampling.BICUBIC)
     # Decoded at 1/4 it is 3 levels off; at 1/8, which leaves the resizing nothing to do, 20.
     assert np.abs(np.asarray(small, float) - np.asarray(whole, float)).mean() < 5
@@ -66,11 +66,11 @@ def test_a_large_jpeg_looks_as_if_decoded_whole() -> None:
 def test_smaller_pictures_keep_their_bytes(kind: str) -> None:
     for size in ((64, 500), (20, 20)):
         data = photograph(*size, kind)
-        assert smaller(data, Resize(side=64, format="webp"), Limits()) is data
+        assert shrink(data, Resize(side=64, format="webp"), Limits()) is data
 
 
 def test_the_way_up_is_in_the_pixels_afterwards() -> None:
-    turned = opened(smaller(photograph(400, 200, "JPEG", exif=6), Resize(side=50), Limits()))
+    turned = opened(shrink(photograph(400, 200, "JPEG", exif=6), Resize(side=50), Limits()))
     assert turned.size == (50, 100)
     assert 0x0112 not in turned.getexif()
     red, green, _ = np.asarray(turned, float)[-1, 0]
@@ -81,7 +81,7 @@ def test_the_way_up_is_in_the_pixels_afterwards() -> None:
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
 def test_every_mode_becomes_rgb(mode: str) -> None:
     kind = "JPEG" if mode == "CMYK" else "PNG"
-    small = opened(smaller(photograph(90, 90, kind, mode=mode), Resize(side=30, format="jpeg"), Limits()))
+    small = opened(shrink(photograph(90, 90, kind, mode=mode), Resize(side=30, format="jpeg"), Limits()))
     assert (small.mode, small.size) == ("RGB", (30, 30))
 
 
@@ -90,7 +90,7 @@ def test_quality_is_a_matter_of_bytes() -> None:
     out = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (128, 128, 3), np.uint8)).save(out, "PNG")
     for kind in ("jpeg", "webp"):
-        low, high = (smaller(out.getvalue(), Resize(side=64, format=kind, quality=q), Limits()) for q in (20, 95))
+        low, high = (shrink(out.getvalue(), Resize(side=64, format=kind, quality=q), Limits()) for q in (20, 95))
         assert low
         assert high
         assert len(low) < len(high) / 2
@@ -105,7 +105,7 @@ def test_rows_stay_in_order_and_bad_ones_are_counted() -> None:
     ]
     rows[5]["image"] = out.getvalue()
     dropped: Counter[str] = Counter()
-    kept = list(resized(rows, Resize(side=2, format="webp"), Limits(), dropped))
+    kept = list(resize_image(rows, Resize(side=2, format="webp"), Limits(), dropped))
     assert [row["uid"] for row in kept] == [str(at) for at in range(100) if at % 10 and at != 5]
     assert {min(opened(row["image"]).size) for row in kept} == {2}
     assert dropped == {"image can't be resized": 11}
@@ -114,6 +114,6 @@ def test_rows_stay_in_order_and_bad_ones_are_counted() -> None:
 def test_photographs_shrink_to_a_part_of_their_bytes(data_folder: Path) -> None:
     for path in sorted((data_folder / "imagenet_sample").glob("*.JPEG"))[:10]:
         data = path.read_bytes()
-        small = smaller(data, Resize(side=96), Limits())
+        small = shrink(data, Resize(side=96), Limits())
         assert min(opened(small).size) == 96
         assert len(small or b"") < len(data) / 2

@@ -20,8 +20,8 @@ from nev.data.prepare.filters import Filters
 from nev.data.prepare.pipeline import Report, prepare
 from nev.data.prepare.scatter import BUCKET_BYTES
 from nev.data.prepare.shards import Layout
-from nev.data.rows import Row, usable
-from nev.data.sources import Part, Source, of_rows
+from nev.data.rows import Row, usable_rows
+from nev.data.sources import Part, Source, make_source
 
 
 def rows(count: int, **more: Any) -> list[Row]:
@@ -36,7 +36,7 @@ def uids(paths: list[Path]) -> list[str]:
 
 
 def write_shards(rows: Iterable[Row], folder: Path, **options: Any) -> list[Path]:
-    return [Path(shard) for shard in prepare(of_rows(rows), folder, **options).shards]
+    return [Path(shard) for shard in prepare(make_source(rows), folder, **options).shards]
 
 
 def in_parts(rows: list[Row], count: int, buckets: int) -> Source:
@@ -100,11 +100,11 @@ def test_rows_beyond_the_memory_bound_give_the_same_shards(tmp_path: Path, monke
 
     monkeypatch.setattr(scatter, "_write_run", watched)
     made = [*rows(300, label=1), *rows(10)]
-    held = prepare(of_rows(made), tmp_path / "a/set")
+    held = prepare(make_source(made), tmp_path / "a/set")
     assert [count for _, count in runs] == [310]
     runs.clear()
     bound = 61 * 1024  # a row counts 1,024 bytes, its image, and its captions with 60 bytes each
-    spilt = prepare(of_rows(made, nbytes=5 * BUCKET_BYTES), tmp_path / "b/set", memory_bytes=bound)
+    spilt = prepare(make_source(made, nbytes=5 * BUCKET_BYTES), tmp_path / "b/set", memory_bytes=bound)
     assert [count for _, count in runs] == [57, 57, 57, 57, 57, 25]
     assert held.dropped == spilt.dropped == {"duplicate uid": 10}
     assert contents(held) == contents(spilt)
@@ -135,7 +135,7 @@ def test_the_result_depends_on_the_rows_and_the_seed_alone(
 ) -> None:
     folder, layout = tmp_path_factory.mktemp("set"), Layout(16, 4)
     made = rows(count)
-    plain = prepare(of_rows(made), folder / "plain/set", seed=seed, layout=layout)
+    plain = prepare(make_source(made), folder / "plain/set", seed=seed, layout=layout)
     turn.shuffle(made)
     cut = prepare(
         in_parts(made, parts, buckets), folder / "cut/set", seed=seed, layout=layout, memory_bytes=memory_rows * 1024
@@ -186,7 +186,7 @@ def test_a_row_that_another_rule_drops_does_not_stand_for_its_image(tmp_path: Pa
         {"uid": "short", "image": b"1", "caption": "x"},
         {"uid": "long", "image": b"1", "caption": "xyz"},
     ]
-    report = prepare(of_rows(made), tmp_path / "set", filters=Filters(unique=True, min_caption=3))
+    report = prepare(make_source(made), tmp_path / "set", filters=Filters(unique=True, min_caption=3))
     assert uids([Path(report.shards[0])]) == ["long"]
     assert report.dropped == {"caption length": 1}
 
@@ -242,7 +242,7 @@ def test_unusable_rows_are_counted_by_reason() -> None:
         {**row("k"), "caption": "\ud83d"},
     ]
     dropped: Counter[str] = Counter()
-    kept = list(usable(made, dropped, Limits(max_bytes=10)))  # type: ignore[arg-type]
+    kept = list(usable_rows(made, dropped, Limits(max_bytes=10)))  # type: ignore[arg-type]
     assert [(row["uid"], row["caption"]) for row in kept] == [("good", ["ok"]), ("cleaned", ["two", "three"])]
     assert dropped == {
         "empty uid": 1,
@@ -260,7 +260,7 @@ def test_reasons_of_a_source_are_bounded() -> None:
         {"uid": f"{n}", "image": b"x", "caption": "x", "reject": f"status {n}\ud83d" + "y" * 200} for n in range(150)
     ]
     dropped: Counter[str] = Counter()
-    assert not list(usable(rows, dropped, Limits()))  # type: ignore[arg-type]
+    assert not list(usable_rows(rows, dropped, Limits()))  # type: ignore[arg-type]
     assert len(dropped) == 101
     assert dropped["other reasons"] == 50
     assert all(len(reason.encode()) <= 100 for reason in dropped)

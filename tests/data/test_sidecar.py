@@ -16,11 +16,11 @@ from nev.config.data import Columns
 from nev.data.index import Index, build_index
 from nev.data.sidecar import (
     check_sidecars,
+    decode_vectors,
     missing_sidecars,
     sidecar_key,
     sidecar_location,
     sidecars_to_write,
-    vectors_of,
     write_sidecar,
 )
 from nev.storage.reading import DataError
@@ -44,7 +44,7 @@ def test_sidecars_lie_beside_their_shards_row_for_row(tmp_path: Path) -> None:
     assert [file.metadata.row_group(group).num_rows for group in range(3)] == [4, 0, 5]
     table = file.read()
     assert table["uid"].to_pylist() == [row["uid"] for row in rows]
-    vectors, starts = vectors_of(table["vectors"], WIDTH)
+    vectors, starts = decode_vectors(table["vectors"], WIDTH)
     assert vectors.dtype == np.float16
     assert np.diff(starts).tolist() == [n % 3 for n in range(9)]
     assert np.array_equal(vectors, [vector_of(caption) for row in rows for caption in row["caption"]])
@@ -205,7 +205,7 @@ def test_vectors_of_any_slice_of_a_column() -> None:
     for column in (pa.chunked_array([array]), pa.chunked_array([array[:2], array[2:]])):
         for start in range(6):
             for stop in range(start, 6):
-                found, starts = vectors_of(column.slice(start, stop - start), WIDTH)
+                found, starts = decode_vectors(column.slice(start, stop - start), WIDTH)
                 mine = [found[starts[k] : starts[k + 1]] for k in range(stop - start)]
                 assert [len(part) for part in mine] == counts[start:stop]
                 assert np.array_equal(np.concatenate([vectors[:0], *mine]), vectors[cuts[start] : cuts[stop]])

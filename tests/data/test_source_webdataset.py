@@ -12,7 +12,7 @@ from helpers.tars import tar_of
 
 from nev.config.base import ConfigError
 from nev.config.data import Limits
-from nev.data.rows import usable
+from nev.data.rows import usable_rows
 from nev.data.sources import SourceOptions
 
 DEFAULT = SourceOptions()
@@ -153,7 +153,7 @@ def test_half_an_emoji_is_counted_and_goes_no_further(tmp_path: Path) -> None:
         "b.json": '{"caption": "\\ud83d\\ude00"}',
     }
     dropped: Counter[str] = Counter()
-    kept = usable(read("webdataset", [tar_of(tmp_path / "0.tar", members)], DEFAULT), dropped, Limits())
+    kept = usable_rows(read("webdataset", [tar_of(tmp_path / "0.tar", members)], DEFAULT), dropped, Limits())
     assert [row["caption"] for row in kept] == [["\U0001f600"]]
     assert dropped == {"uid, caption or class name with half a surrogate pair": 1}
 

@@ -17,7 +17,7 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.data.block import BlockReader
 from nev.data.plan import Segment
-from nev.data.sidecar import mean_vector, read_column, sidecar_location, vectors_of
+from nev.data.sidecar import decode_vectors, mean_vector, read_column, sidecar_location
 from nev.data.text_view import TextView, caption_rows, normal, unit
 from nev.models.text import TextTower
 from nev.train.driver.setup import prepare_job, train_reader
@@ -80,10 +80,10 @@ def test_collapse_and_corrupt(tmp_path: Path) -> None:
     index = embedded(three_shards(tmp_path))
     key = str(reader_of(index).text_key)
     columns = [read_column(sidecar_location(index, shard, key), "vectors") for shard in range(len(index.paths))]
-    everything = np.concatenate([vectors_of(column, WIDTH)[0] for column in columns]).astype(np.float64)
+    everything = np.concatenate([decode_vectors(column, WIDTH)[0] for column in columns]).astype(np.float64)
     mean = mean_vector(index, key, WIDTH)
     assert mean == pytest.approx(everything.mean(0), abs=1e-6)
-    first = vectors_of(columns[0], WIDTH)[0].astype(np.float64)
+    first = decode_vectors(columns[0], WIDTH)[0].astype(np.float64)
     assert mean_vector(index, key, WIDTH, captions=1) == pytest.approx(first.mean(0), abs=1e-6)
 
     vectors = unit(np.random.default_rng(0).normal(size=(50, 64)) + 1).astype(np.float16)

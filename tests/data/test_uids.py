@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nev.config.base import ConfigError
-from nev.data.uids import find, keys_of, read_uids
+from nev.data.uids import find, hash_uids, read_uids
 
 number = st.integers(0, 2**128 - 1) | st.integers(0, 2**64 - 1).map(lambda half: half << 64)  # trailing zero bytes, too
 
@@ -48,8 +48,8 @@ def test_exactly_the_listed_uids_are_found(
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), min_size=1, unique=True))
 def test_any_string_is_a_uid(uids: list[str]) -> None:
-    assert len(set(keys_of(uids).tolist())) == len(uids)
-    keys = np.sort(keys_of(uids))
+    assert len(set(hash_uids(uids).tolist())) == len(uids)
+    keys = np.sort(hash_uids(uids))
     assert all(find(keys, uid) is not None and find(keys, f"{uid} ") is None for uid in uids if f"{uid} " not in uids)
 
 

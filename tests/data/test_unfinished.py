@@ -18,7 +18,7 @@ from nev.config.base import ConfigError
 from nev.config.data import Columns
 from nev.data.index import UNFINISHED, build_index
 from nev.data.prepare.filters import Filters
-from nev.data.prepare.job_state import alone
+from nev.data.prepare.job_state import exclusive_lock
 from nev.data.prepare.pipeline import Progress, prepare
 from nev.data.prepare.shards import Layout
 from nev.data.rows import Row
@@ -274,7 +274,7 @@ def test_an_output_where_nothing_can_be_made_is_named() -> None:
 
 def test_two_at_once_are_kept_apart(tmp_path: Path) -> None:
     with (
-        alone(str(tmp_path / "set")),
+        exclusive_lock(str(tmp_path / "set")),
         pytest.raises(ConfigError, match="set: another prepare is at work in this folder"),
     ):
         make(tmp_path / "set")

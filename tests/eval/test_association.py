@@ -14,7 +14,7 @@ from nev.config.base import ConfigError
 from nev.config.data import Limits
 from nev.eval.suite.association import jaccard
 from nev.eval.suite.collection import Collection, Fact
-from nev.eval.suite.reading import blocks, reading_of
+from nev.eval.suite.reading import blocks, make_reading
 from nev.eval.suite.schema import Task
 from nev.eval.validation.scoring import Embedded
 
@@ -85,7 +85,7 @@ def test_its_pictures_are_read(tmp_path: Path) -> None:
     (tmp_path / "wino/images").mkdir(parents=True)
     for name in ("ant", "bee"):
         (tmp_path / f"wino/images/{name}.jpg").write_bytes(encoded(photo(len(name))))
-    reading = reading_of(TASK, str(tmp_path), 16, Limits(), 1)
+    reading = make_reading(TASK, str(tmp_path), 16, Limits(), 1)
     facts = [
         json.loads(fact)
         for unit in reading.units
@@ -94,4 +94,4 @@ def test_its_pictures_are_read(tmp_path: Path) -> None:
     ]
     assert [fact["uid"] for fact in facts] == ["ant", "bee"]
     with pytest.raises(ConfigError, match=r"no pictures\. WinoGAViL's lie there"):
-        reading_of(TASK, str(tmp_path / "elsewhere"), 16, Limits(), 1)
+        make_reading(TASK, str(tmp_path / "elsewhere"), 16, Limits(), 1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from nev.eval.metrics import classification
-from nev.eval.metrics.classification import answers, calibration_error, confusions, fitted_scale
+from nev.eval.metrics.classification import calibration_error, confusions, fit_scale, rank_answers
 from nev.eval.metrics.retrieval import retrieval
 from nev.eval.metrics.zeroshot import zero_shot, zero_shot_ranks
 
@@ -32,7 +32,7 @@ def made(seed: int, images: int = 200, classes: int = 12, width: int = 16) -> tu
 @given(st.integers(0, 2**32 - 1))
 def test_equal_to_scikit_learn(seed: int) -> None:
     images, labels, classes = made(seed)
-    found = answers(zero_shot_ranks(images, labels, classes), images, labels, classes)
+    found = rank_answers(zero_shot_ranks(images, labels, classes), images, labels, classes)
     whole, given_ = np.ones(len(labels)), (images @ classes.T).argmax(1)
     assert classification.mean_per_class(found)(whole) == pytest.approx(
         balanced_accuracy_score(labels, given_), abs=1e-12
@@ -47,8 +47,8 @@ def test_weights_are_repetitions() -> None:
     drawn = np.random.default_rng(0).integers(0, len(labels), len(labels))
     weights = np.bincount(drawn, minlength=len(labels)).astype(float)
     groups = labels % 3
-    one = answers(zero_shot_ranks(images, labels, classes), images, labels, classes)
-    many = answers(zero_shot_ranks(images[drawn], labels[drawn], classes), images[drawn], labels[drawn], classes)
+    one = rank_answers(zero_shot_ranks(images, labels, classes), images, labels, classes)
+    many = rank_answers(zero_shot_ranks(images[drawn], labels[drawn], classes), images[drawn], labels[drawn], classes)
     for metric in (
         lambda found, rows: classification.top_k(found, 1),
         lambda found, rows: classification.mean_per_class(found),
@@ -74,7 +74,7 @@ def test_calibration_by_hand() -> None:
     confidence = 1 / (1 + np.exp(-3))  # of each: the cosines are 1 and 0
     assert calibration_error(images, labels, classes, 3.0) == pytest.approx(abs(0.75 - confidence), abs=1e-6)
     # Under the scale at which three of four are as sure as they are right, nothing is left of it.
-    scale = fitted_scale(images, labels, classes)
+    scale = fit_scale(images, labels, classes)
     assert scale == pytest.approx(np.log(3), rel=1e-3)
     assert calibration_error(images, labels, classes, scale) < 1e-3
 
@@ -86,7 +86,7 @@ def test_the_fitted_scale_is_the_likeliest() -> None:
     def surprise(scale: float) -> float:
         return float(torch.nn.functional.cross_entropy(scale * logits, right))
 
-    best = fitted_scale(images, labels, classes)
+    best = fit_scale(images, labels, classes)
     assert 1 < best < 1000
     assert all(surprise(best) <= surprise(best * factor) for factor in (0.9, 0.99, 1.01, 1.1))
 

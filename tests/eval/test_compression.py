@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nev.eval.metrics.compression import compressions, cut, rounded
+from nev.eval.metrics.compression import compressions, quantise, truncate
 from nev.eval.metrics.retrieval import retrieval
 
 
@@ -19,7 +19,7 @@ def unit(seed: int, rows: int, width: int) -> np.ndarray:
 @given(st.integers(0, 2**32 - 1), st.sampled_from([32, 100, 384]))
 def test_bits_score_as_hamming_distance(seed: int, width: int) -> None:
     queries, rows = unit(seed, 5, width), unit(seed + 1, 20, width)
-    held = rounded(queries, "binary") @ rounded(rows, "binary").T
+    held = quantise(queries, "binary") @ quantise(rows, "binary").T
     bits = [np.packbits(side > 0, axis=1) for side in (queries, rows)]
     distance = np.bitwise_count(bits[0][:, None] ^ bits[1][None]).sum(-1)
     assert held == pytest.approx(1 - 2 * distance / width, abs=1e-5)
@@ -32,12 +32,12 @@ def test_bytes_score_as_products_of_bytes(seed: int) -> None:
     products = sides[0].astype(np.int64) @ sides[1].astype(np.int64).T
     lengths = [np.linalg.norm(side.astype(np.float64), axis=1) for side in sides]
     expected = products / lengths[0][:, None] / lengths[1]
-    assert rounded(queries, "int8") @ rounded(rows, "int8").T == pytest.approx(expected, abs=1e-5)
+    assert quantise(queries, "int8") @ quantise(rows, "int8").T == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_cut_row_is_unit_and_has_the_first_numbers() -> None:
     rows = unit(0, 7, 64)
-    short = cut(rows, 16)
+    short = truncate(rows, 16)
     assert np.linalg.norm(short, axis=1) == pytest.approx(np.ones(7), abs=1e-6)
     assert np.allclose(short / short[:, :1], rows[:, :16] / rows[:, :1], rtol=1e-4)
 
@@ -45,7 +45,7 @@ def test_a_cut_row_is_unit_and_has_the_first_numbers() -> None:
 def test_a_row_that_loses_its_length_stays_usable() -> None:
     rows = np.zeros((2, 64), np.float32)
     rows[0, 63] = rows[1, 0] = 1  # the first has nothing in its first half
-    assert np.linalg.norm(cut(rows, 32), axis=1) == pytest.approx([1, 1])
+    assert np.linalg.norm(truncate(rows, 32), axis=1) == pytest.approx([1, 1])
 
 
 def test_every_width_and_precision_with_its_bytes() -> None:

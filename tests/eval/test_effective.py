@@ -8,7 +8,7 @@ import pytest
 from scipy.special import expit, logit
 
 from nev.config.base import ConfigError
-from nev.eval.suite.effective_robustness import effective_robustness, with_effective
+from nev.eval.suite.effective_robustness import add_effective_robustness, effective_robustness
 from nev.eval.suite.results import SuiteResult, TaskResult, load_result
 from nev.eval.suite.schema import Suite
 
@@ -52,9 +52,9 @@ def test_tasks_that_are_shifts_of_another(tmp_path: Path) -> None:
     ]
     suite = Suite.model_validate({"about": "", "root": "/", "tasks": tasks})
     others = [result(clean, shifted, shifted) for clean, shifted in LINE]
-    alone = with_effective(suite, list(result(0.6, 0.5, 0.4).tasks), [])
+    alone = add_effective_robustness(suite, list(result(0.6, 0.5, 0.4).tasks), [])
     assert alone[1].metrics == {"drop": pytest.approx(0.1)}
-    clean, sketch, noise, absent = with_effective(suite, list(result(0.6, 0.5, 0.4).tasks), others)
+    clean, sketch, noise, absent = add_effective_robustness(suite, list(result(0.6, 0.5, 0.4).tasks), others)
     promised = expit(0.8 * logit(0.6) - 1)
     assert sketch.metrics == {"drop": pytest.approx(0.1), "effective_robustness": pytest.approx(0.5 - promised)}
     assert noise.metrics["effective_robustness"] == pytest.approx(0.4 - promised)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nev.eval.metrics.mixed_retrieval import mixed_retrieval, queries_of, shifted, text_retrieval
+from nev.eval.metrics.mixed_retrieval import make_queries, mixed_retrieval, shift_means, text_retrieval
 from nev.eval.metrics.ranks import Floats
 
 
@@ -28,8 +28,8 @@ def test_by_hand() -> None:
 
 
 def test_who_asks() -> None:
-    assert queries_of(np.array([0, 0, 1, 2, 2, 2])).tolist() == [0, 3]
-    assert queries_of(np.array([0, 1, 2, 3, 4])).tolist() == [0, 2, 4]
+    assert make_queries(np.array([0, 0, 1, 2, 2, 2])).tolist() == [0, 3]
+    assert make_queries(np.array([0, 1, 2, 3, 4])).tolist() == [0, 2, 4]
 
 
 def test_a_gap_hides_images_and_the_shift_brings_them_back() -> None:
@@ -49,7 +49,7 @@ def test_a_gap_hides_images_and_the_shift_brings_them_back() -> None:
 def test_shifted_images_are_centred_on_the_texts() -> None:
     rng = np.random.default_rng(1)
     images, texts = unit(rng.normal(size=(50, 8)) + 2), unit(rng.normal(size=(60, 8)))
-    moved = shifted(images, texts)
+    moved = shift_means(images, texts)
     np.testing.assert_allclose(np.linalg.norm(moved, axis=1), 1, atol=1e-6)
     before = np.linalg.norm(images.mean(0) - texts.mean(0))
     assert np.linalg.norm(moved.mean(0) - texts.mean(0)) < before / 3

@@ -20,7 +20,7 @@ from mteb.abstasks.zeroshot_classification import AbsTaskZeroShotClassification
 
 from nev.config.base import ConfigError
 from nev.eval.evaluate import as_mteb_model
-from nev.eval.mteb_model import MtebModel, scores_of, views
+from nev.eval.mteb_model import MtebModel, run_mteb, views
 from nev.models.lock import CANARIES
 from nev.models.text import TextTower
 from nev.runs.towers import open_checkpoint
@@ -149,7 +149,7 @@ def test_a_task_that_mteb_does_not_know_and_data_that_cannot_be_had(
     text: TextTower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match=r"--mteb: .*NoSuchTask"):
-        scores_of(model(text), ["NoSuchTask"])
+        run_mteb(model(text), ["NoSuchTask"])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError, match="the data of STSBenchmark cannot be had"):
-        scores_of(model(text), ["STSBenchmark"])
+        run_mteb(model(text), ["STSBenchmark"])

@@ -14,9 +14,9 @@ from helpers.pictures import encoded, photo
 from helpers.tars import tar_of
 
 from nev.config.data import Limits
-from nev.embed.images import units
+from nev.embed.images import make_units
 from nev.eval.suite import collection
-from nev.eval.suite.reading import Reading, blocks, reading_of
+from nev.eval.suite.reading import Reading, blocks, make_reading
 from nev.eval.suite.schema import Task
 
 SIDE = 16
@@ -38,7 +38,7 @@ def rows_of(reading: Reading) -> dict[str, list[object]]:
 
 
 def read(task: Task, root: Path, processes: int = 2) -> dict[str, list[object]]:
-    return rows_of(reading_of(task, str(root), SIDE, Limits(), processes))
+    return rows_of(make_reading(task, str(root), SIDE, Limits(), processes))
 
 
 def clip_benchmark(root: Path, count: int = 150) -> Path:
@@ -66,7 +66,7 @@ def test_clip_benchmarks_layout_with_groups(tmp_path: Path) -> None:
         metric="worst_group_top1",
         group={"field": "npy", "place": 2},
     )
-    reading = reading_of(one, str(clip_benchmark(tmp_path)), SIDE, Limits(), 2)
+    reading = make_reading(one, str(clip_benchmark(tmp_path)), SIDE, Limits(), 2)
     assert reading.names == ("red_fox", "blue jay")
     assert reading.templates == ("a photo of a {}.", "the {}")
     rows = rows_of(reading)
@@ -81,7 +81,7 @@ def test_every_row_is_read_once_whatever_the_processes(
     monkeypatch.setattr("nev.eval.suite.reading.UNIT_BYTES", 1)  # the set is small, and shared all the same
     monkeypatch.setattr("nev.eval.suite.reading.BATCH", 10)
     one = task(source={"format": "clip-benchmark", "input": "set"})
-    reading = reading_of(one, str(clip_benchmark(tmp_path)), SIDE, Limits(), processes)
+    reading = make_reading(one, str(clip_benchmark(tmp_path)), SIDE, Limits(), processes)
     assert {unit.of for unit in reading.units} == {sharers}  # one part: two pieces of work for each process, to 8
     assert [fact["uid"] for fact in rows_of(reading)["facts"]] == [f"s{row:07d}" for row in range(150)]
 
@@ -129,7 +129,7 @@ def test_a_group_that_cannot_be_read_is_none(tmp_path: Path, member: bytes) -> N
 def test_half_an_emoji_is_a_question_mark(tmp_path: Path) -> None:
     cut = json.dumps({"uid": "a\ud83d", "caption": "a dog \ud83d"})
     tar_of(tmp_path / "0.tar", {"s0.jpg": encoded(photo(0)), "s0.json": cut})
-    reading = reading_of(
+    reading = make_reading(
         task(kind="retrieval", source={"format": "webdataset", "input": "0.tar"}), str(tmp_path), SIDE, Limits(), 1
     )
     (block,) = blocks(reading.units[0], reading.read, reading.view)
@@ -141,14 +141,14 @@ def test_a_picture_that_is_replaced_under_its_name_is_another_set(tmp_path: Path
     (tmp_path / "a.jpg").write_bytes(encoded(photo(0)))
     (tmp_path / "captions.csv").write_text("file_name,caption\na.jpg,a dog\n")
     one = task(kind="retrieval", source={"format": "folder-captions", "input": "captions.csv"})
-    before = reading_of(one, str(tmp_path), SIDE, Limits(), 1).key
+    before = make_reading(one, str(tmp_path), SIDE, Limits(), 1).key
     (tmp_path / "a.jpg").write_bytes(encoded(photo(1), quality=50))
-    assert reading_of(one, str(tmp_path), SIDE, Limits(), 1).key != before
+    assert make_reading(one, str(tmp_path), SIDE, Limits(), 1).key != before
 
 
 def test_no_part_is_read_by_more_than_it_is_worth(tmp_path: Path) -> None:
     root = clip_benchmark(tmp_path)
-    units = reading_of(task(source={"format": "clip-benchmark", "input": "set"}), str(root), SIDE, Limits(), 64).units
+    units = make_reading(task(source={"format": "clip-benchmark", "input": "set"}), str(root), SIDE, Limits(), 64).units
     assert [unit.of for unit in units] == [1]  # some kilobytes in all
 
 
@@ -191,7 +191,7 @@ def test_the_key_follows_the_data_and_the_view(tmp_path: Path) -> None:
     one = task(source={"format": "clip-benchmark", "input": "set"})
 
     def key(given: Task, size: int = SIDE, processes: int = 2) -> str:
-        return reading_of(given, str(root), size, Limits(), processes).key
+        return make_reading(given, str(root), size, Limits(), processes).key
 
     first = key(one)
     assert first == key(one.model_copy(update={"name": "other", "templates": ("the {}",)}))
@@ -215,11 +215,13 @@ def test_decoded_pictures_come_to_a_gpu_in_blocks_of_a_batch(ray_cluster: None, 
     from nev.eval.suite.reading import BATCH
 
     one = task(source={"format": "clip-benchmark", "input": "set"})
-    reading = reading_of(one, str(clip_benchmark(tmp_path, 4 * BATCH)), 64, Limits(), 1)
+    reading = make_reading(one, str(clip_benchmark(tmp_path, 4 * BATCH)), 64, Limits(), 1)
     assert len(reading.units) == 1
-    context = engine.context_for(BATCH * 64 * 64 * 3)
+    context = engine.make_data_context(BATCH * 64 * 64 * 3)
     with DataContext.current(context):
-        source = ray.put(([collection.work_of(reading)], [(0, 0)]))
-        found = list(units(engine.read_unit, 1, source=[source]).iter_batches(batch_size=None, batch_format="numpy"))
+        source = ray.put(([collection.make_embed_job(reading)], [(0, 0)]))
+        found = list(
+            make_units(engine.read_unit, 1, source=[source]).iter_batches(batch_size=None, batch_format="numpy")
+        )
     assert [len(block["image"]) for block in found] == [BATCH] * 4
     assert [block["place"][0].tolist() for block in found] == [[0, 0, number] for number in range(4)]

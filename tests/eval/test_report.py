@@ -12,7 +12,7 @@ import pytest
 from helpers.pictures import photo
 from PIL import Image
 
-from nev.eval.report.figures import Exhibit
+from nev.eval.report.figures import Figure
 from nev.eval.report.page import write_report
 from nev.eval.suite.results import SuiteResult, TaskResult
 
@@ -56,7 +56,7 @@ def result(**more: object) -> SuiteResult:
 def page(tmp_path: Path, found: SuiteResult, others: tuple[SuiteResult, ...] = ()) -> Path:
     picture = tmp_path / "wide.png"
     photo(0).resize((2400, 900)).save(picture)
-    exhibits = [[Exhibit("found: the nearest pictures", picture)], []]
+    exhibits = [[Figure("found: the nearest pictures", picture)], []]
     return write_report(found, exhibits, others, "elsewhere", tmp_path, tmp_path)[0]
 
 

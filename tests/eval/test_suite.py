@@ -13,7 +13,7 @@ from helpers.tars import tar_of
 from rich.console import Console
 
 from nev.config.base import ConfigError
-from nev.embed.images import Work
+from nev.embed.images import EmbedJob
 from nev.eval.evaluate_suite import evaluate_suite
 from nev.eval.suite import collection
 from nev.eval.suite.results import SuiteResult
@@ -127,7 +127,7 @@ def test_a_suite_from_its_file_to_its_page(
     embedded: list[int] = []
     embed_all = collection.embed_all
 
-    def counting(works: list[Work], *rest: Any) -> Iterator[Any]:
+    def counting(works: list[EmbedJob], *rest: Any) -> Iterator[Any]:
         embedded.append(len(works))
         yield from embed_all(works, *rest)
 

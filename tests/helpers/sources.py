@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nev.data.rows import Row
-from nev.data.sources import SOURCES, SourceOptions, rows_of
+from nev.data.sources import SOURCES, SourceOptions, iterate_rows
 
 
 def read(kind: str, inputs: Sequence[str | Path], options: SourceOptions) -> Iterator[Row]:
     """All rows of a source."""
-    return rows_of(SOURCES[kind](inputs, options))
+    return iterate_rows(SOURCES[kind](inputs, options))

@@ -17,7 +17,7 @@ from nev.config.experiment import Experiment
 from nev.config.file import parse, read_yaml
 from nev.data.index import build_index
 from nev.eval.suite.schema import METRICS, load_suite
-from nev.eval.validation.scoring import measure_names
+from nev.eval.validation.scoring import list_metric_names
 from nev.eval.validation.task import Validation, val_reader
 from nev.sweep.config import Sweep
 from nev.sweep.follower import numbers
@@ -179,7 +179,7 @@ def test_shipped_sweeps_are_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -
     of_suite = load_suite(shipped.suite).tasks if shipped.suite else ()
     for trial in trials:
         zero_shot, retrieves = trial.experiment.eval.zero_shot, trial.experiment.eval.retrieval
-        known = measure_names(1000 if zero_shot else 0, 5 if retrieves else 0) if zero_shot or retrieves else set()
+        known = list_metric_names(1000 if zero_shot else 0, 5 if retrieves else 0) if zero_shot or retrieves else set()
         known |= {f"{task.name}/{metric}" for task in of_suite for metric in METRICS[task.kind]}
         assert set(shipped.metrics) <= known, dict(trial.arm)
 

@@ -25,7 +25,7 @@ from nev.config.file import parse
 from nev.data.block import Block
 from nev.eval.evaluate import evaluate_checkpoint
 from nev.eval.validation.validate import score
-from nev.eval.validation.vectors import load_kept
+from nev.eval.validation.vectors import load_vectors
 from nev.losses.contrastive import contrastive_loss
 from nev.losses.gather import gather
 from nev.models.dual_encoder import DualEncoder, Embedded
@@ -221,7 +221,7 @@ def test_without_a_lock_both_towers_learn_and_go_on_bit_for_bit(tiny: Make, text
     moved = weight_digests(tower.model)
     assert sum(moved[name] != digest for name, digest in weight_digests(text.model).items()) > 90
     assert job.validation
-    embedded, texts = load_kept(newest, job.validation) or pytest.fail("not kept")
+    embedded, texts = load_vectors(newest, job.validation) or pytest.fail("not kept")
     metrics = dict(read_manifest(newest)["metrics"])
     assert metrics.pop("space/text_drift") > 0  # of the tower, not of what it scores
     assert score(job.validation, embedded, texts) == metrics

@@ -22,7 +22,7 @@ from nev.data.block import BlockReader
 from nev.data.index import build_index
 from nev.data.plan import Segment
 from nev.data.sidecar import sidecar_key, write_sidecar
-from nev.eval.validation.vectors import load_kept
+from nev.eval.validation.vectors import load_vectors
 from nev.models.lock import CANARIES, refuse_other_vectors
 from nev.models.text import TextTower, load_text, make_text_encoder, weight_digests
 from nev.models.vision import build_vision
@@ -138,14 +138,14 @@ def test_kept_texts_are_those_that_are_asked_for(tiny: Make, text: TextTower) ->
     newest = latest_checkpoint(job.run)
     assert newest
     assert job.validation
-    assert load_kept(newest, job.validation)
+    assert load_vectors(newest, job.validation)
     names = tuple(reversed(job.validation.classes.names))  # type: ignore[union-attr]
     others = [
         dataclasses.replace(job.validation, classes=job.validation.classes._replace(names=names)),  # type: ignore[union-attr]
         dataclasses.replace(job.validation, classes=None),
         dataclasses.replace(job.validation, retrieval=False),
     ]
-    assert [load_kept(newest, other) for other in others] == [None] * 3
+    assert [load_vectors(newest, other) for other in others] == [None] * 3
 
 
 def test_another_tower_than_the_files_is_refused(tiny: Make, text: TextTower, tmp_path: Path) -> None:

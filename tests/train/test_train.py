@@ -19,7 +19,7 @@ from nev.config.experiment import Experiment
 from nev.config.paths import with_absolute_paths
 from nev.data.block import Block
 from nev.eval.validation.validate import score
-from nev.eval.validation.vectors import kept_file, load_kept
+from nev.eval.validation.vectors import load_vectors, vectors_file
 from nev.models.text import TextTower
 from nev.models.vision import build_vision
 from nev.runs import checkpoint
@@ -218,10 +218,10 @@ def test_the_vectors_of_the_validation_are_in_the_checkpoint(tiny: Make, text: T
     newest = latest_checkpoint(job.run)
     assert newest
     assert job.validation
-    kept = load_kept(newest, job.validation)
+    kept = load_vectors(newest, job.validation)
     assert kept
     assert score(job.validation, *kept) == read_manifest(newest)["metrics"]
-    assert kept_file(job.validation) in read_manifest(newest)["sha256"], "checksummed with the rest"
+    assert vectors_file(job.validation) in read_manifest(newest)["sha256"], "checksummed with the rest"
 
 
 def test_best_without_a_validation_set_is_refused(tiny: Make, text: TextTower) -> None:

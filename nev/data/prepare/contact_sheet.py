@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from nev.config.data import Limits
 from nev.data.decode import BadImage, read_header, shrink_for
-from nev.data.rows import captions_of
+from nev.data.rows import parse_captions
 from nev.storage.files import filesystem, open_parquet
 from nev.storage.reading import CUT_SHORT, read_errors_as_data_errors
 
@@ -41,7 +41,7 @@ def contact_sheet(shard: str, limits: Limits) -> bytes:
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
     for at, row in enumerate(batch):
         x, y = GAP + at % COLUMNS * step_x, GAP + at // COLUMNS * step_y
-        picture, text = _cell(row["image"], captions_of(row["caption"])[0], limits)
+        picture, text = _cell(row["image"], parse_captions(row["caption"])[0], limits)
         sheet.paste(picture, (x + (CELL - picture.width) // 2, y + (CELL - picture.height) // 2))
         lines = textwrap.wrap(text, LINE_CHARACTERS, max_lines=LINES, placeholder=" …")
         draw.text((x, y + CELL), "\n".join(lines), "black", font, spacing=1)

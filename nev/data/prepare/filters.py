@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from nev.config.base import Positive, Section
 from nev.config.data import Limits
 from nev.data.decode import BadImage, read_header
-from nev.data.rows import Row, captions_of
+from nev.data.rows import Row, parse_captions
 from nev.data.uids import Keys, find
 
 HASH_BYTES = 16
@@ -86,7 +86,7 @@ def _rules(filters: Filters, limits: Limits, listed: Keys | None) -> list[Rule]:
 
 def _fitting(row: Row, filters: Filters) -> list[str]:
     low, high = filters.min_caption or 0, filters.max_caption or float("inf")
-    return [caption for caption in captions_of(row["caption"]) if low <= len(caption) <= high]
+    return [caption for caption in parse_captions(row["caption"]) if low <= len(caption) <= high]
 
 
 def _scored(least: float) -> Rule:

@@ -89,7 +89,7 @@ def _rows(batches: list[pa.RecordBatch], which: NDArray[np.int64], at: NDArray[n
     return rows
 
 
-def runs_of(parts: list[tuple[list[str], int]]) -> Iterator[tuple[str, int]]:
+def list_runs(parts: list[tuple[list[str], int]]) -> Iterator[tuple[str, int]]:
     """(location, place in the input of the part's first row) of all runs, from (locations of its runs, rows) of each part."""
     first = 0
     for runs, rows in parts:

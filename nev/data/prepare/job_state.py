@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from nev.config.base import ConfigError
 from nev.data.index import UNFINISHED
-from nev.data.prepare.shards import shards_in
+from nev.data.prepare.shards import list_shards
 from nev.storage.files import PARALLEL_REQUESTS, filesystem, is_local, join, list_entries, make_folder, write_atomic
 from nev.storage.reading import DataError, read_errors_as_data_errors, write_errors_as_data_errors
 
@@ -44,19 +44,19 @@ class State(NamedTuple):
     shards: dict[str, int]
 
 
-def work_in(output: str) -> str:
+def work_folder(output: str) -> str:
     """The folder of the work on the split `output`."""
     return join(output, UNFINISHED)
 
 
-def begin(output: str, facts: Facts | None, stamps: Sequence[str], overwrite: bool) -> State:
+def start_or_resume(output: str, facts: Facts | None, stamps: Sequence[str], overwrite: bool) -> State:
     """Begin the job `facts` in the folder `output`, or go on with it if it was begun there.
 
     facts: JSON; None for a job that can only be begun. stamps: of the parts of its input. Raises ConfigError where
     shards are there and `overwrite` is not set, and where something of another job is done, unless `overwrite` is set: that
     job's work is removed then.
     """
-    work, shards = work_in(output), shards_in(output)
+    work, shards = work_folder(output), list_shards(output)
     facts, stamps = json.loads(json.dumps(facts)), list(stamps)  # as they are read again
     if len(set(stamps)) < len(stamps) or not all(re.fullmatch(r"\w+", stamp) for stamp in stamps):
         raise ValueError(f"stamps of parts must be words, and differ: {stamps}")
@@ -132,7 +132,7 @@ def remove(work: str) -> None:
             fs.rmdir(path)
 
 
-def forget(work: str, stamps: Iterable[str]) -> None:
+def discard_parts(work: str, stamps: Iterable[str]) -> None:
     """Remove parts that are not asked for."""
     fs, path = filesystem(work)
     with write_errors_as_data_errors(work):
@@ -180,7 +180,7 @@ def write_json(location: str, content: Facts) -> None:
 
 
 @contextmanager
-def alone(output: str) -> Iterator[None]:
+def exclusive_lock(output: str) -> Iterator[None]:
     """Keep other processes on this machine from preparing the same local folder; on S3 nobody is kept away.
 
     Raises ConfigError where another one does. The lock goes with the process, however that ends. File systems without locks

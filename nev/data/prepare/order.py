@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nev.data import labels
-from nev.data.labels import Known, Names
+from nev.data.labels import ClassNames, Names
 from nev.data.prepare.job_state import Facts
-from nev.data.prepare.scatter import PartKeys, bucket_of
+from nev.data.prepare.scatter import PartKeys, assign_bucket
 from nev.data.uids import KEY, Keys
 
 DUPLICATE_UID = "duplicate uid"
@@ -49,7 +49,7 @@ class Shard(NamedTuple):
     left_out: NDArray[np.int64]
 
 
-def order_of(parts: Sequence[PartKeys]) -> Order:
+def compute_order(parts: Sequence[PartKeys]) -> Order:
     """Put the rows in order. Of equal uids the first in the input stays, then of equal images, where hashes are given."""
     digests = np.concatenate([part.digests for part in parts])
     images = np.concatenate([part.images for part in parts])
@@ -77,17 +77,17 @@ def _equal_before(keys: Keys) -> NDArray[np.bool_]:
     return np.asarray(keys[1:] == keys[:-1])
 
 
-def shard_of(order: Order, number: int, rows_per_shard: int) -> Shard:
+def find_shard(order: Order, number: int, rows_per_shard: int) -> Shard:
     """What shard `number` gets: `rows_per_shard` rows, the last one of a set the rest."""
     own = order.kept[number * rows_per_shard : (number + 1) * rows_per_shard]
     low, high = (bytes(digest).ljust(KEY.itemsize, b"\0") for digest in (own[0], own[-1]))  # NumPy strips zeros
     first, end = np.searchsorted(order.left_digests, low), np.searchsorted(order.left_digests, high, side="right")
     buckets = order.offsets.shape[1] - 1
-    ranges = order.offsets[:, [bucket_of(low, buckets), bucket_of(high, buckets) + 1]]
+    ranges = order.offsets[:, [assign_bucket(low, buckets), assign_bucket(high, buckets) + 1]]
     return Shard(number, len(own), low, high, ranges, order.left_out[first:end])
 
 
-def merged(parts: Sequence[Facts], known: Known | None) -> Facts:
+def merge_keys(parts: Sequence[Facts], known: ClassNames | None) -> Facts:
     """What all parts together say. Raises ConfigError where they call a label by two names."""
     dropped: Counter[str] = Counter()
     names: Names = {}

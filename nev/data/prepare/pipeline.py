@@ -20,14 +20,23 @@ from nev.config.data import Limits
 from nev.data import labels, sidecar
 from nev.data.prepare.contact_sheet import contact_sheet
 from nev.data.prepare.filters import Filters
-from nev.data.prepare.gather import Gather, gather, runs_of
-from nev.data.prepare.job_state import Facts, State, alone, begin, forget, remove, work_in, write_json
-from nev.data.prepare.order import Order, merged, order_of, shard_of
+from nev.data.prepare.gather import Gather, gather, list_runs
+from nev.data.prepare.job_state import (
+    Facts,
+    State,
+    discard_parts,
+    exclusive_lock,
+    remove,
+    start_or_resume,
+    work_folder,
+    write_json,
+)
+from nev.data.prepare.order import Order, compute_order, find_shard, merge_keys
 from nev.data.prepare.resize import Resize
-from nev.data.prepare.scatter import Scatter, buckets_for, fetch_keys, read_keys, run_location, scatter, seed_key
-from nev.data.prepare.shards import Layout, schema_of, shard_location, shards_in
+from nev.data.prepare.scatter import Scatter, count_buckets, fetch_keys, read_keys, run_location, scatter, seed_key
+from nev.data.prepare.shards import Layout, infer_schema, list_shards, shard_location
 from nev.data.rows import Row
-from nev.data.sources.common import S3, Part, Source, stamp_of
+from nev.data.sources.common import S3, Part, Source, hash_content
 from nev.data.uids import read_uids
 from nev.storage.files import PARALLEL_REQUESTS, filesystem, is_local, join, write_atomic
 from nev.storage.reading import write_errors_as_data_errors
@@ -90,9 +99,9 @@ def prepare(
     Beside the folder: classes.txt, and <folder>-samples.png with some of the pictures. memory_bytes: of the rows that a task
     holds before it writes them out. The result depends on neither `memory_bytes` nor `run`.
 
-    A call that is cut off leaves `output/_prepare`; the same call goes on with it. Raises ConfigError as `begin`, `alone`,
-    `Layout.check` and the source's reader do, where no row is left, and where a label has two names: older shards are then
-    still there. Raises DataError where storage fails.
+    A call that is cut off leaves `output/_prepare`; the same call goes on with it. Raises ConfigError as `start_or_resume`,
+    `exclusive_lock`, `Layout.check` and the source's reader do, where no row is left, and where a label has two names: older
+    shards are then still there. Raises DataError where storage fails.
     """
     began = time.perf_counter()
     limits, filters, layout = limits or Limits(), filters or Filters(), layout or Layout()
@@ -100,28 +109,28 @@ def prepare(
     layout.check()
     output = _absolute(os.fspath(output))
     if limit is not None:
-        every = Part(stamp_of([part.stamp for part in source.parts]), [part.content for part in source.parts])
+        every = Part(hash_content([part.stamp for part in source.parts]), [part.content for part in source.parts])
         source = source._replace(parts=[every], read=partial(_first_rows, read=source.read, limit=limit))
     job = Scatter(
-        work=work_in(output),
+        work=work_folder(output),
         read=source.read,
         seed_key=seed_key(seed),
-        buckets=buckets_for(source.nbytes),
+        buckets=count_buckets(source.nbytes),
         memory_bytes=memory_bytes,
         limits=limits,
         filters=filters,
         listed=None if filters.uids is None else read_uids(filters.uids),
         resize=resize,
         threads=(os.cpu_count() or 1) if run is run_here else 1,
-        known=labels.known(join(_parent(output), "classes.txt")),
+        known=labels.read_class_names(join(_parent(output), "classes.txt")),
     )
     facts = None
     if source.facts is not None:
         more = {"seed": seed, "limit": limit, "rows_per_shard": layout.rows_per_shard}
         facts = {**source.facts, **_facts(filters, resize), **more, "row_group_rows": layout.row_group_rows}
         facts |= {"limits": limits.model_dump(), "format": FORMAT}
-    with alone(output):
-        state = begin(output, facts, [part.stamp for part in source.parts], layout.overwrite)
+    with exclusive_lock(output):
+        state = start_or_resume(output, facts, [part.stamp for part in source.parts], layout.overwrite)
         if not source.parts:
             raise ConfigError("the source has no parts: nothing to read")
         for part in state.parts.values():  # of one size for all, though an input that was mended is larger
@@ -135,7 +144,7 @@ def prepare(
             state = State(state.job, {}, plan, {})
         shards = _gathered(output, plan, order, state, job, layout, run, progress)
         classes, samples = _beside(output, plan, limits, progress)
-        nbytes = sum(shards_in(output).values())
+        nbytes = sum(list_shards(output).values())
         remove(job.work)
     return Report(
         rows_in=plan["rows_in"],
@@ -160,7 +169,7 @@ def _scattered(source: Source, state: State, job: Scatter, run: Run, progress: P
         parts[part["stamp"]] = part
         rows += part["rows_in"]
         progress.read(len(parts), len(source.parts), rows)
-    forget(job.work, state.parts.keys() - stamps)
+    discard_parts(job.work, state.parts.keys() - stamps)
     return [parts[part.stamp] for part in source.parts]
 
 
@@ -169,7 +178,7 @@ def _cut(output: str, parts: list[Facts], state: State, job: Scatter, layout: La
 
     With them go their sidecars: vectors of captions that lay in other rows.
     """
-    plan = merged(parts, job.known) | {"job": state.job}
+    plan = merge_keys(parts, job.known) | {"job": state.job}
     # Beside its runs a part has keys.npz.
     plan["parts"] = [[part["stamp"], part["rows"], len(part["files"]) - 1] for part in parts]
     order = _order(job.work, plan)
@@ -193,7 +202,7 @@ def _order(work: str, plan: Facts) -> Order:
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         stamps = [stamp for stamp, *_ in plan["parts"]]
         contents = pool.map(partial(fetch_keys, work), stamps)
-        return order_of([read_keys(content, work, part) for part, content in zip(stamps, contents, strict=True)])
+        return compute_order([read_keys(content, work, part) for part, content in zip(stamps, contents, strict=True)])
 
 
 def _gathered(
@@ -216,14 +225,14 @@ def _gathered(
         return shards
     order = order or _order(job.work, plan)
     runs = [([run_location(job.work, stamp, run) for run in range(runs)], rows) for stamp, rows, runs in plan["parts"]]
-    schema = schema_of(plan["seen"], "captions" in plan["seen"])
-    task = partial(gather, job=Gather(output, job.work, list(runs_of(runs)), schema, layout.row_group_rows))
+    schema = infer_schema(plan["seen"], "captions" in plan["seen"])
+    task = partial(gather, job=Gather(output, job.work, list(list_runs(runs)), schema, layout.row_group_rows))
     needs = TASK_BYTES
     if not is_local(filesystem(output)[0]):
         run_bytes = int(order.offsets[:, -1].sum())
         needs += run_bytes // len(shards) + 2 * run_bytes // job.buckets
     done = len(shards) - len(missing)
-    for written in run(task, [shard_of(order, number, size) for number in missing], needs):
+    for written in run(task, [find_shard(order, number, size) for number in missing], needs):
         done += 1
         rows += written
         progress.written(done, len(shards), rows)
@@ -234,7 +243,7 @@ def _beside(output: str, plan: Facts, limits: Limits, progress: Progress) -> tup
     """Write classes.txt and the contact sheet; return where they are, the first if there is one."""
     parent, name = _parent(output), output.rpartition("/")[2]
     classes, samples = join(parent, "classes.txt"), join(parent, f"{name}-samples.png")
-    known = labels.known(classes)
+    known = labels.read_class_names(classes)
     if known:  # another split may have written it since this one was begun
         for label, called, uid in plan["named"]:
             labels.add({}, label, called, uid, known)

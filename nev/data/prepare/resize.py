@@ -29,7 +29,7 @@ class Resize(Section):
     quality: Annotated[int, Field(ge=1, le=100)] = 90
 
 
-def resized(
+def resize_image(
     rows: Iterable[Row], resize: Resize, limits: Limits, dropped: Counter[str], threads: int = 1
 ) -> Iterator[Row]:
     """Pass on the rows in their order, larger pictures made smaller; one that can't be is dropped and counted.
@@ -39,7 +39,7 @@ def resized(
     rows = iter(rows)
     with ThreadPoolExecutor(threads) as pool:  # Pillow and libjpeg-turbo let go of the interpreter while they work
         while chunk := list(islice(rows, AHEAD * threads)):
-            images = pool.map(partial(smaller, resize=resize, limits=limits), (row["image"] or b"" for row in chunk))
+            images = pool.map(partial(shrink, resize=resize, limits=limits), (row["image"] or b"" for row in chunk))
             for row, image in zip(chunk, images, strict=True):
                 if image is None:
                     dropped["image can't be resized"] += 1
@@ -47,7 +47,7 @@ def resized(
                     yield {**row, "image": image}
 
 
-def smaller(image: bytes, resize: Resize, limits: Limits) -> bytes | None:
+def shrink(image: bytes, resize: Resize, limits: Limits) -> bytes | None:
     """Encoded bytes of the picture with its shorter side at `resize.side`, upright; None where it can't be decoded or encoded."""
     from PIL import Image
 

@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 
 from nev.config.data import Limits
 from nev.data import labels
-from nev.data.labels import Known, Names
+from nev.data.labels import ClassNames, Names
 from nev.data.prepare.filters import Filters, select
 from nev.data.prepare.job_state import DAMAGED, Facts, write_json
-from nev.data.prepare.resize import Resize, resized
-from nev.data.prepare.shards import OPTIONAL, SCHEMA, table_of
-from nev.data.rows import Row, captions_of, usable
+from nev.data.prepare.resize import Resize, resize_image
+from nev.data.prepare.shards import OPTIONAL, SCHEMA, build_table
+from nev.data.rows import Row, parse_captions, usable_rows
 from nev.data.sources.common import Part
 from nev.data.uids import KEY, Keys
 from nev.storage.files import filesystem, join, make_folder, write_atomic
@@ -57,7 +57,7 @@ class Scatter(NamedTuple):
     listed: Keys | None
     resize: Resize | None
     threads: int
-    known: Known | None
+    known: ClassNames | None
 
 
 class PartKeys(NamedTuple):
@@ -73,12 +73,12 @@ def seed_key(seed: int) -> bytes:
     return hashlib.blake2b(str(seed).encode(), digest_size=16).digest()
 
 
-def buckets_for(nbytes: int) -> int:
+def count_buckets(nbytes: int) -> int:
     """How many buckets an input of this size is scattered over."""
     return min(max(1, -(-nbytes // BUCKET_BYTES)), MAX_BUCKETS)
 
 
-def bucket_of(digest: bytes, buckets: int) -> int:
+def assign_bucket(digest: bytes, buckets: int) -> int:
     """The bucket of a digest: buckets are in the order of digests."""
     return int.from_bytes(digest[:8], "big") * buckets >> 64
 
@@ -99,14 +99,14 @@ def scatter(part: Part, job: Scatter) -> Facts:
     highest = -1
     make_folder(*filesystem(folder))
     chosen = select(
-        usable(_counted(job.read(part.content), read), dropped, job.limits),
+        usable_rows(_counted(job.read(part.content), read), dropped, job.limits),
         job.filters,
         job.limits,
         dropped,
         job.listed,
     )
-    small = resized(chosen, job.resize, job.limits, dropped, job.threads) if job.resize else chosen
-    for rows in held(labels.watch(small, names, job.known), job.memory_bytes):
+    small = resize_image(chosen, job.resize, job.limits, dropped, job.threads) if job.resize else chosen
+    for rows in batches_in_memory(labels.watch(small, names, job.known), job.memory_bytes):
         own = [
             hashlib.blake2b(row["uid"].encode(), digest_size=KEY.itemsize, key=job.seed_key).digest() for row in rows
         ]
@@ -117,7 +117,7 @@ def scatter(part: Part, job: Scatter) -> Facts:
         images += b"".join(row["image_hash"] for row in rows if "image_hash" in row)
         highest = max(highest, *(-1 if (label := row.get("label")) is None else label for row in rows))
         seen.update(name for name in OPTIONAL for row in rows if row.get(name) is not None)
-        if any(len(captions_of(row["caption"])) > 1 for row in rows):
+        if any(len(parse_captions(row["caption"])) > 1 for row in rows):
             seen.add("captions")
     keys = PartKeys(
         np.frombuffer(digests, KEY),
@@ -171,13 +171,13 @@ def _keys_location(work: str, stamp: str) -> str:
     return join(work, f"part-{stamp}", "keys.npz")
 
 
-def held(rows: Iterable[Row], memory_bytes: int) -> Iterator[list[Row]]:
+def batches_in_memory(rows: Iterable[Row], memory_bytes: int) -> Iterator[list[Row]]:
     """The rows in lists, each as long as memory allows. A list is emptied when the next one is asked for."""
     some: list[Row] = []
     size = 0
     for row in rows:
         some.append(row)
-        said = sum(STRING_BYTES + len(caption) for caption in captions_of(row["caption"]))
+        said = sum(STRING_BYTES + len(caption) for caption in parse_captions(row["caption"]))
         size += len(row["image"] or b"") + said + ROW_OVERHEAD
         if size >= memory_bytes:
             yield some
@@ -199,11 +199,11 @@ def _write_run(location: str, rows: list[Row], digests: list[bytes], first: int,
     fs, path = filesystem(location)
     order = sorted(range(len(rows)), key=digests.__getitem__)
     with write_errors_as_data_errors(location), fs.open(path, "wb") as sink:
-        for bucket, members in groupby(order, key=lambda at: bucket_of(digests[at], buckets)):
+        for bucket, members in groupby(order, key=lambda at: assign_bucket(digests[at], buckets)):
             places = list(members)
             start = 0
-            for some in held((rows[at] for at in places), MESSAGE_BYTES):
-                table = table_of(some, SCHEMA)
+            for some in batches_in_memory((rows[at] for at in places), MESSAGE_BYTES):
+                table = build_table(some, SCHEMA)
                 own = places[start : start + len(some)]
                 start += len(some)
                 columns = [

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nev.config.base import ConfigError
-from nev.data.rows import Row, captions_of
+from nev.data.rows import Row, parse_captions
 from nev.storage.files import filesystem, join
 from nev.storage.reading import read_errors_as_data_errors
 
@@ -54,7 +54,7 @@ def shard_location(folder: str, number: int) -> str:
     return join(folder, f"{number:05d}.parquet")
 
 
-def shards_in(folder: str) -> dict[str, int]:
+def list_shards(folder: str) -> dict[str, int]:
     """File name -> bytes of the shards in `folder` (path or URL); none where there is no such folder.
 
     Raises ConfigError for other parquet files there, or in a folder below: they would be read as part of the split.
@@ -79,7 +79,7 @@ def shards_in(folder: str) -> dict[str, int]:
     return shards
 
 
-def schema_of(optional: Collection[str], several: bool) -> pa.Schema:
+def infer_schema(optional: Collection[str], several: bool) -> pa.Schema:
     """The columns of a set's shards: of `OPTIONAL` those that occur, and lists of captions if any row has `several`."""
     fields = [field for field in SCHEMA if field.name not in OPTIONAL or field.name in optional]
     single = pa.field("caption", pa.string())
@@ -98,13 +98,13 @@ def write_shard(sink: Any, groups: Iterable[list[Row]], schema: pa.Schema) -> No
         write_statistics=[name for name in columns if name == "label"],
     ) as writer:
         for rows in groups:
-            writer.write_table(table_of(rows, schema), row_group_size=len(rows))
+            writer.write_table(build_table(rows, schema), row_group_size=len(rows))
 
 
-def table_of(rows: list[Row], schema: pa.Schema) -> pa.Table:
+def build_table(rows: list[Row], schema: pa.Schema) -> pa.Table:
     """The rows as a table of the columns in `schema`."""
     columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in schema.names}
-    captions = [captions_of(row["caption"]) for row in rows]
+    captions = [parse_captions(row["caption"]) for row in rows]
     one = schema.field("caption").type == pa.string()
     columns["caption"] = [first for (first,) in captions] if one else captions
     return pa.table(columns, schema=schema)

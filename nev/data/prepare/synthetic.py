@@ -26,7 +26,7 @@ from nev.config.base import ConfigError
 from nev.data.prepare.pipeline import Progress, Report, prepare
 from nev.data.prepare.shards import Layout
 from nev.data.rows import Row
-from nev.data.sources.common import of_rows
+from nev.data.sources.common import make_source
 from nev.storage.files import join
 
 Point = tuple[float, float]
@@ -252,7 +252,7 @@ def write_synthetic(
             raise ConfigError(f"{split}: {count} pictures can't show all {len(CLASSES)} classes; ask for more")
     return {
         split: prepare(
-            of_rows(
+            make_source(
                 render_all(count, seed, split, processes),
                 nbytes=count * PICTURE_BYTES,
                 facts={"source": "synthetic", "split": split, "pictures": count},

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from nev.data.sources import datacomp, folder, hf_parquet, webdataset
-from nev.data.sources.common import Part, Source, SourceOptions, find_files, of_rows, refuse_inside, rows_of
+from nev.data.sources.common import Part, Source, SourceOptions, find_files, iterate_rows, make_source, refuse_inside
 
 SOURCES: dict[str, Callable[[Iterable[str | Path], SourceOptions], Source]] = {
     "webdataset": webdataset.source,
@@ -16,4 +16,4 @@ SOURCES: dict[str, Callable[[Iterable[str | Path], SourceOptions], Source]] = {
     "folder-classes": folder.classes,
 }
 
-__all__ = ["SOURCES", "Part", "Source", "SourceOptions", "find_files", "of_rows", "refuse_inside", "rows_of"]
+__all__ = ["SOURCES", "Part", "Source", "SourceOptions", "find_files", "iterate_rows", "make_source", "refuse_inside"]

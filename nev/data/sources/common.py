@@ -89,32 +89,32 @@ class Source(NamedTuple):
     facts: dict[str, Any] | None
 
 
-def rows_of(source: Source) -> Iterator[Row]:
+def iterate_rows(source: Source) -> Iterator[Row]:
     """All rows of a source, in the order of its parts."""
     return chain.from_iterable(source.read(part.content) for part in source.parts)
 
 
-def of_rows(rows: Iterable[Row], nbytes: int = 0, facts: dict[str, Any] | None = None) -> Source:
+def make_source(rows: Iterable[Row], nbytes: int = 0, facts: dict[str, Any] | None = None) -> Source:
     """The source of rows at hand: one part, read in this process."""
     return Source([Part("rows", rows)], iter, nbytes, facts)
 
 
-def fill(templates: tuple[str, ...], name: str) -> list[str]:
+def fill_templates(templates: tuple[str, ...], name: str) -> list[str]:
     """The captions of a class: each template about its name, whose underscores are read as spaces."""
     return [template.replace("{}", name.replace("_", " ")) for template in templates]
 
 
-def facts_of(kind: str, options: SourceOptions, **more: str) -> dict[str, Any]:
+def describe_options(kind: str, options: SourceOptions, **more: str) -> dict[str, Any]:
     """What the rows of every part depend on, of whatever files it has."""
     return {"source": kind, **more, **options.model_dump(mode="json")}
 
 
-def stamp_of(content: Any) -> str:
+def hash_content(content: Any) -> str:
     """A short digest of JSON."""
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=12).hexdigest()
 
 
-def parts_of(files: Iterable[File], part_bytes: int) -> list[Part]:
+def group_files(files: Iterable[File], part_bytes: int) -> list[Part]:
     """The locations of `files`, in order, in groups of `part_bytes` at most; a larger file is a group of its own."""
     groups: list[list[File]] = []
     held = 0
@@ -124,7 +124,7 @@ def parts_of(files: Iterable[File], part_bytes: int) -> list[Part]:
             held = 0
         groups[-1].append(file)
         held += file.size
-    return [Part(stamp_of(group), [file.location for file in group]) for group in groups]
+    return [Part(hash_content(group), [file.location for file in group]) for group in groups]
 
 
 def find_files(inputs: Iterable[str | Path], suffixes: tuple[str, ...]) -> list[File]:
@@ -175,12 +175,12 @@ def _local(given: str) -> tuple[list[File], bool]:
     if path.is_file():
         return [_stamped(path)], False
     if path.is_dir():
-        return [_stamped(file) for file in inside(path) if file.is_file()], True
+        return [_stamped(file) for file in list_folder(path) if file.is_file()], True
     matches = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
     return [_stamped(file) for file in matches if file.is_file()], False
 
 
-def inside(folder: Path) -> list[Path]:
+def list_folder(folder: Path) -> list[Path]:
     """What lies in a folder of this machine at any depth, sorted, but for names with '_' or '.' in front.
 
     Raises ConfigError for a link to a folder: what is behind it would be left out, or be read again and again.
@@ -236,12 +236,12 @@ def shared_folder(folders: Iterable[str]) -> str:
     return "/".join(shared)
 
 
-def name_in(folder: str, location: str) -> str:
+def relative_name(folder: str, location: str) -> str:
     """The name of `location` from `folder`, which holds it."""
     return location.removeprefix(folder).lstrip("/")
 
 
-def folder_of(location: str) -> str:
+def parent_folder(location: str) -> str:
     """The folder of a file."""
     return location.rpartition("/")[0]
 

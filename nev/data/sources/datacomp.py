@@ -21,8 +21,16 @@ import pyarrow.parquet as pq
 from nev.config.base import ConfigError
 from nev.data.rows import Row
 from nev.data.sources import webdataset
-from nev.data.sources.common import Source, SourceOptions, facts_of, find_files, input_file, parts_of, stamp_of
-from nev.data.uids import BATCH_ROWS, Keys, find, keys_of
+from nev.data.sources.common import (
+    Source,
+    SourceOptions,
+    describe_options,
+    find_files,
+    group_files,
+    hash_content,
+    input_file,
+)
+from nev.data.uids import BATCH_ROWS, Keys, find, hash_uids
 from nev.storage.files import filesystem, open_parquet
 
 CAPTIONS = ("text", "caption")
@@ -46,10 +54,10 @@ def source(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
         raise ConfigError("a DataComp source needs its metadata parquet (--metadata): they hold the captions")
     files = find_files(options.metadata, (".parquet",))
     return Source(
-        parts_of(tars, options.part_bytes),
+        group_files(tars, options.part_bytes),
         partial(read, metadata=_load([file.location for file in files], options), options=options),
         sum(file.size for file in tars),
-        facts_of("datacomp", options, metadata_files=stamp_of(files)),
+        describe_options("datacomp", options, metadata_files=hash_content(files)),
     )
 
 
@@ -81,7 +89,7 @@ def _load(files: list[str], options: SourceOptions) -> Metadata:
         ):
             uid, *names = _columns(file.schema_arrow, options, path)
             for batch in file.iter_batches(BATCH_ROWS, columns=[uid, *names]):
-                keys.append(keys_of([value or "" for value in batch.column(uid).to_pylist()]))
+                keys.append(hash_uids([value or "" for value in batch.column(uid).to_pylist()]))
                 kinds = (pa.large_string(), pa.float64())
                 columns = [pc.cast(batch.column(name), kind) for name, kind in zip(names, kinds, strict=False)]
                 tables.append(pa.table(columns, names=["text", "score"][: len(names)]))

@@ -16,20 +16,20 @@ from typing import NamedTuple
 
 from nev.config.base import ConfigError
 from nev.config.data import Limits
-from nev.data.rows import Row, captions_of
+from nev.data.rows import Row, parse_captions
 from nev.data.sources.common import (
     S3,
     Part,
     Source,
     SourceOptions,
-    facts_of,
-    fill,
+    describe_options,
+    fill_templates,
     find_files,
-    folder_of,
-    inside,
-    name_in,
+    hash_content,
+    list_folder,
+    parent_folder,
+    relative_name,
     shared_folder,
-    stamp_of,
 )
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -58,23 +58,26 @@ def captions(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
     captions of all tables are held in memory. Raises ConfigError for a table that is not readable or lacks a column.
     """
     tables = find_files(_at_home(inputs), TABLES)
-    root = shared_folder(folder_of(table.location) for table in tables)
+    root = shared_folder(parent_folder(table.location) for table in tables)
     found: dict[str, Picture] = {}
     for table in tables:
-        folder = folder_of(table.location)
+        folder = parent_folder(table.location)
         for name, said in _captions(Path(table.location), options).items():
             path = str(Path(folder, name))
             if path in found:
-                found[path].row["caption"] = [*captions_of(found[path].row["caption"]), *said]
+                found[path].row["caption"] = [*parse_captions(found[path].row["caption"]), *said]
                 continue
-            row: Row = {"uid": str(PurePosixPath(name_in(root, folder)) / name), "image": None, "caption": said}
+            row: Row = {"uid": str(PurePosixPath(relative_name(root, folder)) / name), "image": None, "caption": said}
             if Path(name).suffix.lower() not in IMAGES:
                 row["reject"] = "not an image file"
             found[path] = Picture(row, folder, path)
     pictures = list(found.values())
     nbytes = len(pictures) * PICTURE_BYTES
     return Source(
-        _parts(pictures, _stamps(found)), partial(read, limits=options.limits), nbytes, facts_of("captions", options)
+        _parts(pictures, _stamps(found)),
+        partial(read, limits=options.limits),
+        nbytes,
+        describe_options("captions", options),
     )
 
 
@@ -93,11 +96,11 @@ def classes(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
     found = [(root, file) for root, given in roots for file in _images(root, given)]
     names = sorted({file.relative_to(root).parts[0] for root, file in found if file.parent != root})
     labels = {name: label for label, name in enumerate(names)}
-    said = {name: fill(options.templates, name) for name in names}
+    said = {name: fill_templates(options.templates, name) for name in names}
     shared = shared_folder(str(root) for root, _ in roots)
     pictures = []
     for root, file in found:
-        row: Row = {"uid": name_in(shared, str(file)), "image": None, "caption": None}
+        row: Row = {"uid": relative_name(shared, str(file)), "image": None, "caption": None}
         if file.parent == root:
             row["reject"] = "not in the folder of a class"
         else:
@@ -110,7 +113,7 @@ def classes(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
         _parts(pictures, stamps),
         partial(read, limits=options.limits),
         nbytes,
-        facts_of("classes", options),
+        describe_options("classes", options),
     )
 
 
@@ -151,7 +154,9 @@ def _stamps(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
 def _parts(pictures: list[Picture], stamps: dict[str, tuple[int, int]] | None = None) -> list[Part]:
     """`pictures` in parts, each known by its rows and, where they are given, (bytes, mtime in ns) of its files by path."""
     parts = [pictures[at : at + PART_PICTURES] for at in range(0, len(pictures), PART_PICTURES)]
-    return [Part(stamp_of([[*picture, (stamps or {}).get(picture.path)] for picture in part]), part) for part in parts]
+    return [
+        Part(hash_content([[*picture, (stamps or {}).get(picture.path)] for picture in part]), part) for part in parts
+    ]
 
 
 def _at_home(inputs: Iterable[str | Path]) -> list[str]:
@@ -168,7 +173,7 @@ def _images(root: Path, given: Path) -> list[Path]:
     if not root.is_dir():
         found = "this is a file" if root.exists() else "no such file or folder"
         raise ConfigError(f"{given}: {found}. A folder with a sub-folder for each class is needed.")
-    there = inside(root)
+    there = list_folder(root)
     images = [path for path in there if path.suffix.lower() in IMAGES and not path.is_dir()]
     full = {path.relative_to(root).parts[0] for path in images}
     empty = [path.name for path in there if path.parent == root and path.is_dir() and path.name not in full]

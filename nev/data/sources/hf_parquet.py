@@ -21,13 +21,13 @@ from nev.data.rows import Row
 from nev.data.sources.common import (
     Source,
     SourceOptions,
-    facts_of,
-    fill,
+    describe_options,
+    fill_templates,
     find_files,
-    folder_of,
+    group_files,
     input_file,
-    name_in,
-    parts_of,
+    parent_folder,
+    relative_name,
     shared_folder,
 )
 from nev.storage.files import filesystem, open_parquet
@@ -46,12 +46,12 @@ BATCH_ROWS = 256
 def source(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
     """The parquet files that `inputs` name, in parts of whole files (see `read`). Raises ConfigError as `find_files` does."""
     files = find_files(inputs, (".parquet",))
-    root = shared_folder(folder_of(file.location) for file in files)
+    root = shared_folder(parent_folder(file.location) for file in files)
     return Source(
-        parts_of(files, options.part_bytes),
+        group_files(files, options.part_bytes),
         partial(read, root=root, options=options),
         sum(file.size for file in files),
-        facts_of("hf-parquet", options, root=root),
+        describe_options("hf-parquet", options, root=root),
     )
 
 
@@ -65,7 +65,7 @@ def read(files: Iterable[str], root: str, options: SourceOptions) -> Iterator[Ro
     """
     for path in files:
         with input_file(path, "readable as parquet"):
-            yield from _read_file(path, name_in(root, path.removesuffix(".parquet")), options)
+            yield from _read_file(path, relative_name(root, path.removesuffix(".parquet")), options)
 
 
 def _read_file(path: str, stem: str, options: SourceOptions) -> Iterator[Row]:
@@ -97,7 +97,7 @@ def _row(cell: dict[str, Any], number: str, names: list[str], templates: tuple[s
         name = names[label]
     caption: str | list[str] | None = cell.get("caption")
     if templates:
-        caption = fill(templates, name) if name else None
+        caption = fill_templates(templates, name) if name else None
     row: Row = {
         "uid": str(cell["uid"]) if cell.get("uid") is not None else number,
         "image": cell["image"],

@@ -19,12 +19,12 @@ from nev.data.rows import Row
 from nev.data.sources.common import (
     Source,
     SourceOptions,
-    facts_of,
+    describe_options,
     find_files,
-    folder_of,
+    group_files,
     input_file,
-    name_in,
-    parts_of,
+    parent_folder,
+    relative_name,
     shared_folder,
 )
 from nev.storage.files import filesystem, is_local
@@ -42,12 +42,12 @@ def source(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
     """The tars that `inputs` name, in parts of whole tars (see `read`). Raises ConfigError as `find_files` does."""
     files = find_files(inputs, SUFFIXES)
     # What uids start from, where the tars' names are in them.
-    root = shared_folder(folder_of(file.location) for file in files) if options.tar_in_uid else ""
+    root = shared_folder(parent_folder(file.location) for file in files) if options.tar_in_uid else ""
     return Source(
-        parts_of(files, options.part_bytes),
+        group_files(files, options.part_bytes),
         partial(read, options=options, root=root),
         sum(file.size for file in files),
-        facts_of("webdataset", options, root=root),
+        describe_options("webdataset", options, root=root),
     )
 
 
@@ -61,7 +61,7 @@ def read(files: Iterable[str], options: SourceOptions, root: str = "") -> Iterat
     ConfigError for a file that is not a whole tar.
     """
     for path in files:
-        tar = name_in(root, path)
+        tar = relative_name(root, path)
         rows = 0
         for key, parts in _samples(path, options):
             row = _row(key, parts, options)

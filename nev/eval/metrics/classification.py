@@ -29,7 +29,7 @@ class Answers(NamedTuple):
     classes: int
 
 
-def answers(ranks: Ints, images: Floats, labels: Ints, classes: Floats) -> Answers:
+def rank_answers(ranks: Ints, images: Floats, labels: Ints, classes: Floats) -> Answers:
     """Answers of n images [n, D] over C classes [C, D], whose `ranks` are known."""
     return Answers(ranks, nearest(images, classes, 1).rows[:, 0], labels, len(classes))
 
@@ -85,7 +85,7 @@ def calibration_error(
     return float(np.abs(gap).sum() / len(images))
 
 
-def fitted_scale(images: ArrayLike, labels: ArrayLike, classes: ArrayLike) -> float:
+def fit_scale(images: ArrayLike, labels: ArrayLike, classes: ArrayLike) -> float:
     """The scale in 1..1000 under which the right classes are likeliest (temperature scaling, Guo et al. 2017).
 
     It is sought on 10,000 images at most. Same arguments and errors as `calibration_error`.

@@ -33,17 +33,17 @@ def compressions(left: Floats, right: Floats, score: Callable[[Floats, Floats], 
     width = left.shape[1]
     while width:
         for precision, bits in PRECISIONS.items():
-            held = (rounded(cut(side, width), precision) for side in (left, right))
+            held = (quantise(truncate(side, width), precision) for side in (left, right))
             yield Compressed(width, precision, -(-width * bits // 8), score(*held))
         width = width // 2 if width // 2 >= NARROWEST else 0
 
 
-def cut(rows: Floats, width: int) -> Floats:
+def truncate(rows: Floats, width: int) -> Floats:
     """The first `width` numbers of each row, made unit again (Matryoshka, arXiv 2205.13147)."""
     return _unit(rows[:, :width])
 
 
-def rounded(rows: Floats, precision: str) -> Floats:
+def quantise(rows: Floats, precision: str) -> Floats:
     """Unit rows as `precision` holds them, as floats that are unit again: their products are the cosines of the held ones.
 
     Where a row has lost its length (all zeros) it points nowhere, in equal parts in every direction.

@@ -20,7 +20,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def interval_of(
+def interval_from_draws(
     metric: Callable[[NDArray[np.float64]], float], images: int, level: float = 0.95, draws: int = DRAWS, seed: int = 0
 ) -> Interval:
     """The percentile interval (Efron 1979) of any metric of so many images.

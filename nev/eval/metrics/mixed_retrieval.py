@@ -26,10 +26,10 @@ def mixed_retrieval(
     if images.shape[1] != texts.shape[1]:
         raise ValueError(f"images are {images.shape[1]} wide and texts {texts.shape[1]}: use one encoder pair")
     owner = row_numbers("owner", owner, len(texts), len(images), "the images")
-    asked = queries_of(owner)
+    asked = make_queries(owner)
     rest = np.delete(texts, asked, axis=0)
     found = {"mixed/images_in_list": len(images) / (len(images) + len(rest))}
-    for name, own in (("", images), ("_shifted", shifted(images, texts))):
+    for name, own in (("", images), ("_shifted", shift_means(images, texts))):
         candidates = np.concatenate([own, rest])
         best = nearest(texts[asked], candidates, k, chunk).rows
         ranks = best_ranks(texts[asked], candidates, np.arange(len(asked)), owner[asked], chunk)
@@ -57,13 +57,13 @@ def text_retrieval(texts: ArrayLike, owner: ArrayLike, chunk: int = 1024) -> dic
     return {f"texts/own_r{k}": float(np.mean(ranks < k)) for k in (1, 10)}
 
 
-def queries_of(owner: Ints) -> Ints:
+def make_queries(owner: Ints) -> Ints:
     """Positions of the texts that ask, int64."""
     _, first, counts = np.unique(owner, return_index=True, return_counts=True)
     return first[counts > 1] if (counts > 1).any() else first[::2]
 
 
-def shifted(images: Floats, texts: Floats) -> Floats:
+def shift_means(images: Floats, texts: Floats) -> Floats:
     """Images with the centroid of the texts instead of their own, unit again."""
     moved = images - images.mean(0) + texts.mean(0)
     return np.asarray(moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-12), np.float32)

@@ -15,30 +15,30 @@ from nev.eval.metrics.retrieval import retrieval_ranks
 from nev.eval.metrics.zeroshot import zero_shot_ranks
 from nev.eval.report.plots import COLOURS, INK, colours, dress, gallery, new_figure, save
 from nev.eval.suite.collection import Collection
-from nev.eval.suite.reading import pictures_of
+from nev.eval.suite.reading import read_pictures
 from nev.eval.suite.results import TaskResult
 from nev.eval.suite.schema import Task
-from nev.eval.suite.tasks import Context, labelled, pairs_of
+from nev.eval.suite.tasks import Context, image_text_pairs, labelled_images
 
 QUERIES, RESULTS = 5, 5
 WORST = 8  # classes of a confusion matrix that cannot hold all
 DOTS = 1000  # of each modality in the map of the space
 
 
-class Exhibit(NamedTuple):
+class Figure(NamedTuple):
     """A picture, and what it shows. path: a PNG."""
 
     title: str
     path: Path
 
 
-def exhibits(task: Task, found: Collection, context: Context, result: TaskResult, folder: Path) -> list[Exhibit]:
+def make_figures(task: Task, found: Collection, context: Context, result: TaskResult, folder: Path) -> list[Figure]:
     """The pictures of a task that was run, written to `folder`."""
     made = []
     for title, draw in DRAWN.get(task.kind, {}).items():
         path = folder / f"{task.name}-{title.split(':')[0].replace(' ', '-')}.png"
         draw(task, found, context, result, path)
-        made.append(Exhibit(title, path))
+        made.append(Figure(title, path))
     return made
 
 
@@ -46,7 +46,7 @@ def _galleries(best: bool) -> Callable[..., None]:
     """Captions whose own picture is first, or whose own is furthest behind, with what was found instead."""
 
     def draw(task: Task, found: Collection, context: Context, result: TaskResult, path: Path) -> None:
-        pairs = pairs_of(found, context)
+        pairs = image_text_pairs(found, context)
         rows = [row for row, fact in enumerate(found.facts) if fact.captions and found.embedded.valid[row]]
         ranks = retrieval_ranks(*pairs).texts
         order = np.random.default_rng(0).permutation(len(ranks))
@@ -68,8 +68,8 @@ def _galleries(best: bool) -> Callable[..., None]:
 
 def _mistakes(task: Task, found: Collection, context: Context, result: TaskResult, path: Path) -> None:
     """Classes that do worst, with the pictures that are taken for them most surely; framed where rightly."""
-    seen = labelled(task, found, context)
-    given = classification.answers(
+    seen = labelled_images(task, found, context)
+    given = classification.rank_answers(
         zero_shot_ranks(seen.images, seen.labels, seen.classes), seen.images, seen.labels, seen.classes
     )
     worst = np.argsort(classification.per_class(given), kind="stable")[:QUERIES]
@@ -87,7 +87,7 @@ def _gallery(
     scores: list[list[float]],
     right: list[list[bool]],
 ) -> None:
-    views = pictures_of(context.reading, {uid for line in names for uid in line})
+    views = read_pictures(context.reading, {uid for line in names for uid in line})
     size = context.reading.view.size
     blank = np.full((size, size, 3), 255, np.uint8)
     gallery(path, asked, [[views.get(uid, blank) for uid in line] for line in names], scores, right)
@@ -95,8 +95,8 @@ def _gallery(
 
 def _confusion(task: Task, found: Collection, context: Context, result: TaskResult, path: Path) -> None:
     """Of the classes that do worst: what share of their pictures is taken for which classes."""
-    seen = labelled(task, found, context)
-    given = classification.answers(
+    seen = labelled_images(task, found, context)
+    given = classification.rank_answers(
         zero_shot_ranks(seen.images, seen.labels, seen.classes), seen.images, seen.labels, seen.classes
     )
     shares = classification.per_class(given)
@@ -138,7 +138,7 @@ def _histogram(task: Task, found: Collection, context: Context, result: TaskResu
 
 def _map(task: Task, found: Collection, context: Context, result: TaskResult, path: Path) -> None:
     """Images and texts on the two directions in which all of them vary most (principal components)."""
-    pairs = pairs_of(found, context)
+    pairs = image_text_pairs(found, context)
     rng = np.random.default_rng(0)
     sides = [_some(side, rng) for side in (pairs.images, pairs.texts)]
     rows = np.concatenate(sides)

@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from nev.eval.report.figures import Exhibit
+from nev.eval.report.figures import Figure
 from nev.eval.report.galleries import run_curves
 from nev.eval.suite.results import SuiteResult, TaskResult
 from nev.runs.metrics_log import read_points
@@ -19,7 +19,7 @@ METRICS_SHOWN = 40  # of a task, beside its table
 
 def write_report(
     result: SuiteResult,
-    exhibits: Sequence[Sequence[Exhibit]],
+    exhibits: Sequence[Sequence[Figure]],
     others: Sequence[SuiteResult],
     checkpoint: str,
     folder: Path,
@@ -52,14 +52,14 @@ def _beside(name: str, others: Sequence[SuiteResult]) -> dict[str, float | None]
     }
 
 
-def _curves(result: SuiteResult, checkpoint: str, pictures: Path) -> Exhibit | None:
+def _curves(result: SuiteResult, checkpoint: str, pictures: Path) -> Figure | None:
     """The loss up to the checkpoint, where it lies in its run's folder."""
     points = read_points(checkpoint.rsplit("/checkpoints/", 1)[0], result.step) if "/checkpoints/" in checkpoint else []
     if not any("loss" in point.metrics for point in points):
         return None
     path = pictures / "curves.png"
     run_curves(path, points, result.model)
-    return Exhibit("training: the loss up to this checkpoint", path)
+    return Figure("training: the loss up to this checkpoint", path)
 
 
 def _template() -> Template:
@@ -68,7 +68,7 @@ def _template() -> Template:
     return page.get_template("report.html")
 
 
-def _picture(exhibit: Exhibit) -> Markup:
+def _picture(exhibit: Figure) -> Markup:
     """An image that lies in the page."""
     data = base64.b64encode(exhibit.path.read_bytes()).decode()
     return Markup('<img alt="{}" src="data:image/png;base64,{}">').format(exhibit.title, data)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from nev.config.base import ConfigError
 from nev.eval.metrics.intervals import Interval, interval
 from nev.eval.suite.collection import Collection
-from nev.eval.suite.reading import place_of
+from nev.eval.suite.reading import resolve_input
 from nev.eval.suite.schema import Task
 from nev.storage.files import join
 from nev.storage.reading import read_bytes
@@ -43,7 +43,7 @@ def jaccard(
     An instance with a picture that is absent or cannot be decoded is left out and counted. Raises ConfigError for a file that is
     not there or is no such list, and where every instance is left out.
     """
-    location = join(place_of(task.source.input, root), "test.jsonl")
+    location = join(resolve_input(task.source.input, root), "test.jsonl")
     instances = _instances(location)
     place = {fact.uid: row for row, fact in enumerate(found.facts) if found.embedded.valid[row]}
     whole = [one for one in instances if place.keys() >= set(one.candidates)]

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from nev.common.errors import NevError
 from nev.config.base import Section
 from nev.data.block import Block
-from nev.embed.cache import digest, kept
-from nev.embed.images import Tower, Work, embed_all
-from nev.eval.suite.reading import CLEAN, Reading, blocks, variants
+from nev.embed.cache import hash_values, load_or_compute
+from nev.embed.images import EmbedJob, EncoderSpec, embed_all
+from nev.eval.suite.reading import CLEAN, Reading, blocks, corruption_variants
 from nev.eval.validation.scoring import Embedded
 from nev.storage.files import join, write_atomic
 from nev.storage.reading import write_errors_as_data_errors
@@ -43,7 +43,7 @@ def collect(
     readings: Sequence[Reading],
     model: str,
     cache: str,
-    tower: Tower,
+    tower: EncoderSpec,
     block_bytes: int,
     done: Callable[[int], None] = lambda rows: None,
 ) -> dict[str, Collection | NevError]:
@@ -53,13 +53,13 @@ def collect(
     whole. done: is told how many rows more were embedded. Raises DataError where the cache cannot be read or written.
     """
     by_key = {reading.key: reading for reading in readings}
-    files = {key: join(cache, f"{digest(model, key)}.safetensors") for key in by_key}
+    files = {key: join(cache, f"{hash_values(model, key)}.safetensors") for key in by_key}
     found: dict[str, Collection | NevError] = {}
     for key, file in files.items():
-        if (tensors := kept(file)) is not None:
+        if (tensors := load_or_compute(file)) is not None:
             found[key] = _collection(tensors)
     lacking = [key for key in by_key if key not in found]
-    works = [work_of(by_key[key]) for key in lacking]
+    works = [make_embed_job(by_key[key]) for key in lacking]
     embedded = embed_all(works, tower, block_bytes, done) if works else iter(())
     for key, rows in zip(lacking, embedded, strict=True):
         if isinstance(rows, NevError):
@@ -72,9 +72,9 @@ def collect(
     return found
 
 
-def work_of(reading: Reading) -> Work:
+def make_embed_job(reading: Reading) -> EmbedJob:
     """A reading as the engine takes it."""
-    return Work(reading.units, partial(blocks, read=reading.read, view=reading.view))
+    return EmbedJob(reading.units, partial(blocks, read=reading.read, view=reading.view))
 
 
 def _ordered(rows: Block) -> Collection:
@@ -87,7 +87,7 @@ def _ordered(rows: Block) -> Collection:
     clean = rows["variant"] == CLEAN
     corrupted = {
         variant: rows["vector"][rows["variant"] == number]
-        for number, variant in enumerate(variants(), start=1)
+        for number, variant in enumerate(corruption_variants(), start=1)
         if (rows["variant"] == number).any()
     }
     embedded = Embedded(rows["vector"][clean], rows["valid"][clean], rows["label"][clean])
@@ -108,7 +108,7 @@ def _collection(found: dict[str, NDArray[Any]]) -> Collection:
     embedded = Embedded(**{name: found[name] for name in Embedded._fields})
     corrupted = {
         (name, severity): found[f"corrupted/{name}/{severity}"]
-        for name, severity in variants()
+        for name, severity in corruption_variants()
         if f"corrupted/{name}/{severity}" in found
     }
     return Collection(embedded, facts, corrupted)

@@ -35,7 +35,7 @@ STRENGTHS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 CORRUPTIONS = tuple(STRENGTHS)
 
 
-def corrupted(picture: Picture, name: str, severity: int, rng: random.Random) -> Picture:
+def corrupt(picture: Picture, name: str, severity: int, rng: random.Random) -> Picture:
     """`picture`, uint8 [S, S, 3], under a corruption at severity 1 to 5, noise drawn from `rng`: a new array like it."""
     import torch
 

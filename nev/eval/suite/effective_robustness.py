@@ -31,7 +31,9 @@ def effective_robustness(own: Point, others: Sequence[Point]) -> float | None:
     return float(own[1] - promised)
 
 
-def with_effective(suite: Suite, results: list[TaskResult], others: Sequence[SuiteResult]) -> list[TaskResult]:
+def add_effective_robustness(
+    suite: Suite, results: list[TaskResult], others: Sequence[SuiteResult]
+) -> list[TaskResult]:
     """Results with `drop` (clean less shifted) and `effective_robustness` against `others`, for tasks that are a shift."""
     shift_of = {task.name: task.shift_of for task in suite.tasks}
     found = []

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from nev.config.base import ConfigError
 from nev.eval.suite.collection import Fact
-from nev.eval.suite.reading import Reading, lines_at, place_of
+from nev.eval.suite.reading import Reading, read_lines, resolve_input
 from nev.eval.suite.schema import Task
 
 IMAGENET = "imagenet"
@@ -22,7 +22,7 @@ class Prompts(NamedTuple):
     templates: tuple[str, ...]
 
 
-def prompts_of(task: Task, reading: Reading, facts: Sequence[Fact], labels: Sequence[int], root: str) -> Prompts:
+def load_prompts(task: Task, reading: Reading, facts: Sequence[Fact], labels: Sequence[int], root: str) -> Prompts:
     """Raises ConfigError where the classes have no names, or a template has no place for one."""
     names = _named(task.classes, root, IMAGENET_NAMES) or reading.names or _names_in(facts, labels)
     templates = _named(task.templates, root, IMAGENET_TEMPLATES) or reading.templates or DEFAULT_TEMPLATES
@@ -42,8 +42,8 @@ def _named(given: tuple[str, ...] | str | None, root: str, standard: str) -> tup
         return given or None
     if given == IMAGENET:
         return _open_clip(standard)
-    location = place_of(given, root)
-    found = lines_at(location)
+    location = resolve_input(given, root)
+    found = read_lines(location)
     if found is None:
         raise ConfigError(
             f"{location}: no such file; it needs one line a class or template. open_clip's own are called {IMAGENET!r}"

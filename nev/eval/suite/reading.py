@@ -21,13 +21,13 @@ import numpy as np
 from nev.config.base import ConfigError
 from nev.config.data import Limits
 from nev.data.augment import draw, eval_view
-from nev.data.block import Block, room_for
+from nev.data.block import Block, allocate_block
 from nev.data.decode import BadImage, Picture, read_header
-from nev.data.labels import known
-from nev.data.rows import Row, captions_of
+from nev.data.labels import read_class_names
+from nev.data.rows import Row, parse_captions
 from nev.data.sources import SOURCES, Source, SourceOptions, folder
-from nev.data.sources.common import Part, stamp_of
-from nev.eval.suite.corruptions import CORRUPTIONS, SEVERITIES, STRENGTHS, corrupted
+from nev.data.sources.common import Part, hash_content
+from nev.eval.suite.corruptions import CORRUPTIONS, SEVERITIES, STRENGTHS, corrupt
 from nev.eval.suite.schema import Task
 from nev.storage.files import join
 
@@ -72,9 +72,9 @@ class Reading(NamedTuple):
     templates: tuple[str, ...] | None = None
 
 
-def reading_of(task: Task, root: str, size: int, limits: Limits, processes: int) -> Reading:
+def make_reading(task: Task, root: str, size: int, limits: Limits, processes: int) -> Reading:
     """The reading of a task's source below `root`, for so many processes. Raises ConfigError for data that is not there."""
-    given, where = task.source, place_of(task.source.input, root)
+    given, where = task.source, resolve_input(task.source.input, root)
     names = templates = None
     extra = (task.group.field,) if task.group else ()
     options = SourceOptions(
@@ -90,8 +90,8 @@ def reading_of(task: Task, root: str, size: int, limits: Limits, processes: int)
         source = _winogavil(where, limits)
     elif given.format == "clip-benchmark":
         source = SOURCES["webdataset"]([join(where, "test")], options)
-        names = lines_at(join(where, "classnames.txt"))
-        templates = lines_at(join(where, "zeroshot_classification_templates.txt"))
+        names = read_lines(join(where, "classnames.txt"))
+        templates = read_lines(join(where, "zeroshot_classification_templates.txt"))
         templates = templates and tuple(template.replace("{c}", "{}") for template in templates)
     else:
         source = SOURCES[given.format]([where], options)
@@ -99,7 +99,7 @@ def reading_of(task: Task, root: str, size: int, limits: Limits, processes: int)
     return Reading(_shared_out(source, processes), source.read, view, _key(source, view), names, templates)
 
 
-def place_of(given: str, root: str) -> str:
+def resolve_input(given: str, root: str) -> str:
     """Where an input lies: in `root`, unless it is absolute itself."""
     return given if "://" in given or given.startswith("/") else join(root, given)
 
@@ -108,8 +108,8 @@ def blocks(unit: Unit, read: Callable[[Any], Iterable[Row]], view: View) -> Iter
     """The unit's batches as blocks of b rows, once for each of a picture's variants (one where it is not corrupted).
 
     image: uint8 [b, S, S, 3], 0 where not valid; valid: bool; label: int64, -1 if unknown; variant: int64, CLEAN or one more
-    than the position in `variants()`; order: int64, of the row in the part; part: int64; facts: str, JSON of uid, captions, name,
-    extra, reason.
+    than the position in `corruption_variants()`; order: int64, of the row in the part; part: int64; facts: str, JSON of uid, captions,
+    name, extra, reason.
     """
     rows = iter(read(unit.content))
     number = 0
@@ -121,7 +121,7 @@ def blocks(unit: Unit, read: Callable[[Any], Iterable[Row]], view: View) -> Iter
         number += 1
 
 
-def pictures_of(reading: Reading, uids: Collection[str]) -> dict[str, Picture]:
+def read_pictures(reading: Reading, uids: Collection[str]) -> dict[str, Picture]:
     """The views of some rows by their uids, uint8 [S, S, 3], of those that can be decoded: parts are read until all are found."""
     found: dict[str, Picture] = {}
     for unit in reading.units:
@@ -129,7 +129,7 @@ def pictures_of(reading: Reading, uids: Collection[str]) -> dict[str, Picture]:
             continue
         for row in reading.read(unit.content):
             if row["uid"] in uids and row["uid"] not in found:
-                out = room_for(1, reading.view.size)[0]
+                out = allocate_block(1, reading.view.size)[0]
                 if not _view(row, reading.view, out):
                     found[row["uid"]] = out
                 if len(found) == len(uids):
@@ -137,14 +137,14 @@ def pictures_of(reading: Reading, uids: Collection[str]) -> dict[str, Picture]:
     return found
 
 
-def variants() -> list[tuple[str, int]]:
+def corruption_variants() -> list[tuple[str, int]]:
     """The corruptions and their severities, in the order of `variant`."""
     return [(name, severity) for name in CORRUPTIONS for severity in SEVERITIES]
 
 
 def _decoded(kept: list[tuple[int, Row]], part: int, view: View) -> Iterator[Block]:
     block: Block = {
-        "image": room_for(len(kept), view.size),
+        "image": allocate_block(len(kept), view.size),
         "valid": np.zeros(len(kept), np.bool_),
         "label": np.array([-1 if (label := row.get("label")) is None else label for _, row in kept], np.int64),
         "order": np.array([at for at, _ in kept], np.int64),
@@ -157,9 +157,9 @@ def _decoded(kept: list[tuple[int, Row]], part: int, view: View) -> Iterator[Blo
         block["valid"][place] = not reason
         block["facts"][place] = _said(row, reason)
     yield block
-    for number, (name, severity) in enumerate(variants() if view.corrupt else [], start=1):
+    for number, (name, severity) in enumerate(corruption_variants() if view.corrupt else [], start=1):
         pictures = [
-            corrupted(image, name, severity, draw(severity, 0, row["uid"], name))
+            corrupt(image, name, severity, draw(severity, 0, row["uid"], name))
             for image, (_, row) in zip(block["image"], kept, strict=True)
         ]
         variant, facts = np.full(len(kept), number, np.int64), np.full(len(kept), "", object)
@@ -183,7 +183,7 @@ def _said(row: Row, reason: str) -> str:
     """What a row says of itself, as JSON. Half a surrogate pair, where a caption was cut to a length, is a question mark."""
     facts = {
         "uid": row["uid"],
-        "captions": captions_of(row["caption"]),
+        "captions": parse_captions(row["caption"]),
         "name": row.get("label_name"),
         "extra": {name: _plain(value) for name, value in row.get("extra", {}).items()},
         "reason": reason,
@@ -236,9 +236,9 @@ def _key(source: Source, view: View) -> str:
     return hashlib.sha256(json.dumps([*seen, STRENGTHS if view.corrupt else None]).encode()).hexdigest()
 
 
-def lines_at(location: str) -> tuple[str, ...] | None:
+def read_lines(location: str) -> tuple[str, ...] | None:
     """The lines of a text file without outer white space, None where there is none. Raises ConfigError for a blank one."""
-    found = known(location)
+    found = read_class_names(location)
     return found and tuple(line.strip() for line in found.names)
 
 
@@ -258,6 +258,8 @@ def _winogavil(home: str, limits: Limits) -> Source:
     entries = [file.stat() for file in files]
     stamps = [[str(file), entry.st_size, entry.st_mtime_ns] for file, entry in zip(files, entries, strict=True)]
     size = folder.PART_PICTURES
-    parts = [Part(stamp_of(stamps[at : at + size]), pictures[at : at + size]) for at in range(0, len(pictures), size)]
+    parts = [
+        Part(hash_content(stamps[at : at + size]), pictures[at : at + size]) for at in range(0, len(pictures), size)
+    ]
     nbytes = sum(entry.st_size for entry in entries)
     return Source(parts, partial(folder.read, limits=limits), nbytes, {"source": "winogavil"})

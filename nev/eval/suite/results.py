@@ -85,13 +85,13 @@ def load_result(location: str, suite: str) -> SuiteResult:
     return result
 
 
-def average_of(suite: Suite, results: list[TaskResult]) -> float | None:
+def compute_average(suite: Suite, results: list[TaskResult]) -> float | None:
     """The mean of all tasks, where the suite has one: no task is left out of it."""
     values = [result.value for result in results]
     return sum(map(float, values)) / len(values) if suite.average and None not in values else None  # type: ignore[arg-type]
 
 
-def result_of(
+def make_result(
     task: Task, metrics: dict[str, float], sure: dict[str, Interval], chance: float | None, **more: Any
 ) -> TaskResult:
     """The record of a task that was run. Raises ConfigError where what it is judged by is not among the metrics."""

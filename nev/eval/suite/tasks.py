@@ -12,16 +12,16 @@ from nev.config.base import ConfigError
 from nev.eval.metrics import classification
 from nev.eval.metrics.compression import compressions
 from nev.eval.metrics.geometry import FOLDS, geometry
-from nev.eval.metrics.intervals import Interval, interval, interval_of
+from nev.eval.metrics.intervals import Interval, interval, interval_from_draws
 from nev.eval.metrics.mixed_retrieval import mixed_retrieval
 from nev.eval.metrics.ranks import Floats, Ints
 from nev.eval.metrics.retrieval import Ranks, recalls, retrieval_ranks
 from nev.eval.metrics.zeroshot import class_embeddings, zero_shot_ranks
 from nev.eval.suite.association import jaccard
 from nev.eval.suite.collection import Collection
-from nev.eval.suite.prompts import prompts_of
+from nev.eval.suite.prompts import load_prompts
 from nev.eval.suite.reading import Reading
-from nev.eval.suite.results import TaskResult, result_of
+from nev.eval.suite.results import TaskResult, make_result
 from nev.eval.suite.schema import Group, Task
 from nev.eval.validation.scoring import Pairs
 
@@ -56,9 +56,9 @@ def score(task: Task, found: Collection, context: Context) -> TaskResult:
 
 
 def _zero_shot(task: Task, found: Collection, context: Context) -> TaskResult:
-    seen = labelled(task, found, context)
+    seen = labelled_images(task, found, context)
     ranks = zero_shot_ranks(seen.images, seen.labels, seen.classes)
-    given = classification.answers(ranks, seen.images, seen.labels, seen.classes)
+    given = classification.rank_answers(ranks, seen.images, seen.labels, seen.classes)
     metrics = {
         "top1": classification.top_k(given, 1),
         "mean_per_class": classification.mean_per_class(given),
@@ -67,12 +67,12 @@ def _zero_shot(task: Task, found: Collection, context: Context) -> TaskResult:
     if len(seen.classes) > 5:
         metrics["top5"] = classification.top_k(given, 5)
     if task.group:
-        groups = groups_of(task.group, found, seen.rows)
+        groups = read_groups(task.group, found, seen.rows)
         metrics |= {f"worst_group_top{k}": classification.worst_group(given, groups, k) for k in (1, 5)}
     whole = np.ones(len(seen.labels))
     values = {name: metric(whole) for name, metric in metrics.items()}
-    sure = {name: interval_of(metric, len(seen.labels)) for name, metric in metrics.items()}
-    fitted = classification.fitted_scale(seen.images, seen.labels, seen.classes)
+    sure = {name: interval_from_draws(metric, len(seen.labels)) for name, metric in metrics.items()}
+    fitted = classification.fit_scale(seen.images, seen.labels, seen.classes)
     for name, scale in (("", context.scale), ("_fitted", fitted)):
         values[f"calibration_error{name}"] = classification.calibration_error(
             seen.images, seen.labels, seen.classes, scale
@@ -82,12 +82,12 @@ def _zero_shot(task: Task, found: Collection, context: Context) -> TaskResult:
         {"right": seen.names[right], "given": seen.names[wrong], "share": share}
         for right, wrong, share in classification.confusions(given, 10)
     ]
-    chance = chance_of(task.judged_by, len(seen.classes))
-    return result_of(task, values, sure, chance, table=tuple(table), **_counts(found, len(seen.rows)))
+    chance = compute_chance(task.judged_by, len(seen.classes))
+    return make_result(task, values, sure, chance, table=tuple(table), **_counts(found, len(seen.rows)))
 
 
 def _retrieval(task: Task, found: Collection, context: Context) -> TaskResult:
-    pairs = pairs_of(found, context)
+    pairs = image_text_pairs(found, context)
     ranks = retrieval_ranks(*pairs)
     metrics = {
         name.removeprefix("retrieval/").replace("/", "_"): value for name, value in recalls(ranks, pairs.owner).items()
@@ -97,32 +97,32 @@ def _retrieval(task: Task, found: Collection, context: Context) -> TaskResult:
         sure[f"text_to_image_r{k}"] = interval(ranks.texts < k, pairs.owner)
         sure[f"image_to_text_r{k}"] = interval(ranks.images < k)
     metrics["mean_recall_1"] = mean_recall(ranks, pairs.owner)(np.ones(len(pairs.images)))
-    sure["mean_recall_1"] = interval_of(mean_recall(ranks, pairs.owner), len(pairs.images))
+    sure["mean_recall_1"] = interval_from_draws(mean_recall(ranks, pairs.owner), len(pairs.images))
     metrics["mean_recall_1_chance"] = (metrics["text_to_image_r1_chance"] + metrics["image_to_text_r1_chance"]) / 2
-    return result_of(task, metrics, sure, metrics[f"{task.judged_by}_chance"], **_counts(found, len(pairs.images)))
+    return make_result(task, metrics, sure, metrics[f"{task.judged_by}_chance"], **_counts(found, len(pairs.images)))
 
 
 def _alignment(task: Task, found: Collection, context: Context) -> TaskResult:
-    pairs = pairs_of(found, context)
+    pairs = image_text_pairs(found, context)
     if min(len(pairs.images), len(pairs.texts)) < FOLDS:
         raise ConfigError(f"{len(pairs.images)} pictures with captions are too few: {FOLDS} are needed")
     numbers = geometry(*pairs) | mixed_retrieval(*pairs)
     metrics = {name.replace("space/", "").replace("/", "_"): value for name, value in numbers.items()}
     if task.judged_by not in metrics:
         raise ConfigError("the overlap of neighbourhoods needs more than ten pictures with captions")
-    return result_of(task, metrics, {}, None, table=tuple(histogram(pairs)), **_counts(found, len(pairs.images)))
+    return make_result(task, metrics, {}, None, table=tuple(histogram(pairs)), **_counts(found, len(pairs.images)))
 
 
 def _compression(task: Task, found: Collection, context: Context) -> TaskResult:
     if task.classes or task.templates or not any(fact.captions for fact in found.facts):
-        seen = labelled(task, found, context)
+        seen = labelled_images(task, found, context)
 
         def right(images: Floats, others: Floats) -> float:
             return float(np.mean(zero_shot_ranks(images, seen.labels, others) < 1))
 
         table, scored = list(compressions(seen.images, seen.classes, right)), len(seen.rows)
     else:
-        pairs = pairs_of(found, context)
+        pairs = image_text_pairs(found, context)
 
         def right(images: Floats, others: Floats) -> float:
             ranks = retrieval_ranks(images, others, pairs.owner)
@@ -131,11 +131,11 @@ def _compression(task: Task, found: Collection, context: Context) -> TaskResult:
         table, scored = list(compressions(pairs.images, pairs.texts, right)), len(pairs.images)
     full, metrics = table[0].score, {f"{one.precision}_{one.width}": one.score for one in table}
     metrics["retained"] = metrics[f"int8_{table[0].width}"] / full if full else 0.0
-    return result_of(task, metrics, {}, None, table=tuple(one._asdict() for one in table), **_counts(found, scored))
+    return make_result(task, metrics, {}, None, table=tuple(one._asdict() for one in table), **_counts(found, scored))
 
 
 def _robustness(task: Task, found: Collection, context: Context) -> TaskResult:
-    seen = labelled(task, found, context)
+    seen = labelled_images(task, found, context)
     clean = zero_shot_ranks(seen.images, seen.labels, seen.classes) < 1
     hits = {
         variant: zero_shot_ranks(vectors[seen.rows], seen.labels, seen.classes) < 1
@@ -150,17 +150,21 @@ def _robustness(task: Task, found: Collection, context: Context) -> TaskResult:
 
     metrics = {"clean": float(np.mean(clean)), "corrupted": float(np.mean(each)), **shares}
     metrics["retained"] = retained(np.ones(len(clean)))
-    sure = {"retained": interval_of(retained, len(clean)), "clean": interval(clean), "corrupted": interval(each)}
+    sure = {
+        "retained": interval_from_draws(retained, len(clean)),
+        "clean": interval(clean),
+        "corrupted": interval(each),
+    }
     table = [
         {"corruption": name, "severity": severity, "top1": float(np.mean(right))}
         for (name, severity), right in hits.items()
     ]
-    return result_of(task, metrics, sure, None, table=tuple(table), **_counts(found, len(seen.rows)))
+    return make_result(task, metrics, sure, None, table=tuple(table), **_counts(found, len(seen.rows)))
 
 
 def _association(task: Task, found: Collection, context: Context) -> TaskResult:
     metrics, sure = jaccard(task, found, context.encode, context.root)
-    return result_of(task, metrics, sure, None, **_counts(found, int(found.embedded.valid.sum())))
+    return make_result(task, metrics, sure, None, **_counts(found, int(found.embedded.valid.sum())))
 
 
 SCORES: dict[str, Callable[[Task, Collection, Context], TaskResult]] = {
@@ -173,17 +177,17 @@ SCORES: dict[str, Callable[[Task, Collection, Context], TaskResult]] = {
 }
 
 
-def labelled(task: Task, found: Collection, context: Context) -> Labelled:
-    """The pictures that have a class, and the classes as sentences. Raises ConfigError as `prompts_of` does, and for none."""
+def labelled_images(task: Task, found: Collection, context: Context) -> Labelled:
+    """The pictures that have a class, and the classes as sentences. Raises ConfigError as `load_prompts` does, and for none."""
     rows = np.flatnonzero(found.embedded.valid & (found.embedded.labels >= 0))
     if not len(rows):
         raise ConfigError("no row has a label and a picture that can be decoded")
-    prompts = prompts_of(task, context.reading, found.facts, found.embedded.labels.tolist(), context.root)
+    prompts = load_prompts(task, context.reading, found.facts, found.embedded.labels.tolist(), context.root)
     classes = class_embeddings(context.encode, prompts.names, prompts.templates)
     return Labelled(found.embedded.images[rows], found.embedded.labels[rows], rows, classes, prompts.names)
 
 
-def pairs_of(found: Collection, context: Context) -> Pairs:
+def image_text_pairs(found: Collection, context: Context) -> Pairs:
     """The pictures that can be decoded and have captions, and these, all of them. Raises ConfigError for none."""
     rows = [row for row, fact in enumerate(found.facts) if fact.captions and found.embedded.valid[row]]
     if not rows:
@@ -204,7 +208,7 @@ def mean_recall(ranks: Ranks, owner: Ints) -> Callable[[NDArray[np.float64]], fl
     return of
 
 
-def groups_of(group: Group, found: Collection, rows: Ints) -> Ints:
+def read_groups(group: Group, found: Collection, rows: Ints) -> Ints:
     """The group of each of some rows, int64, -1 for none. Raises ConfigError where no row is in one."""
     told = []
     for row in rows.tolist():
@@ -230,7 +234,7 @@ def histogram(pairs: Pairs, bins: int = 60, seed: int = 0) -> list[dict[str, flo
     ]
 
 
-def chance_of(metric: str, classes: int) -> float | None:
+def compute_chance(metric: str, classes: int) -> float | None:
     """What guessing scores, where that is known: k of C classes."""
     if metric == "macro_f1":
         return None

@@ -14,7 +14,7 @@ from nev.common.errors import NevError
 from nev.config.experiment import Experiment
 from nev.data.block import Block
 from nev.data.plan import Segment, in_order
-from nev.embed.images import Tower, Work, embed_all
+from nev.embed.images import EmbedJob, EncoderSpec, embed_all
 from nev.eval.validation.scoring import Embedded
 from nev.eval.validation.task import Validation
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from nev.eval.validation.texts import Texts
 
 
-def embed_set(task: Validation, tower: Tower, taken: float = 0.0) -> Embedded:
+def embed_set(task: Validation, tower: EncoderSpec, taken: float = 0.0) -> Embedded:
     """Embed a whole validation set on the connected cluster, in index order. taken: as `embed_all` has it."""
     blocks = in_order(task.reader.index.rows, task.batch)
     read = functools.partial(_segments, reader=task.reader)
-    (found,) = embed_all([Work(blocks, read)], tower, task.batch * task.reader.row_bytes, taken=taken)
+    (found,) = embed_all([EmbedJob(blocks, read)], tower, task.batch * task.reader.row_bytes, taken=taken)
     if isinstance(found, NevError):
         raise found
     return Embedded(found["vector"], found["valid"], found["label"])
@@ -55,10 +55,12 @@ def embed(config: Experiment, checkpoint: str, task: Validation, taken: float = 
 
     taken: GPUs of the cluster that others hold.
     """
-    from nev.embed.images import Tower
-    from nev.eval.validation.vectors import texts_of
+    from nev.embed.images import EncoderSpec
+    from nev.eval.validation.vectors import load_validation_texts
     from nev.runs.towers import load_text_tower, load_vision
 
     load = partial(load_vision, checkpoint, config, task.text_width)
     encode = load_text_tower(checkpoint, config).encode if config.text_online else None
-    return embed_set(task, Tower(load, config.data.mean, config.data.std), taken), texts_of(task, encode)
+    return embed_set(task, EncoderSpec(load, config.data.mean, config.data.std), taken), load_validation_texts(
+        task, encode
+    )

@@ -51,7 +51,7 @@ class Ranked(NamedTuple):
     owner: Ints | None = None
 
 
-def rank(root: str, embedded: Embedded, texts: Texts) -> Ranked:
+def rank_answers(root: str, embedded: Embedded, texts: Texts) -> Ranked:
     """Rank what there are texts for, over the rows that could be decoded. root: the set, for an error.
 
     Raises DataError where no row can be scored.
@@ -64,12 +64,12 @@ def rank(root: str, embedded: Embedded, texts: Texts) -> Ranked:
         _refuse_none(labelled, root, "a label and an image that can be decoded")
         ranks = zero_shot_ranks(embedded.images[labelled], embedded.labels[labelled], texts.classes)
         found = found._replace(zero_shot=ranks, classes=len(texts.classes))
-    if pairs := pairs_of(root, embedded, texts):
+    if pairs := make_pairs(root, embedded, texts):
         found = found._replace(retrieval=retrieval_ranks(*pairs), owner=pairs.owner)
     return found
 
 
-def pairs_of(root: str, embedded: Embedded, texts: Texts) -> Pairs | None:
+def make_pairs(root: str, embedded: Embedded, texts: Texts) -> Pairs | None:
     """The images and captions that describe each other, None where captions were not asked for. Raises DataError for none."""
     if texts.captions is None or texts.owner is None:
         return None
@@ -79,7 +79,7 @@ def pairs_of(root: str, embedded: Embedded, texts: Texts) -> Pairs | None:
     return Pairs(embedded.images[captioned], texts.captions[kept], position[texts.owner[kept]])
 
 
-def shares(found: Ranked) -> dict[str, float]:
+def compute_shares(found: Ranked) -> dict[str, float]:
     """The metrics of a set, `nev.eval.metrics.zeroshot`'s and `nev.eval.metrics.retrieval`'s, with the rows that there are."""
     metrics = {"val/rows": float(found.rows), "val/bad_rows": float(found.bad_rows)}
     if found.alike is not None:
@@ -91,8 +91,8 @@ def shares(found: Ranked) -> dict[str, float]:
     return metrics
 
 
-def intervals(found: Ranked) -> dict[str, Interval]:
-    """A 95 % interval for each share of `shares`, by drawing images anew."""
+def compute_intervals(found: Ranked) -> dict[str, Interval]:
+    """A 95 % interval for each share of `compute_shares`, by drawing images anew."""
     from nev.eval.metrics.intervals import interval  # scipy takes its time, and training needs none of it
 
     sure: dict[str, Interval] = {}
@@ -108,21 +108,24 @@ def intervals(found: Ranked) -> dict[str, Interval]:
     return sure
 
 
-def measures(root: str, embedded: Embedded, texts: Texts) -> dict[str, float]:
+def compute_metrics(root: str, embedded: Embedded, texts: Texts) -> dict[str, float]:
     """All that can be said of a set: shares, the ends of their intervals (`..._low`, `..._high`), and of the space where there
     are captions. Raises DataError where no row can be scored.
     """
-    ranked = rank(root, embedded, texts)
-    metrics = shares(ranked)
-    for name, sure in intervals(ranked).items():
+    ranked = rank_answers(root, embedded, texts)
+    metrics = compute_shares(ranked)
+    for name, sure in compute_intervals(ranked).items():
         metrics |= {f"{name}_low": sure.low, f"{name}_high": sure.high}
-    if pairs := pairs_of(root, embedded, texts):
-        metrics |= space(pairs)
+    if pairs := make_pairs(root, embedded, texts):
+        metrics |= measure_space(pairs)
     return metrics
 
 
-def measure_names(classes: int, captions: int) -> set[str]:
-    """What `measures` gives for a set of so many classes (0: no zero-shot), with so many captions an image (0: no retrieval)."""
+def list_metric_names(classes: int, captions: int) -> set[str]:
+    """The names of `compute_metrics`.
+
+    classes: of the set; 0 where zero-shot is not scored. captions: of an image; 0 where retrieval is not scored.
+    """
     random = np.random.default_rng(0)
 
     def unit(rows: int) -> Floats:
@@ -133,10 +136,10 @@ def measure_names(classes: int, captions: int) -> set[str]:
     embedded = Embedded(unit(rows), np.ones(rows, bool), np.arange(rows) % max(1, classes))
     owner = np.repeat(np.arange(rows), captions) if captions else None
     texts = Texts(unit(classes) if classes else None, unit(captions * rows) if captions else None, owner)
-    return set(measures("", embedded, texts))
+    return set(compute_metrics("", embedded, texts))
 
 
-def space(pairs: Pairs) -> dict[str, float]:
+def measure_space(pairs: Pairs) -> dict[str, float]:
     """`nev.eval.metrics.geometry`'s and `nev.eval.metrics.mixed_retrieval`'s numbers; nothing for fewer pairs than they want."""
     from nev.eval.metrics.geometry import FOLDS, geometry
     from nev.eval.metrics.mixed_retrieval import mixed_retrieval, text_retrieval

@@ -13,9 +13,9 @@ from nev.config.experiment import Experiment, ZeroShot
 from nev.data.block import BlockReader
 from nev.data.index import Index, build_index
 from nev.data.index_cache import cache_folder
-from nev.data.labels import lines_of
+from nev.data.labels import parse_class_names
 from nev.data.sidecar import check_sidecars, sidecar_key
-from nev.embed.cache import texts
+from nev.embed.cache import embed_texts_cached
 from nev.eval.metrics.zeroshot import class_embeddings
 from nev.eval.validation.scoring import Embedded
 from nev.eval.validation.texts import Classes, Texts
@@ -123,7 +123,7 @@ def class_names(zero_shot: ZeroShot) -> list[str]:
     content = read_bytes(zero_shot.classes)
     if content is None:
         raise ConfigError(f"eval.zero_shot.classes: no such file: {zero_shot.classes}")
-    names = [line.strip() for line in lines_of(content, where)]
+    names = [line.strip() for line in parse_class_names(content, where)]
     if not names:
         raise ConfigError(f"eval.zero_shot.classes: {zero_shot.classes} is empty; it needs one class name a line")
     return names
@@ -136,7 +136,9 @@ def class_sentences(zero_shot: ZeroShot | None, text: TextTower | None) -> Class
     names = class_names(zero_shot)
     if text is None:
         return Classes(tuple(names), zero_shot.templates, None)
-    encode = partial(texts, encode=text.encode, fingerprint=text.fingerprint, cache=str(cache_folder("texts")))
+    encode = partial(
+        embed_texts_cached, encode=text.encode, fingerprint=text.fingerprint, cache=str(cache_folder("texts"))
+    )
     try:
         vectors = class_embeddings(encode, names, zero_shot.templates)
     except DataError as error:

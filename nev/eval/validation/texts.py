@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nev.data.index import Index
-from nev.data.rows import captions_of
-from nev.data.sidecar import WRITE_AGAIN, sidecar_location, vectors_of
+from nev.data.rows import parse_captions
+from nev.data.sidecar import WRITE_AGAIN, decode_vectors, sidecar_location
 from nev.storage.reading import read_column
 
 
@@ -51,7 +51,7 @@ def most_captions(index: Index) -> int:
 
 def _captions(index: Index) -> list[list[str]]:
     columns = (read_column(index.location(shard), str(index.columns.caption)) for shard in range(len(index.paths)))
-    return [captions_of(value) for column in columns for value in column.to_pylist()]
+    return [parse_captions(value) for column in columns for value in column.to_pylist()]
 
 
 def load_texts(index: Index, key: str, width: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -59,7 +59,7 @@ def load_texts(index: Index, key: str, width: int) -> tuple[NDArray[np.float32],
     vectors, owner, row = [], [], 0
     for shard in range(len(index.paths)):
         column = read_column(sidecar_location(index, shard, key), "vectors", WRITE_AGAIN)
-        part, starts = vectors_of(column, width)
+        part, starts = decode_vectors(column, width)
         vectors.append(part.astype(np.float32))
         owner.append(row + np.repeat(np.arange(len(starts) - 1), np.diff(starts)))
         row += len(starts) - 1

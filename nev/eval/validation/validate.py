@@ -10,10 +10,10 @@ from nev.data.block import Block
 from nev.data.plan import in_order
 from nev.data.sidecar import Encode
 from nev.embed.images import Embed
-from nev.eval.validation.scoring import Embedded, rank, shares
+from nev.eval.validation.scoring import Embedded, compute_shares, rank_answers
 from nev.eval.validation.task import Result, Validation
 from nev.eval.validation.texts import Texts
-from nev.eval.validation.vectors import texts_of
+from nev.eval.validation.vectors import load_validation_texts
 
 
 def validate(
@@ -39,7 +39,7 @@ def validate(
         dist.gather_object(parts, gathered if rank == 0 else None)
     else:
         gathered = [parts]
-    texts = texts_of(task, encode) if rank == 0 or (lockstep and encode) else Texts()
+    texts = load_validation_texts(task, encode) if rank == 0 or (lockstep and encode) else Texts()
     if rank != 0:
         return None
     merged = sorted((number, part) for share in gathered for number, part in share.items())
@@ -68,4 +68,4 @@ def collect(parts: list[Embedded]) -> Embedded:
 
 def score(task: Validation, embedded: Embedded, texts: Texts) -> dict[str, float]:
     """The metrics that the task asks for, over the rows that could be decoded."""
-    return shares(rank(task.reader.index.root, embedded, texts))
+    return compute_shares(rank_answers(task.reader.index.root, embedded, texts))

@@ -16,7 +16,7 @@ from nev.storage.files import join
 from nev.storage.reading import read_bytes
 
 
-def texts_of(task: Validation, encode: Encode | None) -> Texts:
+def load_validation_texts(task: Validation, encode: Encode | None) -> Texts:
     """The class prompts and captions of a task: embedded by `encode` or, without it, as they were embedded before."""
     classes = captions = owner = None
     if task.classes:
@@ -31,7 +31,7 @@ def texts_of(task: Validation, encode: Encode | None) -> Texts:
     return Texts(classes, captions, owner)
 
 
-def kept_file(task: Validation) -> str:
+def vectors_file(task: Validation) -> str:
     """The file in a checkpoint that keeps the vectors of its validation: who looks at the results need not embed again.
 
     Named after what they are of: the set and, where texts are in it, the sentences.
@@ -43,7 +43,7 @@ def kept_file(task: Validation) -> str:
     return f"validation-{of[:16]}.safetensors"
 
 
-def kept_bytes(task: Validation, result: Result) -> bytes:
+def vectors_to_bytes(task: Validation, result: Result) -> bytes:
     """The vectors as safetensors; those of texts where they are nowhere else."""
     from safetensors.numpy import save
 
@@ -51,13 +51,13 @@ def kept_bytes(task: Validation, result: Result) -> bytes:
     return save(result.embedded._asdict() | texts)
 
 
-def load_kept(checkpoint: str, task: Validation) -> tuple[Embedded, Texts] | None:
+def load_vectors(checkpoint: str, task: Validation) -> tuple[Embedded, Texts] | None:
     """The vectors of this validation that a checkpoint keeps, or None."""
     from safetensors.numpy import load
 
-    content = read_bytes(join(checkpoint, kept_file(task)))
+    content = read_bytes(join(checkpoint, vectors_file(task)))
     if content is None:
         return None
     found = load(content)
     embedded = Embedded(**{name: found.pop(name) for name in Embedded._fields})
-    return embedded, texts_of(task, None) if task.text_key else Texts(**found)
+    return embedded, load_validation_texts(task, None) if task.text_key else Texts(**found)

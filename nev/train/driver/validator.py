@@ -162,15 +162,15 @@ def validate_checkpoint(config: Experiment, job: Job, checkpoint: str) -> dict[s
     from nev.eval.validation.on_cluster import embed
     from nev.eval.validation.task import Result
     from nev.eval.validation.validate import score
-    from nev.eval.validation.vectors import kept_bytes, kept_file
+    from nev.eval.validation.vectors import vectors_file, vectors_to_bytes
 
     assert job.validation
     embedded, texts = embed(config, checkpoint, job.validation, config.workers.most * config.workers.gpus)
     metrics = score(job.validation, embedded, texts)
     result = Result(metrics, embedded, texts)
-    vectors = join(checkpoint, kept_file(job.validation))
+    vectors = join(checkpoint, vectors_file(job.validation))
     with storage_errors_as(vectors, "written"):
-        write_atomic(vectors, kept_bytes(job.validation, result))
+        write_atomic(vectors, vectors_to_bytes(job.validation, result))
     return metrics
 
 

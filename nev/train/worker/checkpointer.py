@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nev.common.errors import NevError
 from nev.eval.validation.task import Result
-from nev.eval.validation.vectors import kept_bytes, kept_file
+from nev.eval.validation.vectors import vectors_file, vectors_to_bytes
 from nev.runs import checkpoint
 from nev.runs.manifest import CheckpointError, CheckpointState, prune_checkpoints, remove_checkpoints_after
 from nev.runs.metrics_log import MetricPoint, make_point, write_points
@@ -192,7 +192,11 @@ class Checkpointer:
             bad_rows=bad_rows,
             history=asdict(history),
         )
-        beside = {kept_file(job.validation): kept_bytes(job.validation, scored)} if scored and job.validation else {}
+        beside = (
+            {vectors_file(job.validation): vectors_to_bytes(job.validation, scored)}
+            if scored and job.validation
+            else {}
+        )
         self.log(step, {"checkpoint_wait_s": time.perf_counter() - begin})
         points, self._points = self._points, []  # before the writer's thread may tell of this one
         self._writer.write(Snapshot(state, self._tensors, rng, beside, points))

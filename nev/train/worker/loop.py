@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nev.common.errors import NevError
 from nev.config.experiment import Experiment
 from nev.data.block import Block
-from nev.embed.images import embedder
+from nev.embed.images import make_embedder
 from nev.eval.validation.task import Result
 from nev.eval.validation.validate import validate
 from nev.models.lock import CANARIES
@@ -161,7 +161,7 @@ def validate_model(job: Job, ctx: RankContext, learner: TrainState) -> Result | 
 
     model.eval()
     try:
-        embed = embedder(forward, lambda images: normalise(images, config.data.mean, config.data.std), ctx.device)
+        embed = make_embedder(forward, lambda images: normalise(images, config.data.mean, config.data.std), ctx.device)
         with uncompiled():
             scored = validate(job.validation, embed, encode, ctx.rank, ctx.world, lockstep=config.train.fsdp)
             if job.canaries is not None and encode and (ctx.rank == 0 or config.train.fsdp):
