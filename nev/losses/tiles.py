@@ -162,7 +162,7 @@ class LogSums:
         if not self.one_shift:
             return True
         self.row.log_(), self.column.log_()
-        return window_rows(self.row, self.valid) and window_rows(self.column, valid_texts)
+        return is_in_window(self.row, self.valid) and is_in_window(self.column, valid_texts)
 
 
 def gradient(
@@ -175,7 +175,7 @@ def gradient(
     found: of `statistics`, but `column` the log-sum-exp over all ranks' images. The others as there.
     """
     row, column = found.row, found.column
-    narrow = window_rows(row, valid) and window_rows(column, valid_texts)
+    narrow = is_in_window(row, valid) and is_in_window(column, valid_texts)
     by_row, by_column = (-row).exp(), (-column).exp()
     total = torch.zeros_like(x)
     total_texts = x.new_zeros(texts.shape) if of_texts else None
@@ -195,7 +195,7 @@ def gradient(
     return total.masked_fill_(~valid[:, None], 0), total_texts
 
 
-def window_rows(shifted: Tensor, counts: Tensor) -> bool:
+def is_in_window(shifted: Tensor, counts: Tensor) -> bool:
     """Whether the log-sum-exps that count lie where one shift is exact. A GPU is not asked: the host would wait for it."""
     return shifted.device.type == "cpu" and bool((((shifted > LOW) & (shifted < HIGH)) | ~counts).all())
 

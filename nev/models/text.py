@@ -6,7 +6,7 @@
 has its architecture (`nomic_bert`), so no remote code runs. all-MiniLM-L6-v2 wants mean pooling alone.
 
 Locked Text Tuning (LiT, arXiv 2111.07991; arXiv 2406.18587) trains towards vectors that people already hold. If the
-tower moved they would be worthless, so a run takes a `Lock` first and checks it, bit for bit, at its end.
+tower moved they would be worthless, so a run takes a `TowerLock` first and checks it, bit for bit, at its end.
 """
 
 from __future__ import annotations

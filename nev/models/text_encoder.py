@@ -15,7 +15,7 @@ from nev.config.base import ConfigError
 
 
 class TextEncoder(nn.Module):
-    """Token ids to unit vectors. Make it with `encoder_of`.
+    """Token ids to unit vectors. Make it with `make_text_encoder`.
 
     Attributes: `model` (transformers), `pooling` ("mean" or "cls"), `layer_norm` (without affine), `pad` (the id of padding).
     """

@@ -87,15 +87,15 @@ class Sweep(Section):
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {list(self.seeds)}: each one once")
         for axis, values in self.axes.items():
-            labels = labels_of(values)
+            labels = make_labels(values)
             if not labels or len(set(labels)) < len(labels):
                 raise ValueError(f"axes.{axis}: give different values, one at least")
         for axis, value in self.reference.items():
-            if axis not in self.axes or str(value) not in labels_of(self.axes[axis]):
+            if axis not in self.axes or str(value) not in make_labels(self.axes[axis]):
                 raise ValueError(f"reference.{axis}: {value!r} is not on that axis")
         return self
 
 
-def labels_of(values: tuple[Any, ...] | dict[str, Settings]) -> list[str]:
+def make_labels(values: tuple[Any, ...] | dict[str, Settings]) -> list[str]:
     """The values of an axis as they are shown, in order."""
     return [str(value) for value in values]

@@ -113,14 +113,14 @@ def by_arm(axes: Axes, metric: str, values: Values[Arm], arms: Sequence[Arm], co
         found = estimate(list(by_seed.values()))
         axes.errorbar([found.mean], [place], xerr=[_bar(found.mean, found.low)], color=colour, marker="o", capsize=3)
     dress(axes, metric, "", legend=False)
-    axes.set_yticks(range(len(arms)), [label_of(arm) for arm in arms])
+    axes.set_yticks(range(len(arms)), [make_label(arm) for arm in arms])
     axes.set_ylim(len(arms) - 0.5, -0.5)
     axes.locator_params(axis="x", nbins=6)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color="#e6e8eb", linewidth=0.8)
 
 
-def label_of(arm: Arm) -> str:
+def make_label(arm: Arm) -> str:
     """An arm in few words."""
     return ", ".join(value if len(arm) == 1 else f"{axis.rpartition('.')[2]} {value}" for axis, value in arm)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from nev.sweep.figures import label_of, number
+from nev.sweep.figures import make_label, number
 from nev.sweep.results import Outcome, is_share
 from nev.sweep.statistics import FEWEST, LEVEL, Curve, Difference, Estimate, differences, estimate, fit, steps_up
-from nev.sweep.trials import Arm, reference_of
+from nev.sweep.trials import Arm, find_reference
 
 NOTHING = "not distinguishable at this budget"
 
@@ -50,7 +50,7 @@ def table(outcome: Outcome, metrics: list[str]) -> Iterator[str]:
 
     An arm that lacks seeds has no interval: what is left of it may be the better ones.
     """
-    reference, seeds = reference_of(outcome.sweep), len(outcome.sweep.seeds)
+    reference, seeds = find_reference(outcome.sweep), len(outcome.sweep.seeds)
     yield f"| arm | {' | '.join(metrics)} |"
     yield f"|---|{'---|' * len(metrics)}"
     for arm in outcome.arms:
@@ -63,7 +63,7 @@ def table(outcome: Outcome, metrics: list[str]) -> Iterator[str]:
                 mean = f"{_number(metric, estimate(values).mean)}, " if values else ""
                 cells.append(f"{mean}{len(values)} of {seeds} seeds")
         mark = " (reference)" if arm == reference else ""
-        yield f"| {label_of(arm)}{mark} | {' | '.join(cells)} |"
+        yield f"| {make_label(arm)}{mark} | {' | '.join(cells)} |"
 
 
 def sentences(outcome: Outcome, metric: str) -> Iterator[str]:
@@ -71,9 +71,9 @@ def sentences(outcome: Outcome, metric: str) -> Iterator[str]:
 
     Of arms whose seeds all have seen all samples.
     """
-    reference, seeds = reference_of(outcome.sweep), len(outcome.sweep.seeds)
+    reference, seeds = find_reference(outcome.sweep), len(outcome.sweep.seeds)
     values = {arm: own for arm, own in outcome.values(metric).items() if arm in outcome.complete}
-    if left := [label_of(arm) for arm in outcome.arms if arm not in values]:
+    if left := [make_label(arm) for arm in outcome.arms if arm not in values]:
         yield f"Not compared, since seeds are missing: {'; '.join(left)}."
     if not values:
         return
@@ -82,17 +82,17 @@ def sentences(outcome: Outcome, metric: str) -> Iterator[str]:
         yield f"{_number(metric, means.popitem()[1])} for every arm: it tells none from another at this budget."
         return
     ends = (("Highest", max(means, key=means.__getitem__)), ("lowest", min(means, key=means.__getitem__)))
-    yield "; ".join(f"{word} mean: {label_of(arm)} with {_number(metric, means[arm])}" for word, arm in ends) + "."
+    yield "; ".join(f"{word} mean: {make_label(arm)} with {_number(metric, means[arm])}" for word, arm in ends) + "."
     if seeds < FEWEST:
         yield f"Fewer than {FEWEST} seeds say too little of how much seeds differ: no difference is called one."
     elif reference in values:
         found = differences(values, reference, outcome.resolution(metric))
-        same = [label_of(difference.arm) for difference in found if not difference.distinguishable]
+        same = [make_label(difference.arm) for difference in found if not difference.distinguishable]
         for difference in found:
             if difference.distinguishable:
-                yield f"{label_of(difference.arm)} against {label_of(reference)}: {_change(metric, difference)}."
+                yield f"{make_label(difference.arm)} against {make_label(reference)}: {_change(metric, difference)}."
         if same:
-            yield f"Against {label_of(reference)} {NOTHING}: {'; '.join(same)}."
+            yield f"Against {make_label(reference)} {NOTHING}: {'; '.join(same)}."
     if seeds >= FEWEST:
         yield from _over_numbers(values, metric, outcome.resolution(metric))
 
@@ -105,7 +105,7 @@ def _over_numbers(values: dict[Arm, dict[int, float]], metric: str, resolution: 
         lines.setdefault(arm[1:], {})[x] = by_seed
     axis = next(iter(values))[0][0]
     for (rest, line), steps in zip(lines.items(), steps_up(list(lines.values()), resolution), strict=True):
-        where = f" at {label_of(rest)}" if rest else ""
+        where = f" at {make_label(rest)}" if rest else ""
         for lower, upper, difference in steps:
             said = _change(metric, difference) if difference.distinguishable else NOTHING
             yield f"From {axis} {lower:,g} to {upper:,g}{where}: {said}."

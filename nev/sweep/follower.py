@@ -13,11 +13,11 @@ from nev.common.progress import ProgressCallback
 from nev.runs.folder import run_folder
 from nev.runs.metrics_log import load_mlflow_run_id
 from nev.sweep.config import Sweep
-from nev.sweep.results import SAMPLES, TrialResult, judged_by, keep
+from nev.sweep.results import SAMPLES, TrialResult, main_metric, save_result
 from nev.sweep.trials import Trial
 
 
-class Follower(tune.Callback):
+class SweepProgress(tune.Callback):
     """Of one sweep; count: how many trials are run now. errors: what ended each one that has failed, by its name."""
 
     def __init__(self, sweep: Sweep, trials: Sequence[Trial], count: int, tell: ProgressCallback) -> None:
@@ -44,11 +44,11 @@ class Follower(tune.Callback):
                 seed=own.seed,
                 metrics=numbers(found),
                 samples=found[SAMPLES],
-                ended_early=judged_by(self._sweep),
+                ended_early=main_metric(self._sweep),
                 run_id=load_mlflow_run_id(run_folder(own.experiment)) or "",
                 seconds=found.get("time_total_s", 0.0),
             )
-            keep(own, early)
+            save_result(own, early)
         if metric in found:
             best = max if self._sweep.mode == "max" else min
             self._best = found[metric] if self._best is None else best(self._best, found[metric])

@@ -55,7 +55,7 @@ def publish(outcome: Outcome, parent: Tracker, files: Sequence[str]) -> str:
     return "; ".join(lacking[:TOLD] + [f"{len(lacking) - TOLD} more"] * (len(lacking) > TOLD))
 
 
-def tags_of(trial: Trial | TrialResult, parent: str) -> dict[str, str]:
+def make_tags(trial: Trial | TrialResult, parent: str) -> dict[str, str]:
     """What a trial's run says of its place in the sweep."""
     arm = {f"nev.arm.{re.sub(REFUSED, '_', axis)}": value for axis, value in trial.arm}
     return {**arm, "mlflow.parentRunId": parent, "nev.seed": str(trial.seed)}
@@ -70,7 +70,7 @@ def _complete(result: TrialResult, parent: Tracker) -> None:
     if absent := {key: value for key, value in result.metrics.items() if key not in run.data.metrics}:
         last = max((point.step for point in client.get_metric_history(result.run_id, "loss")), default=0)
         child.log(last, absent)
-    tags = tags_of(result, parent.run_id)
+    tags = make_tags(result, parent.run_id)
     if not tags.items() <= run.data.tags.items():
         child.tag_later(tags)
     child.flush()

@@ -14,7 +14,7 @@ from nev.config.file import parse, to_yaml
 from nev.runs.tracking import Tracker
 from nev.storage.files import join, output_folder
 from nev.sweep.config import Sweep
-from nev.sweep.figures import draw, label_of
+from nev.sweep.figures import draw, make_label
 from nev.sweep.findings import findings, seen
 from nev.sweep.results import Outcome, TrialResult
 
@@ -29,7 +29,7 @@ def write_report(outcome: Outcome, base: Experiment, folder: str) -> list[str]:
         made = []
         if any(measured.values()):
             made += draw(
-                local / sweep.name, sweep.question or sweep.name, subtitle_of(outcome), measured, outcome.complete
+                local / sweep.name, sweep.question or sweep.name, make_subtitle(outcome), measured, outcome.complete
             )
         for name, text in (
             (f"{sweep.name}.md", findings(outcome)),
@@ -42,7 +42,7 @@ def write_report(outcome: Outcome, base: Experiment, folder: str) -> list[str]:
     return [join(folder, path.name) for path in made]
 
 
-def subtitle_of(outcome: Outcome) -> str:
+def make_subtitle(outcome: Outcome) -> str:
     """What a figure shows, in a line."""
     seeds = len(outcome.sweep.seeds)
     bars = "; bars: 95 % intervals of the means" if seeds > 1 else ""
@@ -65,7 +65,7 @@ def outcome_table(outcome: Outcome) -> Table:
         cells = [f"{result.metrics[name]:.3g}" if name in result.metrics else "" for name in sweep.metrics]
         if result.ended_early:
             cells[0] += f" at {result.samples:,}"
-        table.add_row(escape(label_of(result.arm)), str(result.seed), *cells)
+        table.add_row(escape(make_label(result.arm)), str(result.seed), *cells)
     for name, error in outcome.errors.items():
         table.add_row(f"[yellow]{escape(name)} failed: {escape(error)}[/]")
     return table

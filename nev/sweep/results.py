@@ -13,7 +13,7 @@ from nev.storage.files import join, storage_errors_as, write_atomic
 from nev.storage.reading import read_bytes
 from nev.sweep.config import Sweep
 from nev.sweep.statistics import RESOLUTION
-from nev.sweep.trials import Arm, Trial, arms_of
+from nev.sweep.trials import Arm, Trial, expand_arms
 
 FILE = "result.json"
 SAMPLES = "samples"  # what a trial reports to Tune of its length
@@ -21,7 +21,7 @@ SAMPLES = "samples"  # what a trial reports to Tune of its length
 
 class TrialResult(Section):
     """A finished trial: its run's name, arm and seed. `metrics` are its chosen checkpoint's; `samples`: those it has seen, fewer
-    than the sweep's where it was ended early, and then `ended_early` is `judged_by` of the sweep that did; `suite`: a digest of
+    than the sweep's where it was ended early, and then `ended_early` is `main_metric` of the sweep that did; `suite`: a digest of
     the suite that it was scored on, too; `run_id`: its MLflow run.
     """
 
@@ -47,7 +47,7 @@ class Outcome:
     @property
     def arms(self) -> list[Arm]:
         """The arms, in order."""
-        return [arm for arm, _ in arms_of(self.sweep)]
+        return [arm for arm, _ in expand_arms(self.sweep)]
 
     @property
     def whole(self) -> bool:
@@ -85,19 +85,19 @@ def is_share(metric: str) -> bool:
     return not {"space", "val", "loss"} & set(metric.split("/"))
 
 
-def keep(trial: Trial, result: TrialResult) -> None:
+def save_result(trial: Trial, result: TrialResult) -> None:
     """Write a trial's result into its run's folder."""
     file = join(run_folder(trial.experiment), FILE)
     with storage_errors_as(file, "written"):
         write_atomic(file, result.model_dump_json(indent=1).encode())
 
 
-def judged_by(sweep: Sweep) -> str:
+def main_metric(sweep: Sweep) -> str:
     """What ends trials of a sweep early, as text; empty without ASHA."""
     return f"{sweep.asha.model_dump_json()} {sweep.mode} {sweep.metrics[0]} {sweep.samples}" if sweep.asha else ""
 
 
-def kept(trial: Trial, sweep: Sweep, suite: str) -> TrialResult | None:
+def load_result(trial: Trial, sweep: Sweep, suite: str) -> TrialResult | None:
     """A trial's result; None where there is none, where it lacks a metric that is asked for now, was scored on another suite than
     the one of this digest, or was ended early by a rule that is not this sweep's.
     """
@@ -110,5 +110,5 @@ def kept(trial: Trial, sweep: Sweep, suite: str) -> TrialResult | None:
         return None
     result = result.model_copy(update={"arm": trial.arm})  # two arms of the same settings share a run
     if result.ended_early:
-        return result if result.ended_early == judged_by(sweep) else None
+        return result if result.ended_early == main_metric(sweep) else None
     return result if set(sweep.metrics) <= result.metrics.keys() and suite in ("", result.suite) else None

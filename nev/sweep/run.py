@@ -31,9 +31,9 @@ from nev.runs.tracking import check_tracking, tracking_uri
 from nev.storage.files import join
 from nev.sweep.config import Sweep
 from nev.sweep.mlflow_runs import close_children, open_parent, publish
-from nev.sweep.results import SAMPLES, Outcome, TrialResult, kept
+from nev.sweep.results import SAMPLES, Outcome, TrialResult, load_result
 from nev.sweep.suite_data import SuiteData, read_suite
-from nev.sweep.trials import DIGITS, Trial, base_of, definition_of, named, plan_trials
+from nev.sweep.trials import DIGITS, Trial, hash_definition, load_base, name_trials, plan_trials
 from nev.train.driver.setup import prepare_job
 
 # Tune's own files and tables of each trial say nothing that nev's do not; its SIGINT handler would end the driver with status 0.
@@ -44,7 +44,7 @@ TUNE_ENVIRONMENT = {
 }
 
 
-class Finished(NamedTuple):
+class SweepSummary(NamedTuple):
     """A sweep's outcome, where its files lie, and where MLflow is."""
 
     outcome: Outcome
@@ -52,7 +52,7 @@ class Finished(NamedTuple):
     tracking_uri: str
 
 
-def run_sweep(sweep: Sweep, overrides: list[str], console: Console) -> Finished:
+def run_sweep(sweep: Sweep, overrides: list[str], console: Console) -> SweepSummary:
     """Run the trials that are not finished, log a parent run with its children, write the figure, the table and the findings.
 
     overrides: `section.key=value` for the base. Raises ConfigError, DataError and the like before the first trial, where an
@@ -68,23 +68,23 @@ def run_sweep(sweep: Sweep, overrides: list[str], console: Console) -> Finished:
     check_tracking(uri)
     connect()
     suite = read_suite(sweep, first)
-    at_once = concurrent(sweep, planned)
+    at_once = count_concurrent(sweep, planned)
     if may_grow() and not sweep.concurrent:
         console.print(
-            f"{at_once} trials at a time, the room that there is now; `concurrent` asks for more", highlight=False
+            f"{at_once} trials at a time, the room that there is now; `count_concurrent` asks for more", highlight=False
         )
     ready = [replace(trial, experiment=with_threads(trial.experiment, at_once)) for trial in planned]
-    trials = named(sweep, ready, share(ready, console))
-    results = [kept(trial, sweep, suite.digest) for trial in trials]
-    check(sweep, [trial for trial, result in zip(trials, results, strict=True) if result is None])
-    definition = definition_of(sweep, trials)
+    trials = name_trials(sweep, ready, share_work(ready, console))
+    results = [load_result(trial, sweep, suite.digest) for trial in trials]
+    check_trials(sweep, [trial for trial, result in zip(trials, results, strict=True) if result is None])
+    definition = hash_definition(sweep, trials)
     parent = open_parent(sweep, definition, first, uri)
     status = "KILLED"
     try:
         errors = tune_trials(sweep, trials, results, suite, parent.run_id, at_once, console)
-        found = [result for result in (kept(trial, sweep, suite.digest) for trial in trials) if result]
+        found = [result for result in (load_result(trial, sweep, suite.digest) for trial in trials) if result]
         outcome = Outcome(sweep, found, errors)
-        base = base_of(sweep, overrides)
+        base = load_base(sweep, overrides)
         files = write_report(outcome, base, join(first.output, f"{sweep.name}-{definition[:DIGITS]}"))
         if lacking := publish(outcome, parent, files):
             said = f"MLflow lacks some of the sweep ({lacking}). The files below have it; the same command sends it"
@@ -93,10 +93,10 @@ def run_sweep(sweep: Sweep, overrides: list[str], console: Console) -> Finished:
     finally:
         parent.finish(status)
         close_children(trials, uri)
-    return Finished(outcome, files, uri)
+    return SweepSummary(outcome, files, uri)
 
 
-def concurrent(sweep: Sweep, trials: Sequence[Trial]) -> int:
+def count_concurrent(sweep: Sweep, trials: Sequence[Trial]) -> int:
     """How many trials run at a time: all that there is room for beside one CPU that decodes, or as many as the sweep says.
 
     A trial's workers are reserved together (one placement group), so two trials never wait for each other's halves; and the one
@@ -132,7 +132,7 @@ def with_threads(experiment: Experiment, at_once: int) -> Experiment:
     return experiment.model_copy(update={"workers": workers.model_copy(update={"threads": threads})})
 
 
-def share(trials: Sequence[Trial], console: Console) -> list[str]:
+def share_work(trials: Sequence[Trial], console: Console) -> list[str]:
     """Do once what every trial needs: the index of each set, and the captions' vectors beside it. Returns what tells the data of
     each trial from others: its sets, its classes, its text tower.
     """
@@ -151,7 +151,7 @@ def share(trials: Sequence[Trial], console: Console) -> list[str]:
     return found
 
 
-def check(sweep: Sweep, trials: Sequence[Trial]) -> None:
+def check_trials(sweep: Sweep, trials: Sequence[Trial]) -> None:
     """Raise what would end a trial before its first step, or leave it without a metric, for a seed of each arm. Names the arm."""
     for trial in {trial.arm: trial for trial in trials}.values():
         try:
@@ -195,7 +195,7 @@ def tune_trials(
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
-    from nev.sweep.follower import Follower
+    from nev.sweep.follower import SweepProgress
     from nev.sweep.trial import run_trial
 
     lacking = {trial.name: number for number, trial in enumerate(trials) if results[number] is None}
@@ -212,7 +212,7 @@ def tune_trials(
         )
     setting = {"sweep": sweep, "trials": trials, "parent": parent, "suite": suite}
     with tempfile.TemporaryDirectory(prefix="nev-tune-") as storage, progress(console) as tell, ended_by_sigterm():
-        follower = Follower(sweep, trials, len(left), tell)
+        follower = SweepProgress(sweep, trials, len(left), tell)
         tuner = tune.Tuner(
             # A trial waits for its TorchTrainer, which reserves what it needs: it must not hold a CPU meanwhile.
             tune.with_resources(tune.with_parameters(run_trial, setting=setting), {"CPU": 0, "memory": 2**20}),

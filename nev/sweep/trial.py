@@ -12,10 +12,10 @@ from nev.cluster.ray_internals import WorkerGroup, kill_worker_group
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.sweep.config import Sweep
-from nev.sweep.mlflow_runs import tags_of
-from nev.sweep.results import SAMPLES, TrialResult, keep
+from nev.sweep.mlflow_runs import make_tags
+from nev.sweep.results import SAMPLES, TrialResult, save_result
 from nev.sweep.suite_data import SuiteData
-from nev.sweep.trials import Trial, steps_of
+from nev.sweep.trials import Trial, compute_steps
 from nev.train.experiment import run_experiment
 
 
@@ -46,7 +46,7 @@ def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
             raise
 
     summary = run_experiment(
-        experiment, Console(quiet=True), tags=tags_of(trial, setting["parent"]), heard=heard if sweep.asha else None
+        experiment, Console(quiet=True), tags=make_tags(trial, setting["parent"]), heard=heard if sweep.asha else None
     )
     everything = summary.metrics | all_of(experiment, summary.checkpoint, sweep, suite.root)
     metrics = {name: value for name, value in everything.items() if math.isfinite(value)}
@@ -58,12 +58,12 @@ def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
         arm=trial.arm,
         seed=trial.seed,
         metrics=metrics,
-        samples=steps_of(experiment) * experiment.train.global_batch,
+        samples=compute_steps(experiment) * experiment.train.global_batch,
         suite=suite.digest,
         run_id=summary.mlflow_run_id,
         seconds=time.monotonic() - began,
     )
-    keep(trial, result)
+    save_result(trial, result)
     tune.report({**{name: metrics[name] for name in sweep.metrics}, SAMPLES: sweep.samples})
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.file import parse, read_yaml
-from nev.sweep.config import LR_RULE, Settings, Sweep, labels_of
+from nev.sweep.config import LR_RULE, Settings, Sweep, make_labels
 
 LABEL_CHARACTERS = 80
 DIGITS = 8  # of a digest, in a name
@@ -77,22 +77,22 @@ def plan_trials(sweep: Sweep, overrides: list[str]) -> list[Trial]:
     raw = read_yaml(sweep.base)
     fixed = [*_assignments(sweep.overrides), *overrides]
     refuse_keys(sweep, [assignment.partition("=")[0] for assignment in fixed])
-    base = base_of(sweep, overrides)
+    base = load_base(sweep, overrides)
     if sweep.asha and not base.train.eval_every:
         raise ConfigError(f"{sweep.base}: asha judges trials at their validations: set train.eval_every in overrides")
     budget = {"train.epochs": None, "train.steps": None, "train.samples": sweep.samples, "eval.patience": None}
     trials = []
-    for arm, settings in arms_of(sweep):
+    for arm, settings in expand_arms(sweep):
         where = f"{sweep.base} at {', '.join(f'{axis} = {value}' for axis, value in arm)}"
         rule = settings.pop(LR_RULE, sweep.lr_rule)
         if rule not in RULES:
             raise ConfigError(f"{where}: there is {', '.join(RULES)}, not {LR_RULE} {rule!r}")
         chosen = {**settings, **budget}
         own = parse(Experiment, raw, [*fixed, *_assignments(chosen)], where=where)
-        chosen |= scaled(base, own, rule)
+        chosen |= scale_lr(base, own, rule)
         for seed in sweep.seeds:
             trial = parse(Experiment, raw, [*fixed, *_assignments({**chosen, "seed": seed})], where=where)
-            if trial.optim.warmup_steps >= (steps := steps_of(trial)):
+            if trial.optim.warmup_steps >= (steps := compute_steps(trial)):
                 raise ConfigError(
                     f"{where}: optim.warmup_steps = {trial.optim.warmup_steps}, and its {sweep.samples:,} samples are {steps} "
                     "steps: lower it in overrides, or raise samples"
@@ -101,7 +101,7 @@ def plan_trials(sweep: Sweep, overrides: list[str]) -> list[Trial]:
     return trials
 
 
-def base_of(sweep: Sweep, overrides: list[str]) -> Experiment:
+def load_base(sweep: Sweep, overrides: list[str]) -> Experiment:
     """The experiment that all trials start from. Raises ConfigError."""
     fixed = [*_assignments(sweep.overrides), *overrides]
     return parse(Experiment, read_yaml(sweep.base), fixed, where=sweep.base)
@@ -124,18 +124,18 @@ def refuse_keys(sweep: Sweep, overridden: Sequence[str]) -> None:
             )
 
 
-def steps_of(experiment: Experiment) -> int:
+def compute_steps(experiment: Experiment) -> int:
     """The steps of a trial: its samples, rounded up to whole ones."""
     return math.ceil((experiment.train.samples or 0) / experiment.train.global_batch)
 
 
-def arms_of(sweep: Sweep) -> Iterator[tuple[Arm, Settings]]:
+def expand_arms(sweep: Sweep) -> Iterator[tuple[Arm, Settings]]:
     """Every combination of the axes, with every draw of the search, and what it sets."""
     axes = [
-        [(axis, label, _settings(axis, values, place)) for place, label in enumerate(labels_of(values))]
+        [(axis, label, _settings(axis, values, place)) for place, label in enumerate(make_labels(values))]
         for axis, values in sweep.axes.items()
     ]
-    for drawn in drawn_of(sweep):
+    for drawn in draw_settings(sweep):
         for point in itertools.product(*axes):
             arm = [(axis, label) for axis, label, _ in point] + [(key, str(value)) for key, value in drawn.items()]
             settings: Settings = {}
@@ -144,7 +144,7 @@ def arms_of(sweep: Sweep) -> Iterator[tuple[Arm, Settings]]:
             yield tuple(arm), {**settings, **drawn}
 
 
-def drawn_of(sweep: Sweep) -> list[Settings]:
+def draw_settings(sweep: Sweep) -> list[Settings]:
     """The draws of the search, the same at every start: a trial that is gone on with must be the one that was begun.
 
     Raises ConfigError where there are not so many different ones.
@@ -169,7 +169,7 @@ def drawn_of(sweep: Sweep) -> list[Settings]:
     raise ConfigError(f"draws = {sweep.draws}: the search has {len(found)} different settings; lower it")
 
 
-def scaled(base: Experiment, own: Experiment, rule: str) -> Settings:
+def scale_lr(base: Experiment, own: Experiment, rule: str) -> Settings:
     """Rates of `own` by a rule at another batch size than the base's, and warm-up and validations after as many samples as
     there, to the nearest step and one at least.
     """
@@ -183,14 +183,14 @@ def scaled(base: Experiment, own: Experiment, rule: str) -> Settings:
     return found
 
 
-def named(sweep: Sweep, trials: Sequence[Trial], data: Sequence[str]) -> list[Trial]:
+def name_trials(sweep: Sweep, trials: Sequence[Trial], data: Sequence[str]) -> list[Trial]:
     """The trials with the names of their runs: the sweep, the arm as far as a name can tell, the seed, and a digest of all that
     makes the trial what it is. data: what tells each one's sets and classes from others.
     """
     names: dict[str, str] = {}
     found = []
     for trial, own in zip(trials, data, strict=True):
-        digest = digest_of(trial.experiment, own)
+        digest = hash_trial(trial.experiment, own)
         label = "-".join(f"{axis.rpartition('.')[2]}_{value}" for axis, value in trial.arm)
         label = re.sub(r"[^A-Za-z0-9._-]+", "_", label)[:LABEL_CHARACTERS]
         name = names.setdefault(digest, f"{sweep.name}-{label}-seed_{trial.seed}-{digest[:DIGITS]}")
@@ -198,7 +198,7 @@ def named(sweep: Sweep, trials: Sequence[Trial], data: Sequence[str]) -> list[Tr
     return found
 
 
-def digest_of(experiment: Experiment, data: str) -> str:
+def hash_trial(experiment: Experiment, data: str) -> str:
     """sha256 of what makes a trial what it is: its settings, its data, and the weights that it begins with."""
     content = experiment.model_dump(mode="json", exclude=NOT_ITS_OWN)
     if given := experiment.vision.weights:
@@ -207,7 +207,7 @@ def digest_of(experiment: Experiment, data: str) -> str:
     return hashlib.sha256(json.dumps([content, data], sort_keys=True).encode()).hexdigest()
 
 
-def definition_of(sweep: Sweep, trials: Sequence[Trial]) -> str:
+def hash_definition(sweep: Sweep, trials: Sequence[Trial]) -> str:
     """sha256 of what a sweep asks, and of which trials: another budget, base or metric is another sweep."""
     content = [
         sweep.model_dump(mode="json", exclude={"concurrent", "base", "overrides"}),
@@ -216,10 +216,10 @@ def definition_of(sweep: Sweep, trials: Sequence[Trial]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def reference_of(sweep: Sweep) -> Arm:
+def find_reference(sweep: Sweep) -> Arm:
     """The arm that the others are compared with; of a search there is none, and its first draw stands in."""
-    chosen = {axis: str(sweep.reference.get(axis, labels_of(values)[0])) for axis, values in sweep.axes.items()}
-    return next(arm for arm, _ in arms_of(sweep) if all(chosen.get(axis, value) == value for axis, value in arm))
+    chosen = {axis: str(sweep.reference.get(axis, make_labels(values)[0])) for axis, values in sweep.axes.items()}
+    return next(arm for arm, _ in expand_arms(sweep) if all(chosen.get(axis, value) == value for axis, value in arm))
 
 
 def _settings(axis: str, values: tuple[Any, ...] | dict[str, Settings], place: int) -> Settings:

@@ -21,6 +21,6 @@ print(torch.arange(3).sum().item())
 
 
 def test_torch_is_there_after_an_interrupt() -> None:
-    """With `import torch` in the place of `import_whole` it is not: torch refuses to be imported again."""
+    """With `import torch` in the place of `import_uninterrupted` it is not: torch refuses to be imported again."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "3", done.stderr

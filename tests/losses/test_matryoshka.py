@@ -64,7 +64,7 @@ def test_any_tiles_and_widths_give_the_naive_loss(
         patch.setattr(tiles, "TILE_ROWS", shape[0])
         patch.setattr(tiles, "TILE_COLUMNS", shape[1])
         if not asked:  # a GPU's way
-            patch.setattr(tiles, "in_window", lambda shifted, counts: False)
+            patch.setattr(tiles, "is_in_window", lambda shifted, counts: False)
         got = matryoshka_loss(*leaves[:3], widths, bias, valid)
     torch.testing.assert_close(got.loss, want, rtol=1e-9, atol=1e-9)
     assert got.pairs.item() == sum(mask)

@@ -51,7 +51,7 @@ def test_any_tiles_give_the_naive_loss(
         patch.setattr(tiles, "TILE_ROWS", shape[0])
         patch.setattr(tiles, "TILE_COLUMNS", shape[1])
         if not asked:  # a GPU's way
-            patch.setattr(tiles, "in_window", lambda shifted, counts: False)
+            patch.setattr(tiles, "is_in_window", lambda shifted, counts: False)
         got = contrastive_loss(image, text, log_scale, valid)
     torch.testing.assert_close(got.loss, want, rtol=1e-10, atol=1e-9)
     for ours, theirs in zip(gradients(got.loss, image, log_scale), gradients(want, image, log_scale), strict=True):
@@ -80,7 +80,7 @@ def test_float32_equals_float64_at_any_spread(scale: float, slow: bool, kind: st
 
 @pytest.mark.parametrize("through_onednn", [True, False])
 def test_float32_rows_are_left_out(through_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "pays", lambda: through_onednn)
+    monkeypatch.setattr(onednn, "is_faster", lambda: use_onednn)
     monkeypatch.setattr(tiles, "TILE_ROWS", 32)
     monkeypatch.setattr(tiles, "TILE_COLUMNS", 24)
     image, text = inputs(96, 8, dtype=torch.float32)

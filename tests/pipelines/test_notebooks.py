@@ -13,7 +13,7 @@ from nev.runs.tracking import open_run
 from nev.sweep.config import Sweep
 from nev.sweep.report import write_report
 from nev.sweep.results import Outcome, TrialResult
-from nev.sweep.trials import arms_of
+from nev.sweep.trials import expand_arms
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +35,7 @@ def test_any_sweep_is_read_from_mlflow(tmp_path: Path, monkeypatch: pytest.Monke
             run_id="",
             seconds=1.0,
         )
-        for arm, _ in arms_of(sweep)
+        for arm, _ in expand_arms(sweep)
         for seed in sweep.seeds
     ]
     for file in write_report(

@@ -21,8 +21,8 @@ from nev.eval.validation.scoring import list_metric_names
 from nev.eval.validation.task import Validation, val_reader
 from nev.sweep.config import Sweep
 from nev.sweep.follower import numbers
-from nev.sweep.run import concurrent, refuse_unmeasured, share, with_threads
-from nev.sweep.trials import named, plan_trials, reference_of
+from nev.sweep.run import count_concurrent, refuse_unmeasured, share_work, with_threads
+from nev.sweep.trials import find_reference, name_trials, plan_trials
 
 ROOT = Path(__file__).parents[2]
 ABLATIONS = ROOT / "configs" / "ablations"
@@ -35,7 +35,7 @@ def test_every_trial_sees_the_same_number_of_samples(base: str) -> None:
     assert {trial.experiment.train.samples for trial in trials} == {640}
     assert {trial.experiment.train.steps for trial in trials} == {None}
     assert [(t.experiment.train.global_batch, t.experiment.seed) for t in trials[:3]] == [(32, 0), (32, 1), (64, 0)]
-    assert len({trial.name for trial in named(sweep(base), trials, [""] * 6)}) == 6
+    assert len({trial.name for trial in name_trials(sweep(base), trials, [""] * 6)}) == 6
 
 
 @pytest.mark.parametrize(("rule", "expected"), [("constant", 1e-3), ("linear", 2e-3), ("sqrt", 2**0.5 * 1e-3)])
@@ -75,9 +75,9 @@ def test_the_rule_is_an_axis_and_named_arms_set_several_things(base: str) -> Non
         ({"lr_rule": "linear", "head": "mean"}, "mean", 1e-3),
         ({"lr_rule": "linear", "head": "slow map"}, "map", 1e-3),
     ]
-    assert dict(reference_of(wanted)) == {"lr_rule": "constant", "head": "mean"}
+    assert dict(find_reference(wanted)) == {"lr_rule": "constant", "head": "mean"}
     other = sweep(base, axes=axes, reference={"head": "slow map"})
-    assert dict(reference_of(other)) == {"lr_rule": "constant", "head": "slow map"}
+    assert dict(find_reference(other)) == {"lr_rule": "constant", "head": "slow map"}
 
 
 def test_a_search_draws_the_same_settings_at_every_start(base: str) -> None:
@@ -97,7 +97,7 @@ def test_a_name_says_what_is_trained(base: str) -> None:
     def names(*overrides: str, data: str = "", **settings: object) -> set[str]:
         wanted = sweep(base, **settings)
         trials = plan_trials(wanted, list(overrides))
-        return {trial.name for trial in named(wanted, trials, [data] * len(trials))}
+        return {trial.name for trial in name_trials(wanted, trials, [data] * len(trials))}
 
     assert names() == names("workers.threads=2", "output=elsewhere", "guards.max_skipped=3")
     for change in ("optim.betas=[0.9, 0.99]", "eval={}"):
@@ -190,7 +190,7 @@ def test_as_many_at_a_time_as_leave_a_cpu_to_decode(ray_cluster: None, base: str
 
     def at_once(*overrides: str, **settings: object) -> int:
         wanted = sweep(base, **settings)
-        return concurrent(wanted, plan_trials(wanted, list(overrides)))
+        return count_concurrent(wanted, plan_trials(wanted, list(overrides)))
 
     assert at_once() == min(cpus, 6)
     assert at_once("workers.cpus=1") == max(1, min(cpus - 1, 6))
@@ -208,13 +208,13 @@ def test_what_trials_share_is_done_once(base: str, monkeypatch: pytest.MonkeyPat
     calls: list[str] = []
 
     def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *given, **named: (calls.append(name), call(*given, **named))[1]
+        return lambda *given, **named: (calls.append(name), call(*given, **name_trials))[1]
 
     monkeypatch.setattr("nev.sweep.run.embed_captions", counted("captions", lambda *given: None))
     for name in ("build_index", "load_text"):
         monkeypatch.setattr(f"nev.sweep.run.{name}", counted(name, getattr(nev.sweep.run, name)))
     trials = plan_trials(sweep(base), [])
-    assert len(set(share(trials, Console(quiet=True)))) == 1
+    assert len(set(share_work(trials, Console(quiet=True)))) == 1
     assert sorted(calls) == ["build_index", "build_index", "captions", "load_text"]
 
 

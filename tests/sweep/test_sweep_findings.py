@@ -18,7 +18,7 @@ from nev.eval.report.plots import new_figure
 from nev.sweep.config import Sweep
 from nev.sweep.figures import by_arm, draw, over_numbers
 from nev.sweep.findings import findings
-from nev.sweep.report import subtitle_of
+from nev.sweep.report import make_subtitle
 from nev.sweep.results import Outcome, TrialResult
 from nev.sweep.statistics import RESOLUTION, differences, estimate, fit, holm, steps_up
 from nev.sweep.trials import Arm
@@ -195,7 +195,7 @@ def test_samples_are_those_that_were_seen() -> None:
     larger = [one.model_copy(update={"samples": 1024}) if "128" in one.name else one for one in done.results]
     uneven = Outcome(done.sweep, larger, {})
     assert "1,000 to 1,024 samples seen (whole steps) by each" in findings(uneven)
-    assert subtitle_of(uneven).startswith("1,000 to 1,024 samples seen")
+    assert make_subtitle(uneven).startswith("1,000 to 1,024 samples seen")
 
 
 def test_a_picture_is_the_least_difference_that_counts() -> None:

@@ -153,7 +153,7 @@ class Asked(TorchDispatchMode):
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("parts", [None, 8])
 def test_no_step_asks_the_device_for_a_number(parts: int | None, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "in_window", lambda shifted, counts: False)  # it asks a CPU alone
+    monkeypatch.setattr(tiles, "is_in_window", lambda shifted, counts: False)  # it asks a CPU alone
     model, given = made(kind=kind).float(), batch(torch.float16)
     config = experiment(micro_batch=parts)
     config = config.model_copy(update={"loss": config.loss.model_copy(update={"kind": kind})})

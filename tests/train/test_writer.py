@@ -69,7 +69,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Refuse:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), location)
         whole(location, data)
 
-    monkeypatch.setattr(checkpoint, "write_whole", write)
+    monkeypatch.setattr(checkpoint, "write_atomic", write)
     return lambda times: left.__setitem__(0, times)
 
 
@@ -86,7 +86,7 @@ def test_the_loop_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest
         assert go_on.wait(60)
         whole(location, data)
 
-    monkeypatch.setattr(checkpoint, "write_whole", slow)
+    monkeypatch.setattr(checkpoint, "write_atomic", slow)
     told = Told()
     own = AsyncCheckpointWriter(str(tmp_path), 2, None, told)
     own.wait()
@@ -163,7 +163,7 @@ def test_an_older_one_that_cannot_go_does_not_cost_the_new_one(tmp_path: Path, m
     own.wait()
     with monkeypatch.context() as away:
         away.setattr(checkpoint, "save", once)
-        away.setattr(manifest, "remove", refuses)
+        away.setattr(manifest, "remove_checkpoint", refuses)
         own.write(snapshot(2))
         own.wait()
     assert len(saved) == 1

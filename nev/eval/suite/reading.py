@@ -108,8 +108,8 @@ def blocks(unit: Unit, read: Callable[[Any], Iterable[Row]], view: View) -> Iter
     """The unit's batches as blocks of b rows, once for each of a picture's variants (one where it is not corrupted).
 
     image: uint8 [b, S, S, 3], 0 where not valid; valid: bool; label: int64, -1 if unknown; variant: int64, CLEAN or one more
-    than the position in `corruption_variants()`; order: int64, of the row in the part; part: int64; facts: str, JSON of uid, captions,
-    name, extra, reason.
+    than the position in `corruption_variants()`; order: int64, of the row in the part; part: int64; facts: str, JSON of
+    uid, captions, name, extra, reason.
     """
     rows = iter(read(unit.content))
     number = 0
