@@ -93,13 +93,13 @@ def test_triton_is_not_imported_where_it_is_not_used() -> None:
 @pytest.mark.parametrize("nested", [False, True])
 def test_tiles_on_a_gpu_walk_once_for_the_statistics(nested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
-    original = tiles.LogSums.see
+    original = tiles.LogSums.update
 
     def see(self: tiles.LogSums, *args: Any) -> None:
         seen.append(self.one_shift)
         original(self, *args)
 
-    monkeypatch.setattr(tiles.LogSums, "see", see)
+    monkeypatch.setattr(tiles.LogSums, "update", see)
     with FakeTensorMode(), torch.no_grad():
         x, log_scale = torch.empty(8, 3, device="cuda", dtype=torch.float64), torch.empty((), device="cuda")
         if nested:

@@ -80,7 +80,7 @@ def test_float32_equals_float64_at_any_spread(scale: float, slow: bool, kind: st
 
 @pytest.mark.parametrize("through_onednn", [True, False])
 def test_float32_rows_are_left_out(through_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "is_faster", lambda: use_onednn)
+    monkeypatch.setattr(onednn, "is_faster", lambda: through_onednn)
     monkeypatch.setattr(tiles, "TILE_ROWS", 32)
     monkeypatch.setattr(tiles, "TILE_COLUMNS", 24)
     image, text = inputs(96, 8, dtype=torch.float32)

@@ -208,7 +208,7 @@ def test_what_trials_share_is_done_once(base: str, monkeypatch: pytest.MonkeyPat
     calls: list[str] = []
 
     def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *given, **named: (calls.append(name), call(*given, **name_trials))[1]
+        return lambda *given, **named: (calls.append(name), call(*given, **named))[1]
 
     monkeypatch.setattr("nev.sweep.run.embed_captions", counted("captions", lambda *given: None))
     for name in ("build_index", "load_text"):
