@@ -1,4 +1,4 @@
-"""The base of every error that nev raises on purpose: its message says what, where and what to do."""
+"""The base of all errors that nev raises on purpose. Their messages say what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ NAMED = 4  # names in one message
 
 
 class NevError(Exception):
-    """Something that the user can mend. Commands print its message alone, without a traceback."""
+    """An error that the user can mend. Commands print the message alone, without a traceback."""
 
 
 class NotReady(NevError, ValueError):
-    """More than one thing is in the way of a run. The message lists them."""
+    """Several errors that keep a run from starting. The message lists them."""
 
 
 class ErrorCollector:
-    """Checks one after another, each the body of a `with`: an error of one does not hide those of the next."""
+    """Collects the errors of several checks, so that the user sees all of them at once. Each check is the body of a `with`."""
 
     def __init__(self) -> None:
-        self._found: list[NevError] = []
+        self._errors: list[NevError] = []
 
     def __enter__(self) -> None:
         return None
@@ -30,23 +30,23 @@ class ErrorCollector:
     ) -> bool:
         if not isinstance(error, NevError):
             return False
-        if str(error) not in map(str, self._found):
-            self._found.append(error)
+        if str(error) not in map(str, self._errors):
+            self._errors.append(error)
         return True
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._errors)
 
     def refuse(self) -> None:
-        """Raise what was found: the error itself where it is one alone, NotReady where there are more."""
-        if len(self._found) == 1:
-            raise self._found[0]
-        if self._found:
-            listed = "\n".join(f"  {number}. {error}" for number, error in enumerate(self._found, 1))
-            raise NotReady(f"{len(self._found)} things are in the way:\n{listed}")
+        """Raise the collected errors: a single error as it is, several errors as one NotReady. Return where there is none."""
+        if len(self._errors) == 1:
+            raise self._errors[0]
+        if self._errors:
+            listed = "\n".join(f"  {number}. {error}" for number, error in enumerate(self._errors, 1))
+            raise NotReady(f"{len(self._errors)} things are in the way:\n{listed}")
 
 
 def first_few(names: Sequence[str]) -> str:
-    """The first four of some names, and how many more there are, for a message."""
+    """Up to four names, and how many more there are, for a message."""
     more = len(names) - NAMED
     return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")

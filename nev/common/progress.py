@@ -1,4 +1,4 @@
-"""How far a command is: live lines on a terminal, and now and then a new line where none can be redrawn, as in a job's log."""
+"""Progress of a command: live lines on a terminal, and a new line now and then in a log, which cannot redraw lines."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 PLAIN_LINE_S = 15.0
 
-# (name of the work, done, in all, what else there is to say)
+# (name of the work, units done, units in all, further text)
 ProgressCallback = Callable[[str, int, int, str], None]
 
 
 @contextmanager
 def progress(console: Console) -> Iterator[ProgressCallback]:
-    """Yield a function that shows how far some work is, a line for each name. Work that is done may begin anew."""
+    """Yield a function that shows the progress of named work, one line a name. Finished work may start again from 0."""
     if console.is_terminal:
         bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(20),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f}  {task.fields[said]}"),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}  {task.fields[text]}"),
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
@@ -31,56 +31,56 @@ def progress(console: Console) -> Iterator[ProgressCallback]:
         )
         tasks: dict[str, TaskID] = {}
 
-        def show(name: str, done: int, total: int, said: str) -> None:
+        def show(name: str, done: int, total: int, text: str) -> None:
             if name not in tasks or (done == 0 and bars.tasks[tasks[name]].finished):
-                tasks[name] = bars.add_task(name, total=total, said=said)
-            bars.update(tasks[name], completed=done, total=total, said=said)
+                tasks[name] = bars.add_task(name, total=total, text=text)
+            bars.update(tasks[name], completed=done, total=total, text=text)
 
         with bars:
             yield show
     else:
 
-        def line(text: str) -> None:
+        def print_line(text: str) -> None:
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-        lines: defaultdict[str, Callable[[str], None]] = defaultdict(lambda: throttle(line))
+        lines: defaultdict[str, Callable[[str], None]] = defaultdict(lambda: throttle(print_line))
 
-        def say(name: str, done: int, total: int, said: str) -> None:
-            show_it = line if done == total else lines[name]
-            show_it(f"{name.strip()} {done:,}/{total:,}  {said}")
+        def show_line(name: str, done: int, total: int, text: str) -> None:
+            show = print_line if done == total else lines[name]
+            show(f"{name.strip()} {done:,}/{total:,}  {text}")
 
-        yield say
+        yield show_line
 
 
 @contextmanager
 def count_progress(console: Console, what: str) -> Iterator[Callable[[int], None]]:
-    """Yield a function that is told how many more of `what` are done, where nobody knows how many there are."""
-    began, total = time.monotonic(), 0
+    """Yield a function that adds to a count of `what`, for work whose total is not known. The count and its rate are shown."""
+    start, total = time.monotonic(), 0
 
-    def said() -> str:
-        return f"{total:,} {what}, {total / max(time.monotonic() - began, 1e-9):,.0f}/s"
+    def summary() -> str:
+        return f"{total:,} {what}, {total / max(time.monotonic() - start, 1e-9):,.0f}/s"
 
     with console.status("") as status:
         show = status.update if console.is_terminal else throttle(lambda text: console.print(text, highlight=False))
 
-        def more(count: int) -> None:
+        def add(count: int) -> None:
             nonlocal total
             total += count
-            show(said())
+            show(summary())
 
-        yield more
+        yield add
     if total:
-        console.print(said(), highlight=False)
+        console.print(summary(), highlight=False)
 
 
 def throttle(show: Callable[[str], None], seconds: float = PLAIN_LINE_S) -> Callable[[str], None]:
-    """`show`, but at most once in so many seconds; what comes between is passed over."""
+    """Wrap `show` so that it is called at most once in `seconds`. Lines in between are dropped."""
     last = -seconds
 
-    def maybe(line: str) -> None:
+    def show_throttled(line: str) -> None:
         nonlocal last
         if time.monotonic() - last >= seconds:
             last = time.monotonic()
             show(line)
 
-    return maybe
+    return show_throttled
