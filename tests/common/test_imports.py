@@ -7,11 +7,11 @@ import sys
 
 SCRIPT = """
 import _thread, sys, threading, time
-from nev.common.imports import import_whole
+from nev.common.imports import import_uninterrupted
 
 threading.Timer(0.3, _thread.interrupt_main).start()
 try:
-    import_whole("torch")
+    import_uninterrupted("torch")
     time.sleep(60)
 except KeyboardInterrupt:
     pass
