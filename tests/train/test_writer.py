@@ -61,7 +61,7 @@ class Told:
 def refuse(monkeypatch: pytest.MonkeyPatch) -> Refuse:
     """Makes the next so many files a full disk."""
     left = [0]
-    whole = checkpoint.write_whole
+    whole = checkpoint.write_atomic
 
     def write(location: str, data: bytes) -> None:
         if left[0] > 0:
@@ -79,7 +79,7 @@ def steps_of(run: Path) -> list[int]:
 
 def test_the_loop_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reached, go_on = threading.Event(), threading.Event()
-    whole = checkpoint.write_whole
+    whole = checkpoint.write_atomic
 
     def slow(location: str, data: bytes) -> None:
         reached.set()
