@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CONFIG ?= configs/quickstart.yaml
+CONFIG ?= quickstart
 export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
@@ -24,7 +24,7 @@ $(VENV)/.done: requirements.lock pyproject.toml
 	@touch $@
 
 quickstart: setup ## Draw pictures, train a vision encoder into MiniLM's space, show what it learnt.
-	$(BIN)/python pipelines/quickstart.py --config $(CONFIG)
+	$(BIN)/nev quickstart --config $(CONFIG)
 
 test: setup ## Run all tests. NEV_DATA=folder adds those that read real data.
 	$(BIN)/python -m pytest

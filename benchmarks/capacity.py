@@ -67,7 +67,7 @@ def main(
     from nev.train.capacity import estimate_memory
 
     console = Console()
-    with report_errors(console):
+    with report_errors():
         contestants: dict[str, Callable[[], float]] = {}
         ratios: dict[str, report.Ratio] = {}
 

@@ -53,7 +53,7 @@ def main(
     from benchmarks.contestants.processes import in_own_process
 
     console = Console()
-    with report_errors(console), tempfile.TemporaryDirectory(prefix="nev-bench-") as name:
+    with report_errors(), tempfile.TemporaryDirectory(prefix="nev-bench-") as name:
         if (os.cpu_count() or 1) / 2 < report.LOAD_AT_START:
             console.print(
                 f"[yellow]the machine is busy (load {report.LOAD_AT_START:.1f}): do not keep these figures[/]"

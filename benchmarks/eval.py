@@ -48,7 +48,7 @@ def main(
 ) -> None:
     """Measure evaluation; writes benchmarks/results/eval.json."""
     console = Console()
-    with report_errors(console), tempfile.TemporaryDirectory(prefix="nev-bench-") as name:
+    with report_errors(), tempfile.TemporaryDirectory(prefix="nev-bench-") as name:
         tars = str(data.absolute() / "flickr8k/train")
         embedded = report.measure_interleaved(
             {

@@ -48,7 +48,7 @@ def main(
     from benchmarks.contestants.processes import in_own_process
 
     console = Console()
-    with report_errors(console):
+    with report_errors():
         beside: dict[str, list[float]] = {}
 
         def seconds(name: str, n: int) -> float:

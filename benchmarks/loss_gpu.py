@@ -50,7 +50,7 @@ def main(
     import torch
 
     console = Console()
-    with report_errors(console):
+    with report_errors():
         require_gpu()
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         beside: dict[str, list[float]] = {}

@@ -56,7 +56,7 @@ def main(
     from benchmarks.contestants.processes import in_own_process
 
     console = Console()
-    with report_errors(console), tempfile.TemporaryDirectory(prefix="nev-bench-") as name:
+    with report_errors(), tempfile.TemporaryDirectory(prefix="nev-bench-") as name:
         own = pictures.flickr8k(data.absolute(), Path(name), rows)
         with console.status("the short run"):
             short = in_own_process(samples, own, size, batches, batches)

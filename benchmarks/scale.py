@@ -54,7 +54,7 @@ def main(
 ) -> None:
     """Time the plan of 1.55 billion rows and the index with and without its cache; writes benchmarks/results/scale.json."""
     console = Console()
-    with report_errors(console), tempfile.TemporaryDirectory(prefix="nev-bench-") as name:
+    with report_errors(), tempfile.TemporaryDirectory(prefix="nev-bench-") as name:
         os.environ["NEV_CACHE"] = f"{name}/cache"
         write_shards(Path(name, "shards"), shards)
         index = made_up_index(BLOCK)

@@ -79,7 +79,7 @@ def main(
 ) -> None:
     """Inject faults at random moments; writes benchmarks/results/faults.json."""
     console = Console()
-    with report_errors(console), tempfile.TemporaryDirectory(prefix="nev-soak-") as name:
+    with report_errors(), tempfile.TemporaryDirectory(prefix="nev-soak-") as name:
         folder = Path(name)
         pictures = drawn(folder / "pictures")
         checkpoints = cost_of_checkpoints(pictures, repetitions, console)

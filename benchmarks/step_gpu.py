@@ -49,7 +49,7 @@ def main(
 ) -> None:
     """Measure training steps on a GPU; writes benchmarks/results/step_gpu.json."""
     console = Console()
-    with report_errors(console):
+    with report_errors():
         most = (peak or peak_of(device_name())) * 1e12
         flops = flops_of_an_image(experiment(1, 1, compiled=False))
         beside: dict[str, list[float]] = {"gflop_an_image": [flops / 1e9]}

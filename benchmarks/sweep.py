@@ -45,7 +45,7 @@ def main(
 ) -> None:
     """Measure a sweep; writes benchmarks/results/sweep.json."""
     console = Console()
-    with report_errors(console), tempfile.TemporaryDirectory(prefix="nev-bench-") as name:
+    with report_errors(), tempfile.TemporaryDirectory(prefix="nev-bench-") as name:
         folder = Path(name)
         write_synthetic(folder / "pictures", train=4000, val=500, seed=0)
         connect()

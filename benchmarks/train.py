@@ -62,7 +62,7 @@ def main(
 ) -> None:
     """Measure the training speed of nev beside a bare loop and beside open_clip; writes benchmarks/results/train.json."""
     console = Console()
-    with report_errors(console):
+    with report_errors():
         load, cores = report.LOAD_AT_START, os.cpu_count() or 1
         if load > cores / 2:
             console.print(f"[yellow]the machine is busy (load {load:.1f}): do not keep these figures[/]")

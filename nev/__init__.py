@@ -1,1 +1,32 @@
-"""nev: give a locked text embedder eyes."""
+"""nev: give a locked text embedder eyes.
+
+The public names are imported when they are used, so that `import nev` alone costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+__all__ = ["Experiment", "__version__", "load_config", "run_experiment"]
+
+if TYPE_CHECKING:
+    from nev.config.experiment import Experiment
+    from nev.config.file import load as load_config
+    from nev.train.experiment import run_experiment
+else:  # hidden from type checkers, for which a module with __getattr__ has every name
+    _HOMES = {
+        "Experiment": ("nev.config.experiment", "Experiment"),
+        "load_config": ("nev.config.file", "load"),
+        "run_experiment": ("nev.train.experiment", "run_experiment"),
+    }
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module, attribute = _HOMES[name]
+        return getattr(import_module(module), attribute)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,55 +1,11 @@
-"""Try settings of an experiment against each other with Ray Tune, at a fixed number of samples seen, and say what differs.
+"""What a submitted job runs for `nev ablate`.
 
-python pipelines/ablate.py --config configs/ablations/batch_size.yaml
-python pipelines/ablate.py --config configs/ablations/batch_size.yaml --sweep samples=10000 --sweep "seeds=[0]"
+ray job submit --working-dir . -- python pipelines/ablate.py --config SWEEP
 """
 
-from __future__ import annotations
+from nev.commands.main import make_pipeline
 
-from typing import Annotated
-
-import typer
-from rich.console import Console
-
-from nev.common.cli import Overrides, make_command, report_errors
-from nev.config.file import parse, read_yaml
-from nev.sweep.config import Sweep
-
-
-def main(
-    config: Annotated[
-        str, typer.Option("--config", help="Sweep file (YAML); the shipped ones are in configs/ablations/.")
-    ],
-    overrides: Overrides = None,
-    sweep_overrides: Annotated[
-        list[str] | None, typer.Option("--sweep", help="Override the sweep itself: key=value. May be repeated.")
-    ] = None,
-) -> None:
-    """Run an ablation: every arm with every seed; --set overrides the base experiment."""
-    console = Console()
-    with report_errors(
-        console, "The same command goes on: finished trials are kept, others continue from their checkpoints."
-    ):
-        sweep = parse(
-            Sweep,
-            read_yaml(config, "The shipped sweeps are in configs/ablations/."),
-            sweep_overrides or [],
-            where=config,
-        )
-        from nev.sweep.report import outcome_table
-        from nev.sweep.run import run_sweep
-        from nev.train.experiment import mlflow_hint
-
-        done = run_sweep(sweep, overrides or [], console)
-    console.print(outcome_table(done.outcome))
-    for file in done.files:
-        console.print(f"{file.rpartition('.')[2]:<11} {file}", highlight=False, soft_wrap=True)
-    console.print(f"MLflow      {mlflow_hint(done.tracking_uri)}", highlight=False, soft_wrap=True)
-    if not done.outcome.whole:
-        raise typer.Exit(1)
-
-
-app = make_command(main, "python pipelines/ablate.py --config configs/ablations/batch_size.yaml --sweep samples=10000")
+app = make_pipeline("ablate")
 
 if __name__ == "__main__":
     app()

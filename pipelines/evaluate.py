@@ -1,89 +1,11 @@
-"""Score a checkpoint: on its experiment's validation set, on another by --set data.val=..., or on a whole suite of tasks.
+"""What a submitted job runs for `nev evaluate`.
 
-python pipelines/evaluate.py --checkpoint runs/cifar10/checkpoints/step-00001170
-python pipelines/evaluate.py --checkpoint runs/cifar10/checkpoints/step-00001170 --set data.val=data/other/val
-python pipelines/evaluate.py --checkpoint s3://BUCKET/runs/cifar10/checkpoints/step-00001170
-
-A suite is a list of tasks, as YAML: quick, imagenet, flickr30k, coco, datacomp (38 tasks), ood, or a file of your own. It ends
-with a page that shows all, NAME.html.
-
-NEV_DATA=../shared/data python pipelines/evaluate.py --checkpoint runs/flickr8k/checkpoints/step-00000500 --suite quick
-python pipelines/evaluate.py --checkpoint runs/big/checkpoints/step-00070830 --suite datacomp --data /data/datacomp
-
-Tasks of mteb, whose data comes from the hub:
-
-python pipelines/evaluate.py --checkpoint runs/big/checkpoints/step-00070830 --mteb STSBenchmark.v2 --mteb Flickr30kI2TRetrieval
+ray job submit --working-dir . -- python pipelines/evaluate.py --checkpoint CHECKPOINT
 """
 
-from __future__ import annotations
+from nev.commands.main import make_pipeline
 
-from pathlib import PurePosixPath
-from typing import Annotated
-
-import typer
-from rich.console import Console
-
-from nev.common.cli import Overrides, make_command, report_errors
-from nev.config.base import ConfigError
-
-
-def main(
-    checkpoint: Annotated[str, typer.Option(help="Checkpoint: runs/NAME/checkpoints/step-..., or s3://...")],
-    overrides: Overrides = None,
-    suite: Annotated[
-        str | None, typer.Option(help="Tasks to score: a shipped suite by name, or a file of your own (.yaml).")
-    ] = None,
-    data: Annotated[str | None, typer.Option(help="Folder of the suite's data, here or on s3://.")] = None,
-    against: Annotated[
-        list[str] | None,
-        typer.Option(help="JSON of the same suite for another model, to stand beside this one; may be repeated."),
-    ] = None,
-    mteb: Annotated[
-        list[str] | None, typer.Option(help=r"A task of mteb by its name (pip install 'nev\[mteb]'); may be repeated.")
-    ] = None,
-    output: Annotated[
-        str | None,
-        typer.Option(help="Folder or s3:// prefix for what is written (default: the run's folder/evaluation)"),
-    ] = None,
-) -> None:
-    """Score a checkpoint on its experiment's validation set, on another one, or on a suite."""
-    console = Console()
-    with report_errors(console):
-        from nev.eval.evaluate import evaluate_checkpoint, evaluate_mteb
-        from nev.eval.evaluate_suite import evaluate_suite
-        from nev.eval.report.tables import metrics_table, suite_table
-
-        if suite and mteb:
-            raise ConfigError("--suite and --mteb are two evaluations: run one after the other")
-        if data and not suite:
-            raise ConfigError("--data is the folder of a suite's data: give --suite, too, or --set data.val=...")
-        if against and not suite:
-            raise ConfigError("--against is another model's JSON of a suite: give --suite, too")
-        if suite:
-            result, files = evaluate_suite(
-                checkpoint, suite, Console(stderr=True), overrides or [], data, output, against or ()
-            )
-            console.print(suite_table(result))
-            for task in result.tasks:
-                if task.reason:
-                    console.print(
-                        f"not run     {task.name}: {task.reason}", highlight=False, soft_wrap=True, markup=False
-                    )
-        elif mteb:
-            scores, file = evaluate_mteb(checkpoint, mteb, overrides or [], output)
-            files = [file]
-            for name, value in scores.items():
-                console.print(f"{name:<40} {value:.4f}", highlight=False)
-        else:
-            metrics, files = evaluate_checkpoint(checkpoint, overrides or [], output)
-            console.print(metrics_table(metrics, checkpoint))
-    for file in files:
-        console.print(f"{PurePosixPath(file).stem:<11} {file}", highlight=False, soft_wrap=True)
-
-
-app = make_command(
-    main, "python pipelines/evaluate.py --checkpoint runs/cifar10/checkpoints/step-00001170 --suite quick"
-)
+app = make_pipeline("evaluate")
 
 if __name__ == "__main__":
     app()

@@ -37,9 +37,8 @@ class WorkerGroup(NamedTuple):
 
 
 OUT_OF_MEMORY = (
-    "a process of this run was ended because its machine's memory was full. Lower train.micro_batch (`python "
-    "pipelines/capacity.py` tells what a worker takes), or let less else run there. The same command goes on from the latest "
-    "checkpoint."
+    "a process of this run was ended because its machine's memory was full. Lower train.micro_batch (`nev "
+    "capacity` computes what a worker takes), or let less else run there. The same command goes on from the latest checkpoint."
 )
 
 

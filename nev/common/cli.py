@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,31 +13,39 @@ from rich.markup import escape
 from nev.common.errors import NevError
 from nev.common.quiet import quiet
 
-ConfigFile = Annotated[str, typer.Option("--config", help="Experiment file (YAML); the shipped ones are in configs/.")]
+ConfigFile = Annotated[
+    str, typer.Option("--config", help="Experiment: a file (YAML), or the name of a shipped one (quickstart, ...).")
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override one setting: section.key=value. May be repeated.")
 ]
 
 
 @contextmanager
-def report_errors(console: Console, interrupted: str = "Nothing is lost but this command's work.") -> Iterator[None]:
-    """Keep libraries quiet; print a NevError as one message and exit with 2; let a bug keep its traceback.
+def report_errors(interrupted: str = "Nothing is lost but this command's work.") -> Iterator[None]:
+    """Keep libraries quiet, and turn errors into a message on stderr and an exit status.
 
-    interrupted: what a user who pressed Ctrl-C wants to know; the exit status is 130 then, as the shell has it.
+    A NevError prints its message alone; the exit status is 2. Any other error is a bug and keeps its traceback.
+
+    interrupted: what Ctrl-C prints; the exit status is 130, as in a shell.
     """
     quiet()
     try:
         yield
     except NevError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        _print_message(f"[bold red]error:[/] {escape(str(error))}")
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        console.print(f"[bold]interrupted.[/] {escape(interrupted)}", highlight=False, soft_wrap=True)
+        _print_message(f"[bold]interrupted.[/] {escape(interrupted)}")
         raise typer.Exit(130) from None
 
 
-def make_command(main: object, example: str) -> typer.Typer:
+def _print_message(markup: str) -> None:
+    Console(stderr=True).print(markup, highlight=False, soft_wrap=True)
+
+
+def make_command(main: Callable[..., Any], example: str) -> typer.Typer:
     """A Typer application of one command, with an example under its help."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(epilog=f"Example: {example}")(main)  # type: ignore[type-var]
+    app.command(epilog=f"Example: {example}")(main)
     return app

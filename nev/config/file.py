@@ -18,17 +18,40 @@ Section_ = TypeVar("Section_", bound=Section)
 def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Experiment:
     """Read an experiment from YAML and apply `section.key=value` overrides (values are YAML).
 
+    path: of a file, or the name of a shipped experiment (`quickstart`).
     Raises ConfigError listing every problem with its place in the file.
     """
-    return parse(Experiment, read_yaml(path), overrides, where=str(path))
+    return parse(Experiment, read_config(path), overrides, where=str(path))
 
 
-def read_yaml(path: str | Path, otherwise: str = "The shipped experiments are in configs/.") -> dict[str, Any]:
-    """Read a YAML mapping with the safe loader (no tags). Raises ConfigError if it is not one, with `otherwise` of no file."""
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Read a file, or a shipped experiment or sweep by its name: `quickstart`, `ablations/batch_size`.
+
+    A file that exists comes before a shipped one of the same name. Raises ConfigError for a name that is neither.
+    """
+    shipped = shipped_configs()
+    if not Path(path).exists() and str(path) in shipped:
+        return read_yaml(shipped[str(path)])
+    return read_yaml(path, f"Give a file, or one of the shipped {', '.join(shipped)}.")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The experiments and sweeps that come with nev: name to file, by name. A checkout has them in `configs/`."""
+    package = Path(__file__).parents[1]
+    folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.yaml"))}
+
+
+def read_yaml(path: str | Path, otherwise: str = "") -> dict[str, Any]:
+    """Read a YAML mapping with the safe loader (no tags).
+
+    otherwise: what the message says to do where there is no such file.
+    Raises ConfigError for a file that is absent, is not YAML, or is no mapping.
+    """
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file. {otherwise}") from None
+        raise ConfigError(f"{path}: no such file. {otherwise}".rstrip()) from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(raw, dict):

@@ -83,7 +83,7 @@ def build_index(root: str, columns: Columns) -> Index:
     base = base.rstrip("/")
     with read_errors_as_data_errors(root, damaged=""):
         if not fs.isdir(base):
-            raise DataError(f"{root}: no such folder. Make shards with `python pipelines/prepare.py --help`.")
+            raise DataError(f"{root}: no such folder. Make shards with `nev prepare --help`.")
         found = {path[len(base) :].lstrip("/"): entry for path, entry in list_entries(fs, base).items()}
     if any(UNFINISHED in path.split("/")[:-1] for path in found):
         raise DataError(f"{root}: not finished (there is a folder {UNFINISHED}): run the same prepare command again.")
@@ -94,9 +94,7 @@ def build_index(root: str, columns: Columns) -> Index:
         raise DataError(f"{root}/{linked}: {LINKED_FOLDER}")
     relative = sorted(path for path in seen if path.endswith(".parquet"))
     if not relative:
-        raise DataError(
-            f"{root}: no .parquet shard in this folder. Make some with `python pipelines/prepare.py --help`."
-        )
+        raise DataError(f"{root}: no .parquet shard in this folder. Make some with `nev prepare --help`.")
     with read_errors_as_data_errors(root, damaged=""):
         key = index_cache.listing_key(fs, base, columns, relative, found)
     groups = index_cache.load(key) if key else None

@@ -29,7 +29,7 @@ from nev.storage.reading import (
     write_errors_as_data_errors,
 )
 
-WRITE_AGAIN = "Delete this file and write it again with `python pipelines/embed_text.py`."
+WRITE_AGAIN = "Delete this file and write it again with `nev embed-text`."
 FOLDER = "_text"
 LAYOUT = 1  # counts changes of the file's layout: sidecars of another one have another key
 
@@ -109,7 +109,7 @@ def check_sidecars(index: Index, key: str, width: int, every_row: bool = False) 
     if missing := missing_sidecars(index, key):
         raise DataError(
             f"{index.root}: {len(missing)} of {len(index.paths)} shards have no text sidecar of this encoder "
-            f"(first: {index.paths[missing[0]]}). Write them with `python pipelines/embed_text.py --config CONFIG`, or "
+            f"(first: {index.paths[missing[0]]}). Write them with `nev embed-text --config CONFIG`, or "
             "embed the captions in the training loop with text.mode=online, at its price."
         )
 
@@ -145,7 +145,7 @@ def _check(index: Index, shard: int, key: str, width: int, every_row: bool = Fal
         if found.get(name) != value:
             raise DataError(
                 f"{location}: {name} is {found.get(name)}, this run needs {value}. The shard or the encoder changed: "
-                "write it again with `python pipelines/embed_text.py`."
+                "write it again with `nev embed-text`."
             )
     rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
     own = index.groups_of(shard)

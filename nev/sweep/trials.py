@@ -20,7 +20,7 @@ import numpy as np
 
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
-from nev.config.file import parse, read_yaml
+from nev.config.file import parse, read_config
 from nev.sweep.config import LR_RULE, Settings, Sweep, make_labels
 
 LABEL_CHARACTERS = 80
@@ -74,7 +74,7 @@ def plan_trials(sweep: Sweep, overrides: list[str]) -> list[Trial]:
 
     overrides: `section.key=value`, over the sweep's own. Raises ConfigError.
     """
-    raw = read_yaml(sweep.base)
+    raw = read_config(sweep.base)
     fixed = [*_assignments(sweep.overrides), *overrides]
     refuse_keys(sweep, [assignment.partition("=")[0] for assignment in fixed])
     base = load_base(sweep, overrides)
@@ -104,7 +104,7 @@ def plan_trials(sweep: Sweep, overrides: list[str]) -> list[Trial]:
 def load_base(sweep: Sweep, overrides: list[str]) -> Experiment:
     """The experiment that all trials start from. Raises ConfigError."""
     fixed = [*_assignments(sweep.overrides), *overrides]
-    return parse(Experiment, read_yaml(sweep.base), fixed, where=sweep.base)
+    return parse(Experiment, read_config(sweep.base), fixed, where=sweep.base)
 
 
 def refuse_keys(sweep: Sweep, overridden: Sequence[str]) -> None:

@@ -196,7 +196,7 @@ def test_without_shards_the_command_that_makes_them_is_named(
 ) -> None:
     with pytest.raises(typer.Exit):
         run_train(measured, "elsewhere")
-    assert "pipelines/prepare.py --help" in capsys.readouterr().out
+    assert "nev prepare --help" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.name)

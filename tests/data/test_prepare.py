@@ -1,4 +1,4 @@
-"""pipelines/prepare.py as a user runs it: good runs, their report, and errors that name the cause."""
+"""`nev prepare` as a user runs it: good runs, their report, and errors that name the cause."""
 
 import io
 import json
@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.prepare_command import pipeline, prepare
+from helpers.prepare_command import prepare
 from helpers.tars import tar_of
 from PIL import Image
 
+from nev.commands import prepare as prepare_module
 from nev.config.data import Columns
 from nev.data.index import build_index
 from nev.data.sources import SOURCES
@@ -227,7 +228,7 @@ def test_the_contact_sheet_shows_pictures_with_their_captions(tmp_path: Path) ->
 def test_help_shows_an_example_and_every_source() -> None:
     out = prepare("--help")
     assert "Example: python pipelines/prepare.py --source webdataset" in out
-    assert set(get_args(pipeline.Kind)) == {*SOURCES, "synthetic"}
+    assert set(get_args(prepare_module.Kind)) == {*SOURCES, "synthetic"}
 
 
 @needs_data

@@ -140,20 +140,19 @@ def test_a_function_that_ray_cannot_import_ends_the_run(
 def test_the_command_takes_ray_for_several_parts(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from helpers import prepare_command
-
     from nev.cluster import tasks as ray_run
+    from nev.commands import prepare as prepare_module
 
     asked: list[int] = []
     own = ray_run.ray_run
     monkeypatch.setattr(ray_run, "ray_run", lambda *args: (asked.append(len(args[1])), own(*args))[1])
     folder = tars(tmp_path / "tars")
-    parse: Any = prepare_command.pipeline.parse
+    parse: Any = prepare_module.parse
 
     def small_parts(kind: Any, raw: dict[str, Any], **more: Any) -> Any:
         return parse(kind, {**raw, "part_bytes": 1} if kind is SourceOptions else raw, **more)
 
-    monkeypatch.setattr(prepare_command.pipeline, "parse", small_parts)
+    monkeypatch.setattr(prepare_module, "parse", small_parts)
     args = ("--source", "webdataset", "--input", folder, "--rows-per-shard", 16, "--row-group-rows", 8, "--output")
     out = command(*args, tmp_path / "out/set")
     assert asked == [3, 4]

@@ -67,9 +67,7 @@ def test_missing_sidecars_are_counted_and_named(tmp_path: Path) -> None:
     check_sidecars(index, KEY, WIDTH)
     Path(sidecar_location(index, 1, KEY)).unlink()
     assert missing_sidecars(index, KEY) == sidecars_to_write(index, KEY, WIDTH) == [1]
-    with pytest.raises(
-        DataError, match=r"1 of 3 shards .* \(first: b\.parquet\)\. Write them with `python pipelines/embed_text"
-    ):
+    with pytest.raises(DataError, match=r"1 of 3 shards .* \(first: b\.parquet\)\. Write them with `nev embed-text"):
         check_sidecars(index, KEY, WIDTH)
     with pytest.raises(DataError, match=r"3 of 3 shards have no text sidecar of this encoder"):
         check_sidecars(index, sidecar_key("another tower", "caption"), WIDTH)

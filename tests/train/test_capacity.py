@@ -1,7 +1,6 @@
 """The memory of a step, told beforehand: against what is alive in a real one, byte by byte, and against a process's peak."""
 
 import functools
-import importlib.util
 import subprocess
 import sys
 from collections import Counter
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
+from nev.commands.main import make_pipeline
 from nev.config.base import ConfigError
 from nev.config.file import to_yaml
 from nev.models.dual_encoder import DualEncoder
@@ -187,15 +187,8 @@ def test_a_text_tower_in_the_loop_is_not_told() -> None:
 
 
 def test_the_command_prints_a_table(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location(
-        "capacity_pipeline", Path(__file__).parents[2] / "pipelines/capacity.py"
-    )
-    assert spec
-    assert spec.loader
-    pipeline = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pipeline)
     (tmp_path / "x.yaml").write_text(to_yaml(experiment(workers={"count": 4})))
-    done = CliRunner().invoke(pipeline.app, ["--config", str(tmp_path / "x.yaml"), "--width", "48"])
+    done = CliRunner().invoke(make_pipeline("capacity"), ["--config", str(tmp_path / "x.yaml"), "--width", "48"])
     assert done.exit_code == 0, done.output
     for word in ("activations", "peak", "all_gather", "gradients (DDP)"):
         assert word in done.output

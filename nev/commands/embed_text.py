@@ -1,0 +1,46 @@
+"""Embed the captions of an experiment's shards with its locked text encoder, once: sidecars beside the shards.
+
+nev embed-text --config cifar10
+
+On a cluster whose GPU nodes start on demand:
+
+nev embed-text --config nomic_embed_vision_v1_5 --gpus 8
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from nev.common.cli import ConfigFile, Overrides, report_errors
+
+EXAMPLE = "--config cifar10"
+
+
+def main(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="GPUs to request from the cluster, which may start nodes. Default: the GPUs that are up."
+        ),
+    ] = None,
+) -> None:
+    """Embed the captions of an experiment's shards with its text encoder, once. Finished shards are skipped."""
+    console = Console()
+    with report_errors("The same command goes on with the shards that are left."):
+        from nev.config.file import load
+        from nev.config.paths import with_absolute_paths
+
+        experiment = with_absolute_paths(load(config, overrides or []))
+        from nev.cluster.session import connect
+        from nev.embed.captions import embed_captions
+
+        connect()
+        roots = [root for root in (experiment.data.train, experiment.data.val) if root]
+        report = embed_captions(roots, experiment.data.columns, experiment.text, console, gpus)
+    rate = f", {report.captions / report.seconds:,.0f} captions/s" if report.seconds else ""
+    console.print(f"{report.shards} sidecars written, {report.captions:,} captions{rate}", highlight=False)

@@ -1,0 +1,61 @@
+"""`nev`: every command on one help page, in the order of use.
+
+A command's module holds `main`, whose parameters are the options, and `EXAMPLE`, the arguments of an example. The modules import
+what computes inside `main`, so that a help page costs no import of torch, Ray, transformers or MLflow.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Annotated
+
+import typer
+
+from nev import __version__
+from nev.commands import ablate, capacity, embed_text, evaluate, prepare, pretrain, quickstart, train
+from nev.common.cli import make_command
+
+# Command -> its module, and its group on the help page.
+COMMANDS: dict[str, tuple[ModuleType, str]] = {
+    "prepare": (prepare, "From pictures to a scored encoder, in this order"),
+    "embed-text": (embed_text, "From pictures to a scored encoder, in this order"),
+    "train": (train, "From pictures to a scored encoder, in this order"),
+    "evaluate": (evaluate, "From pictures to a scored encoder, in this order"),
+    "ablate": (ablate, "Around a training"),
+    "capacity": (capacity, "Around a training"),
+    "pretrain": (pretrain, "Around a training"),
+    "quickstart": (quickstart, "All of the above on one laptop, from nothing"),
+}
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nev {__version__}")
+        raise typer.Exit
+
+
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print nev's version.")
+    ] = False,
+) -> None:
+    """Train a vision encoder into the space of a locked text embedder, on Ray."""
+
+
+def make_app() -> typer.Typer:
+    """The application `nev`, a subcommand for each of COMMANDS."""
+    app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+    app.callback()(main)
+    for name, (module, group) in COMMANDS.items():
+        epilog = f"Example: nev {name} {module.EXAMPLE}"
+        app.command(name, epilog=epilog, rich_help_panel=group)(module.main)
+    return app
+
+
+def make_pipeline(name: str) -> typer.Typer:
+    """One of COMMANDS as an application of its own, for the file in `pipelines/` that a submitted job runs."""
+    module, _ = COMMANDS[name]
+    return make_command(module.main, f"python pipelines/{name.replace('-', '_')}.py {module.EXAMPLE}")
+
+
+app = make_app()

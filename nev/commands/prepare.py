@@ -1,0 +1,255 @@
+"""Turn a source into shards: parquet files of (uid, image, caption), in an order that is random over the whole set.
+
+CIFAR-10, whose captions are made of the class names (a split a command, classes.txt beside the splits):
+
+    nev prepare --source hf-parquet --input "../shared/data/cifar10/train-*.parquet" \\
+        --label label --name label_name --output data/cifar10/train \\
+        --template "a photo of a {}." --template "a blurry photo of a {}." --template "a close-up photo of a {}." \\
+        --template "a low resolution photo of a {}." --template "a small picture of a {}."
+
+    nev prepare --source hf-parquet --input "../shared/data/cifar10/test-*.parquet" \\
+        --label label --name label_name --output data/cifar10/val --template "a photo of a {}."
+
+Flickr8k, with its five human captions a picture:
+
+    nev prepare --source webdataset --input ../shared/data/flickr8k/train --output data/flickr8k/train
+    nev prepare --source webdataset --input ../shared/data/flickr8k/dev --output data/flickr8k/val
+
+DataComp as its downloader leaves it, cut down to a DFN and to 256 pixels:
+
+    nev prepare --source datacomp --input shards --metadata metadata --uids dfn.npy --resize 256 \\
+        --output data/datacomp/train
+
+From S3 to S3, on the cluster that RAY_ADDRESS names, else on all cores here; cut off, the same command goes on:
+
+    nev prepare --source webdataset --input s3://bucket/tars --output s3://bucket/shards/train
+
+The synthetic set, both splits at once:
+
+    nev prepare --source synthetic --train 8000 --val 1000 --output data/synthetic
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from nev.common.cli import report_errors
+from nev.common.progress import progress
+from nev.config.base import ConfigError
+from nev.config.file import parse
+
+if TYPE_CHECKING:
+    from nev.data.prepare.pipeline import Progress, Report, Run
+    from nev.data.sources import Source
+
+EXAMPLE = "--source webdataset --input tars/train --output data/flickr8k/train"
+Kind = Literal["webdataset", "hf-parquet", "datacomp", "folder-captions", "folder-classes", "synthetic"]
+Format = Literal["keep", "jpeg", "webp"]
+Column = partial(typer.Option, rich_help_panel="Columns and captions")
+Filter = partial(typer.Option, rich_help_panel="Filters")
+Picture = partial(typer.Option, rich_help_panel="Smaller pictures")
+Drawing = partial(typer.Option, rich_help_panel="The synthetic set")
+COMMON = {"--source", "--output", "--seed", "--rows-per-shard", "--row-group-rows", "--overwrite"}
+ENCODING = {"--format", "--quality"}
+FILTERS = {"--uids", "--min-side", "--max-aspect", "--min-caption", "--max-caption", "--dedupe"}
+SCORE = {"--score", "--min-score"}
+FOREIGN = {"--input", "--limit", "--resize"} | ENCODING | FILTERS
+# What each source takes beside COMMON; anything else would be silently without effect, so it is an error.
+TAKES: dict[str, set[str]] = {
+    "webdataset": FOREIGN | SCORE | {"--tar-in-uid"},
+    "hf-parquet": FOREIGN | SCORE | {"--uid", "--image", "--caption", "--label", "--name", "--template"},
+    "datacomp": FOREIGN | SCORE | {"--metadata", "--uid", "--caption"},
+    "folder-captions": FOREIGN | {"--image", "--caption"},
+    "folder-classes": FOREIGN | {"--template"},
+    "synthetic": {"--train", "--val", "--processes"},
+}
+
+READS_WHAT_IT_WRITES = ("hf-parquet", "folder-classes")
+
+
+def main(
+    context: typer.Context,
+    source: Annotated[Kind, typer.Option(help="The format of the input.")],
+    output: Annotated[
+        str, typer.Option(help="Folder of the split, here or on s3://; for synthetic, the folder of both splits.")
+    ],
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", help="File, folder or quoted pattern, here or on s3://; may be repeated."),
+    ] = None,
+    metadata: Annotated[
+        list[str] | None, Column(help="datacomp: the metadata parquet, likewise; may be repeated.")
+    ] = None,
+    uid: Annotated[str | None, Column(help="uid column, if it has an unusual name.")] = None,
+    image: Annotated[str | None, Column(help="Image (or file name) column, if it has an unusual name.")] = None,
+    caption: Annotated[str | None, Column(help="Caption column, if it has an unusual name.")] = None,
+    label: Annotated[str | None, Column(help="Integer label column, if it has an unusual name.")] = None,
+    name: Annotated[str | None, Column(help="Class name column, if it has an unusual name.")] = None,
+    tar_in_uid: Annotated[
+        bool, Column("--tar-in-uid", help="webdataset: uids are TAR/KEY, for keys that repeat from tar to tar.")
+    ] = False,
+    template: Annotated[list[str] | None, Column(help="Caption with '{}' for the class name; may be repeated.")] = None,
+    uids: Annotated[Path | None, Filter(help="Keep these: .npy of u8,u8, .parquet with uid, or .txt.")] = None,
+    min_side: Annotated[int | None, Filter(help="Least pixels of the shorter side.")] = None,
+    max_aspect: Annotated[float | None, Filter(help="Most that longer / shorter side may be.")] = None,
+    min_caption: Annotated[int | None, Filter(help="Least characters of a caption.")] = None,
+    max_caption: Annotated[int | None, Filter(help="Most characters of a caption.")] = None,
+    score: Annotated[str | None, Filter(help="Column (or JSON key) with the similarity score.")] = None,
+    min_score: Annotated[float | None, Filter(help="Least score.")] = None,
+    dedupe: Annotated[bool, Filter("--dedupe", help="Keep one of the rows with the same image bytes.")] = False,
+    resize: Annotated[int | None, Picture(help="Shrink pictures to this many pixels on the shorter side.")] = None,
+    encoding: Annotated[Format, Picture("--format", help="Of the pictures that --resize shrinks.")] = "keep",
+    quality: Annotated[int, Picture(help="JPEG or WebP quality of those, 1 to 100.")] = 90,
+    train: Annotated[int, Drawing(min=1, help="Pictures to train on.")] = 8000,
+    val: Annotated[int, Drawing(min=1, help="Pictures to evaluate on.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the order of the rows, and the synthetic pictures.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take only the first rows of the input.")] = None,
+    rows_per_shard: Annotated[int, typer.Option(min=1, help="A multiple of --row-group-rows.")] = 8192,
+    row_group_rows: Annotated[int, typer.Option(min=1, help="Rows that are read together.")] = 256,
+    processes: Annotated[int, Drawing(min=1, help="Processes that draw.")] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")] = False,
+) -> None:
+    """Turn pictures and captions into shards, in an order that is random over the whole set. Rows left out are counted."""
+    from nev.data.prepare.filters import Filters
+    from nev.data.prepare.order import DUPLICATE_UID
+    from nev.data.prepare.pipeline import prepare
+    from nev.data.prepare.resize import Resize
+    from nev.data.prepare.shards import Layout
+    from nev.data.prepare.synthetic import write_synthetic
+    from nev.data.sources import SOURCES, SourceOptions, refuse_inside
+
+    console = Console(stderr=True)
+    # The synthetic set is drawn in seconds, and is not resumed.
+    remedy = "with --overwrite starts anew" if source == "synthetic" else "goes on with what is done"
+    with report_errors(f"The same command {remedy}."):
+        _check_options(source, _given_options(context))
+        layout = Layout(rows_per_shard, row_group_rows, overwrite)
+        filters = parse(
+            Filters,
+            {
+                **{"uids": uids, "min_side": min_side, "max_aspect": max_aspect, "min_caption": min_caption},
+                **{"max_caption": max_caption, "score": score, "min_score": min_score, "unique": dedupe},
+            },
+            where="filters",
+        )
+        shrink = {"side": resize, "format": encoding, "quality": quality}
+        smaller = None if resize is None else parse(Resize, shrink, where="resize")
+        with _progress(console) as shown:
+            if source == "synthetic":
+                reports = write_synthetic(
+                    output,
+                    train=train,
+                    val=val,
+                    seed=seed,
+                    processes=processes,
+                    layout=layout,
+                    progress=shown,
+                )
+            else:
+                columns = {"uid": uid, "image": image, "caption": caption, "label": label}
+                settings: dict[str, object] = {
+                    "columns": columns,
+                    "label_name": name,
+                    "templates": template or (),
+                    "score": score,
+                }
+                settings |= {"metadata": metadata or (), "tar_in_uid": tar_in_uid}
+                options = parse(SourceOptions, settings, where="options")
+                refuse_inside(output, [*(inputs or []) * (source in READS_WHAT_IT_WRITES), *options.metadata])
+                rows = SOURCES[source](inputs or [], options)
+                report = prepare(
+                    rows,
+                    output,
+                    seed=seed,
+                    limit=limit,
+                    limits=options.limits,
+                    filters=filters,
+                    resize=smaller,
+                    layout=layout,
+                    run=_run(rows, limit, options.part_bytes),
+                    progress=shown,
+                )
+                reports = {output.rstrip("/").rpartition("/")[2]: report}
+    Console().print(_table(reports))
+    last = list(reports.values())[-1]  # the synthetic set has two splits, with one classes.txt
+    for report in reports.values():
+        typer.echo(f"shards: {report.shards[0].rpartition('/')[0]}")
+        typer.echo(f"samples: {report.samples}")
+    if last.classes:
+        typer.echo(f"classes: {last.classes}")
+    again = last.dropped.get(DUPLICATE_UID, 0)
+    if again and source == "webdataset" and not tar_in_uid:
+        console.print(
+            f"[yellow]{again:,} rows have the uid of another row, and only the first of equal ones is kept. Where keys repeat "
+            "from tar to tar they are other pictures: --tar-in-uid --overwrite tells them apart.[/]",
+            highlight=False,
+        )
+
+
+def _given_options(context: typer.Context) -> set[str]:
+    """The options that stand on the command line."""
+    origins = {option.opts[0]: context.get_parameter_source(str(option.name)) for option in context.command.params}
+    return {option for option, origin in origins.items() if origin and origin.name == "COMMANDLINE"}
+
+
+def _check_options(source: str, given: set[str]) -> None:
+    """Raise ConfigError for options that the source, or the other options, have no use for."""
+    if unfit := sorted(given - COMMON - TAKES[source]):
+        takes = ", ".join(sorted(TAKES[source]))
+        raise ConfigError(f"--source {source} has no use for {', '.join(unfit)}. Its options: {takes}")
+    if (alone := sorted(given & ENCODING)) and "--resize" not in given:
+        raise ConfigError(f"{' and '.join(alone)}: only pictures that --resize shrinks are encoded anew; give it, too")
+
+
+def _run(source: Source, limit: int | None, part_bytes: int) -> Run:
+    """What runs the tasks: Ray, unless there is too little work to share out."""
+    from nev.data.prepare.pipeline import run_here
+
+    if limit is not None or (len(source.parts) == 1 and source.nbytes <= part_bytes):
+        return run_here
+    from nev.cluster.session import connect
+    from nev.cluster.tasks import ray_run
+
+    connect()
+    return ray_run
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    """Two lines: parts of the input that were read, and shards that were written."""
+    from nev.data.prepare.pipeline import Progress
+
+    with progress(console) as tell:
+        yield Progress(
+            lambda done, total, rows: tell("parts read    ", done, total, f"{rows:,} rows"),
+            lambda done, total, rows: tell("shards written", done, total, f"{rows:,} rows"),
+            lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
+        )
+
+
+def _table(reports: dict[str, Report]) -> Table:
+    table = Table(title="prepare")
+    table.add_column("")
+    for split in reports:
+        table.add_column(split, justify="right")
+    reasons = sorted({reason for report in reports.values() for reason in report.dropped})
+    rows: list[tuple[str, Callable[[Report], str]]] = [
+        ("rows in", lambda report: f"{report.rows_in:,}"),
+        ("kept", lambda report: f"{report.kept:,}"),
+        *((f"dropped: {why}", lambda report, why=why: f"{report.dropped.get(why, 0):,}") for why in reasons),
+        ("bytes", lambda report: f"{report.bytes:,}"),
+        ("shards", lambda report: f"{len(report.shards):,}"),
+        ("seconds", lambda report: f"{report.seconds:.1f}"),
+    ]
+    for title, cell in rows:
+        table.add_row(escape(title), *(cell(report) for report in reports.values()))
+    return table

@@ -1,0 +1,34 @@
+"""Train a vision encoder into the space of a locked text encoder; the same command goes on where a run stopped.
+
+nev train --config cifar10
+nev train --config cifar10 --set optim.lr=5e-4 --set name=cifar10-slow
+ray job submit --working-dir . -- python pipelines/train.py --config CONFIG --set data.train=s3://... \\
+    --set output=s3://... --set tracking.uri=http://...
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from nev.common.cli import ConfigFile, Overrides, report_errors
+
+EXAMPLE = "--config cifar10 --set train.epochs=1"
+
+
+def main(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    stop_after: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this step, with a checkpoint; the schedule stays whole.")
+    ] = None,
+) -> None:
+    """Train a vision encoder into the space of a text encoder. The same command continues a run that stopped."""
+    console = Console()
+    with report_errors("The same command goes on from the latest checkpoint."):
+        from nev.config.file import load
+        from nev.train.experiment import run_experiment, show_summary
+
+        show_summary(run_experiment(load(config, overrides or []), console, stop_after), console)
