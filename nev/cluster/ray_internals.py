@@ -8,7 +8,30 @@ import threading
 import warnings
 from typing import Any, NamedTuple
 
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+    BackpressurePolicy,
+)
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.operators.task_pool_map_operator import TaskPoolMapOperator
+
 from nev.common.errors import NevError
+
+__all__ = [  # what other files of this room build on
+    "ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY",
+    "BackpressurePolicy",
+    "ExecutionCallback",
+    "TaskPoolMapOperator",
+    "WorkerGroup",
+    "current_worker_group",
+    "first_cause",
+    "innermost",
+    "kill_worker_group",
+    "preemption_pending",
+    "quiet_data_logger",
+    "quiet_worker_deaths",
+    "remove_leaked_placement_groups",
+]
 
 
 def quiet_worker_deaths() -> None:

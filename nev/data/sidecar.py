@@ -177,11 +177,26 @@ def misaligned_error(location: str) -> DataError:
 
 
 def decode_vectors(column: pa.ChunkedArray, width: int) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
-    """The `vectors` column as one array: float16 [captions, D], and int64 [rows + 1] where each row begins."""
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = array.chunk(0) if array.num_chunks else pa.array([], pa.binary())
+    """The `vectors` column as one array: float16 [captions, D], and int64 [rows + 1] where each row begins.
+
+    A column of one chunk is not copied.
+    """
+    parts = [_decode_chunk(chunk, width) for chunk in column.chunks] or [
+        _decode_chunk(pa.array([], pa.binary()), width)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    before = np.cumsum([0, *(len(vectors) for vectors, _ in parts)])
+    starts = [offset + ends[:-1] for offset, (_, ends) in zip(before, parts, strict=False)]
+    return np.concatenate([vectors for vectors, _ in parts]), np.concatenate([*starts, before[-1:]])
+
+
+def _decode_chunk(array: pa.Array, width: int) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
+    """As `decode_vectors`, of a binary array, whose memory the vectors share."""
     _, offsets, data = array.buffers()
-    starts = np.frombuffer(offsets, np.int32)[array.offset : array.offset + len(array) + 1].astype(np.int64)
-    flat = np.frombuffer(data, "<f2") if data is not None else np.zeros(0, "<f2")
-    return flat[: len(flat) // width * width].reshape(-1, width), starts // (2 * width)
+    if data is None or offsets is None:
+        return np.zeros((0, width), np.float16), np.zeros(len(array) + 1, np.int64)
+    bounds = np.frombuffer(offsets, np.int32)[array.offset : array.offset + len(array) + 1].astype(np.int64)
+    numbers = int(bounds[-1] - bounds[0]) // 2
+    vectors = np.frombuffer(data, "<f2", numbers, int(bounds[0])).reshape(-1, width)
+    return vectors, (bounds - bounds[0]) // (2 * width)

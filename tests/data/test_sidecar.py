@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -207,3 +208,27 @@ def test_vectors_of_any_slice_of_a_column() -> None:
                 mine = [found[starts[k] : starts[k + 1]] for k in range(stop - start)]
                 assert [len(part) for part in mine] == counts[start:stop]
                 assert np.array_equal(np.concatenate([vectors[:0], *mine]), vectors[cuts[start] : cuts[stop]])
+
+
+def test_a_column_that_stays_in_chunks_keeps_all_its_rows() -> None:
+    """PyArrow leaves a binary column of more than 2 GiB in chunks, even when asked to combine them."""
+    vectors = np.arange(5 * 2 * 3, dtype=np.float16).reshape(10, 3)
+    rows = [vectors[:2], vectors[2:2], vectors[2:5], vectors[5:9], vectors[9:]]
+    encoded = [row.astype("<f2").tobytes() for row in rows]
+    column = pa.chunked_array([pa.array(encoded[:2]), pa.array([], pa.binary()), pa.array([b"skip", *encoded[2:]])[1:]])
+    stays = SimpleNamespace(chunks=column.chunks, combine_chunks=lambda: column)
+    for given in (column, stays):
+        found, starts = decode_vectors(given, 3)
+        assert np.array_equal(found, vectors)
+        assert starts.tolist() == [0, 2, 2, 5, 9, 10]
+    found, starts = decode_vectors(pa.chunked_array([], pa.binary()), 3)
+    assert (found.shape, starts.tolist()) == ((0, 3), [0])
+
+
+def test_vectors_of_one_chunk_are_not_copied() -> None:
+    column = pa.chunked_array([pa.array([np.ones(6, "<f2").tobytes()] * 4)])[1:3]
+    found, starts = decode_vectors(column, 3)
+    assert starts.tolist() == [0, 2, 4]
+    assert found.base is not None
+    data = column.chunk(0).buffers()[2]
+    assert found.__array_interface__["data"][0] == data.address + 12
