@@ -44,7 +44,7 @@ def steps(locations: list[str]) -> list[int]:
 def ended(found: Validator) -> list[ValidationOutcome]:
     """Everything that it has to say, when it has come to its end."""
     assert found.finished(60)
-    return found.done()
+    return found.take_outcomes()
 
 
 def test_what_is_written_is_scored_and_what_was_left_comes_first(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_what_is_written_is_scored_and_what_was_left_comes_first(tmp_path: Path)
     with Validator(job(tmp_path), score) as found:
         checkpoint(tmp_path, 30)
         for step in (30, 35):
-            found.written(step)
+            found.add(step)
         done = ended(found)
     assert sorted(seen) == [10, 20, 30]
     assert {one.step: one.metrics for one in done} == {10: {"top1": 0.1}, 20: {"top1": 0.2}, 30: {"top1": 0.3}}
@@ -81,7 +81,7 @@ def test_slow_validation_leaves_the_oldest_out_and_says_so(tmp_path: Path) -> No
     with Validator(job(tmp_path), score) as found:
         for step in (10, 20, 30, 40, 50):
             checkpoint(tmp_path, step)
-            found.written(step)
+            found.add(step)
             assert begun.wait(60)
         go_on.set()
         problems = {one.step: one.problem for one in ended(found)}
@@ -164,7 +164,7 @@ def test_one_that_is_left_writes_nothing_more(tmp_path: Path) -> None:
         stopped_in_the_middle()
     go_on.set()
     assert left[0].finished(60)
-    assert left[0].done() == []
+    assert left[0].take_outcomes() == []
     assert steps(pending_validation(str(tmp_path), job(tmp_path).validates)) == [10, 20]
 
 

@@ -47,7 +47,7 @@ def test_a_bug_is_no_finding() -> None:
 def test_all_that_is_wrong_is_told_before_ray_starts(
     tiny: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("nev.cluster.session.connect", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr("nev.train.experiment.connect", lambda: pytest.fail("Ray was started"))
     monkeypatch.setattr("ray.is_initialized", lambda: False)  # though another test may have started one
     config = tiny(
         data__train=str(tmp_path / "nothing"),
@@ -98,9 +98,7 @@ def test_room_for_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("lock", ["text", "none"])
 def test_the_size_of_a_checkpoint_is_foretold(lock: str, tiny: Make) -> None:
-    from helpers.training import run_bare
-
-    from nev.train.driver.setup import prepare_job, train_reader
+    from helpers.training import prepare_job, run_bare, train_reader
 
     config = tiny(lock=lock, train__steps=1)
     text = load_text(config.text)
