@@ -67,11 +67,13 @@ def preload(config: Experiment, wanted: int) -> tuple[Tensor, Tensor]:
 
     One caption a picture. Rows that cannot be decoded are left out.
     """
+    from nev.data.index import build_index
     from nev.data.plan import in_order
     from nev.models.text import load_text
-    from nev.train.driver.setup import train_reader
+    from nev.train.driver.setup import make_reader
 
-    reader = dataclasses.replace(train_reader(config, load_text(config.text)), augment=None)
+    index = build_index(config.data.train, config.data.columns)
+    reader = dataclasses.replace(make_reader(config, load_text(config.text), index), augment=None)
     images, texts, count = [], [], 0
     for segments in in_order(reader.index.rows, int(reader.index.rows.max())):  # a row group at a time
         block = reader.read(segments, epoch=0)

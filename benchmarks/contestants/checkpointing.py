@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,9 @@ from nev.config.paths import with_absolute_paths
 from nev.data.block import Block
 from nev.models.text import load_text
 from nev.train.core.step import choose_precision
-from nev.train.driver.setup import prepare_job, train_reader
+from nev.train.driver.preflight import check_inputs
+from nev.train.driver.setup import make_job, make_reader
+from nev.train.messages import CheckpointSaved, Metrics, Note
 from nev.train.worker.loop import train
 from nev.train.worker.state import RankContext, load_model, make_train_state
 
@@ -42,7 +44,8 @@ def steps_with_checkpoints(pictures: Path, every: int | None) -> Spent:
     with tempfile.TemporaryDirectory(prefix="nev-bench-") as folder:
         config = quickstart(pictures, folder, every)
         text = load_text(config.text)
-        job, reader = prepare_job(config, text), train_reader(config, text)
+        inputs = check_inputs(config, text)
+        job, reader = make_job(config, text, inputs), make_reader(config, text, inputs.index)
         me = RankContext(0, 1, torch.device("cpu"), choose_precision("fp32", torch.device("cpu")))
         learner, start = make_train_state(load_model(job), job, me)
         block = reader.read(job.plan.segments(0), 0)
@@ -53,8 +56,9 @@ def steps_with_checkpoints(pictures: Path, every: int | None) -> Spent:
 
         seconds: Counter[str] = Counter()
 
-        def report(step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None:
-            seconds.update({name: value for name, value in metrics.items() if name.startswith("checkpoint_")})
+        def report(message: Metrics | Note | CheckpointSaved) -> None:
+            if not isinstance(message, Note):
+                seconds.update({key: value for key, value in message.metrics.items() if key.startswith("checkpoint_")})
 
         begin = time.perf_counter()
         train(job, me, learner, start, blocks(), report)

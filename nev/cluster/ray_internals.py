@@ -95,6 +95,13 @@ def kill_worker_group(group: WorkerGroup) -> None:
         remove_placement_group(group.placement_group)
 
 
+def startup_timed_out(error: Any) -> bool:
+    """Whether a ray.train.ControllerError says that there was no room for the workers for a while."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    return isinstance(error.controller_failure, WorkerGroupStartupTimeoutError)
+
+
 def first_cause(error: BaseException) -> str:
     """The message of a failure that went through Ray: nev's own, else the innermost."""
     inner = innermost(error)

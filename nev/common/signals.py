@@ -8,41 +8,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-@contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the sweep as Ctrl-C does: its trials go on from their checkpoints at the next start."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: object) -> None:
-        raise Stopped
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 class Stopped(SystemExit):
-    """A run that a SIGTERM has stopped, with the exit status that a shell gives it."""
+    """SIGTERM has ended the run. The exit status is the one that a shell gives: 143."""
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
 
 
 @contextmanager
-def set_by_sigterm(event: threading.Event) -> Iterator[None]:
-    """SIGTERM, with which a machine or a job's manager asks a process to end, sets the event; a second one ends the process."""
-    if threading.current_thread() is not threading.main_thread():  # a trial of a sweep: Ray ends those
+def handle_sigterm(stop_requested: threading.Event | None = None) -> Iterator[None]:
+    """Within the body, the first SIGTERM sets `stop_requested`; the next SIGTERM raises Stopped.
+
+    stop_requested: None makes the first SIGTERM raise Stopped.
+    Outside the main thread the context does nothing: Python has signal handlers in the main thread alone.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def handle(number: int, frame: object) -> None:
-        if event.is_set():
+        if stop_requested is None or stop_requested.is_set():
             raise Stopped
-        event.set()
+        stop_requested.set()
 
     before = signal.signal(signal.SIGTERM, handle)
     try:

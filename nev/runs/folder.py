@@ -48,22 +48,35 @@ def check_output(config: Experiment) -> None:
         raise ConfigError(f"output = {config.output!r} cannot be used: what is written there is not listed at once.")
 
 
-def check_space(run: str, checkpoints: int, size: int) -> None:
-    """Raise ConfigError where the disk of a run's folder has no room for its checkpoints, each of `size` bytes.
+def check_space(run: str, checkpoints: int, size: int, artifacts: Path | None = None, copy: int = 0) -> None:
+    """Raise ConfigError where the disk of a run's folder has no room for its checkpoints.
 
-    checkpoints: how many are kept; one more is being written. Those that are there already count as room.
+    checkpoints: how many are kept; one more is being written.
+    size: bytes of a checkpoint.
+    artifacts: the local folder of the run's MLflow artifacts, which get a copy of the weights; None for artifacts elsewhere.
+    copy: bytes of that copy, counted where `artifacts` lies on the same disk.
+    Checkpoints, and a copy, that are there already count as room.
     """
     fs, path = filesystem(run)
     if not is_local(fs):
         return
-    there = next(parent for parent in (Path(path), *Path(path).parents) if parent.exists())
-    held = sum(info["size"] for info in list_entries(fs, f"{path}/checkpoints").values())
-    needed, free = (checkpoints + 1) * size - held, shutil.disk_usage(there).free
+    there = _nearest(Path(path))
+    needed = (checkpoints + 1) * size - sum(info["size"] for info in list_entries(fs, f"{path}/checkpoints").values())
+    parts = f"{checkpoints + 1} of {size / 2**30:.2f} GiB"
+    if artifacts and _nearest(artifacts).stat().st_dev == there.stat().st_dev:
+        needed += copy - sum(info["size"] for info in list_entries(fs, str(artifacts / "checkpoint")).values())
+        parts += f", and MLflow's copy of the weights, {copy / 2**30:.2f} GiB"
+    free = shutil.disk_usage(there).free
     if needed > free:
         raise ConfigError(
             f"output: {there} has {free / 2**30:.1f} GiB free, and the checkpoints of this run take {needed / 2**30:.1f} GiB "
-            f"({checkpoints + 1} of {size / 2**30:.2f} GiB). Make room, lower train.keep_last, or give another output."
+            f"({parts}). Make room, lower train.keep_last, or give another output."
         )
+
+
+def _nearest(folder: Path) -> Path:
+    """A folder, or the nearest one above it that exists."""
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
 
 
 def output_remedy(error: Exception, path: str) -> str:

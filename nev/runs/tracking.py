@@ -16,8 +16,9 @@ from tenacity import RetryError, Retrying, retry_if_exception_type, stop_after_d
 from nev.config.base import ConfigError
 from nev.config.experiment import Tracking
 from nev.config.file import flatten
-from nev.storage.files import filesystem, join, local_copy, upload
+from nev.storage.files import filesystem, join, list_files, local_copy, upload
 
+RESUME_FILES = ("optimizer.safetensors", "rng.safetensors")  # of a checkpoint: twice the weights, for training alone
 MAX_METRICS_A_CALL = 1000  # MLflow's own limit for one log_batch
 PATIENCE_S = 60.0  # with a server that does not answer at the end of a run
 TIMEOUT, PROBE_S = "MLFLOW_HTTP_REQUEST_TIMEOUT", "5"  # MLflow's own are two minutes, which files may need
@@ -125,18 +126,23 @@ class Tracker:
 
     def artifacts_below(self, folder: str) -> bool:
         """Whether the run keeps its artifacts in a folder of this machine, below `folder`."""
-        root = str(self._client.get_run(self.run_id).info.artifact_uri)
-        place = Path(unquote(urlsplit(root).path)) if urlsplit(root).scheme in ("", "file") else None
+        place = _local_folder(self._client.get_run(self.run_id).info.artifact_uri)
         return place is not None and place.resolve().is_relative_to(Path(folder).resolve())
 
     def artifacts(self, files: list[str], checkpoint: str) -> bool:
-        """Keep these files and a checkpoint's among the artifacts. False where the server does not take them."""
+        """Send files and a checkpoint to the run's artifacts. False where the server does not take them.
+
+        A checkpoint is sent without the files that only a resumed training reads; its location is the tag `nev.checkpoint`.
+        """
         from mlflow.exceptions import MlflowException
 
         try:
             for file in files:
                 self.artifact(file)
-            self.artifact(checkpoint, "checkpoint")
+            self.tag({"nev.checkpoint": checkpoint})
+            for name in list_files(checkpoint):
+                if name not in RESUME_FILES:
+                    self.artifact(join(checkpoint, name), "checkpoint")
         except (MlflowException, OSError):
             return False
         return True
@@ -194,6 +200,24 @@ def open_run(
     tracker = Tracker(uri, run_id)
     tracker.recall()
     return tracker
+
+
+def local_artifacts(uri: str, experiment: str, output: str, run_id: str | None) -> Path | None:
+    """The folder of this machine in which a run keeps its artifacts, or will; None where they lie elsewhere.
+
+    run_id: None for a run that is new. Raises MlflowException where MLflow does not answer.
+    """
+    client = _client(uri)
+    if run_id is not None and _has_run(client, run_id):
+        return _local_folder(client.get_run(run_id).info.artifact_uri)
+    if found := client.get_experiment_by_name(experiment):
+        return _local_folder(found.artifact_location)
+    return None if uri.startswith("http") else _local_folder(join(_url(output), "mlartifacts"))
+
+
+def _local_folder(uri: str) -> Path | None:
+    parts = urlsplit(uri)
+    return Path(unquote(parts.path)) if parts.scheme in ("", "file") else None
 
 
 def _has_run(client: Any, run_id: str) -> bool:

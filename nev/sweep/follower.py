@@ -1,4 +1,4 @@
-"""What the driver does as Tune's trials start and end: a line of how far it is, and records of those ended early."""
+"""What the driver does as Tune's trials start and end: a line of progress, and results of trials that ASHA ended early."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from ray import tune
 
+from nev.cluster.ray_internals import first_cause
 from nev.common.errors import NevError
 from nev.common.progress import ProgressCallback
 from nev.runs.folder import run_folder
@@ -18,10 +19,14 @@ from nev.sweep.trials import Trial
 
 
 class SweepProgress(tune.Callback):
-    """Of one sweep; count: how many trials are run now. errors: what ended each one that has failed, by its name."""
+    """The progress of a sweep. An error of storage here ends no trial and no sweep.
 
-    def __init__(self, sweep: Sweep, trials: Sequence[Trial], count: int, tell: ProgressCallback) -> None:
-        self._sweep, self._trials, self._count, self._tell = sweep, trials, count, tell
+    count: how many trials this start of the sweep runs.
+    errors: the cause of each failed trial, by the trial's name.
+    """
+
+    def __init__(self, sweep: Sweep, trials: Sequence[Trial], count: int, show: ProgressCallback) -> None:
+        self._sweep, self._trials, self._count, self._show = sweep, trials, count, show
         self._running, self._ended, self._best = 0, 0, None
         self.errors: dict[str, str] = {}
 
@@ -30,62 +35,66 @@ class SweepProgress(tune.Callback):
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """One more runs."""
+        """A trial runs."""
         self._running += 1
-        self._say()
+        self._show_progress()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """One is done, or ASHA has ended it, and then nobody else knows how far it came."""
-        found, own, metric = trial.last_result, self._of(trial), self._sweep.metrics[0]
-        if found.get(SAMPLES, self._sweep.samples) < self._sweep.samples:
-            early = TrialResult(
-                name=own.name,
-                arm=own.arm,
-                seed=own.seed,
-                metrics=numbers(found),
-                samples=found[SAMPLES],
-                ended_early=main_metric(self._sweep),
-                run_id=load_mlflow_run_id(run_folder(own.experiment)) or "",
-                seconds=found.get("time_total_s", 0.0),
-            )
-            save_result(own, early)
-        if metric in found:
+        """A trial is done, or ASHA has ended it: the result of such a trial is saved here, since its process is gone."""
+        reported, metric = trial.last_result, self._sweep.metrics[0]
+        if reported.get(SAMPLES, self._sweep.samples) < self._sweep.samples:
+            planned = self._planned(trial)
+            try:
+                self._save_early(planned, reported)
+            except (NevError, OSError) as error:  # the same sweep runs this trial again
+                self.errors[planned.name] = f"ended early, and its result could not be saved: {cause_in_a_line(error)}"
+        if metric in reported:
             best = max if self._sweep.mode == "max" else min
-            self._best = found[metric] if self._best is None else best(self._best, found[metric])
+            self._best = reported[metric] if self._best is None else best(self._best, reported[metric])
         self._end()
 
+    def _save_early(self, trial: Trial, reported: dict[str, Any]) -> None:
+        result = TrialResult(
+            name=trial.name,
+            arm=trial.arm,
+            seed=trial.seed,
+            metrics=finite_metrics(reported),
+            samples=reported[SAMPLES],
+            ended_early=main_metric(self._sweep),
+            run_id=load_mlflow_run_id(run_folder(trial.experiment)) or "",
+            seconds=reported.get("time_total_s", 0.0),
+        )
+        save_result(trial, result)
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """One has failed; the others go on. What ended it is known with the results, if its process began at all."""
-        self.errors[self._of(trial).name] = "its process did not come up, or was killed; Ray's logs say more"
+        """A trial has failed, and other trials go on. `explain` gives the cause later, where the trial's process started."""
+        self.errors[self._planned(trial).name] = "its process did not come up, or was killed; Ray's logs say more"
         self._end()
 
     def explain(self, number: int, error: BaseException) -> None:
-        """What ended the trial of this number."""
-        self.errors[self._trials[number].name] = innermost(error)
+        """Keep the cause of a failed trial. number: the trial's place in `trials`."""
+        self.errors[self._trials[number].name] = cause_in_a_line(error)
 
-    def _of(self, trial: Any) -> Trial:
+    def _planned(self, trial: Any) -> Trial:
         return self._trials[int(trial.config["number"])]
 
     def _end(self) -> None:
         self._running -= 1
         self._ended += 1
-        self._say()
+        self._show_progress()
 
-    def _say(self) -> None:
+    def _show_progress(self) -> None:
         best = "" if self._best is None else f", best {self._sweep.metrics[0]} {self._best:.3f}"
         failed = f", {len(self.errors)} failed" if self.errors else ""
-        self._tell("trials", self._ended, self._count, f"{self._running} running{failed}{best}")
+        self._show("trials", self._ended, self._count, f"{self._running} running{failed}{best}")
 
 
-def numbers(reported: dict[str, Any]) -> dict[str, float]:
-    """The finite metrics of a report (`group/name`), without what Tune adds: a number that is none must not end the sweep."""
+def finite_metrics(reported: dict[str, Any]) -> dict[str, float]:
+    """The metrics of a report (`group/name`) that are finite. Tune's additions to the report are left out."""
     floats = {name: value for name, value in reported.items() if isinstance(value, float) and "/" in name}
     return {name: value for name, value in floats.items() if math.isfinite(value)}
 
 
-def innermost(error: BaseException) -> str:
-    """What ended a trial, in a line: all that nev says, of others the last line."""
-    while (deeper := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = deeper
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [repr(error)]
-    return " ".join(lines) if isinstance(error, NevError) else lines[-1]
+def cause_in_a_line(error: BaseException) -> str:
+    """The first cause of an error, in one line."""
+    return " ".join(first_cause(error).split())

@@ -15,7 +15,7 @@ from rich.markup import escape
 from nev.cluster.session import cluster_cpus, cluster_gpus, connect, may_grow
 from nev.common.errors import NevError
 from nev.common.progress import progress
-from nev.common.signals import ended_by_sigterm
+from nev.common.signals import handle_sigterm
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.paths import with_absolute_paths
@@ -34,7 +34,7 @@ from nev.sweep.mlflow_runs import close_children, open_parent, publish
 from nev.sweep.results import SAMPLES, Outcome, TrialResult, load_result
 from nev.sweep.suite_data import SuiteData, read_suite
 from nev.sweep.trials import DIGITS, Trial, hash_definition, load_base, name_trials, plan_trials
-from nev.train.driver.setup import prepare_job
+from nev.train.driver.preflight import check_inputs
 
 # Tune's own files and tables of each trial say nothing that nev's do not; its SIGINT handler would end the driver with status 0.
 TUNE_ENVIRONMENT = {
@@ -155,8 +155,8 @@ def check_trials(sweep: Sweep, trials: Sequence[Trial]) -> None:
     """Raise what would end a trial before its first step, or leave it without a metric, for a seed of each arm. Names the arm."""
     for trial in {trial.arm: trial for trial in trials}.values():
         try:
-            job = prepare_job(trial.experiment, load_text(trial.experiment.text))
-            refuse_unmeasured(sweep, job.validation)
+            inputs = check_inputs(trial.experiment, load_text(trial.experiment.text))
+            refuse_unmeasured(sweep, inputs.validation)
         except NevError as error:
             where = ", ".join(f"{axis} = {value}" for axis, value in trial.arm)
             raise type(error)(f"the arm {where} cannot run: {error}") from error
@@ -211,7 +211,7 @@ def tune_trials(
             time_attr=SAMPLES, max_t=sweep.samples, grace_period=sweep.asha.grace, reduction_factor=sweep.asha.reduction
         )
     setting = {"sweep": sweep, "trials": trials, "parent": parent, "suite": suite}
-    with tempfile.TemporaryDirectory(prefix="nev-tune-") as storage, progress(console) as tell, ended_by_sigterm():
+    with tempfile.TemporaryDirectory(prefix="nev-tune-") as storage, progress(console) as tell, handle_sigterm():
         follower = SweepProgress(sweep, trials, len(left), tell)
         tuner = tune.Tuner(
             # A trial waits for its TorchTrainer, which reserves what it needs: it must not hold a CPU meanwhile.

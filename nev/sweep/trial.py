@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.console import Console
 
-from nev.cluster.ray_internals import WorkerGroup, kill_worker_group
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.sweep.config import Sweep
@@ -34,19 +33,16 @@ def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
     trial: Trial = setting["trials"][config["number"]]
     experiment, began = trial.experiment, time.monotonic()
 
-    def heard(step: int, metrics: dict[str, float], group: WorkerGroup | None) -> None:
+    def report_validation(step: int, metrics: dict[str, float]) -> None:
         seen = step * experiment.train.global_batch
-        if sweep.metrics[0] not in metrics or seen >= sweep.samples:
-            return
-        try:
-            tune.report({**metrics, SAMPLES: seen})
-        except SystemExit:  # so Tune tells that it ends this process
-            if group:
-                kill_worker_group(group)
-            raise
+        if sweep.metrics[0] in metrics and seen < sweep.samples:
+            tune.report({**metrics, SAMPLES: seen})  # raises SystemExit where Tune ends this process
 
     summary = run_experiment(
-        experiment, Console(quiet=True), tags=make_tags(trial, setting["parent"]), heard=heard if sweep.asha else None
+        experiment,
+        Console(quiet=True),
+        tags=make_tags(trial, setting["parent"]),
+        on_metrics=report_validation if sweep.asha else None,
     )
     everything = summary.metrics | all_of(experiment, summary.checkpoint, sweep, suite.root)
     metrics = {name: value for name, value in everything.items() if math.isfinite(value)}

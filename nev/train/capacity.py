@@ -182,13 +182,21 @@ def compute_shape(config: Experiment, text_width: int) -> VisionTower:
 
 
 def checkpoint_bytes(config: Experiment, text: TextTower) -> int:
-    """About what a checkpoint takes: weights in float32, and AdamW's two moments of those that are trained.
+    """About what a checkpoint takes: weights in float32, and AdamW's two moments of those that are trained."""
+    vision, words = _tower_weights(config, text)
+    return vision * (1 if config.lock == "image" else 3) + 3 * words
 
-    A text tower that is locked is in no checkpoint.
-    """
+
+def weight_bytes(config: Experiment, text: TextTower) -> int:
+    """About what the weights in a checkpoint take, in float32."""
+    return sum(_tower_weights(config, text))
+
+
+def _tower_weights(config: Experiment, text: TextTower) -> tuple[int, int]:
+    """Bytes of the vision and of the text tower's weights in a checkpoint. A locked text tower is in no checkpoint."""
     vision = sum(tensor.nbytes for tensor in compute_shape(config, text.width).parameters())
     words = sum(tensor.nbytes for tensor in text.model.parameters()) if config.lock != "text" else 0
-    return vision * (1 if config.lock == "image" else 3) + 3 * words
+    return vision, words
 
 
 def measure_activations(vision: VisionTower) -> tuple[list[int], int]:

@@ -1,30 +1,31 @@
-"""One experiment from its config to its summary: set up, train, check the lock, score, show."""
+"""One experiment from its config to its summary: check, train, prove the lock, score, draw."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 
-from nev.common.errors import ErrorCollector
-from nev.common.signals import Stopped
+from nev.cluster.session import connect
 from nev.config.experiment import Experiment
 from nev.config.file import to_yaml
-from nev.config.paths import with_absolute_paths
 from nev.eval.report.tables import metrics_table
-from nev.runs.folder import check_output, check_space, run_folder
 from nev.runs.manifest import best_checkpoint, latest_checkpoint, read_metrics
 from nev.runs.metrics_log import read_points
-from nev.runs.tracking import Tracker, check_tracking, tracking_uri
+from nev.runs.tracking import Tracker
 from nev.storage.files import join, output_folder
+from nev.train.driver.early_stopping import EarlyStopping
 from nev.train.driver.launcher import run_workers
-from nev.train.driver.metrics import MetricsCallback, MetricsLogger, start_tracking
-from nev.train.driver.preflight import check_room, check_store
-from nev.train.driver.setup import prepare_job, report_resume, train_reader
-from nev.train.driver.validator import BEHIND, async_validation, wait_for_validation
+from nev.train.driver.metrics import MetricsCallback, MetricsLogger, make_callbacks, open_tracking
+from nev.train.driver.monitor import TrainMonitor
+from nev.train.driver.preflight import Prepared, check_object_store, prepare
+from nev.train.driver.setup import describe_run
+from nev.train.driver.step_progress import StepProgress
+from nev.train.driver.validator import async_validation
 from nev.train.messages import open_mailbox
 
 if TYPE_CHECKING:
@@ -33,7 +34,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run came to. `metrics` are those of the checkpoint that was chosen; pictures are locations of PNG files."""
+    """The result of a run.
+
+    checkpoint: location of the chosen checkpoint.
+    metrics: of the chosen checkpoint.
+    pictures: locations of PNG files.
+    """
 
     name: str
     checkpoint: str
@@ -48,75 +54,62 @@ def run_experiment(
     console: Console,
     stop_after: int | None = None,
     tags: Mapping[str, str] | None = None,
-    heard: MetricsCallback | None = None,
+    on_metrics: MetricsCallback | None = None,
 ) -> Summary:
-    """Train `config` (from where it stands) on the connected or a local Ray, and score its best checkpoint.
+    """Train `config` (from its newest checkpoint) on the connected or a local Ray, and score the best checkpoint.
 
-    tags: of the MLflow run that this begins, more than its own. heard: told of a step's metrics as they come.
+    stop_after: a step before the run's end at which this start ends.
+    tags: further tags of the MLflow run.
+    on_metrics: called with the metrics of each step, in the monitor's thread.
     Raises a NevError for anything that the user can mend; before any process is started where that is possible.
     """
-    from nev.cluster.session import connect
     from nev.models.lock import check_locked, take_lock
     from nev.models.text import load_text
-    from nev.train.capacity import checkpoint_bytes
 
-    config = with_absolute_paths(config)
-    found = ErrorCollector()
-    with found:
-        check_output(config)
-    with found:
-        check_tracking(tracking_uri(config.tracking, config.output))
-    text = None
-    with found:
-        text = load_text(config.text)
-    with found:
-        check_room(config.workers)
-    if text is None:
-        found.refuse()
-    assert text
-    with found:
-        kept = config.train.keep_last + bool(config.eval.best) + (BEHIND + 1) * config.eval.asynchronous
-        check_space(run_folder(config), kept, checkpoint_bytes(config, text))
-    lock = take_lock(text) if config.lock == "text" else None
-    job = prepare_job(config, text, stop_after, found)
+    prepared = prepare(config, stop_after)
+    job, start_step = prepared.job, prepared.resume.step
+    lock = take_lock(prepared.text) if config.lock == "text" else None
     connect()
-    check_store(job)
-    begun = report_resume(job, console)
-    with open_mailbox(job.run) as board:  # before MLflow hears of it: another job may train this run
-        tracker = start_tracking(job, tags or {}, begun)
-        status, sent = "FAILED", False
-        try:
-            ledger = MetricsLogger(config, tracker, console, heard)
-            ledger.patience.restore(read_points(job.run, begun))
-            if begun < job.stop_step and ledger.patience.should_stop:
-                ledger.note(f"{ledger.patience}: the run has ended early (--set eval.patience=null trains on)")
-            with async_validation(job) as validator:
-                if begun < job.stop_step and not ledger.patience.should_stop:
-                    run_workers(job, begun, train_reader(config, text), board, ledger, console, validator)
-                if validator:
-                    wait_for_validation(validator, ledger)
-            if lock:
-                check_locked(load_text(config.text), lock)
-                check_locked(text, lock)
-            summary, files = summarise_run(job, tracker)
-            sent = tracker.artifacts(files, summary.checkpoint)
-            status = "FINISHED"
-        except (Stopped, KeyboardInterrupt):
-            status = "KILLED"
-            raise
-        finally:
-            if not tracker.finish(status) or (status == "FINISHED" and not sent):
-                console.print(
-                    f"[yellow]MLflow at {tracker.uri} does not answer. All that it would show is in {job.run}; the same command "
-                    "sends it[/]",
-                    highlight=False,
-                    soft_wrap=True,
-                )
+    check_object_store(job)
+    print_start(prepared, console)
+    # The mailbox comes before MLflow: another job may train this run.
+    with open_mailbox(job.run) as mailbox, open_tracking(job, tags or {}, start_step, console) as tracked:
+        train_and_validate(prepared, mailbox, tracked.tracker, console, on_metrics)
+        if lock:
+            check_locked(load_text(job.config.text), lock)
+            check_locked(prepared.text, lock)
+        summary, files = summarise_run(job, tracked.tracker)
+        tracked.complete = tracked.tracker.artifacts(files, summary.checkpoint)
     return summary
 
 
+def print_start(prepared: Prepared, console: Console) -> None:
+    """Print which checkpoints are damaged, and what is trained."""
+    for damage in prepared.damaged:
+        console.print(f"[yellow]{escape(damage)}; the one before it is used[/]", highlight=False, soft_wrap=True)
+    console.print(describe_run(prepared.job, prepared.resume.step))
+
+
+def train_and_validate(
+    prepared: Prepared, mailbox: Any, tracker: Tracker, console: Console, on_metrics: MetricsCallback | None
+) -> None:
+    """Train until the last step or an early stop, and wait for the validations beside training."""
+    job, start_step = prepared.job, prepared.resume.step
+    logger, early_stopping = MetricsLogger(tracker, console), EarlyStopping(job.config.eval)
+    early_stopping.restore(read_points(job.run, start_step))
+    callbacks = make_callbacks(job.config, logger, early_stopping) + ([on_metrics] if on_metrics else [])
+    progress = StepProgress(console, job.total_steps, start_step)
+    with async_validation(job) as validator:
+        monitor = TrainMonitor(mailbox, logger, callbacks, early_stopping, progress, validator)
+        if start_step < job.stop_step and early_stopping.should_stop:
+            logger.warn(f"{early_stopping}: the run has ended early (--set eval.patience=null trains on)")
+        elif start_step < job.stop_step:
+            run_workers(job, prepared.reader, mailbox, monitor)
+        monitor.wait_for_validation()
+
+
 def summarise_run(job: Job, tracker: Tracker) -> tuple[Summary, list[str]]:
-    """Choose the checkpoint and draw the pictures. Returns them, and where the files lie that MLflow should have, too."""
+    """Choose the checkpoint and draw the pictures. Returns the summary, and the locations of the files for MLflow."""
     from nev.eval.evaluate import galleries
     from nev.eval.report.galleries import run_curves
     from nev.eval.validation.on_cluster import embed
@@ -129,17 +122,17 @@ def summarise_run(job: Job, tracker: Tracker) -> tuple[Summary, list[str]]:
         pictures = [folder / "loss.png"]
         run_curves(pictures[0], read_points(job.run, job.stop_step), config.name)
         if job.validation:
-            kept = load_vectors(chosen, job.validation) or embed(config, chosen, job.validation)
-            pictures += galleries(config, job.validation, *kept, folder)
+            vectors = load_vectors(chosen, job.validation) or embed(config, chosen, job.validation)
+            pictures += galleries(config, job.validation, *vectors, folder)
         settings = folder / "config.yaml"
         settings.write_text(to_yaml(config), encoding="utf-8")
-    shown = [join(job.run, path.name) for path in pictures]
-    summary = Summary(config.name, chosen, read_metrics(chosen), shown, tracker.uri, tracker.run_id)
-    return summary, [*shown, join(job.run, settings.name)]
+    locations = [join(job.run, path.name) for path in pictures]
+    summary = Summary(config.name, chosen, read_metrics(chosen), locations, tracker.uri, tracker.run_id)
+    return summary, [*locations, join(job.run, settings.name)]
 
 
 def show_summary(summary: Summary, console: Console) -> None:
-    """Print the numbers and where to look."""
+    """Print the metrics, and where the checkpoint, the pictures and MLflow are."""
     if summary.metrics:
         console.print(metrics_table(summary.metrics, summary.name))
     console.print(f"checkpoint  {summary.checkpoint}", highlight=False, soft_wrap=True)
@@ -149,5 +142,5 @@ def show_summary(summary: Summary, console: Console) -> None:
 
 
 def mlflow_hint(uri: str) -> str:
-    """What opens the runs of a tracking store: a server's address, or the command that starts one."""
+    """How to see the runs of a tracking store: a server's address, or the command that starts one."""
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"

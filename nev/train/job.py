@@ -1,4 +1,4 @@
-"""What travels to the training processes: plain data, quick to import (no torch)."""
+"""What travels from the driver to the workers: plain data, quick to import (no torch)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ from nev.runs.manifest import latest_valid, verify
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that a training process needs beside the stream. Plain data, equal on every rank.
+    """Everything that a worker needs beside the stream. Plain data, equal on every rank.
 
-    `run` is the run's folder; training goes from the latest checkpoint to `stop_step`, while the schedule spans
-    `total_steps`. canaries: what the text tower made of `nev.models.text.CANARIES` before it was trained, float32 [8, D]; None
-    where it is locked.
+    run: the folder of the run.
+    shards: paths of the training set's shards, relative to its root.
+    text_width: width D of the text vectors.
+    total_steps: length of the learning rate's schedule.
+    stop_step: the step at which this start of the run ends; at most `total_steps`.
+    validation: None for a run without a validation set.
+    fingerprints: hashes of the data, the plan and the text tower, by those names.
+    canaries: vectors of `nev.models.lock.CANARIES` from the text tower before training, float32 [8, D]; None for a locked
+    text tower.
     """
 
     config: Experiment
@@ -35,14 +41,19 @@ class Job:
     canaries: NDArray[np.float32] | None = None
 
     def validates(self, step: int) -> bool:
-        """Whether the model is scored after so many steps."""
+        """Whether the model is validated after `step` steps."""
         every = self.config.train.eval_every
         return self.validation is not None and (step == self.stop_step or (every is not None and step % every == 0))
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run stands: steps done, rows left out on the way, and what its guards remember (`guards.GuardState`)."""
+    """The point from which a run goes on.
+
+    step: steps done.
+    bad_rows: rows left out so far.
+    history: the fields of `guards.GuardState`.
+    """
 
     step: int = 0
     bad_rows: int = 0
@@ -50,17 +61,17 @@ class ResumePoint:
 
 
 def find_resume_point(run: str) -> ResumePoint:
-    """Where a run stands, by its newest checkpoint that is whole. Raises CheckpointError where there are but damaged ones."""
-    found = latest_valid(run, verify)
-    return ResumePoint() if found is None else make_resume_point(found.read)
+    """The step of the newest valid checkpoint. Raises CheckpointError where every checkpoint is damaged."""
+    checkpoint = latest_valid(run, verify)
+    return ResumePoint() if checkpoint is None else make_resume_point(checkpoint.read)
 
 
 def make_resume_point(manifest: dict[str, Any]) -> ResumePoint:
-    """Where the run of a checkpoint's manifest stood."""
+    """The resume point of a checkpoint, from its manifest."""
     return ResumePoint(manifest["step"], manifest["bad_rows"], manifest["history"])
 
 
 def row_bytes(job: Job) -> int:
-    """What a row of a block takes: its picture, and its vector or tokens."""
+    """Bytes of one row of a block: its picture, and its vector or tokens."""
     text = 4 * job.config.text.max_tokens if job.config.text_online else 2 * job.text_width
     return job.config.data.image_size**2 * 3 + text

@@ -1,57 +1,86 @@
-"""The letters between driver and workers: what rank 0 posts, and the mailbox that holds it."""
+"""The messages of workers to the driver, one small type an event, and the mailbox that holds them. No torch, no Ray at import."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-
-import ray
 
 from nev.cluster.ray_internals import WorkerGroup
 from nev.common.errors import NevError
 
 
-class Post(NamedTuple):
-    """One message of a training process: metrics of a step, lines for the person, or (`error`) why the run cannot go on.
-
-    left: the processes have ended before the run did, as they were asked to, after a checkpoint of this step: a machine of
-    theirs is taken away, or the run is to stop. began: they go on from this step; `group`: and
-    are this one.
-    """
+class Metrics(NamedTuple):
+    """Metrics of a step, by name."""
 
     step: int
     metrics: dict[str, float]
-    error: str | None = None
-    notes: tuple[str, ...] = ()
-    left: bool = False
-    began: bool = False
-    group: WorkerGroup | None = None
+
+
+class Note(NamedTuple):
+    """A line for the console: a skipped step, storage that refuses a checkpoint."""
+
+    text: str
+
+
+class CheckpointSaved(NamedTuple):
+    """The checkpoint of `step` is complete in storage. write_s: seconds that the write took."""
+
+    step: int
+    write_s: float
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The metrics of the write."""
+        return {"checkpoint_write_s": self.write_s}
+
+
+class Failed(NamedTuple):
+    """The run cannot go on, and a restart would end the same way. error: the cause, and what to do."""
+
+    error: str
+
+
+class Started(NamedTuple):
+    """A group of workers trains from `step` on. group: the handles with which the driver can kill the workers."""
+
+    step: int
+    group: WorkerGroup
+
+
+class Left(NamedTuple):
+    """The workers saved a checkpoint at `step` and exited early (preemption, or a stop request)."""
+
+    step: int
+
+
+Message = Metrics | Note | CheckpointSaved | Failed | Started | Left
+Report = Callable[[Metrics | Note | CheckpointSaved], None]  # what a step, and a write beside the steps, may report
 
 
 class Mailbox:
-    """The actor that holds what rank 0 has posted until the driver takes it, and the driver's request to stop."""
+    """The actor between rank 0 and the driver: messages one way, the driver's stop request the other way."""
 
     def __init__(self) -> None:
-        self._posts: list[Post] = []
+        self._messages: list[Message] = []
         self._stop = asyncio.Event()
 
-    async def post(self, post: Post) -> None:
-        """Keep a message for the driver."""
-        self._posts.append(post)
+    async def post(self, message: Message) -> None:
+        """Add a message."""
+        self._messages.append(message)
 
-    async def take(self) -> list[Post]:
-        """The messages since the last call, oldest first."""
-        posts, self._posts = self._posts, []
-        return posts
+    async def take(self) -> list[Message]:
+        """Remove all messages and return them, oldest first."""
+        messages, self._messages = self._messages, []
+        return messages
 
-    async def stop(self) -> None:
-        """Ask the workers to stop."""
+    async def request_stop(self) -> None:
+        """Ask the workers to save a checkpoint and to exit."""
         self._stop.set()
 
-    async def stopped(self) -> None:
-        """Return once `stop` was called."""
+    async def wait_for_stop(self) -> None:
+        """Return once `request_stop` was called."""
         await self._stop.wait()
 
 
@@ -59,29 +88,24 @@ class RunIsBusy(NevError, RuntimeError):
     """Another driver on this cluster trains the same run."""
 
 
-def start_mailbox(run: str) -> Any:
-    """The run's board, on this node: an actor with `post(Post)` and `take() -> list[Post]`, `stop()`, and `stopped()`, which
-    comes back after that. Raises RunIsBusy.
+@contextmanager
+def open_mailbox(run: str) -> Iterator[Any]:
+    """The handle of a run's Mailbox actor on this node, killed at the end of the body.
+
+    The actor's name is the run's folder. Raises RunIsBusy where another job of this cluster has that actor.
     """
-    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-        ray.get_runtime_context().get_node_id(), soft=False
-    )
-    board = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here, name=run, namespace="nev")
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here, name=run, namespace="nev")
     try:
-        return board.remote()
+        mailbox: Any = actor.remote()
     except ValueError as error:  # the name is taken
         raise RunIsBusy(
             f"{run}: another job on this cluster trains this run. See `ray job list`; stop that job, or wait for its end."
         ) from error
-
-
-@contextmanager
-def open_mailbox(run: str) -> Iterator[Any]:
-    """The run's board, for the body of a `with`. Raises RunIsBusy where another job of this cluster trains the run."""
-    import ray
-
-    board = start_mailbox(run)
     try:
-        yield board
+        yield mailbox
     finally:
-        ray.kill(board)  # its name is the run's: another start of this run may need it at once
+        ray.kill(mailbox)  # another start of this run may need the name at once

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from nev.common import progress as module
 from nev.common.progress import count_progress, progress, throttle
-from nev.train.driver.monitor import _progress
+from nev.train.driver.step_progress import make_bar
 
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,7 @@ def test_work_that_is_told_before_its_first_piece_is_done_has_one_bar() -> None:
 
 def test_a_narrow_terminal_keeps_the_step_the_time_left_and_the_loss() -> None:
     console = Console(file=io.StringIO(), width=80)
-    line = _progress(console)
+    line = make_bar(console)
     line.add_task(
         "", total=70829, completed=30000, numbers="loss 5.0382  95 images/s  data wait 0%  top-1 8.7%  R@10 2%"
     )

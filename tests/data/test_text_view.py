@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.blocks import embedded, reader_of, three_shards, whole
 from helpers.pictures import WIDTH
+from helpers.training import prepare_job, train_reader
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +21,6 @@ from nev.data.plan import Segment
 from nev.data.sidecar import decode_vectors, mean_vector, read_column, sidecar_location
 from nev.data.text_view import TextView, caption_rows, normal, unit
 from nev.models.text import TextTower
-from nev.train.driver.setup import prepare_job, train_reader
 
 Make = Callable[..., Experiment]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,7 +45,7 @@ def steps(locations: list[str]) -> list[int]:
 def ended(found: Validator) -> list[ValidationOutcome]:
     """Everything that it has to say, when it has come to its end."""
     assert found.finished(60)
-    return found.done()
+    return found.take_outcomes()
 
 
 def test_what_is_written_is_scored_and_what_was_left_comes_first(tmp_path: Path) -> None:
@@ -59,7 +60,7 @@ def test_what_is_written_is_scored_and_what_was_left_comes_first(tmp_path: Path)
     with Validator(job(tmp_path), score) as found:
         checkpoint(tmp_path, 30)
         for step in (30, 35):
-            found.written(step)
+            found.add(step)
         done = ended(found)
     assert sorted(seen) == [10, 20, 30]
     assert {one.step: one.metrics for one in done} == {10: {"top1": 0.1}, 20: {"top1": 0.2}, 30: {"top1": 0.3}}
@@ -81,7 +82,7 @@ def test_slow_validation_leaves_the_oldest_out_and_says_so(tmp_path: Path) -> No
     with Validator(job(tmp_path), score) as found:
         for step in (10, 20, 30, 40, 50):
             checkpoint(tmp_path, step)
-            found.written(step)
+            found.add(step)
             assert begun.wait(60)
         go_on.set()
         problems = {one.step: one.problem for one in ended(found)}
@@ -143,6 +144,40 @@ def test_storage_that_fails_is_asked_again_at_last_by_the_next_start(
         assert [one.metrics for one in ended(found)] == [{"top1": 1.0}]
 
 
+def test_a_failed_checkpoint_is_left_out_before_a_newer_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoint 10 fails while 20 and 30 wait, and is queued behind both; 40 comes while 20 is scored."""
+    monkeypatch.setattr(validator, "PAUSE_S", 0.01)
+    queued, failed, go_on = threading.Event(), threading.Event(), threading.Event()
+    seen: list[int] = []
+
+    def score(location: str) -> dict[str, float]:
+        seen.append(int(location.rsplit("-", 1)[1]))
+        if seen == [10]:
+            assert queued.wait(60)
+            raise StorageError("")
+        if seen[-1] == 20:
+            failed.set()
+            assert go_on.wait(60)
+        return {"top1": 1.0}
+
+    for step in (10, 20):
+        checkpoint(tmp_path, step)
+    with Validator(job(tmp_path), score) as found:
+        for step in (30, 40):
+            checkpoint(tmp_path, step)
+        while not seen:
+            time.sleep(0.01)
+        found.add(30)
+        queued.set()
+        assert failed.wait(60)
+        found.add(40)
+        go_on.set()
+        outcomes = ended(found)
+    assert seen == [10, 20, 30, 40]
+    assert {one.step for one in outcomes if one.metrics} == {20, 30, 40}
+    assert [one.step for one in outcomes if "faster than validation" in str(one.problem)] == [10]
+
+
 def test_one_that_is_left_writes_nothing_more(tmp_path: Path) -> None:
     begun, go_on = threading.Event(), threading.Event()
     for step in (10, 20):
@@ -164,7 +199,7 @@ def test_one_that_is_left_writes_nothing_more(tmp_path: Path) -> None:
         stopped_in_the_middle()
     go_on.set()
     assert left[0].finished(60)
-    assert left[0].done() == []
+    assert left[0].take_outcomes() == []
     assert steps(pending_validation(str(tmp_path), job(tmp_path).validates)) == [10, 20]
 
 

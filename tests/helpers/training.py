@@ -2,21 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nev.config.experiment import Experiment
 from nev.data.block import Block, BlockReader
+from nev.data.index import build_index
 from nev.data.plan import Plan
+from nev.models.text import TextTower
 from nev.runs import checkpoint
 from nev.train.core.step import choose_precision
+from nev.train.driver.preflight import check_inputs
+from nev.train.driver.setup import make_job, make_reader
 from nev.train.job import Job
+from nev.train.messages import CheckpointSaved, Metrics, Note
 from nev.train.worker.loop import train
 from nev.train.worker.state import RankContext, load_model, make_train_state
 
 CPU = torch.device("cpu")
+
+
+class Reports:
+    """What a training has reported: metrics by step, and notes."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[int, dict[str, float]] = {}
+        self.notes: list[str] = []
+
+    def __call__(self, message: Metrics | Note | CheckpointSaved) -> None:
+        if isinstance(message, Note):
+            self.notes.append(message.text)
+        else:
+            self.metrics.setdefault(message.step, {}).update(message.metrics)
+
+
+def prepare_job(config: Experiment, text: TextTower, stop_after: int | None = None) -> Job:
+    """The job of an experiment with absolute paths, after the checks of its inputs."""
+    return make_job(config, text, check_inputs(config, text), stop_after)
+
+
+def train_reader(config: Experiment, text: TextTower) -> BlockReader:
+    """The reader of an experiment's training set."""
+    return make_reader(config, text, build_index(config.data.train, config.data.columns))
 
 
 def blocks(reader: BlockReader, plan: Plan, first: int, last: int, rank: int = 0, world: int = 1) -> Iterator[Block]:
@@ -31,13 +61,9 @@ def run_bare(job: Job, reader: BlockReader, stream: Iterator[Block] | None = Non
     """Train in this process from where the job stands; returns the reported metrics by step."""
     ctx = RankContext(0, 1, CPU, choose_precision(job.config.train.precision, CPU))
     learner, start = make_train_state(load_model(job), job, ctx)
-    reported: dict[int, dict[str, float]] = {}
-
-    def report(step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None:
-        reported.setdefault(step, {}).update(metrics)
-
-    train(job, ctx, learner, start, stream or blocks(reader, job.plan, start.step, job.stop_step), report)
-    return reported
+    reports = Reports()
+    train(job, ctx, learner, start, stream or blocks(reader, job.plan, start.step, job.stop_step), reports)
+    return reports.metrics
 
 
 def weights(run: str, step: int) -> dict[str, Tensor]:

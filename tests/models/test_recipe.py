@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.training import prepare_job, train_reader
 from transformers import BertConfig, BertModel
 
 from nev.config.experiment import Experiment
@@ -21,7 +22,6 @@ from nev.eval.validation.task import text_key
 from nev.models.text import load_text
 from nev.train.core import step as step_module
 from nev.train.core.step import choose_precision
-from nev.train.driver.setup import prepare_job, train_reader
 from nev.train.job import Job
 from nev.train.worker.loop import train
 from nev.train.worker.state import RankContext, load_model, make_train_state

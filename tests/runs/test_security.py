@@ -27,8 +27,7 @@ from nev.runs.manifest import CheckpointState, Damaged
 from nev.runs.metrics_log import save_mlflow_run_id
 from nev.runs.towers import OpenedCheckpoint
 from nev.train.core.state_dict import gather_tensors
-from nev.train.driver.metrics import start_tracking
-from nev.train.driver.setup import prepare_job, train_reader
+from nev.train.driver.metrics import open_tracking
 
 if TYPE_CHECKING:
     from helpers.s3_server import Proxy
@@ -107,16 +106,17 @@ def test_a_password_in_a_location_is_refused_and_not_repeated(key: str, tiny: Ma
 def test_secrets_of_the_environment_are_written_nowhere(
     tiny: Make, text: TextTower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from helpers.training import run_bare
+    from helpers.training import prepare_job, run_bare, train_reader
 
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "PGPASSWORD", "HF_TOKEN"):
         monkeypatch.setenv(name, SECRET)
     config = tiny(train__steps=2)
     job = prepare_job(config, text)
-    tracker = start_tracking(job, {}, 0)
-    for step, metrics in run_bare(job, train_reader(config, text)).items():
-        tracker.log(step, metrics)
-    assert tracker.finish("FINISHED")
+    said = Console(file=io.StringIO())
+    with open_tracking(job, {}, 0, said) as tracked:
+        for step, metrics in run_bare(job, train_reader(config, text)).items():
+            tracked.tracker.log(step, metrics)
+    assert not said.file.getvalue(), "MLflow has everything"  # type: ignore[attr-defined]
     files = [path for path in Path(config.output).rglob("*") if path.is_file()]
     assert {"state.json", "model.safetensors", "mlflow.db", "mlflow.json"} <= {path.name for path in files}
     for path in files:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +20,12 @@ from nev.data.index import build_index
 from nev.eval.suite.schema import METRICS, load_suite
 from nev.eval.validation.scoring import list_metric_names
 from nev.eval.validation.task import Validation, val_reader
+from nev.storage.files import StorageError
 from nev.sweep.config import Sweep
-from nev.sweep.follower import numbers
+from nev.sweep.follower import SweepProgress, finite_metrics
+from nev.sweep.results import TrialResult
 from nev.sweep.run import count_concurrent, refuse_unmeasured, share_work, with_threads
-from nev.sweep.trials import find_reference, name_trials, plan_trials
+from nev.sweep.trials import Trial, find_reference, name_trials, plan_trials
 
 ROOT = Path(__file__).parents[2]
 ABLATIONS = ROOT / "configs" / "ablations"
@@ -220,4 +223,27 @@ def test_what_trials_share_is_done_once(base: str, monkeypatch: pytest.MonkeyPat
 
 def test_a_report_that_holds_no_number_ends_no_sweep() -> None:
     reported = {"zero_shot/top1": 0.5, "space/gap": float("nan"), "val/rows": float("inf"), "samples": 64, "pid": 7.0}
-    assert numbers(reported) == {"zero_shot/top1": 0.5}
+    assert finite_metrics(reported) == {"zero_shot/top1": 0.5}
+
+
+def test_storage_that_takes_no_result_ends_no_sweep(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ASHA ends a trial early, and the trial's folder cannot be written: that trial has failed, and the sweep goes on."""
+    wanted = sweep(base, asha={"grace": 64, "reduction": 2}, overrides={"train.eval_every": 1})
+    trials = plan_trials(wanted, [])
+
+    def refuse(trial: Trial, result: TrialResult) -> None:
+        raise StorageError("s3://bucket/result.json cannot be written:\n503 Slow Down")
+
+    monkeypatch.setattr("nev.sweep.follower.save_result", refuse)
+    shown: list[str] = []
+    follower = SweepProgress(wanted, trials, len(trials), lambda what, done, total, text: shown.append(text))
+    ended = SimpleNamespace(config={"number": 1}, last_result={"samples": 64, "zero_shot/top1": 0.5})
+    follower.on_trial_start(0, [], ended)
+    follower.on_trial_complete(0, [], ended)
+    (name,) = follower.errors
+    assert name == trials[1].name
+    assert (
+        "could not be saved: StorageError: s3://bucket/result.json cannot be written: 503 Slow Down"
+        in follower.errors[name]
+    )
+    assert shown[-1].startswith("0 running, 1 failed")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.gloo import on_ranks
-from helpers.training import blocks
+from helpers.training import Reports, blocks, prepare_job, train_reader
 
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
@@ -20,7 +20,6 @@ from nev.data.block import Block, BlockReader
 from nev.models.text import TextTower
 from nev.runs import checkpoint
 from nev.train.core.step import choose_precision
-from nev.train.driver.setup import prepare_job, train_reader
 from nev.train.job import Job, find_resume_point
 from nev.train.worker.batch import BatchBuilder
 from nev.train.worker.collectives import StopConsensus
@@ -35,18 +34,15 @@ def _trains(rank: int, job: Job, reader: BlockReader, world: int, leave_after: i
     me = RankContext(rank, world, CPU, choose_precision("fp32", CPU))
     learner, start = make_train_state(load_model(job), job, me)
     asked = [0]
-    losses: list[float] = []
+    reports = Reports()
 
     def leave() -> bool:
         asked[0] += 1
         return rank == world - 1 and asked[0] == leave_after
 
-    def report(step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None:
-        losses.extend([metrics["loss"]] if "loss" in metrics else [])
-
-    done = train(
-        job, me, learner, start, blocks(reader, job.plan, start.step, job.stop_step, rank, world), report, leave
-    )
+    stream = blocks(reader, job.plan, start.step, job.stop_step, rank, world)
+    done = train(job, me, learner, start, stream, reports, leave)
+    losses = [metrics["loss"] for _, metrics in sorted(reports.metrics.items()) if "loss" in metrics]
     return {"done": done, "losses": losses}
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from helpers.gloo import on_ranks
 from helpers.steps import CPU, FP32, ROWS, SIZE, WIDTH, batch, poisoned, steps
+from helpers.training import prepare_job
 from rich.console import Console
 from torch import Tensor
 
@@ -30,7 +31,6 @@ from nev.train.core.parallel import distribute, full_tensor, is_sharded, transfo
 from nev.train.core.state_dict import Tensors, gather_tensors, load_optimizer, unknown_parameters
 from nev.train.core.step import Batch, train_step
 from nev.train.core.vision_setup import apply_train_options
-from nev.train.driver.setup import prepare_job
 from nev.train.experiment import run_experiment
 from nev.train.worker.state import load_model
 

@@ -4,7 +4,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.gloo import on_ranks
 from helpers.steps import batch, experiment, made, poisoned
-from helpers.training import blocks, weights
+from helpers.training import Reports, blocks, prepare_job, train_reader, weights
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -27,11 +27,12 @@ from nev.runs.manifest import latest_checkpoint, read_manifest
 from nev.runs.tracking import Tracker
 from nev.train.core.optim import make_optimizer
 from nev.train.core.step import Batch, Precision, choose_precision, train_step
+from nev.train.driver.early_stopping import EarlyStopping
 from nev.train.driver.metrics import MetricsLogger
 from nev.train.driver.monitor import TrainMonitor
-from nev.train.driver.setup import prepare_job, train_reader
+from nev.train.driver.step_progress import StepProgress
 from nev.train.job import Job, find_resume_point
-from nev.train.messages import Post, start_mailbox
+from nev.train.messages import Metrics, Note, open_mailbox
 from nev.train.worker.guards import MEMORY, WINDOW, Diverged, GuardState, judge
 from nev.train.worker.loop import train
 from nev.train.worker.state import RankContext, load_model, make_train_state
@@ -165,15 +166,9 @@ def test_all_ranks_skip_what_one_of_them_spoils(tmp_path: Path) -> None:
 def run(job: Job, stream: Iterator[Block]) -> tuple[dict[int, dict[str, float]], list[str]]:
     me = RankContext(0, 1, CPU, choose_precision("fp32", CPU))
     learner, start = make_train_state(load_model(job), job, me)
-    reported: dict[int, dict[str, float]] = {}
-    told: list[str] = []
-
-    def report(step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None:
-        reported.setdefault(step, {}).update(metrics)
-        told.extend(notes)
-
-    train(job, me, learner, start, stream, report)
-    return reported, told
+    reports = Reports()
+    train(job, me, learner, start, stream, reports)
+    return reports.metrics, reports.notes
 
 
 def spoilt(stream: Iterator[Block], numbers: set[int]) -> Iterator[Block]:
@@ -276,15 +271,17 @@ def test_the_person_who_watches_is_told(ray_cluster: None, tiny: Make, tmp_path:
     import ray
 
     console = Console(file=io.StringIO(), width=60)
-    board = start_mailbox(str(tmp_path))
-    watcher = TrainMonitor(board, MetricsLogger(tiny(), Silent(), console), console, None, total_steps=9, first_step=0)
-    ray.get(
-        board.post.remote(
-            Post(4, {"loss": 1.0}, notes=("step 3: [no] finite loss and gradient, and a line that no width may break",))
-        )
+    logger, stopping, progress = (
+        MetricsLogger(Silent(), console),
+        EarlyStopping(tiny().eval),
+        StepProgress(console, 9, 0),
     )
-    watcher.read()
-    ray.kill(board)
+    with open_mailbox(str(tmp_path)) as mailbox:
+        monitor = TrainMonitor(mailbox, logger, [logger.log], stopping, progress)
+        note = Note("step 3: [no] finite loss and gradient, and a line that no width may break")
+        for message in (note, Metrics(4, {"loss": 1.0})):
+            ray.get(mailbox.post.remote(message))
+        monitor.poll()
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert shown.splitlines()[0] == "step 3: [no] finite loss and gradient, and a line that no width may break"
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.gloo import on_ranks
 from helpers.steps import CLOSE, CPU, FP32, ROWS, SIZE, TRUNK, VALID, WIDTH, batch, gradients, parts_of, steps
-from helpers.training import blocks, run_bare, weights
+from helpers.training import blocks, prepare_job, run_bare, train_reader, weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -39,7 +39,6 @@ from nev.train.core.optim import make_optimizer
 from nev.train.core.parallel import distribute
 from nev.train.core.state_dict import gather_tensors
 from nev.train.core.step import Batch
-from nev.train.driver.setup import prepare_job, train_reader
 from nev.train.worker.loop import TowerMoved, refuse_moved, train
 from nev.train.worker.state import RankContext, load_model, make_train_state
 

@@ -5,12 +5,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers.training import run_bare
+from helpers.training import prepare_job, run_bare, train_reader
 
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.models.text import TextTower, load_text
-from nev.train.driver.setup import prepare_job, train_reader
 
 Make = Callable[..., Experiment]
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.pictures import rows_of, write_shard
-from helpers.training import run_bare
+from helpers.training import prepare_job, run_bare, train_reader
 from safetensors.torch import save_file
 
 from nev.config.base import ConfigError
@@ -27,7 +27,7 @@ from nev.models.lock import CANARIES, refuse_other_vectors
 from nev.models.text import TextTower, load_text, make_text_encoder, weight_digests
 from nev.models.vision import build_vision
 from nev.runs.manifest import latest_checkpoint
-from nev.train.driver.setup import make_tokens, prepare_job, train_reader
+from nev.train.driver.setup import make_tokens
 
 Make = Callable[..., Experiment]
 WORLD, STEPS, LONGEST = 2, 3, 7

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.training import blocks
+from helpers.training import blocks, prepare_job, train_reader
 from rich.console import Console
 
 from nev.config.experiment import Experiment
@@ -18,8 +18,8 @@ from nev.models.text import TextTower
 from nev.train.core.step import choose_precision
 from nev.train.driver import alerts as signatures
 from nev.train.driver.alerts import BOUND_POINTS, FLAT_POINTS, FailureAlerts
-from nev.train.driver.setup import prepare_job, train_reader
 from nev.train.experiment import run_experiment
+from nev.train.messages import CheckpointSaved, Metrics, Note
 from nev.train.worker.guards import Diverged
 from nev.train.worker.loop import train
 from nev.train.worker.state import RankContext, load_model, make_train_state
@@ -94,8 +94,9 @@ def watched(config: Experiment, text: TextTower) -> set[str]:
     me = RankContext(0, 1, torch.device("cpu"), choose_precision("fp32", torch.device("cpu")))
     learner, start = make_train_state(load_model(job), job, me)
 
-    def report(step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None:
-        seen.update(alert.name for alert in signs.check(step, metrics))
+    def report(message: Metrics | Note | CheckpointSaved) -> None:
+        if isinstance(message, Metrics):
+            seen.update(alert.name for alert in signs.check(*message))
 
     with suppress(Diverged):
         train(job, me, learner, start, blocks(train_reader(config, text), job.plan, 0, job.stop_step), report)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.training import blocks, run_bare, weights
+from helpers.training import blocks, prepare_job, run_bare, train_reader, weights
 from mlflow import MlflowClient
 from rich.console import Console
 from safetensors.torch import save_file
@@ -27,8 +27,7 @@ from nev.runs.manifest import CheckpointError, latest_checkpoint, read_manifest
 from nev.runs.tracking import Tracker, tracking_uri
 from nev.storage.reading import DataError
 from nev.train.driver.launcher import TrainingFailed
-from nev.train.driver.preflight import check_room
-from nev.train.driver.setup import prepare_job, train_reader
+from nev.train.driver.preflight import check_workers
 from nev.train.experiment import Summary, run_experiment
 from nev.train.job import find_resume_point
 from nev.train.worker.batch import StreamError
@@ -258,9 +257,9 @@ def test_workers_that_would_wait_for_ever_are_refused(
         run_experiment(config, Console(quiet=True))
     store = MlflowClient(tracking_uri=tracking_uri(config.tracking, config.output))
     assert store.get_experiment_by_name("nev") is None, "no run is left behind in MLflow"
-    check_room(tiny(workers__cpus=1).workers)
+    check_workers(tiny(workers__cpus=1).workers)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    check_room(config.workers)  # an autoscaler may bring what is missing
+    check_workers(config.workers)  # an autoscaler may bring what is missing
 
 
 def curve(summary: Summary) -> list[float]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.training import Reports
 from torch import nn
 
 from nev.config.experiment import Optim
@@ -45,18 +46,6 @@ def snapshot(step: int, tensors: Tensors | None = None) -> Snapshot:
     )
 
 
-class Told:
-    """What a writer says."""
-
-    def __init__(self) -> None:
-        self.metrics: dict[int, dict[str, float]] = {}
-        self.notes: list[str] = []
-
-    def __call__(self, step: int, metrics: dict[str, float], notes: list[str]) -> None:
-        self.metrics.setdefault(step, {}).update(metrics)
-        self.notes += notes
-
-
 @pytest.fixture
 def refuse(monkeypatch: pytest.MonkeyPatch) -> Refuse:
     """Makes the next so many files a full disk."""
@@ -87,7 +76,7 @@ def test_the_loop_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest
         whole(location, data)
 
     monkeypatch.setattr(checkpoint, "write_atomic", slow)
-    told = Told()
+    told = Reports()
     own = AsyncCheckpointWriter(str(tmp_path), 2, None, told)
     own.wait()
     own.write(snapshot(1))  # it comes back while the disk has nothing
@@ -117,7 +106,7 @@ def test_the_copy_is_made_in_the_same_memory_and_the_step_may_go_on() -> None:
 
 
 def test_storage_that_refuses_is_asked_again(tmp_path: Path, refuse: Refuse) -> None:
-    told = Told()
+    told = Reports()
     own = AsyncCheckpointWriter(str(tmp_path), 2, None, told)
     refuse(2)
     own.write(snapshot(1))
@@ -131,7 +120,7 @@ def test_storage_that_refuses_is_asked_again(tmp_path: Path, refuse: Refuse) -> 
 
 
 def test_a_refused_checkpoint_gives_way_to_a_newer_one_and_no_point_is_lost(tmp_path: Path, refuse: Refuse) -> None:
-    told = Told()
+    told = Reports()
     own = AsyncCheckpointWriter(str(tmp_path), 2, None, told)
     own.write(snapshot(1))
     own.wait()
@@ -157,7 +146,7 @@ def test_an_older_one_that_cannot_go_does_not_cost_the_new_one(tmp_path: Path, m
     def refuses(location: str) -> None:
         raise StorageError(f"{location} cannot be removed (not now)")
 
-    told = Told()
+    told = Reports()
     own = AsyncCheckpointWriter(str(tmp_path), 1, None, told)
     own.write(snapshot(1))
     own.wait()
@@ -179,7 +168,7 @@ def test_a_last_checkpoint_that_cannot_be_kept_is_an_error(
     tmp_path: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "LAST_S", 0.2)
-    own = AsyncCheckpointWriter(str(tmp_path), 2, None, Told())
+    own = AsyncCheckpointWriter(str(tmp_path), 2, None, Reports())
     refuse(10**6)
     own.write(snapshot(5))
     with pytest.raises(
@@ -194,7 +183,7 @@ def test_what_is_no_refusal_of_storage_comes_through(tmp_path: Path, monkeypatch
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(checkpoint, "save", broken)
-    own = AsyncCheckpointWriter(str(tmp_path), 2, None, Told())
+    own = AsyncCheckpointWriter(str(tmp_path), 2, None, Reports())
     own.write(snapshot(1))
     with pytest.raises(RuntimeError, match="a bug"):
         own.wait()
@@ -215,7 +204,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_is_really_full(small_disk: Path) -> None:
     filler = small_disk / "filler"
     filler.write_bytes(bytes(1_000_000))
-    told = Told()
+    told = Reports()
     own = AsyncCheckpointWriter(str(small_disk), 1, None, told)
     own.write(snapshot(1))
     own.wait()

@@ -1,7 +1,7 @@
-"""The ways in which training towards a text tower is known to fail, watched while it happens. No Ray, no MLflow in it.
+"""Known failures of training towards a text tower, recognised in a run's metrics. No Ray, no MLflow.
 
-arXiv 2406.18587 and the papers before it name them: pictures that never find their captions, a loss that stays flat, a logit
-scale at its bound, vectors that fall together, a text tower that drifts where it is trained.
+arXiv 2406.18587 and the papers before it name these failures: pictures that never find their captions, a loss that stays flat,
+a logit scale at its bound, vectors that fall together, a trained text tower that drifts.
 """
 
 from __future__ import annotations
@@ -13,22 +13,26 @@ from typing import NamedTuple
 from nev.config.experiment import Experiment
 
 FLAT_POINTS = 30  # logged losses, after the warm-up, that all have to be flat
-FLAT_SHARE = 0.01  # of what guessing has: a loss less than that below it is flat
+FLAT_SHARE = 0.01  # of the loss of guessing: a loss less than that below the loss of guessing is flat
 BOUND_POINTS = 30  # logged scales in a row that have to be at the bound
 COLLAPSE = 0.95  # mean cosine of two different pictures
 CHANCE_TIMES = 1.5  # odds up to so many times those of guessing are at chance
-DRIFT = 0.1  # 1 - mean cosine of what sentences are to the text tower now, and were
+DRIFT = 0.1  # 1 - mean cosine between the vectors of sentences now and before training
 
 
 class Alert(NamedTuple):
-    """One sign of failure. name: of the signature, for a tag; text: what was seen, and what to do."""
+    """One sign of failure.
+
+    name: of the failure, for a tag.
+    text: what was seen, and what to do.
+    """
 
     name: str
     text: str
 
 
 class FailureAlerts:
-    """Looks at the numbers of a run as they come, and tells each sign once."""
+    """Checks the metrics of a run, and returns each sign of failure once."""
 
     def __init__(self, config: Experiment) -> None:
         self._warm = config.optim.warmup_steps
@@ -36,15 +40,15 @@ class FailureAlerts:
         self._guess = guessing_loss(config)
         self._losses: deque[float] = deque(maxlen=FLAT_POINTS)
         self._at_bound = 0
-        self._told: set[str] = set()
+        self._raised: set[str] = set()
 
     def check(self, step: int, metrics: dict[str, float]) -> list[Alert]:
-        """The new signs in the numbers of a step."""
+        """The new signs in the metrics of a step."""
         signs = [non_finite(metrics), drift(metrics)]
         if step > self._warm:
             signs += [self._loss(metrics), self._scale(metrics), *at_chance(metrics), collapse(metrics)]
-        new = {sign.name: sign for sign in signs if sign and sign.name not in self._told}
-        self._told |= new.keys()
+        new = {sign.name: sign for sign in signs if sign and sign.name not in self._raised}
+        self._raised |= new.keys()
         return list(new.values())
 
     def _loss(self, metrics: dict[str, float]) -> Alert | None:
@@ -74,13 +78,13 @@ class FailureAlerts:
 
 
 def guessing_loss(config: Experiment) -> float | None:
-    """The loss of a model that knows nothing: log B for softmax; None for the sigmoid loss and for several widths."""
+    """The loss of a model that guesses: log B for softmax; None for the sigmoid loss and for several widths."""
     plain = config.loss.kind == "softmax" and not config.loss.matryoshka
     return math.log(config.train.global_batch) if plain else None
 
 
 def non_finite(metrics: dict[str, float]) -> Alert | None:
-    """Steps without a finite loss and gradient, which change nothing (`nev.train.worker.guards`), or a loss that is no number."""
+    """Steps that were skipped without a finite loss and gradient (`nev.train.worker.guards`), or a loss that is not finite."""
     skipped = metrics.get("skipped_steps", 0.0)
     if not skipped and math.isfinite(metrics.get("loss", 0.0)):
         return None
@@ -104,12 +108,12 @@ def at_chance(metrics: dict[str, float]) -> list[Alert]:
 
 
 def odds(share: float) -> float:
-    """p / (1 - p): of few candidates guessing gets a large share, and no model can get one and a half times that."""
+    """p / (1 - p). Among few candidates guessing has a large share p, and no model can have 1.5 p."""
     return share / (1 - share) if share < 1 else math.inf
 
 
 def collapse(metrics: dict[str, float]) -> Alert | None:
-    """Pictures that are all alike to the model, after a validation."""
+    """Pictures whose vectors are all alike, after a validation."""
     cosine = metrics.get("space/anisotropy_images", 0.0)
     if cosine <= COLLAPSE:
         return None
@@ -119,7 +123,7 @@ def collapse(metrics: dict[str, float]) -> Alert | None:
 
 
 def drift(metrics: dict[str, float]) -> Alert | None:
-    """A text tower that is not what vectors of before were made with, where it is trained."""
+    """A trained text tower that no longer fits the vectors made before."""
     moved = metrics.get("space/text_drift", 0.0)
     if moved <= DRIFT:
         return None

@@ -1,4 +1,4 @@
-"""Early stop: a run ends when the metric that its best checkpoint is chosen by has not improved for so many validations."""
+"""Early stopping: a run ends when `eval.best` has not improved for `eval.patience` validations."""
 
 from __future__ import annotations
 
@@ -9,33 +9,32 @@ from nev.runs.metrics_log import MetricPoint
 
 
 class EarlyStopping:
-    """What validations have given so far. A step that is repeated after a failure counts once."""
+    """The scores of a run's validations. A step that is repeated after a failure counts once."""
 
     def __init__(self, config: Eval) -> None:
         self._metric, self._patience = config.best, config.patience
         self._scores: dict[int, float] = {}
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
-        """Take the metric of a validation, where it is among these."""
+        """Take the score of a validation. Metrics without `eval.best` change nothing."""
         if self._metric in metrics:
             self._scores[step] = metrics[self._metric]
 
     def restore(self, points: Iterable[MetricPoint]) -> None:
-        """Take those of a run's journal."""
+        """Take the scores in a run's metrics log."""
         for point in points:
             self.update(point.step, point.metrics)
 
     @property
     def should_stop(self) -> bool:
-        """Whether the last `eval.patience` validations all were no better than the best one before them."""
+        """Whether none of the last `eval.patience` validations was better than the best validation before them."""
         if self._patience is None or len(self._scores) <= self._patience:
             return False
         scores = [self._scores[step] for step in sorted(self._scores)]
         return max(scores[-self._patience :]) <= max(scores[: -self._patience])
 
     def __str__(self) -> str:
-        best = max(
-            self._scores, key=lambda step: (self._scores[step], step)
-        )  # the newest of equals, as `manifest.best_checkpoint` has it
+        # Of equal scores the newest, as `manifest.best_checkpoint` chooses.
+        best = max(self._scores, key=lambda step: (self._scores[step], step))
         was = f"its best is {self._scores[best]:.4g}, at step {best:,}"
         return f"{self._metric} has not improved for {self._patience} validations; {was}"

@@ -1,59 +1,84 @@
-"""Where the numbers of a run go, wherever they come from: to MLflow, to the watch for signs of failure, and to early stop."""
+"""Where the metrics of a run go: to MLflow, to the alerts, to early stopping, and to further callbacks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.markup import escape
 
-from nev.cluster.ray_internals import WorkerGroup
+from nev.common.signals import Stopped
 from nev.config.experiment import Experiment
 from nev.runs.metrics_log import load_mlflow_run_id, read_points, save_mlflow_run_id
 from nev.runs.tracking import Tracker, open_run, tracking_uri
-from nev.train.driver.alerts import FailureAlerts
+from nev.train.driver.alerts import Alert, FailureAlerts
 from nev.train.driver.early_stopping import EarlyStopping
+from nev.train.job import Job
 
-if TYPE_CHECKING:
-    from nev.train.job import Job
-
-
-MetricsCallback = Callable[[int, dict[str, float], WorkerGroup | None], None]
+MetricsCallback = Callable[[int, dict[str, float]], None]  # (step, metrics by name), in the monitor's thread
 
 
 class MetricsLogger:
-    """Of one run, in the driver. latest: the newest value of each metric; group: the workers that train now;
-    heard: who else is told, in the thread that takes.
-    """
+    """Sends metrics and alerts to MLflow, and warnings to the console."""
 
-    def __init__(
-        self, config: Experiment, tracker: Tracker, console: Console, heard: MetricsCallback | None = None
-    ) -> None:
-        self.tracker, self.patience = tracker, EarlyStopping(config.eval)
-        self.latest: dict[str, float] = {}
-        self.group: WorkerGroup | None = None
-        self._alerts, self._console, self._heard = FailureAlerts(config), console, heard
+    def __init__(self, tracker: Tracker, console: Console) -> None:
+        self._tracker, self._console = tracker, console
+        self._unreachable = False
 
-    def take(self, step: int, metrics: dict[str, float]) -> None:
-        """Log numbers of a step, and look what they say of the run."""
-        self.latest.update(metrics)
-        self.tracker.log(step, metrics)
-        for alert in self._alerts.check(step, metrics):
-            said = f"step {step}: {alert.text}"
-            self.note(said)
-            self.tracker.tag_later({f"nev.alert.{alert.name}": said})
-        self.patience.update(step, metrics)
-        if self._heard:
-            self._heard(step, metrics, self.group)
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Queue metrics of a step for the next `flush`."""
+        self._tracker.log(step, metrics)
 
-    def note(self, text: str) -> None:
-        """A line for the person who watches."""
+    def alert(self, step: int, alert: Alert) -> None:
+        """Print an alert, and queue it as a tag of the MLflow run."""
+        text = f"step {step}: {alert.text}"
+        self.warn(text)
+        self._tracker.tag_later({f"nev.alert.{alert.name}": text})
+
+    def warn(self, text: str) -> None:
+        """Print a line for the person who watches."""
         self._console.print(f"[yellow]{escape(text)}[/]", highlight=False, soft_wrap=True)
 
+    def flush(self) -> None:
+        """Send the queue to MLflow. What MLflow does not take stays queued: training must not stop for it."""
+        from mlflow.exceptions import MlflowException
 
-def start_tracking(job: Job, tags: Mapping[str, str], begun: int) -> Tracker:
-    """The MLflow run of this job, with the config and the fingerprints; it gets what it has missed up to step `begun`."""
+        try:
+            self._tracker.flush()
+            self._unreachable = False
+        except (MlflowException, OSError):
+            if not self._unreachable:
+                self.warn(f"MLflow at {self._tracker.uri} does not answer; numbers are kept and sent later")
+            self._unreachable = True
+
+
+def make_callbacks(config: Experiment, logger: MetricsLogger, early_stopping: EarlyStopping) -> list[MetricsCallback]:
+    """The callbacks of every run: MLflow, alerts, early stopping."""
+    alerts = FailureAlerts(config)
+
+    def raise_alerts(step: int, metrics: dict[str, float]) -> None:
+        for alert in alerts.check(step, metrics):
+            logger.alert(step, alert)
+
+    return [logger.log, raise_alerts, early_stopping.update]
+
+
+@dataclass
+class TrackedRun:
+    """An MLflow run that is open. complete: every file that MLflow should have was sent."""
+
+    tracker: Tracker
+    complete: bool = True
+
+
+@contextmanager
+def open_tracking(job: Job, tags: Mapping[str, str], start_step: int, console: Console) -> Iterator[TrackedRun]:
+    """The MLflow run of a job, with its config and fingerprints. Metrics up to `start_step` that MLflow lacks are queued.
+
+    The run ends as FINISHED; as KILLED after SIGTERM or Ctrl-C; as FAILED after any other error.
+    """
     config = job.config
     fingerprints = {f"nev.{name}_fingerprint": value for name, value in job.fingerprints.items()}
     tracker = open_run(
@@ -65,7 +90,21 @@ def start_tracking(job: Job, tags: Mapping[str, str], begun: int) -> Tracker:
         config.output,
         run_id=load_mlflow_run_id(job.run),
     )
-    save_mlflow_run_id(job.run, tracker.run_id)
-    for point in read_points(job.run, begun):
-        tracker.log(point.step, point.metrics, point.time)
-    return tracker
+    run, status = TrackedRun(tracker), "FAILED"
+    try:
+        save_mlflow_run_id(job.run, tracker.run_id)
+        for point in read_points(job.run, start_step):
+            tracker.log(point.step, point.metrics, point.time)
+        yield run
+        status = "FINISHED"
+    except (Stopped, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    finally:
+        if not tracker.finish(status) or not run.complete:
+            console.print(
+                f"[yellow]MLflow at {tracker.uri} does not answer. All that it would show is in {job.run}; the same command "
+                "sends it[/]",
+                highlight=False,
+                soft_wrap=True,
+            )

@@ -1,35 +1,204 @@
-"""What is checked before any process starts, so that an error costs seconds."""
+"""Every check before any process starts, so that an error costs seconds. All problems are reported at once."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, NamedTuple
+
 from nev.cluster.session import cluster_cpus, cluster_gpus, may_grow
+from nev.common.errors import ErrorCollector
 from nev.config.base import ConfigError
-from nev.config.experiment import Workers
-from nev.train.job import Job, row_bytes
+from nev.config.experiment import Experiment, Workers, refuse_widths
+from nev.config.file import parse
+from nev.config.paths import with_absolute_paths
+from nev.data.augment import auto_augment
+from nev.data.block import BlockReader
+from nev.data.index import Index, build_index
+from nev.data.plan import Plan
+from nev.data.sidecar import check_sidecars
+from nev.eval.validation.task import Validation, make_validation, refuse_unknown_metric, text_key
+from nev.runs.folder import check_output, check_space, run_folder
+from nev.runs.manifest import CheckpointError, LatestValid, latest_valid, verify
+from nev.runs.metrics_log import load_mlflow_run_id
+from nev.runs.tracking import check_tracking, local_artifacts, tracking_uri
+from nev.train.driver.setup import Inputs, make_job, make_plan, make_reader, make_tokens
+from nev.train.driver.validator import MAX_WAITING
+from nev.train.job import Job, ResumePoint, make_resume_point, row_bytes
+
+if TYPE_CHECKING:
+    from nev.models.text import TextTower
+
+# A run may go on with these changed: they do not touch what is computed.
+FREE_TO_CHANGE = (
+    "output",
+    "workers",
+    "tracking",
+    "eval",
+    "guards",
+    "text.encoder",
+    "data.train",
+    "data.val",
+    "data.max_bad_share",
+    "train.micro_batch",
+    "train.activation_checkpointing",
+    "train.compile",
+    "train.fsdp",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "train.eval_every",
+)
 
 
-def check_room(workers: Workers) -> None:
+class Prepared(NamedTuple):
+    """A run that has passed every check that needs no Ray.
+
+    job: what every worker receives.
+    reader: reads the blocks of the training set.
+    text: the text tower, on the driver's CPU.
+    resume: the point from which training goes on.
+    damaged: the damage of each checkpoint newer than that point.
+    """
+
+    job: Job
+    reader: BlockReader
+    text: TextTower
+    resume: ResumePoint
+    damaged: list[str]
+
+
+def prepare(config: Experiment, stop_after: int | None = None) -> Prepared:
+    """Check everything that a run needs, and read what the driver hands on. No process starts here.
+
+    stop_after: a step before the run's end at which this start ends.
+    Raises the problem itself where there is one alone (ConfigError, DataError, CheckpointError), NotReady for several.
+    """
+    from nev.models.text import load_text
+
+    config = with_absolute_paths(config)
+    errors, text = ErrorCollector(), None
+    with errors:
+        check_output(config)
+    with errors:
+        check_tracking(tracking_uri(config.tracking, config.output))
+    reachable = not errors
+    with errors:
+        text = load_text(config.text)
+    with errors:
+        check_workers(config.workers)
+    if text is None:
+        errors.refuse()
+    assert text
+    with errors:
+        check_disk(config, text, reachable)
+    inputs = check_inputs(config, text, errors)
+    return Prepared(
+        job=make_job(config, text, inputs, stop_after),
+        reader=make_reader(config, text, inputs.index),
+        text=text,
+        resume=make_resume_point(inputs.checkpoint.read) if inputs.checkpoint else ResumePoint(),
+        damaged=inputs.checkpoint.damaged if inputs.checkpoint else [],
+    )
+
+
+def check_inputs(config: Experiment, text: TextTower, errors: ErrorCollector | None = None) -> Inputs:
+    """Check the data, the towers, the validation and the run's checkpoints, and return what was read.
+
+    config: with absolute paths.
+    errors: the problems so far; they are raised with the problems that are found here, as by `prepare`.
+    """
+    from nev.models.vision import check_vision
+
+    errors = ErrorCollector() if errors is None else errors
+    checkpoint = training = validation = None
+    if not errors:  # an output that was refused would be reported again
+        with errors:
+            checkpoint = latest_valid(run_folder(config), verify)
+    with errors:
+        if config.data.augment.auto:
+            auto_augment(config.data.augment.auto, config.data.image_size)
+    with errors:
+        refuse_widths(config.loss, text.width)
+    with errors:
+        if checkpoint is None:  # a run that goes on needs neither the hub nor a file of weights
+            check_vision(config.vision, config.data.image_size, text.width, locked=config.lock == "image")
+    with errors:
+        training = check_training_set(config, text)
+    with errors:
+        check_tokens(config, text)
+    with errors:
+        validation = check_validation(config, text)
+    errors.refuse()
+    assert training
+    index, plan = training
+    fingerprints = {"data": index.fingerprint, "plan": plan.fingerprint, "text": text.fingerprint}
+    if checkpoint:
+        refuse_other_run(config, fingerprints, checkpoint)
+    return Inputs(index, plan, fingerprints, validation, checkpoint)
+
+
+def check_training_set(config: Experiment, text: TextTower) -> tuple[Index, Plan]:
+    """Index and plan the training set. Raises DataError for a set, or sidecars of it, that cannot be used."""
+    index = build_index(config.data.train, config.data.columns)
+    plan = make_plan(config, index)
+    if not config.text_online:
+        check_sidecars(index, text_key(index, text), text.width)
+    return index, plan
+
+
+def check_tokens(config: Experiment, text: TextTower) -> None:
+    """Raise ConfigError where the text tower in the loop gives other vectors than its library does."""
+    if config.text_online:
+        from nev.models.lock import refuse_other_vectors
+
+        refuse_other_vectors(text, make_tokens(text))
+
+
+def check_validation(config: Experiment, text: TextTower) -> Validation | None:
+    """The run's validation. Raises DataError for a set that cannot be used, ConfigError for an unknown `eval.best`."""
+    validation = make_validation(config, text) if config.data.val else None
+    if config.eval.best:
+        refuse_unknown_metric(config.eval.best, "eval.best", validation)
+    return validation
+
+
+def check_workers(workers: Workers) -> None:
     """Raise ConfigError for workers that never start, or whose stream never does: Ray would wait for room without a word.
 
-    Asked before Ray starts here. A cluster that may grow is given the benefit of the doubt.
+    Ray need not run yet. A cluster that may grow passes.
     """
     if may_grow():
         return
     gpus, cpus = cluster_gpus(), cluster_cpus()
-    asked = f"workers.{'min' if workers.min else 'count'} = {workers.least}"
+    setting = f"workers.{'min' if workers.min else 'count'} = {workers.least}"
     if workers.least * workers.gpus > gpus:
         raise ConfigError(
-            f"{asked} times workers.gpus = {workers.gpus:g} are more than this machine's {gpus} GPUs: "
+            f"{setting} times workers.gpus = {workers.gpus:g} are more than this machine's {gpus} GPUs: "
             "lower one of them, or submit the run to a cluster"
         )
     if workers.cpus and workers.least * workers.cpus > cpus - 1:
         raise ConfigError(
-            f"{asked} times workers.cpus = {workers.cpus:g} leave none of this machine's {cpus} CPUs "
+            f"{setting} times workers.cpus = {workers.cpus:g} leave none of this machine's {cpus} CPUs "
             "to decode: lower one of them; with workers.cpus = 0, training and decoding share them"
         )
 
 
-def check_store(job: Job) -> None:
+def check_disk(config: Experiment, text: TextTower, reachable: bool) -> None:
+    """Raise ConfigError where the run's disk has no room for its checkpoints, and for MLflow's copy if that lies there too.
+
+    reachable: MLflow answers. Artifacts of an MLflow that does not answer are not counted.
+    """
+    from nev.train.capacity import checkpoint_bytes, weight_bytes
+
+    run, train = run_folder(config), config.train
+    saved = train.keep_last + bool(config.eval.best) + (MAX_WAITING + 1) * config.eval.asynchronous
+    artifacts = None
+    if reachable:
+        uri = tracking_uri(config.tracking, config.output)
+        artifacts = local_artifacts(uri, config.tracking.experiment, config.output, load_mlflow_run_id(run))
+    check_space(run, saved, checkpoint_bytes(config, text), artifacts, weight_bytes(config, text))
+
+
+def check_object_store(job: Job) -> None:
     """Raise ConfigError where the blocks of a step are more than the cluster's object store. Needs a connected Ray."""
     import ray
 
@@ -40,3 +209,33 @@ def check_store(job: Job) -> None:
             f"the pictures of a step take {step / 2**30:.1f} GiB, and Ray's object store has {store / 2**30:.1f} GiB here: lower "
             "train.global_batch or data.image_size, or submit the run to a cluster"
         )
+
+
+def refuse_other_run(config: Experiment, fingerprints: dict[str, str], checkpoint: LatestValid[dict[str, Any]]) -> None:
+    """Raise CheckpointError, with every key that differs, for a checkpoint of another experiment."""
+    manifest = checkpoint.read
+    differing = [
+        f"fingerprint of the {name}: {manifest['fingerprints'].get(name, 'none')[:12]} there, {value[:12]} here"
+        for name, value in fingerprints.items()
+        if manifest["fingerprints"].get(name) != value
+    ]
+    # A setting that is younger than the checkpoint has its default there.
+    before = parse(Experiment, manifest["config"], [], where=checkpoint.location)
+    here, there = _leaves(config.model_dump(mode="json")), _leaves(before.model_dump(mode="json"))
+    differing += [
+        f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in sorted(here.keys() | there.keys())
+        if here.get(key) != there.get(key) and not key.startswith(FREE_TO_CHANGE)
+    ]
+    if differing:
+        listed = "\n  ".join(differing)
+        raise CheckpointError(
+            f"{checkpoint.location} belongs to another experiment:\n  {listed}\n"
+            "Give this one another name (name=...), or remove that folder to start over."
+        )
+
+
+def _leaves(tree: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(tree, dict):
+        return {prefix.rstrip("."): tree}
+    return {key: leaf for name, child in tree.items() for key, leaf in _leaves(child, f"{prefix}{name}.").items()}

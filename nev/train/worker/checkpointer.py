@@ -14,7 +14,7 @@ from concurrent.futures import TimeoutError as Late
 from contextlib import suppress
 from dataclasses import asdict
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, sleep_using_event, stop_when_event_set
 from tenacity.wait import wait_exponential
@@ -30,6 +30,7 @@ from nev.storage.files import StorageError
 from nev.train.core.rng import gather_rng
 from nev.train.core.state_dict import Tensors, gather_tensors
 from nev.train.job import Job
+from nev.train.messages import CheckpointSaved, Metrics, Note, Report
 from nev.train.worker.guards import GuardState
 from nev.train.worker.state import RankContext, TrainState
 
@@ -56,17 +57,17 @@ class Snapshot(NamedTuple):
 
 
 class AsyncCheckpointWriter:
-    """Rank 0's. tell: takes a step, metrics and lines for the person, from another thread. awaited: see `prune_checkpoints`."""
+    """Rank 0's. report: called from the writing thread. awaited: see `prune_checkpoints`."""
 
     def __init__(
         self,
         run: str,
         keep_last: int,
         keep_best: str | None,
-        tell: Callable[[int, dict[str, float], list[str]], None],
+        report: Callable[[CheckpointSaved | Note], None],
         awaited: Callable[[int], bool] = lambda step: False,
     ) -> None:
-        self._run, self._keep_last, self._keep_best, self._tell = run, keep_last, keep_best, tell
+        self._run, self._keep_last, self._keep_best, self._report = run, keep_last, keep_best, report
         self._awaited = awaited
         self._pool = ThreadPoolExecutor(1, "nev-checkpoint")
         self._pending: Future[None] | None = None
@@ -114,9 +115,7 @@ class AsyncCheckpointWriter:
         def told(attempt: RetryCallState) -> None:
             if attempt.attempt_number == 1 and attempt.outcome:
                 why = attempt.outcome.exception()
-                self._tell(
-                    step, {}, [f"step {step}: {why} It is tried again until the next one is due; training goes on."]
-                )
+                self._report(Note(f"step {step}: {why} It is tried again until the next one is due; training goes on."))
 
         begin = time.perf_counter()
         for attempt in Retrying(
@@ -135,14 +134,8 @@ class AsyncCheckpointWriter:
         try:
             prune_checkpoints(self._run, self._keep_last, self._keep_best, self._awaited)
         except REFUSALS as error:  # the new one is whole: the next one will try again
-            self._tell(step, {}, [f"step {step}: older checkpoints could not be removed: {error}"])
-        self._tell(step, {"checkpoint_write_s": time.perf_counter() - begin}, [])
-
-
-class ReportMetrics(Protocol):
-    """Takes metrics of a step, and lines for the person who watches."""
-
-    def __call__(self, step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None: ...  # noqa: D102
+            self._report(Note(f"step {step}: older checkpoints could not be removed: {error}"))
+        self._report(CheckpointSaved(step, time.perf_counter() - begin))
 
 
 class Checkpointer:
@@ -152,7 +145,7 @@ class Checkpointer:
     longer than for the write that is under way.
     """
 
-    def __init__(self, job: Job, ctx: RankContext, start_step: int, report: ReportMetrics) -> None:
+    def __init__(self, job: Job, ctx: RankContext, start_step: int, report: Report) -> None:
         self._job, self._me, self._report = job, ctx, report
         self._points: list[MetricPoint] = []
         self._tensors: Tensors | None = None
@@ -161,14 +154,28 @@ class Checkpointer:
         if ctx.rank == 0:
             remove_checkpoints_after(job.run, start_step)
             awaited = job.validates if job.config.eval.asynchronous else lambda step: False
-            self._writer = AsyncCheckpointWriter(job.run, train.keep_last, job.config.eval.best, self.log, awaited)
+            self._writer = AsyncCheckpointWriter(
+                job.run, train.keep_last, job.config.eval.best, self._report_write, awaited
+            )
 
     def log(self, step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None:
-        """Report metrics of a step, and note them for the next checkpoint's journal. Nothing on other ranks than 0."""
-        if self._me.rank == 0:
-            if metrics:
-                self._points.append(make_point(step, metrics))
-            self._report(step, metrics, notes)
+        """Report metrics of a step, and lines for the console. The next checkpoint's metrics log gets the metrics, too.
+
+        Ranks other than 0 report nothing.
+        """
+        if self._me.rank:
+            return
+        for note in notes:
+            self._report(Note(note))
+        if metrics:
+            self._points.append(make_point(step, metrics))
+            self._report(Metrics(step, metrics))
+
+    def _report_write(self, message: CheckpointSaved | Note) -> None:
+        """Report from the writing thread."""
+        if isinstance(message, CheckpointSaved):
+            self._points.append(make_point(message.step, message.metrics))
+        self._report(message)
 
     def save(self, learner: TrainState, step: int, bad_rows: int, history: GuardState, scored: Result | None) -> None:
         """Begin a checkpoint of this step: every rank comes here together. The loop waits for copies in memory alone.

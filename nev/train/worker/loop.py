@@ -21,9 +21,10 @@ from nev.train.core.optim import learning_rate, set_learning_rate
 from nev.train.core.step import train_step
 from nev.train.core.vision_setup import uncompiled
 from nev.train.job import Job, ResumePoint
+from nev.train.messages import Report
 from nev.train.worker import guards
 from nev.train.worker.batch import BatchBuilder, next_block
-from nev.train.worker.checkpointer import Checkpointer, ReportMetrics
+from nev.train.worker.checkpointer import Checkpointer
 from nev.train.worker.collectives import StopConsensus, first_error
 from nev.train.worker.meters import StepClock, Totals
 from nev.train.worker.quarantine import Quarantine, TooManyBadRows, describe_bad_rows, too_many_bad_rows
@@ -40,7 +41,7 @@ def train(
     learner: TrainState,
     start: ResumePoint,
     blocks: Iterator[Block],
-    report: ReportMetrics,
+    report: Report,
     local_stop: Callable[[], bool] = lambda: False,
 ) -> int:
     """Train from `start.step` to `job.stop_step`, writing checkpoints under `job.run`. Returns the step that it came to.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from nev.config.base import ConfigError
 from nev.data.block import Block
 from nev.runs.manifest import CheckpointError
 from nev.train.job import Job, row_bytes
-from nev.train.messages import Post
+from nev.train.messages import CheckpointSaved, Failed, Left, Metrics, Note, Started
 from nev.train.worker.quarantine import TooManyBadRows
 
 if TYPE_CHECKING:
@@ -22,7 +23,20 @@ if TYPE_CHECKING:
 
 
 class Stalled(NevError, RuntimeError):
-    """A rank has waited too long for another one."""
+    """A rank has waited too long for another rank."""
+
+
+# gloo raises a plain RuntimeError; the store, and NCCL, a torch.distributed.DistError.
+GLOO_TIMEOUT = re.compile(r"gloo.*\bTimed out waiting \d+ms for", re.DOTALL)
+
+
+def is_collective_timeout(error: RuntimeError) -> bool:
+    """Whether a collective of torch.distributed has timed out, rather than storage or anything else."""
+    from torch.distributed import DistError
+
+    if isinstance(error, DistError):
+        return "timed out" in str(error).lower() or "timeout" in str(error).lower()
+    return type(error) is RuntimeError and bool(GLOO_TIMEOUT.search(str(error)))
 
 
 def train_worker(setting: dict[str, Any]) -> None:
@@ -47,15 +61,15 @@ def train_worker(setting: dict[str, Any]) -> None:
     precision = choose_precision(job.config.train.precision, device)
     ctx = RankContext(context.get_world_rank(), context.get_world_size(), device, precision)
 
-    def report(step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None:
-        setting["board"].post.remote(Post(step, metrics, notes=tuple(notes)))
+    def report(message: Metrics | Note | CheckpointSaved) -> None:
+        setting["mailbox"].post.remote(message)
 
     def give_up(error: str) -> None:
         # All ranks return together: raised, the error would be tried again, to the same end.
         if ctx.rank == 0:
-            ray.get(setting["board"].post.remote(Post(0, {}, error)))
+            ray.get(setting["mailbox"].post.remote(Failed(error)))
 
-    stop = StopSignal(setting["board"]) if ctx.rank == 0 else None
+    stop = StopSignal(setting["mailbox"]) if ctx.rank == 0 else None
 
     def local_stop() -> bool:
         return preemption_pending() or (stop is not None and stop.is_set())
@@ -76,11 +90,11 @@ def train_worker(setting: dict[str, Any]) -> None:
     learner, start = make_train_state(built, job, ctx)
     del built  # it holds the moments of the checkpoint, whole
     if ctx.rank == 0:
-        ray.get(setting["board"].post.remote(Post(start.step, {}, began=True, group=current_worker_group())))
+        ray.get(setting["mailbox"].post.remote(Started(start.step, current_worker_group())))
     try:
         done = train(job, ctx, learner, start, prepend(first, blocks), report, local_stop)
         if done < job.stop_step and ctx.rank == 0:
-            ray.get(setting["board"].post.remote(Post(done, {}, left=True)))
+            ray.get(setting["mailbox"].post.remote(Left(done)))
     except (TooManyBadRows, Diverged, TowerMoved) as error:  # every rank meets these at the same step
         give_up(str(error))
     except CheckpointNotSaved as error:  # of rank 0 alone: the others are done
@@ -88,7 +102,7 @@ def train_worker(setting: dict[str, Any]) -> None:
             raise
         give_up(str(error))
     except RuntimeError as error:
-        if "timed out" not in str(error).lower():
+        if not is_collective_timeout(error):
             raise
         raise Stalled(
             f"rank {ctx.rank} has waited {job.config.workers.timeout_s} s (workers.timeout_s) for another one, which hangs or is "
@@ -97,13 +111,13 @@ def train_worker(setting: dict[str, Any]) -> None:
 
 
 class StopSignal:
-    """Whether the driver was told to stop the run: an answer that its board gives once it is so, and that nobody waits for."""
+    """The driver's stop request, read without waiting: the answer of a call that the mailbox holds back until then."""
 
-    def __init__(self, board: Any) -> None:
-        self._answer = board.stopped.remote()
+    def __init__(self, mailbox: Any) -> None:
+        self._answer = mailbox.wait_for_stop.remote()
 
     def is_set(self) -> bool:
-        """True once the run is to stop."""
+        """Whether the driver has requested a stop."""
         import ray
 
         if not ray.wait([self._answer], timeout=0)[0]:
