@@ -210,7 +210,7 @@ def trained(ray_cluster: None, pictures: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of `prepare_helpers.make` where nothing went wrong."""
+    """The files of `helpers.prepare.make` where nothing went wrong."""
     from helpers.prepare import SHARDS, contents, make
 
     output = tmp_path_factory.mktemp("whole") / "set"

@@ -78,6 +78,6 @@ def test_training_is_interrupted_and_leaves_its_checkpoint(tiny: Callable[..., E
     run = f"{config.output}/{config.name}"
     status, output, errors = interrupted(command, lambda: bool(list_checkpoints(run)), tmp_path)
     assert status == 130, output + errors
-    assert output.endswith("interrupted. The same command goes on from the latest checkpoint.\n")
+    assert errors.endswith("interrupted. The same command goes on from the latest checkpoint.\n")
     assert "Traceback" not in output + errors
     assert list_checkpoints(run)

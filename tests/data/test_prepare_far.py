@@ -49,7 +49,7 @@ def on_ray(ray_cluster: None) -> Iterator[Run]:
 
     from nev.cluster.tasks import ray_run
 
-    modules = [sys.modules[name] for name in (__name__, "prepare_helpers")]
+    modules = [sys.modules[name] for name in (__name__, "helpers.prepare")]
     for module in modules:
         cloudpickle.register_pickle_by_value(module)
     yield ray_run
