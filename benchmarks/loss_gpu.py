@@ -13,7 +13,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
-from unittest import mock
 
 import typer
 from rich.console import Console
@@ -83,11 +82,8 @@ def require_gpu() -> None:
 
     if not torch.cuda.is_available():
         raise NevError("this benchmark needs an NVIDIA GPU, and torch sees none: `make bench NAME=loss` measures a CPU")
-    if not fused.usable(torch.empty(1, device="cuda")):
-        raise NevError(
-            "the kernels cannot run here: they need Triton, a C compiler with Python's headers, and a GPU of compute "
-            "capability 8.0 or more"
-        )
+    if reason := fused.unsupported_reason(torch.device("cuda")):
+        raise NevError(f"the kernels cannot run here: {reason}")
 
 
 def cost(way: str, n: int, width: int) -> tuple[float, float]:
@@ -123,11 +119,9 @@ def pairs(n: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def loss(way: str, image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
     """The loss by the "kernels" or by the "tiles"."""
-    from nev.losses import fused
     from nev.losses.contrastive import contrastive_loss
 
-    with mock.patch.object(fused, "usable", return_value=way == "kernels"):
-        return contrastive_loss(image, text, log_scale).loss
+    return contrastive_loss(image, text, log_scale, kernel="fused" if way == "kernels" else "tiles").loss
 
 
 app = make_command(main, "make bench NAME=loss_gpu")

@@ -61,6 +61,8 @@ class Loss(Section):
     """InfoNCE, or SigLIP's loss (arXiv 2303.15343), which wants a scale of 10. `init_scale` is 1 / temperature.
 
     `matryoshka`: width to weight. The first so many numbers are trained as embeddings of their own, too (arXiv 2205.13147).
+    `kernel`: what computes the scores of InfoNCE. `tiles`: PyTorch, a tile at a time. `fused`: Triton kernels for NVIDIA GPUs,
+    which no GPU has run yet; each process compares their first step with the tiles, and stops where they differ.
     """
 
     kind: Literal["softmax", "sigmoid"] = "softmax"
@@ -69,6 +71,13 @@ class Loss(Section):
     learn_scale: bool = True
     max_scale: float | None = Field(default=100.0, gt=0)
     matryoshka: dict[Positive, Annotated[float, Field(gt=0)]] = Field(default={})
+    kernel: Literal["tiles", "fused"] = "tiles"
+
+    @model_validator(mode="after")
+    def _kernel_for_what(self) -> Self:
+        if self.kernel == "fused" and (self.kind != "softmax" or self.matryoshka):
+            raise ValueError("kernel: fused is for kind: softmax without matryoshka; leave kernel out")
+        return self
 
 
 def refuse_widths(loss: Loss, width: int) -> None:
@@ -261,6 +270,8 @@ class Experiment(Section):
             raise ValueError(
                 "text.noise and text.center change the vectors of sidecars, and here the text tower runs online"
             )
+        if self.loss.kernel == "fused" and not self.workers.gpus:
+            raise ValueError("loss.kernel: fused needs NVIDIA GPUs (workers.gpus); leave loss.kernel out")
         if self.lock == "image" and not (self.vision.pretrained or self.vision.weights):
             raise ValueError("lock: image would lock random weights: give vision.weights, or vision.pretrained: true")
         return self

@@ -22,13 +22,18 @@ Collectives a call, always in this order, none of them when W = 1:
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from nev.losses import fused, tiles
 from nev.losses.gather import AsyncGather
+from nev.losses.kernel_check import verify_first_use
 from nev.losses.pairwise import LossAndGrads, LossOutput, PrecomputedGradient, gathered, local_share, upcast
+
+Kernel = Literal["tiles", "fused"]
 
 
 def contrastive_loss(
@@ -37,6 +42,7 @@ def contrastive_loss(
     log_scale: Tensor,
     valid: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
+    kernel: Kernel = "tiles",
 ) -> LossOutput:
     """Symmetric InfoNCE between this rank's images and the texts of all ranks of `group`.
 
@@ -48,6 +54,8 @@ def contrastive_loss(
     too), and its gradient is exactly 0. None: all valid.
     group: the ranks that share the batch; None: all of them, or this process alone where torch.distributed is not
     initialised. b, D and the dtype of text must be equal on every rank (see `gather`).
+    kernel: "tiles" (PyTorch), or "fused" (Triton, float32 on NVIDIA GPUs; equal on every rank). The first gradients of a
+    process by "fused" are compared with those of "tiles": KernelMismatch on every rank where they differ on one.
 
     Gradients: the loss is global, and rank w holds only its own images and texts, so the gradients that it gets are its *part*
     of the sum over ranks, times W. Averaging them over the W ranks, as DistributedDataParallel does, therefore gives every
@@ -63,12 +71,14 @@ def contrastive_loss(
 
     def compute() -> LossAndGrads:
         x = upcast(image, texts)
-        return _infonce(x, texts, log_scale.to(x.dtype).exp(), with_grad, with_grad and texts.own.requires_grad)
+        return _infonce(x, texts, log_scale.to(x.dtype).exp(), with_grad, with_grad and texts.own.requires_grad, kernel)
 
     return LossOutput(*PrecomputedGradient.apply(compute, image, texts.own, log_scale))
 
 
-def _infonce(x: Tensor, gathering: AsyncGather, scale: Tensor, with_grad: bool, of_texts: bool) -> LossAndGrads:
+def _infonce(
+    x: Tensor, gathering: AsyncGather, scale: Tensor, with_grad: bool, of_texts: bool, kernel: Kernel
+) -> LossAndGrads:
     """The loss, and its gradients times W. x: [b, D] in the dtype to compute in, its invalid rows 0."""
     valid, first, world, group = gathering.valid, gathering.first, gathering.world, gathering.group
     texts, valid_texts = gathering.wait()
@@ -77,7 +87,7 @@ def _infonce(x: Tensor, gathering: AsyncGather, scale: Tensor, with_grad: bool, 
     zero = x.new_zeros(())
 
     scaled = scale * x
-    walks = fused if fused.usable(scaled) else tiles
+    walks = fused if kernel == "fused" else tiles
     found = walks.statistics(scaled, texts, valid, valid_texts, first)
     row_lse, own_scores = (torch.where(valid, value, zero) for value in (found.row, found.own))
     column_max = highest(found.column, found.shift, valid_texts, gathering)
@@ -96,6 +106,8 @@ def _infonce(x: Tensor, gathering: AsyncGather, scale: Tensor, with_grad: bool, 
         return LossAndGrads(loss, correct, pairs, (None, None, None))
     everywhere = found._replace(column=column_max + log_column_sum)
     grad, grad_texts = walks.gradient(scaled, texts, valid, valid_texts, first, everywhere, of_texts)
+    if kernel == "fused":
+        verify_first_use(scaled, gathering, everywhere, grad, grad_texts)
     del scaled  # the peak is below, where x and its gradient are multiplied
     grad.mul_(world * scale * half_mean)
     if grad_texts is not None:

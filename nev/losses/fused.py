@@ -10,7 +10,6 @@ sidecars hold; for others Triton makes three products in TF32 of one.
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import sysconfig
@@ -48,18 +47,20 @@ PROGRAMS = 256  # about as many run where rows are few: they split the columns t
 PARTIAL_BYTES = 2**27  # the most that parts of what is summed here take (up to D = 1,024), and as much again meanwhile
 
 
-def usable(x: Tensor) -> bool:
-    """Whether x can go this way: float32 on an NVIDIA GPU, where Triton is there and can compile."""
-    return x.device.type == "cuda" and x.dtype == torch.float32 and _compiles(x.device)
-
-
-@functools.cache
-def _compiles(device: torch.device) -> bool:
+def unsupported_reason(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device, or None where they can."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the device is {device}, not an NVIDIA GPU"
+    if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        return f"the GPU's compute capability is {capability[0]}.{capability[1]}, below 8.0"
+    if find_spec("triton") is None:
+        return "the Python package triton is not installed"
     # Triton builds its launcher with a C compiler and Python's headers, which a slim image may lack.
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    built = compiler is not None and Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").is_file()
-    nvidia = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
-    return nvidia and built and find_spec("triton") is not None
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "there is no C compiler (gcc or clang, or the variable CC)"
+    if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").is_file():
+        return "Python's headers are not installed (Python.h: the package python3-dev)"
+    return None
 
 
 def statistics(

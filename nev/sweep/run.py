@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from nev.common.errors import NevError
 from nev.common.progress import progress
 from nev.common.signals import handle_sigterm
 from nev.config.base import ConfigError
-from nev.config.experiment import Experiment
+from nev.config.experiment import Experiment, Text
 from nev.config.paths import with_absolute_paths
 from nev.data.index import build_index
 from nev.embed.cache import hash_values
@@ -26,7 +27,7 @@ from nev.eval.suite.schema import METRICS, load_suite
 from nev.eval.validation.scoring import list_metric_names
 from nev.eval.validation.task import Validation, class_names, refuse_unknown_metric
 from nev.eval.validation.texts import most_captions
-from nev.models.text import load_text
+from nev.models.text import TextTower, load_text
 from nev.runs.tracking import check_tracking, tracking_uri
 from nev.storage.files import join
 from nev.sweep.config import Sweep
@@ -42,6 +43,8 @@ TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
+
+LoadText = Callable[[Text], TextTower]
 
 
 class SweepSummary(NamedTuple):
@@ -68,15 +71,16 @@ def run_sweep(sweep: Sweep, overrides: list[str], console: Console) -> SweepSumm
     check_tracking(uri)
     connect()
     suite = read_suite(sweep, first)
+    load = functools.cache(load_text)  # arms share a text encoder, and loading takes seconds
     at_once = count_concurrent(sweep, planned)
     if may_grow() and not sweep.concurrent:
         console.print(
             f"{at_once} trials at a time, the room that there is now; `count_concurrent` asks for more", highlight=False
         )
     ready = [replace(trial, experiment=with_threads(trial.experiment, at_once)) for trial in planned]
-    trials = name_trials(sweep, ready, share_work(ready, console))
+    trials = name_trials(sweep, ready, share_work(ready, console, load))
     results = [load_result(trial, sweep, suite.digest) for trial in trials]
-    check_trials(sweep, [trial for trial, result in zip(trials, results, strict=True) if result is None])
+    check_trials(sweep, [trial for trial, result in zip(trials, results, strict=True) if result is None], load)
     definition = hash_definition(sweep, trials)
     parent = open_parent(sweep, definition, first, uri)
     status = "KILLED"
@@ -132,7 +136,7 @@ def with_threads(experiment: Experiment, at_once: int) -> Experiment:
     return experiment.model_copy(update={"workers": workers.model_copy(update={"threads": threads})})
 
 
-def share_work(trials: Sequence[Trial], console: Console) -> list[str]:
+def share_work(trials: Sequence[Trial], console: Console, load: LoadText) -> list[str]:
     """Do once what every trial needs: the index of each set, and the captions' vectors beside it. Returns what tells the data of
     each trial from others: its sets, its classes, its text tower.
     """
@@ -146,16 +150,16 @@ def share_work(trials: Sequence[Trial], console: Console) -> list[str]:
                 embed_captions(sets, data.columns, experiment.text, console)
             classes = class_names(experiment.eval.zero_shot) if experiment.eval.zero_shot else []
             content = (build_index(one, data.columns).fingerprint for one in sets)
-            known[key] = hash_values(*content, *classes, load_text(experiment.text).fingerprint)
+            known[key] = hash_values(*content, *classes, load(experiment.text).fingerprint)
         found.append(known[key])
     return found
 
 
-def check_trials(sweep: Sweep, trials: Sequence[Trial]) -> None:
+def check_trials(sweep: Sweep, trials: Sequence[Trial], load: LoadText) -> None:
     """Raise what would end a trial before its first step, or leave it without a metric, for a seed of each arm. Names the arm."""
     for trial in {trial.arm: trial for trial in trials}.values():
         try:
-            inputs = check_inputs(trial.experiment, load_text(trial.experiment.text))
+            inputs = check_inputs(trial.experiment, load(trial.experiment.text))
             refuse_unmeasured(sweep, inputs.validation)
         except NevError as error:
             where = ", ".join(f"{axis} = {value}" for axis, value in trial.arm)

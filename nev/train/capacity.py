@@ -120,7 +120,7 @@ def estimate_memory(config: Experiment, text_width: int, bf16: bool = False, gpu
     rows, columns = min(rows, local), min(columns, batch)
     at_once = 2 * levels + 4 if nested else 3 if config.loss.kind == "sigmoid" else 2 + gpu
     tiles = FP32 * (at_once * rows * columns + 2 * columns * text_width + rows * text_width)
-    if gpu and config.loss.kind == "softmax" and not nested:
+    if config.loss.kernel == "fused":
         # The kernels (`nev.losses.fused`): the parts of the columns' sums and as much again meanwhile, images in two fp16
         # parts, and the texts once more, their rows side by side.
         partial = min(PARTIAL_BYTES, math.ceil(local / HALF.rows) * batch * FP32)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from nev.losses import contrastive, fused, tiles
+from nev.losses import contrastive, fused, kernel_check, tiles
 from nev.losses.contrastive import contrastive_loss
 
 BLOCKS = (fused.Blocks(4, 8, 4, 8, 4, 2), fused.Blocks(16, 4, 16, 4, 4, 2), fused.Blocks(8, 16, 2, 16, 4, 2))
@@ -164,12 +164,12 @@ def losses(dtype: torch.dtype, unlocked: bool, spoilt: bool) -> list[list[Tensor
         if spoilt:
             image = image.detach().index_fill(0, torch.tensor([3]), torch.nan).requires_grad_()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fused, "usable", lambda x, by_kernels=by_kernels: by_kernels)
             patch.setattr(fused, "HALF", BLOCKS[1])
             patch.setattr(fused, "SINGLE", BLOCKS[2])
             if by_kernels:
                 patch.setattr(tiles, "statistics", None)
-            got = contrastive_loss(image, text, log_scale, valid)
+                patch.setattr(kernel_check, "_verified", {image.device})
+            got = contrastive_loss(image, text, log_scale, valid, kernel="fused" if by_kernels else "tiles")
         leaves = (image, log_scale, text) if unlocked else (image, log_scale)
         found.append([got.loss.detach(), got.correct, got.pairs, *gradients(got.loss, *leaves)])
     return found
@@ -189,6 +189,40 @@ def test_nan_in_a_valid_row_is_not_hidden(interpreted: Run) -> None:
     ours, _ = interpreted(losses, torch.float16, False, True)
     assert ours[0].isnan()
     assert ours[3].isnan().any()
+
+
+def first_use(spoil: float, unlocked: bool) -> list[object]:
+    """Losses of two calls by the kernels, whose gradients are wrong by a factor; what the check says, and what it remembers."""
+    noise, text = inputs(37, 11, dtype=torch.float32)
+    image = normalize(text + 0.7 * noise.detach()).requires_grad_()
+    text = text.half().requires_grad_(unlocked)
+    true_gradient, checks = fused.gradient, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "HALF", BLOCKS[1])
+        patch.setattr(kernel_check, "_verified", set())
+        true_errors = kernel_check._relative_errors
+        patch.setattr(kernel_check, "_relative_errors", lambda *given: (checks.append(1), true_errors(*given))[1])
+
+        def gradient(*given: Any) -> Any:
+            grad, grad_texts = true_gradient(*given)
+            return (grad, grad_texts * spoil) if unlocked else (grad * spoil, grad_texts)
+
+        patch.setattr(fused, "gradient", gradient)
+        try:
+            for _ in range(2):
+                contrastive_loss(image, text, log_scale_of(20.0, torch.float32), kernel="fused")
+        except kernel_check.KernelMismatch as error:
+            return [str(error), len(checks), kernel_check._verified]
+        return ["", len(checks), kernel_check._verified]
+
+
+@pytest.mark.parametrize("unlocked", [False, True])
+def test_the_first_gradients_are_compared_with_the_tiles(interpreted: Run, unlocked: bool) -> None:
+    assert interpreted(first_use, 1.0, unlocked) == ["", 1, {torch.device("cpu")}]
+    message, checks, verified = interpreted(first_use, 1.001, unlocked)
+    assert "fused gives other numbers than the tiles on cpu" in message
+    assert "gradients by 0.001 " in message
+    assert (checks, verified) == (1, set())
 
 
 # Without the interpreter
@@ -275,7 +309,7 @@ def test_on_a_gpu(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     for seed in (2, 3):
         *tensors, first = sides(*shape, 30.0, dtype, seed, "packed" if seed == 2 else "plain")
         given = (*(tensor.cuda() for tensor in tensors), first)
-        assert fused.usable(given[0])
+        assert fused.unsupported_reason(given[0].device) is None
         compare(given, 30.0)
         once, again = (fused.statistics(*given) for _ in range(2))
         assert torch.equal(once.row, again.row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from nev.storage.files import StorageError
 from nev.sweep.config import Sweep
 from nev.sweep.follower import SweepProgress, finite_metrics
 from nev.sweep.results import TrialResult
-from nev.sweep.run import count_concurrent, refuse_unmeasured, share_work, with_threads
+from nev.sweep.run import check_trials, count_concurrent, refuse_unmeasured, share_work, with_threads
 from nev.sweep.trials import Trial, find_reference, name_trials, plan_trials
 
 ROOT = Path(__file__).parents[2]
@@ -207,7 +208,7 @@ def test_as_many_at_a_time_as_leave_a_cpu_to_decode(ray_cluster: None, base: str
 
 
 def test_what_trials_share_is_done_once(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six trials of one set and one text tower: one index of each set, one call for the captions, one tower."""
+    """Six trials of three arms, one set and one text tower: the captions are embedded once, the tower is loaded once."""
     calls: list[str] = []
 
     def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -216,8 +217,14 @@ def test_what_trials_share_is_done_once(base: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("nev.sweep.run.embed_captions", counted("captions", lambda *given: None))
     for name in ("build_index", "load_text"):
         monkeypatch.setattr(f"nev.sweep.run.{name}", counted(name, getattr(nev.sweep.run, name)))
-    trials = plan_trials(sweep(base), [])
-    assert len(set(share_work(trials, Console(quiet=True)))) == 1
+    monkeypatch.setattr(
+        "nev.sweep.run.check_inputs", lambda experiment, text: (text.width, SimpleNamespace(validation=None))[1]
+    )
+    monkeypatch.setattr("nev.sweep.run.refuse_unmeasured", lambda *given: None)
+    asked = sweep(base)
+    trials, load = plan_trials(asked, []), functools.cache(nev.sweep.run.load_text)
+    assert len(set(share_work(trials, Console(quiet=True), load))) == 1
+    check_trials(asked, trials, load)
     assert sorted(calls) == ["build_index", "build_index", "captions", "load_text"]
 
 

@@ -125,4 +125,8 @@ def compute_loss(
     """The loss that `config` names, between this rank's vectors of one side and all of the other side's."""
     if config.matryoshka:
         return matryoshka_loss(own, others, log_scale, config.matryoshka, bias)
-    return contrastive_loss(own, others, log_scale) if bias is None else sigmoid_loss(own, others, log_scale, bias)
+    return (
+        contrastive_loss(own, others, log_scale, kernel=config.kernel)
+        if bias is None
+        else sigmoid_loss(own, others, log_scale, bias)
+    )

@@ -46,6 +46,7 @@ def train_worker(setting: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
+    from nev.losses.kernel_check import KernelMismatch
     from nev.train.core.step import choose_precision
     from nev.train.worker.checkpointer import CheckpointNotSaved
     from nev.train.worker.collectives import first_error, gather_distinct
@@ -95,7 +96,7 @@ def train_worker(setting: dict[str, Any]) -> None:
         done = train(job, ctx, learner, start, prepend(first, blocks), report, local_stop)
         if done < job.stop_step and ctx.rank == 0:
             ray.get(setting["mailbox"].post.remote(Left(done)))
-    except (TooManyBadRows, Diverged, TowerMoved) as error:  # every rank meets these at the same step
+    except (TooManyBadRows, Diverged, TowerMoved, KernelMismatch) as error:  # every rank meets these at the same step
         give_up(str(error))
     except CheckpointNotSaved as error:  # of rank 0 alone: the others are done
         if error.step < job.stop_step:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nev.config.base import ConfigError
+from nev.losses.fused import unsupported_reason
 from nev.models.dual_encoder import DualEncoder
 from nev.models.text import TextTower, load_text, make_text_encoder
 from nev.models.text_encoder import unlock
@@ -69,6 +70,10 @@ def load_model(job: Job) -> LoadedModel:
         raise ConfigError(
             f"text.encoder {config.text.encoder!r}: this node's is not the driver's. Install the same everywhere."
         )
+    if config.loss.kernel == "fused" and (
+        reason := unsupported_reason(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    ):
+        raise ConfigError(f"loss.kernel: fused cannot run on this node: {reason}. Use loss.kernel: tiles.")
     torch.manual_seed(config.seed)
     found = with_retries(lambda: latest_valid(job.run, checkpoint.load))
     source = config.vision
