@@ -1,4 +1,4 @@
-"""One trial, in its own process: an experiment from start to end as a child run, and all that can be said of what came of it."""
+"""One trial of a sweep, in its own process: an experiment from start to end as a child run, with every metric."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from nev.train.experiment import run_experiment
 
 
 def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
-    """The Tune function: trains, scores, keeps the result beside the run, and reports it.
+    """The Tune function: train, score, save the result in the run's folder, and report it.
 
-    Under ASHA it reports every validation but the last, too, and Tune may end this process there.
+    With ASHA every validation but the last is reported, too. Tune may end this process at such a report.
     """
     from ray import tune
 
@@ -31,7 +31,7 @@ def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
     sweep: Sweep = setting["sweep"]
     suite: SuiteData = setting["suite"]
     trial: Trial = setting["trials"][config["number"]]
-    experiment, began = trial.experiment, time.monotonic()
+    experiment, start = trial.experiment, time.monotonic()
 
     def report_validation(step: int, metrics: dict[str, float]) -> None:
         seen = step * experiment.train.global_batch
@@ -44,11 +44,11 @@ def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
         tags=make_tags(trial, setting["parent"]),
         on_metrics=report_validation if sweep.asha else None,
     )
-    everything = summary.metrics | all_of(experiment, summary.checkpoint, sweep, suite.root)
+    everything = summary.metrics | compute_all_metrics(experiment, summary.checkpoint, sweep, suite.root)
     metrics = {name: value for name, value in everything.items() if math.isfinite(value)}
     if missing := [name for name in sweep.metrics if name not in metrics]:
-        told = [f"{name} ({everything.get(name, 'not measured')})" for name in missing]
-        raise ConfigError(f"metrics: {', '.join(told)}. This trial has {', '.join(sorted(metrics))}")
+        values = [f"{name} ({everything.get(name, 'not measured')})" for name in missing]
+        raise ConfigError(f"metrics: {', '.join(values)}. This trial has {', '.join(sorted(metrics))}")
     result = TrialResult(
         name=trial.name,
         arm=trial.arm,
@@ -57,14 +57,14 @@ def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
         samples=compute_steps(experiment) * experiment.train.global_batch,
         suite=suite.digest,
         run_id=summary.mlflow_run_id,
-        seconds=time.monotonic() - began,
+        seconds=time.monotonic() - start,
     )
     save_result(trial, result)
     tune.report({**{name: metrics[name] for name in sweep.metrics}, SAMPLES: sweep.samples})
 
 
-def all_of(experiment: Experiment, checkpoint: str, sweep: Sweep, suite_root: str) -> dict[str, float]:
-    """The numbers of the vectors that the run's validation has kept, and those of the sweep's suite at `suite_root`."""
+def compute_all_metrics(experiment: Experiment, checkpoint: str, sweep: Sweep, suite_root: str) -> dict[str, float]:
+    """The metrics of the run's validation vectors, and of the sweep's suite with data at `suite_root`."""
     from nev.eval.evaluate_suite import evaluate_suite
     from nev.eval.validation.on_cluster import embed
     from nev.eval.validation.scoring import compute_metrics
@@ -72,12 +72,12 @@ def all_of(experiment: Experiment, checkpoint: str, sweep: Sweep, suite_root: st
     from nev.eval.validation.vectors import load_vectors
     from nev.models.text import load_text
 
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     if experiment.data.val and (experiment.eval.zero_shot or experiment.eval.retrieval):
         task = make_validation(experiment, load_text(experiment.text))
         vectors = load_vectors(checkpoint, task) or embed(experiment, checkpoint, task)
-        found |= compute_metrics(task.reader.index.root, *vectors)
+        metrics |= compute_metrics(task.reader.index.root, *vectors)
     if sweep.suite:
         result, _ = evaluate_suite(checkpoint, sweep.suite, Console(quiet=True), data=suite_root)
-        found |= {f"{task.name}/{name}": value for task in result.tasks for name, value in task.metrics.items()}
-    return found
+        metrics |= {f"{task.name}/{name}": value for task in result.tasks for name, value in task.metrics.items()}
+    return metrics

@@ -1,1 +1,1 @@
-"""Training: the step (`step`, `optim`), the steps in a row (`loop`), what survives (`checkpoint`), on Ray Train (`trainer`)."""
+"""Training: `experiment` runs `driver` on this machine, `worker` in each training process, and `core`, pure torch, in a step."""

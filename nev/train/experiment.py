@@ -86,7 +86,7 @@ def run_experiment(
 def print_start(prepared: Prepared, console: Console) -> None:
     """Print which checkpoints are damaged, and what is trained."""
     for damage in prepared.damaged:
-        console.print(f"[yellow]{escape(damage)}; the one before it is used[/]", highlight=False, soft_wrap=True)
+        console.print(f"[yellow]{escape(damage)}; the checkpoint before it is used[/]", highlight=False, soft_wrap=True)
     console.print(describe_run(prepared.job, prepared.resume.step))
 
 

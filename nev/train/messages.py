@@ -1,4 +1,4 @@
-"""The messages of workers to the driver, one small type an event, and the mailbox that holds them. No torch, no Ray at import."""
+"""The messages of workers to the driver, a type for each event, and the mailbox that holds them. No torch, no Ray at import."""
 
 from __future__ import annotations
 

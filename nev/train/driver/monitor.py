@@ -113,7 +113,7 @@ class TrainMonitor:
             self._logger.warn(f"step {step}: what was done is kept, and the same command goes on from here")
         else:
             self._logger.warn(
-                f"step {step}: a machine is taken away; what was done is kept, and it goes on where there is room"
+                f"step {step}: a machine is taken away; what was done is kept, and training goes on where there is room"
             )
 
     def _flush(self) -> None:
@@ -135,7 +135,9 @@ class TrainMonitor:
             while not over.wait(RELAY_S):
                 if self.stop_requested.is_set() or self.early_stopped.is_set():
                     if self.stop_requested.is_set():
-                        self._logger.warn("the run was told to stop: the step that is under way is finished and kept")
+                        self._logger.warn(
+                            "stop requested: the current step is finished, and a checkpoint of it is saved"
+                        )
                     ray.get(self._mailbox.request_stop.remote())
                     return
 

@@ -1,4 +1,4 @@
-"""One training process, as Ray Train starts it: build, train, and tell the others how it ended."""
+"""One training process, as Ray Train starts it: build, train, and report how training ended."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def train_worker(setting: dict[str, Any]) -> None:
         if not is_collective_timeout(error):
             raise
         raise Stalled(
-            f"rank {ctx.rank} has waited {job.config.workers.timeout_s} s (workers.timeout_s) for another one, which hangs or is "
+            f"rank {ctx.rank} has waited {job.config.workers.timeout_s} s (workers.timeout_s) for another rank, which hangs or is "
             f"cut off; all are started again. Torch says: {str(error).splitlines()[0]}"
         ) from error
 
