@@ -19,13 +19,13 @@ from typing import Any
 
 import ray.data
 from ray.data import DataContext, ExecutionOptions
-
-from nev.cluster.ray_internals import (
+from ray.data._internal.execution.backpressure_policy import (
     ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
     BackpressurePolicy,
-    ExecutionCallback,
-    TaskPoolMapOperator,
 )
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.operators.task_pool_map_operator import TaskPoolMapOperator
+
 from nev.common.imports import import_uninterrupted
 
 AHEAD_KEY, BYTES_KEY = "nev.blocks_ahead", "nev.block_bytes"

@@ -1,4 +1,7 @@
-"""The only file that touches Ray's private names: what Ray 2.60 has no public way to."""
+"""What Ray has no public way to (2.60): the private names of Ray and Ray Train are used in this file alone.
+
+Those of Ray Data are in `nev.cluster.backpressure`, since every process of a run imports this file, and Ray Data takes a second.
+"""
 
 from __future__ import annotations
 
@@ -8,30 +11,7 @@ import threading
 import warnings
 from typing import Any, NamedTuple
 
-from ray.data._internal.execution.backpressure_policy import (
-    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
-    BackpressurePolicy,
-)
-from ray.data._internal.execution.execution_callback import ExecutionCallback
-from ray.data._internal.execution.operators.task_pool_map_operator import TaskPoolMapOperator
-
 from nev.common.errors import NevError
-
-__all__ = [  # what other files of this room build on
-    "ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY",
-    "BackpressurePolicy",
-    "ExecutionCallback",
-    "TaskPoolMapOperator",
-    "WorkerGroup",
-    "current_worker_group",
-    "first_cause",
-    "innermost",
-    "kill_worker_group",
-    "preemption_pending",
-    "quiet_data_logger",
-    "quiet_worker_deaths",
-    "remove_leaked_placement_groups",
-]
 
 
 def quiet_worker_deaths() -> None:

@@ -106,8 +106,8 @@ def train_worker(setting: dict[str, Any]) -> None:
         if not is_collective_timeout(error):
             raise
         raise Stalled(
-            f"rank {ctx.rank} has waited {job.config.workers.timeout_s} s (workers.timeout_s) for another rank, which hangs or is "
-            f"cut off; all are started again. Torch says: {str(error).splitlines()[0]}"
+            f"rank {ctx.rank} has waited {job.config.workers.timeout_s} s (workers.timeout_s) for another rank, which hangs or "
+            f"is cut off; all are started again. Torch says: {str(error).splitlines()[0]}"
         ) from error
 
 
