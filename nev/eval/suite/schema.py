@@ -28,52 +28,60 @@ METRICS: dict[str, tuple[str, ...]] = {
 
 
 class DataSource(Section):
-    """Where a task's pictures are. `input`: a folder, file or pattern, from the suite's `root` on where it is not absolute.
-
-    `clip-benchmark` is a folder as CLIP_benchmark lays it out: tars in `test/`, and beside them `classnames.txt` and
-    `zeroshot_classification_templates.txt`. `winogavil`: a `test.jsonl` of cue, candidates and associations, and `images/`.
-    `share`: of the rows, drawn by their uids.
-    """
+    """Where a task's pictures are."""
 
     format: Format
+    """Format of the data. `clip-benchmark`: a folder of CLIP_benchmark's, with tars in `test/`, `classnames.txt` and
+    `zeroshot_classification_templates.txt`. `winogavil`: `images/`, and a `test.jsonl` of cue, candidates and associations.
+    """
     input: str
+    """Folder, file or pattern, relative to the suite's `root` unless absolute."""
     columns: Columns = Columns()
+    """Column names of the data."""
     label_name: str | None = None
+    """Column of the class names, in Hugging Face's parquet. null: none."""
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the rows that is used, drawn by uid."""
 
 
 class Group(Section):
-    """What divides a set into parts whose worst counts: a column, JSON key or tar member `field` (npy: its number `place`).
-
-    Rows of `leave_out` are in no part.
-    """
+    """What divides a set into groups, of which the worst counts."""
 
     field: str
+    """Column, JSON key or tar member that holds the group."""
     place: int = Field(default=0, ge=0)
+    """Position of the group in a field that is an array, from 0."""
     leave_out: tuple[str, ...] = ()
+    """Values whose rows are in no group."""
 
 
 class Task(Section):
-    """One score. Tasks with one `source` share its embeddings.
-
-    `classes`: names in the order of the labels, a text file of them, or `imagenet` (open_clip's). None: the data's own.
-    `templates`: sentences with a `{}`, a text file of them, or `imagenet` (the 80 of open_clip's). None: the data's own, else
-    "a photo of a {}.". `metric`: what the task is judged by; None: the kind's own. `chance`: what guessing scores, where it is
-    not 1 / classes. `shift_of`: the task of which this is a harder version. `published`: model to its value. `prompt`: an
-    association's sentence about its cue.
-    """
+    """One score. Tasks with the same `source` share its embeddings."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the task in the results."""
     kind: Kind
+    """Kind of score."""
     source: DataSource
+    """Data of the task."""
     classes: tuple[str, ...] | str | None = None
+    """Class names in the order of the labels: a list, a text file, or `imagenet` (open_clip's). null: the names in the data."""
     templates: tuple[str, ...] | str | None = None
+    """Sentences with a `{}`: a list, a text file, or `imagenet` (open_clip's 80). null: those in the data, else
+    "a photo of a {}.".
+    """
     metric: str | None = None
+    """Metric that the task is judged by. null: the first of its kind."""
     group: Group | None = None
+    """Groups of rows, for metrics that name the worst group. null: none."""
     chance: Share | None = None
+    """Score of guessing. null: 1 / number of classes."""
     shift_of: str | None = None
+    """Name of the task of which this task is a harder version. null: none."""
     published: dict[str, Share] = Field(default={})
+    """Scores that others have published, by model."""
     prompt: str = "{}"
+    """Sentence about the cue of an association, with a `{}`."""
 
     @property
     def judged_by(self) -> str:
@@ -94,16 +102,18 @@ class Task(Section):
 
 
 class Suite(Section):
-    """Tasks, in the order of the report. `average` is the published name of their mean, of which none may be absent.
-
-    `root`: what the sources' `input` starts from; `${NAME}` is an environment variable.
-    """
+    """Tasks that a model is scored on."""
 
     about: str
+    """Title of the suite's page."""
     root: Location
+    """Folder or `s3://` prefix that the sources' `input` is relative to; `${NAME}` is an environment variable."""
     tasks: Annotated[tuple[Task, ...], Field(min_length=1)]
+    """Tasks, in the order of the report."""
     average: bool = False
+    """Mean over all tasks, given only where no task is absent."""
     published: dict[str, Share] = Field(default={})
+    """Averages that others have published, by model."""
 
     @model_validator(mode="after")
     def _names(self) -> Self:
