@@ -91,8 +91,8 @@ class Loss(Section):
     text encoder's width.
     """
     kernel: Literal["tiles", "fused"] = "tiles"
-    """Computation of the scores of InfoNCE: `tiles` is PyTorch, a tile at a time; `fused` is Triton kernels for NVIDIA GPUs, which
-    no GPU has run yet. Each process compares the first step of `fused` with `tiles`, and stops where they differ.
+    """Computation of the scores of InfoNCE: `tiles` is PyTorch, a tile at a time; `fused` is Triton kernels for NVIDIA GPUs,
+    which no GPU has run yet. Each process compares the first step of `fused` with `tiles`, and stops where they differ.
     """
 
     @model_validator(mode="after")
@@ -152,8 +152,8 @@ class Train(Section):
     samples: Positive | None = None
     """Length of the run, in rows, rounded up to whole steps."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Number format of the towers' forward and backward. `bf16`: autocast over fp32 weights. `auto`: bf16 on a GPU that has it, else
-    fp32. The loss is computed in fp32.
+    """Number format of the towers' forward and backward. `bf16`: autocast over fp32 weights. `auto`: bf16 on a GPU that has it,
+    else fp32. The loss is computed in fp32.
     """
     activation_checkpointing: bool = False
     """Inputs of the trunk's blocks are kept and the rest is computed again in the backward (Chen et al. 2016): less memory, more
