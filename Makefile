@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format lock bench soak
+.PHONY: help setup quickstart test lint format docs lock bench soak
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,10 @@ lint: setup ## ruff format and check, mypy --strict.
 format: setup ## Apply ruff's formatting and safe fixes.
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: setup ## Build the docs site into site/, from docs/ and the docstrings.
+	$(BIN)/uv pip install --python $(BIN)/python --quiet --group docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lock: setup ## Pin requirements.lock anew from pyproject.toml.
 	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
