@@ -121,4 +121,4 @@ def write_default(field: FieldInfo) -> str:
 
 def anchor(root: Schema, place: str) -> str:
     """The anchor of a section's heading."""
-    return "-".join([root.__name__.lower(), *re.findall(r"\w+", place)])
+    return "-".join([root.__name__.lower(), *(re.findall(r"\w+", place) or ["file"])])
