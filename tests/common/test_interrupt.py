@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import signal
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from pathlib import Path
 import psutil
 import pytest
 import typer
-from rich.console import Console
 
 from nev.common.cli import report_errors
 from nev.config.experiment import Experiment
@@ -43,12 +41,12 @@ def interrupted(command: list[str], ready: Callable[[], bool], folder: Path) -> 
     return running.returncode, output, errors
 
 
-def test_the_status_is_that_of_a_shell() -> None:
-    said = io.StringIO()
-    with pytest.raises(typer.Exit) as ended, report_errors(Console(file=said), "The same command goes on."):
+def test_the_status_is_that_of_a_shell(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended, report_errors("The same command goes on."):
         raise KeyboardInterrupt
     assert ended.value.exit_code == 130
-    assert said.getvalue() == "interrupted. The same command goes on.\n"
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "interrupted. The same command goes on.\n")
 
 
 def test_prepare_is_interrupted_and_goes_on(tmp_path: Path) -> None:
