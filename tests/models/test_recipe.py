@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.training import prepare_job, train_reader
+from helpers.training import Reports, prepare_job, train_reader
 from transformers import BertConfig, BertModel
 
 from nev.config.experiment import Experiment
@@ -118,28 +118,21 @@ def test_every_number_reaches_the_run(
         block = reader.read(task.plan.segments(number), 0)
         block["block"] = np.full(2, number)
         blocks.append(block)
-    reported: dict[int, dict[str, float]] = {}
-    train(
-        task,
-        me,
-        learner,
-        start,
-        iter(blocks),
-        lambda step, metrics, notes=(): reported.setdefault(step, metrics) and None,
-    )
+    reports = Reports()
+    train(task, me, learner, start, iter(blocks), reports)
 
     for group in learner.optimizer.param_groups:
         assert group["betas"] == (0.9, 0.95)
         assert group["weight_decay"] == 0.0
     assert sum(len(group["params"]) for group in learner.optimizer.param_groups) == len(before)
-    assert [reported[step]["learning_rate"] for step in (1, 2)] == pytest.approx([1e-3 / 2000, 2e-3 / 2000])
+    assert [reports.metrics[step]["learning_rate"] for step in (1, 2)] == pytest.approx([1e-3 / 2000, 2e-3 / 2000])
     assert seen["clip"] == [1.0, 1.0]
     shape, mean, std = seen["pixels"][0]  # type: ignore[misc]
     assert (shape, mean, std) == ((2, 224, 224, 3), config.data.mean, config.data.std)
     assert seen["dtype"]
     assert set(seen["dtype"]) == {torch.bfloat16}
     assert tower.trunk.patch_embed.patch_size == (16, 16)
-    assert all(math.isfinite(reported[step]["loss"]) for step in (1, 2))
+    assert all(math.isfinite(reports.metrics[step]["loss"]) for step in (1, 2))
     after = dict(learner.model.named_parameters())
     assert all(after[name].dtype is torch.float32 for name in after), "master weights stay float32"
     moved = [name for name in before if not torch.equal(before[name], after[name])]
