@@ -21,7 +21,6 @@ from nev.data.index import Index
 from nev.data.plan import Segment
 from nev.data.rows import parse_captions
 from nev.data.sidecar import decode_vectors, misaligned_error, read_uid_column, sidecar_location
-from nev.data.text_view import OWN_TEXTS, TextView, caption_rows
 from nev.storage.files import filesystem, is_local, open_parquet
 from nev.storage.reading import DataError, read_errors_as_data_errors
 
@@ -48,7 +47,6 @@ class BlockReader:
     text_width: int = 0
     tokens: Tokens | None = None
     with_labels: bool = False
-    text_view: TextView = OWN_TEXTS
     _files: OrderedDict[str, tuple[Any, pq.FileMetaData]] = field(default_factory=OrderedDict, repr=False)
 
     @property
@@ -97,14 +95,14 @@ class BlockReader:
         columns, location = self.index.columns, self.index.location(shard)
         more = (columns.label if self.with_labels else None, columns.caption if self.tokens else None)
         names = [name for name in (columns.uid, columns.image, *more) if name]
-        table = self._table(location, group, names, segment)
+        table = self.read_rows(location, group, names, segment)
         part["shard"][:], part["row_group"][:] = shard, group
         part["row"][:] = np.arange(segment.start, segment.stop)
         part["uid"][:] = read_uid_column(table[columns.uid])
         if self.with_labels and columns.label:
             part["label"][:] = [-1 if label is None else label for label in table[columns.label].to_pylist()]
         if self.tokens:
-            captions = self._permuted(table, str(columns.caption), location, shard, group, segment)
+            captions = self.text_column(table, str(columns.caption), location, segment)
             self._fill_tokens(part, captions, epoch, self.tokens)
         elif self.text_key:
             self._fill_vectors(part, shard, group, segment, epoch)
@@ -137,16 +135,15 @@ class BlockReader:
         """One caption's vector a row."""
         assert self.text_key
         location = sidecar_location(self.index, shard, self.text_key)
-        table = self._table(location, group, ["uid", "vectors"], segment)
+        table = self.read_rows(location, group, ["uid", "vectors"], segment)
         if read_uid_column(table["uid"]) != part["uid"].tolist():
             raise misaligned_error(location)
-        column = self._permuted(table, "vectors", location, shard, group, segment)
+        column = self.text_column(table, "vectors", location, segment)
         vectors, starts = decode_vectors(column, self.text_width)
         counts = np.diff(starts)
         chosen = self._drawn(part, counts, epoch)
         has_text = _captioned(part, counts)
-        own = vectors[(starts[:-1] + chosen)[has_text]]
-        part["text"][has_text] = self.text_view.of(own, self.seed, epoch, part["uid"][has_text])
+        part["text"][has_text] = vectors[(starts[:-1] + chosen)[has_text]]
 
     def _view(self, value: pa.Scalar, uid: str, epoch: int, out: NDArray[np.uint8]) -> None:
         buffer = value.as_buffer()
@@ -158,18 +155,12 @@ class BlockReader:
         else:
             train_view(image, out, self.augment, draw(self.seed, epoch, uid, "augment"))
 
-    def _permuted(
-        self, table: pa.Table, column: str, location: str, shard: int, group: int, segment: Segment
-    ) -> pa.ChunkedArray:
-        """The texts that rows of a row group are trained with: the table's own, but where captions are permuted."""
-        if not self.text_view.permuted:
-            return table[column]
-        rows = self._file(location).metadata.row_group(group).num_rows
-        whose = caption_rows(rows, self.text_view.permuted, self.seed, shard, group)
-        whole = self._table(location, group, [column], Segment(segment.group, 0, rows))
-        return whole[column].take(whose[segment.start : segment.stop])
+    def text_column(self, table: pa.Table, name: str, location: str, segment: Segment) -> pa.ChunkedArray:
+        """The captions, or vectors, of a segment's rows. table: the segment's rows in the file at `location`."""
+        return table[name]
 
-    def _table(self, location: str, group: int, columns: list[str], segment: Segment) -> pa.Table:
+    def read_rows(self, location: str, group: int, columns: list[str], segment: Segment) -> pa.Table:
+        """Columns of a segment's rows. group: number of the row group in the file. Raises DataError."""
         with read_errors_as_data_errors(
             f"{location}: row group {group}", "Write this file again, or remove it and start anew."
         ):

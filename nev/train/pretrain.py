@@ -22,6 +22,7 @@ from nev.common.progress import progress
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.paths import with_absolute_paths
+from nev.data.ablation import count_used_rows
 from nev.data.augment import draw
 from nev.data.block import Block, BlockReader
 from nev.data.index import Index, build_index
@@ -32,7 +33,7 @@ from nev.runs.tracking import open_run, tracking_uri
 from nev.storage.files import join, storage_errors_as, write_atomic
 from nev.storage.reading import DataError, read_column
 from nev.train.core.optim import learning_rate, make_optimizer, set_learning_rate
-from nev.train.driver.setup import total_steps, used_rows
+from nev.train.driver.setup import total_steps
 
 Objective = Literal["supervised", "mim"]
 MASKED = 0.6  # of the patches: SimMIM's
@@ -57,7 +58,9 @@ def pretrain(config: Experiment, objective: Objective, console: Console) -> Pret
     torch.manual_seed(config.seed)
     index = build_index(config.data.train, config.data.columns)
     tower = build_vision(config.vision.model_copy(update={"pool": "mean"}), config.data.image_size, 1)
-    plan = Plan(used_rows(index, config.data.used_rows), config.seed, config.train.global_batch, config.data.block_rows)
+    plan = Plan(
+        count_used_rows(index, config.data.used_rows), config.seed, config.train.global_batch, config.data.block_rows
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = (
         Classifier(tower, read_classes(index))

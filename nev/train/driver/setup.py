@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from nev.config.experiment import Experiment
+from nev.data.ablation import change_texts, count_used_rows
 from nev.data.block import BlockReader
 from nev.data.index import Index
 from nev.data.plan import Plan
 from nev.data.sidecar import mean_vector
-from nev.data.text_view import TextView
 from nev.data.tokens import Tokens
 from nev.eval.validation.task import Validation, text_key
 from nev.runs.folder import run_folder
@@ -47,7 +45,7 @@ class Inputs:
 
 def make_plan(config: Experiment, index: Index) -> Plan:
     """The plan of the training set."""
-    rows = used_rows(index, config.data.used_rows)
+    rows = count_used_rows(index, config.data.used_rows)
     return Plan(rows, config.seed, config.train.global_batch, config.data.block_rows)
 
 
@@ -72,8 +70,7 @@ def make_job(config: Experiment, text: TextTower, inputs: Inputs, stop_after: in
 
 def make_reader(config: Experiment, text: TextTower, index: Index) -> BlockReader:
     """The reader of training blocks. With `text.center` every sidecar is read once, for the mean vector."""
-    mean = mean_vector(index, text_key(index, text), text.width) if config.text.center else None
-    return BlockReader(
+    reader = BlockReader(
         index=index,
         image_size=config.data.image_size,
         limits=config.data.limits,
@@ -82,8 +79,12 @@ def make_reader(config: Experiment, text: TextTower, index: Index) -> BlockReade
         text_key=None if config.text_online else text_key(index, text),
         text_width=text.width,
         tokens=make_tokens(text) if config.text_online else None,
-        text_view=TextView(config.data.permuted_captions, mean, config.text.noise),
     )
+    permuted, noise, center = config.data.permuted_captions, config.text.noise, config.text.center
+    if not (permuted or noise or center):
+        return reader
+    mean = mean_vector(index, text_key(index, text), text.width) if center else None
+    return change_texts(reader, permuted, mean, noise)
 
 
 def make_tokens(tower: TextTower) -> Tokens:
@@ -92,11 +93,6 @@ def make_tokens(tower: TextTower) -> Tokens:
     tokenizer.no_padding()
     tokenizer.enable_truncation(tower.max_tokens, direction=tower.tokenizer.truncation_side)
     return Tokens(tokenizer, tower.prefix, tower.max_tokens)
-
-
-def used_rows(index: Index, share: float) -> NDArray[np.int64]:
-    """The rows of each row group that a run uses: int64 [G]."""
-    return index.rows if share == 1 else np.floor(index.rows * share).astype(np.int64)
 
 
 def total_steps(config: Experiment, plan: Plan) -> int:

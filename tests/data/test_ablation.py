@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
+from nev.data.ablation import AblationReader, change_texts, draw_normal, normalise_rows, permute_captions
 from nev.data.block import BlockReader
 from nev.data.plan import Segment
 from nev.data.sidecar import decode_vectors, mean_vector, read_column, sidecar_location
-from nev.data.text_view import TextView, caption_rows, normal, unit
 from nev.models.text import TextTower
 
 Make = Callable[..., Experiment]
@@ -27,9 +27,9 @@ Make = Callable[..., Experiment]
 
 @given(st.integers(0, 60), st.floats(0, 1), st.integers(0, 2**32))
 def test_captions_are_permuted_among_some_rows(rows: int, share: float, seed: int) -> None:
-    whose = caption_rows(rows, share, seed, 1, 2)
+    whose = permute_captions(rows, share, seed, 1, 2)
     assert sorted(whose) == list(range(rows))
-    assert np.array_equal(whose, caption_rows(rows, share, seed, 1, 2))
+    assert np.array_equal(whose, permute_captions(rows, share, seed, 1, 2))
     moved = np.flatnonzero(whose != np.arange(rows))
     assert len(moved) != 1
     if share == 0:
@@ -39,40 +39,38 @@ def test_captions_are_permuted_among_some_rows(rows: int, share: float, seed: in
 
 
 def test_about_the_share_is_permuted_and_each_row_group_by_itself() -> None:
-    moved = np.mean([np.mean(caption_rows(500, 0.3, 7, 0, group) != np.arange(500)) for group in range(40)])
+    moved = np.mean([np.mean(permute_captions(500, 0.3, 7, 0, group) != np.arange(500)) for group in range(40)])
     assert moved == pytest.approx(0.3, abs=0.02)
-    assert not np.array_equal(caption_rows(500, 0.3, 7, 0, 0), caption_rows(500, 0.3, 7, 0, 1))
-    assert not np.array_equal(caption_rows(500, 0.3, 7, 0, 0), caption_rows(500, 0.3, 8, 0, 0))
+    assert not np.array_equal(permute_captions(500, 0.3, 7, 0, 0), permute_captions(500, 0.3, 7, 0, 1))
+    assert not np.array_equal(permute_captions(500, 0.3, 7, 0, 0), permute_captions(500, 0.3, 8, 0, 0))
 
 
 def test_numbers_are_normal_and_a_row_has_its_own() -> None:
-    found = np.concatenate([normal(0, 0, str(row), 384) for row in range(300)])
+    found = np.concatenate([draw_normal(0, 0, str(row), 384) for row in range(300)])
     assert np.mean(found) == pytest.approx(0, abs=0.01)
     assert np.std(found) == pytest.approx(1, abs=0.01)
     assert np.mean(np.abs(found) > 1.96) == pytest.approx(0.05, abs=0.005)
-    first = normal(0, 0, "a", 8)
-    assert np.array_equal(first, normal(0, 0, "a", 8))
-    for other in (normal(1, 0, "a", 8), normal(0, 1, "a", 8), normal(0, 0, "b", 8)):
+    first = draw_normal(0, 0, "a", 8)
+    assert np.array_equal(first, draw_normal(0, 0, "a", 8))
+    for other in (draw_normal(1, 0, "a", 8), draw_normal(0, 1, "a", 8), draw_normal(0, 0, "b", 8)):
         assert not np.array_equal(first, other)
-
-
-def permuted(reader: BlockReader, share: float) -> BlockReader:
-    return replace(reader, text_view=TextView(permuted=share))
 
 
 def test_a_block_has_the_captions_of_other_rows_of_its_row_group_in_every_epoch(tmp_path: Path) -> None:
     index = embedded(three_shards(tmp_path))
     own = reader_of(index).read(whole(index), epoch=0)
-    mixed = permuted(reader_of(index), 1.0).read(whole(index), epoch=0)
+    mixed = change_texts(reader_of(index), permuted=1.0).read(whole(index), epoch=0)
     assert np.array_equal(mixed["uid"], own["uid"])
     assert np.array_equal(mixed["image"], own["image"])
     top = 0
     for group, rows in enumerate(index.rows.tolist()):
-        whose = caption_rows(rows, 1.0, 3, int(index.shard[group]), int(index.group[group]))
+        whose = permute_captions(rows, 1.0, 3, int(index.shard[group]), int(index.group[group]))
         assert np.array_equal(mixed["text"][top : top + rows], own["text"][top : top + rows][whose])
         top += rows
-    assert np.array_equal(mixed["text"], permuted(reader_of(index), 1.0).read(whole(index), epoch=5)["text"])
-    part = permuted(reader_of(index), 1.0).read([Segment(2, 1, 4)], epoch=0)
+    assert np.array_equal(
+        mixed["text"], change_texts(reader_of(index), permuted=1.0).read(whole(index), epoch=5)["text"]
+    )
+    part = change_texts(reader_of(index), permuted=1.0).read([Segment(2, 1, 4)], epoch=0)
     assert np.array_equal(part["text"], mixed["text"][7:10]), "a part of a row group has what the whole has"
 
 
@@ -86,31 +84,45 @@ def test_collapse_and_corrupt(tmp_path: Path) -> None:
     first = decode_vectors(columns[0], WIDTH)[0].astype(np.float64)
     assert mean_vector(index, key, WIDTH, captions=1) == pytest.approx(first.mean(0), abs=1e-6)
 
-    vectors = unit(np.random.default_rng(0).normal(size=(50, 64)) + 1).astype(np.float16)
+    vectors = normalise_rows(np.random.default_rng(0).normal(size=(50, 64)) + 1).astype(np.float16)
     uids = [str(row) for row in range(50)]
-    assert TextView().of(vectors, 0, 0, uids) is vectors
     middle = vectors.mean(0, dtype=np.float32)
-    centred = TextView(mean=middle).of(vectors, 0, 0, uids)
+    centred = change_texts(reader_of(index), mean=middle).move_vectors(vectors, 0, uids)
     assert np.linalg.norm(centred.mean(0, dtype=np.float32)) < 0.2 < np.linalg.norm(middle)
-    noisy = TextView(noise=0.5).of(vectors, 0, 0, uids).astype(np.float32)
+    noise = change_texts(reader_of(index), noise=0.5)
+    noisy = noise.move_vectors(vectors, 0, uids).astype(np.float32)
     assert np.linalg.norm(noisy, axis=1) == pytest.approx(1, abs=2e-3)
     cosines = (noisy * vectors.astype(np.float32)).sum(1)
     assert np.mean(cosines) == pytest.approx(1 / np.sqrt(1 + 0.5**2), abs=0.02)
-    assert np.array_equal(
-        TextView(noise=0.5).of(vectors, 0, 0, uids)[7:9], TextView(noise=0.5).of(vectors[7:9], 0, 0, uids[7:9])
-    )
+    assert np.array_equal(noise.move_vectors(vectors, 0, uids)[7:9], noise.move_vectors(vectors[7:9], 0, uids[7:9]))
+
+
+def test_a_block_has_moved_vectors_and_rows_without_a_caption_have_none(tmp_path: Path) -> None:
+    index = embedded(three_shards(tmp_path))
+    plain = reader_of(index).read(whole(index), epoch=2)
+    reader = change_texts(reader_of(index), mean=mean_vector(index, str(reader_of(index).text_key), WIDTH), noise=0.5)
+    moved = reader.read(whole(index), epoch=2)
+    has_text = plain["text"].any(axis=1)
+    expected = reader.move_vectors(plain["text"][has_text], 2, plain["uid"][has_text].tolist())
+    assert np.array_equal(moved["text"][has_text], expected)
+    assert not moved["text"][~has_text].any()
+    assert not np.array_equal(moved["text"], plain["text"])
+    assert all(np.array_equal(moved[name], plain[name]) for name in plain if name != "text")
+    again = pickle.loads(pickle.dumps(reader)).read(whole(index), epoch=2)  # noqa: S301
+    assert np.array_equal(again["text"], moved["text"]), "a task reads as the driver does"
 
 
 def test_a_run_is_given_what_its_config_says(tiny: Make, text: TextTower) -> None:
     config = tiny(data__permuted_captions=0.25, text__noise=0.1, text__center=True, data__used_rows=0.5)
     reader = train_reader(config, text)
-    assert (reader.text_view.permuted, reader.text_view.noise) == (0.25, 0.1)
-    assert reader.text_view.mean is not None
-    assert reader.text_view.mean.shape == (text.width,)
+    assert isinstance(reader, AblationReader)
+    assert (reader.permuted, reader.noise) == (0.25, 0.1)
+    assert reader.mean is not None
+    assert reader.mean.shape == (text.width,)
     job = prepare_job(config, text)
     assert job.plan.rows.tolist() == [rows // 2 for rows in reader.index.rows.tolist()]
     assert job.plan.fingerprint != prepare_job(tiny(), text).plan.fingerprint
-    assert train_reader(tiny(), text).text_view == TextView()
+    assert type(train_reader(tiny(), text)) is BlockReader
 
 
 def test_online_texts_cannot_be_changed(tiny: Make) -> None:
