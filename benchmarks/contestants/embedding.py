@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -29,19 +28,18 @@ class Search(NamedTuple):
 def through_ray(checkpoint: str, tars: str) -> float:
     """Pictures a second of `nev.embed.images`, from the first ones that come to the last."""
     from nev.cluster.session import connect
-    from nev.embed.images import EncoderSpec, embed_all
+    from nev.embed.embedder import Embedder
+    from nev.embed.images import embed_all
     from nev.eval.suite.collection import make_embed_job
     from nev.eval.suite.reading import make_reading
     from nev.eval.suite.schema import Task
-    from nev.runs.towers import load_vision, open_checkpoint
 
-    opened = open_checkpoint(checkpoint, [])
-    config = opened.config
+    embedder = Embedder.from_checkpoint(checkpoint)
+    config = embedder.config
     source = {"format": "webdataset", "input": tars}
     task = Task.model_validate({"name": "flickr8k", "kind": "retrieval", "source": source})
     reading = make_reading(task, "/", config.data.image_size, config.data.limits, os.cpu_count() or 1)
-    load = partial(load_vision, opened.location, config, opened.text.width)
-    tower = EncoderSpec(load, config.data.mean, config.data.std)
+    tower = embedder.encoder_spec()
     connect()
     seen: list[tuple[float, int]] = []
     pixels = BATCH * config.data.image_size**2 * 3

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
+from nev.embed.embedder import Embedder
 from nev.eval.validation.on_cluster import embed
 from nev.eval.validation.task import make_validation
-from nev.runs.towers import OpenedCheckpoint, open_checkpoint
 from nev.storage.files import join, output_folder, storage_errors_as
 
 if TYPE_CHECKING:
@@ -28,19 +28,20 @@ def evaluate_checkpoint(
 
     `output` is a folder or an S3 prefix; by default `evaluation_folder`. Returns the metrics (shares with the ends of
     their 95 % intervals, `..._low` and `..._high`; where there are captions, also `space/` and `mixed/`), and where the files
-    lie. Raises as `open_checkpoint`, and ConfigError where there is nothing to score.
+    lie. Raises as `Embedder.from_checkpoint`, and ConfigError where there is nothing to score.
     """
     from nev.cluster.session import connect
     from nev.eval.validation.scoring import compute_metrics
 
-    location, _, config, text = open_checkpoint(location, overrides)
+    embedder = Embedder.from_checkpoint(location, overrides)
+    config = embedder.config
     if not config.data.val or not (config.eval.zero_shot or config.eval.retrieval):
         raise ConfigError("nothing to score: give data.val, and eval.zero_shot or eval.retrieval, with --set")
-    task = make_validation(config, text)
+    task = make_validation(config, embedder.base_text)
     connect()
-    output = output or evaluation_folder(location)
+    output = output or evaluation_folder(embedder.location)
     with storage_errors_as(output, "written"), output_folder(output) as folder:
-        embedded, texts = embed(config, location, task)
+        embedded, texts = embed(task, embedder)
         metrics = compute_metrics(task.reader.index.root, embedded, texts)
         numbers = folder / "metrics.json"
         numbers.write_text(json.dumps(metrics, indent=1), encoding="utf-8")
@@ -60,10 +61,10 @@ def evaluate_mteb(
         raise ConfigError("--mteb needs mteb: pip install 'nev[mteb]'")
     from nev.eval.mteb_model import run_mteb
 
-    opened = open_checkpoint(location, overrides)
-    output = output or evaluation_folder(opened.location)
+    embedder = Embedder.from_checkpoint(location, overrides)
+    output = output or evaluation_folder(embedder.location)
     with storage_errors_as(output, "written"), output_folder(output) as folder:
-        scores = run_mteb(as_mteb_model(opened), names)
+        scores = run_mteb(as_mteb_model(embedder), names)
         (folder / "mteb.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
     return scores, join(output, "mteb.json")
 
@@ -74,23 +75,21 @@ def evaluation_folder(checkpoint: str) -> str:
     return join(run, "evaluation", step)
 
 
-def as_mteb_model(opened: OpenedCheckpoint) -> MtebModel:
-    """A checkpoint as a model of mteb, on this machine's GPU where it has one."""
+def as_mteb_model(embedder: Embedder) -> MtebModel:
+    """A checkpoint as a model of mteb, on this machine's GPU where there is a GPU."""
     import torch
 
-    from nev.embed.images import make_embedder
     from nev.eval.mteb_model import MtebModel
-    from nev.models.vision import normalise
-    from nev.runs.towers import load_text_tower, load_vision
 
-    config, data = opened.config, opened.config.data
-    text = opened.text if config.lock == "text" else load_text_tower(opened.location, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    text.model.to(device)
-    vision = load_vision(opened.location, config, text.width).to(device).eval()
-    embed = make_embedder(vision, lambda images: normalise(images, data.mean, data.std), device)
-    revision = opened.manifest["sha256"]["model.safetensors"][:12]
-    return MtebModel(config.name, revision, text, embed, data.image_size)
+    embedder.text.model.to(device)
+    return MtebModel(
+        embedder.config.name,
+        embedder.manifest["sha256"]["model.safetensors"][:12],
+        embedder.text,
+        embedder.make_image_embedder(device),
+        embedder.config.data.image_size,
+    )
 
 
 def galleries(config: Experiment, task: Validation, embedded: Embedded, texts: Texts, folder: Path) -> list[Path]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -16,8 +14,8 @@ from rich.markup import escape
 
 from nev.common.errors import NevError
 from nev.config.base import ConfigError
+from nev.embed.embedder import Embedder
 from nev.runs.metrics_log import load_mlflow_run_id
-from nev.runs.towers import OpenedCheckpoint, open_checkpoint
 from nev.runs.tracking import Tracker, check_tracking
 from nev.storage.files import join, output_folder, storage_errors_as
 
@@ -42,7 +40,7 @@ def evaluate_suite(
     data: a folder in the place of the suite's own. against: JSON files of other models, which stand beside this one, and are what
     its robustness is held against. A task whose data is absent, or is not what the task says, is not run, and
     says why; all else is. Embeddings are kept in `output`/embeddings. Returns the result, and where the files lie. Raises as
-    `open_checkpoint` and `nev.eval.suite.schema.load_suite`.
+    `Embedder.from_checkpoint` and `nev.eval.suite.schema.load_suite`.
     """
     from nev.cluster.session import connect
     from nev.eval.report.page import write_report
@@ -52,29 +50,29 @@ def evaluate_suite(
 
     suite = load_suite(name, data)
     others = [load_result(file, Path(name).stem) for file in against]
-    opened = open_checkpoint(location, overrides or [])
-    output = output or join(opened.location.rsplit("/", 2)[0], "evaluation")
+    embedder = Embedder.from_checkpoint(location, overrides or [])
+    output = output or join(embedder.location.rsplit("/", 2)[0], "evaluation")
     connect()
     began = time.perf_counter()
     with storage_errors_as(output, "written"), output_folder(output) as folder:
-        pictures = folder / f"{Path(name).stem}-{opened.manifest['step']:08d}"
-        scored = run_tasks(suite, opened, join(output, "embeddings"), pictures, console)
+        pictures = folder / f"{Path(name).stem}-{embedder.step:08d}"
+        scored = run_tasks(suite, embedder, join(output, "embeddings"), pictures, console)
         refuse_nothing(name, [one.result for one in scored])
         results = add_effective_robustness(suite, [one.result for one in scored], others)
         result = SuiteResult(
             suite=Path(name).stem,
             about=suite.about,
-            checkpoint=opened.location,
-            model=opened.config.name,
-            step=opened.manifest["step"],
+            checkpoint=embedder.location,
+            model=embedder.config.name,
+            step=embedder.step,
             average=compute_average(suite, results),
             published=suite.published,
             seconds=time.perf_counter() - began,
             tasks=tuple(results),
         )
-        made = write_report(result, [one.exhibits for one in scored], others, opened.location, folder, pictures)
+        made = write_report(result, [one.exhibits for one in scored], others, embedder.location, folder, pictures)
     shown = [join(output, path.name) for path in made]
-    track(result, opened, shown, console)
+    track(result, embedder, shown, console)
     return result, shown
 
 
@@ -93,46 +91,39 @@ class Scored(NamedTuple):
     exhibits: list[Figure]
 
 
-def run_tasks(suite: Suite, opened: OpenedCheckpoint, cache: str, folder: Path, console: Console) -> list[Scored]:
+def run_tasks(suite: Suite, embedder: Embedder, cache: str, folder: Path, console: Console) -> list[Scored]:
     """Every task of a suite, on the connected Ray: a source is embedded once, whatever tasks share it. folder: for pictures."""
     from nev.cluster.session import cluster_cpus
     from nev.common.progress import count_progress
     from nev.embed.cache import embed_texts_cached
-    from nev.embed.images import EncoderSpec
     from nev.eval.report.figures import make_figures
     from nev.eval.suite.collection import collect
     from nev.eval.suite.reading import BATCH, make_reading
     from nev.eval.suite.results import not_run
     from nev.eval.suite.tasks import Context, score
-    from nev.runs.towers import load_logit_scale, load_text_tower, load_vision
 
-    location, manifest, config, text = opened
+    data = embedder.config.data
     readings: dict[str, Reading] = {}
     reasons: dict[str, str] = {}
     for task in suite.tasks:
         try:
-            readings[task.name] = make_reading(
-                task, suite.root, config.data.image_size, config.data.limits, cluster_cpus()
-            )
+            readings[task.name] = make_reading(task, suite.root, data.image_size, data.limits, cluster_cpus())
         except NevError as error:
             reasons[task.name] = str(error)
-    weights = manifest["sha256"]["model.safetensors"]
-    seen_as = [weights, config.vision.model_dump(mode="json"), config.data.mean, config.data.std]
-    model = hashlib.sha256(json.dumps(seen_as).encode()).hexdigest()
-    tower = EncoderSpec(partial(load_vision, location, config, text.width), config.data.mean, config.data.std)
-    block_bytes = BATCH * config.data.image_size**2 * 3
+    block_bytes = BATCH * data.image_size**2 * 3
     with count_progress(console, "pictures embedded") as more:
-        found = collect(list(readings.values()), model, cache, tower, block_bytes, more)
-    own_text = text if config.lock == "text" else load_text_tower(location, config)
-    fingerprint = text.fingerprint if config.lock == "text" else weights
-    encode = partial(embed_texts_cached, encode=own_text.encode, fingerprint=fingerprint, cache=cache)
-    scale = load_logit_scale(location)
+        found = collect(
+            list(readings.values()), embedder.fingerprint, cache, embedder.encoder_spec(), block_bytes, more
+        )
+    encode = partial(
+        embed_texts_cached, encode=embedder.encode_text, fingerprint=embedder.text_fingerprint, cache=cache
+    )
     scored = []
     for task in suite.tasks:
         if task.name in reasons:
             scored.append(Scored(not_run(task, reasons[task.name]), []))
             continue
-        context = Context(encode, scale, suite.root, readings[task.name])
+        context = Context(encode, embedder.logit_scale, suite.root, readings[task.name])
         collection = found[context.reading.key]
         try:
             if isinstance(collection, NevError):
@@ -152,7 +143,7 @@ def run_tasks(suite: Suite, opened: OpenedCheckpoint, cache: str, folder: Path, 
     return scored
 
 
-def track(result: SuiteResult, opened: OpenedCheckpoint, files: list[str], console: Console) -> None:
+def track(result: SuiteResult, embedder: Embedder, files: list[str], console: Console) -> None:
     """Log a suite's numbers at the checkpoint's step, and its files, to the MLflow run of the training, where that is known.
 
     Only where the person who asks has named the server (MLFLOW_TRACKING_URI), or where it is the file beside the run and keeps
@@ -160,7 +151,7 @@ def track(result: SuiteResult, opened: OpenedCheckpoint, files: list[str], conso
     """
     from mlflow.exceptions import MlflowException
 
-    run, inside, _ = opened.location.rpartition("/checkpoints/")
+    run, inside, _ = embedder.location.rpartition("/checkpoints/")
     if not inside:
         return
     try:
@@ -169,7 +160,7 @@ def track(result: SuiteResult, opened: OpenedCheckpoint, files: list[str], conso
             return
         home = run.rpartition("/")[0]
         own = f"sqlite:///{home}/mlflow.db"
-        uri = opened.config.tracking.uri or own
+        uri = embedder.config.tracking.uri or own
         named = uri == os.environ.get("MLFLOW_TRACKING_URI")
         if not named and (uri != own or "://" in home):
             raise ConfigError(f"the checkpoint names {uri}: set MLFLOW_TRACKING_URI to the same to allow it")

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
+from nev.runs.manifest import read_manifest
 from nev.sweep.config import Sweep
 from nev.sweep.mlflow_runs import make_tags
 from nev.sweep.results import SAMPLES, TrialResult, save_result
@@ -65,6 +66,7 @@ def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
 
 def compute_all_metrics(experiment: Experiment, checkpoint: str, sweep: Sweep, suite_root: str) -> dict[str, float]:
     """The metrics of the run's validation vectors, and of the sweep's suite with data at `suite_root`."""
+    from nev.embed.embedder import Embedder
     from nev.eval.evaluate_suite import evaluate_suite
     from nev.eval.validation.on_cluster import embed
     from nev.eval.validation.scoring import compute_metrics
@@ -74,8 +76,9 @@ def compute_all_metrics(experiment: Experiment, checkpoint: str, sweep: Sweep, s
 
     metrics: dict[str, float] = {}
     if experiment.data.val and (experiment.eval.zero_shot or experiment.eval.retrieval):
-        task = make_validation(experiment, load_text(experiment.text))
-        vectors = load_vectors(checkpoint, task) or embed(experiment, checkpoint, task)
+        embedder = Embedder(checkpoint, read_manifest(checkpoint), experiment, load_text(experiment.text))
+        task = make_validation(experiment, embedder.base_text)
+        vectors = load_vectors(checkpoint, task) or embed(task, embedder)
         metrics |= compute_metrics(task.reader.index.root, *vectors)
     if sweep.suite:
         result, _ = evaluate_suite(checkpoint, sweep.suite, Console(quiet=True), data=suite_root)

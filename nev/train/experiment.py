@@ -14,7 +14,7 @@ from nev.cluster.session import connect
 from nev.config.experiment import Experiment
 from nev.config.file import to_yaml
 from nev.eval.report.tables import metrics_table
-from nev.runs.manifest import best_checkpoint, latest_checkpoint, read_metrics
+from nev.runs.manifest import best_checkpoint, latest_checkpoint, read_manifest, read_metrics
 from nev.runs.metrics_log import read_points
 from nev.runs.tracking import Tracker
 from nev.storage.files import join, output_folder
@@ -29,6 +29,7 @@ from nev.train.driver.validator import async_validation
 from nev.train.messages import open_mailbox
 
 if TYPE_CHECKING:
+    from nev.models.text import TextTower
     from nev.train.job import Job
 
 
@@ -78,7 +79,7 @@ def run_experiment(
         if lock:
             check_locked(load_text(job.config.text), lock)
             check_locked(prepared.text, lock)
-        summary, files = summarise_run(job, tracked.tracker)
+        summary, files = summarise_run(job, prepared.text, tracked.tracker)
         tracked.complete = tracked.tracker.artifacts(files, summary.checkpoint)
     return summary
 
@@ -99,7 +100,7 @@ def train_and_validate(
     early_stopping.restore(read_points(job.run, start_step))
     callbacks = make_callbacks(job.config, logger, early_stopping) + ([on_metrics] if on_metrics else [])
     progress = StepProgress(console, job.total_steps, start_step)
-    with async_validation(job) as validator:
+    with async_validation(job, prepared.text) as validator:
         monitor = TrainMonitor(mailbox, logger, callbacks, early_stopping, progress, validator)
         if start_step < job.stop_step and early_stopping.should_stop:
             logger.warn(f"{early_stopping}: the run has ended early (--set eval.patience=null trains on)")
@@ -108,8 +109,12 @@ def train_and_validate(
         monitor.wait_for_validation()
 
 
-def summarise_run(job: Job, tracker: Tracker) -> tuple[Summary, list[str]]:
-    """Choose the checkpoint and draw the pictures. Returns the summary, and the locations of the files for MLflow."""
+def summarise_run(job: Job, text: TextTower, tracker: Tracker) -> tuple[Summary, list[str]]:
+    """Choose the checkpoint and draw the pictures. Returns the summary, and the locations of the files for MLflow.
+
+    text: the text tower before training.
+    """
+    from nev.embed.embedder import Embedder
     from nev.eval.evaluate import galleries
     from nev.eval.report.galleries import run_curves
     from nev.eval.validation.on_cluster import embed
@@ -122,7 +127,8 @@ def summarise_run(job: Job, tracker: Tracker) -> tuple[Summary, list[str]]:
         pictures = [folder / "loss.png"]
         run_curves(pictures[0], read_points(job.run, job.stop_step), config.name)
         if job.validation:
-            vectors = load_vectors(chosen, job.validation) or embed(config, chosen, job.validation)
+            embedder = Embedder(chosen, read_manifest(chosen), config, text)
+            vectors = load_vectors(chosen, job.validation) or embed(job.validation, embedder)
             pictures += galleries(config, job.validation, *vectors, folder)
         settings = folder / "config.yaml"
         settings.write_text(to_yaml(config), encoding="utf-8")

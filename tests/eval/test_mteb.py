@@ -19,11 +19,11 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.abstasks.zeroshot_classification import AbsTaskZeroShotClassification
 
 from nev.config.base import ConfigError
+from nev.embed.embedder import Embedder
 from nev.eval.evaluate import as_mteb_model
 from nev.eval.mteb_model import MtebModel, run_mteb, views
 from nev.models.lock import CANARIES
 from nev.models.text import TextTower
-from nev.runs.towers import open_checkpoint
 
 PAIRS = [
     ("a dog runs over the grass", "a dog is running on a lawn", 5.0),
@@ -139,7 +139,7 @@ def test_pictures_of_any_mode(mode: str) -> None:
 @pytest.mark.ray
 def test_a_locked_tower_scores_the_same_after_training(trained: str, text: TextTower) -> None:
     before = score(model(text), Sts())
-    after = as_mteb_model(open_checkpoint(trained, []))
+    after = as_mteb_model(Embedder.from_checkpoint(trained))
     assert score(after, Sts()) == before
     assert np.array_equal(after.text.encode(CANARIES), text.encode(CANARIES))
     assert 0 <= score(after, ZeroShot()) <= 1

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
+from nev.embed.embedder import Embedder
 from nev.eval import evaluate_suite as suites
 from nev.eval.evaluate import evaluate_checkpoint
 from nev.eval.suite.results import SuiteResult
@@ -25,7 +26,6 @@ from nev.models.text import TextTower
 from nev.runs import checkpoint, manifest
 from nev.runs.manifest import CheckpointState, Damaged
 from nev.runs.metrics_log import save_mlflow_run_id
-from nev.runs.towers import OpenedCheckpoint
 from nev.train.core.state_dict import gather_tensors
 from nev.train.driver.metrics import open_tracking
 
@@ -153,7 +153,7 @@ def test_a_checkpoint_does_not_decide_where_results_go(
     def evaluated(uri: str | None, run_id: str) -> str:
         location = saved(run, tiny(tracking__uri=uri).model_dump(mode="json"))
         save_mlflow_run_id(str(run), run_id)
-        opened = OpenedCheckpoint(str(location), {}, tiny(tracking__uri=uri), text)
+        opened = Embedder(str(location), {}, tiny(tracking__uri=uri), text)
         console = Console(file=io.StringIO(), width=400)
         suites.track(result, opened, [str(page)], console)
         return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]

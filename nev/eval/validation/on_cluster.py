@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nev.common.errors import NevError
-from nev.config.experiment import Experiment
 from nev.data.block import Block
 from nev.data.plan import Segment, in_order
+from nev.embed.embedder import Embedder
 from nev.embed.images import EmbedJob, EncoderSpec, embed_all
 from nev.eval.validation.scoring import Embedded
 from nev.eval.validation.task import Validation
-
-if TYPE_CHECKING:
-    from nev.eval.validation.scoring import Embedded
-    from nev.eval.validation.task import Validation
-    from nev.eval.validation.texts import Texts
+from nev.eval.validation.texts import Texts
+from nev.eval.validation.vectors import load_validation_texts
 
 
 def embed_set(task: Validation, tower: EncoderSpec, taken: float = 0.0) -> Embedded:
@@ -50,17 +46,10 @@ def pictures(task: Validation, rows: NDArray[np.int64]) -> list[NDArray[np.uint8
     return views
 
 
-def embed(config: Experiment, checkpoint: str, task: Validation, taken: float = 0.0) -> tuple[Embedded, Texts]:
-    """The validation set under a checkpoint's towers: the pictures on the connected Ray, texts without sidecars here.
+def embed(task: Validation, embedder: Embedder, gpus_in_use: float = 0.0) -> tuple[Embedded, Texts]:
+    """Embed a validation set under a checkpoint: pictures on the connected Ray, texts without sidecars in this process.
 
-    taken: GPUs of the cluster that others hold.
+    gpus_in_use: GPUs of the cluster that others hold.
     """
-    from nev.embed.images import EncoderSpec
-    from nev.eval.validation.vectors import load_validation_texts
-    from nev.runs.towers import load_text_tower, load_vision
-
-    load = partial(load_vision, checkpoint, config, task.text_width)
-    encode = load_text_tower(checkpoint, config).encode if config.text_online else None
-    return embed_set(task, EncoderSpec(load, config.data.mean, config.data.std), taken), load_validation_texts(
-        task, encode
-    )
+    encode = embedder.encode_text if embedder.config.text_online else None
+    return embed_set(task, embedder.encoder_spec(), gpus_in_use), load_validation_texts(task, encode)

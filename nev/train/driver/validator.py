@@ -13,16 +13,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from ray.exceptions import RayError
 
 from nev.common.errors import NevError
-from nev.config.experiment import Experiment
-from nev.runs.manifest import VALIDATION, pending_validation
+from nev.runs.manifest import VALIDATION, pending_validation, read_manifest
 from nev.runs.metrics_log import make_point, write_validation
 from nev.storage.files import StorageError, filesystem, join, storage_errors_as, write_atomic
 from nev.train.job import Job
+
+if TYPE_CHECKING:
+    from nev.models.text import TextTower
 
 MAX_WAITING = (
     2  # checkpoints: where validation is slower than training, the oldest is left out, so that disks do not fill
@@ -158,15 +160,21 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def validate_checkpoint(config: Experiment, job: Job, checkpoint: str) -> dict[str, float]:
-    """Score a checkpoint on the connected Ray, write its vectors beside it, and return the metrics."""
+def validate_checkpoint(job: Job, text: TextTower, checkpoint: str) -> dict[str, float]:
+    """Score a checkpoint on the connected Ray, write its vectors beside it, and return the metrics.
+
+    text: the text tower before training.
+    """
+    from nev.embed.embedder import Embedder
     from nev.eval.validation.on_cluster import embed
     from nev.eval.validation.task import Result
     from nev.eval.validation.validate import score
     from nev.eval.validation.vectors import vectors_file, vectors_to_bytes
 
     assert job.validation
-    embedded, texts = embed(config, checkpoint, job.validation, config.workers.most * config.workers.gpus)
+    workers = job.config.workers
+    embedder = Embedder(checkpoint, read_manifest(checkpoint), job.config, text)
+    embedded, texts = embed(job.validation, embedder, workers.most * workers.gpus)
     metrics = score(job.validation, embedded, texts)
     result = Result(metrics, embedded, texts)
     vectors = join(checkpoint, vectors_file(job.validation))
@@ -176,10 +184,10 @@ def validate_checkpoint(config: Experiment, job: Job, checkpoint: str) -> dict[s
 
 
 @contextmanager
-def async_validation(job: Job) -> Iterator[Validator | None]:
-    """The validator of a run with `eval.asynchronous`; None for another run."""
+def async_validation(job: Job, text: TextTower) -> Iterator[Validator | None]:
+    """The validator of a run with `eval.asynchronous`; None for another run. text: the text tower before training."""
     if not (job.config.eval.asynchronous and job.validation):
         yield None
         return
-    with Validator(job, partial(validate_checkpoint, job.config, job)) as validator:
+    with Validator(job, partial(validate_checkpoint, job, text)) as validator:
         yield validator
