@@ -4,11 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= quickstart
+# Two test processes, a test file in one of them. Tests on Ray have a cluster of two cores, so they run alone.
+TWO := -n 2 --dist loadfile
+# All threads' stacks, where a process dies of a signal.
+export PYTHONFAULTHANDLER := 1
 export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format docs lock bench soak
+.PHONY: help setup quickstart check test lint format docs lock bench soak
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,8 +30,12 @@ $(VENV)/.done: requirements.lock pyproject.toml
 quickstart: setup ## Draw pictures, train a vision encoder into MiniLM's space, show what it learnt.
 	$(BIN)/nev quickstart --config $(CONFIG)
 
+check: setup ## Run the quick tests: no Ray, no network, nothing slow.
+	$(BIN)/python -m pytest $(TWO) -m "not ray and not slow"
+
 test: setup ## Run all tests. NEV_DATA=folder adds those that read real data.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO) -m "not ray"
+	$(BIN)/python -m pytest -m ray
 
 lint: setup ## ruff format and check, mypy --strict.
 	$(BIN)/ruff format --check .

@@ -93,7 +93,7 @@ def ready(path: str, overrides: list[str], console: Console) -> Experiment:
     if not any(Path(experiment.data.train).glob("*.parquet")):
         raise BenchmarkFailed(
             f"{path}: no shards in {experiment.data.train}. The options that make them are shown by "
-            "`python pipelines/prepare.py --help`; examples stand at the head of that file."
+            "`nev prepare --help`; examples stand at the head of nev/commands/prepare.py."
         )
     with console.status(f"{experiment.name}: text vectors"), tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.yaml").write_text(to_yaml(experiment), encoding="utf-8")

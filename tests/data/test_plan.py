@@ -2,12 +2,12 @@
 
 import hashlib
 import pickle
-import time
 import tracemalloc
 from itertools import groupby
 
 import numpy as np
 import pytest
+from helpers.fresh import run_in_fresh_process
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -191,29 +191,30 @@ def test_in_order_covers_every_row_once_inside_row_groups(counts: list[int], blo
 
 def test_a_billion_rows_are_planned_in_little_memory() -> None:
     groups = 1_500_000
-    tracemalloc.start()
-    try:
-        rows = np.full(groups, 1032, np.int64)
-        begin = time.perf_counter()
-        plan = Plan(rows, 0, 65_536, 256)
-        ends = plan.segments(0), plan.segments(plan.blocks_per_epoch - 1)
-        seconds = time.perf_counter() - begin
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    print(f"{groups} row groups, first and last block: {seconds:.2f} s, {peak / 2**20:.0f} MiB")
+    peak, ends, tail_rows = run_in_fresh_process(plan_a_billion_rows, groups)
     assert peak < 200e6
     assert [sum(stop - start for _, start, stop in segments) for segments in ends] == [256, 256]
-    assert plan.tail_rows == groups * 1032 % 65_536
+    assert tail_rows == groups * 1032 % 65_536
+
+
+def plan_a_billion_rows(groups: int) -> tuple[int, tuple[list[Segment], list[Segment]], int]:
+    """The peak of memory in bytes, the first and last block of an epoch, and the rows of its tail."""
+    tracemalloc.start()
+    plan = Plan(np.full(groups, 1032, np.int64), 0, 65_536, 256)
+    ends = plan.segments(0), plan.segments(plan.blocks_per_epoch - 1)
+    return tracemalloc.get_traced_memory()[1], ends, plan.tail_rows
 
 
 def test_epochs_that_are_over_are_forgotten() -> None:
-    plan = Plan(np.full(200_000, 3, np.int64), 0, 300, 3)
+    assert (
+        run_in_fresh_process(bytes_after_20_epochs, 200_000) < 3 * 200_000 * 12
+    )  # an epoch's order: 4 + 8 bytes a group
+
+
+def bytes_after_20_epochs(groups: int) -> int:
+    """What a plan holds after the first block of each of 20 epochs."""
+    plan = Plan(np.full(groups, 3, np.int64), 0, 300, 3)
     tracemalloc.start()
-    try:
-        for epoch in range(20):
-            plan.segments(epoch * plan.blocks_per_epoch)
-        held = tracemalloc.get_traced_memory()[0]
-    finally:
-        tracemalloc.stop()
-    assert held < 3 * 200_000 * 12  # an epoch's order: 4 + 8 bytes a row group
+    for epoch in range(20):
+        plan.segments(epoch * plan.blocks_per_epoch)
+    return tracemalloc.get_traced_memory()[0]

@@ -96,12 +96,20 @@ def test_a_callback_that_ends_the_process_ends_the_workers_first(monkeypatch: py
         raise SystemExit
 
     made, _, _ = make_monitor([end])
+    assert not made.ended_by_callback
     with pytest.raises(SystemExit):
         handle(made, Started(0, GROUP), Metrics(1, {"loss": 1.0}))
     assert killed == [GROUP]
+    assert made.ended_by_callback
 
 
-def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, max_failures: int, errors: list[Exception]) -> int:
+def launch(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    max_failures: int,
+    errors: list[Exception],
+    ended_by_callback: bool = False,
+) -> int:
     """Run workers whose starts end with these errors, the last start well. Returns how many starts there were."""
     import ray.train
 
@@ -122,6 +130,7 @@ def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, max_failures: int, e
             self.stop_requested, self.early_stopped = made.stop_requested, made.early_stopped
             self.errors: list[str] = []
             self.workers_left = False
+            self.ended_by_callback = ended_by_callback
 
         @contextmanager
         def running(self) -> Iterator[None]:
@@ -156,6 +165,14 @@ def test_failures_without_an_end_and_waits_for_room_do_not_end_a_run(
         launch(monkeypatch, tmp_path, 2, [RuntimeError("a worker died")] * 3)
     with pytest.raises(TrainingFailed, match="cannot be read"):  # nev's own error: another start would meet it again
         launch(monkeypatch, tmp_path, -1, [StorageError("it cannot be read")])
+
+
+@pytest.mark.parametrize("errors", [[RuntimeError("a worker died")], []])
+def test_a_run_that_a_callback_has_ended_starts_no_workers_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, errors: list[Exception]
+) -> None:
+    with pytest.raises(Stopped):  # an MLflow run that ends so is KILLED
+        launch(monkeypatch, tmp_path, -1, errors, ended_by_callback=True)
 
 
 @pytest.mark.parametrize(

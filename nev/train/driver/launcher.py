@@ -39,7 +39,7 @@ def run_workers(job: Job, reader: BlockReader, mailbox: Any, monitor: TrainMonit
     """Train on the connected Ray cluster, from the newest checkpoint to `job.stop_step` or to an early stop.
 
     Workers that left before that (their machine is taken away) are started again.
-    Raises TrainingFailed; Stopped where a SIGTERM to this process has ended training.
+    Raises TrainingFailed; Stopped where a SIGTERM to this process, or a callback, has ended training.
     """
     import ray.train
 
@@ -51,7 +51,7 @@ def run_workers(job: Job, reader: BlockReader, mailbox: Any, monitor: TrainMonit
                 try:
                     ray_trainer(job, reader, mailbox, folder).fit()
                 except ray.train.ControllerError as error:
-                    if monitor.stop_requested.is_set():
+                    if monitor.stop_requested.is_set() or monitor.ended_by_callback:
                         raise Stopped from error
                     remove_leaked_placement_groups()
                     failures += not startup_timed_out(error)
@@ -63,13 +63,17 @@ def run_workers(job: Job, reader: BlockReader, mailbox: Any, monitor: TrainMonit
                 if monitor.errors or stopped or not monitor.workers_left:
                     break
     except ray.train.TrainingFailedError as error:
+        if monitor.ended_by_callback:
+            raise Stopped from error
         raise TrainingFailed(first_cause(error)) from error
     except (
         SystemExit
     ) as end:  # of SIGTERM's handler, or of Ray Train's for Ctrl-C, from which Ray makes a new SystemExit
-        if monitor.stop_requested.is_set():
+        if monitor.stop_requested.is_set() or monitor.ended_by_callback:
             raise Stopped from end
         raise KeyboardInterrupt from end
+    if monitor.ended_by_callback:
+        raise Stopped
     if monitor.errors:
         raise TrainingFailed(monitor.errors[0])
     if monitor.workers_left and not monitor.early_stopped.is_set():

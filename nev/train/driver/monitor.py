@@ -31,6 +31,7 @@ class TrainMonitor:
     workers_left: the workers saved a checkpoint and exited early (preemption, or a stop request).
     stop_requested: set by SIGTERM; the workers then save a checkpoint and exit.
     early_stopped: set when validations stop improving; the workers then save a checkpoint and exit.
+    ended_by_callback: a callback has raised SystemExit (Tune ends a trial so), and the workers were killed.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class TrainMonitor:
     ) -> None:
         self.errors: list[str] = []
         self.workers_left = False
+        self.ended_by_callback = False
         self.stop_requested = threading.Event()
         self.early_stopped = threading.Event()
         self._mailbox, self._logger, self._progress = mailbox, logger, progress
@@ -96,6 +98,7 @@ class TrainMonitor:
             for callback in self._callbacks:
                 callback(step, metrics)
         except SystemExit:
+            self.ended_by_callback = True
             if self._group:
                 kill_worker_group(self._group)
             raise
