@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -10,15 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from helpers.tiny import REFERENCE, make_tiny
 from hypothesis import settings
 
 from nev.config.experiment import Experiment
-from nev.config.file import parse
 
 if TYPE_CHECKING:
     from helpers.s3_server import Proxy
 
     from nev.models.text import TextTower
+    from nev.train.experiment import Summary
 
 settings.register_profile("nev", deadline=None)  # no test fails because the machine is busy
 settings.load_profile("nev")
@@ -155,57 +155,26 @@ def tiny(pictures: Path, tmp_path: Path) -> Callable[..., Experiment]:
     """Makes a small experiment over `pictures`, with overrides given as `section__key=value`."""
 
     def make(**overrides: object) -> Experiment:
-        raw = {
-            "name": "tiny",
-            "output": str(tmp_path / "runs"),
-            "data": {
-                "train": str(pictures / "train"),
-                "val": str(pictures / "val"),
-                "image_size": 32,
-                "block_rows": 32,
-            },
-            "vision": {
-                "trunk": "vit_tiny_patch16_224",
-                "trunk_args": {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2},
-            },
-            "optim": {"lr": 1e-3, "warmup_steps": 5},
-            "train": {"global_batch": 64, "steps": 20, "log_every": 1, "checkpoint_every": 10},
-            "eval": {
-                "zero_shot": {"classes": str(pictures / "classes.txt"), "templates": ["a {}"]},
-                "retrieval": True,
-                "best": "zero_shot/top1",
-            },
-            "workers": {"count": 1, "threads": 1},
-        }
-        flat = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()]
-        return parse(Experiment, raw, flat)
+        return make_tiny(pictures, tmp_path / "runs", **overrides)
 
     return make
 
 
 @pytest.fixture(scope="session")
-def trained(ray_cluster: None, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A checkpoint of a short run."""
+def reference_run(ray_cluster: None, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Summary:
+    """A run of `REFERENCE` on one worker that nothing disturbs: what other runs of the same settings are compared with."""
     from rich.console import Console
 
     from nev.train.experiment import run_experiment
 
-    config = parse(
-        Experiment,
-        {
-            "name": "small",
-            "output": str(tmp_path_factory.mktemp("runs")),
-            "data": {"train": str(pictures / "train"), "image_size": 32, "block_rows": 32},
-            "vision": {
-                "trunk": "vit_tiny_patch16_224",
-                "trunk_args": {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2},
-            },
-            "optim": {"lr": 1e-3, "warmup_steps": 5},
-            "train": {"global_batch": 64, "steps": 20},
-            "workers": {"count": 1, "threads": 1},
-        },
-    )
-    return run_experiment(config, Console(quiet=True)).checkpoint
+    config = make_tiny(pictures, tmp_path_factory.mktemp("reference"), name="reference", **REFERENCE)
+    return run_experiment(config, Console(quiet=True))
+
+
+@pytest.fixture(scope="session")
+def trained(reference_run: Summary) -> str:
+    """The checkpoint of `reference_run`."""
+    return reference_run.checkpoint
 
 
 @pytest.fixture(scope="session")

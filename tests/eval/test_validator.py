@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.tiny import REFERENCE
 from rich.console import Console
 
 from nev.config.experiment import Experiment
@@ -20,7 +21,7 @@ from nev.runs.metrics_log import read_points
 from nev.storage.files import StorageError
 from nev.train.driver import validator
 from nev.train.driver.validator import ValidationOutcome, Validator
-from nev.train.experiment import run_experiment
+from nev.train.experiment import Summary, run_experiment
 
 Make = Callable[..., Experiment]
 
@@ -231,33 +232,34 @@ def test_no_checkpoint_is_removed_before_it_is_validated(tmp_path: Path) -> None
 
 @pytest.mark.ray
 def test_a_run_scores_and_chooses_as_one_that_validates_in_its_loop(
-    ray_cluster: None, tiny: Make, tmp_path: Path
+    reference_run: Summary, tiny: Make, tmp_path: Path
 ) -> None:
-    settings = {"train__steps": 12, "train__eval_every": 4, "train__checkpoint_every": 6, "train__keep_last": 8}
-    own = run_experiment(tiny(name="own", **settings), Console(quiet=True))
-    other = run_experiment(tiny(name="other", eval__asynchronous=True, **settings), Console(quiet=True))
-    assert other.metrics == pytest.approx(own.metrics, abs=1e-5)
-    assert other.checkpoint.rsplit("/", 1)[1] == own.checkpoint.rsplit("/", 1)[1]
+    config = tiny(name="beside", eval__asynchronous=True, **REFERENCE)
+    beside = run_experiment(config, Console(quiet=True))
+    assert beside.metrics == pytest.approx(reference_run.metrics, abs=1e-5)
+    assert beside.checkpoint.rsplit("/", 1)[1] == reference_run.checkpoint.rsplit("/", 1)[1]
+    runs = [summary.checkpoint.rsplit("/checkpoints/", 1)[0] for summary in (reference_run, beside)]
 
-    def scored(name: str) -> dict[int, float]:
-        points = read_points(str(tmp_path / "runs" / name), 12)
+    def read_scores(run: str) -> dict[int, float]:
+        points = read_points(run, 30)
         return {point.step: point.metrics["zero_shot/top1"] for point in points if "zero_shot/top1" in point.metrics}
 
-    assert scored("other") == pytest.approx(scored("own"), abs=1e-5)
-    assert set(scored("own")) == {4, 8, 12}
-    for location in list_checkpoints(str(tmp_path / "runs/other")):
+    in_loop, scores = map(read_scores, runs)
+    assert scores == pytest.approx(in_loop, abs=1e-5)
+    assert set(in_loop) == {10, 20, 30}
+    for location in list_checkpoints(runs[1]):
         assert read_manifest(location)["metrics"] == {}  # not in the loop
-    files = [read_manifest(f"{tmp_path}/runs/{name}/checkpoints/step-00000012")["sha256"] for name in ("own", "other")]
+    files = [read_manifest(f"{run}/checkpoints/step-00000030")["sha256"] for run in runs]
     assert files[0]["model.safetensors"] == files[1]["model.safetensors"]
     from mlflow import MlflowClient
 
-    history = MlflowClient(tracking_uri=other.tracking_uri).get_metric_history(other.mlflow_run_id, "zero_shot/top1")
-    assert sorted(point.step for point in history) == [4, 8, 12]
+    history = MlflowClient(tracking_uri=beside.tracking_uri).get_metric_history(beside.mlflow_run_id, "zero_shot/top1")
+    assert sorted(point.step for point in history) == [10, 20, 30]
 
     # As if the driver had died before it came to the last one: the next start scores it, and trains nothing.
-    file = tmp_path / "runs/other/checkpoints/step-00000012/validation.json"
+    file = tmp_path / "runs/beside/checkpoints/step-00000030/validation.json"
     before = json.loads(file.read_text())
     file.unlink()
-    again = run_experiment(tiny(name="other", eval__asynchronous=True, **settings), Console(quiet=True))
-    assert again.metrics == pytest.approx(other.metrics, abs=1e-5)
+    again = run_experiment(config, Console(quiet=True))
+    assert again.metrics == pytest.approx(beside.metrics, abs=1e-5)
     assert json.loads(file.read_text()) == pytest.approx(before, abs=1e-5)

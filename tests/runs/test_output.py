@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers.s3_server import Proxy, mixed_faults
+from helpers.tiny import REFERENCE
 from mlflow import MlflowClient
 from rich.console import Console
 from torch import Tensor
@@ -234,30 +235,27 @@ def curve(summary: Summary) -> tuple[list[int], list[float]]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_on_s3_stopped_and_resumed_equals_one_in_a_folder(
-    s3: Proxy, ray_cluster: None, tiny: Make, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: Proxy, reference_run: Summary, tiny: Make, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its data, its checkpoints and its pictures: all of it is on S3."""
     monkeypatch.chdir(tmp_path)  # where a folder named "s3:" would come up
-    settings = {"train__steps": 8, "train__checkpoint_every": 4}
-    local = run_experiment(tiny(name="first", **settings), Console(quiet=True))
     upload(pictures, "s3://bucket/set")
     s3.rule = mixed_faults(seed=1)
     store = f"sqlite:///{tmp_path}/mlflow.db"
     places = {"data__train": "s3://bucket/set/train", "data__val": "s3://bucket/set/val"}
     classes = {"eval__zero_shot__classes": "s3://bucket/set/classes.txt"}
-    config = tiny(name="first", output="s3://bucket/runs", tracking__uri=store, **places, **classes, **settings)
-    stopped = run_experiment(config, Console(quiet=True), stop_after=5)
-    assert stopped.checkpoint == step_folder(5)
+    config = tiny(name="first", output="s3://bucket/runs", tracking__uri=store, **places, **classes, **REFERENCE)
+    stopped = run_experiment(config, Console(quiet=True), stop_after=15)
     remote = run_experiment(config, Console(quiet=True))
     assert {"500", "503", "drop", "cut", "trickle"} <= s3.broken.keys()
     s3.reset()
 
     assert remote.mlflow_run_id == stopped.mlflow_run_id
-    assert curve(remote) == curve(local)
-    left, right = weights(local, 8), weights(remote, 8)
+    assert curve(remote) == curve(reference_run)
+    left, right = weights(reference_run, 30), weights(remote, 30)
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
-    assert manifest.read_manifest(step_folder(8))["metrics"] == local.metrics
+    assert remote.metrics == reference_run.metrics
     fs = filesystem(RUN)[0]
     for picture in remote.pictures:
         assert fs.cat_file(picture).startswith(b"\x89PNG")
@@ -267,10 +265,10 @@ def test_a_run_on_s3_stopped_and_resumed_equals_one_in_a_folder(
     assert len(kept) == 1
     assert not (tmp_path / "s3:").exists()
 
-    metrics, files = evaluate_checkpoint(step_folder(8), [])
-    assert {name: metrics[name] for name in local.metrics} == pytest.approx(local.metrics)
+    metrics, files = evaluate_checkpoint(remote.checkpoint, [])
+    assert {name: metrics[name] for name in remote.metrics} == pytest.approx(remote.metrics)
     for name in (name.removesuffix("_low") for name in metrics if name.endswith("_low")):
         assert metrics[f"{name}_low"] <= metrics[name] <= metrics[f"{name}_high"], name
     assert {"zero_shot/top1_low", "space/gap", "mixed/images_found"} <= metrics.keys()
-    assert files[0] == f"{RUN}/evaluation/step-00000008/metrics.json"
+    assert files[0] == f"{RUN}/evaluation/{remote.checkpoint.rsplit('/', 1)[1]}/metrics.json"
     assert all(fs.exists(file) for file in files)

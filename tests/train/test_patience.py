@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
 from nev.config.base import ConfigError
 from nev.config.experiment import Eval, Experiment
-from nev.runs.manifest import latest_checkpoint, read_manifest
-from nev.runs.metrics_log import MetricPoint, read_points
+from nev.runs.metrics_log import MetricPoint
 from nev.train.driver.early_stopping import EarlyStopping
-from nev.train.experiment import run_experiment
 
 Make = Callable[..., Experiment]
 METRIC = "zero_shot/top1"
@@ -49,28 +44,3 @@ def test_without_patience_it_is_never_over(tiny: Make) -> None:
     assert not found.should_stop
     with pytest.raises(ConfigError, match="patience needs `best`"):
         tiny(eval__best=None, eval__patience=3)
-
-
-@pytest.mark.ray
-def test_a_run_ends_early_and_stays_ended(ray_cluster: None, tiny: Make, tmp_path: Path) -> None:
-    from mlflow import MlflowClient
-
-    config = tiny(name="early", optim__lr=1e-12, train__steps=4000, train__eval_every=4, eval__patience=3)
-    console = Console(file=io.StringIO(), width=200)
-    summary = run_experiment(config, console)
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "zero_shot/top1 has not improved for 3 validations" in shown
-    run = MlflowClient(tracking_uri=summary.tracking_uri).get_run(summary.mlflow_run_id)
-    assert run.info.status == "FINISHED"
-    folder = str(tmp_path / "runs/early")
-    ended = read_manifest(str(latest_checkpoint(folder)))["step"]
-    assert 16 <= ended < 4000
-    validated = {point.step for point in read_points(folder, ended) if METRIC in point.metrics}
-    assert {4, 8, 12, 16} <= validated
-    assert read_manifest(summary.checkpoint)["metrics"][METRIC] == summary.metrics[METRIC]
-
-    said = Console(file=io.StringIO(), width=200)
-    again = run_experiment(config, said)
-    assert "has ended early (--set eval.patience=null trains on)" in said.file.getvalue()  # type: ignore[attr-defined]
-    assert again.checkpoint == summary.checkpoint
-    assert read_manifest(str(latest_checkpoint(folder)))["step"] == ended

@@ -6,7 +6,6 @@ import io
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +14,8 @@ from rich.console import Console
 
 from nev.config.experiment import Experiment
 from nev.models.text import TextTower
+from nev.runs.manifest import latest_checkpoint, read_manifest
+from nev.runs.metrics_log import read_points
 from nev.train.core.step import choose_precision
 from nev.train.driver import alerts as signatures
 from nev.train.driver.alerts import BOUND_POINTS, FLAT_POINTS, FailureAlerts
@@ -115,8 +116,9 @@ def test_a_text_tower_that_is_trained_hard_drifts(tiny: Make, text: TextTower, l
 
 
 @pytest.mark.ray
-def test_a_run_that_fails_says_so_and_bears_tags(
-    ray_cluster: None, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow
+def test_a_run_that_learns_nothing_says_so_bears_tags_ends_early_and_stays_ended(
+    ray_cluster: None, tiny: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A learning rate of next to nothing: the loss stays flat, pictures stay alike, and search is at chance."""
     from mlflow import MlflowClient
@@ -124,12 +126,29 @@ def test_a_run_that_fails_says_so_and_bears_tags(
     monkeypatch.setattr(signatures, "FLAT_POINTS", 8)
     monkeypatch.setattr(signatures, "BOUND_POINTS", 8)
     monkeypatch.setattr(signatures, "COLLAPSE", 0.3)  # to random weights these pictures are alike by 0.36
-    config = tiny(name="fails", optim__lr=1e-12, loss__max_scale=1 / 0.07, train__steps=16)
+    settings = {"train__steps": 4000, "train__eval_every": 4, "eval__patience": 3}
+    config = tiny(name="fails", optim__lr=1e-12, loss__max_scale=1 / 0.07, **settings)
     console = Console(file=io.StringIO(), width=200)
     summary = run_experiment(config, console)
-    tags = MlflowClient(tracking_uri=summary.tracking_uri).get_run(summary.mlflow_run_id).data.tags
+    run = MlflowClient(tracking_uri=summary.tracking_uri).get_run(summary.mlflow_run_id)
+    tags = run.data.tags
     assert {name.removeprefix("nev.alert.") for name in tags if name.startswith("nev.alert.")} == {
         *("flat_loss", "scale_at_bound", "collapse", "zero_shot_at_chance", "search_at_chance")
     }
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert all(tags[name] in shown for name in tags if name.startswith("nev.alert."))
+
+    assert "zero_shot/top1 has not improved for 3 validations" in shown
+    assert run.info.status == "FINISHED"
+    folder = summary.checkpoint.rsplit("/checkpoints/", 1)[0]
+    last = read_manifest(str(latest_checkpoint(folder)))["step"]
+    assert 16 <= last < 4000
+    validated = {point.step for point in read_points(folder, last) if "zero_shot/top1" in point.metrics}
+    assert {4, 8, 12, 16} <= validated
+    assert read_manifest(summary.checkpoint)["metrics"]["zero_shot/top1"] == summary.metrics["zero_shot/top1"]
+
+    console = Console(file=io.StringIO(), width=200)
+    again = run_experiment(config, console)
+    assert "has ended early (--set eval.patience=null trains on)" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert again.checkpoint == summary.checkpoint
+    assert read_manifest(str(latest_checkpoint(folder)))["step"] == last
