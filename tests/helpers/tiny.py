@@ -12,11 +12,11 @@ from nev.config.file import parse
 REFERENCE = {"train__steps": 30, "train__eval_every": 10, "train__checkpoint_every": 10, "train__keep_last": 8}
 
 
-def make_tiny(pictures: Path, output: Path, **overrides: object) -> Experiment:
-    """An experiment over the set of the fixture `pictures`. overrides: `section__key=value`."""
+def make_tiny(pictures: Path, folder: Path, **overrides: object) -> Experiment:
+    """An experiment over the set of the fixture `pictures`, its runs in `folder`. overrides: `section__key=value`."""
     raw = {
         "name": "tiny",
-        "output": str(output),
+        "output": str(folder),
         "data": {
             "train": str(pictures / "train"),
             "val": str(pictures / "val"),
