@@ -47,7 +47,7 @@ def steps_with_checkpoints(pictures: Path, every: int | None) -> Spent:
         inputs = check_inputs(config, text)
         job, reader = make_job(config, text, inputs), make_reader(config, text, inputs.index)
         me = RankContext(0, 1, torch.device("cpu"), choose_precision("fp32", torch.device("cpu")))
-        learner, start = make_train_state(load_model(job), job, me)
+        learner, start = make_train_state(load_model(job, me, 0), job, me)
         block = reader.read(job.plan.segments(0), 0)
 
         def blocks() -> Iterator[Block]:

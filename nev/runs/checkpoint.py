@@ -19,13 +19,19 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from nev.runs.manifest import FORMAT, CheckpointState, Damaged, Unreadable, read_manifest, remove_checkpoint, verify
+from nev.runs.manifest import (
+    FORMAT,
+    CheckpointState,
+    Damaged,
+    Unreadable,
+    checkpoint_location,
+    read_manifest,
+    remove_checkpoint,
+)
 from nev.storage.files import filesystem, join, list_files, remedy, storage_errors, storage_errors_as, write_atomic
 
-PARTS = ("model", "optimizer", "rng")
-Trained = tuple[
-    dict[str, Tensor], dict[str, Tensor]
-]  # of the model and of its optimiser, by name; on the CPU, contiguous
+# Of the model and of its optimiser, by name; on the CPU, contiguous.
+Trained = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 def save(
@@ -36,7 +42,7 @@ def save(
     tensors: the model's, and its optimiser's. rng: uint8 [n] states by name. beside: further files by name, complete and
     checksummed with the rest.
     """
-    location = join(run, "checkpoints", f"step-{state.step:08d}")
+    location = checkpoint_location(run, state.step)
     with storage_errors_as(location, "listed"):
         left = list_files(location)
     if left:
@@ -64,29 +70,31 @@ def _write(location: str, name: str, data: bytes) -> None:
         write_atomic(join(location, name), data)
 
 
-def load(location: str) -> tuple[CheckpointState, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """(state, model, optimiser and rng tensors) of a checkpoint, checksums verified. Raises CheckpointError."""
-    manifest = verify(location, besides=[f"{name}.safetensors" for name in PARTS])  # whose checksums are taken below
-    model, optimizer, rng = (_tensors(location, manifest, name) for name in PARTS)
-    return _state(manifest), model, optimizer, rng
+def load_model(location: str, verified: bool = False) -> tuple[CheckpointState, dict[str, Tensor]]:
+    """The state of a checkpoint, and its model's tensors. Raises CheckpointError.
 
-
-def load_model(location: str) -> tuple[CheckpointState, dict[str, Tensor]]:
-    """The state and the model's tensors alone."""
+    verified: the caller has verified the checkpoint (`nev.runs.manifest.verify`), so no checksum is computed.
+    """
     manifest = read_manifest(location)
-    return _state(manifest), _tensors(location, manifest, "model")
+    return _state(manifest), _tensors(location, manifest, "model", verified)
+
+
+def load_training_state(location: str, verified: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The optimiser's tensors of a checkpoint, and its random states: what training alone needs. As `load_model`."""
+    manifest = read_manifest(location)
+    return _tensors(location, manifest, "optimizer", verified), _tensors(location, manifest, "rng", verified)
 
 
 def _state(manifest: dict[str, Any]) -> CheckpointState:
     return CheckpointState(**{key: manifest[key] for key in CheckpointState.__dataclass_fields__})
 
 
-def _tensors(location: str, manifest: dict[str, Any], name: str) -> dict[str, Tensor]:
+def _tensors(location: str, manifest: dict[str, Any], name: str, verified: bool) -> dict[str, Tensor]:
     file = f"{name}.safetensors"
     fs, path = filesystem(join(location, file))
     try:
         data = fs.cat_file(path)
-        if hashlib.sha256(data).hexdigest() != manifest["sha256"].get(file):
+        if not verified and hashlib.sha256(data).hexdigest() != manifest["sha256"].get(file):
             raise Damaged(f"{location}/{file}: damaged (its sha256 is not the one in state.json)")
         return safetensors.torch.load(data)
     except FileNotFoundError as error:

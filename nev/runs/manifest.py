@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
@@ -78,13 +79,30 @@ def read_manifest(location: str) -> dict[str, Any]:
     return manifest
 
 
-def list_checkpoints(run: str) -> list[str]:
-    """Locations of the complete checkpoints of a run, oldest first. Raises StorageError where they cannot be listed."""
+def checkpoint_location(run: str, step: int) -> str:
+    """Where the checkpoint of a step lies."""
+    return join(run, "checkpoints", f"step-{step:08d}")
+
+
+def checkpoint_step(location: str) -> int | None:
+    """The step of a checkpoint, from its folder's name; None for a folder that nev did not name, as `step-00000500.bak`."""
+    name = location.rstrip("/").rpartition("/")[2]
+    digits = name.removeprefix("step-")
+    return int(digits) if re.fullmatch("[0-9]+", digits) and name == f"step-{int(digits):08d}" else None
+
+
+def list_steps(run: str) -> list[int]:
+    """The steps of the complete checkpoints of a run, in order. Raises StorageError where they cannot be listed."""
     folder = join(run, "checkpoints")
     with storage_errors_as(folder, "listed"):
-        places = [file.split("/") for file in list_files(folder)]
-    names = [parts[0] for parts in places if parts[0].startswith("step-") and parts[1:] == ["state.json"]]
-    return [join(folder, name) for name in names]
+        files = [file.split("/") for file in list_files(folder)]
+    steps = [checkpoint_step(parts[0]) for parts in files if parts[1:] == ["state.json"]]
+    return sorted(step for step in steps if step is not None)
+
+
+def list_checkpoints(run: str) -> list[str]:
+    """Locations of the complete checkpoints of a run, oldest first. Raises StorageError where they cannot be listed."""
+    return [checkpoint_location(run, step) for step in list_steps(run)]
 
 
 def latest_checkpoint(run: str) -> str | None:
@@ -93,23 +111,26 @@ def latest_checkpoint(run: str) -> str | None:
     return found[-1] if found else None
 
 
-class LatestValid(NamedTuple, Generic[Read]):
-    """The newest checkpoint that is whole: what was read of it, and the newer ones that are not, each with its damage."""
+class LatestValid(NamedTuple):
+    """The newest valid checkpoint.
+
+    damaged: the damage of each newer checkpoint.
+    """
 
     location: str
-    read: Read
+    manifest: dict[str, Any]
     damaged: list[str]
 
 
-def latest_valid(run: str, read: Callable[[str], Read]) -> LatestValid[Read] | None:
-    """The newest checkpoint that `read` reads without finding it Damaged; None for a run without a checkpoint.
+def latest_valid(run: str) -> LatestValid | None:
+    """Verify the checkpoints of a run, newest first, and return the first valid one; None for a run without a checkpoint.
 
-    Raises CheckpointError where all are damaged, since only a person may say to start over, and where one cannot be read.
+    Raises CheckpointError where all are damaged, since only a person may decide to start over, and where one cannot be read.
     """
     damaged: list[str] = []
     for location in reversed(list_checkpoints(run)):
         try:
-            return LatestValid(location, read(location), damaged)
+            return LatestValid(location, verify(location), damaged)
         except Damaged as error:
             damaged.append(str(error))
     if damaged:
@@ -120,12 +141,15 @@ def latest_valid(run: str, read: Callable[[str], Read]) -> LatestValid[Read] | N
     return None
 
 
-def verify(location: str, besides: Collection[str] = ()) -> dict[str, Any]:
-    """The manifest of a checkpoint, every file of which but `besides` was read and is as it was written; else raises Damaged."""
+def verify(location: str) -> dict[str, Any]:
+    """Read every file of a checkpoint and return its manifest. Raises Damaged where a file is not as it was written.
+
+    A checkpoint in the folder of another step is damaged, too.
+    """
     manifest = read_manifest(location)
+    if checkpoint_step(location) not in (None, manifest["step"]):
+        raise Damaged(f"{location}/state.json: damaged (it is the checkpoint of step {manifest['step']})")
     for name, digest in manifest["sha256"].items():
-        if name in besides:
-            continue
         if "/" in name:
             raise Damaged(f"{location}/state.json: damaged (it names {name!r}, which is no file of a checkpoint)")
         fs, path = filesystem(join(location, name))
@@ -180,11 +204,8 @@ def pending_validation(run: str, validated: Callable[[int], bool]) -> list[str]:
 
     validated: whether those of a step are.
     """
-    return [
-        location
-        for location in list_checkpoints(run)
-        if validated(int(location.rsplit("-", 1)[1])) and _unscored(location)
-    ]
+    locations = [checkpoint_location(run, step) for step in list_steps(run) if validated(step)]
+    return [location for location in locations if _unscored(location)]
 
 
 def _unscored(location: str) -> bool:
@@ -196,9 +217,9 @@ def _unscored(location: str) -> bool:
 
 def remove_checkpoints_after(run: str, step: int) -> None:
     """Remove the checkpoints beyond `step`, which a run goes on from since they are damaged."""
-    for location in list_checkpoints(run):
-        if int(location.rsplit("-", 1)[1]) > step:
-            remove_checkpoint(location)
+    for newer in list_steps(run):
+        if newer > step:
+            remove_checkpoint(checkpoint_location(run, newer))
 
 
 def prune_checkpoints(

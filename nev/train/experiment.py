@@ -105,7 +105,7 @@ def train_and_validate(
         if start_step < job.stop_step and early_stopping.should_stop:
             logger.warn(f"{early_stopping}: the run has ended early (--set eval.patience=null trains on)")
         elif start_step < job.stop_step:
-            run_workers(job, prepared.reader, mailbox, monitor)
+            run_workers(job, prepared.reader, mailbox, monitor, start_step)
         monitor.wait_for_validation()
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from nev.config.experiment import Experiment
 from nev.data.plan import Plan
 from nev.eval.validation.task import Validation
-from nev.runs.manifest import latest_valid, verify
+from nev.runs.manifest import latest_valid
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class ResumePoint:
 
 def find_resume_point(run: str) -> ResumePoint:
     """The step of the newest valid checkpoint. Raises CheckpointError where every checkpoint is damaged."""
-    checkpoint = latest_valid(run, verify)
-    return ResumePoint() if checkpoint is None else make_resume_point(checkpoint.read)
+    checkpoint = latest_valid(run)
+    return ResumePoint() if checkpoint is None else make_resume_point(checkpoint.manifest)
 
 
 def make_resume_point(manifest: dict[str, Any]) -> ResumePoint:

@@ -60,11 +60,12 @@ Report = Callable[[Metrics | Note | CheckpointSaved], None]  # what a step, and 
 
 
 class Mailbox:
-    """The actor between rank 0 and the driver: messages one way, the driver's stop request the other way."""
+    """The actor between rank 0 and the driver: messages one way, the start step and the stop request the other way."""
 
     def __init__(self) -> None:
         self._messages: list[Message] = []
         self._stop = asyncio.Event()
+        self._start_step = 0
 
     async def post(self, message: Message) -> None:
         """Add a message."""
@@ -74,6 +75,14 @@ class Mailbox:
         """Remove all messages and return them, oldest first."""
         messages, self._messages = self._messages, []
         return messages
+
+    async def set_start_step(self, step: int) -> None:
+        """Set the step from which the next workers train: that of a verified checkpoint, 0 for a new run."""
+        self._start_step = step
+
+    async def start_step(self) -> int:
+        """The step of the latest `set_start_step`."""
+        return self._start_step
 
     async def request_stop(self) -> None:
         """Ask the workers to save a checkpoint and to exit."""

@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from nev.runs import checkpoint
-from nev.runs.manifest import latest_checkpoint, list_checkpoints
+from nev.runs.manifest import list_checkpoints, list_steps
 from nev.runs.metrics_log import load_mlflow_run_id
 from nev.runs.tracking import Tracker, _client
 
@@ -99,7 +99,7 @@ class Run:
 
     def newest(self) -> int:
         """The step of its newest checkpoint, 0 where there is none."""
-        return int((latest_checkpoint(self.folder) or "-0").rsplit("-", 1)[1])
+        return max(list_steps(self.folder), default=0)
 
     def finish(self, seconds: float = LIMIT_S) -> int:
         """Wait for the driver's end; its exit status."""
@@ -114,7 +114,9 @@ class Run:
 
     def result(self) -> Result:
         """What the finished run left."""
-        state, weights, moments, _ = checkpoint.load(list_checkpoints(self.folder)[-1])
+        newest = list_checkpoints(self.folder)[-1]
+        state, weights = checkpoint.load_model(newest)
+        moments, _ = checkpoint.load_training_state(newest)
         counts = {int(value) for name, value in moments.items() if name.endswith("/step")}
         assert len(counts) == 1, counts
         uri = self.tracking_uri()

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from helpers.checkpoints import load_checkpoint
 
-from nev.runs import checkpoint
 from nev.runs.manifest import latest_checkpoint
 from nev.runs.metrics_log import read_points
 from nev.storage.files import upload
@@ -140,7 +140,7 @@ def test_workers_come_and_go(cluster: Machines, pictures: Path, tmp_path: Path) 
         trainers(3)
     finally:
         run.end()
-    state, _, moments, _ = checkpoint.load(latest_checkpoint(run.folder) or "")
+    state, _, moments, _ = load_checkpoint(latest_checkpoint(run.folder) or "")
     assert {int(value) for name, value in moments.items() if name.endswith("/step")} == {state.step}
     assert state.bad_rows == 0
     losses = [point.step for point in read_points(run.folder, state.step) if "loss" in point.metrics]

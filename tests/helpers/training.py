@@ -17,10 +17,10 @@ from nev.runs import checkpoint
 from nev.train.core.step import choose_precision
 from nev.train.driver.preflight import check_inputs
 from nev.train.driver.setup import make_job, make_reader
-from nev.train.job import Job
+from nev.train.job import Job, ResumePoint, find_resume_point
 from nev.train.messages import CheckpointSaved, Metrics, Note
 from nev.train.worker.loop import train
-from nev.train.worker.state import RankContext, load_model, make_train_state
+from nev.train.worker.state import RankContext, TrainState, load_model, make_train_state
 
 CPU = torch.device("cpu")
 
@@ -57,10 +57,15 @@ def blocks(reader: BlockReader, plan: Plan, first: int, last: int, rank: int = 0
         yield block
 
 
+def load_train_state(job: Job, ctx: RankContext) -> tuple[TrainState, ResumePoint]:
+    """What a rank trains, from where the run of the job stands. Every rank calls this."""
+    return make_train_state(load_model(job, ctx, find_resume_point(job.run).step), job, ctx)
+
+
 def run_bare(job: Job, reader: BlockReader, stream: Iterator[Block] | None = None) -> dict[int, dict[str, float]]:
     """Train in this process from where the job stands; returns the reported metrics by step."""
     ctx = RankContext(0, 1, CPU, choose_precision(job.config.train.precision, CPU))
-    learner, start = make_train_state(load_model(job), job, ctx)
+    learner, start = load_train_state(job, ctx)
     reports = Reports()
     train(job, ctx, learner, start, stream or blocks(reader, job.plan, start.step, job.stop_step), reports)
     return reports.metrics

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.training import Reports, prepare_job, train_reader
+from helpers.training import Reports, load_train_state, prepare_job, train_reader
 from transformers import BertConfig, BertModel
 
 from nev.config.experiment import Experiment
@@ -24,7 +24,7 @@ from nev.train.core import step as step_module
 from nev.train.core.step import choose_precision
 from nev.train.job import Job
 from nev.train.worker.loop import train
-from nev.train.worker.state import RankContext, load_model, make_train_state
+from nev.train.worker.state import RankContext
 
 CONFIG = Path(__file__).parents[2] / "configs" / "nomic_embed_vision_v1_5.yaml"
 CPU = torch.device("cpu")
@@ -103,7 +103,7 @@ def test_every_number_reaches_the_run(
 
     me = RankContext(0, 1, CPU, choose_precision(config.train.precision, CPU))
     assert me.precision.dtype is torch.bfloat16
-    learner, start = make_train_state(load_model(task), task, me)
+    learner, start = load_train_state(task, me)
     tower = learner.model.vision
     for layer in tower.trunk.blocks.modules():
         if isinstance(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.checkpoints import load_checkpoint
 from torch import Tensor, nn
 
 from nev.config.experiment import Optim
@@ -51,9 +53,9 @@ def test_resumed_training_equals_undisturbed_bit_for_bit(tmp_path: Path) -> None
 
     fresh = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
     again = make_optimizer(fresh, Optim(lr=0.1, weight_decay=0.1))
-    found, weights, moments, rng = checkpoint.load(location)
+    found, weights, moments, rng = load_checkpoint(location)
     fresh.load_state_dict(weights)
-    load_optimizer(fresh, again, moments)
+    load_optimizer(fresh, again, moments, 1)
     restore_rng(rng, 0, CPU, seed=0, step=found.step)
     for _ in range(3):
         step(fresh, again)
@@ -72,6 +74,50 @@ def test_another_world_size_draws_differently_on_each_rank() -> None:
     assert not torch.equal(first, second)
 
 
+def test_a_gpu_without_a_saved_state_draws_differently_on_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint of a CPU run, resumed on GPUs: the CPUs' generators go on, the GPUs' are seeded apart."""
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    saved = {f"{rank}/cpu": torch.Generator().manual_seed(rank).get_state() for rank in range(2)}
+    torch.manual_seed(7)  # as the workers do before they draw the weights
+    for rank in range(2):
+        restore_rng(saved, rank, torch.device("cuda"), seed=1, step=5)
+        assert torch.equal(torch.get_rng_state(), saved[f"{rank}/cpu"])
+    assert len(set(seeds)) == 3, "rank 0, rank 1, and the weights"
+    restored: list[Tensor] = []
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.append(state))
+    restore_rng({**saved, "1/cuda": saved["0/cpu"]}, 1, torch.device("cuda"), seed=1, step=5)
+    assert torch.equal(restored[0], saved["0/cpu"])
+
+
+@pytest.mark.parametrize("name", ["step-00000500.bak", "step-00000500-copy", "step-500", "step-", "old"])
+def test_only_step_and_digits_is_a_checkpoint(tmp_path: Path, name: str) -> None:
+    model, optimizer = trained()
+    run = str(tmp_path)
+    for number in (1, 2, 3):
+        saved = checkpoint.save(run, state(number), gather_tensors(model, optimizer), gather_rng(CPU, 1))
+    shutil.copytree(saved, tmp_path / "checkpoints" / name)
+    assert manifest.latest_checkpoint(run) == saved
+    assert find_resume_point(run).step == 3
+    assert manifest.list_steps(run) == [1, 2, 3]
+    assert manifest.best_checkpoint(run, "top1") is None
+    assert len(manifest.pending_validation(run, lambda step: step > 1)) == 2
+    manifest.prune_checkpoints(run, keep_last=1, keep_best=None)
+    manifest.remove_checkpoints_after(run, 0)
+    assert manifest.list_steps(run) == []
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [name], "what nev did not write stays"
+
+
+def test_a_checkpoint_in_the_folder_of_another_step_is_damaged(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    saved = checkpoint.save(str(tmp_path), state(1), gather_tensors(model, optimizer), gather_rng(CPU, 1))
+    shutil.copytree(saved, tmp_path / "checkpoints" / "step-00000009")
+    found = manifest.latest_valid(str(tmp_path))
+    assert found
+    assert found.location == saved
+    assert "step-00000009/state.json: damaged (it is the checkpoint of step 1)" in found.damaged[0]
+
+
 def test_folder_without_manifest_is_not_a_checkpoint(tmp_path: Path) -> None:
     model, optimizer = trained()
     older = checkpoint.save(str(tmp_path), state(1), gather_tensors(model, optimizer), gather_rng(CPU, 1))
@@ -80,11 +126,11 @@ def test_folder_without_manifest_is_not_a_checkpoint(tmp_path: Path) -> None:
     Path(newer, "state.json").unlink()  # as a process that died before its last write would leave it
     assert manifest.latest_checkpoint(str(tmp_path)) == older
     with pytest.raises(CheckpointError, match=r"not a checkpoint .*There is .*step-00000001"):
-        checkpoint.load(newer)
+        load_checkpoint(newer)
     with pytest.raises(CheckpointError, match=r"not a checkpoint .*There is .*step-00000001"):
-        checkpoint.load(str(tmp_path))
+        load_checkpoint(str(tmp_path))
     with pytest.raises(CheckpointError, match=r"not a checkpoint .*Checkpoints lie in RUN/checkpoints/step-\.\.\."):
-        checkpoint.load(str(tmp_path / "nothing"))
+        load_checkpoint(str(tmp_path / "nothing"))
     assert checkpoint.save(str(tmp_path), state(2), gather_tensors(model, optimizer), gather_rng(CPU, 1)) == newer
     assert manifest.latest_checkpoint(str(tmp_path)) == newer
 
@@ -97,7 +143,7 @@ def test_damage_is_found_and_named(tmp_path: Path, part: str) -> None:
     data[-1] ^= 1
     Path(location, part).write_bytes(data)
     with pytest.raises(CheckpointError, match=rf"{part}.*damaged"):
-        checkpoint.load(location)
+        load_checkpoint(location)
 
 
 def test_manifest_that_is_not_json_is_an_error(tmp_path: Path) -> None:
@@ -105,7 +151,7 @@ def test_manifest_that_is_not_json_is_an_error(tmp_path: Path) -> None:
     location = checkpoint.save(str(tmp_path), state(1), gather_tensors(model, optimizer), gather_rng(CPU, 1))
     Path(location, "state.json").write_text("{")
     with pytest.raises(CheckpointError, match="damaged"):
-        checkpoint.load(location)
+        load_checkpoint(location)
 
 
 def test_nothing_but_safetensors_and_json(tmp_path: Path) -> None:
@@ -162,12 +208,11 @@ def test_the_one_before_a_damaged_checkpoint_is_used(tmp_path: Path, part: str) 
         Path(newer, "rng.safetensors").unlink()
     else:
         damage(newer, part)
-    for read in (manifest.verify, checkpoint.load):
-        found = manifest.latest_valid(run, read)
-        assert found
-        assert found.location == older
-        assert len(found.damaged) == 1
-        assert newer in found.damaged[0]
+    found = manifest.latest_valid(run)
+    assert found
+    assert found.location == older
+    assert len(found.damaged) == 1
+    assert newer in found.damaged[0]
     assert find_resume_point(run).step == 1
     damage(older, "model.safetensors")
     with pytest.raises(CheckpointError, match=r"no checkpoint is whole:\n  .*00000002.*\n  .*00000001/model"):
@@ -175,7 +220,7 @@ def test_the_one_before_a_damaged_checkpoint_is_used(tmp_path: Path, part: str) 
 
 
 def test_a_run_without_a_checkpoint_begins(tmp_path: Path) -> None:
-    assert manifest.latest_valid(str(tmp_path), manifest.verify) is None
+    assert manifest.latest_valid(str(tmp_path)) is None
     assert find_resume_point(str(tmp_path)).step == 0
 
 

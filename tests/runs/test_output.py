@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers.checkpoints import load_checkpoint
 from helpers.s3_server import Proxy, mixed_faults
 from helpers.tiny import REFERENCE
 from mlflow import MlflowClient
@@ -75,7 +76,7 @@ def test_checkpoints_are_kept_as_in_a_folder(fault: str, s3: Proxy, impatient: N
     manifest.prune_checkpoints(RUN, keep_last=1, keep_best="score")
     assert manifest.list_checkpoints(RUN) == [step_folder(2), step_folder(4)]
     assert len(filesystem(RUN)[0].find(PATH)) == 2 * 5, "what was pruned is gone"
-    found, weights, moments, states = checkpoint.load(step_folder(4))
+    found, weights, moments, states = load_checkpoint(step_folder(4))
     assert found == state(4, 0.2)
     assert torch.equal(weights["weight"], model.weight)
     assert torch.equal(moments["weight/exp_avg"], optimizer.state[model.weight]["exp_avg"])
@@ -130,7 +131,7 @@ def test_a_failure_for_good_names_the_object_and_what_to_do(s3: Proxy, impatient
             attempt()
     s3.rule = lambda method, path, span, before: "500" if path.endswith("/model.safetensors") else None
     with pytest.raises(manifest.CheckpointError, match=r"00001/model\.safetensors: cannot be read .*AWS_ENDPOINT_URL"):
-        checkpoint.load(step_folder(1))
+        load_checkpoint(step_folder(1))
 
 
 @pytest.mark.parametrize("fault", ["500", "503"])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from helpers.checkpoints import load_checkpoint
 from rich.console import Console
 
 from nev.config.base import ConfigError
@@ -62,7 +63,7 @@ def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path: Path, part: str) -> None:
     stated["sha256"][part] = hashlib.sha256((location / part).read_bytes()).hexdigest()  # whoever wrote it did it well
     (location / "state.json").write_text(json.dumps(stated))
     with pytest.raises(Damaged, match=rf"{part}: damaged"):
-        checkpoint.load(str(location))
+        load_checkpoint(str(location))
     assert not proof.exists()
 
 
@@ -134,7 +135,7 @@ def test_keys_with_odd_characters_are_taken_as_they_are(s3: Proxy) -> None:
     assert location.startswith(run)
     assert manifest.list_checkpoints(run) == [location]
     assert manifest.verify(location)["step"] == 1
-    assert torch.equal(checkpoint.load(location)[1]["weight"], model.weight)
+    assert torch.equal(load_checkpoint(location)[1]["weight"], model.weight)
     manifest.remove_checkpoint(location)
     assert manifest.list_checkpoints(run) == []
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.gloo import on_ranks
-from helpers.training import Reports, blocks, prepare_job, train_reader
+from helpers.training import Reports, blocks, load_train_state, prepare_job, train_reader
 
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
@@ -24,7 +24,7 @@ from nev.train.job import Job, find_resume_point
 from nev.train.worker.batch import BatchBuilder
 from nev.train.worker.collectives import StopConsensus
 from nev.train.worker.loop import train
-from nev.train.worker.state import RankContext, load_model, make_train_state
+from nev.train.worker.state import RankContext
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 def _trains(rank: int, job: Job, reader: BlockReader, world: int, leave_after: int | None) -> dict[str, Any]:
     me = RankContext(rank, world, CPU, choose_precision("fp32", CPU))
-    learner, start = make_train_state(load_model(job), job, me)
+    learner, start = load_train_state(job, me)
     asked = [0]
     reports = Reports()
 

@@ -32,7 +32,7 @@ from nev.train.core.state_dict import Tensors, gather_tensors, load_optimizer, u
 from nev.train.core.step import Batch, train_step
 from nev.train.core.vision_setup import apply_train_options
 from nev.train.experiment import run_experiment
-from nev.train.worker.state import load_model
+from nev.train.worker.state import build_model
 
 Make = Callable[..., Experiment]
 WORLD, STEPS = 2, 3
@@ -126,12 +126,13 @@ def _goes_on(rank: int, folder: str, fsdp: bool) -> dict[str, Any]:
     dist.barrier()
 
     again = made(config.model_copy(update={"seed": 5}))
-    _, weights, moments, _ = checkpoint.load(f"{folder}/checkpoints/step-00000001")
-    again.load_state_dict(weights)
+    location = f"{folder}/checkpoints/step-00000001"
+    again.load_state_dict(checkpoint.load_model(location)[1])
+    moments = checkpoint.load_training_state(location)[0] if rank == 0 else {}
     assert not unknown_parameters(again, moments)
     wrapped_again = distribute(again, fsdp, WORLD, CPU)
     optimizer_again = make_optimizer(again, config.optim)
-    load_optimizer(again, optimizer_again, moments)
+    load_optimizer(again, optimizer_again, moments, WORLD)
     resumed = steps(wrapped_again, optimizer_again, config, share(rank), 2)
     pairs = [
         (full_tensor(a).detach(), full_tensor(b).detach())
@@ -186,7 +187,7 @@ def test_batch_norm_is_refused(tiny: Make) -> None:
     trunk = {"vision__trunk": "resnet10t", "vision__trunk_args": {}, "vision__pool": "mean"}
     config = tiny(train__fsdp=True, eval={}, data__val=None, **trunk)
     with pytest.raises(ConfigError, match=r"train\.fsdp: vision\.trunk\.\S+ is a batch norm"):
-        load_model(prepare_job(config, load_text(config.text)))
+        build_model(prepare_job(config, load_text(config.text)), resumed=False)
 
 
 def test_a_process_alone_splits_nothing() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.gloo import on_ranks
 from helpers.steps import batch, experiment, made, poisoned
-from helpers.training import Reports, blocks, prepare_job, train_reader, weights
+from helpers.training import Reports, blocks, load_train_state, prepare_job, train_reader, weights
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -35,7 +35,7 @@ from nev.train.job import Job, find_resume_point
 from nev.train.messages import Metrics, Note, open_mailbox
 from nev.train.worker.guards import MEMORY, WINDOW, Diverged, GuardState, judge
 from nev.train.worker.loop import train
-from nev.train.worker.state import RankContext, load_model, make_train_state
+from nev.train.worker.state import RankContext
 
 Make = Callable[..., Experiment]
 CPU = torch.device("cpu")
@@ -165,7 +165,7 @@ def test_all_ranks_skip_what_one_of_them_spoils(tmp_path: Path) -> None:
 
 def run(job: Job, stream: Iterator[Block]) -> tuple[dict[int, dict[str, float]], list[str]]:
     me = RankContext(0, 1, CPU, choose_precision("fp32", CPU))
-    learner, start = make_train_state(load_model(job), job, me)
+    learner, start = load_train_state(job, me)
     reports = Reports()
     train(job, me, learner, start, stream, reports)
     return reports.metrics, reports.notes

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.gloo import on_ranks
 from helpers.steps import CLOSE, CPU, FP32, ROWS, SIZE, TRUNK, VALID, WIDTH, batch, gradients, parts_of, steps
-from helpers.training import blocks, prepare_job, run_bare, train_reader, weights
+from helpers.training import blocks, load_train_state, prepare_job, run_bare, train_reader, weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -40,7 +40,7 @@ from nev.train.core.parallel import distribute
 from nev.train.core.state_dict import gather_tensors
 from nev.train.core.step import Batch
 from nev.train.worker.loop import TowerMoved, refuse_moved, train
-from nev.train.worker.state import RankContext, load_model, make_train_state
+from nev.train.worker.state import RankContext
 
 Make = Callable[..., Experiment]
 WORLD, STEPS, LONGEST = 2, 3, 7
@@ -255,7 +255,7 @@ def test_a_locked_tower_that_moves_voids_the_run(lock: str, tiny: Make, text: Te
     save_file({f"vision.{name}": tensor for name, tensor in tower.items()}, file)
     config = tiny(lock=lock, text__mode="online", vision__weights=str(file), train__steps=2, data__val=None, eval={})
     job, me = prepare_job(config, text), RankContext(0, 1, CPU, FP32)
-    learner, start = make_train_state(load_model(job), job, me)
+    learner, start = load_train_state(job, me)
     held = learner.model.vision if lock == "image" else learner.tower.model  # type: ignore[union-attr]
 
     def pushing() -> Iterator[Block]:

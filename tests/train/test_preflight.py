@@ -17,14 +17,13 @@ from nev.config.experiment import Experiment
 from nev.config.paths import with_absolute_paths
 from nev.data import index
 from nev.models.text import TextTower, load_text
-from nev.runs import checkpoint
+from nev.runs import checkpoint, manifest
 from nev.runs.folder import check_output, check_space, run_folder
 from nev.runs.manifest import list_checkpoints, verify
 from nev.runs.metrics_log import save_mlflow_run_id
 from nev.runs.tracking import local_artifacts, open_run, tracking_uri
 from nev.storage.reading import DataError
 from nev.train.capacity import checkpoint_bytes, weight_bytes
-from nev.train.driver import preflight
 from nev.train.driver.preflight import check_disk, prepare
 from nev.train.experiment import run_experiment
 
@@ -165,7 +164,7 @@ def test_a_run_that_goes_on_is_verified_once_and_its_damage_is_reported(
         verified.append(location[-1])
         return verify(location)
 
-    monkeypatch.setattr(preflight, "verify", counted)
+    monkeypatch.setattr(manifest, "verify", counted)
     prepared = prepare(config)
     assert verified == ["4", "2"]
     assert prepared.resume.step == 2

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from helpers.training import blocks, prepare_job, train_reader
+from helpers.training import blocks, load_train_state, prepare_job, train_reader
 from rich.console import Console
 
 from nev.config.experiment import Experiment
@@ -23,7 +23,7 @@ from nev.train.experiment import run_experiment
 from nev.train.messages import CheckpointSaved, Metrics, Note
 from nev.train.worker.guards import Diverged
 from nev.train.worker.loop import train
-from nev.train.worker.state import RankContext, load_model, make_train_state
+from nev.train.worker.state import RankContext
 
 Make = Callable[..., Experiment]
 GUESS = math.log(64)
@@ -93,7 +93,7 @@ def watched(config: Experiment, text: TextTower) -> set[str]:
     signs, seen = FailureAlerts(config), set()
     job = prepare_job(config, text)
     me = RankContext(0, 1, torch.device("cpu"), choose_precision("fp32", torch.device("cpu")))
-    learner, start = make_train_state(load_model(job), job, me)
+    learner, start = load_train_state(job, me)
 
     def report(message: Metrics | Note | CheckpointSaved) -> None:
         if isinstance(message, Metrics):

@@ -83,7 +83,7 @@ def test_convolutions_lie_as_the_pixels_do_and_so_do_their_moments_after_a_check
 
     again, anew = made_of_convolutions()
     again.load_state_dict(tensors.model)
-    load_optimizer(again, anew, tensors.optimizer)
+    load_optimizer(again, anew, tensors.optimizer, 1)
     train_step(again, anew, given, config, FP32)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from nev.common.collectives import gather_on_rank_0
 from nev.data.block import Block
 from nev.data.plan import in_order
 from nev.data.sidecar import Encode
@@ -32,13 +31,7 @@ def validate(
     Collectives: one gather of objects, none where W = 1.
     """
     parts = embed_blocks(task, embed, rank, world, lockstep)
-    gathered: list[Any] = [None] * world
-    if world > 1:
-        import torch.distributed as dist
-
-        dist.gather_object(parts, gathered if rank == 0 else None)
-    else:
-        gathered = [parts]
+    gathered = gather_on_rank_0(parts, rank, world)
     texts = load_validation_texts(task, encode) if rank == 0 or (lockstep and encode) else Texts()
     if rank != 0:
         return None

@@ -8,6 +8,8 @@ because FSDP2 takes no 0-d parameter: their gradients are averaged here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -73,6 +75,19 @@ def local_shard(full: Tensor, like: Tensor) -> Tensor:
 
     assert isinstance(like, DTensor)
     return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def broadcast_tensors(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Overwrite each tensor by rank 0's, one tensor after another. Every rank calls this with tensors of the same shapes.
+
+    device: where the backend of torch.distributed takes tensors from (NCCL: this rank's GPU). A copy of one tensor at a time
+    lies there.
+    """
+    for tensor in tensors:
+        sent = tensor.detach().to(device).contiguous()
+        dist.broadcast(sent, src=0)
+        if sent.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(sent)
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:

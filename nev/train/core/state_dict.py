@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from nev.common.collectives import broadcast_object
 from nev.train.core.parallel import full_tensor, local_shard
 
 
@@ -53,11 +55,21 @@ def unknown_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> list[str
     return sorted({key.rpartition("/")[0] for key in tensors} - {name for name, _ in model.named_parameters()})
 
 
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put `optimizer_tensors` back, whole as they are, into an optimiser whose parameters FSDP may have split."""
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], world: int) -> None:
+    """Set the optimiser's state to rank 0's `optimizer_tensors`. Every rank calls this.
+
+    tensors: on rank 0 whole tensors, removed as they are loaded; ignored on the other ranks.
+    Rank 0 sends one tensor after another. A rank keeps its part where FSDP has split the parameter, so no rank but 0 ever has
+    more than one whole tensor beside its own state.
+    """
+    shapes = broadcast_object({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}, world)
     parameters = dict(model.named_parameters())
-    for key, value in tensors.items():
-        name, _, slot = key.rpartition("/")
-        parameter = parameters[name]
+    for name, (shape, dtype) in shapes.items():
+        parameter_name, _, slot = name.rpartition("/")
+        parameter = parameters[parameter_name]
+        first = world == 1 or dist.get_rank() == 0
+        tensor = (tensors.pop(name) if first else torch.empty(shape, dtype=dtype)).to(parameter.device)
+        if world > 1:
+            dist.broadcast(tensor, src=0)
         # AdamW keeps `step` as one number in float32; fused AdamW wants all on the parameter's device.
-        optimizer.state[parameter][slot] = local_shard(value, parameter) if value.ndim else value.to(parameter.device)
+        optimizer.state[parameter][slot] = local_shard(tensor, parameter) if tensor.ndim else tensor

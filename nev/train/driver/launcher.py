@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +35,10 @@ class TrainingFailed(NevError, RuntimeError):
     """The run could not be finished. The message is the first cause, without Ray's frames."""
 
 
-def run_workers(job: Job, reader: BlockReader, mailbox: Any, monitor: TrainMonitor) -> None:
-    """Train on the connected Ray cluster, from the newest checkpoint to `job.stop_step` or to an early stop.
+def run_workers(job: Job, reader: BlockReader, mailbox: Any, monitor: TrainMonitor, start_step: int) -> None:
+    """Train on the connected Ray cluster, from `start_step` to `job.stop_step` or to an early stop.
 
+    start_step: the step of a verified checkpoint, 0 for a new run. Workers that start again look for the newest valid one.
     Workers that left before that (their machine is taken away) are started again.
     Raises TrainingFailed; Stopped where a SIGTERM to this process, or a callback, has ended training.
     """
@@ -46,10 +47,12 @@ def run_workers(job: Job, reader: BlockReader, mailbox: Any, monitor: TrainMonit
     try:
         with ray_folder(job.run) as folder, monitor.running(), handle_sigterm(monitor.stop_requested):
             failures = 0
+            verified_step: int | None = start_step
             while True:
                 monitor.workers_left = False
+                streams, verified_step = make_streams(job, reader, mailbox, verified_step), None
                 try:
-                    ray_trainer(job, reader, mailbox, folder).fit()
+                    ray_trainer(job, streams, mailbox, folder).fit()
                 except ray.train.ControllerError as error:
                     if monitor.stop_requested.is_set() or monitor.ended_by_callback:
                         raise Stopped from error
@@ -90,8 +93,11 @@ def gives_up(config: Experiment, failures: int, error: BaseException) -> bool:
     return isinstance(innermost(error), NevError) or 0 <= most < failures
 
 
-def ray_trainer(job: Job, reader: BlockReader, mailbox: Any, folder: str) -> TorchTrainer:
-    """Ray's trainer of a job: it starts as many workers as there is room for, between the least and the most."""
+def ray_trainer(job: Job, streams: Callable[[], Any], mailbox: Any, folder: str) -> TorchTrainer:
+    """Ray's trainer of a job: it starts as many workers as there is room for, between the least and the most.
+
+    streams: called at every start of the workers, for their stream.
+    """
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -116,7 +122,7 @@ def ray_trainer(job: Job, reader: BlockReader, mailbox: Any, folder: str) -> Tor
             storage_path=folder,
             failure_config=failing(workers.max_failures, controller_failure_limit=START_TRIES - 1),
         ),
-        datasets={"train": lambda: stream_from_checkpoint(job, reader)},
+        datasets={"train": streams},
         dataset_config=RoundRobinSplit(),
     )
 
@@ -141,8 +147,22 @@ def resources(config: Experiment) -> dict[str, float]:
     return {name: amount for name, amount in amounts.items() if amount}
 
 
-def stream_from_checkpoint(job: Job, reader: BlockReader) -> Any:
-    """The stream from the latest checkpoint's step. Ray Train calls this at every start of the workers."""
-    from nev.data.stream import make_stream
+def make_streams(job: Job, reader: BlockReader, mailbox: Any, start_step: int | None) -> Callable[[], Any]:
+    """A function that returns the stream of a start of the workers, and posts the step of that start to the mailbox.
 
-    return make_stream(reader, job.plan, with_retries(lambda: find_resume_point(job.run)).step, job.stop_step)
+    start_step: the step of the first start, whose checkpoint is verified. None: the first start looks for the newest valid
+    checkpoint, as every later start does.
+    Ray Train's controller calls the function before the workers of a start run.
+    """
+    verified = [] if start_step is None else [start_step]
+
+    def make_next_stream() -> Any:
+        import ray
+
+        from nev.data.stream import make_stream
+
+        step = verified.pop() if verified else with_retries(lambda: find_resume_point(job.run)).step
+        ray.get(mailbox.set_start_step.remote(step))
+        return make_stream(reader, job.plan, step, job.stop_step)
+
+    return make_next_stream

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from nev.cluster.session import cluster_cpus, cluster_gpus, may_grow
 from nev.common.errors import ErrorCollector
@@ -17,7 +17,7 @@ from nev.data.plan import Plan
 from nev.data.sidecar import check_sidecars
 from nev.eval.validation.task import Validation, make_validation, refuse_unknown_metric, text_key
 from nev.runs.folder import check_output, check_space, run_folder
-from nev.runs.manifest import CheckpointError, LatestValid, latest_valid, verify
+from nev.runs.manifest import CheckpointError, LatestValid, latest_valid
 from nev.runs.metrics_log import load_mlflow_run_id
 from nev.runs.tracking import check_tracking, local_artifacts, tracking_uri
 from nev.train.driver.setup import Inputs, make_job, make_plan, make_reader, make_tokens
@@ -95,7 +95,7 @@ def prepare(config: Experiment, stop_after: int | None = None) -> Prepared:
         job=make_job(config, text, inputs, stop_after),
         reader=make_reader(config, text, inputs.index),
         text=text,
-        resume=make_resume_point(inputs.checkpoint.read) if inputs.checkpoint else ResumePoint(),
+        resume=make_resume_point(inputs.checkpoint.manifest) if inputs.checkpoint else ResumePoint(),
         damaged=inputs.checkpoint.damaged if inputs.checkpoint else [],
     )
 
@@ -112,7 +112,7 @@ def check_inputs(config: Experiment, text: TextTower, errors: ErrorCollector | N
     checkpoint = training = validation = None
     if not errors:  # an output that was refused would be reported again
         with errors:
-            checkpoint = latest_valid(run_folder(config), verify)
+            checkpoint = latest_valid(run_folder(config))
     with errors:
         if config.data.augment.auto:
             auto_augment(config.data.augment.auto, config.data.image_size)
@@ -211,9 +211,9 @@ def check_object_store(job: Job) -> None:
         )
 
 
-def refuse_other_run(config: Experiment, fingerprints: dict[str, str], checkpoint: LatestValid[dict[str, Any]]) -> None:
+def refuse_other_run(config: Experiment, fingerprints: dict[str, str], checkpoint: LatestValid) -> None:
     """Raise CheckpointError, with every key that differs, for a checkpoint of another experiment."""
-    manifest = checkpoint.read
+    manifest = checkpoint.manifest
     differing = [
         f"fingerprint of the {name}: {manifest['fingerprints'].get(name, 'none')[:12]} there, {value[:12]} here"
         for name, value in fingerprints.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
@@ -40,7 +40,7 @@ class Inputs:
     plan: Plan
     fingerprints: dict[str, str]
     validation: Validation | None
-    checkpoint: LatestValid[dict[str, Any]] | None
+    checkpoint: LatestValid | None
 
 
 def make_plan(config: Experiment, index: Index) -> Plan:

@@ -1,4 +1,4 @@
-"""Whether to leave, local_stop of every rank after each step: a machine that is taken away is told to some of them first."""
+"""The ranks agree after every step whether to stop: a machine that is taken away notifies only some of them."""
 
 from __future__ import annotations
 
@@ -11,38 +11,23 @@ import torch.distributed as dist
 
 
 class StopConsensus:
-    """All ranks leave after the same step, or none. local_stop: whether this one was told to. timeout_s: how long one waits.
+    """All ranks stop after the same step, or none.
 
-    One all-reduce of a byte a call, none where W = 1. It is one of hosts (gloo): no rank's GPU is waited for.
+    local_stop: whether this rank was asked to stop.
+    timeout_s: the longest wait for another rank.
+    Each call is one all-reduce of a byte, none where W = 1. The group is gloo's, so no rank waits for its GPU.
     """
 
     def __init__(self, world: int, local_stop: Callable[[], bool], timeout_s: float) -> None:
-        self._asked = local_stop
+        self._local_stop = local_stop
         self._group: Any = None
-        if world > 1:  # the timeout of the group that all are in is not taken over
+        if world > 1:  # a new group does not inherit the timeout of the default group
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def should_stop(self) -> bool:
-        """Whether any rank was local_stop: the same on all, which call this together."""
+        """Whether any rank was asked to stop. Every rank calls this, and gets the same answer."""
         if self._group is None:
-            return self._asked()
-        flag = torch.tensor([self._asked()], dtype=torch.uint8)
+            return self._local_stop()
+        flag = torch.tensor([self._local_stop()], dtype=torch.uint8)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
         return bool(flag)
-
-
-def gather_distinct(value: int, world: int) -> set[int]:
-    """The values that the ranks have. One gather of objects, none where W = 1."""
-    values: list[int] = [value] * world
-    if world > 1:
-        dist.all_gather_object(values, value)
-    return set(values)
-
-
-def first_error(problem: str | None, world: int) -> str | None:
-    """The first rank's problem, if any rank has one. One gather of objects, none where W = 1."""
-    if world == 1:
-        return problem
-    problems: list[str | None] = [None] * world
-    dist.all_gather_object(problems, problem)
-    return next((found for found in problems if found), None)

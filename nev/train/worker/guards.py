@@ -11,12 +11,11 @@ import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from nev.common.collectives import gather_objects
 from nev.common.errors import NevError
 from nev.config.experiment import Guards
 from nev.data.plan import Plan
@@ -91,8 +90,9 @@ def judge(
 class StepGuard:
     """One rank's notes of the steps since it last looked."""
 
-    def __init__(self, config: Guards, plan: Plan, shards: tuple[str, ...], history: GuardState) -> None:
+    def __init__(self, config: Guards, plan: Plan, shards: tuple[str, ...], history: GuardState, world: int) -> None:
         self.history = history
+        self._world = world
         self._config, self._plan, self._shards = config, plan, shards
         self._steps: list[tuple[int, float]] = []
         self._results: list[Tensor] = []
@@ -137,13 +137,9 @@ class StepGuard:
 
     def _shards_of(self, steps: list[int]) -> dict[int, tuple[str, ...]]:
         mine = {step: self._own.get(step, set()) for step in steps}
-        every: list[Any] = [mine]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            every = [None] * dist.get_world_size()
-            dist.all_gather_object(every, mine)
-        return {
-            step: tuple(self._shards[one] for one in sorted(set().union(*(of[step] for of in every)))) for step in steps
-        }
+        ranks = gather_objects(mine, self._world)
+        shards = {step: sorted(set().union(*(rank[step] for rank in ranks))) for step in steps}
+        return {step: tuple(self._shards[shard] for shard in shards[step]) for step in steps}
 
 
 def refuse_divergence(history: GuardState, findings: list[BadStep], config: Guards) -> None:

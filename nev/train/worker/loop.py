@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nev.common.collectives import first_error
 from nev.common.errors import NevError
 from nev.config.experiment import Experiment
 from nev.data.block import Block
@@ -25,7 +26,7 @@ from nev.train.messages import Report
 from nev.train.worker import guards
 from nev.train.worker.batch import BatchBuilder, next_block
 from nev.train.worker.checkpointer import Checkpointer
-from nev.train.worker.collectives import StopConsensus, first_error
+from nev.train.worker.collectives import StopConsensus
 from nev.train.worker.meters import StepClock, Totals
 from nev.train.worker.quarantine import Quarantine, TooManyBadRows, describe_bad_rows, too_many_bad_rows
 from nev.train.worker.state import RankContext, TrainState
@@ -51,9 +52,9 @@ def train(
     `data.max_bad_share`, and Diverged past `guards.max_skipped`.
     """
     config, plan, batch_rows = job.config, job.plan, job.config.train.global_batch
-    quarantine = Quarantine(job.run, job.shards, ctx.rank, start.step)
+    quarantine = Quarantine(job.run, job.shards, ctx.rank, start.step, ctx.world)
     totals = Totals(ctx.device, start.bad_rows)
-    guard = guards.StepGuard(config.guards, plan, job.shards, guards.GuardState(**start.history))
+    guard = guards.StepGuard(config.guards, plan, job.shards, guards.GuardState(**start.history), ctx.world)
     clock = StepClock(start.step)
     consensus = StopConsensus(ctx.world, local_stop, config.workers.timeout_s)
     held = {name: (tower, weight_digests(tower)) for name, tower in locked_towers(learner, config).items()}

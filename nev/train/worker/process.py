@@ -12,7 +12,7 @@ from nev.cluster.ray_internals import current_worker_group, preemption_pending
 from nev.common.errors import NevError
 from nev.config.base import ConfigError
 from nev.data.block import Block
-from nev.runs.manifest import CheckpointError
+from nev.runs.manifest import CheckpointError, Damaged
 from nev.train.job import Job, row_bytes
 from nev.train.messages import CheckpointSaved, Failed, Left, Metrics, Note, Started
 from nev.train.worker.quarantine import TooManyBadRows
@@ -49,7 +49,6 @@ def train_worker(setting: dict[str, Any]) -> None:
     from nev.losses.kernel_check import KernelMismatch
     from nev.train.core.step import choose_precision
     from nev.train.worker.checkpointer import CheckpointNotSaved
-    from nev.train.worker.collectives import first_error, gather_distinct
     from nev.train.worker.guards import Diverged
     from nev.train.worker.loop import TowerMoved, train
     from nev.train.worker.state import RankContext, load_model, make_train_state
@@ -75,21 +74,17 @@ def train_worker(setting: dict[str, Any]) -> None:
     def local_stop() -> bool:
         return preemption_pending() or (stop is not None and stop.is_set())
 
-    # Asked for now, the first block is made while this process still imports and builds the model.
+    # The tasks make the first block while this process imports torch and builds the model.
     blocks = iterate_blocks(job, ctx)
     first = ThreadPoolExecutor(1).submit(next, blocks, None)
-    problem = built = None
     try:
-        built = load_model(job)
+        loaded = load_model(job, ctx, ray.get(setting["mailbox"].start_step.remote()))
+    except Damaged:  # since it was verified: the next start looks for the newest valid checkpoint
+        raise
     except (ConfigError, CheckpointError) as error:
-        problem = str(error)  # perhaps of this node alone: the others must not wait for it
-    if found := first_error(problem, ctx.world):
-        return give_up(found)
-    assert built
-    if len(seen := gather_distinct(built.state.step if built.state else 0, ctx.world)) > 1:
-        raise RuntimeError(f"the workers see other newest checkpoints, of steps {sorted(seen)}: they start again")
-    learner, start = make_train_state(built, job, ctx)
-    del built  # it holds the moments of the checkpoint, whole
+        return give_up(str(error))
+    learner, start = make_train_state(loaded, job, ctx)
+    del loaded
     if ctx.rank == 0:
         ray.get(setting["mailbox"].post.remote(Started(start.step, current_worker_group())))
     try:

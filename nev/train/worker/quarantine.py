@@ -9,11 +9,11 @@ import io
 import re
 from collections import Counter
 from contextlib import suppress
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nev.common.collectives import gather_objects
 from nev.common.errors import NevError
 from nev.config.experiment import Experiment
 from nev.data.block import Block
@@ -34,13 +34,13 @@ class Quarantine:
     `first_step`, on any rank. What an interrupted attempt wrote of later steps is removed: they come again.
     """
 
-    def __init__(self, run: str, shards: tuple[str, ...], rank: int, first_step: int) -> None:
+    def __init__(self, run: str, shards: tuple[str, ...], rank: int, first_step: int, world: int = 1) -> None:
         self.folder = join(run, "quarantine")
         self.by_shard: Counter[str] = Counter()
         self.by_reason: Counter[str] = Counter()
         self.examples: dict[str, str] = {}  # kind of reason -> a row's uid and its own reason
         self._shards = shards
-        self._rank = rank
+        self._rank, self._world = rank, world
         self._rows: list[dict[str, str | int]] = []
         if rank == 0:
             self._take_up(first_step)
@@ -100,13 +100,7 @@ class Quarantine:
 
     def totals(self) -> tuple[Counter[str], Counter[str], dict[str, str]]:
         """(by shard, by reason, examples) over all ranks, which call this together."""
-        import torch.distributed as dist
-
-        mine = (self.by_shard, self.by_reason, self.examples)
-        counts: list[Any] = [mine]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            counts = [None] * dist.get_world_size()
-            dist.all_gather_object(counts, mine)
+        counts = gather_objects((self.by_shard, self.by_reason, self.examples), self._world)
         examples = {key: said for part in reversed(counts) for key, said in part[2].items()}  # the first rank's
         return sum((part[0] for part in counts), Counter()), sum((part[1] for part in counts), Counter()), examples
 

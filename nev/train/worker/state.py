@@ -1,4 +1,4 @@
-"""What is trained, on this rank: the model and its optimiser, from the seed or from the run's latest checkpoint. No Ray in it."""
+"""The model and its optimiser on this rank, from the seed or from a checkpoint. No Ray."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nev.common.collectives import broadcast_object, first_error
+from nev.common.errors import NevError
 from nev.config.base import ConfigError
 from nev.losses.fused import unsupported_reason
 from nev.models.dual_encoder import DualEncoder
@@ -15,10 +17,10 @@ from nev.models.text import TextTower, load_text, make_text_encoder
 from nev.models.text_encoder import unlock
 from nev.models.vision import build_vision
 from nev.runs import checkpoint
-from nev.runs.manifest import CheckpointError, CheckpointState, latest_valid, with_retries
+from nev.runs.manifest import CheckpointError, CheckpointState, checkpoint_location, with_retries
 from nev.train.core.gradcache import refuse_batch_norm
 from nev.train.core.optim import make_optimizer
-from nev.train.core.parallel import distribute
+from nev.train.core.parallel import broadcast_tensors, distribute
 from nev.train.core.rng import restore_rng, seed_rank
 from nev.train.core.state_dict import load_optimizer, unknown_parameters
 from nev.train.core.step import Precision
@@ -28,7 +30,7 @@ from nev.train.job import Job, ResumePoint
 
 @dataclass(frozen=True)
 class RankContext:
-    """This process among the W."""
+    """This process among the W ranks."""
 
     rank: int
     world: int
@@ -38,9 +40,10 @@ class RankContext:
 
 @dataclass(frozen=True)
 class TrainState:
-    """What is trained: `wrapped` is `model` itself (alone, or under FSDP), or DDP around it.
+    """The model and its optimiser on this rank.
 
-    tower: the text tower where it runs in the loop; one that is trained is the model's own.
+    wrapped: `model` under DDP; `model` itself under FSDP, and where W = 1. A step calls `wrapped`.
+    tower: the text tower where it runs in the loop; None where texts come from sidecars. A trained text tower is part of `model`.
     """
 
     model: DualEncoder
@@ -50,7 +53,13 @@ class TrainState:
 
 
 class LoadedModel(NamedTuple):
-    """A model on the host, alike on every rank, and what its checkpoint holds beside the weights, if it comes from one."""
+    """A model in host memory, equal on every rank, and the rest of its checkpoint.
+
+    tower: the text tower where it runs in the loop, else None.
+    state: None for a new run.
+    moments: the optimiser's tensors, on rank 0; empty on the other ranks, and for a new run.
+    rng: the random states of all ranks; empty for a new run.
+    """
 
     model: DualEncoder
     tower: TextTower | None
@@ -59,10 +68,37 @@ class LoadedModel(NamedTuple):
     rng: dict[str, Tensor]
 
 
-def load_model(job: Job) -> LoadedModel:
-    """Build the model that the job trains, and read its checkpoint. It speaks to no other rank.
+def load_model(job: Job, ctx: RankContext, start_step: int) -> LoadedModel:
+    """Build the model, with the weights of the checkpoint of `start_step`. Every rank calls this.
 
-    Raises ConfigError for a tower that cannot be built, CheckpointError for a checkpoint that cannot be read or does not fit.
+    Rank 0 alone reads the checkpoint, whose bytes must be verified; it sends the weights to the other ranks, a tensor at a time.
+    start_step: 0 for a new run.
+    Raises the same error on every rank: ConfigError for a tower that cannot be built, CheckpointError for a checkpoint that
+    cannot be read or does not fit the model.
+    """
+    loaded = error = None
+    try:
+        model, tower = build_model(job, resumed=start_step > 0)
+        loaded = LoadedModel(model, tower, None, {}, {})
+        if start_step and ctx.rank == 0:
+            loaded = read_checkpoint(loaded, checkpoint_location(job.run, start_step))
+    except NevError as problem:  # perhaps on this rank alone: the other ranks must not wait for it
+        error = problem
+    if (first := first_error(error, ctx.world)) is not None:
+        raise first
+    assert loaded
+    if start_step and ctx.world > 1:
+        broadcast_tensors(loaded.model.state_dict().values(), ctx.device)
+        state, rng = broadcast_object((loaded.state, loaded.rng), ctx.world)
+        loaded = loaded._replace(state=state, rng=rng)
+    return loaded
+
+
+def build_model(job: Job, resumed: bool) -> tuple[DualEncoder, TextTower | None]:
+    """The model of a job with its first weights, and the text tower where it runs in the loop. No collective.
+
+    resumed: a checkpoint will replace all weights, so neither the hub nor a file of weights is read.
+    Raises ConfigError for a tower that cannot be built on this node.
     """
     config = job.config
     tower = load_text(config.text) if config.text_online else None
@@ -75,11 +111,8 @@ def load_model(job: Job) -> LoadedModel:
     ):
         raise ConfigError(f"loss.kernel: fused cannot run on this node: {reason}. Use loss.kernel: tiles.")
     torch.manual_seed(config.seed)
-    found = with_retries(lambda: latest_valid(job.run, checkpoint.load))
-    source = config.vision
-    if found is not None:  # its weights replace all: neither hub nor file is needed
-        source = source.model_copy(update={"pretrained": False, "weights": None})
-    vision = build_vision(source, config.data.image_size, job.text_width)
+    settings = config.vision.model_copy(update={"pretrained": False, "weights": None}) if resumed else config.vision
+    vision = build_vision(settings, config.data.image_size, job.text_width)
     apply_train_options(vision, config.train)
     text = make_text_encoder(tower) if tower and config.lock != "text" else None
     if text:
@@ -87,29 +120,41 @@ def load_model(job: Job) -> LoadedModel:
     model = DualEncoder(vision, config.loss, text, vision_locked=config.lock == "image").train()
     if config.train.micro_batch is not None or config.train.fsdp:
         refuse_batch_norm(model, "train.fsdp" if config.train.fsdp else "train.micro_batch")
-    if found is None:
-        return LoadedModel(model, tower, None, {}, {})
-    state, weights, moments, rng = found.read
+    return model, tower
+
+
+def read_checkpoint(loaded: LoadedModel, location: str) -> LoadedModel:
+    """Load the weights of a verified checkpoint into the model, and return the model with the rest of the checkpoint.
+
+    Storage that fails is tried again for five minutes. Raises CheckpointError.
+    """
+    model = loaded.model
+    state, weights = with_retries(lambda: checkpoint.load_model(location, verified=True))
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(f"{found.location}: not the weights of this experiment's model: {error}") from error
+        raise CheckpointError(f"{location}: not the weights of this experiment's model: {error}") from error
+    del weights  # before the moments, which are twice as large, are read
+    moments, rng = with_retries(lambda: checkpoint.load_training_state(location, verified=True))
     if unknown := unknown_parameters(model, moments):
-        raise CheckpointError(f"{found.location}: optimiser state of parameters that the model lacks: {unknown[:5]}")
-    return LoadedModel(model, tower, state, moments, rng)
+        raise CheckpointError(f"{location}: optimiser state of parameters that the model lacks: {unknown[:5]}")
+    return loaded._replace(state=state, moments=moments, rng=rng)
 
 
-def make_train_state(built: LoadedModel, job: Job, ctx: RankContext) -> tuple[TrainState, ResumePoint]:
-    """The model on this rank's device, under DDP or FSDP, with its optimiser: every rank must come here."""
-    config, model, tower = job.config, built.model, built.tower
-    if tower and config.lock == "text":  # else it is the model's, and may be split before it goes there
+def make_train_state(loaded: LoadedModel, job: Job, ctx: RankContext) -> tuple[TrainState, ResumePoint]:
+    """The model on this rank's device, under DDP or FSDP, with its optimiser. Every rank calls this. Empties `loaded.moments`."""
+    config, model, tower = job.config, loaded.model, loaded.tower
+    if (
+        tower and config.lock == "text"
+    ):  # a trained text tower is the model's: FSDP splits it before it goes to the device
         tower.model.to(ctx.device)
     wrapped = distribute(model, config.train.fsdp, ctx.world, ctx.device)
     optimizer = make_optimizer(model, config.optim)
-    if built.state is None:
+    train_state = TrainState(model, wrapped, optimizer, tower)
+    if loaded.state is None:
         seed_rank(ctx.rank, config.seed, 0)
-        return TrainState(model, wrapped, optimizer, tower), ResumePoint()
-    state = built.state
-    load_optimizer(model, optimizer, built.moments)
-    restore_rng(built.rng, ctx.rank, ctx.device, config.seed, state.step)
-    return TrainState(model, wrapped, optimizer, tower), ResumePoint(state.step, state.bad_rows, state.history)
+        return train_state, ResumePoint()
+    state = loaded.state
+    load_optimizer(model, optimizer, loaded.moments, ctx.world)
+    restore_rng(loaded.rng, ctx.rank, ctx.device, config.seed, state.step)
+    return train_state, ResumePoint(state.step, state.bad_rows, state.history)
