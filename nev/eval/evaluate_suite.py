@@ -15,9 +15,9 @@ from rich.markup import escape
 from nev.common.errors import NevError
 from nev.config.base import ConfigError
 from nev.embed.embedder import Embedder
-from nev.runs.metrics_log import load_mlflow_run_id
+from nev.runs.metrics_log import MetricPoint, load_mlflow_run_id, read_points
 from nev.runs.tracking import Tracker, check_tracking
-from nev.storage.files import join, output_folder, storage_errors_as
+from nev.storage.files import StorageError, join, output_folder, storage_errors_as
 
 if TYPE_CHECKING:
     from nev.eval.report.figures import Figure
@@ -70,10 +70,24 @@ def evaluate_suite(
             seconds=time.perf_counter() - began,
             tasks=tuple(results),
         )
-        made = write_report(result, [one.exhibits for one in scored], others, embedder.location, folder, pictures)
+        points = read_curve(embedder.location, result.step, console)
+        made = write_report(result, [one.exhibits for one in scored], others, points, folder, pictures)
     shown = [join(output, path.name) for path in made]
     track(result, embedder, shown, console)
     return result, shown
+
+
+def read_curve(location: str, step: int, console: Console) -> list[MetricPoint]:
+    """The metrics of the checkpoint's run up to a step; none for a checkpoint outside a run's folder.
+
+    Metrics that cannot be read are none, too: the reason is printed, since a page without a curve beats no page.
+    """
+    run, inside, _ = location.rpartition("/checkpoints/")
+    try:
+        return read_points(run, step) if inside else []
+    except StorageError as error:
+        console.print(f"[yellow]no curve: {escape(str(error))}[/]", highlight=False, soft_wrap=True)
+        return []
 
 
 def refuse_nothing(name: str, results: Sequence[TaskResult]) -> None:

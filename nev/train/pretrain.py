@@ -33,6 +33,7 @@ from nev.runs.tracking import open_run, tracking_uri
 from nev.storage.files import join, storage_errors_as, write_atomic
 from nev.storage.reading import DataError, read_column
 from nev.train.core.optim import learning_rate, make_optimizer, set_learning_rate
+from nev.train.core.step import choose_precision, update_parameters
 from nev.train.driver.setup import total_steps
 
 Objective = Literal["supervised", "mim"]
@@ -169,6 +170,7 @@ def train_objective(
 ) -> None:
     """Train `model` in place for so many steps of B pictures."""
     optimizer = make_optimizer(model, config.optim)
+    precision = choose_precision(config.train.precision, device)
     parts = config.train.global_batch // config.data.block_rows
     model.train()
     with progress(console) as tell:
@@ -176,12 +178,11 @@ def train_objective(
             images, labels = load_batch(list(itertools.islice(blocks, parts)), model, config, device)
             set_learning_rate(optimizer, learning_rate(step, steps, config.optim))
             random = torch.Generator().manual_seed(int(draw(config.seed, step, "", "mask").random() * 2**53))
-            loss = model(images, labels, random)
-            optimizer.zero_grad()
+            with precision.autocast():
+                loss = model(images, labels, random)
+            optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            if config.optim.clip_norm:
-                nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
-            optimizer.step()
+            update_parameters(optimizer, loss.detach(), config.optim.clip_norm)
             if (step + 1) % config.train.log_every == 0 or step + 1 == steps:
                 found = float(loss.detach())
                 if not math.isfinite(found):

@@ -57,7 +57,7 @@ def page(tmp_path: Path, found: SuiteResult, others: tuple[SuiteResult, ...] = (
     picture = tmp_path / "wide.png"
     photo(0).resize((2400, 900)).save(picture)
     exhibits = [[Figure("found: the nearest pictures", picture)], []]
-    return write_report(found, exhibits, others, "elsewhere", tmp_path, tmp_path)[0]
+    return write_report(found, exhibits, others, (), tmp_path, tmp_path)[0]
 
 
 class Seen(HTMLParser):

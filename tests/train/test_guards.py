@@ -35,6 +35,7 @@ from nev.train.job import Job, find_resume_point
 from nev.train.messages import Metrics, Note, open_mailbox
 from nev.train.worker.guards import MEMORY, WINDOW, Diverged, GuardState, judge
 from nev.train.worker.loop import train
+from nev.train.worker.quarantine import TooManyBadRows
 from nev.train.worker.state import RankContext
 
 Make = Callable[..., Experiment]
@@ -177,6 +178,30 @@ def spoilt(stream: Iterator[Block], numbers: set[int]) -> Iterator[Block]:
             block["text"] = block["text"].copy()
             block["text"][5] = math.nan
         yield block
+
+
+def test_what_went_wrong_is_reported_before_too_many_bad_rows_end_the_run(tiny: Make, text: TextTower) -> None:
+    config = tiny(train__steps=4, train__log_every=2, data__max_bad_share=0.01)
+    job, reader = prepare_job(config, text), train_reader(config, text)
+    ctx = RankContext(0, 1, CPU, choose_precision("fp32", CPU))
+    train_state, start = load_train_state(job, ctx)
+    reports = Reports()
+
+    def unusable() -> Iterator[Block]:
+        for block in spoilt(blocks(reader, job.plan, 0, 4), {0}):
+            block["valid"] = block["valid"].copy()
+            block["valid"][8:24] = False
+            yield block
+
+    with pytest.raises(TooManyBadRows, match="64 of 128 rows could not be used"):
+        train(job, ctx, train_state, start, unusable(), reports)
+    assert list(reports.metrics) == [2]
+    assert reports.metrics[2]["bad_rows"] == 64
+    assert reports.metrics[2]["skipped_steps"] == 1
+    assert [note.partition(" (")[0] for note in reports.notes] == [
+        "step 0: no finite loss and gradient, the step is skipped"
+    ]
+    assert [file.name for file in Path(job.run, "guards").iterdir()] == ["step-00000000.json"]
 
 
 def test_a_run_tells_of_a_skipped_step_and_goes_on_as_it_would_have_in_one_piece(

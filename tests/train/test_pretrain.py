@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,11 @@ from torch.nn import functional
 
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
+from nev.data.block import Block
 from nev.models.vision import build_vision
 from nev.runs.tracking import Tracker, _client
 from nev.storage.reading import DataError
-from nev.train.pretrain import MASKED, Inpainter, pretrain
+from nev.train.pretrain import MASKED, Inpainter, pretrain, train_objective
 
 Make = Callable[..., Experiment]
 SIZE, PATCH = 32, 8
@@ -63,6 +64,40 @@ def test_what_has_no_patches_or_labels_is_refused(tiny: Make, tmp_path: Path) ->
     write_shard(tmp_path / "one" / "a.parquet", rows, [64], kinds)
     with pytest.raises(DataError, match="fewer than two classes"):
         pretrain(tiny(data__train=str(tmp_path / "one")), "supervised", Console(quiet=True))
+
+
+def make_blocks(rows: int) -> Iterator[Block]:
+    random = np.random.default_rng(0)
+    while True:
+        image = random.integers(0, 256, (rows, SIZE, SIZE, 3), np.uint8)
+        yield {"image": image, "valid": np.ones(rows, bool), "label": np.arange(rows)}
+
+
+def test_a_step_runs_in_the_precision_of_the_config_and_is_clipped(tiny: Make) -> None:
+    config = tiny(train__precision="bf16", train__log_every=1, optim__clip_norm=1e-3, train__global_batch=32)
+    model = inpainter(config)
+    kinds: set[torch.dtype] = set()
+    model.trunk.blocks[0].attn.qkv.register_forward_hook(lambda module, given, out: kinds.add(out.dtype))
+    logged: list[float] = []
+    quiet, cpu = Console(quiet=True), torch.device("cpu")
+    train_objective(
+        config, model, make_blocks(32), 2, cpu, lambda step, metrics: logged.extend(metrics.values()), quiet
+    )
+    assert kinds == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    norm = torch.nn.utils.get_total_norm([one.grad for one in model.parameters() if one.grad is not None])
+    assert float(norm) == pytest.approx(1e-3, rel=1e-3)
+    assert len(logged) == 2
+
+
+def test_a_step_without_a_finite_loss_changes_nothing(tiny: Make) -> None:
+    config = tiny(train__global_batch=32)
+    model = inpainter(config)
+    model.pixels.register_forward_hook(lambda module, given, out: out * torch.nan)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ConfigError, match=r"the loss of step 1 is nan, of 32 usable pictures: lower optim\.lr"):
+        train_objective(config, model, make_blocks(32), 1, torch.device("cpu"), lambda *_: None, Console(quiet=True))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.ray

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from nev.eval.report.figures import Figure
 from nev.eval.report.galleries import run_curves
 from nev.eval.suite.results import SuiteResult, TaskResult
-from nev.runs.metrics_log import read_points
+from nev.runs.metrics_log import MetricPoint
 
 METRICS_SHOWN = 40  # of a task, beside its table
 
@@ -21,18 +21,19 @@ def write_report(
     result: SuiteResult,
     exhibits: Sequence[Sequence[Figure]],
     others: Sequence[SuiteResult],
-    checkpoint: str,
+    points: Sequence[MetricPoint],
     folder: Path,
     pictures: Path,
 ) -> list[Path]:
     """Write SUITE-STEP.json and .html to `folder`. exhibits: the pictures of each task, in the order of the result's. others: of
-    other models, to stand beside it. pictures: the folder of those.
+    other models, to stand beside it. points: the run's metrics up to the checkpoint, empty for a page without the curve.
+    pictures: the folder of the pictures.
 
     Pictures are in the page itself; it loads nothing and runs no script.
     """
     numbers, page = folder / f"{result.suite}-{result.step:08d}.json", folder / f"{result.suite}-{result.step:08d}.html"
     numbers.write_text(result.model_dump_json(indent=1), encoding="utf-8")
-    curves = _curves(result, checkpoint, pictures)
+    curves = _curves(result, points, pictures)
     beside = {task.name: {**task.published, **_beside(task.name, others)} for task in result.tasks}
     html = _template().render(
         result=result,
@@ -52,9 +53,8 @@ def _beside(name: str, others: Sequence[SuiteResult]) -> dict[str, float | None]
     }
 
 
-def _curves(result: SuiteResult, checkpoint: str, pictures: Path) -> Figure | None:
-    """The loss up to the checkpoint, where it lies in its run's folder."""
-    points = read_points(checkpoint.rsplit("/checkpoints/", 1)[0], result.step) if "/checkpoints/" in checkpoint else []
+def _curves(result: SuiteResult, points: Sequence[MetricPoint], pictures: Path) -> Figure | None:
+    """The loss up to the checkpoint; None where there is none."""
     if not any("loss" in point.metrics for point in points):
         return None
     path = pictures / "curves.png"

@@ -19,10 +19,11 @@ from nev.models.dual_encoder import DualEncoder
 
 
 def distribute(model: DualEncoder, fsdp: bool, world: int, device: torch.device) -> nn.Module:
-    """Put the model on `device` and make its gradients the means over the W ranks: every rank must come here.
+    """Put the model on `device`, so that a backward makes its gradients the means over the W ranks. Every rank calls this.
 
-    Every rank brings the same weights. What is returned is called for a forward. Under FSDP it is `model` itself, whose
-    parameters are other objects afterwards (DTensors, of which a rank has a part): make the optimiser after this.
+    Returns the module that a forward calls: DDP around `model`; `model` itself under FSDP and where W = 1.
+    Under FSDP the weights must be alike on every rank: each rank keeps its part of its own weights. DDP sends rank 0's weights
+    to the other ranks. FSDP replaces the parameters by DTensors, so the optimiser is made after this call.
     """
     if fsdp and world > 1:
         _shard(model, world, device)

@@ -107,16 +107,25 @@ def train_step(
     else:
         result = loss(*embed(model, slice(None)))
         torch.autograd.backward(result.loss)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    limit = config.optim.clip_norm if config.optim.clip_norm is not None else math.inf
-    grad_norm = clip_gradients(parameters, limit)
-    # Where this is 1, fused AdamW leaves weights, moments and its count of steps alone: nobody waits for the device to ask.
-    optimizer.found_inf = 1.0 - (torch.isfinite(result.loss) & torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]
-    optimizer.step()
+    grad_norm = update_parameters(optimizer, result.loss, config.optim.clip_norm)
     if config.loss.max_scale is not None:
         with torch.no_grad():
             dual.log_scale.clamp_(max=math.log(config.loss.max_scale))
-    return StepResult(result.loss.detach(), result.correct, result.pairs, grad_norm.detach())
+    return StepResult(result.loss.detach(), result.correct, result.pairs, grad_norm)
+
+
+def update_parameters(optimizer: torch.optim.Optimizer, loss: Tensor, clip_norm: float | None) -> Tensor:
+    """Clip the gradients and update the parameters. Returns the norm of the gradients before clipping, 0-d.
+
+    loss: 0-d. Where the loss or the norm is not finite, nothing is updated; no device is waited for.
+    clip_norm: the largest norm of all gradients together; None for no limit.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    grad_norm = clip_gradients(parameters, math.inf if clip_norm is None else clip_norm)
+    # Where `found_inf` is 1, fused AdamW leaves weights, moments and its count of steps alone.
+    optimizer.found_inf = 1.0 - (torch.isfinite(loss) & torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    return grad_norm.detach()
 
 
 def compute_loss(

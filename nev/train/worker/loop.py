@@ -85,13 +85,14 @@ def train(
             if done % config.train.log_every == 0 or save:
                 metrics = totals.metrics(result, learner.model, rate) | clock.metrics(done, batch_rows)
                 found = guard.check()
-                if too_many_bad_rows(totals.bad_rows(), done, plan, config):
-                    raise TooManyBadRows(describe_bad_rows(quarantine, totals.bad_rows(), done, config))
                 if ctx.rank == 0:
                     guards.write_bad_steps(found, job.run)
                 counts = {"skipped_steps": guard.history.skips, "loss_spikes": guard.history.spikes}
                 metrics |= {name: float(count) for name, count in counts.items() if count}
                 checkpointer.log(done, metrics, [guards.describe_bad_step(one, job.run) for one in found])
+                # After the metrics and the bad steps, which show why the run ends.
+                if too_many_bad_rows(totals.bad_rows(), done, plan, config):
+                    raise TooManyBadRows(describe_bad_rows(quarantine, totals.bad_rows(), done, config))
                 guards.refuse_divergence(guard.history, found, config.guards)
             if save:
                 with clock.paused():
