@@ -144,7 +144,7 @@ def launch(
     config = SimpleNamespace(workers=SimpleNamespace(max_failures=max_failures))
     job: Any = SimpleNamespace(run=str(tmp_path), config=config)
     watch: Any = Watch()
-    run_workers(job, None, None, watch)  # type: ignore[arg-type]
+    run_workers(job, None, None, watch, 0)  # type: ignore[arg-type]
     return starts
 
 

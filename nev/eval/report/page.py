@@ -21,7 +21,7 @@ def write_report(
     result: SuiteResult,
     exhibits: Sequence[Sequence[Figure]],
     others: Sequence[SuiteResult],
-    points: Sequence[MetricPoint],
+    points: list[MetricPoint],
     folder: Path,
     pictures: Path,
 ) -> list[Path]:
@@ -53,7 +53,7 @@ def _beside(name: str, others: Sequence[SuiteResult]) -> dict[str, float | None]
     }
 
 
-def _curves(result: SuiteResult, points: Sequence[MetricPoint], pictures: Path) -> Figure | None:
+def _curves(result: SuiteResult, points: list[MetricPoint], pictures: Path) -> Figure | None:
     """The loss up to the checkpoint; None where there is none."""
     if not any("loss" in point.metrics for point in points):
         return None
