@@ -75,7 +75,7 @@ def run_sweep(sweep: Sweep, overrides: list[str], console: Console) -> SweepSumm
     at_once = count_concurrent(sweep, planned)
     if may_grow() and not sweep.concurrent:
         console.print(
-            f"{at_once} trials at a time, the room that there is now; `count_concurrent` asks for more", highlight=False
+            f"{at_once} trials at a time, the room that there is now; `concurrent` asks for more", highlight=False
         )
     ready = [replace(trial, experiment=with_threads(trial.experiment, at_once)) for trial in planned]
     trials = name_trials(sweep, ready, share_work(ready, console, load))
