@@ -167,12 +167,15 @@ def test_failures_without_an_end_and_waits_for_room_do_not_end_a_run(
         launch(monkeypatch, tmp_path, -1, [StorageError("it cannot be read")])
 
 
-@pytest.mark.parametrize("errors", [[RuntimeError("a worker died")], []])
 def test_a_run_that_a_callback_has_ended_starts_no_workers_again(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, errors: list[Exception]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    errors: list[Exception] = [RuntimeError("a worker died"), RuntimeError("another worker died")]
     with pytest.raises(Stopped):  # an MLflow run that ends so is KILLED
         launch(monkeypatch, tmp_path, -1, errors, ended_by_callback=True)
+    assert len(errors) == 1, "one start"
+    with pytest.raises(Stopped):
+        launch(monkeypatch, tmp_path, -1, [], ended_by_callback=True)
 
 
 @pytest.mark.parametrize(
