@@ -70,7 +70,7 @@ def embed_captions(
 
         counts: Iterator[int]
         if not wanted and cluster_nodes() == 1:
-            encode = functools.partial(tower.encode, done=show)
+            encode = functools.partial(tower.encode, on_progress=show)
             counts = (_write(indexes, place, tower, encode) for place in missing)
         else:
             counts = _by_actors(text, indexes, tower, missing, wanted)

@@ -1,11 +1,11 @@
-"""`nev.losses.tiles` on an NVIDIA GPU: the same two walks, each in a Triton kernel, so that no score is ever in memory.
+"""`nev.losses.tiles` on an NVIDIA GPU: the same two passes, each in a Triton kernel (`nev.losses.kernels`).
 
-The scores of a tile live in registers: their log-sum-exps, or their weights and the product with these, are taken there, where
-PyTorch writes a tile and reads it again for each of a dozen operations. What several programs have parts of is summed here by
-PyTorch, in a fixed order: results are deterministic.
+The scores of a tile stay in registers, where the kernel takes their log-sum-exps, or their weights and the product with these.
+PyTorch would write and read a tile for each of a dozen operations. Partial results of several programs are summed by PyTorch, in
+a fixed order, so the results are deterministic.
 
-float32 means float32 here, unless `torch.set_float32_matmul_precision` allows TF32: see `in_parts` for fp16 texts, which is what
-sidecars hold; for others Triton makes three products in TF32 of one.
+Products have the precision of float32, unless `torch.set_float32_matmul_precision` allows TF32. With fp16 texts, as sidecars
+hold them, images are split in two fp16 parts (`split_half`). With other texts Triton makes three products in TF32 of one.
 """
 
 from __future__ import annotations
@@ -23,28 +23,36 @@ from torch import Tensor
 from nev.losses.tiles import RunningArgmax, Statistics
 
 
-class Blocks(NamedTuple):
-    """What a program takes at once: rows of its own, columns of a tile, numbers of D in a product for scores (depth) and in one
-    of their weights (wide); Triton's warps, and stages of loads under way. The first four are powers of 2, on a GPU >= 16.
+class BlockSizes(NamedTuple):
+    """Sizes of a Triton program. The first four are powers of 2, and on a GPU at least 16.
+
+    rows: rows that a program owns.
+    columns: columns of a tile.
+    depth: numbers of D in one product for scores.
+    dims: numbers of D in one product of the weights.
+    warps: Triton's `num_warps`.
+    stages: Triton's `num_stages`, loads that run ahead.
     """
 
     rows: int
     columns: int
     depth: int
-    wide: int
+    dims: int
     warps: int
     stages: int
 
     def options(self) -> dict[str, int]:
-        """What Triton compiles a kernel with. It warns where fused multiply-adds are left to it: its default will change."""
+        """Compile options of a kernel. `enable_fp_fusion` is set because its default will change, and Triton warns of that."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
-# By what the compiler says of registers and shared memory for compute capabilities 8.0 to 12.0; no GPU has timed them yet.
-HALF = Blocks(128, 128, 32, 32, 8, 3)
-SINGLE = Blocks(64, 64, 32, 32, 8, 2)
-PROGRAMS = 256  # about as many run where rows are few: they split the columns then. Large GPUs have 150 processors
-PARTIAL_BYTES = 2**27  # the most that parts of what is summed here take (up to D = 1,024), and as much again meanwhile
+# Chosen by the registers and shared memory that the compiler reports for compute capabilities 8.0 to 12.0. Not timed on a GPU.
+HALF = BlockSizes(128, 128, 32, 32, 8, 3)
+SINGLE = BlockSizes(64, 64, 32, 32, 8, 2)
+PROGRAMS = (
+    256  # least number of programs, roughly: with few rows they split the columns. Large GPUs have 150 processors
+)
+PARTIAL_BYTES = 2**27  # most bytes of partial results (up to D = 1,024); their sum takes as much again for a moment
 
 
 def unsupported_reason(device: torch.device) -> str | None:
@@ -64,38 +72,38 @@ def unsupported_reason(device: torch.device) -> str | None:
 
 
 def statistics(
-    x: Tensor, texts: Tensor, valid: Tensor, valid_texts: Tensor, first: int, blocks: Blocks | None = None
+    x: Tensor, texts: Tensor, valid: Tensor, valid_texts: Tensor, first: int, blocks: BlockSizes | None = None
 ) -> Statistics:
-    """As `nev.losses.tiles.statistics`, with a shift of 0. x: float32, below fp16's 65,504 where texts are fp16."""
+    """As `nev.losses.tiles.statistics`, with a shift of 0. x: float32; with fp16 texts, below fp16's largest number, 65,504."""
     from nev.losses import kernels
 
     (b, width), many = x.shape, len(texts)
-    x, texts = aligned(x), aligned(texts)
-    counts, text_counts = as_bytes(valid), as_bytes(valid_texts)
-    blocks = blocks or blocks_for(x, texts)
+    x, texts = align(x), align(texts)
+    valid_bytes, valid_text_bytes = as_bytes(valid), as_bytes(valid_texts)
+    blocks = blocks or choose_blocks(x, texts)
     column = x.new_full((many,), -torch.inf)
-    found = []
-    for rows in chunks(b, blocks, 4 * many / blocks.rows):
-        parts = in_parts(x[rows], texts)
+    stats = []
+    for rows in row_chunks(b, blocks, 4 * many / blocks.rows):
+        parts = split_half(x[rows], texts)
         n = parts.shape[1]
-        row_blocks, splits, span = programs(n, many, blocks)
-        row, own, score = x.new_empty(3, splits, n)
+        row_blocks, splits, span = split_work(n, many, blocks)
+        row, pair, score = x.new_empty(3, splits, n)
         best = torch.empty(splits, n, dtype=torch.int32, device=x.device)
         partial = x.new_empty(row_blocks, many)
         with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
             kernels.statistics[row_blocks, splits](
-                *(parts, parts.stride(0), parts.stride(1), counts[rows], n),
-                *(texts, texts.stride(0), text_counts, many),
-                *(width, first + rows.start, span, row, own, score, best, partial),
+                *(parts, parts.stride(0), parts.stride(1), valid_bytes[rows], n),
+                *(texts, texts.stride(0), valid_text_bytes, many),
+                *(width, first + rows.start, span, row, pair, score, best, partial),
                 *(len(parts), precision(), blocks.rows, blocks.columns, blocks.depth),
                 **blocks.options(),
             )
         column = torch.logaddexp(column, partial.logsumexp(0))
         highest = score.amax(0)
-        text = torch.where(score == highest, best, many).amin(0)  # the first of equal ones
-        found.append((row.logsumexp(0), own.sum(0), highest, text.long()))
-    row, own, highest, text = (torch.cat(several) for several in zip(*found, strict=True))
-    return Statistics(row, column, own, RunningArgmax(highest, text), x.new_zeros(()))
+        text = torch.where(score == highest, best, many).amin(0)  # of equal scores the first text
+        stats.append((row.logsumexp(0), pair.sum(0), highest, text.long()))
+    row, pair, highest, text = (torch.cat(chunks) for chunks in zip(*stats, strict=True))
+    return Statistics(row, column, pair, RunningArgmax(highest, text), x.new_zeros(()))
 
 
 def gradient(
@@ -104,71 +112,71 @@ def gradient(
     valid: Tensor,
     valid_texts: Tensor,
     first: int,
-    found: Statistics,
-    of_texts: bool,
-    blocks: Blocks | None = None,
+    stats: Statistics,
+    need_text_grad: bool,
+    blocks: BlockSizes | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `nev.losses.tiles.gradient`, with what `statistics` of this module found."""
-    images = aligned(x), as_bytes(valid), found.row
-    others = aligned(texts), as_bytes(valid_texts), found.column
-    total = weighted(images, others, first, blocks)
-    return total, weighted(others, images, -first, blocks) if of_texts else None
+    """As `nev.losses.tiles.gradient`, with the result of this module's `statistics`."""
+    images = align(x), as_bytes(valid), stats.row
+    others = align(texts), as_bytes(valid_texts), stats.column
+    total = weighted_sums(images, others, first, blocks)
+    return total, weighted_sums(others, images, -first, blocks) if need_text_grad else None
 
 
-Side = tuple[Tensor, Tensor, Tensor]  # a matrix [n, D], which of its rows count, uint8 [n], and their log-sum-exps [n]
+Side = tuple[Tensor, Tensor, Tensor]  # rows [n, D], which of them are valid, uint8 [n], and their log-sum-exps [n]
 
 
-def weighted(of: Side, others: Side, first: int, blocks: Blocks | None) -> Tensor:
-    """The sum of the other side's rows, each times its weight, for each row of one: float32 [n, D], 0 where it does not count.
+def weighted_sums(side: Side, others: Side, first: int, blocks: BlockSizes | None) -> Tensor:
+    """For each row of `side`, the sum of the rows of `others`, each times its weight: float32 [n, D], 0 for invalid rows.
 
-    first: the other side's number of the pair of row 0.
+    first: number of the row of `others` that is a pair with row 0 of `side`.
     """
     from nev.losses import kernels
 
-    (matrix, counts, lse), (columns, column_counts, column_lse) = of, others
-    blocks = blocks or blocks_for(matrix, columns)
+    (matrix, valid, lse), (columns, valid_columns, column_lse) = side, others
+    blocks = blocks or choose_blocks(matrix, columns)
     width = matrix.shape[1]
     total = torch.empty(matrix.shape, dtype=torch.float32, device=matrix.device)
-    for rows in chunks(len(matrix), blocks, 4 * width):
-        parts = in_parts(matrix[rows], columns)
+    for rows in row_chunks(len(matrix), blocks, 4 * width):
+        parts = split_half(matrix[rows], columns)
         n = parts.shape[1]
-        row_blocks, splits, span = programs(n, len(columns), blocks)
+        row_blocks, splits, span = split_work(n, len(columns), blocks)
         partial = total.new_zeros(splits, n, width)
         with torch.cuda.device_of(total):  # type: ignore[no-untyped-call]
             kernels.gradient[row_blocks, splits](
-                *(parts, parts.stride(0), parts.stride(1), counts[rows], lse[rows], n),
-                *(columns, columns.stride(0), column_counts, column_lse, len(columns)),
+                *(parts, parts.stride(0), parts.stride(1), valid[rows], lse[rows], n),
+                *(columns, columns.stride(0), valid_columns, column_lse, len(columns)),
                 *(width, first + rows.start, span, partial),
-                *(len(parts), precision(), blocks.rows, blocks.columns, blocks.depth, blocks.wide),
+                *(len(parts), precision(), blocks.rows, blocks.columns, blocks.depth, blocks.dims),
                 **blocks.options(),
             )
         torch.sum(partial, 0, out=total[rows])
     return total
 
 
-def blocks_for(rows: Tensor, columns: Tensor) -> Blocks:
-    """What suits the tensor cores that the products of these run on."""
+def choose_blocks(rows: Tensor, columns: Tensor) -> BlockSizes:
+    """The sizes for the tensor cores that multiply these rows and columns."""
     return HALF if rows.dtype == torch.float32 and columns.dtype == torch.float16 else SINGLE
 
 
-def chunks(n: int, blocks: Blocks, row_bytes: float) -> list[slice]:
-    """n rows in whole blocks, so many at once as `PARTIAL_BYTES` allows where each takes row_bytes."""
+def row_chunks(n: int, blocks: BlockSizes, row_bytes: float) -> list[slice]:
+    """Split n rows in chunks of whole blocks. The partial results of a chunk, `row_bytes` a row, fit in `PARTIAL_BYTES`."""
     step = blocks.rows * max(1, int(PARTIAL_BYTES / (row_bytes * blocks.rows)))
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-def programs(rows: int, columns: int, blocks: Blocks) -> tuple[int, int, int]:
-    """(blocks of rows, parts that the columns are split into, columns of a part)."""
+def split_work(rows: int, columns: int, blocks: BlockSizes) -> tuple[int, int, int]:
+    """How programs share the scores: (number of row blocks, number of column parts, columns of a part)."""
     row_blocks, tiles = -(-rows // blocks.rows), -(-columns // blocks.columns)
     span = -(-tiles // min(tiles, max(1, PROGRAMS // row_blocks)))
     return row_blocks, -(-tiles // span), span * blocks.columns
 
 
-def in_parts(rows: Tensor, columns: Tensor) -> Tensor:
-    """[parts, n, D], whose sum are the rows, to be multiplied with these columns.
+def split_half(rows: Tensor, columns: Tensor) -> Tensor:
+    """Write the rows as a sum of parts that are multiplied with the columns: [parts, n, D].
 
-    float32 rows for fp16 columns are two fp16 ones, 22 bits of a number and never less than 3e-8 of 1, or one where TF32 would
-    do, which has no more bits. Everything else is left as it is.
+    float32 rows with fp16 columns: two fp16 parts, which together have 22 bits and an error of at most 3e-8. One part where TF32
+    is allowed, which has no more bits than fp16. Other dtypes: the rows as they are, one part.
     """
     if rows.dtype != torch.float32 or columns.dtype != torch.float16:
         return rows[None]
@@ -179,19 +187,19 @@ def in_parts(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def precision() -> str:
-    """How Triton multiplies float32: as three products in TF32, or one where torch is allowed that too."""
+    """Triton's `input_precision` of float32 products: three products in TF32, or one where torch may use TF32 too."""
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def aligned(rows: Tensor) -> Tensor:
-    """Rows [n, D] whose numbers lie side by side, from multiples of 16 bytes on if D allows it: a thread loads as many at once.
+def align(rows: Tensor) -> Tensor:
+    """Rows [n, D] that are contiguous and, if D allows, start at multiples of 16 bytes, which a thread loads at once.
 
-    The rows of gathered texts lie D + 1 numbers apart: they are copied.
+    Gathered texts have a row stride of D + 1 numbers, so they are copied.
     """
     fits = rows.stride(1) == 1 and rows.stride(0) * rows.element_size() % 16 == 0
     return rows if fits else rows.contiguous()
 
 
-def as_bytes(counts: Tensor) -> Tensor:
-    """bool [n] as Triton reads it: uint8 [n], one after the other."""
-    return counts.contiguous().view(torch.uint8)
+def as_bytes(valid: Tensor) -> Tensor:
+    """bool [n] as Triton reads it: contiguous uint8 [n]."""
+    return valid.contiguous().view(torch.uint8)

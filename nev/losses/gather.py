@@ -1,4 +1,4 @@
-"""The other side of every rank's pairs, brought here while this rank does something else."""
+"""An asynchronous all-gather of the texts (or images) of every rank's pairs: it runs while this rank embeds the other side."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from torch import Tensor
 
 @dataclass
 class AsyncGather:
-    """Rows of all ranks that are on their way. Made by `gather`; `arrived` waits for them.
+    """The all-gather that `start_gather` has started; `wait` returns the rows of all ranks.
 
-    own: [b, D], this rank's; valid: bool [b]; group: the ranks that take part; first: the number of this rank's first row among
-    the N; world: W.
+    local: [b, D], this rank's rows, with their graph.
+    valid: bool [b], which of this rank's rows are valid.
+    group: the ranks that take part.
+    first: the number of this rank's first row among the N rows.
+    world: W, the number of ranks.
     """
 
-    own: Tensor
+    local: Tensor
     valid: Tensor
     group: dist.ProcessGroup | None
     first: int
@@ -26,33 +29,34 @@ class AsyncGather:
     _work: dist.Work | None
 
     def wait(self) -> tuple[Tensor, Tensor]:
-        """The rows of all ranks [N, D], detached, in their own dtype and rank order, and bool [N]: which are valid."""
+        """The rows of all ranks, detached, in their dtype and in rank order, [N, D]; and which are valid, bool [N]."""
         if self._packed is None:
-            return self.own.detach(), self.valid
+            return self.local.detach(), self.valid
         if self._work is not None:
             self._work.wait()
             self._work = None
         return self._packed[:, :-1], self._packed[:, -1] == 1
 
 
-def gather(own: Tensor, valid: Tensor | None = None, group: dist.ProcessGroup | None = None) -> AsyncGather:
-    """Start to gather own [b, D] and valid (bool [b]; None: all) of all ranks: one collective, none where W = 1.
+def start_gather(local: Tensor, valid: Tensor | None = None, group: dist.ProcessGroup | None = None) -> AsyncGather:
+    """Start to gather the rows of all ranks: one collective, none where W = 1.
 
-    What is sent has the dtype of `own`, and `valid` rides as a column. b, D and that dtype must be equal on every rank; no
-    collective is spent on checking it (gloo aborts on a difference, NCCL does not say what happens).
+    local: [b, D], this rank's rows. b, D and the dtype must be equal on every rank. No collective checks this (with a difference
+        gloo aborts, and NCCL's behaviour is undefined).
+    valid: bool [b], sent as one more column of `local`. None: all rows are valid.
     """
     if valid is None:
-        valid = torch.ones(len(own), dtype=torch.bool, device=own.device)
-    rank, world = place(group)
+        valid = torch.ones(len(local), dtype=torch.bool, device=local.device)
+    rank, world = rank_and_world(group)
     if world == 1:
-        return AsyncGather(own, valid, group, 0, 1, None, None)
-    packed = torch.cat([own.detach(), valid[:, None].to(own.dtype)], dim=1)
+        return AsyncGather(local, valid, group, 0, 1, None, None)
+    packed = torch.cat([local.detach(), valid[:, None].to(local.dtype)], dim=1)
     gathered = packed.new_empty(world * len(packed), packed.shape[1])
     work = dist.all_gather_into_tensor(gathered, packed, group, async_op=True)
-    return AsyncGather(own, valid, group, rank * len(own), world, gathered, work)
+    return AsyncGather(local, valid, group, rank * len(local), world, gathered, work)
 
 
-def place(group: dist.ProcessGroup | None) -> tuple[int, int]:
+def rank_and_world(group: dist.ProcessGroup | None) -> tuple[int, int]:
     """(rank, W) in `group`, or (0, 1) for a process alone."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1

@@ -1,4 +1,6 @@
-"""The fused kernels against the tiles, once a process: no GPU has run the kernels yet, and a wrong gradient shows in no loss."""
+"""A check of the fused kernels against the tiles, once a process: no GPU has run the kernels yet, and a wrong gradient does not
+show in the loss.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from nev.losses import tiles
 from nev.losses.gather import AsyncGather
 from nev.losses.tiles import Statistics
 
-# Of a log-sum-exp, times (the largest score + 4), and of a gradient, as a share of its largest number.
+# Largest difference: of a log-sum-exp, as a share of (the largest score + 4); of a gradient, as a share of its largest number.
 TOLERANCE = 1e-5
 TF32_TOLERANCE = 5e-3  # where `torch.set_float32_matmul_precision` allows TF32, which has 11 bits
 
@@ -25,11 +27,12 @@ class KernelMismatch(NevError, RuntimeError):
 def verify_first_use(
     x: Tensor, gathering: AsyncGather, fused: Statistics, grad: Tensor, grad_texts: Tensor | None
 ) -> None:
-    """Compare what the fused kernels computed with what the tiles compute of the same input, the first time on a device.
+    """Compare the results of the fused kernels with those of the tiles for the same input, the first time on a device.
 
-    x: float32 [b, D], times the scale, 0 in invalid rows.
-    fused: the kernels' statistics, whose columns are those of all ranks.
-    grad: float32 [b, D], the kernels' gradient of the images. grad_texts: float32 [N, D], that of the texts, or None.
+    x: float32 [b, D], images times the scale, 0 in invalid rows.
+    fused: statistics by the kernels, with the log-sum-exps over the images of all ranks as `column`.
+    grad: float32 [b, D], gradient of the images by the kernels.
+    grad_texts: float32 [N, D], gradient of the texts by the kernels; None where the texts require none.
     Collectives on the first use: one all_reduce of two numbers. Raises KernelMismatch on every rank where one rank differs.
     """
     if x.device in _verified:
@@ -57,8 +60,8 @@ def _relative_errors(
     expected = tiles.statistics(x, texts, valid, valid_texts, first)
     largest = x.norm(dim=1).max() + 4  # texts have unit length
     rows = ((fused.row + fused.shift) - (expected.row + expected.shift)).masked_fill(~valid, 0).abs().max() / largest
-    everywhere = expected._replace(column=fused.column + fused.shift - expected.shift)
-    right, right_texts = tiles.gradient(x, texts, valid, valid_texts, first, everywhere, grad_texts is not None)
+    global_stats = expected._replace(column=fused.column + fused.shift - expected.shift)
+    right, right_texts = tiles.gradient(x, texts, valid, valid_texts, first, global_stats, grad_texts is not None)
     differences = [(grad - right).abs().max() / right.abs().max().clamp(min=torch.finfo(x.dtype).tiny)]
     if grad_texts is not None and right_texts is not None:
         size = right_texts.abs().max().clamp(min=torch.finfo(x.dtype).tiny)

@@ -8,8 +8,9 @@ b_j = 1/|t_j,:d_l| and P_ij = sum_{k < d_l} x_ik t_jk, the scores of level l are
     dL/dlog tau  = sum_l sum_i rho_i,                                          rho_i = lambda_l sum_j dL_l/ds_ij tau a_i b_j P_ij
     dL/dbeta     = sum_l lambda_l sum_ij dL_l/ds_ij
 
-P of a level is that of the level below plus one product of a segment, and H summed from the widest level down serves each
-segment once: the products are those of a loss of the widest width alone, whatever the number of levels.
+P of a level is P of the next narrower level plus the product of one segment of the numbers. H is summed from the widest level
+down, so each segment takes part in one product. The matrix products cost as much as a loss at the widest width alone, whatever
+the number of levels.
 
 Collectives are those of `contrastive_loss` and `sigmoid_loss`, with the columns of all levels in one message.
 """
@@ -25,18 +26,23 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from nev.losses.contrastive import highest
+from nev.losses.contrastive import reduce_column_max
 from nev.losses.gather import AsyncGather
-from nev.losses.pairwise import LossAndGrads, LossOutput, PrecomputedGradient, gathered, local_share, upcast
-from nev.losses.sigmoid import LINEAR_FROM
+from nev.losses.pairwise import LossAndGrads, LossOutput, PrecomputedGradient, gather_texts, local_share, upcast
+from nev.losses.sigmoid import SOFTPLUS_THRESHOLD
 from nev.losses.tiles import LogSums, RunningArgmax, pairs_in_tile, tile_shape
 from nev.ops.onednn import product
 
-NEVER = -1e30  # the score of an invalid text: its exponential is 0, and so is 0 times it
+MASKED_SCORE = -1e30  # of an invalid text: its exponential is 0, and 0 times the score is 0 (not NaN, as with -inf)
 
 
 class Level(NamedTuple):
-    """A width, its weight lambda, and what its scores take beside the product: tau a, [b], and b, [N]; 0 in invalid rows."""
+    """One of the nested widths.
+
+    weight: lambda.
+    rows: tau a, [b], the factor of each image's scores; 0 for invalid images.
+    columns: b, [N], the factor of each text's scores; 0 for invalid texts.
+    """
 
     width: int
     weight: float
@@ -45,7 +51,12 @@ class Level(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Scores of each level [r, c] less its shift, NEVER for invalid texts; texts: [c, D], 0 where they are invalid."""
+    """A part of the scores.
+
+    rows, columns: the images and the texts of the tile.
+    texts: [c, D], 0 for invalid texts.
+    scores: [r, c] for each level, less the level's shift; MASKED_SCORE for invalid texts.
+    """
 
     rows: slice
     columns: slice
@@ -62,36 +73,35 @@ def matryoshka_loss(
     valid: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> LossOutput:
-    """The weighted sum of the losses at `widths` (width to weight): of `contrastive_loss`, or with a `bias` `sigmoid_loss`.
+    """The weighted sum of the losses at `widths`: of `contrastive_loss`, or with a `bias` of `sigmoid_loss`.
 
-    The widest must be D. `correct` is that of the widest; everything else, the scale of the gradients included, is as those
-    two have it. Raises ValueError as they do, and for widths that do not fit D.
+    widths: width to weight. The widest must be D.
+
+    The other arguments, the result and the scale of the gradients are those of `contrastive_loss`; `correct` counts at the widest
+    width. Raises ValueError as the two losses do, and for widths that do not fit D.
     """
-    texts = gathered(image, text, log_scale, valid, group)
+    gathering = gather_texts(image, text, log_scale, valid, group)
     if not widths or max(widths) != image.shape[1] or min(widths) < 1:
         raise ValueError(f"widths must be from 1 to D = {image.shape[1]} and hold it, not {sorted(widths)}")
-    inputs = image, texts.own, log_scale, *(() if bias is None else (bias,))
-    with_grad = torch.is_grad_enabled() and any(one.requires_grad for one in inputs)
+    inputs = image, gathering.local, log_scale, *(() if bias is None else (bias,))
+    need_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
 
     def compute() -> LossAndGrads:
-        x = upcast(image, texts)
-        _, valid_texts = texts.wait()
+        x = upcast(image, gathering)
+        _, valid_texts = gathering.wait()
         scale = log_scale.to(x.dtype).exp()
-        levels = make_levels(x, texts, scale, widths)
-        back = (
-            GradientAccumulator(x, levels, scale, len(valid_texts) if texts.own.requires_grad else 0)
-            if with_grad
-            else None
-        )
+        levels = make_levels(x, gathering, scale, widths)
+        trained_texts = len(valid_texts) if gathering.local.requires_grad else 0
+        accumulator = GradientAccumulator(x, levels, scale, trained_texts) if need_grad else None
         if bias is None:
-            return _infonce(x, texts, levels, back)
-        return _sigmoid(x, texts, levels, bias.to(x.dtype), back)
+            return _infonce(x, gathering, levels, accumulator)
+        return _sigmoid(x, gathering, levels, bias.to(x.dtype), accumulator)
 
     return LossOutput(*PrecomputedGradient.apply(compute, *inputs))
 
 
 def make_levels(x: Tensor, gathering: AsyncGather, scale: Tensor, widths: Mapping[int, float]) -> list[Level]:
-    """The levels, narrowest first. x: [b, D], its invalid rows 0."""
+    """The levels, narrowest first. x: [b, D], 0 in invalid rows."""
     texts, valid_texts = gathering.wait()
     return [
         Level(
@@ -116,24 +126,24 @@ def iterate_tiles(
     for start in range(0, len(texts), width):
         columns = slice(start, min(start + width, len(texts)))
         keep = valid_texts[columns]
-        # What an invalid row holds must not reach a product, not even with weight 0: NaN * 0 is NaN.
-        some = texts[columns].to(x.dtype).masked_fill(~keep[:, None], 0)
-        pieces = [some[:, segment].contiguous() for segment in segments]
-        offsets = [torch.where(keep, -shift, NEVER) for shift in shifts]
+        # The numbers of an invalid row must not reach a product, not even with weight 0: NaN * 0 is NaN.
+        tile_texts = texts[columns].to(x.dtype).masked_fill(~keep[:, None], 0)
+        pieces = [tile_texts[:, segment].contiguous() for segment in segments]
+        offsets = [torch.where(keep, -shift, MASKED_SCORE) for shift in shifts]
         for first in range(0, len(x), height):
             rows = slice(first, min(first + height, len(x)))
-            so_far = product(parts[0][rows], pieces[0])
+            dots = product(parts[0][rows], pieces[0])
             scores = []
             for at, level in enumerate(levels):
                 if at:
-                    so_far = so_far.add_(product(parts[at][rows], pieces[at]))
-                score = so_far * level.rows[rows, None]
+                    dots = dots.add_(product(parts[at][rows], pieces[at]))
+                score = dots * level.rows[rows, None]
                 scores.append(score.mul_(level.columns[columns]).add_(offsets[at]))
-            yield Tile(rows, columns, some, scores)
+            yield Tile(rows, columns, tile_texts, scores)
 
 
 class GradientAccumulator:
-    """The gradients, times N, as tile after tile is seen. texts: N where they want one, else 0."""
+    """Sums the gradients, times N, over the tiles. texts: N where the texts require a gradient, else 0."""
 
     def __init__(self, x: Tensor, levels: Sequence[Level], scale: Tensor, texts: int) -> None:
         self._x, self._levels, self._scale = x, levels, scale
@@ -144,9 +154,12 @@ class GradientAccumulator:
         self.bias = x.new_zeros(())
 
     def add(self, tile: Tile, slopes: Sequence[Tensor], shifts: Sequence[Tensor]) -> None:
-        """Take a tile into account. slopes: lambda dL/ds of each level, [r, c], 0 in invalid rows and columns."""
-        rows, columns, some, scores = tile
-        above: Tensor | None = None
+        """Add the gradients of a tile. Overwrites `slopes` and the tile's scores.
+
+        slopes: lambda dL/ds of each level, [r, c], 0 in invalid rows and columns.
+        """
+        rows, columns, tile_texts, scores = tile
+        summed_weights: Tensor | None = None
         for at in reversed(range(len(self._levels))):
             level, slope = self._levels[at], slopes[at]
             segment = slice(self._levels[at - 1].width if at else 0, level.width)
@@ -154,15 +167,15 @@ class GradientAccumulator:
             dots = slope * scores[at].add_(shifts[at])
             self._rho[at, rows] += dots.sum(1)
             weights = slope.mul_(level.rows[rows, None]).mul_(level.columns[columns])
-            above = weights if above is None else above.add_(weights)
-            self._images[rows, segment] += product(above, some[:, segment].T.contiguous())
+            summed_weights = weights if summed_weights is None else summed_weights.add_(weights)
+            self._images[rows, segment] += product(summed_weights, tile_texts[:, segment].T.contiguous())
             if len(self._texts):
                 self._sigma[at, columns] += dots.sum(0)
                 piece = self._x[rows, segment].T.contiguous()
-                self._texts[columns, segment] += product(above.T.contiguous(), piece)
+                self._texts[columns, segment] += product(summed_weights.T.contiguous(), piece)
 
     def finish(self, gathering: AsyncGather, mean: Tensor, bias: bool) -> tuple[Tensor | None, ...]:
-        """The gradients in image, text, log tau and, where there is one, bias; mean: 1 / N."""
+        """The gradients of image, text, log tau and, with `bias`, of the bias. mean: 1 / N."""
         texts, valid_texts = gathering.wait()
         factor = gathering.world * mean
         self._images.masked_fill_(~gathering.valid[:, None], 0)
@@ -170,29 +183,29 @@ class GradientAccumulator:
             self._images[:, : level.width] -= (self._rho[at] * (level.rows / self._scale) ** 2)[:, None] * self._x[
                 :, : level.width
             ]
-        of_texts = None
+        grad_texts = None
         if len(self._texts):
-            own = texts.to(self._x.dtype).masked_fill(~valid_texts[:, None], 0)
+            local = texts.to(self._x.dtype).masked_fill(~valid_texts[:, None], 0)
             for at, level in enumerate(self._levels):
                 share = self._sigma[at] * level.columns**2
-                self._texts[:, : level.width] -= share[:, None] * own[:, : level.width]
-            of_texts = local_share(self._texts.mul_(factor), gathering)
-        ends = self._images.mul_(factor), of_texts, self._rho.sum() * factor
-        return (*ends, self.bias * factor) if bias else ends
+                self._texts[:, : level.width] -= share[:, None] * local[:, : level.width]
+            grad_texts = local_share(self._texts.mul_(factor), gathering)
+        gradients = self._images.mul_(factor), grad_texts, self._rho.sum() * factor
+        return (*gradients, self.bias * factor) if bias else gradients
 
 
 def _infonce(
-    x: Tensor, gathering: AsyncGather, levels: Sequence[Level], back: GradientAccumulator | None
+    x: Tensor, gathering: AsyncGather, levels: Sequence[Level], accumulator: GradientAccumulator | None
 ) -> LossAndGrads:
     valid, first, world = gathering.valid, gathering.first, gathering.world
     texts, valid_texts = gathering.wait()
-    own = slice(first, first + len(x))
-    together = torch.cumsum(x * texts[own].to(x.dtype).masked_fill(~valid[:, None], 0), 1)
+    local = slice(first, first + len(x))
+    pair_dots = torch.cumsum(x * texts[local].to(x.dtype).masked_fill(~valid[:, None], 0), 1)
     sums = [
-        LogSums.of(together[:, level.width - 1] * level.rows * level.columns[own], len(texts), valid, first)
+        LogSums.start(pair_dots[:, level.width - 1] * level.rows * level.columns[local], len(texts), valid, first)
         for level in levels
     ]
-    best = RunningArgmax.of(x)
+    best = RunningArgmax.start(x)
     for tile in iterate_tiles(x, gathering, levels, [one.shift for one in sums]):
         best.update(tile.rows, tile.columns, tile.scores[-1])
         for one, scores in zip(sums, tile.scores, strict=True):
@@ -206,19 +219,19 @@ def _infonce(
 
     shifts = torch.stack([one.shift for one in sums])
     columns = torch.stack([one.column for one in sums])
-    column_max = highest(columns, shifts[:, None], valid_texts, gathering)
-    rows, pairs = (torch.stack([getattr(one, name) for one in sums]) for name in ("row", "own"))
-    terms = torch.where(valid, rows - pairs + column_max[:, own] - pairs, 0)
+    column_max = reduce_column_max(columns, shifts[:, None], valid_texts, gathering)
+    rows, pairs = (torch.stack([getattr(one, name) for one in sums]) for name in ("row", "pair"))
+    terms = torch.where(valid, rows - pairs + column_max[:, local] - pairs, 0)
     counts = torch.stack([_weighted(terms, levels), best.correct(first, valid).to(x.dtype)])
-    added = torch.cat([(columns - column_max).exp_().flatten(), counts])
+    totals = torch.cat([(columns - column_max).exp_().flatten(), counts])
     if world > 1:
-        dist.all_reduce(added, dist.ReduceOp.SUM, gathering.group)
-    log_sums = torch.where(valid_texts, added[:-2].view(len(levels), -1), 1).log()
+        dist.all_reduce(totals, dist.ReduceOp.SUM, gathering.group)
+    log_sums = torch.where(valid_texts, totals[:-2].view(len(levels), -1), 1).log()
     count = valid_texts.sum()
     mean = 1 / count.clamp(min=1).to(x.dtype)
-    loss = (added[-2] + _weighted(log_sums, levels)) * mean * 0.5
-    correct = added[-1].round().long()
-    if back is None:
+    loss = (totals[-2] + _weighted(log_sums, levels)) * mean * 0.5
+    correct = totals[-1].round().long()
+    if accumulator is None:
         return LossAndGrads(loss, correct, count, (None, None, None))
     columns = column_max + log_sums
     for tile in iterate_tiles(x, gathering, levels, list(shifts)):
@@ -227,41 +240,41 @@ def _infonce(
             slope = (score - rows[at, tile.rows, None]).exp_().add_((score - columns[at, tile.columns]).exp_())
             pairs_in_tile(slope, first + tile.rows.start - tile.columns.start).sub_(2)
             slopes.append(slope.mul_(0.5 * level.weight).masked_fill_(~valid[tile.rows, None], 0))
-        back.add(tile, slopes, list(shifts))
-    return LossAndGrads(loss, correct, count, back.finish(gathering, mean, bias=False))
+        accumulator.add(tile, slopes, list(shifts))
+    return LossAndGrads(loss, correct, count, accumulator.finish(gathering, mean, bias=False))
 
 
 def _sigmoid(
-    x: Tensor, gathering: AsyncGather, levels: Sequence[Level], bias: Tensor, back: GradientAccumulator | None
+    x: Tensor, gathering: AsyncGather, levels: Sequence[Level], bias: Tensor, accumulator: GradientAccumulator | None
 ) -> LossAndGrads:
     valid, first = gathering.valid, gathering.first
     _, valid_texts = gathering.wait()
-    best, terms = RunningArgmax.of(x), x.new_zeros(())
+    best, terms = RunningArgmax.start(x), x.new_zeros(())
     shifts = [-bias] * len(levels)
     for tile in iterate_tiles(x, gathering, levels, shifts):
         offset = first + tile.rows.start - tile.columns.start
         best.update(tile.rows, tile.columns, tile.scores[-1])
         slopes = []
         for level, score in zip(levels, tile.scores, strict=True):
-            part = F.softplus(score, threshold=LINEAR_FROM)
-            pairs_in_tile(part, offset).copy_(F.softplus(-pairs_in_tile(score, offset), threshold=LINEAR_FROM))
+            part = F.softplus(score, threshold=SOFTPLUS_THRESHOLD)
+            pairs_in_tile(part, offset).copy_(F.softplus(-pairs_in_tile(score, offset), threshold=SOFTPLUS_THRESHOLD))
             terms += level.weight * torch.where(valid[tile.rows], part.sum(1), 0).sum()
             slope = score.sigmoid()
             pairs_in_tile(slope, offset).sub_(1)
             slopes.append(slope.mul_(level.weight).masked_fill_(~valid[tile.rows, None], 0))
-        if back is not None:
-            back.add(tile, slopes, shifts)
-    added = torch.stack([terms, best.correct(first, valid).to(x.dtype)])
+        if accumulator is not None:
+            accumulator.add(tile, slopes, shifts)
+    totals = torch.stack([terms, best.correct(first, valid).to(x.dtype)])
     if gathering.world > 1:
-        dist.all_reduce(added, dist.ReduceOp.SUM, gathering.group)
+        dist.all_reduce(totals, dist.ReduceOp.SUM, gathering.group)
     count = valid_texts.sum()
     mean = 1 / count.clamp(min=1).to(x.dtype)
-    ends = (None,) * 4 if back is None else back.finish(gathering, mean, bias=True)
-    return LossAndGrads(added[0] * mean, added[1].round().long(), count, ends)
+    gradients = (None,) * 4 if accumulator is None else accumulator.finish(gathering, mean, bias=True)
+    return LossAndGrads(totals[0] * mean, totals[1].round().long(), count, gradients)
 
 
 def _weighted(terms: Tensor, levels: Sequence[Level]) -> Tensor:
-    """The sum of [L, n], each level times its weight. (A tensor of weights would be sent to the device at every step.)"""
+    """The sum of `terms` [L, n], each level times its weight. (A tensor of weights would be copied to the device each step.)"""
     parts = [level.weight * part.sum() for level, part in zip(levels, terms, strict=True)]
     return torch.stack(parts).sum()
 

@@ -1,4 +1,4 @@
-"""What every loss over pairs shares: its result, its input, and gradients that are computed along with it. torch only."""
+"""What all losses over pairs share: the result, the checks of the input, and gradients that the forward computes. torch only."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nev.losses.gather import AsyncGather, gather
+from nev.losses.gather import AsyncGather, start_gather
 
 
 class LossOutput(NamedTuple):
     """The loss of the global batch, and two counts of it. All three are 0-d and equal on every rank.
 
-    loss: float32 (float64 for float64 inputs), differentiable in `image`, `log_scale`, and `text` where it wants a gradient.
-    correct: int64, valid images whose highest-scoring valid text is their own. Of tied texts the first one wins, so
-        that collapsed embeddings score 1 of N, and one of several images with one caption can. Detached.
-    pairs: int64, N, the valid pairs. Detached.
+    loss: float32 (float64 for float64 inputs), differentiable in `image`, `log_scale`, and in a `text` that requires a gradient.
+    correct: int64, number of valid images whose own text has the highest score of all valid texts. Of texts with equal scores
+        the first one counts: collapsed embeddings score 1 of N, and of several images with one caption one can be correct.
+        Detached.
+    pairs: int64, N, number of valid pairs. Detached.
     """
 
     loss: Tensor
@@ -28,7 +29,7 @@ class LossOutput(NamedTuple):
 
 
 class LossAndGrads(NamedTuple):
-    """`LossOutput`, and d loss / d input for each input in its own order, None for one that wants none."""
+    """The fields of `LossOutput`, and d loss / d input for each input, in their order; None where no gradient is required."""
 
     loss: Tensor
     correct: Tensor
@@ -37,56 +38,56 @@ class LossAndGrads(NamedTuple):
 
 
 class PrecomputedGradient(torch.autograd.Function):
-    """apply(compute, *inputs): what `compute()` gives, its gradients kept for the backward, which then costs nothing."""
+    """apply(compute, *inputs): the loss and counts of `compute()`, whose gradients are saved for the backward."""
 
     @staticmethod
     def forward(ctx: Any, compute: Callable[[], LossAndGrads], *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss and the two counts of it; `compute` runs without autocast."""
+        """The loss and its two counts. `compute` runs without autocast."""
         with torch.autocast(inputs[0].device.type, enabled=False):
             loss, correct, pairs, gradients = compute()
         ctx.save_for_backward(*gradients)
-        ctx.dtypes = tuple(one.dtype for one in inputs)
+        ctx.dtypes = tuple(tensor.dtype for tensor in inputs)
         ctx.mark_non_differentiable(correct, pairs)
         return loss, correct, pairs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients that are there already, times what comes after the loss."""
-        # Rounded last: a gradient of 1/N underflows in fp16 unless a loss scaler has enlarged it first.
-        found = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return None, *(None if grad is None else (grad_loss * grad).to(dtype) for grad, dtype in found)
+        """The saved gradients, times the gradient of the loss."""
+        # Converted last: a gradient of 1/N underflows in fp16 unless a loss scaler has enlarged it first.
+        saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return None, *(None if grad is None else (grad_loss * grad).to(dtype) for grad, dtype in saved)
 
 
-def gathered(
+def gather_texts(
     image: Tensor, text: Tensor | AsyncGather, log_scale: Tensor, valid: Tensor | None, group: dist.ProcessGroup | None
 ) -> AsyncGather:
-    """The texts on their way, after the input of a loss was checked. Raises ValueError where it does not fit together."""
+    """Check the inputs of a loss and start to gather the texts. Raises ValueError for inputs that do not fit together."""
     if not isinstance(text, AsyncGather):
         _check(image, text, log_scale, valid)
-        return gather(text, valid, group)
+        return start_gather(text, valid, group)
     if valid is not None or group is not None:
-        raise ValueError("valid and group belong to the texts that were gathered: give them to gather")
-    _check(image, text.own, log_scale, text.valid)
+        raise ValueError("valid and group belong to the texts that were gathered: give them to start_gather")
+    _check(image, text.local, log_scale, text.valid)
     return text
 
 
 def upcast(image: Tensor, texts: AsyncGather) -> Tensor:
-    """The images in the dtype to compute in, at least float32, 0 in invalid rows.
+    """The images in the dtype of the computation, at least float32, with 0 in invalid rows.
 
-    What an invalid row holds must not reach a product, not even with weight 0: NaN * 0 is NaN.
+    The numbers of an invalid row must not reach a product, not even with weight 0: NaN * 0 is NaN.
     """
-    dtype = torch.promote_types(torch.promote_types(image.dtype, texts.own.dtype), torch.float32)
+    dtype = torch.promote_types(torch.promote_types(image.dtype, texts.local.dtype), torch.float32)
     return image.to(dtype).masked_fill(~texts.valid[:, None], 0)
 
 
 def local_share(parts: Tensor, gathering: AsyncGather) -> Tensor:
-    """Of [N, D] on each rank, the sum over the ranks of this rank's rows: [b, D]."""
+    """This rank's rows of the sum over the ranks of `parts` [N, D]: [b, D]. One reduce_scatter, none where W = 1."""
     if gathering.world == 1:
         return parts
-    own = parts.new_empty(len(parts) // gathering.world, parts.shape[1])
-    dist.reduce_scatter_tensor(own, parts, dist.ReduceOp.SUM, gathering.group)
-    return own
+    local = parts.new_empty(len(parts) // gathering.world, parts.shape[1])
+    dist.reduce_scatter_tensor(local, parts, dist.ReduceOp.SUM, gathering.group)
+    return local
 
 
 def _check(image: Tensor, text: Tensor, log_scale: Tensor, valid: Tensor | None) -> None:

@@ -1,13 +1,14 @@
-"""The scores of all pairs a tile at a time, so that the b x N matrix of them is never there.
+"""The scores of all pairs, a tile at a time, so that the b x N matrix of scores is never in memory.
 
-Two walks over the tiles: `statistics` for the log-sum-exps of rows and columns, `gradient` for the weights that follow from
-them, times the texts. Each computes the scores anew: three matrix products in all, where keeping them would take two.
+There are two passes over the tiles: `statistics` computes the log-sum-exps of rows and columns, and `gradient` computes the
+weights that follow from these, times the texts. Each pass computes the scores again: three matrix products, where a stored matrix
+of scores would need two.
 
-A tile's exponentials are taken once, around one shift for the whole matrix, and serve its rows and its columns alike. That is
-exact while every log-sum-exp lies in a window around the shift: what underflows is less than e^-32 of its sum, and nothing
-overflows. Scores of unit vectors at a scale of 100 lie within 200 of each other and their sums far closer, so it nearly always
-does. Where it does not, another walk is made with a shift for each row and column, at twice the exponentials; a GPU takes that
-way at once, since the host would have to wait for an answer.
+The exponentials of a tile are computed once, less one shift for the whole matrix, and are summed by row and by column. This is
+exact while every log-sum-exp lies in a window around the shift: numbers that underflow are less than e^-32 of their sum, and
+nothing overflows. Scores of unit vectors at a scale of 100 lie within 200 of each other, and their log-sum-exps much closer, so
+the window nearly always holds. Where it does not hold, a further pass has a shift for each row and column and takes twice the
+exponentials. On a GPU that pass comes first, because a check of the window would make the host wait for the GPU.
 """
 
 from __future__ import annotations
@@ -22,52 +23,65 @@ from torch import Tensor
 from nev.ops.onednn import product
 
 TILE_ROWS, TILE_COLUMNS = 1024, 512  # 2 MiB in fp32: a tile stays in a core's cache between its product and its sums
-GPU_TILE_ROWS, GPU_TILE_COLUMNS = 8192, 4096  # 128 MiB: there a tile costs a dozen launches, whatever its size
-LOW, HIGH = -55.0, 75.0  # the window: e^-87 is the least normal float32, and e^88 nearly the greatest
-ABOVE = 40.0  # how far the scores of the pairs themselves may lie above the shift
+GPU_TILE_ROWS, GPU_TILE_COLUMNS = (
+    8192,
+    4096,
+)  # 128 MiB: on a GPU a tile costs a dozen kernel launches, whatever its size
+WINDOW_LOW, WINDOW_HIGH = -55.0, 75.0  # e^-87 is the smallest normal float32, and e^88 is nearly the largest float32
+PAIR_MARGIN = 40.0  # distance of the shift below the highest score of a pair
 
 
 class Statistics(NamedTuple):
-    """Of the scores of b images with N texts, all less `shift` (0-d), which would cost digits; invalid ones are left out.
+    """Statistics of the scores of b images with N texts. Invalid images and texts are left out; their rows hold any numbers.
 
-    row: [b], log-sum-exp over all texts. column: [N], log-sum-exp over these images, -inf where there is none. own: [b], the
-    score of each pair. best: of the texts, for each image.
-    In invalid rows anything may stand.
+    row: [b], log-sum-exp over all texts, less `shift`.
+    column: [N], log-sum-exp over these images, less `shift`; -inf where no image is valid.
+    pair: [b], score of each image with its own text, less `shift`.
+    best: the text with the highest score, for each image.
+    shift: 0-d. It stays apart, because adding it would lose digits.
     """
 
     row: Tensor
     column: Tensor
-    own: Tensor
+    pair: Tensor
     best: RunningArgmax
     shift: Tensor
 
 
 @dataclass
 class RunningArgmax:
-    """The text with the highest score for each of b images, the first of equal ones, as tile after tile is seen."""
+    """The text with the highest score for each of b images, over the tiles so far. Of equal scores the first text counts.
+
+    score: [b], the highest score. text: int64 [b], number of the text.
+    """
 
     score: Tensor
     text: Tensor
 
     @classmethod
-    def of(cls, x: Tensor) -> Self:
-        """Before any tile is seen. x: [b, D]."""
+    def start(cls, x: Tensor) -> Self:
+        """The state before the first tile. x: [b, D]."""
         return cls(x.new_full((len(x),), -torch.inf), torch.zeros(len(x), dtype=torch.int64, device=x.device))
 
     def update(self, rows: slice, columns: slice, scores: Tensor) -> None:
-        """Take a tile of scores into account, the one with the first columns first."""
+        """Add a tile of scores. Tiles must come in the order of their columns."""
         top, at = scores.max(1)
         self.text[rows] = torch.where(top > self.score[rows], at + columns.start, self.text[rows])
         torch.maximum(self.score[rows], top, out=self.score[rows])
 
     def correct(self, first: int, valid: Tensor) -> Tensor:
-        """How many valid images have their own text for the best; that of image i is number first + i. int64, 0-d."""
+        """Number of valid images whose own text is the best, int64, 0-d. The text of image i is number first + i."""
         own = torch.arange(first, first + len(valid), device=valid.device)
         return ((self.text == own) & valid).sum()
 
 
 class Tile(NamedTuple):
-    """Scores [r, c] less the shift, -inf for invalid texts; across: the texts, [D, c]."""
+    """A part of the scores.
+
+    rows, columns: the images and the texts of the tile.
+    across: the texts, transposed, [D, c].
+    scores: [r, c], less the shift; -inf for invalid texts.
+    """
 
     rows: slice
     columns: slice
@@ -80,48 +94,51 @@ def tile_shape(device: torch.device) -> tuple[int, int]:
     return (TILE_ROWS, TILE_COLUMNS) if device.type == "cpu" else (GPU_TILE_ROWS, GPU_TILE_COLUMNS)
 
 
-def walk(x: Tensor, texts: Tensor, valid_texts: Tensor, shift: Tensor) -> Iterator[Tile]:
-    """The tiles of x [b, D] times texts [N, D], the latter converted to x's dtype a tile at a time."""
+def iterate_tiles(x: Tensor, texts: Tensor, valid_texts: Tensor, shift: Tensor) -> Iterator[Tile]:
+    """The tiles of x [b, D] times texts [N, D]. The texts are converted to x's dtype a tile at a time."""
     height, width = tile_shape(x.device)
     for start in range(0, len(texts), width):
         columns = slice(start, min(start + width, len(texts)))
         keep = valid_texts[columns]
-        # What an invalid row holds must not reach a product, not even with weight 0: NaN * 0 is NaN.
-        some = texts[columns].to(x.dtype).masked_fill(~keep[:, None], 0)
-        across = some.T.contiguous()
+        # The numbers of an invalid row must not reach a product, not even with weight 0: NaN * 0 is NaN.
+        tile_texts = texts[columns].to(x.dtype).masked_fill(~keep[:, None], 0)
+        across = tile_texts.T.contiguous()
         bias = torch.where(keep, -shift, -torch.inf)
         for first in range(0, len(x), height):
             rows = slice(first, min(first + height, len(x)))
-            yield Tile(rows, columns, across, product(x[rows], some, bias))
+            yield Tile(rows, columns, across, product(x[rows], tile_texts, bias))
 
 
 def statistics(x: Tensor, texts: Tensor, valid: Tensor, valid_texts: Tensor, first: int) -> Statistics:
-    """Statistics of the scores of x [b, D], already times the scale and 0 in invalid rows, with texts [N, D].
+    """Statistics of the scores of images with texts.
 
-    The text of image i is number first + i.
+    x: [b, D], images times the scale, 0 in invalid rows.
+    texts: [N, D]. The text of image i is number first + i.
+    valid: bool [b]. valid_texts: bool [N].
     """
     pairs = (x * texts[first : first + len(x)].to(x.dtype)).sum(1)
-    sums = LogSums.of(pairs, len(texts), valid, first)
-    best = RunningArgmax.of(x)
-    for rows, columns, _, scores in walk(x, texts, valid_texts, sums.shift):
+    sums = LogSums.start(pairs, len(texts), valid, first)
+    best = RunningArgmax.start(x)
+    for rows, columns, _, scores in iterate_tiles(x, texts, valid_texts, sums.shift):
         best.update(rows, columns, scores)
         sums.update(rows, columns, scores)
     if not sums.exact(valid_texts):
         sums = sums.with_own_shifts()
-        for rows, columns, _, scores in walk(x, texts, valid_texts, sums.shift):
+        for rows, columns, _, scores in iterate_tiles(x, texts, valid_texts, sums.shift):
             sums.update(rows, columns, scores)
-    return Statistics(sums.row, sums.column, sums.own, best, sums.shift)
+    return Statistics(sums.row, sums.column, sums.pair, best, sums.shift)
 
 
 @dataclass
 class LogSums:
-    """Log-sum-exps of rows [b] and columns [N], and the scores of the pairs [b], as tile after tile is seen.
+    """Log-sum-exps of rows [b] and columns [N], and the scores of the pairs [b], over the tiles so far.
 
-    Exponentials are taken around one shift for all scores (0-d), or (`with_own_shifts`) around one for each row and column.
+    With `one_shift`, `row` and `column` hold sums of exponentials, less one shift (0-d) for all scores, until `exact` takes their
+    logarithms. Without (`with_own_shifts`), they hold log-sum-exps, and each row and column has a shift of its own.
     """
 
     shift: Tensor
-    own: Tensor
+    pair: Tensor
     row: Tensor
     column: Tensor
     valid: Tensor
@@ -129,25 +146,25 @@ class LogSums:
     one_shift: bool = True
 
     @classmethod
-    def of(cls, pairs: Tensor, texts: int, valid: Tensor, first: int) -> Self:
-        """Before any tile is seen. pairs: [b], the scores of the pairs, roughly, of which a CPU's shift is made."""
-        shift = torch.where(valid, pairs, -torch.inf).amax() - ABOVE
+    def start(cls, pairs: Tensor, texts: int, valid: Tensor, first: int) -> Self:
+        """The state before the first tile. pairs: [b], approximate scores of the pairs, from which the shift on a CPU follows."""
+        shift = torch.where(valid, pairs, -torch.inf).amax() - PAIR_MARGIN
         shift = torch.where(shift.isfinite(), shift, 0)
-        made = cls(shift, torch.zeros_like(pairs), torch.zeros_like(pairs), pairs.new_zeros(texts), valid, first)
-        return made if pairs.device.type == "cpu" else made.with_own_shifts()
+        sums = cls(shift, torch.zeros_like(pairs), torch.zeros_like(pairs), pairs.new_zeros(texts), valid, first)
+        return sums if pairs.device.type == "cpu" else sums.with_own_shifts()
 
     def with_own_shifts(self) -> Self:
-        """The same before any tile is seen, for scores of any spread."""
-        row, column = (torch.full_like(one, -torch.inf) for one in (self.row, self.column))
-        own = torch.zeros_like(self.own)
-        return replace(self, shift=torch.zeros_like(self.shift), own=own, row=row, column=column, one_shift=False)
+        """The state before the first tile, for scores of any range."""
+        row, column = (torch.full_like(sums, -torch.inf) for sums in (self.row, self.column))
+        pair = torch.zeros_like(self.pair)
+        return replace(self, shift=torch.zeros_like(self.shift), pair=pair, row=row, column=column, one_shift=False)
 
     def update(self, rows: slice, columns: slice, scores: Tensor) -> None:
-        """Take a tile of scores, less the shift, into account; nothing of it is left."""
+        """Add a tile of scores, less the shift. Overwrites the scores."""
         offset = self.first + rows.start - columns.start
         pairs = pairs_in_tile(scores, offset)
         start = rows.start + max(0, -offset)
-        self.own[start : start + len(pairs)] = pairs
+        self.pair[start : start + len(pairs)] = pairs
         if self.one_shift:
             exponentials = scores.exp_()
             self.row[rows] += exponentials.sum(1)
@@ -158,7 +175,7 @@ class LogSums:
             self.column[columns] = torch.logaddexp(self.column[columns], scores.logsumexp(0))
 
     def exact(self, valid_texts: Tensor) -> bool:
-        """Take the logarithms of what was summed around one shift; return whether it was enough for them."""
+        """Take the logarithms of the sums, and return whether one shift was enough. Call this once, after the last tile."""
         if not self.one_shift:
             return True
         self.row.log_(), self.column.log_()
@@ -166,29 +183,31 @@ class LogSums:
 
 
 def gradient(
-    x: Tensor, texts: Tensor, valid: Tensor, valid_texts: Tensor, first: int, found: Statistics, of_texts: bool
+    x: Tensor, texts: Tensor, valid: Tensor, valid_texts: Tensor, first: int, stats: Statistics, need_text_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """With g_ij = e^(s_ij - row_i) + e^(s_ij - column_j), less 2 where i and j are a pair:
+    """The gradients of images and texts, but for their factors. g_ij = e^(s_ij - row_i) + e^(s_ij - column_j), less 2 for pairs.
 
-    sum_j g_ij t_j, [b, D], 0 in invalid rows; and, where asked for, sum_i g_ij x_i over these images, [N, D], 0 for
+    stats: of `statistics`, with the log-sum-exp over the images of all ranks as `column`.
+    The other arguments are those of `statistics`.
+
+    Returns sum_j g_ij t_j, [b, D], 0 in invalid rows, and with `need_text_grad` sum_i g_ij x_i over these images, [N, D], 0 for
     invalid texts.
-    found: of `statistics`, but `column` the log-sum-exp over all ranks' images. The others as there.
     """
-    row, column = found.row, found.column
-    narrow = is_in_window(row, valid) and is_in_window(column, valid_texts)
+    row, column = stats.row, stats.column
+    one_shift = is_in_window(row, valid) and is_in_window(column, valid_texts)
     by_row, by_column = (-row).exp(), (-column).exp()
     total = torch.zeros_like(x)
-    total_texts = x.new_zeros(texts.shape) if of_texts else None
-    for rows, columns, across, scores in walk(x, texts, valid_texts, found.shift):
-        if narrow:
+    total_texts = x.new_zeros(texts.shape) if need_text_grad else None
+    for rows, columns, across, scores in iterate_tiles(x, texts, valid_texts, stats.shift):
+        if one_shift:
             weights = scores.exp_().mul_(by_row[rows, None] + by_column[columns])
         else:
             weights = (scores - row[rows, None]).exp_() + scores.sub_(column[columns]).exp_()
-        # Before the product: where a pair stands out, its weight is nearly 2, and the difference would lose its digits after.
+        # Subtracted before the product: the weight of a clear pair is nearly 2, and after the product digits would be lost.
         pairs_in_tile(weights, first + rows.start - columns.start).sub_(2)
         total[rows] += product(weights, across)
         if total_texts is not None:
-            weights.masked_fill_(~valid[rows, None], 0)  # there anything may stand, inf too
+            weights.masked_fill_(~valid[rows, None], 0)  # invalid rows hold any numbers, inf too
             total_texts[columns] += product(weights.T.contiguous(), x[rows].T.contiguous())
     if total_texts is not None:
         total_texts.masked_fill_(~valid_texts[:, None], 0)
@@ -196,11 +215,11 @@ def gradient(
 
 
 def is_in_window(shifted: Tensor, counts: Tensor) -> bool:
-    """Whether the log-sum-exps that count lie where one shift is exact. A GPU is not asked: the host would wait for it."""
-    return shifted.device.type == "cpu" and bool((((shifted > LOW) & (shifted < HIGH)) | ~counts).all())
+    """Whether all valid log-sum-exps lie where one shift is exact. False on a GPU, for which the host would have to wait."""
+    return shifted.device.type == "cpu" and bool((((shifted > WINDOW_LOW) & (shifted < WINDOW_HIGH)) | ~counts).all())
 
 
 def pairs_in_tile(tile: Tensor, offset: int) -> Tensor:
-    """A view of the entries of a tile that are scores of pairs, which lie on its diagonal `offset`; it may be empty."""
+    """A view of the scores of pairs in a tile: the tile's diagonal number `offset`, which may be empty."""
     height, width = tile.shape
     return tile.diagonal(offset) if -height < offset < width else tile[0, :0]

@@ -1,1 +1,1 @@
-"""The two towers: `text` is locked, `vision` is trained, `nomic` is the layout in which the released vision tower lies."""
+"""The two towers: `text`, which is locked, and `vision`, which is trained. `nomic` is the layout of the released vision tower."""

@@ -1,4 +1,4 @@
-"""Two towers into one space, and what is learned beside them: what a run trains."""
+"""The model of a run: two towers into one space, and the scalars of the loss that are learned too."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ Embedded = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 class DualEncoder(nn.Module):
-    """The vision tower, the text tower where it is trained, the logit scale, and of the sigmoid loss its bias.
+    """The vision tower, the text tower where it is trained, the logit scale, and the bias of a sigmoid loss.
 
-    Args:
-        vision: stays as it is, in eval mode, if `vision_locked`.
-        text: None where the texts are constants, whose vectors come with the batch.
+    vision: the vision tower.
+    loss: the initial logit scale and bias.
+    text: the text tower. None where the batch brings text vectors.
+    vision_locked: the vision tower is not trained and stays in eval mode.
     """
 
     def __init__(
@@ -35,24 +36,27 @@ class DualEncoder(nn.Module):
             self.bias = nn.Parameter(torch.tensor(loss.init_bias))
 
     def train(self, mode: bool = True) -> Self:
-        """As of any module, but a locked tower stays in eval mode."""
+        """Set the training mode, but leave a locked tower in eval mode."""
         super().train(mode)
         if self.vision_locked:
             self.vision.eval()
         return self
 
     def towers(self) -> list[nn.Module]:
-        """The towers in it, each with a forward that others call too (validation)."""
+        """The towers of the model. Validation calls their forwards directly."""
         return [self.vision, *([self.text.model] if self.text else [])]
 
     def forward(self, images: Tensor | None, tokens: Tensor | None) -> Embedded:
-        """(unit vectors float32 [b, D] of what is given, images first), (the log of the logit scale, the bias if any, 0-d).
+        """Embed images and texts. Returns (vectors, scalars).
 
-        images: float [b, 3, S, S]. tokens: int [b, T].
+        images: float [b, 3, S, S]; None: no images.
+        tokens: int [b, T]; None: no texts.
+        vectors: unit vectors, float32 [b, D], of the images, then of the texts.
+        scalars: the log of the logit scale, then the bias of a sigmoid loss, 0-d each.
         """
         vectors = () if images is None else (self.vision(images),)
         if tokens is not None:
             assert self.text is not None
             vectors = (*vectors, self.text(tokens))
-        # What is learned beside the towers goes through forward so that DDP reduces its gradient with the rest.
+        # The scalars go through forward so that DDP reduces their gradients too.
         return vectors, (self.log_scale, *((self.bias,) if hasattr(self, "bias") else ()))

@@ -1,8 +1,8 @@
-"""Pooling heads: tokens of a trunk, [b, T, D] -> one vector an image, [b, D].
+"""Pooling heads: tokens of a trunk, [b, T, D] -> one vector per image, [b, D].
 
 `nomic` is the head of nomic-embed-vision-v1.5 (arXiv 2406.18587; `NomicMultiHeadAttentionPooling` in the released
-modelling code). It differs from the usual MAP (`AttentionPoolLatent` of timm, Zhai et al. 2022): the residual is the
-class token and not the attention's output, and the MLP is a gated one.
+modelling code). It differs from the usual MAP (`AttentionPoolLatent` of timm, Zhai et al. 2022) in two points: the residual
+is the class token instead of the attention's output, and the MLP is gated.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ INIT_STD = 0.02  # `initializer_range` of the released config
 class NomicPool(nn.Module):
     """embedding = CLS + MLP(LN(attention(latent, tokens))), with one learned latent as the query.
 
-    The released code adds the MLP's one row to every token and then reads token 0, which is this.
+    The released code adds the single row of the MLP to every token and then reads token 0, which is the same.
 
-    Args:
-        dim: width D of the tokens.
-        heads: attention heads; must divide D.
-        hidden: width of the gated SiLU MLP, fc2(fc1_x(y) * silu(fc1_g(y))).
+    dim: width D of the tokens.
+    heads: number of attention heads; must divide D.
+    hidden: width of the gated SiLU MLP, fc2(fc1_x(y) * silu(fc1_g(y))).
     """
 
     def __init__(self, dim: int, heads: int, hidden: int) -> None:
@@ -68,7 +67,7 @@ class ClsPool(nn.Module):
 
 
 class MeanPool(nn.Module):
-    """The mean of the patch tokens; the `prefix` class and register tokens before them are left out."""
+    """The mean of the patch tokens. prefix: number of class and register tokens before them, which are left out."""
 
     def __init__(self, prefix: int) -> None:
         super().__init__()
@@ -80,10 +79,10 @@ class MeanPool(nn.Module):
 
 
 def build_head(config: Vision, trunk: Any) -> nn.Module:
-    """The head that `config.pool` names, sized for `trunk` (a timm model: `num_features` wide).
+    """Build the head that `config.pool` names, for a timm model `trunk` of width D (`num_features`).
 
-    Heads default to the trunk's own number; the hidden width of `nomic` to 8/3 D in steps of 8 (2,048 for 768) and
-    that of `map` to 4 D. Raises ConfigError where the trunk has no class token to pool, or the heads do not divide D.
+    The number of attention heads defaults to the trunk's. The hidden width defaults to 8/3 D in steps of 8 (2,048 for 768) for
+    `nomic`, and to 4 D for `map`. Raises ConfigError where the trunk has no class token to pool, or the heads do not divide D.
     """
     dim = int(trunk.num_features)
     if config.pool in ("nomic", "cls") and getattr(trunk, "cls_token", None) is None:
@@ -102,13 +101,15 @@ def build_head(config: Vision, trunk: Any) -> nn.Module:
         return NomicPool(dim, heads, config.pool_hidden or 8 * round(dim / 3))
     hidden = config.pool_hidden or 4 * dim
     norm: Any = partial(nn.LayerNorm, eps=1e-6)
-    # timm truncates dim * mlp_ratio; half a unit more makes it exactly `hidden`.
+    # timm truncates dim * mlp_ratio: with 0.5 added the result is exactly `hidden`.
     pool: nn.Module = AttentionPoolLatent(dim, num_heads=heads, mlp_ratio=(hidden + 0.5) / dim, norm_layer=norm)
     return pool
 
 
 def _trunk_heads(trunk: Any, dim: int) -> int:
-    """Attention heads of the trunk's last block, else heads of 64 as usual in ViTs."""
+    """Number of attention heads of the trunk's last block; without attention there, heads of width 64, as usual in ViTs."""
     blocks = getattr(trunk, "blocks", None)
-    own = getattr(getattr(blocks[-1], "attn", None), "num_heads", None) if blocks is not None and len(blocks) else None
-    return int(own) if own else max(1, dim // 64)
+    heads = (
+        getattr(getattr(blocks[-1], "attn", None), "num_heads", None) if blocks is not None and len(blocks) else None
+    )
+    return int(heads) if heads else max(1, dim // 64)

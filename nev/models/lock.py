@@ -1,4 +1,4 @@
-"""The proof that a tower did not move: what it was, taken before a run, and compared bit for bit after it."""
+"""The proof that a tower did not move: its state is recorded before a run, and compared bit for bit after the run."""
 
 from __future__ import annotations
 
@@ -32,12 +32,17 @@ CANARIES = (
 
 
 class TextMoved(NevError, RuntimeError):
-    """The locked text tower is not what it was when the run began."""
+    """The locked text tower has changed since the start of the run."""
 
 
 @dataclass(frozen=True, eq=False)
 class TowerLock:
-    """What a tower was: `fingerprint`, `weights` (name -> sha256 of each), `embed_canaries` (float32 [8, width])."""
+    """The state of a tower at one time.
+
+    fingerprint: hash of the weights and the recipe (`compute_fingerprint`).
+    weights: sha256 of each tensor, by name.
+    canaries: embeddings of `CANARIES`, float32 [8, width].
+    """
 
     fingerprint: str
     weights: dict[str, str]
@@ -45,12 +50,14 @@ class TowerLock:
 
 
 def embed_canaries(tower: TextTower) -> npt.NDArray[np.float32]:
-    """Embeddings of `CANARIES`, float32 [8, width], in one fixed batch on one CPU thread.
+    """Embed `CANARIES` in one batch on one CPU thread: float32 [8, width].
 
-    So the same weights give the same bits throughout a process; another machine or library may give others.
+    The same weights give the same bits throughout a process. Another machine or another library may give other bits.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the number of threads changes the order of sums, and the loop may have changed it
+    torch.set_num_threads(
+        1
+    )  # the number of threads changes the order of sums, and training may have changed that number
     try:
         return tower.encode(CANARIES, batch_size=len(CANARIES))
     finally:
@@ -58,21 +65,22 @@ def embed_canaries(tower: TextTower) -> npt.NDArray[np.float32]:
 
 
 def take_lock(tower: TextTower) -> TowerLock:
-    """What the tower is now, from its live weights. Take one before training; give it to `check_locked` after."""
+    """Record the state of the tower before training, for `check_locked` after training."""
     weights = weight_digests(tower.model)
     return TowerLock(compute_fingerprint(tower, weights), weights, embed_canaries(tower))
 
 
 def check_locked(tower: TextTower, before: TowerLock) -> None:
-    """Raise TextMoved, naming what moved, unless the tower is bit for bit what it was at `before`.
+    """Raise TextMoved, which names the differences, unless the tower equals `before` bit for bit.
 
-    Checked: every weight, tokenizer and recipe, the canaries' embeddings, eval mode, and that nothing takes gradients.
+    Checked: every weight, the tokenizer and the recipe, the embeddings of the canaries, eval mode, and that no weight requires a
+    gradient.
     """
     now, wrong = take_lock(tower), []
     if tower.model.training:
         wrong.append("it is in training mode")
-    if wanting := [name for name, weight in tower.model.named_parameters() if weight.requires_grad]:
-        wrong.append(f"{len(wanting)} weights take gradients: {first_few(wanting)}")
+    if trainable := [name for name, weight in tower.model.named_parameters() if weight.requires_grad]:
+        wrong.append(f"{len(trainable)} weights require gradients: {first_few(trainable)}")
     keys = sorted(before.weights.keys() | now.weights.keys())
     if moved := [key for key in keys if before.weights.get(key) != now.weights.get(key)]:
         wrong.append(f"{len(moved)} of {len(keys)} weights changed: {first_few(moved)}")
@@ -88,20 +96,25 @@ def check_locked(tower: TextTower, before: TowerLock) -> None:
         raise TextMoved(f"the text tower {tower.name!r} is locked, but {'; '.join(wrong)}. This run's model is void.")
 
 
-SAME = 1e-4  # in any number of a unit vector; float noise is 1e-7
+MAX_DIFFERENCE = 1e-4  # of any number of a unit vector; float noise is 1e-7
 
 
 def refuse_other_vectors(tower: TextTower, tokens: Callable[[Sequence[str]], NDArray[np.int32]]) -> None:
-    """Raise ConfigError unless the layer, on what `tokens` makes of some sentences, gives what the tower gives of them.
+    """Raise ConfigError unless `TextEncoder`, which trains from token ids, embeds some sentences as the tower does.
 
-    They differ where an architecture wants more than ids and a mask (segment ids other than 0, padding on the left).
+    tokens: makes token ids of sentences (`nev.data.tokens`).
+
+    The vectors differ where an architecture needs more than ids and a mask (segment ids other than 0, padding on the left).
     """
 
-    sentences = [*CANARIES, " ".join(map(str, range(tower.max_tokens)))]  # the last one is cut
+    sentences = [
+        *CANARIES,
+        " ".join(map(str, range(tower.max_tokens))),
+    ]  # the last sentence is too long and is truncated
     with torch.inference_mode():
-        found = make_text_encoder(tower)(torch.from_numpy(tokens(sentences))).numpy()
-    distance = float(np.abs(found - tower.encode(sentences)).max())
-    if not distance < SAME:
+        vectors = make_text_encoder(tower)(torch.from_numpy(tokens(sentences))).numpy()
+    distance = float(np.abs(vectors - tower.encode(sentences)).max())
+    if not distance < MAX_DIFFERENCE:
         raise ConfigError(
             f"text.encoder {tower.name!r} cannot run in the training loop: from ids and a mask alone it gives other vectors "
             f"(by up to {distance:.3g}). Use sidecars (text.mode: sidecar, lock: text), or another encoder."

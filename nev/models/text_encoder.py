@@ -1,8 +1,8 @@
-"""The text tower as a layer: token ids to unit vectors, with a graph. What a run embeds texts with that has no sidecars.
+"""The text tower as a layer: token ids to unit vectors, with a graph. Runs without sidecars embed their texts by this layer.
 
     tokens [b, T] -> transformer -> mean or CLS -> (LayerNorm) -> L2, the last two in fp32
 
-`nev.models.text.TextTower` is the same recipe around sentences, without a graph; both pool by `pool_tokens`.
+`nev.models.text.TextTower` embeds sentences by the same recipe, without a graph. Both pool by `pool_tokens`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from nev.config.base import ConfigError
 
 
 class TextEncoder(nn.Module):
-    """Token ids to unit vectors. Make it with `make_text_encoder`.
+    """Token ids to unit vectors. `make_text_encoder` makes one.
 
-    Attributes: `model` (transformers), `pooling` ("mean" or "cls"), `layer_norm` (without affine), `pad` (the id of padding).
+    model: of transformers.
+    pooling: "mean" or "cls".
+    layer_norm: LayerNorm without affine after pooling.
+    pad: token id of padding.
     """
 
     def __init__(self, model: nn.Module, pooling: str, layer_norm: bool, pad: int) -> None:
@@ -27,7 +30,7 @@ class TextEncoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """int [b, T], -1 after the end of a text -> float32 [b, width] of unit length."""
         mask = tokens >= 0
-        mask[:, 0] = True  # a row without text goes through, too, and attention over nothing would be NaN
+        mask[:, 0] = True  # for a row without text: attention over no token would be NaN
         ids = torch.where(tokens >= 0, tokens, self.pad)
         hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         return pool_tokens(hidden, mask, self.pooling, self.layer_norm)
@@ -46,17 +49,19 @@ def pool_tokens(hidden: Tensor, mask: Tensor, pooling: str, layer_norm: bool) ->
 
 
 def unlock(encoder: TextEncoder, few_activations: bool) -> None:
-    """Let it be trained, dropout as its own config has it.
+    """Make the encoder trainable, with the dropout of its config.
 
-    few_activations: keep less for the backward, compute it again. Raises ConfigError for an architecture that cannot do so.
+    few_activations: activation checkpointing. Raises ConfigError for an architecture without it.
     """
     encoder.requires_grad_(True).train()
     encoder(torch.zeros(1, 2, dtype=torch.int32)).sum().backward()
     for parameter in encoder.parameters():
-        parameter.requires_grad_(parameter.grad is not None)  # one that no loss reaches would stall DDP
+        parameter.requires_grad_(parameter.grad is not None)  # DDP would wait for a parameter that no loss reaches
         parameter.grad = None
     if few_activations:
         try:
             encoder.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         except ValueError as error:
-            raise ConfigError(f"train.activation_checkpointing: the text encoder has no way to it ({error})") from error
+            raise ConfigError(
+                f"train.activation_checkpointing: the text encoder does not support it ({error})"
+            ) from error

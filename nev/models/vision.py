@@ -29,15 +29,18 @@ from nev.models.heads import build_head
 from nev.models.weights import read_weights
 from nev.ops.onednn import use_onednn
 
-OURS = ("num_classes", "global_pool", "img_size", "pretrained")  # set here, so not for trunk_args
-BEYOND_TOKENS = ("head", "attn_pool", "fc_norm", "norm_head", "conv_head")  # timm's classifier side: never called here
+RESERVED_ARGUMENTS = ("num_classes", "global_pool", "img_size", "pretrained")  # set by nev, so refused in trunk_args
+CLASSIFIER_PARTS = ("head", "attn_pool", "fc_norm", "norm_head", "conv_head")  # of timm, never called here
 
 
 class VisionTower(nn.Module):
-    """Pixels to unit vectors. Build it with `build_vision`.
+    """Pixels to unit vectors. `build_vision` builds one.
 
-    Attributes: `trunk` (timm model), `head` (tokens to one vector), `projection` (Linear without bias, or Identity
-    where trunk and text are equally wide), `width` (of the embedding).
+    trunk: timm model.
+    head: tokens to one vector.
+    projection: Linear without bias; Identity where trunk and text have the same width.
+    width: width of the embedding.
+    name: the trunk, as in the config, for messages.
     """
 
     def __init__(self, trunk: Any, head: nn.Module, width: int, name: str) -> None:
@@ -50,9 +53,9 @@ class VisionTower(nn.Module):
             nn.init.normal_(self.projection.weight, std=dim**-0.5)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """float [b, 3, H, W] -> the trunk's tokens [b, T, D]; a feature map is read row by row.
+        """float [b, 3, H, W] -> the trunk's tokens [b, T, D]. A feature map becomes tokens row by row.
 
-        Raises ConfigError if the trunk gives something else.
+        Raises ConfigError for a trunk that gives neither tokens nor a feature map.
         """
         features = self.trunk.forward_features(images)
         if isinstance(features, Tensor) and features.ndim == 4:
@@ -64,44 +67,44 @@ class VisionTower(nn.Module):
         return features
 
     def features(self, images: Tensor) -> Tensor:
-        """float [b, 3, H, W] -> the embedding before it is scaled to unit length, [b, width]."""
+        """float [b, 3, H, W] -> the embedding before its scaling to unit length, [b, width]."""
         pooled: Tensor = self.projection(self.head(self.tokens(images)))
         return pooled
 
     def forward(self, images: Tensor) -> Tensor:
-        """float [b, 3, H, W] -> float32 [b, width] of unit length, the norm taken in fp32 under autocast too."""
+        """float [b, 3, H, W] -> float32 [b, width] of unit length. The norm is computed in fp32, under autocast too."""
         return F.normalize(self.features(images).float(), dim=-1)
 
 
 def build_vision(config: Vision, image_size: int, width: int) -> VisionTower:
-    """Build the tower that `config` describes for images of `image_size` pixels and texts of `width` numbers.
+    """Build the tower that `config` describes, for square images of `image_size` pixels and text vectors of width `width`.
 
-    Weights are random, or timm's own (`pretrained`, from its hub), or the trunk's from a file (`weights`: position
-    and patch embeddings are resampled by timm's filter to this size), or the whole tower's from a checkpoint of nev.
-    With the head `nomic` on an EVA-02 trunk the blocks also take the two details in which the released tower departs
-    from timm (`nomic.as_released`). Linear layers compute through oneDNN on CPUs where that pays
-    (`onednn.use_onednn`); their parameters and names stay.
+    Weights are random, or timm's (`pretrained`, from the hub), or of the trunk from a file (`weights`: timm resamples position
+    and patch embeddings to this size), or of the whole tower from a checkpoint of nev. With the head `nomic` an EVA-02 trunk is
+    changed to the released blocks (`nomic.match_released`). On CPUs where oneDNN is faster, linear layers compute through it
+    (`onednn.use_onednn`), with the same parameters and names.
 
-    Raises ConfigError for an unknown trunk or trunk argument (with close matches), weights that do not fit, a head
+    Raises ConfigError for an unknown trunk or trunk argument (with close matches), for weights that do not fit, and for a head
     that the trunk cannot feed.
     """
     tower = _assemble(config, image_size, width)
     if config.weights:
-        tower.load_state_dict(weights_for(tower, config), strict=False)  # they have been held against it
+        tower.load_state_dict(read_tower_weights(tower, config), strict=False)  # checked when they were read
     use_onednn(tower)
     return tower
 
 
 def check_vision(config: Vision, image_size: int, width: int, locked: bool = False) -> None:
-    """Raise what `build_vision` would, in a second and without making a weight; what a hub would say is not asked.
+    """Raise the errors of `build_vision`, but in a second: no weight is made, and no hub is asked.
 
-    locked: raise ConfigError, too, where weights that neither `weights` nor `pretrained` brings would be locked.
+    locked: the tower will be locked. Then raise ConfigError for parameters that neither `weights` nor `pretrained` brings.
     """
     with torch.device("meta"):
         tower = _assemble(config.model_copy(update={"pretrained": False}), image_size, width)
-    own = [name for name, _ in tower.named_parameters()]
-    brought = weights_for(tower, config) if config.weights else {name for name in own if name.startswith("trunk.")}
-    if locked and (rest := [name for name in own if name not in brought]):
+    names = [name for name, _ in tower.named_parameters()]
+    trunk = {name for name in names if name.startswith("trunk.")}
+    loaded = read_tower_weights(tower, config) if config.weights else trunk
+    if locked and (rest := [name for name in names if name not in loaded]):
         source = "weights" if config.weights else "pretrained"
         raise ConfigError(
             f"lock: image would lock random weights: vision.{source} brings the trunk's alone, and the tower has "
@@ -111,9 +114,9 @@ def check_vision(config: Vision, image_size: int, width: int, locked: bool = Fal
 
 
 def _assemble(config: Vision, image_size: int, width: int) -> VisionTower:
-    """The tower without the weights of a file."""
+    """The tower, before the weights of a file are loaded."""
     trunk = _create_trunk(config, image_size)
-    for part in BEYOND_TOKENS:  # parameters that no loss reaches would stall DDP
+    for part in CLASSIFIER_PARTS:  # DDP would wait for parameters that no loss reaches
         module = getattr(trunk, part, None)
         if isinstance(module, nn.Module) and any(True for _ in module.parameters()):
             setattr(trunk, part, nn.Identity())
@@ -122,15 +125,17 @@ def _assemble(config: Vision, image_size: int, width: int) -> VisionTower:
             raise ConfigError(f"vision.final_norm: false, but trunk {config.trunk!r} has no last norm: leave it true")
         trunk.norm = nn.Identity()
     if config.pool == "nomic":
-        nomic.as_released(trunk)
+        nomic.match_released(trunk)
     return VisionTower(trunk, build_head(config, trunk), width, config.trunk)
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 [b, H, W, 3] -> float32 [b, 3, H, W] = (images / 255 - mean) / std, on the images' device.
 
-    `mean` and `std` are of the channels, in units of 1. The only place where pixels become floats: they travel as
-    uint8 to the device. The result keeps the pixels' memory order (channels last). Raises ValueError on another input.
+    mean, std: one number per channel, in 0 to 1.
+
+    Pixels become floats nowhere else: they travel to the device as uint8. The result keeps the memory order of the pixels
+    (channels last). Raises ValueError for another shape or dtype.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"normalise needs uint8 [b, H, W, 3], not {images.dtype} {tuple(images.shape)}")
@@ -140,31 +145,31 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 @functools.lru_cache(maxsize=8)
 def _channels(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """What to add and to multiply by, float32 [3, 1, 1]; brought to the device once, since that waits for it."""
+    """Offset and scale, float32 [3, 1, 1] each. Cached, because a copy to the device waits for the device."""
     offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(3, 1, 1)
     scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(3, 1, 1)
     return offset, scale
 
 
 def _create_trunk(config: Vision, image_size: int) -> Any:
-    name, own = config.trunk, dict(config.trunk_args)
+    name, arguments = config.trunk, dict(config.trunk_args)
     if ":" not in name and not timm.is_model(name.split(".")[0]):
-        raise ConfigError(f"vision.trunk: timm has no model {name!r}{_near(name, timm.list_models())}")
-    if taken := sorted(set(own) & set(OURS)):
-        raise ConfigError(f"vision.trunk_args: {', '.join(taken)} is set by nev itself; remove it")
-    optional: dict[str, Any] = {"global_pool": "", "img_size": image_size}  # not every model takes them
+        raise ConfigError(f"vision.trunk: timm has no model {name!r}{_suggest(name, timm.list_models())}")
+    if reserved := sorted(set(arguments) & set(RESERVED_ARGUMENTS)):
+        raise ConfigError(f"vision.trunk_args: {', '.join(reserved)} is set by nev itself; remove it")
+    optional: dict[str, Any] = {"global_pool": "", "img_size": image_size}  # not every model has these arguments
     while True:
         try:
-            return timm.create_model(name, pretrained=config.pretrained, num_classes=0, **optional, **own)
+            return timm.create_model(name, pretrained=config.pretrained, num_classes=0, **optional, **arguments)
         except TypeError as error:
             refused = re.search(r"(?:(\w+)\.__init__\(\) )?got an unexpected keyword argument '(\w+)'", str(error))
             if refused and refused[2] in optional:
                 del optional[refused[2]]
                 continue
-            if refused and refused[2] in own:
-                near = _near(refused[2], _arguments(name, refused[1]))
-                raise ConfigError(f"vision.trunk_args: {name!r} takes no argument {refused[2]!r}{near}") from error
-            raise ConfigError(f"vision.trunk {name!r} cannot be built with trunk_args {own}: {error}") from error
+            if refused and refused[2] in arguments:
+                close = _suggest(refused[2], _list_arguments(name, refused[1]))
+                raise ConfigError(f"vision.trunk_args: {name!r} takes no argument {refused[2]!r}{close}") from error
+            raise ConfigError(f"vision.trunk {name!r} cannot be built with trunk_args {arguments}: {error}") from error
         except OSError as error:
             raise ConfigError(
                 f"vision.pretrained: timm's weights of {name!r} could not be fetched ({error}). Without the hub, "
@@ -173,24 +178,26 @@ def _create_trunk(config: Vision, image_size: int) -> Any:
         except (AssertionError, ArithmeticError, LookupError, RuntimeError, ValueError) as error:
             tags = timm.list_pretrained(name.split(".")[0] + ".*")
             known = f". Its weights in timm: {', '.join(tags)}" if tags and (config.pretrained or "." in name) else ""
-            raise ConfigError(f"vision.trunk {name!r} cannot be built with trunk_args {own}: {error}{known}") from error
+            raise ConfigError(
+                f"vision.trunk {name!r} cannot be built with trunk_args {arguments}: {error}{known}"
+            ) from error
 
 
-def _near(word: str, known: Sequence[str]) -> str:
+def _suggest(word: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     return f". Close: {', '.join(close)}" if close else ""
 
 
-def _arguments(model: str, owner: str | None) -> list[str]:
-    """Argument names of the class `owner` that a timm model is made by."""
+def _list_arguments(model: str, owner: str | None) -> list[str]:
+    """Argument names of the class `owner` of a timm model."""
     module = sys.modules[timm.model_entrypoint(model.split(".")[0]).__module__]
     return list(inspect.signature(getattr(module, owner)).parameters) if owner and hasattr(module, owner) else []
 
 
-def weights_for(tower: VisionTower, config: Vision) -> dict[str, Tensor]:
-    """What the file `config.weights` holds for this tower, by the tower's names: a trunk's weights, or a whole tower's.
+def read_tower_weights(tower: VisionTower, config: Vision) -> dict[str, Tensor]:
+    """Read the weights of the trunk, or of the whole tower, from the file `config.weights`, by the tower's names.
 
-    Raises ConfigError unless every parameter (of the trunk, or of the tower) is met; only the trunk's classifier may be left.
+    Raises ConfigError unless the file has every parameter of the trunk (or tower), and nothing more but the trunk's classifier.
     """
     state = read_weights(str(config.weights))
     if any(name.startswith("vision.trunk.") for name in state):  # the model of a checkpoint of nev
@@ -211,21 +218,21 @@ def _trunk_weights(trunk: Any, state: dict[str, Tensor], config: Vision) -> dict
         state = convert(state, trunk) if convert else state
     except (RuntimeError, KeyError, AttributeError, AssertionError, ValueError) as error:
         raise ConfigError(f"vision.weights {config.weights} does not fit trunk {config.trunk!r}: {error}") from error
-    idle = () if config.final_norm else ("norm",)  # it was taken off
-    droppable = ("mask_token", "lm_head", *BEYOND_TOKENS, *_classifiers(trunk), *idle)
-    wanted = trunk.state_dict()
-    state = {key: value for key, value in state.items() if key in wanted or not _under(key, droppable)}
-    _refuse_misfit(state, wanted, f"trunk {config.trunk!r} with trunk_args {config.trunk_args}", config)
+    last_norm = () if config.final_norm else ("norm",)  # the trunk here has none
+    droppable = ("mask_token", "lm_head", *CLASSIFIER_PARTS, *_classifiers(trunk), *last_norm)
+    expected = trunk.state_dict()
+    state = {key: value for key, value in state.items() if key in expected or not _under(key, droppable)}
+    _refuse_misfit(state, expected, f"trunk {config.trunk!r} with trunk_args {config.trunk_args}", config)
     return state
 
 
-def _refuse_misfit(state: dict[str, Tensor], wanted: dict[str, Tensor], what: str, config: Vision) -> None:
-    shapes = {key: (tuple(state[key].shape), tuple(wanted[key].shape)) for key in state.keys() & wanted.keys()}
+def _refuse_misfit(state: dict[str, Tensor], expected: dict[str, Tensor], what: str, config: Vision) -> None:
+    shapes = {key: (tuple(state[key].shape), tuple(expected[key].shape)) for key in state.keys() & expected.keys()}
     wrong = {
-        "missing in the file": [key for key in wanted if key not in state],
-        "not in the model": [key for key in state if key not in wanted],
+        "missing in the file": [key for key in expected if key not in state],
+        "not in the model": [key for key in state if key not in expected],
         "of another shape": [
-            f"{key} {given} for {own}" for key, (given, own) in sorted(shapes.items()) if given != own
+            f"{key} {there} for {here}" for key, (there, here) in sorted(shapes.items()) if there != here
         ],
     }
     if lines := [f"\n  {kind}: {first_few(names)}" for kind, names in wrong.items() if names]:

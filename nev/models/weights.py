@@ -1,4 +1,4 @@
-"""Weights from a file that somebody else may have written: tensors only, no pickled code."""
+"""Reads weights from a file that anybody may have written: tensors only, no pickled code."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in `path`, on the CPU: a .safetensors file, or a PyTorch file read with `weights_only=True`.
+    """Read the state dict in `path` to the CPU: a .safetensors file, or a PyTorch file (with `weights_only=True`).
 
-    Wrappers of usual training checkpoints (`state_dict`, `model`, `module.`) are taken off by timm's own reader.
-    Raises ConfigError if the file is absent, of another kind, damaged, or holds more than tensors and plain values.
+    timm's reader removes the wrappers of usual training checkpoints (`state_dict`, `model`, `module.`).
+    Raises ConfigError for a file that is absent, of another kind or damaged, or that holds more than tensors and plain values.
     """
     file = Path(path).expanduser()
     if file.suffix not in SUFFIXES:

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from nev.config.experiment import Experiment, Loss, Vision
 from nev.config.file import parse
 from nev.losses.contrastive import contrastive_loss
-from nev.losses.gather import gather
+from nev.losses.gather import start_gather
 from nev.losses.pairwise import LossOutput
 from nev.models.dual_encoder import DualEncoder, Embedded
 from nev.models.vision import build_vision
@@ -75,7 +75,7 @@ def in_parts(model: nn.Module, given: Batch, part_rows: int) -> LossOutput:
 
 def against(given: Batch) -> Callable[..., LossOutput]:
     """The loss of vectors with the texts of a batch."""
-    texts = gather(given.text, given.valid)
+    texts = start_gather(given.text, given.valid)
     return lambda vectors, scalars: contrastive_loss(vectors[0], texts, scalars[0])
 
 

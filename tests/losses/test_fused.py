@@ -19,7 +19,11 @@ from torch.nn.functional import normalize
 from nev.losses import contrastive, fused, kernel_check, tiles
 from nev.losses.contrastive import contrastive_loss
 
-BLOCKS = (fused.Blocks(4, 8, 4, 8, 4, 2), fused.Blocks(16, 4, 16, 4, 4, 2), fused.Blocks(8, 16, 2, 16, 4, 2))
+BLOCKS = (
+    fused.BlockSizes(4, 8, 4, 8, 4, 2),
+    fused.BlockSizes(16, 4, 16, 4, 4, 2),
+    fused.BlockSizes(8, 16, 2, 16, 4, 2),
+)
 GPU_SHARED = 99 * 1024  # bytes that the smallest of the GPUs (8.6, 8.9, 12.0) lets a program have
 
 Run = Callable[..., Any]
@@ -57,7 +61,7 @@ def sides(b: int, n: int, first: int, dim: int, scale: float, dtype: torch.dtype
     return x, texts, valid, valid_texts, first
 
 
-def compare(given: Any, scale: float, blocks: fused.Blocks | None = None) -> None:
+def compare(given: Any, scale: float, blocks: fused.BlockSizes | None = None) -> None:
     """The kernels in float32 beside the tiles in float64.
 
     Scores up to `scale` have errors in proportion; so have log-sum-exps, the logarithms of weights, which are at most 2.
@@ -67,7 +71,7 @@ def compare(given: Any, scale: float, blocks: fused.Blocks | None = None) -> Non
     exact = x.double(), texts.double(), valid, valid_texts, first
     found, want = fused.statistics(*given, blocks), tiles.statistics(*exact)
     torch.testing.assert_close(found.row[valid].double(), (want.row + want.shift)[valid], **close)
-    torch.testing.assert_close(found.own[valid].double(), (want.own + want.shift)[valid], **close)
+    torch.testing.assert_close(found.pair[valid].double(), (want.pair + want.shift)[valid], **close)
     torch.testing.assert_close(
         found.column.double(), want.column + want.shift, **close
     )  # both -inf where nothing counts
@@ -112,7 +116,7 @@ def any_shape(
     scale: float,
     dtype: torch.dtype,
     seed: int,
-    blocks: fused.Blocks,
+    blocks: fused.BlockSizes,
     programs: int,
     partial: int,
     layout: str,
@@ -235,21 +239,21 @@ def test_two_halves_hold_22_bits_and_one_the_11_of_tf32(monkeypatch: pytest.Monk
     )
     for allowed, parts, bits in (("highest", 2, 22), ("high", 1, 11)):
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda allowed=allowed: allowed)
-        found = fused.in_parts(x, texts)
+        found = fused.split_half(x, texts)
         assert found.dtype == torch.float16
         assert len(found) == parts
         off = (found.double().sum(0) - x).abs()
         assert (off <= 2.0**-bits * x.abs() + 2.0**-25).all()
         assert (off > 2.0 ** (-bits - 2) * x.abs()).any()
-    assert fused.in_parts(x, texts.float()).data_ptr() == x.data_ptr()
+    assert fused.split_half(x, texts.float()).data_ptr() == x.data_ptr()
     assert fused.precision() == "tf32"
 
 
 def test_rows_are_copied_where_threads_could_not_load_16_bytes() -> None:
     rows = torch.zeros(4, 24, dtype=torch.float16)
-    assert fused.aligned(rows[:, :16]).data_ptr() == rows.data_ptr()
+    assert fused.align(rows[:, :16]).data_ptr() == rows.data_ptr()
     for other in (rows[:, :16].T, torch.zeros(4, 17, dtype=torch.float16)[:, :16]):
-        assert fused.aligned(other).is_contiguous()
+        assert fused.align(other).is_contiguous()
 
 
 @pytest.mark.parametrize(
@@ -257,16 +261,16 @@ def test_rows_are_copied_where_threads_could_not_load_16_bytes() -> None:
     [(65536, 65536, (512, 1, 65536)), (1024, 65536, (8, 32, 2048)), (1, 300, (1, 3, 128)), (300, 1, (3, 1, 128))],
 )
 def test_few_rows_split_the_columns(rows: int, columns: int, want: tuple[int, int, int]) -> None:
-    assert fused.programs(rows, columns, fused.HALF) == want
+    assert fused.split_work(rows, columns, fused.HALF) == want
 
 
 def test_parts_that_are_summed_are_bounded() -> None:
     for n, row_bytes in ((1_048_576, 4 * 1_048_576 / 128), (65_536, 4 * 768), (1, 1), (4097, 0.1)):
-        made = fused.chunks(n, fused.HALF, row_bytes)
+        made = fused.row_chunks(n, fused.HALF, row_bytes)
         assert [one.start for one in made[1:]] == [one.stop for one in made[:-1]]
         assert (made[0].start, made[-1].stop) == (0, n)
         assert max(one.stop - one.start for one in made) * row_bytes <= fused.PARTIAL_BYTES
-    assert len(fused.chunks(256, fused.HALF, 1e9)) == 2
+    assert len(fused.row_chunks(256, fused.HALF, 1e9)) == 2
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -284,9 +288,9 @@ def test_the_kernels_compile_for_gpus_and_fit_them(
     blocks = fused.HALF if dtype == "fp16" else fused.SINGLE
     parts = 2 if dtype == "fp16" else 1
     fixed = {"PARTS": parts, "PRECISION": "tf32x3", "BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns}
-    fixed |= {"BLOCK_K": blocks.depth, "BLOCK_D": blocks.wide}
-    types = {"rows": f"*{dtype}", "columns": f"*{dtype}", "row_counts": "*u8", "column_counts": "*u8", "best": "*i32"}
-    types |= dict.fromkeys(("row_lse", "own", "best_score", "column_lse", "out"), "*fp32") | dict.fromkeys(
+    fixed |= {"BLOCK_K": blocks.depth, "BLOCK_D": blocks.dims}
+    types = {"rows": f"*{dtype}", "columns": f"*{dtype}", "valid_rows": "*u8", "valid_columns": "*u8", "best": "*i32"}
+    types |= dict.fromkeys(("row_lse", "pair_score", "best_score", "column_lse", "out"), "*fp32") | dict.fromkeys(
         fixed, "constexpr"
     )
     kernel = getattr(kernels, name)

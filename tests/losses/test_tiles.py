@@ -141,5 +141,5 @@ def test_three_matrix_products() -> None:
 
 def test_scale_of_what_underflows() -> None:
     """What one shift leaves out of a sum is less than float32 can tell from it."""
-    assert math.exp(-87 - tiles.LOW) * 2**17 < torch.finfo(torch.float32).eps
-    assert tiles.HIGH + math.log(2**17) < 88.7
+    assert math.exp(-87 - tiles.WINDOW_LOW) * 2**17 < torch.finfo(torch.float32).eps
+    assert tiles.WINDOW_HIGH + math.log(2**17) < 88.7

@@ -160,7 +160,7 @@ def test_order_is_kept_and_company_does_not_matter(minilm):
 
 def test_it_tells_how_far_it_is(minilm):
     told = []
-    minilm.encode(["a", "bb", "ccc", "dd dd", "e"], batch_size=2, done=told.append)
+    minilm.encode(["a", "bb", "ccc", "dd dd", "e"], batch_size=2, on_progress=told.append)
     assert told == [2, 4, 5]
 
 
@@ -245,7 +245,7 @@ def test_canaries_see_what_weights_do_not(nomic_folder, monkeypatch):
     ("move", "message"),
     [
         (lambda tower: tower.model.train(), "training mode"),
-        (lambda tower: tower.model.requires_grad_(True), "take gradients: embeddings"),
+        (lambda tower: tower.model.requires_grad_(True), "require gradients: embeddings"),
         (lambda tower: tower.tokenizer.add_tokens(["snowdog"]), "its tokenizer, prefix"),
     ],
 )

@@ -27,7 +27,7 @@ from nev.eval.evaluate import evaluate_checkpoint
 from nev.eval.validation.validate import score
 from nev.eval.validation.vectors import load_vectors
 from nev.losses.contrastive import contrastive_loss
-from nev.losses.gather import gather
+from nev.losses.gather import start_gather
 from nev.models.dual_encoder import DualEncoder, Embedded
 from nev.models.text import TextTower, load_text, weight_digests
 from nev.models.text_encoder import TextEncoder, unlock
@@ -106,7 +106,7 @@ def both(model: nn.Module, given: Batch, rows: slice) -> Embedded:
 
 
 def loss_of_both(given: Batch, vectors: Any, scalars: Any) -> Any:
-    return contrastive_loss(vectors[0], gather(vectors[1], given.valid), scalars[0])
+    return contrastive_loss(vectors[0], start_gather(vectors[1], given.valid), scalars[0])
 
 
 def test_parts_of_both_sides_give_the_gradient_of_the_whole_under_dropout() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nev.config.experiment import Experiment, Loss
 from nev.losses.contrastive import contrastive_loss
-from nev.losses.gather import AsyncGather, gather
+from nev.losses.gather import AsyncGather, start_gather
 from nev.losses.matryoshka import matryoshka_loss
 from nev.losses.pairwise import LossOutput
 from nev.losses.sigmoid import sigmoid_loss
@@ -90,18 +90,18 @@ def train_step(
         return embedded
 
     def loss(vectors: Sequence[Tensor], scalars: Sequence[Tensor]) -> LossOutput:
-        others = gather(vectors[1], batch.valid) if constant is None else constant
+        others = start_gather(vectors[1], batch.valid) if constant is None else constant
         return compute_loss(config.loss, vectors[0], others, *scalars)
 
     optimizer.zero_grad(set_to_none=True)
     # The side that is not trained is on its way, as fp16 from sidecars, while the other one is embedded.
     constant = None
     if dual.text is None:
-        constant = gather(batch.text, batch.valid)
+        constant = start_gather(batch.text, batch.valid)
     elif dual.vision_locked:
         with torch.no_grad(), precision.autocast():
             images = torch.cat([dual.vision(pixels(rows)) for rows in parts])
-        constant = gather(images, batch.valid)
+        constant = start_gather(images, batch.valid)
     if len(parts) > 1:
         result = backward_in_parts(model, parts, embed, loss, batch.images.device)
     else:
