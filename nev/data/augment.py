@@ -1,9 +1,9 @@
 """From an encoded image to the square that a tower sees: crop, resize, flip, colours.
 
-Every draw comes from one `random.Random` seeded by (seed, epoch, uid), so that a resumed or resized run sees the same pixels.
-The crop is drawn from the header, before anything is decoded. Resizing is torch's antialiased bicubic kernel on uint8 in
-NHWC, which is what torchvision calls underneath, straight into the row of the block. torchvision and timm are imported only
-where colours are asked for, since they cost a decoding process seconds at its start.
+All random numbers of a picture come from one `random.Random`, seeded by (seed, epoch, uid). So a resumed run, and a run with
+another number of workers, see the same pixels. The crop is drawn before the picture is decoded, since the header has the size.
+Pictures are resized directly into the row of the block by torch's antialiased bicubic kernel on uint8 in NHWC, which torchvision
+uses too. torchvision and timm are imported only for colour changes, since they add seconds to the start of a decoding process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nev.data.decode import BadImage, Encoded, Picture, shrink_for
 if TYPE_CHECKING:
     from PIL import Image
 
-OPENAI_MEAN = (122, 116, 104)  # what timm's operations fill an edge with: the mean colour of OpenAI CLIP, in 0..255
+OPENAI_MEAN = (122, 116, 104)  # mean colour of OpenAI CLIP, in 0..255; timm's operations fill edges with it
 
 
 class Box(NamedTuple):
@@ -38,44 +38,44 @@ class Box(NamedTuple):
     columns: int
 
 
-def draw(seed: int, epoch: int, uid: str, purpose: str) -> random.Random:
-    """A random stream that depends on these four alone, so that a resumed or resized run draws the same.
+def seeded_random(seed: int, epoch: int, uid: str, purpose: str) -> random.Random:
+    """A random generator that depends on these four arguments alone.
 
-    `random.Random.random()` is the one stream that Python promises to keep over its releases.
+    Call only its `random()`: Python promises that this stream stays the same over releases.
     """
     key = hashlib.blake2b(f"{seed}/{epoch}/{purpose}/{uid}".encode(), digest_size=16).digest()
     return random.Random(int.from_bytes(key, "little"))
 
 
 def train_view(image: Encoded, out: Picture, augment: Augment, rng: random.Random) -> None:
-    """RandomResizedCrop, flip, colour jitter, auto-augment, into `out`: uint8 [size, size, 3], contiguous.
+    """Write the training view into `out`, uint8 [size, size, 3], contiguous: random crop, flip, colour jitter, auto-augment.
 
-    A large JPEG is decoded at 1/2, 1/4 or 1/8 where its crop still has `size` pixels a side. Raises BadImage.
+    A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the crop still has `size` pixels a side. Raises BadImage.
     """
     box = random_crop(image.height, image.width, augment, rng)
     shrink = shrink_for(box.rows, box.columns, len(out))
-    resize_into(out, _cut(image, box, shrink))
+    resize_into(out, _crop_pixels(image, box, shrink))
     if augment.flip and rng.random() < 0.5:
         out[:] = out[:, ::-1].copy()
     if augment.jitter:
         out[:] = apply_jitter(out, augment.jitter, rng)
     if augment.auto:
-        out[:] = _auto_augmented(out, augment.auto, rng)
+        out[:] = _apply_auto_augment(out, augment.auto, rng)
 
 
 def eval_view(image: Encoded, out: Picture) -> None:
-    """Shortest side to `size`, then the centre square, into `out`: uint8 [size, size, 3], contiguous.
+    """Write the evaluation view into `out`, uint8 [size, size, 3], contiguous: shortest side to `size`, then the centre square.
 
-    The whole of the picture's pixels are decoded, as other tools evaluate. Raises BadImage.
+    The picture is decoded at its full size, as by other tools. Raises BadImage.
     """
-    # Cropping the square first and resizing once gives the same field of view for the least work.
+    # The square is cropped before the only resize: the same field of view with less work.
     side = min(image.height, image.width)
     box = Box((image.height - side) // 2, (image.width - side) // 2, side, side)
-    resize_into(out, _cut(image, box, shrink=1))
+    resize_into(out, _crop_pixels(image, box, shrink=1))
 
 
 def random_crop(height: int, width: int, augment: Augment, rng: random.Random) -> Box:
-    """A crop of random area and aspect, as torchvision draws it: ten tries, then the centre."""
+    """A crop of random area and aspect ratio, as torchvision draws it: ten tries, then the centre."""
     low, high = augment.ratio
     for _ in range(10):
         area = height * width * (augment.scale[0] + rng.random() * (augment.scale[1] - augment.scale[0]))
@@ -90,8 +90,8 @@ def random_crop(height: int, width: int, augment: Augment, rng: random.Random) -
     return Box((height - rows) // 2, (width - columns) // 2, rows, columns)
 
 
-def _cut(image: Encoded, box: Box, shrink: int) -> Picture:
-    """The pixels of a box, a view of the decoded picture. Where that is 1/shrink of the size, so is the box."""
+def _crop_pixels(image: Encoded, box: Box, shrink: int) -> Picture:
+    """The pixels of a box, as a view of the picture decoded at 1/shrink of its size."""
     picture = image.pixels(shrink)
     height, width, _ = picture.shape
     if (height, width) != (image.height, image.width):
@@ -104,13 +104,13 @@ def _cut(image: Encoded, box: Box, shrink: int) -> Picture:
 
 
 def resize_into(out: Picture, picture: Picture) -> None:
-    """Antialiased bicubic: uint8 [h, w, 3] -> `out`, uint8 [size, size, 3], contiguous, with no array in between."""
+    """Resize by the antialiased bicubic filter: uint8 [h, w, 3] -> `out`, uint8 [size, size, 3], contiguous."""
     if picture.shape == out.shape:
         out[:] = picture
         return
     import torch
 
-    # NCHW with NHWC strides: neither is a copy. `torch.nn.functional.interpolate` is this operator without its `out`.
+    # NCHW with NHWC strides, without a copy. `torch.nn.functional.interpolate` is this operator without `out`.
     source, target = (torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0) for pixels in (picture, out))
     torch.ops.aten._upsample_bicubic2d_aa.out(source, out.shape[:2], False, None, None, out=target)
 
@@ -137,12 +137,12 @@ def apply_jitter(picture: Picture, jitter: Jitter, rng: random.Random) -> Pictur
     return changed
 
 
-def _auto_augmented(picture: Picture, name: str, rng: random.Random) -> Picture:
+def _apply_auto_augment(picture: Picture, name: str, rng: random.Random) -> Picture:
     from PIL import Image
 
     change = auto_augment(name, len(picture))
     try:
-        with _global_randomness(rng):
+        with _seed_global_random(rng):
             return np.asarray(change(Image.fromarray(picture)))
     except ValueError as error:  # timm's policy v0 draws bits that Pillow refuses
         raise BadImage(f"augmentation {name}: {error}") from error
@@ -150,9 +150,9 @@ def _auto_augmented(picture: Picture, name: str, rng: random.Random) -> Picture:
 
 @functools.lru_cache(maxsize=4)
 def auto_augment(name: str, size: int) -> Callable[[Image.Image], Image.Image]:
-    """timm's automatic augmentation of this name: 'rand-m9-mstd0.5-inc1', 'augmix-m3-w3', 'original', 'v0', '3a', ...
+    """Make timm's automatic augmentation of a name: 'rand-m9-mstd0.5-inc1', 'augmix-m3-w3', 'original', 'v0', '3a', ...
 
-    Raises ConfigError for a name that timm does not know.
+    size: side of the pictures, in pixels. Raises ConfigError for a name that timm does not know.
     """
     import_uninterrupted("timm.data.auto_augment")
     from timm.data import auto_augment as timm_augment
@@ -173,13 +173,13 @@ def auto_augment(name: str, size: int) -> Callable[[Image.Image], Image.Image]:
 
 
 @contextmanager
-def _global_randomness(rng: random.Random) -> Iterator[None]:
-    """timm draws from the modules `random` and `numpy.random`: seed them for the moment, then put them back."""
-    kept, kept_numpy = random.getstate(), np.random.get_state()
+def _seed_global_random(rng: random.Random) -> Iterator[None]:
+    """Seed the modules `random` and `numpy.random`, from which timm draws, and restore their states at the end."""
+    state, numpy_state = random.getstate(), np.random.get_state()
     random.seed(int(rng.random() * 2**53))
     np.random.seed(int(rng.random() * 2**32))
     try:
         yield
     finally:
-        random.setstate(kept)
-        np.random.set_state(kept_numpy)
+        random.setstate(state)
+        np.random.set_state(numpy_state)

@@ -1,6 +1,6 @@
-"""From the rows that the plan names to arrays: read, decode, augment, attach the text vectors. No Ray in it.
+"""From the rows of the plan to arrays: read, decode, augment, attach the text vectors. No Ray in it.
 
-A row that cannot be used stays as a row with `valid` False and its reason, so that a block has its R rows always.
+A row that cannot be used stays in the block, with `valid` False and the reason. So a block always has R rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from nev.config.data import Augment, Limits
-from nev.data.augment import draw, eval_view, train_view
+from nev.data.augment import eval_view, seeded_random, train_view
 from nev.data.decode import BadImage, read_header
 from nev.data.index import Index
 from nev.data.plan import Segment
@@ -25,7 +25,7 @@ from nev.storage.files import filesystem, is_local, open_parquet
 from nev.storage.reading import DataError, read_errors_as_data_errors
 
 if TYPE_CHECKING:
-    from nev.data.tokens import Tokens
+    from nev.data.tokenizer import CaptionTokenizer
 
 OPEN_FILES = 32
 
@@ -34,8 +34,17 @@ Block = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class BlockReader:
-    """How rows become arrays. `augment` None is the evaluation view. text is a sidecar's vectors under `text_key`, or
-    token ids by `tokens`, or left out.
+    """Reads rows as arrays.
+
+    index: the row groups of the set.
+    image_size: S, side of the square pictures, in pixels.
+    limits: of an encoded image.
+    seed: of augmentation and of the choice among several captions.
+    augment: augmentation of training. None: the evaluation view.
+    text_key: key of the sidecars whose vectors are the text. None: no vectors.
+    text_width: D, width of these vectors.
+    tokenizer: makes token ids of captions, which are the text instead of vectors. None: no token ids.
+    with_labels: read the class labels.
     """
 
     index: Index
@@ -45,24 +54,31 @@ class BlockReader:
     augment: Augment | None
     text_key: str | None = None
     text_width: int = 0
-    tokens: Tokens | None = None
+    tokenizer: CaptionTokenizer | None = None
     with_labels: bool = False
     _files: OrderedDict[str, tuple[Any, pq.FileMetaData]] = field(default_factory=OrderedDict, repr=False)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row's arrays: the picture, and the text's vector or tokens."""
-        return self.image_size**2 * 3 + (4 * self.tokens.width if self.tokens else 2 * self.text_width)
+        """Bytes of the arrays of a row: the picture, and the vector or token ids of its text."""
+        return self.image_size**2 * 3 + (4 * self.tokenizer.width if self.tokenizer else 2 * self.text_width)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict()}
 
     def read(self, segments: list[Segment], epoch: int, pictures: NDArray[np.uint8] | None = None) -> Block:
-        """Read rows in order, R of them in all. pictures: memory for them, uint8 [R, S, S, 3], written over; new if None.
+        """Read the rows of the segments, R in all, in order. Raises DataError.
 
-        image: uint8 [R, S, S, 3], 0 where not valid; text: float16 [R, D] or int32 [R, T], -1 after the end; valid: bool [R];
-        uid, reason: str [R] (reason is empty where valid); shard, row_group (in the shard), row (in the row group): int32 [R];
-        with_labels adds label: int64 [R].
+        pictures: memory for the pictures, uint8 [R, S, S, 3], which is overwritten. None: new memory.
+
+        The block has these columns:
+        image: uint8 [R, S, S, 3], 0 where not valid.
+        text: float16 [R, D], or int32 [R, T] with -1 after the end; absent for a reader without text.
+        valid: bool [R].
+        uid: str [R].
+        reason: str [R], why a row is not valid; empty where valid.
+        shard, row_group, row: int32 [R], number of the shard, of the row group in the shard, and of the row in the row group.
+        label: int64 [R], -1 where there is none; only with `with_labels`.
         """
         total = sum(segment.stop - segment.start for segment in segments)
         if pictures is None:
@@ -76,8 +92,8 @@ class BlockReader:
             "row_group": np.empty(total, np.int32),
             "row": np.empty(total, np.int32),
         }
-        if self.tokens:
-            block["text"] = np.full((total, self.tokens.width), -1, np.int32)
+        if self.tokenizer:
+            block["text"] = np.full((total, self.tokenizer.width), -1, np.int32)
         elif self.text_key:
             block["text"] = np.zeros((total, self.text_width), np.float16)
         if self.with_labels:
@@ -93,46 +109,48 @@ class BlockReader:
         """Fill views of the block with one segment."""
         shard, group = int(self.index.shard[segment.group]), int(self.index.group[segment.group])
         columns, location = self.index.columns, self.index.location(shard)
-        more = (columns.label if self.with_labels else None, columns.caption if self.tokens else None)
-        names = [name for name in (columns.uid, columns.image, *more) if name]
+        optional = (columns.label if self.with_labels else None, columns.caption if self.tokenizer else None)
+        names = [name for name in (columns.uid, columns.image, *optional) if name]
         table = self.read_rows(location, group, names, segment)
         part["shard"][:], part["row_group"][:] = shard, group
         part["row"][:] = np.arange(segment.start, segment.stop)
         part["uid"][:] = read_uid_column(table[columns.uid])
         if self.with_labels and columns.label:
             part["label"][:] = [-1 if label is None else label for label in table[columns.label].to_pylist()]
-        if self.tokens:
+        if self.tokenizer:
             captions = self.text_column(table, str(columns.caption), location, segment)
-            self._fill_tokens(part, captions, epoch, self.tokens)
+            self._fill_tokens(part, captions, epoch, self.tokenizer)
         elif self.text_key:
             self._fill_vectors(part, shard, group, segment, epoch)
-        for row, value in enumerate(_encoded(table[columns.image])):
+        for row, value in enumerate(_image_bytes(table[columns.image])):
             try:
                 if part["valid"][row]:
-                    self._view(value, part["uid"][row], epoch, part["image"][row])
-            except BadImage as bad:
-                part["valid"][row], part["reason"][row] = False, str(bad)
+                    self._decode_picture(value, part["uid"][row], epoch, part["image"][row])
+            except BadImage as error:
+                part["valid"][row], part["reason"][row] = False, str(error)
         part["image"][~part["valid"]] = 0
 
-    def _fill_tokens(self, part: Block, column: pa.ChunkedArray, epoch: int, tokens: Tokens) -> None:
-        """One caption's tokens a row."""
+    def _fill_tokens(self, part: Block, column: pa.ChunkedArray, epoch: int, tokens: CaptionTokenizer) -> None:
+        """Fill in the token ids of one caption per row."""
         captions = [parse_captions(value) for value in column.to_pylist()]
-        counts = np.array([len(of_row) for of_row in captions])
-        chosen = self._drawn(part, counts, epoch)
-        has_text = _captioned(part, counts)
-        sentences = [of_row[which] for of_row, which in zip(captions, chosen, strict=True) if of_row]
+        counts = np.array([len(row_captions) for row_captions in captions])
+        chosen = self._choose_captions(part, counts, epoch)
+        has_text = _mark_captions(part, counts)
+        sentences = [
+            row_captions[number] for row_captions, number in zip(captions, chosen, strict=True) if row_captions
+        ]
         if sentences:
             part["text"][has_text] = tokens(sentences)
 
-    def _drawn(self, part: Block, counts: NDArray[np.int64], epoch: int) -> list[int]:
-        """The number of each row's caption, drawn by (seed, epoch, uid) where there are several."""
+    def _choose_captions(self, part: Block, counts: NDArray[np.int64], epoch: int) -> list[int]:
+        """The number of the caption of each row, drawn by (seed, epoch, uid) where a row has several captions."""
         return [
-            int(draw(self.seed, epoch, uid, "caption").random() * count) if count > 1 else 0
+            int(seeded_random(self.seed, epoch, uid, "caption").random() * count) if count > 1 else 0
             for uid, count in zip(part["uid"], counts.tolist(), strict=True)
         ]
 
     def _fill_vectors(self, part: Block, shard: int, group: int, segment: Segment, epoch: int) -> None:
-        """One caption's vector a row."""
+        """Fill in the vector of one caption per row."""
         assert self.text_key
         location = sidecar_location(self.index, shard, self.text_key)
         table = self.read_rows(location, group, ["uid", "vectors"], segment)
@@ -141,11 +159,11 @@ class BlockReader:
         column = self.text_column(table, "vectors", location, segment)
         vectors, starts = decode_vectors(column, self.text_width)
         counts = np.diff(starts)
-        chosen = self._drawn(part, counts, epoch)
-        has_text = _captioned(part, counts)
+        chosen = self._choose_captions(part, counts, epoch)
+        has_text = _mark_captions(part, counts)
         part["text"][has_text] = vectors[(starts[:-1] + chosen)[has_text]]
 
-    def _view(self, value: pa.Scalar, uid: str, epoch: int, out: NDArray[np.uint8]) -> None:
+    def _decode_picture(self, value: pa.Scalar, uid: str, epoch: int, out: NDArray[np.uint8]) -> None:
         buffer = value.as_buffer()
         if buffer is None:
             raise BadImage("image is null")
@@ -153,7 +171,7 @@ class BlockReader:
         if self.augment is None:
             eval_view(image, out)
         else:
-            train_view(image, out, self.augment, draw(self.seed, epoch, uid, "augment"))
+            train_view(image, out, self.augment, seeded_random(self.seed, epoch, uid, "augment"))
 
     def text_column(self, table: pa.Table, name: str, location: str, segment: Segment) -> pa.ChunkedArray:
         """The captions, or vectors, of a segment's rows. table: the segment's rows in the file at `location`."""
@@ -170,9 +188,9 @@ class BlockReader:
         return table.slice(segment.start, segment.stop - segment.start)
 
     def _file(self, location: str) -> pq.ParquetFile:
-        """The file with its footer as it was parsed at first use. The least recently used ones are closed.
+        """A reader of an open file, with the footer that was parsed at first use. The least recently used files are closed.
 
-        A new reader each time: one that reads ahead (`pre_buffer`, a request for each row group) keeps what it has read.
+        The reader is new each time, because a reader that reads ahead (`pre_buffer`) keeps all that it has read in memory.
         """
         if location in self._files:
             self._files.move_to_end(location)
@@ -187,20 +205,20 @@ class BlockReader:
 
 
 def allocate_block(rows: int, size: int) -> NDArray[np.uint8]:
-    """Memory for the pictures of a block: uint8 [rows, size, size, 3], with anything in it."""
+    """Memory for the pictures of a block: uint8 [rows, size, size, 3], not initialised."""
     return np.empty((rows, size, size, 3), np.uint8)
 
 
-def _captioned(part: Block, counts: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which rows have a caption; the others are left out of the loss."""
+def _mark_captions(part: Block, counts: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Mark rows without a caption as not valid. Returns which rows have a caption, bool [rows]."""
     has_text: NDArray[np.bool_] = counts > 0
     part["valid"][~has_text] = False
     part["reason"][~has_text] = "caption is empty"
     return has_text
 
 
-def _encoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The bytes of an image column: binary, or the Hugging Face struct with `bytes` (the index has checked that)."""
+def _image_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The encoded images of a column that is binary, or the Hugging Face struct with `bytes`. The index has checked the type."""
     if not pa.types.is_struct(column.type):
         return column
     import pyarrow.compute as pc

@@ -1,8 +1,8 @@
 """Encoded image bytes to uint8 RGB pixels.
 
-JPEG goes through libjpeg-turbo (simplejpeg); everything else, and JPEGs that are not RGB or grey, through Pillow. The header
-comes first: a caller that knows the size can draw its crop before a pixel exists, and have a large JPEG decoded at 1/2, 1/4
-or 1/8 of its size, by an inverse DCT of fewer coefficients.
+libjpeg-turbo (simplejpeg) decodes JPEGs in RGB or grey; Pillow decodes everything else. The header is read first: a caller
+that knows the size can draw its crop before the picture is decoded, and let a large JPEG be decoded at 1/2, 1/4 or 1/8 of its
+size, by an inverse DCT of fewer coefficients.
 """
 
 from __future__ import annotations
@@ -23,28 +23,30 @@ from nev.data.orientation import SIDEWAYS, apply_orientation, jpeg_orientation, 
 if TYPE_CHECKING:
     from PIL import Image
 
-# Of torn metadata and large pictures Pillow warns once a picture, in a worker's log: both are dealt with here.
+# Pillow warns of damaged metadata and of large pictures, once a picture, in the log of a worker. This module handles both.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# What Pillow may open. Among its other formats is EPS, which it hands to Ghostscript: a program in the bytes of a picture.
+# Formats that Pillow may open. EPS is not among them: Pillow would let Ghostscript run a program in the bytes of a picture.
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
-# Where a PNG can say how it is to be turned: its own chunk, and what ImageMagick and Adobe's programs write.
+# Marks of a PNG's orientation: PNG's own chunk, and the text that ImageMagick and Adobe's programs write.
 PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 
 Picture = NDArray[np.uint8]
-SHRINKS = (8, 4, 2)  # what libjpeg-turbo has fast code for; the factors between cost more than they save
+SHRINKS = (8, 4, 2)  # factors for which libjpeg-turbo has fast code; other factors cost more time than they save
 
 
 class BadImage(ValueError):
-    """Bytes that are not a usable picture. The message is the reason kept in the quarantine table."""
+    """Bytes that are not a usable picture. The message becomes the reason in the quarantine table."""
 
 
 class Encoded(NamedTuple):
-    """An image whose header has been read. height, width: as it stands upright; format: as Pillow names it.
+    """An image whose header has been read.
 
-    `pixels(shrink)` decodes it to uint8 RGB [ceil(height / shrink), ceil(width / shrink), 3] or larger (only JPEG shrinks),
-    and raises BadImage where it can't.
+    height, width: of the upright picture, in pixels.
+    format: Pillow's name of the format.
+    pixels: `pixels(shrink)` decodes the image to uint8 RGB [ceil(height / shrink), ceil(width / shrink), 3], or at its full size
+        if it is not a JPEG. Raises BadImage.
     """
 
     height: int
@@ -54,7 +56,7 @@ class Encoded(NamedTuple):
 
 
 def read_header(data: bytes | memoryview, limits: Limits) -> Encoded:
-    """Read the size of an encoded image and hold it against the limits; no pixel is decoded. Raises BadImage."""
+    """Read the size of an encoded image and check the limits. No pixel is decoded. Raises BadImage."""
     if not len(data):
         raise BadImage("image is empty")
     if len(data) > limits.max_bytes:
@@ -64,12 +66,12 @@ def read_header(data: bytes | memoryview, limits: Limits) -> Encoded:
 
 
 def decode(data: bytes | memoryview, limits: Limits) -> Picture:
-    """Decode to uint8 RGB [h, w, 3], the way up that EXIF says. Raises BadImage with the reason."""
+    """Decode to uint8 RGB [h, w, 3], upright by its EXIF data. Raises BadImage with the reason."""
     return read_header(data, limits).pixels(1)
 
 
 def shrink_for(rows: int, columns: int, size: int) -> int:
-    """The largest factor by which a JPEG may be decoded smaller, so that a crop of it still has `size` pixels a side."""
+    """The largest factor in `SHRINKS`, or 1, with which a crop of a JPEG still has `size` pixels a side."""
     return next((shrink for shrink in SHRINKS if min(rows, columns) >= shrink * size), 1)
 
 
@@ -86,18 +88,18 @@ def _jpeg(data: bytes | memoryview, limits: Limits) -> Encoded:
     orientation = jpeg_orientation(data)
 
     def pixels(shrink: int) -> Picture:
-        least = {"min_height": -(-height // shrink), "min_width": -(-width // shrink), "min_factor": shrink}
+        minimum = {"min_height": -(-height // shrink), "min_width": -(-width // shrink), "min_factor": shrink}
         try:
-            found: Picture = simplejpeg.decode_jpeg(data, colorspace="RGB", **least if shrink > 1 else {})
+            picture: Picture = simplejpeg.decode_jpeg(data, colorspace="RGB", **minimum if shrink > 1 else {})
         except ValueError as error:
             raise BadImage(f"JPEG: {error}") from error
-        return apply_orientation(found, orientation)
+        return apply_orientation(picture, orientation)
 
     return Encoded(*_upright_size(height, width, orientation), "JPEG", pixels)
 
 
 def _pillow(data: bytes | memoryview, limits: Limits) -> Encoded:
-    with _explained(), _opened(data) as image:
+    with _raise_bad_image(), _open_image(data) as image:
         _check_pixels(image.width, image.height, limits)
         orientation = _orientation(image, data)
         height, width = _upright_size(image.height, image.width, orientation)
@@ -105,31 +107,32 @@ def _pillow(data: bytes | memoryview, limits: Limits) -> Encoded:
 
 
 def _pillow_pixels(data: bytes | memoryview, orientation: int, shrink: int) -> Picture:
-    """The whole picture: Pillow's formats do not shrink."""
-    with _explained(), _opened(data) as image:
-        # A copy: Pillow's own memory is read-only, which torch warns about.
+    """The picture at its full size: nothing that Pillow decodes is shrunk."""
+    with _raise_bad_image(), _open_image(data) as image:
+        # A copy, because torch warns of Pillow's memory, which is read-only.
         return apply_orientation(np.array(to_rgb(image)), orientation)
 
 
 def _orientation(image: Image.Image, data: bytes | memoryview) -> int:
-    """What is left to turn after loading: Pillow turns a TIFF itself, and gives its upright size from the start.
+    """The orientation of an image that Pillow loads. 1 for a TIFF, which Pillow turns upright itself.
 
-    Of a PNG Pillow looks for it behind the pixels as well, and decodes them all on the way: only where it can be there.
+    For a PNG, Pillow searches behind the pixels too, and decodes all of them to get there. So a PNG is asked only if its bytes
+    have a mark of an orientation.
     """
     if image.format == "TIFF" or (image.format == "PNG" and not any(mark in bytes(data) for mark in PNG_ORIENTATION)):
         return 1
     return read_orientation(image.getexif)
 
 
-def _opened(data: bytes | memoryview) -> Image.Image:
+def _open_image(data: bytes | memoryview) -> Image.Image:
     from PIL import Image
 
     return Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
-    """Whatever Pillow raises over torn bytes becomes BadImage."""
+def _raise_bad_image() -> Iterator[None]:
+    """Turn whatever Pillow raises for damaged bytes into BadImage."""
     from PIL import UnidentifiedImageError
 
     try:
@@ -147,7 +150,7 @@ def _upright_size(height: int, width: int, orientation: int) -> tuple[int, int]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode as RGB; transparency is laid over white. Sixteen bits become eight; floats are refused."""
+    """Convert a Pillow image of any mode to RGB, transparent pixels over white, 16 bits to 8. Raises BadImage for floats."""
     from PIL import Image
 
     if image.mode == "F":

@@ -1,7 +1,7 @@
 """The index: every row group of a folder of parquet shards, read from the footers alone.
 
-Its fingerprint names the data set (relative paths, row groups, rows, bytes), not the place where it lies, so a copy in
-another folder or bucket is the same data. What the footers say is cached (`nev/data/index_cache.py`).
+The fingerprint is a hash of relative paths, row groups, rows and bytes. It does not depend on the folder or bucket, so a copy of
+a data set is the same data. The result is cached (`nev/data/index_cache.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nev.data.index_cache import RowGroups
 from nev.storage.files import PARALLEL_REQUESTS, filesystem, list_entries, open_parquet
 from nev.storage.reading import CUT_SHORT, DataError, read_errors_as_data_errors
 
-UNFINISHED = "_prepare"  # the folder in which `prepare` keeps its work until a split is whole
+WORK_FOLDER = "_prepare"  # the folder of `prepare`'s intermediate files, until a split is complete
 LINKED_FOLDER = "a link to a folder, which is not followed. Copy that folder here, or link its files one by one."
 
 KNOWN_NAMES = {
@@ -42,10 +42,16 @@ NEEDED_TYPES = {
 
 @dataclass(frozen=True)
 class Index:
-    """Row groups in the order of (path, row group).
+    """The G row groups that hold rows, in the order of (path, row group).
 
-    root: folder or URL; paths: [shards] relative to it; shard, group: int32 [G]; rows, nbytes: int64 [G];
-    columns: names resolved in the first shard (uid, image, caption may not be None in a training set).
+    root: folder or URL.
+    paths: paths of the shards, relative to `root`.
+    shard: int32 [G], position in `paths`.
+    group: int32 [G], number of the row group in its shard.
+    rows: int64 [G], number of rows.
+    nbytes: int64 [G], size in bytes.
+    columns: column names, as found in the first shard. Only `label` may be None.
+    fingerprint: sha256, hex.
     """
 
     root: str
@@ -62,7 +68,7 @@ class Index:
         """Rows in all shards."""
         return int(self.rows.sum())
 
-    def groups_of(self, shard: int) -> slice:
+    def shard_groups(self, shard: int) -> slice:
         """The row groups of a shard, as positions in the index."""
         first, end = np.searchsorted(self.shard, [shard, shard + 1])
         return slice(int(first), int(end))
@@ -73,33 +79,33 @@ class Index:
 
 
 def build_index(root: str, columns: Columns) -> Index:
-    """Index the shards (`*.parquet`) of a folder or `s3://` prefix; folders whose name begins with `_` are passed over.
+    """Index the shards (`*.parquet`) of a folder or `s3://` prefix. Names that begin with `_` or `.` are ignored.
 
-    Footers are read once for every listing (`nev/data/index_cache.py`); an error is never cached.
-    Raises DataError when the folder cannot be listed, `prepare` has not finished it, a folder in it is a link,
-    there is no shard, a footer is unreadable, a column is missing, or no row is there.
+    Footers are read once per listing (`nev/data/index_cache.py`). An error is never cached.
+    Raises DataError where the folder cannot be listed, `prepare` has not finished it, a folder in it is a link, or it has no shard
+    or no row; and where a footer cannot be read or a column is missing.
     """
     fs, base = filesystem(root)
     base = base.rstrip("/")
     with read_errors_as_data_errors(root, damaged=""):
         if not fs.isdir(base):
             raise DataError(f"{root}: no such folder. Make shards with `nev prepare --help`.")
-        found = {path[len(base) :].lstrip("/"): entry for path, entry in list_entries(fs, base).items()}
-    if any(UNFINISHED in path.split("/")[:-1] for path in found):
-        raise DataError(f"{root}: not finished (there is a folder {UNFINISHED}): run the same prepare command again.")
-    seen = {path for path in found if not any(part.startswith(("_", ".")) for part in path.split("/"))}
+        entries = {path[len(base) :].lstrip("/"): entry for path, entry in list_entries(fs, base).items()}
+    if any(WORK_FOLDER in path.split("/")[:-1] for path in entries):
+        raise DataError(f"{root}: not finished (there is a folder {WORK_FOLDER}): run the same prepare command again.")
+    visible = {path for path in entries if not any(part.startswith(("_", ".")) for part in path.split("/"))}
     if linked := next(
-        (path for path in sorted(seen) if found[path].get("islink") and fs.isdir(f"{base}/{path}")), None
+        (path for path in sorted(visible) if entries[path].get("islink") and fs.isdir(f"{base}/{path}")), None
     ):
         raise DataError(f"{root}/{linked}: {LINKED_FOLDER}")
-    relative = sorted(path for path in seen if path.endswith(".parquet"))
+    relative = sorted(path for path in visible if path.endswith(".parquet"))
     if not relative:
         raise DataError(f"{root}: no .parquet shard in this folder. Make some with `nev prepare --help`.")
     with read_errors_as_data_errors(root, damaged=""):
-        key = index_cache.listing_key(fs, base, columns, relative, found)
+        key = index_cache.listing_key(fs, base, columns, relative, entries)
     groups = index_cache.load(key) if key else None
     if groups is None:
-        groups = _read_footers(fs, root, base, columns, relative, found)
+        groups = _read_footers(fs, root, base, columns, relative, entries)
         if key:
             index_cache.store(key, groups)
     digest = hashlib.sha256(json.dumps(relative).encode())
@@ -109,15 +115,15 @@ def build_index(root: str, columns: Columns) -> Index:
 
 
 def _read_footers(
-    fs: Any, root: str, base: str, columns: Columns, relative: list[str], found: dict[str, dict[str, Any]]
+    fs: Any, root: str, base: str, columns: Columns, relative: list[str], entries: dict[str, dict[str, Any]]
 ) -> RowGroups:
     """The row groups of all shards that hold rows. Raises DataError as `build_index` does."""
 
     def footer(path: str) -> tuple[pa.Schema, NDArray[np.int64]]:
-        """Schema, and [row groups, 2]: rows and bytes. The footer itself, many times larger, is let go."""
+        """Schema, and rows and bytes of each row group: int64 [row groups, 2]. The footer is much larger, and is not kept."""
         with (
             read_errors_as_data_errors(f"{root.rstrip('/')}/{path}", CUT_SHORT),
-            open_parquet(fs, f"{base}/{path}", found[path]) as file,
+            open_parquet(fs, f"{base}/{path}", entries[path]) as file,
         ):
             meta = pq.read_metadata(file)
         sizes = [(part.num_rows, part.total_byte_size) for part in map(meta.row_group, range(meta.num_row_groups))]
@@ -129,8 +135,8 @@ def _read_footers(
     resolved = resolve_columns(schemas[0], columns, f"{root.rstrip('/')}/{relative[0]}")
     needed = {name for name in resolved.model_dump().values() if name}
     for path, schema in zip(relative, schemas, strict=True):
-        if lacking := needed - set(schema.names):
-            raise DataError(f"{root.rstrip('/')}/{path}: column {sorted(lacking)} is missing; the first shard has it.")
+        if missing := needed - set(schema.names):
+            raise DataError(f"{root.rstrip('/')}/{path}: column {sorted(missing)} is missing; the first shard has it.")
         _check_types(schema, resolved, f"{root.rstrip('/')}/{path}")
 
     rows, nbytes = np.concatenate(sizes).T
@@ -148,23 +154,24 @@ def _read_footers(
 
 
 def resolve_columns(schema: pa.Schema, columns: Columns, where: str) -> Columns:
-    """Fill the names that are None from the usual ones. uid, image and caption must be found; label may stay None.
+    """Replace the names that are None by usual names that the schema has. Only `label` may stay None.
 
-    Of the usual names for a label one counts only if it holds integers: text beside a picture is often called `class`.
+    A usual name of a label counts only for a column of integers, since `class` often names a column of text.
+    Raises DataError for a missing column.
     """
-    found: dict[str, str | None] = {}
+    names: dict[str, str | None] = {}
     for role, known in KNOWN_NAMES.items():
         wanted = getattr(columns, role)
         if wanted is not None and wanted not in schema.names:
             raise DataError(f"{where}: no column {wanted!r} (data.columns.{role}); the file has {schema.names}.")
         usual = [name for name in known if name in schema.names and (role != "label" or _fits(role, schema, name))]
-        found[role] = wanted or next(iter(usual), None)
-        if found[role] is None and role != "label":
+        names[role] = wanted or next(iter(usual), None)
+        if names[role] is None and role != "label":
             raise DataError(
                 f"{where}: no {role} column among {list(known)}; the file has {schema.names}. "
                 f"Name it with data.columns.{role}=COLUMN."
             )
-    return Columns(**found)
+    return Columns(**names)
 
 
 def _check_types(schema: pa.Schema, columns: Columns, where: str) -> None:

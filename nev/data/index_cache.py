@@ -1,7 +1,7 @@
-"""Row groups read once are kept in the user's cache folder, under a key of the listing that they were read from.
+"""The cache of the index: row groups in the user's cache folder, under a hash of the listing of the shards.
 
-A later process that finds the same listing (paths, sizes, and modification times or S3's ETags) opens no shard. A file is
-the SHA-256 of what follows, and a parquet table; it is written whole or not at all, and any of them may be deleted.
+A later process that finds the same listing (paths, sizes, and modification times or S3's ETags) opens no shard. A cache file is
+a SHA-256 and the parquet table that it is the hash of. Files are written completely or not at all, and may be deleted.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 from nev.config.data import Columns
 from nev.storage.files import is_local
 
-LAYOUT = 1  # to be raised when what is stored, or how it is read from footers, changes
+LAYOUT = 1  # version of the stored table and of the way it is read from footers
 DIGEST_BYTES = 32
 
 log = logging.getLogger("nev.index")
 
 
 class RowGroups(NamedTuple):
-    """What the footers say. columns: resolved names; shard, group: int32 [G]; rows, nbytes: int64 [G]."""
+    """The row groups in the footers; fields as in `nev.data.index.Index`."""
 
     columns: Columns
     shard: NDArray[np.int32]
@@ -41,23 +41,25 @@ class RowGroups(NamedTuple):
 
 def cache_folder(kind: str = "index") -> Path:
     """`$NEV_CACHE/KIND`, else `$XDG_CACHE_HOME/nev/KIND`, else `~/.cache/nev/KIND`."""
-    if own := os.environ.get("NEV_CACHE"):
-        return Path(own, kind)
+    if folder := os.environ.get("NEV_CACHE"):
+        return Path(folder, kind)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nev", kind)
 
 
 def listing_key(
     fs: Any, base: str, columns: Columns, paths: Sequence[str], entries: dict[str, dict[str, Any]]
 ) -> str | None:
-    """The key of a listing, or None where the storage does not tell by what one notices that a file has changed.
+    """The cache key of a listing. None for storage that has neither modification times nor ETags.
 
-    paths are relative to `base`, entries as `fs.find(detail=True)` gives them. Raises OSError for a local file that is gone.
+    paths: relative to `base`.
+    entries: as `fs.find(detail=True)` returns them, by path.
+    Raises OSError for a local file that no longer exists.
     """
     stamps: list[Any] = []
     for path in paths:
         if is_local(fs):  # fsspec's mtime is a float, which is too coarse
-            found = Path(base, path).stat()
-            stamps.append([path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino])
+            stat = Path(base, path).stat()
+            stamps.append([path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
         elif etag := entries[path].get("ETag"):
             stamps.append([path, entries[path]["size"], etag])
         else:
@@ -66,7 +68,7 @@ def listing_key(
 
 
 def load(key: str) -> RowGroups | None:
-    """The row groups stored under a key, or None. A damaged or unreadable file is a warning."""
+    """The row groups stored under a key, or None. A damaged or unreadable file is logged as a warning."""
     path = cache_folder() / key
     try:
         content = path.read_bytes()
@@ -85,7 +87,7 @@ def load(key: str) -> RowGroups | None:
 
 
 def store(key: str, groups: RowGroups) -> None:
-    """Keep row groups under a key. A folder that cannot be written is a warning: the run does not need it."""
+    """Store row groups under a key. A failed write is logged as a warning, because a run does not need the cache."""
     arrays = {name: getattr(groups, name) for name in RowGroups._fields[1:]}
     table = pa.table(arrays).replace_schema_metadata({"columns": json.dumps(groups.columns.model_dump())})
     sink = pa.BufferOutputStream()
@@ -94,8 +96,8 @@ def store(key: str, groups: RowGroups) -> None:
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as own:
-            part = Path(own, key)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
+            part = Path(temporary, key)
             with part.open("wb") as file:
                 file.write(hashlib.sha256(body).digest())
                 file.write(body)

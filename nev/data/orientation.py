@@ -1,4 +1,4 @@
-"""The way up of a picture: cameras keep the sensor's rows and say in EXIF (tag 0x0112) how they are to be turned.
+"""The orientation of a picture: cameras store the rows of the sensor, and in EXIF (tag 0x0112) how to turn them upright.
 
 The eight values are those of the Exif standard (CIPA DC-008, section 4.6.4); 1 is upright.
 """
@@ -36,26 +36,26 @@ SIDEWAYS = (5, 6, 7, 8)  # these swap height and width
 
 
 def apply_orientation(picture: Picture, orientation: int) -> Picture:
-    """uint8 [h, w, 3] turned and mirrored as `orientation` says, contiguous; unknown values are taken for upright."""
+    """Turn and mirror a picture upright: uint8 [h, w, 3], contiguous. An unknown `orientation` counts as upright."""
     turn = UPRIGHT.get(orientation)
     return np.ascontiguousarray(turn(picture)) if turn else picture
 
 
 def jpeg_orientation(data: bytes | memoryview) -> int:
-    """What the EXIF segment of a JPEG says; 1 where there is none, or where it cannot be read.
+    """The orientation in the EXIF segment of a JPEG; 1 where there is no segment, or it cannot be read.
 
-    Only the segments before the first scan are walked, by their lengths: a few steps, no pixel.
+    Only the headers of the segments before the first scan are read, no pixel.
     """
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != START_OF_SCAN:
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
         if data[at + 1] == APP1 and bytes(data[at + 4 : at + 10]) == EXIF:
-            return read_orientation(partial(_loaded, bytes(data[at + 4 : end])))
+            return read_orientation(partial(_load_exif, bytes(data[at + 4 : end])))
         at = end
     return 1
 
 
-def _loaded(block: bytes) -> Image.Exif:
+def _load_exif(block: bytes) -> Image.Exif:
     from PIL import Image
 
     exif = Image.Exif()
@@ -64,7 +64,7 @@ def _loaded(block: bytes) -> Image.Exif:
 
 
 def read_orientation(read: Callable[[], Image.Exif]) -> int:
-    """The tag in the EXIF data that `read` gives; 1 where they are torn: the picture may be whole all the same."""
+    """The orientation in the EXIF data that `read` returns; 1 where the data are damaged. The picture may be intact."""
     try:
         value = read().get(TAG, 1)
     except (SyntaxError, ValueError, LookupError, OSError, TypeError, OverflowError, struct.error):

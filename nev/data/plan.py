@@ -1,9 +1,9 @@
 """The plan: a pure function (row groups, seed, B, R, block number) -> which rows. No Ray, no files.
 
-For each epoch the row groups are permuted by (seed, epoch); their rows in that order make one sequence; the sequence is
-cut into blocks of exactly R rows; step k of the epoch is blocks [k*B/R, (k+1)*B/R). So any step can be named without
-replaying the ones before it, every row is used once an epoch (but for a tail shorter than B, which is counted), and
-the rows of a step do not depend on the world size. Memory is O(row groups).
+For each epoch the row groups are permuted by (seed, epoch). Their rows in that order make one sequence. The sequence is
+divided into blocks of exactly R rows, and step k of the epoch is blocks [k*B/R, (k+1)*B/R). So the rows of any step follow
+without a replay of earlier steps, and do not depend on the world size. Each row is used once an epoch, but for a tail shorter
+than B, which is counted. Memory is O(row groups).
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Names the rows of every block of every epoch.
+    """The rows of every block of every epoch. Blocks are numbered through all epochs, and epochs consist of whole steps.
 
-    rows: int64 [G], rows of each row group in index order; global_batch is B, block_rows is R, and R divides B.
-    Blocks are numbered through all epochs; epochs hold whole steps.
+    rows: int64 [G], number of rows of each row group, in index order.
+    seed: of the permutation of row groups.
+    global_batch: B, rows of a step.
+    block_rows: R, rows of a block; divides B.
     """
 
     rows: NDArray[np.int64]
@@ -52,7 +54,7 @@ class Plan:
 
     @functools.cached_property
     def total_rows(self) -> int:
-        """Rows in all row groups; summed once, since every block number is divided by it."""
+        """Rows in all row groups. Cached, because every block number is divided by the steps that follow from this sum."""
         return int(self.rows.sum())
 
     @property
@@ -72,72 +74,73 @@ class Plan:
 
     @property
     def tail_rows(self) -> int:
-        """Rows that an epoch leaves out, fewer than B. They are in other row groups in each epoch."""
+        """Rows that an epoch leaves out, fewer than B. Each epoch leaves out other row groups."""
         return self.total_rows - self.steps_per_epoch * self.global_batch
 
     @property
     def fingerprint(self) -> str:
-        """Equal for two plans exactly if they name the same rows for every step."""
+        """sha256, hex. Two plans have the same fingerprint exactly if they have the same rows in every step."""
         head = f"nev-plan-1 {self.seed} {self.global_batch} {self.block_rows} ".encode()
         return hashlib.sha256(head + self.rows.astype("<i8").tobytes()).hexdigest()
 
     def epoch_of(self, block: int) -> int:
-        """The epoch that a block number lies in."""
+        """The epoch of a block number."""
         return block // self.blocks_per_epoch
 
     def segments(self, block: int) -> list[Segment]:
         """The rows of a block, in order: exactly R of them. O(log G) once the epoch's order is known."""
-        epoch, position = divmod(block, self.blocks_per_epoch)
+        epoch, number = divmod(block, self.blocks_per_epoch)
         order, ends = self._order(epoch)
-        first = position * self.block_rows
+        first = number * self.block_rows
         last = first + self.block_rows
-        at = int(np.searchsorted(ends, first, side="right"))
-        cut: list[Segment] = []
+        position = int(np.searchsorted(ends, first, side="right"))
+        pieces: list[Segment] = []
         while first < last:
-            group = int(order[at])
-            group_end = int(ends[at])
+            group = int(order[position])
+            group_end = int(ends[position])
             group_start = group_end - int(self.rows[group])
             stop = min(last, group_end)
-            cut.append(Segment(group, first - group_start, stop - group_start))
+            pieces.append(Segment(group, first - group_start, stop - group_start))
             first = stop
-            at += 1
-        return cut
+            position += 1
+        return pieces
 
     def step_blocks(self, step: int) -> range:
         """Block numbers of a step."""
         return range(step * self.blocks_per_step, (step + 1) * self.blocks_per_step)
 
-    def rank_blocks(self, step: int, rank: int, world: int, since: int = 0) -> list[int]:
-        """Block numbers of a step that rank `rank` of `world` trains on: the ranks take turns from the first one of step `since`.
+    def rank_blocks(self, step: int, rank: int, world: int, first_step: int = 0) -> list[int]:
+        """Block numbers of a step that rank `rank` of `world` trains on.
 
-        Where W divides the blocks of a step, all have equally many and `since` says nothing.
+        first_step: the step from which the stream began. From the first block of that step on, the ranks take turns. Where W
+            divides the blocks of a step, `first_step` does not matter.
         """
-        first = self.step_blocks(since).start
+        first = self.step_blocks(first_step).start
         return [block for block in self.step_blocks(step) if (block - first) % world == rank]
 
-    def rank_room(self, world: int) -> int:
+    def max_rank_blocks(self, world: int) -> int:
         """The most blocks of a step that one of `world` ranks trains on."""
         return -(-self.blocks_per_step // world)
 
     def _order(self, epoch: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """The permuted row groups of an epoch and the cumulative row count after each."""
         if epoch not in self._orders:
-            # The raw bits of a BitGenerator are stable over NumPy's releases; Generator.permutation is not promised to be.
+            # NumPy promises that the raw bits of a BitGenerator stay the same over releases, but not Generator.permutation.
             keys = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self.rows))
-            # The low bits become the row group's own number: keys are then distinct, and sorting them in place gives the
-            # permutation, in half the time of argsort.
+            # The low bits become the number of the row group: keys are then distinct, and a sort in place gives the
+            # permutation in half the time of argsort.
             bits = np.uint64(len(self.rows).bit_length())
             keys = keys >> bits << bits | np.arange(len(self.rows), dtype=np.uint64)
             keys.sort()
             order = (keys & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int32)
-            while len(self._orders) > 1:  # a stream moves forward: two epochs are enough to cross a boundary
+            while len(self._orders) > 1:  # a stream moves forward, so two epochs are enough at a boundary
                 self._orders.pop(next(iter(self._orders)))
             self._orders[epoch] = (order, np.cumsum(self.rows[order]))
         return self._orders[epoch]
 
 
-def in_order(rows: NDArray[np.int64], block_rows: int) -> list[list[Segment]]:
-    """Every row once in index order, in blocks of at most `block_rows` that stay inside a row group: for evaluation."""
+def sequential_blocks(rows: NDArray[np.int64], block_rows: int) -> list[list[Segment]]:
+    """The blocks of an evaluation: every row once, in index order, at most `block_rows` rows of one row group in a block."""
     return [
         [Segment(group, start, min(start + block_rows, int(count)))]
         for group, count in enumerate(rows)

@@ -1,7 +1,7 @@
-"""A row on its way into a shard, and the rule that says which rows may go in.
+"""A row of a source, and the rule that decides which rows are written to shards.
 
-Readers (`nev.data.sources`, `nev.data.prepare.synthetic`) yield rows as they find them, faults and all. `usable_rows` is the one
-place where a row is left out, so every row that went in is either in a shard or counted under a reason.
+Sources (`nev.data.sources`, `nev.data.prepare.synthetic`) yield all rows, with their faults. Rows are left out in `usable_rows`
+alone, so every row of a source is either in a shard or counted under a reason.
 """
 
 from __future__ import annotations
@@ -12,16 +12,20 @@ from typing import Any, NotRequired, TypedDict
 
 from nev.config.data import Limits
 
-MAX_REASON, MAX_REASONS = 100, 100  # characters, and how many: a source may bring its own (`status`)
+MAX_REASON, MAX_REASONS = 100, 100  # characters of a reason, number of reasons: sources may have reasons of their own
 
 
 class Row(TypedDict):
     """One picture with its caption(s).
 
-    uid: unique over the whole set. image: encoded bytes (JPEG, PNG, WebP). caption: one sentence or several.
-    label, label_name: the class, where there is one. score: how well they fit, where it is asked for; it is not written. extra:
-    what else was asked for; it is not written either. reject: set by a reader that knows why the row can't be used. image_hash:
-    of the image as it came, where equal ones are to be left out (`nev.data.prepare.filters`).
+    uid: unique over the whole set.
+    image: encoded bytes (JPEG, PNG, WebP).
+    caption: one sentence, or a list.
+    label, label_name: the class, where there is one.
+    score: how well picture and caption fit, for filters. Not written.
+    extra: other columns, for filters. Not written.
+    reject: why the row cannot be used, where the source knows a reason.
+    image_hash: hash of the image in the source, where duplicates are left out (`nev.data.prepare.filters`).
     """
 
     uid: str
@@ -37,12 +41,12 @@ class Row(TypedDict):
 
 def parse_captions(caption: str | list[str] | None) -> list[str]:
     """The captions of a row, given as one or as a list, without outer white space; null and blank ones do not count."""
-    given = [caption] if caption is None or isinstance(caption, str) else caption
-    return [sentence.strip() for sentence in given if sentence and sentence.strip()]
+    captions = [caption] if caption is None or isinstance(caption, str) else caption
+    return [sentence.strip() for sentence in captions if sentence and sentence.strip()]
 
 
 def find_fault(row: Row, limits: Limits) -> str | None:
-    """Why `row` can't go into a shard, or None. Looks at sizes only: nothing is decoded."""
+    """The reason why a row cannot be written to a shard, or None. Images are not decoded."""
     if "reject" in row:
         return row["reject"].encode(errors="backslashreplace").decode()[:MAX_REASON]
     if not row["uid"]:
@@ -54,15 +58,15 @@ def find_fault(row: Row, limits: Limits) -> str | None:
     captions = parse_captions(row["caption"])
     if not captions:
         return "empty caption"
-    if not all(map(_encodes, [row["uid"], row.get("label_name") or "", *captions])):
+    if not all(map(_is_encodable, [row["uid"], row.get("label_name") or "", *captions])):
         return "uid, caption or class name with half a surrogate pair"
     if not -(2**63) <= (row.get("label") or 0) < 2**63:
         return "label beyond 64 bits"
     return None
 
 
-def _encodes(text: str) -> bool:
-    """Whether UTF-8 can say `text`: JSON may hold one half of an emoji, where a caption was cut to a length."""
+def _is_encodable(text: str) -> bool:
+    """Whether UTF-8 can encode `text`. JSON may hold half an emoji, where a caption was truncated."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -71,7 +75,7 @@ def _encodes(text: str) -> bool:
 
 
 def usable_rows(rows: Iterable[Row], dropped: Counter[str], limits: Limits) -> Iterator[Row]:
-    """Pass on the rows without a fault, their captions cleaned; count the others in `dropped` by reason."""
+    """Yield the rows without a fault, with clean captions. Count all other rows in `dropped`, by reason."""
     for row in rows:
         if reason := find_fault(row, limits):
             dropped[reason if reason in dropped or len(dropped) < MAX_REASONS else "other reasons"] += 1

@@ -1,10 +1,9 @@
-"""Text sidecars: the locked tower's vectors, row for row beside each shard, computed once.
+"""Text sidecars: the vectors of the locked text tower, computed once, row for row beside each shard.
 
-`<root>/_text/<key>/<shard>.parquet` has the columns `uid` (string), by which the reader knows that it has the right row,
-and `vectors` (binary): float16 little-endian [captions of the row, D], row-major, empty where the row has no caption. Row
-groups are those of the shard. The key fingerprints the encoder (weights, tokenizer, prefix, pooling, max length) and the
-caption column; the file's metadata holds it whole, with the shard's own fingerprint, and a sidecar that does not match is
-refused.
+`<root>/_text/<key>/<shard>.parquet` has two columns. `uid` (string) lets the reader compare rows. `vectors` (binary) is float16
+little-endian [captions of the row, D], row-major, empty where the row has no caption. The row groups are those of the shard. The
+key is a hash of the encoder (weights, tokenizer, prefix, pooling, max length) and the caption column. The metadata of the file
+holds the whole key and the fingerprint of the shard, and a sidecar that does not match is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from nev.storage.reading import (
 
 WRITE_AGAIN = "Delete this file and write it again with `nev embed-text`."
 FOLDER = "_text"
-LAYOUT = 1  # counts changes of the file's layout: sidecars of another one have another key
+LAYOUT = 1  # version of the file's layout: another version gives another key
 
 Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 
@@ -47,9 +46,9 @@ def sidecar_location(index: Index, shard: int, key: str) -> str:
 
 
 def shard_fingerprint(index: Index, shard: int) -> str:
-    """Names the layout of a shard (rows and bytes of its row groups). The order of rows in a row group does not show."""
-    own = index.groups_of(shard)
-    layout = np.stack([index.group[own], index.rows[own], index.nbytes[own]]).astype("<i8")
+    """sha256, hex, of the rows and bytes of a shard's row groups. The order of rows in a row group does not change the hash."""
+    groups = index.shard_groups(shard)
+    layout = np.stack([index.group[groups], index.rows[groups], index.nbytes[groups]]).astype("<i8")
     return hashlib.sha256(layout.tobytes()).hexdigest()
 
 
@@ -59,12 +58,12 @@ def read_uid_column(column: pa.ChunkedArray) -> list[str]:
 
 
 def write_sidecar(index: Index, shard: int, key: str, width: int, encode: Encode) -> int:
-    """Embed the captions of a shard and write its sidecar, whole or not at all. Returns the number of captions."""
+    """Embed the captions of a shard and write its sidecar, complete or not at all. Returns the number of captions."""
     uid, caption = index.columns.uid, index.columns.caption
     source_fs, source_path = filesystem(index.location(shard))
     with read_errors_as_data_errors(index.location(shard), CUT_SHORT), open_parquet(source_fs, source_path) as source:
         shard_file = pq.ParquetFile(source, pre_buffer=True)
-        if shard_file.metadata.num_rows != int(index.rows[index.groups_of(shard)].sum()):
+        if shard_file.metadata.num_rows != int(index.rows[index.shard_groups(shard)].sum()):
             raise DataError(f"{index.location(shard)}: the shard changed since it was indexed. Start again.")
         tables = [shard_file.read_row_group(group, [uid, caption]) for group in range(shard_file.num_row_groups)]
     uids = [read_uid_column(table[uid]) for table in tables]
@@ -73,7 +72,7 @@ def write_sidecar(index: Index, shard: int, key: str, width: int, encode: Encode
     vectors = encode(distinct).astype("<f2") if distinct else np.zeros((0, width), "<f2")
     if vectors.shape != (len(distinct), width):
         raise ValueError(f"the text tower gave {vectors.shape} for {len(distinct)} captions of width {width}")
-    place = {caption: position for position, caption in enumerate(distinct)}
+    positions = {caption: position for position, caption in enumerate(distinct)}
 
     metadata = {"nev.key": key, "nev.shard": shard_fingerprint(index, shard), "nev.width": str(width)}
     schema = pa.schema([("uid", pa.string()), ("vectors", pa.binary())], metadata=metadata)
@@ -84,33 +83,33 @@ def write_sidecar(index: Index, shard: int, key: str, width: int, encode: Encode
         pq.ParquetWriter(sink, schema, compression="none", write_statistics=False) as writer,
     ):
         for names, group in zip(uids, groups, strict=True):
-            rows = [vectors[[place[caption] for caption in captions]].tobytes() for captions in group]
+            rows = [vectors[[positions[caption] for caption in captions]].tobytes() for captions in group]
             writer.write_table(pa.table({"uid": names, "vectors": rows}, schema), row_group_size=max(1, len(rows)))
     return sum(len(captions) for group in groups for captions in group)
 
 
 def missing_sidecars(index: Index, key: str) -> list[int]:
-    """Shards that have no sidecar under this key yet."""
+    """Numbers of the shards that have no sidecar under this key yet."""
 
-    def absent(shard: int) -> bool:
+    def is_absent(shard: int) -> bool:
         fs, path = filesystem(sidecar_location(index, shard, key))
         with read_errors_as_data_errors(sidecar_location(index, shard, key), damaged=""):
             return not fs.exists(path)
 
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
-        return [shard for shard, lacks in enumerate(pool.map(absent, range(len(index.paths)))) if lacks]
+        return [shard for shard, absent in enumerate(pool.map(is_absent, range(len(index.paths)))) if absent]
 
 
 def check_sidecars(index: Index, key: str, width: int, every_row: bool = False) -> None:
-    """Refuse sidecars that are absent, of another encoder or width, or not row for row beside their shard (DataError).
+    """Raise DataError for sidecars that are absent, of another encoder or width, or whose rows are not those of the shard.
 
-    every_row: compare the uids of all rows, for a set whose reader will not (it reads the vectors of a whole shard at once).
+    every_row: compare the uids of all rows. For readers that do not compare uids, because they read whole vector columns.
     """
     if missing := missing_sidecars(index, key):
         raise DataError(
             f"{index.root}: {len(missing)} of {len(index.paths)} shards have no text sidecar of this encoder "
             f"(first: {index.paths[missing[0]]}). Write them with `nev embed-text --config CONFIG`, or "
-            "embed the captions in the training loop with text.mode=online, at its price."
+            "embed the captions in the training loop with text.mode=online, which is slower."
         )
 
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
@@ -118,20 +117,20 @@ def check_sidecars(index: Index, key: str, width: int, every_row: bool = False) 
 
 
 def sidecars_to_write(index: Index, key: str, width: int) -> list[int]:
-    """Shards whose sidecar `check_sidecars` would refuse: absent, damaged, or beside a shard that was written anew."""
+    """Numbers of the shards whose sidecar `check_sidecars` would refuse: absent, damaged, or of a shard that has changed."""
 
-    def unfit(shard: int) -> bool:
+    def is_unfit(shard: int) -> bool:
         try:
             _check(index, shard, key, width)
         except DataError as error:
             cause = error.__cause__
             if cause is None or isinstance(cause, FileNotFoundError) or is_damage(cause):
                 return True
-            raise  # storage that is away, or refuses: nothing is known of the file
+            raise  # the storage does not answer, or refuses: the state of the file is not known
         return False
 
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
-        return [shard for shard, unfits in enumerate(pool.map(unfit, range(len(index.paths)))) if unfits]
+        return [shard for shard, unfit in enumerate(pool.map(is_unfit, range(len(index.paths)))) if unfit]
 
 
 def _check(index: Index, shard: int, key: str, width: int, every_row: bool = False) -> None:
@@ -139,28 +138,28 @@ def _check(index: Index, shard: int, key: str, width: int, every_row: bool = Fal
     fs, path = filesystem(location)
     with read_errors_as_data_errors(location, WRITE_AGAIN), open_parquet(fs, path) as file:
         footer = pq.read_metadata(file)
-    found = {name.decode(): value.decode() for name, value in (footer.metadata or {}).items()}
-    wanted = {"nev.key": key, "nev.shard": shard_fingerprint(index, shard), "nev.width": str(width)}
-    for name, value in wanted.items():
-        if found.get(name) != value:
+    metadata = {name.decode(): value.decode() for name, value in (footer.metadata or {}).items()}
+    expected = {"nev.key": key, "nev.shard": shard_fingerprint(index, shard), "nev.width": str(width)}
+    for name, value in expected.items():
+        if metadata.get(name) != value:
             raise DataError(
-                f"{location}: {name} is {found.get(name)}, this run needs {value}. The shard or the encoder changed: "
+                f"{location}: {name} is {metadata.get(name)}, this run needs {value}. The shard or the encoder changed: "
                 "write it again with `nev embed-text`."
             )
     rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
-    own = index.groups_of(shard)
-    if [rows[group] for group in index.group[own] if group < len(rows)] != index.rows[own].tolist():
+    groups = index.shard_groups(shard)
+    if [rows[group] for group in index.group[groups] if group < len(rows)] != index.rows[groups].tolist():
         raise misaligned_error(location)
-    # In a shard of one row group no footer tells that its rows were put in another order. Where there are more,
-    # their sizes mostly tell, and the training reader compares the uids of what it reads besides.
+    # The footer of a shard with one row group does not show that the order of its rows changed. With several row groups their
+    # sizes mostly show it, and the training reader compares the uids of the rows that it reads.
     if len(rows) == 1 or every_row:
-        own_uids = read_uid_column(read_column(index.location(shard), str(index.columns.uid)))
-        if read_uid_column(read_column(location, "uid", WRITE_AGAIN)) != own_uids:
+        uids = read_uid_column(read_column(index.location(shard), str(index.columns.uid)))
+        if read_uid_column(read_column(location, "uid", WRITE_AGAIN)) != uids:
             raise misaligned_error(location)
 
 
 def mean_vector(index: Index, key: str, width: int, captions: int = 100_000) -> NDArray[np.float32]:
-    """The mean of the vectors of the first shards, as many as hold `captions` or all: float32 [D]."""
+    """The mean of the vectors of the first shards, up to the shard with caption number `captions`: float32 [D]."""
     total, count = np.zeros(width), 0
     for shard in range(len(index.paths)):
         vectors, _ = decode_vectors(read_column(sidecar_location(index, shard, key), "vectors", WRITE_AGAIN), width)
@@ -172,12 +171,12 @@ def mean_vector(index: Index, key: str, width: int, captions: int = 100_000) -> 
 
 
 def misaligned_error(location: str) -> DataError:
-    """The error for a sidecar whose rows are not those of its shard."""
+    """Make the error for a sidecar whose rows are not those of its shard."""
     return DataError(f"{location}: its rows are not those of the shard, which changed since. {WRITE_AGAIN}")
 
 
 def decode_vectors(column: pa.ChunkedArray, width: int) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
-    """The `vectors` column as one array: float16 [captions, D], and int64 [rows + 1] where each row begins.
+    """Decode the `vectors` column: vectors, float16 [captions, D], and the first vector of each row, int64 [rows + 1].
 
     A column of one chunk is not copied.
     """
@@ -192,7 +191,7 @@ def decode_vectors(column: pa.ChunkedArray, width: int) -> tuple[NDArray[np.floa
 
 
 def _decode_chunk(array: pa.Array, width: int) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
-    """As `decode_vectors`, of a binary array, whose memory the vectors share."""
+    """As `decode_vectors`, for a binary array. The vectors share the memory of the array."""
     _, offsets, data = array.buffers()
     if data is None or offsets is None:
         return np.zeros((0, width), np.float16), np.zeros(len(array) + 1, np.int64)

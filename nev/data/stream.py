@@ -1,9 +1,9 @@
-"""The stream: Ray Data runs the plan. Block numbers in, one stateless task a block, exactly one block of R rows out, in order.
+"""The stream: Ray Data runs the plan. Block numbers in, one stateless task a block, one block of exactly R rows out, in order.
 
-Why it is built this way (Ray 2.60): a block leaves a task as it was made only with `target_max_block_size = None`, since
-the output buffer otherwise merges and splits; the default per-operator reservation would leave cores idle; and block numbers
-are spread by a streaming repartition, because a read task for each block would be put into the object store before the first
-one runs (20,000 of them took 54 s).
+Reasons for the settings (Ray 2.60). With `target_max_block_size = None` a block leaves its task unchanged; otherwise the output
+buffer merges and splits blocks. The default reservation per operator would leave cores idle. Block numbers are spread by a
+streaming repartition: with a read task for each block, all tasks would be put into the object store before the first one runs
+(54 s for 20,000 tasks).
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from nev.data.block import Block, BlockReader, allocate_block
 from nev.data.plan import Plan
 
 NUMBERS_PER_TASK = 1000
-NUMBER_TASKS = 1000  # at most: each is put into the object store before the first one runs
-STEPS_AHEAD = 2  # decoded and not yet taken; each rank fetches two more (`nev.train.worker.process.iterate_blocks`)
+NUMBER_TASKS = 1000  # upper bound: each task is put into the object store before the first one runs
+STEPS_AHEAD = (
+    2  # steps whose blocks may be decoded ahead; each rank fetches two more (`nev.train.worker.process.iterate_blocks`)
+)
 
 
 def make_stream(reader: BlockReader, plan: Plan, first_step: int, last_step: int) -> Dataset:
-    """The blocks of steps [first_step, last_step), in the plan's order, as a Ray data set that nothing has run yet.
+    """The blocks of steps [first_step, last_step), in the order of the plan, as a lazy Ray data set.
 
-    Each block has the columns of `BlockReader.read` and `block`: int64 [R], its number in the plan.
+    Each block has the columns of `BlockReader.read`, and `block`: int64 [R], the number of the block in the plan.
     """
     first = plan.step_blocks(first_step).start
     count = plan.step_blocks(last_step).start - first
@@ -44,7 +46,7 @@ def make_stream(reader: BlockReader, plan: Plan, first_step: int, last_step: int
 
 
 def read_block(numbers: Any, source: list[ray.ObjectRef[Any]], first: int) -> Block:
-    """The Ray Data task: one block number in, its rows out."""
+    """The Ray Data task: one block number in, the rows of that block out."""
     if len(numbers["id"]) != 1:
         raise RuntimeError(f"a task got {len(numbers['id'])} block numbers, not one: blocks would not be R rows")
     reader, plan = load_from_store(source[0])
@@ -57,21 +59,21 @@ def read_block(numbers: Any, source: list[ray.ObjectRef[Any]], first: int) -> Bl
 
 @functools.lru_cache(maxsize=1)
 def _pictures(rows: int, size: int) -> NDArray[np.uint8]:
-    """Memory for a block's pictures, kept for the life of the process: the pages of a new one cost 2 to 6 % of the rate.
+    """Memory for the pictures of a block, reused for the life of the process: new memory pages would cost 2 to 6 % of the rate.
 
-    Ray has copied a block into the object store when the process gets its next task.
+    Reuse is safe, because Ray has copied a block into the object store before the process gets its next task.
     """
     return allocate_block(rows, size)
 
 
 class RoundRobinSplit(DataConfig):
-    """How Ray Train hands out the stream: block i to rank i mod W, at once.
+    """Gives block i of the stream to rank i mod W, as soon as the block is ready.
 
-    Ray's own way holds blocks back, and cuts the last ones, so that all ranks get equally many rows.
+    Ray's default split holds blocks back and divides the last blocks, so that all ranks get the same number of rows.
     """
 
     def configure(
         self, datasets: dict[str, Dataset], world_size: int, *_: Any, **__: Any
     ) -> list[dict[str, DataIterator]]:
-        """Ray Train's question for each rank's share."""
+        """The data set of each rank. Ray Train calls this."""
         return [{"train": share} for share in datasets["train"].streaming_split(world_size, equal=False)]

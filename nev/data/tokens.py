@@ -1,4 +1,4 @@
-"""Captions to token ids in the tasks that read them, for runs whose text tower is in the loop (`text.mode: online`)."""
+"""Captions to token ids, in the decoding tasks, for runs with the text tower in the training loop (`text.mode: online`)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Sentences to int32 [n, width], -1 after the end of each. `tokenizer` cuts at `width`, special tokens included."""
+class CaptionTokenizer:
+    """Sentences to token ids. Unlike the tower's tokenizer it needs no transformers, so tasks start fast.
+
+    tokenizer: without padding; truncates to `width` tokens.
+    prefix: text before every sentence.
+    width: most tokens of a sentence, special tokens included.
+    """
 
     tokenizer: Tokenizer
     prefix: str
     width: int
 
     def __call__(self, sentences: Sequence[str]) -> NDArray[np.int32]:
-        """Ids as the tower's own tokenizer gives them."""
+        """The ids that the tower's tokenizer gives: int32 [n, width], -1 after the end of a sentence."""
         ids = np.full((len(sentences), self.width), -1, np.int32)
         for row, sentence in zip(ids, sentences, strict=True):
-            found = self.tokenizer.encode(self.prefix + sentence).ids  # many at once would take every core
-            row[: len(found)] = found
+            tokens = self.tokenizer.encode(self.prefix + sentence).ids  # a batch call would use every core
+            row[: len(tokens)] = tokens
         return ids

@@ -1,9 +1,8 @@
-"""uids as sorted 128-bit keys: 16 bytes each, so that a list of a hundred million of them is an array of 1.6 GB.
+"""uids as sorted 128-bit keys of 16 bytes: a list of a hundred million uids is an array of 1.6 GB.
 
-DataComp and DFN name a pair by 32 hexadecimal digits, and ship their lists as .npy of dtype "u8,u8": the two halves of
-that number (https://github.com/mlfoundations/datacomp). Any other uid is taken by its blake2b hash of the same length.
-Keys are kept as big-endian bytes, whose order is that of the numbers, since NumPy sorts and searches bytes faster than
-records.
+DataComp and DFN name a pair by 32 hexadecimal digits, and ship their lists as .npy of dtype "u8,u8", the two halves of the number
+(https://github.com/mlfoundations/datacomp). The key of any other uid is its blake2b hash of the same length. Keys are big-endian
+bytes, which have the order of the numbers; NumPy sorts and searches bytes faster than records.
 """
 
 from __future__ import annotations
@@ -42,17 +41,18 @@ def _key(uid: str) -> bytes:
     return hashlib.blake2b(uid.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
-def find(keys: Keys, uid: str) -> int | None:
-    """The first place of `uid` in the sorted `keys`, or None."""
+def find_uid(keys: Keys, uid: str) -> int | None:
+    """The first position of `uid` in the sorted `keys`, or None."""
     key = hash_uid(uid)
-    at = int(np.searchsorted(keys, key)[0])
-    return at if at < len(keys) and keys[at : at + 1] == key else None
+    position = int(np.searchsorted(keys, key)[0])
+    return position if position < len(keys) and keys[position : position + 1] == key else None
 
 
 def read_uids(path: Path) -> Keys:
-    """The sorted keys of a list of uids: .npy of dtype "u8,u8", .parquet with a column `uid`, or .txt, one uid a line.
+    """Read a list of uids and return its sorted keys.
 
-    Raises ConfigError for a file that is not there, not one of these, or empty.
+    path: .npy of dtype "u8,u8", .parquet with a column `uid`, or .txt with one uid a line.
+    Raises ConfigError for a file that is missing, empty, or of another kind.
     """
     readers = {".npy": _npy, ".parquet": _parquet, ".txt": _txt}
     if path.suffix not in readers:
@@ -72,7 +72,7 @@ def read_uids(path: Path) -> Keys:
 
 
 def _npy(path: Path) -> Keys:
-    halves = np.lib.format.open_memmap(path, mode="r")  # never a pickle, and the file's own order costs no memory
+    halves = np.lib.format.open_memmap(path, mode="r")  # reads no pickle, and needs no memory for the unsorted list
     if halves.dtype.names is None or [halves.dtype[name].kind for name in halves.dtype.names] != ["u", "u"]:
         raise ConfigError(f"{path}: needs dtype 'u8,u8', the two halves of each uid; it is {halves.dtype}")
     return np.ascontiguousarray(halves.astype(">u8,>u8")).reshape(-1).view(KEY)
@@ -90,5 +90,5 @@ def _parquet(path: Path) -> Keys:
 
 
 def _txt(path: Path) -> Keys:
-    lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at what a uid may hold
+    lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines also splits at characters that a uid may hold
     return hash_uids([line.rstrip("\r") for line in lines if line.strip()])

@@ -210,7 +210,7 @@ def _from_pretrained(auto: Any, source: str, config: Text, **more: Any) -> Any:
 
 
 def _check_modules(config: Text, source: str) -> None:
-    """Raise ConfigError for a sentence-transformers folder whose pipeline differs from the config (the L2 norm does not count)."""
+    """Raise ConfigError for a sentence-transformers folder whose pipeline, but for the L2 norm, differs from the config."""
     for module in _read_published(config, source, "modules.json") or []:
         kind = str(module.get("type", "")).rsplit(".", 1)[-1]
         if kind not in ("Transformer", "Pooling", "Normalize"):

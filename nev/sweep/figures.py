@@ -25,7 +25,9 @@ DODGE = 0.05  # octaves between lines, so that bars do not hide each other
 Measured = Mapping[str, Values[Arm]]
 
 
-def draw(path: str | Path, title: str, subtitle: str, measured: Measured, complete: Collection[Arm]) -> list[Path]:
+def draw_figure(
+    path: str | Path, title: str, subtitle: str, measured: Measured, complete: Collection[Arm]
+) -> list[Path]:
     """Write `path`.png and `path`.svg: over the first axis where all its values are numbers, else an arm a line.
 
     measured: a panel for each metric that has a value. complete: the arms with all seeds; of others the seeds alone are shown.

@@ -14,7 +14,7 @@ from nev.config.file import parse, to_yaml
 from nev.runs.tracking import Tracker
 from nev.storage.files import join, output_folder
 from nev.sweep.config import Sweep
-from nev.sweep.figures import draw, make_label
+from nev.sweep.figures import draw_figure, make_label
 from nev.sweep.findings import findings, seen
 from nev.sweep.results import Outcome, TrialResult
 
@@ -28,7 +28,7 @@ def write_report(outcome: Outcome, base: Experiment, folder: str) -> list[str]:
     with output_folder(folder) as local:
         made = []
         if any(measured.values()):
-            made += draw(
+            made += draw_figure(
                 local / sweep.name, sweep.question or sweep.name, make_subtitle(outcome), measured, outcome.complete
             )
         for name, text in (

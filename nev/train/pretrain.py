@@ -23,10 +23,10 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.paths import with_absolute_paths
 from nev.data.ablation import count_used_rows
-from nev.data.augment import draw
+from nev.data.augment import seeded_random
 from nev.data.block import Block, BlockReader
 from nev.data.index import Index, build_index
-from nev.data.plan import Plan, in_order
+from nev.data.plan import Plan, sequential_blocks
 from nev.eval.validation.task import val_reader
 from nev.models.vision import VisionTower, build_vision, normalise
 from nev.runs.tracking import open_run, tracking_uri
@@ -177,7 +177,7 @@ def train_objective(
         for step in range(steps):
             images, labels = load_batch(list(itertools.islice(blocks, parts)), model, config, device)
             set_learning_rate(optimizer, learning_rate(step, steps, config.optim))
-            random = torch.Generator().manual_seed(int(draw(config.seed, step, "", "mask").random() * 2**53))
+            random = torch.Generator().manual_seed(int(seeded_random(config.seed, step, "", "mask").random() * 2**53))
             with precision.autocast():
                 loss = model(images, labels, random)
             optimizer.zero_grad(set_to_none=True)
@@ -200,7 +200,7 @@ def score_objective(config: Experiment, model: Classifier | Inpainter, device: t
     reader = val_reader(config.data, build_index(str(config.data.val), config.data.columns))
     random, found = torch.Generator().manual_seed(0), dict[str, list[Tensor]]()
     model.eval()
-    for segments in in_order(reader.index.rows, config.eval.batch):
+    for segments in sequential_blocks(reader.index.rows, config.eval.batch):
         images, labels = load_batch([reader.read(segments, 0)], model, config, device)
         for name, values in model.metrics(images, labels, random).items():
             found.setdefault(name, []).append(values.cpu())

@@ -11,7 +11,7 @@ from PIL import Image
 
 from nev.config.base import ConfigError
 from nev.config.data import Augment, Jitter, Limits
-from nev.data.augment import auto_augment, draw, random_crop
+from nev.data.augment import auto_augment, random_crop, seeded_random
 from nev.data.decode import BadImage, Encoded, read_header
 
 PHOTO = photo(0, 48, 40)
@@ -34,7 +34,7 @@ def test_resizing_is_torchvisions_antialiased_bicubic(height: int, width: int) -
 
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     whole = Augment(scale=(1, 1), ratio=(width / height, width / height))
-    ours = trained_on(plain(image), 32, whole, draw(0, 0, "u", "augment"))
+    ours = trained_on(plain(image), 32, whole, seeded_random(0, 0, "u", "augment"))
     theirs = vision.resize(Image.fromarray(image), [32, 32], vision.InterpolationMode.BICUBIC, antialias=True)
     assert ours.shape == (32, 32, 3)
     assert far(ours, theirs) <= 1
@@ -56,8 +56,8 @@ def test_flips_are_half_of_the_views_and_mirror_the_same_crop() -> None:
     still, flipped = Augment(scale=(0.5, 1)), Augment(scale=(0.5, 1), flip=True)
     mirrored = 0
     for trial in range(200):
-        straight = trained_on(image, 8, still, draw(0, trial, "u", "augment"))
-        other = trained_on(image, 8, flipped, draw(0, trial, "u", "augment"))
+        straight = trained_on(image, 8, still, seeded_random(0, trial, "u", "augment"))
+        other = trained_on(image, 8, flipped, seeded_random(0, trial, "u", "augment"))
         turned = bool((other == straight[:, ::-1]).all())
         assert turned or (other == straight).all()
         mirrored += turned
@@ -107,7 +107,7 @@ def test_a_strip_falls_back_to_the_centre_with_the_nearest_aspect(
 
 def test_a_draw_depends_on_seed_epoch_uid_and_purpose_alone() -> None:
     streams = {
-        key: draw(*key).random()  # type: ignore[arg-type]
+        key: seeded_random(*key).random()  # type: ignore[arg-type]
         for key in [
             (0, 0, "a", "x"),
             (1, 0, "a", "x"),
@@ -120,9 +120,9 @@ def test_a_draw_depends_on_seed_epoch_uid_and_purpose_alone() -> None:
     }
     assert len(set(streams.values())) == len(streams)
     random.seed(3)
-    assert all(draw(*key).random() == value for key, value in streams.items())  # type: ignore[arg-type]
-    assert draw(7, 3, "uid-1", "augment").random() == 0.2072710528393188
-    values = [draw(0, epoch, "a", "x").random() for epoch in range(2000)]
+    assert all(seeded_random(*key).random() == value for key, value in streams.items())  # type: ignore[arg-type]
+    assert seeded_random(7, 3, "uid-1", "augment").random() == 0.2072710528393188
+    values = [seeded_random(0, epoch, "a", "x").random() for epoch in range(2000)]
     assert abs(np.mean(values) - 0.5) < 0.03
     assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.1
 
@@ -158,8 +158,10 @@ def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(side: int, shrink: int, o
         return header.pixels(factor)
 
     whole = Augment(scale=(1, 1), ratio=(header.width / header.height,) * 2)
-    small = trained_on(header._replace(pixels=pixels), 32, whole, draw(0, 0, "u", "augment"))
-    large = trained_on(header._replace(pixels=lambda factor: header.pixels(1)), 32, whole, draw(0, 0, "u", "augment"))
+    small = trained_on(header._replace(pixels=pixels), 32, whole, seeded_random(0, 0, "u", "augment"))
+    large = trained_on(
+        header._replace(pixels=lambda factor: header.pixels(1)), 32, whole, seeded_random(0, 0, "u", "augment")
+    )
     assert asked == [shrink]
     assert header.pixels(shrink).shape == (-(-header.height // shrink), -(-header.width // shrink), 3)
     assert abs(small.astype(int) - large).mean() < 3
@@ -195,12 +197,15 @@ def test_a_picture_that_is_not_what_its_header_says_is_bad() -> None:
 def test_jitter_is_drawn_by_the_row_and_leaves_the_crop_alone() -> None:
     jitter = Jitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
     views = [
-        trained_on(plain(PHOTO), 16, Augment(jitter=jitter), draw(0, epoch, "u", "augment")) for epoch in (0, 0, 1)
+        trained_on(plain(PHOTO), 16, Augment(jitter=jitter), seeded_random(0, epoch, "u", "augment"))
+        for epoch in (0, 0, 1)
     ]
     assert (views[0] == views[1]).all()
     assert (views[0] != views[2]).any()
     unchanged = Augment(jitter=Jitter())
-    still = [trained_on(plain(PHOTO), 16, augment, draw(0, 0, "u", "augment")) for augment in (Augment(), unchanged)]
+    still = [
+        trained_on(plain(PHOTO), 16, augment, seeded_random(0, 0, "u", "augment")) for augment in (Augment(), unchanged)
+    ]
     assert (still[0] == still[1]).all()
     assert (still[0] != views[0]).any()
 
@@ -227,7 +232,7 @@ def test_jitter_spreads_as_torchvisions(jitter: Jitter) -> None:
 @pytest.mark.parametrize("name", ["rand-m9-mstd0.5-inc1", "augmix-m3-w3", "originalr", "3a"])
 def test_timms_automatic_augmentations_are_drawn_by_the_row(name: str) -> None:
     def view(uid: str) -> np.ndarray:
-        return trained_on(plain(PHOTO), 16, Augment(auto=name), draw(0, 0, uid, "augment"))
+        return trained_on(plain(PHOTO), 16, Augment(auto=name), seeded_random(0, 0, uid, "augment"))
 
     random.seed(1)
     np.random.seed(1)
@@ -238,7 +243,7 @@ def test_timms_automatic_augmentations_are_drawn_by_the_row(name: str) -> None:
     assert (random.random(), np.random.rand()) == before  # a row's draws are its own
     again = [view(f"u{n}") for n in range(8)]
     assert all((one == other).all() for one, other in zip(first, again, strict=True))
-    bare = [trained_on(plain(PHOTO), 16, Augment(), draw(0, 0, f"u{n}", "augment")) for n in range(8)]
+    bare = [trained_on(plain(PHOTO), 16, Augment(), seeded_random(0, 0, f"u{n}", "augment")) for n in range(8)]
     assert any((one != other).any() for one, other in zip(first, bare, strict=True))
 
 

@@ -12,10 +12,10 @@ from helpers.blocks import SIZE, embedded, equal, reader_of, three_shards, whole
 from helpers.pictures import WIDTH, encoded, photo, rows_of, seen, trained_on, vector_of, write_shard
 
 from nev.config.data import Augment, Columns, Limits
-from nev.data.augment import draw
+from nev.data.augment import seeded_random
 from nev.data.decode import read_header
 from nev.data.index import build_index
-from nev.data.plan import Plan, Segment, in_order
+from nev.data.plan import Plan, Segment, sequential_blocks
 from nev.data.rows import parse_captions
 from nev.storage.reading import DataError
 
@@ -92,7 +92,7 @@ def test_every_row_gets_its_own_picture_and_its_own_vector(tmp_path: Path) -> No
     assert (middle["row_group"].tolist(), middle["row"].tolist()) == ([2, 2], [3, 4])
     for row, given in enumerate(expected):
         image = read_header(given["image"], Limits())
-        view = trained_on(image, SIZE, Augment(), draw(3, 4, str(given["uid"]), "augment"))
+        view = trained_on(image, SIZE, Augment(), seeded_random(3, 4, str(given["uid"]), "augment"))
         assert np.array_equal(block["image"][row], view)
         assert np.array_equal(block["text"][row], vector_of(given["caption"]))
 
@@ -168,7 +168,7 @@ def test_labels_come_with_evaluation_blocks(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", rows, [3, 2])
     index = build_index(str(tmp_path), Columns())
     reader = reader_of(index, with_labels=True, text_key=None, augment=None)
-    blocks = [reader.read(segments, 0) for segments in in_order(index.rows, 2)]
+    blocks = [reader.read(segments, 0) for segments in sequential_blocks(index.rows, 2)]
     labels = np.concatenate([block["label"] for block in blocks])
     assert labels.dtype == np.int64
     assert labels.tolist() == [0, 1, -1, 3, 4]

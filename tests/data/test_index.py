@@ -44,7 +44,7 @@ def test_row_groups_are_listed_in_the_order_of_their_paths(tmp_path: Path) -> No
     assert index.total_rows == 12
     assert (index.nbytes > 0).all()
     assert index.location(1) == str(tmp_path / "b.parquet")
-    assert [index.groups_of(shard) for shard in (0, 1)] == [slice(0, 1), slice(1, 3)]
+    assert [index.shard_groups(shard) for shard in (0, 1)] == [slice(0, 1), slice(1, 3)]
 
 
 def test_shards_in_subfolders_count_and_hidden_ones_do_not(tmp_path: Path) -> None:

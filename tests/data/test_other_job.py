@@ -10,7 +10,7 @@ from helpers.prepare import LAYOUT, PARTS, ROWS, SHARDS, TASKS, Crash, contents,
 
 from nev.config.base import ConfigError
 from nev.config.data import Columns, Limits
-from nev.data.index import UNFINISHED, build_index
+from nev.data.index import WORK_FOLDER, build_index
 from nev.data.prepare import job_state as unfinished
 from nev.data.prepare.filters import Filters
 from nev.data.prepare.pipeline import Report, prepare
@@ -104,7 +104,7 @@ def test_parts_that_are_not_asked_for_any_more_go(tmp_path: Path) -> None:
     less = source()
     with pytest.raises(Crash):
         make_of(less._replace(parts=less.parts[1:]), tmp_path, run=counting([], 2))
-    left = sorted(path.name for path in (tmp_path / "set" / UNFINISHED).glob("part-*"))
+    left = sorted(path.name for path in (tmp_path / "set" / WORK_FOLDER).glob("part-*"))
     assert left == ["part-from18", "part-from36", "part-from54"]
 
 
@@ -139,7 +139,7 @@ def test_half_of_another_jobs_split_is_never_trained_on(
 def test_work_of_an_older_version_is_not_used(tmp_path: Path) -> None:
     with pytest.raises(Crash):
         make(tmp_path / "set", counting([], 2))
-    for file in (tmp_path / "set" / UNFINISHED).rglob("*.json"):
+    for file in (tmp_path / "set" / WORK_FOLDER).rglob("*.json"):
         facts = {key: value for key, value in json.loads(file.read_text()).items() if key != "stamp"}
         file.write_text(json.dumps({**facts, "format": 1}))
     again: list[Any] = []

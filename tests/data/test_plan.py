@@ -11,7 +11,7 @@ from helpers.fresh import run_in_fresh_process
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nev.data.plan import Plan, Segment, in_order
+from nev.data.plan import Plan, Segment, sequential_blocks
 from nev.storage.reading import DataError
 
 
@@ -74,11 +74,11 @@ def test_a_block_has_exactly_its_rows_whoever_asks_and_when(plan: Plan, data: st
 def test_the_rows_of_a_step_do_not_depend_on_the_world_size(plan: Plan, step: int) -> None:
     whole = [row for block in plan.step_blocks(step) for row in rows_of(plan.segments(block))]
     for world in range(1, 13):
-        since = max(0, step - world)
-        shares = [plan.rank_blocks(step, rank, world, since) for rank in range(world)]
+        first_step = max(0, step - world)
+        shares = [plan.rank_blocks(step, rank, world, first_step) for rank in range(world)]
         even = plan.blocks_per_step // world
-        assert {len(share) for share in shares} <= {even, plan.rank_room(world)}
-        assert plan.rank_room(world) == even + bool(plan.blocks_per_step % world)
+        assert {len(share) for share in shares} <= {even, plan.max_rank_blocks(world)}
+        assert plan.max_rank_blocks(world) == even + bool(plan.blocks_per_step % world)
         if plan.blocks_per_step % world == 0:
             assert shares == [plan.rank_blocks(step, rank, world) for rank in range(world)]
         assert sorted(block for share in shares for block in share) == list(plan.step_blocks(step))
@@ -183,7 +183,7 @@ def test_too_little_data_for_one_batch_is_an_error() -> None:
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=30), st.integers(1, 9))
 def test_in_order_covers_every_row_once_inside_row_groups(counts: list[int], block_rows: int) -> None:
-    blocks = in_order(np.array(counts, np.int64), block_rows)
+    blocks = sequential_blocks(np.array(counts, np.int64), block_rows)
     rows = [row for segments in blocks for row in rows_of(segments)]
     assert rows == [(group, row) for group, count in enumerate(counts) for row in range(count)]
     assert all(len(segments) == 1 and len(rows_of(segments)) <= block_rows for segments in blocks)

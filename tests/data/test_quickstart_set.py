@@ -9,7 +9,7 @@ from helpers.pictures import rows_of, write_shard
 
 from nev.config.base import ConfigError
 from nev.config.data import Data
-from nev.data.index import UNFINISHED
+from nev.data.index import WORK_FOLDER
 from nev.data.prepare.quickstart import RECORD, draw_missing_splits
 
 
@@ -39,7 +39,7 @@ def test_a_drawing_that_was_interrupted_is_drawn_again(tmp_path: Path) -> None:
     whole = contents(tmp_path / "set")
     record = tmp_path / "set/val" / RECORD
     record.write_text(record.read_text().replace(record.read_text().split('"shards": ')[1], "null}"))
-    (tmp_path / "set/val" / UNFINISHED).mkdir()
+    (tmp_path / "set/val" / WORK_FOLDER).mkdir()
     assert draw(tmp_path / "set")
     assert contents(tmp_path / "set") == whole
 

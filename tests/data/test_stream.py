@@ -82,7 +82,9 @@ def test_rank_r_gets_the_blocks_that_the_plan_gives_it(
     assert first < plan.steps_per_epoch < last < 2 * plan.steps_per_epoch
     taken = splits(stream.make_stream(reader, plan, first, last), world, dawdle=True)
     for rank, blocks in enumerate(taken):
-        numbers = [number for step in range(first, last) for number in plan.rank_blocks(step, rank, world, since=first)]
+        numbers = [
+            number for step in range(first, last) for number in plan.rank_blocks(step, rank, world, first_step=first)
+        ]
         assert len(blocks) == len(numbers)
         for block, number in zip(blocks, numbers, strict=True):
             assert_block(block, number, reader, plan)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nev.config.base import ConfigError
-from nev.data.uids import find, hash_uids, read_uids
+from nev.data.uids import find_uid, hash_uids, read_uids
 
 number = st.integers(0, 2**128 - 1) | st.integers(0, 2**64 - 1).map(lambda half: half << 64)  # trailing zero bytes, too
 
@@ -42,27 +42,29 @@ def test_exactly_the_listed_uids_are_found(
 ) -> None:
     uids = [f"{value:032x}" for value in listed]
     keys = read_uids(WRITERS[suffix](tmp_path_factory.mktemp("uids") / f"list{suffix}", uids))
-    assert all(find(keys, uid) is not None for uid in uids)
-    assert not any(find(keys, f"{value:032x}") is not None for value in others - listed)
+    assert all(find_uid(keys, uid) is not None for uid in uids)
+    assert not any(find_uid(keys, f"{value:032x}") is not None for value in others - listed)
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), min_size=1, unique=True))
 def test_any_string_is_a_uid(uids: list[str]) -> None:
     assert len(set(hash_uids(uids).tolist())) == len(uids)
     keys = np.sort(hash_uids(uids))
-    assert all(find(keys, uid) is not None and find(keys, f"{uid} ") is None for uid in uids if f"{uid} " not in uids)
+    assert all(
+        find_uid(keys, uid) is not None and find_uid(keys, f"{uid} ") is None for uid in uids if f"{uid} " not in uids
+    )
 
 
 def test_a_big_endian_list_is_read_by_its_numbers(tmp_path: Path) -> None:
     np.save(tmp_path / "list.npy", np.array([(1, 2)], np.dtype(">u8,>u8")))
-    assert find(read_uids(tmp_path / "list.npy"), f"{1:016x}{2:016x}") == 0
+    assert find_uid(read_uids(tmp_path / "list.npy"), f"{1:016x}{2:016x}") == 0
 
 
 def test_a_line_of_text_is_a_uid_spaces_and_all(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_bytes("\ufeffcat/my photo.jpg\r\n\r\nb\u2028c\nlast".encode())
     keys = read_uids(tmp_path / "list.txt")
     assert len(keys) == 3
-    assert all(find(keys, uid) is not None for uid in ("cat/my photo.jpg", "b\u2028c", "last"))
+    assert all(find_uid(keys, uid) is not None for uid in ("cat/my photo.jpg", "b\u2028c", "last"))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from helpers.prepare import LAYOUT, PARTS, ROWS, SHARDS, TASKS, Crash, contents,
 
 from nev.config.base import ConfigError
 from nev.config.data import Columns
-from nev.data.index import UNFINISHED, build_index
+from nev.data.index import WORK_FOLDER, build_index
 from nev.data.prepare.filters import Filters
 from nev.data.prepare.job_state import exclusive_lock
 from nev.data.prepare.pipeline import Progress, prepare
@@ -104,7 +104,7 @@ def test_a_job_cut_off_while_it_cleans_up_has_nothing_left_to_do(
         patch.setattr(LocalFileSystem, "rm_file", die)
         with pytest.raises(Crash):
             make(output)
-    assert {path.name for path in (output / UNFINISHED).iterdir()} == {at, "plan.json"}
+    assert {path.name for path in (output / WORK_FOLDER).iterdir()} == {at, "plan.json"}
     with pytest.raises(DataError, match="not finished"):
         build_index(str(output), Columns())
     again: list[Any] = []
@@ -120,7 +120,7 @@ def test_a_part_whose_runs_are_not_whole_is_done_again(
     output = tmp_path / "set"
     with pytest.raises(Crash):
         make(output, counting([], 3))
-    damage(output / UNFINISHED / "part-from18/run-00002")
+    damage(output / WORK_FOLDER / "part-from18/run-00002")
     again: list[Any] = []
     make(output, counting(again))
     assert [item.stamp for item in again[:2]] == ["from18", "from54"]
@@ -132,7 +132,7 @@ def test_a_run_that_is_damaged_after_all_is_named(file: str, tmp_path: Path, und
     output = tmp_path / "set"
     with pytest.raises(Crash):
         make(output, counting([], PARTS + 1))
-    run = output / UNFINISHED / "part-from18" / file
+    run = output / WORK_FOLDER / "part-from18" / file
     run.write_bytes(bytes(len(run.read_bytes())))
     with pytest.raises(DataError, match=rf"part-from18/{file} .*Delete it and run the same command again"):
         make(output)
@@ -147,10 +147,10 @@ def test_a_run_that_is_damaged_after_all_is_named(file: str, tmp_path: Path, und
 def test_damaged_facts_of_a_job_are_named(file: str, tmp_path: Path) -> None:
     with pytest.raises(Crash):
         make(tmp_path / "set", counting([], PARTS + 1))
-    (tmp_path / "set" / UNFINISHED / "plan.json").touch()
+    (tmp_path / "set" / WORK_FOLDER / "plan.json").touch()
     if file == "job.json":
-        (tmp_path / "set" / UNFINISHED / "plan.json").unlink()
-    damaged = tmp_path / "set" / UNFINISHED / file
+        (tmp_path / "set" / WORK_FOLDER / "plan.json").unlink()
+    damaged = tmp_path / "set" / WORK_FOLDER / file
     damaged.write_bytes(bytes(50))
     with pytest.raises(DataError, match=rf"{file} is damaged .*Delete it and run the same command again"):
         make(tmp_path / "set")
@@ -159,7 +159,7 @@ def test_damaged_facts_of_a_job_are_named(file: str, tmp_path: Path) -> None:
 def test_damaged_facts_of_a_part_are_no_part(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     with pytest.raises(Crash):
         make(tmp_path / "set", counting([], 3))
-    (tmp_path / "set" / UNFINISHED / "part-from18/part.json").write_bytes(b"\xff" * 50)
+    (tmp_path / "set" / WORK_FOLDER / "part-from18/part.json").write_bytes(b"\xff" * 50)
     again: list[Any] = []
     make(tmp_path / "set", counting(again))
     assert [item.stamp for item in again[:2]] == ["from18", "from54"]
@@ -173,7 +173,7 @@ def test_a_part_that_is_read_again_with_other_memory_has_other_runs_than_the_pla
     output = tmp_path / "set"
     with pytest.raises(Crash):
         make(output, counting([], PARTS + 1))
-    (output / UNFINISHED / "part-from18/part.json").unlink()
+    (output / WORK_FOLDER / "part-from18/part.json").unlink()
     with pytest.raises(Crash):
         make(output, counting([], 1), memory_bytes=memory)  # that part, and no further
     make(output, memory_bytes=memory)
@@ -216,7 +216,7 @@ def test_a_part_file_that_was_being_written_is_no_part(
     output = tmp_path / "set"
     with pytest.raises(Crash):
         make(output, counting([], 2))
-    torn = output / UNFINISHED / "part-from36/.writing-x/part.json"
+    torn = output / WORK_FOLDER / "part-from36/.writing-x/part.json"
     torn.parent.mkdir(parents=True)
     torn.write_bytes(left)
     make(output)
@@ -237,7 +237,7 @@ def test_a_failure_before_the_first_shard_leaves_older_shards(tmp_path: Path, un
     anew = {"layout": Layout(16, 8, overwrite=True)}
     with pytest.raises(ConfigError, match="no rows to write"):
         make(output, filters=Filters(min_caption=1000), **anew)
-    assert not (output / UNFINISHED).exists()  # another filter may follow, without a word about this one
+    assert not (output / WORK_FOLDER).exists()  # another filter may follow, without a word about this one
     older = {f"set/{path.name}": path.read_bytes() for path in output.glob("*.parquet")}
     assert older == {name: content for name, content in undisturbed.items() if name.endswith(".parquet")}
     with pytest.raises(Crash):

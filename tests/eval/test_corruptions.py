@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nev.data.augment import draw
+from nev.data.augment import seeded_random
 from nev.eval.suite.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 
 
@@ -22,7 +22,7 @@ def picture(size: int) -> np.ndarray:
 
 
 def change(name: str, severity: int, size: int = 32, uid: str = "a") -> np.ndarray:
-    return corrupt(picture(size), name, severity, draw(severity, 0, uid, name))
+    return corrupt(picture(size), name, severity, seeded_random(severity, 0, uid, name))
 
 
 @pytest.mark.parametrize("size", [32, 224])
@@ -64,9 +64,9 @@ def test_pixelate_is_a_shrunk_picture() -> None:
 
 def test_noise_has_its_deviation() -> None:
     grey = np.full((224, 224, 3), 128, np.uint8)
-    noisy = corrupt(grey, "gaussian_noise", 1, draw(0, 0, "a", "a"))
+    noisy = corrupt(grey, "gaussian_noise", 1, seeded_random(0, 0, "a", "a"))
     assert (noisy / 255.0).std() == pytest.approx(0.08, rel=0.02)
-    salted = corrupt(grey, "impulse_noise", 5, draw(0, 0, "a", "a"))
+    salted = corrupt(grey, "impulse_noise", 5, seeded_random(0, 0, "a", "a"))
     assert np.mean(salted == 0) == pytest.approx(0.135, rel=0.05)
     assert np.mean(salted == 255) == pytest.approx(0.135, rel=0.05)
 
@@ -79,7 +79,7 @@ def test_brightness_keeps_hue_and_saturation() -> None:
         before, after = (colorsys.rgb_to_hsv(*(one[row, column] / 255.0)) for one in (plain, bright))
         assert after[2] == pytest.approx(min(before[2] + 0.15, 1), abs=0.01)
         assert after[:2] == pytest.approx(before[:2], abs=0.03)
-    black = corrupt(np.zeros((32, 32, 3), np.uint8), "brightness", 1, draw(0, 0, "a", "a"))
+    black = corrupt(np.zeros((32, 32, 3), np.uint8), "brightness", 1, seeded_random(0, 0, "a", "a"))
     assert (black == round(0.05 * 255)).all()
 
 

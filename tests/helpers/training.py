@@ -51,7 +51,9 @@ def train_reader(config: Experiment, text: TextTower) -> BlockReader:
 
 def blocks(reader: BlockReader, plan: Plan, first: int, last: int, rank: int = 0, world: int = 1) -> Iterator[Block]:
     """The stream of a rank from step `first` up to `last`, without Ray."""
-    for number in (block for step in range(first, last) for block in plan.rank_blocks(step, rank, world, since=first)):
+    for number in (
+        block for step in range(first, last) for block in plan.rank_blocks(step, rank, world, first_step=first)
+    ):
         block = reader.read(plan.segments(number), plan.epoch_of(number))
         block["block"] = np.full(len(block["valid"]), number)
         yield block

@@ -16,7 +16,7 @@ from nev.config.base import ConfigError
 from nev.config.file import parse
 from nev.eval.report.plots import new_figure
 from nev.sweep.config import Sweep
-from nev.sweep.figures import by_arm, draw, over_numbers
+from nev.sweep.figures import by_arm, draw_figure, over_numbers
 from nev.sweep.findings import findings
 from nev.sweep.report import make_subtitle
 from nev.sweep.results import Outcome, TrialResult
@@ -213,11 +213,11 @@ def test_the_figure(numeric: bool, tmp_path: Path) -> None:
     heights = {(("size", label), ("rule", rule)): 0.3 for label in labels for rule in ("sqrt", "linear")}
     done = outcome({"size": labels, "rule": ["sqrt", "linear"]}, heights)
     measured = {metric: done.values(metric) for metric in ("zero_shot/top1", "space/gap", "absent")}
-    png, svg = draw(tmp_path / "figure", "Which?", "1,000 samples", measured, done.complete)
+    png, svg = draw_figure(tmp_path / "figure", "Which?", "1,000 samples", measured, done.complete)
     assert png.read_bytes().startswith(b"\x89PNG")
     assert b"<svg" in svg.read_bytes()
     with pytest.raises(ValueError, match="no value"):
-        draw(tmp_path / "none", "", "", {"absent": {}}, done.complete)
+        draw_figure(tmp_path / "none", "", "", {"absent": {}}, done.complete)
 
 
 @pytest.mark.parametrize("numeric", [True, False])

@@ -27,7 +27,7 @@ from nev.models.lock import CANARIES, refuse_other_vectors
 from nev.models.text import TextTower, load_text, make_text_encoder, weight_digests
 from nev.models.vision import build_vision
 from nev.runs.manifest import latest_checkpoint
-from nev.train.driver.setup import make_tokens
+from nev.train.driver.setup import make_tokenizer
 
 Make = Callable[..., Experiment]
 WORLD, STEPS, LONGEST = 2, 3, 7
@@ -47,7 +47,7 @@ def captions(job: Any) -> list[str]:
 
 def test_tokens_are_those_of_the_tower(text: TextTower) -> None:
     sentences = [*CANARIES, "a dog", "two dogs " * 60]
-    ids = make_tokens(text)(sentences)
+    ids = make_tokenizer(text)(sentences)
     expected = text.tokenizer(sentences, truncation=True, max_length=text.max_tokens)["input_ids"]
     assert [row[row >= 0].tolist() for row in ids] == expected
     assert ids.shape == (len(sentences), text.max_tokens)
@@ -58,9 +58,9 @@ def test_tokens_are_those_of_the_tower(text: TextTower) -> None:
 
 
 def test_an_encoder_that_wants_more_than_ids_is_refused(text: TextTower) -> None:
-    refuse_other_vectors(text, make_tokens(text))
+    refuse_other_vectors(text, make_tokenizer(text))
     with pytest.raises(ConfigError, match=r"cannot run in the training loop: from ids and a mask alone it gives other"):
-        refuse_other_vectors(text, lambda sentences: np.roll(make_tokens(text)(sentences), 1, axis=0))
+        refuse_other_vectors(text, lambda sentences: np.roll(make_tokenizer(text)(sentences), 1, axis=0))
 
 
 def test_a_block_has_the_tokens_of_the_captions_whose_vectors_sidecars_give(tmp_path: Path, text: TextTower) -> None:
@@ -75,7 +75,7 @@ def test_a_block_has_the_tokens_of_the_captions_whose_vectors_sidecars_give(tmp_
     settings = {"image_size": 16, "limits": Limits(), "seed": 3, "augment": None, "text_width": text.width}
     vectors, tokens = (
         BlockReader(index, **settings, text_key=key),
-        BlockReader(index, **settings, tokens=make_tokens(text)),
+        BlockReader(index, **settings, tokenizer=make_tokenizer(text)),
     )
     assert tokens.row_bytes == 16 * 16 * 3 + 4 * text.max_tokens
     chosen = set()
@@ -125,10 +125,10 @@ def test_what_is_cut_is_cut_as_the_tower_cuts_it(text: TextTower) -> None:
     left = copy.deepcopy(text.tokenizer)
     left.truncation_side = "left"
     tower = dataclasses.replace(text, tokenizer=left, max_tokens=12)
-    refuse_other_vectors(tower, make_tokens(tower))
+    refuse_other_vectors(tower, make_tokenizer(tower))
     right = dataclasses.replace(text, max_tokens=12)
     with pytest.raises(ConfigError, match="gives other vectors"):
-        refuse_other_vectors(tower, make_tokens(right))
+        refuse_other_vectors(tower, make_tokenizer(right))
 
 
 def test_kept_texts_are_those_that_are_asked_for(tiny: Make, text: TextTower) -> None:

@@ -19,7 +19,7 @@ from nev.config.base import Positive, Section
 from nev.config.data import Limits
 from nev.data.decode import BadImage, read_header
 from nev.data.rows import Row, parse_captions
-from nev.data.uids import Keys, find
+from nev.data.uids import Keys, find_uid
 
 HASH_BYTES = 16
 
@@ -74,7 +74,7 @@ def select(
 def _rules(filters: Filters, limits: Limits, listed: Keys | None) -> list[Rule]:
     rules: list[Rule] = []
     if listed is not None:
-        rules.append(lambda row: "uid not in the list" if find(listed, row["uid"]) is None else None)
+        rules.append(lambda row: "uid not in the list" if find_uid(listed, row["uid"]) is None else None)
     if filters.min_score is not None:
         rules.append(_scored(filters.min_score))
     if filters.min_caption or filters.max_caption:

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from nev.config.base import ConfigError
-from nev.data.index import UNFINISHED
+from nev.data.index import WORK_FOLDER
 from nev.data.prepare.shards import list_shards
 from nev.storage.files import PARALLEL_REQUESTS, filesystem, is_local, join, list_entries, make_folder, write_atomic
 from nev.storage.reading import DataError, read_errors_as_data_errors, write_errors_as_data_errors
@@ -46,7 +46,7 @@ class State(NamedTuple):
 
 def work_folder(output: str) -> str:
     """The folder of the work on the split `output`."""
-    return join(output, UNFINISHED)
+    return join(output, WORK_FOLDER)
 
 
 def start_or_resume(output: str, facts: Facts | None, stamps: Sequence[str], overwrite: bool) -> State:

@@ -95,12 +95,12 @@ def merge_keys(parts: Sequence[Facts], known: ClassNames | None) -> Facts:
     for part in parts:
         dropped.update(part["dropped"])
         for label, name, uid in part["names"]:
-            labels.add(names, label, name, uid, known)
+            labels.add_name(names, label, name, uid, known)
     return {
         "rows_in": sum(part["rows_in"] for part in parts),
         "dropped": dict(dropped),
         "seen": sorted({name for part in parts for name in part["seen"]}),
         "named": [[label, name, uid] for label, (name, uid) in sorted(names.items())],
-        "names": [name for _, (name, _) in sorted(names.items())] if labels.complete(names, highest) else [],
+        "names": [name for _, (name, _) in sorted(names.items())] if labels.is_complete(names, highest) else [],
         "labelled": highest >= 0,
     }

@@ -246,7 +246,7 @@ def _beside(output: str, plan: Facts, limits: Limits, progress: Progress) -> tup
     known = labels.read_class_names(classes)
     if known:  # another split may have written it since this one was begun
         for label, called, uid in plan["named"]:
-            labels.add({}, label, called, uid, known)
+            labels.add_name({}, label, called, uid, known)
     there = known is not None
     if plan["names"] and not there:
         with write_errors_as_data_errors(classes):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from nev.config.base import ConfigError
 from nev.config.data import Data
-from nev.data.index import UNFINISHED
+from nev.data.index import WORK_FOLDER
 from nev.data.prepare.shards import Layout
 from nev.data.prepare.synthetic import write_synthetic
 
@@ -81,7 +81,7 @@ def _state(split: Path, settings: dict[str, Any]) -> Literal["absent", "drawn", 
         return "foreign"
     if shards is not None and shards != _shards(split):
         return "foreign"  # the user has put files there since
-    return "drawn" if shards and wanted == settings and not (split / UNFINISHED).exists() else "stale"
+    return "drawn" if shards and wanted == settings and not (split / WORK_FOLDER).exists() else "stale"
 
 
 def _shards(split: Path) -> dict[str, int]:

@@ -106,7 +106,7 @@ def scatter(part: Part, job: Scatter) -> Facts:
         job.listed,
     )
     small = resize_image(chosen, job.resize, job.limits, dropped, job.threads) if job.resize else chosen
-    for rows in batches_in_memory(labels.watch(small, names, job.known), job.memory_bytes):
+    for rows in batches_in_memory(labels.collect_names(small, names, job.known), job.memory_bytes):
         own = [
             hashlib.blake2b(row["uid"].encode(), digest_size=KEY.itemsize, key=job.seed_key).digest() for row in rows
         ]

@@ -30,7 +30,7 @@ from nev.data.sources.common import (
     hash_content,
     input_file,
 )
-from nev.data.uids import BATCH_ROWS, Keys, find, hash_uids
+from nev.data.uids import BATCH_ROWS, Keys, find_uid, hash_uids
 from nev.storage.files import filesystem, open_parquet
 
 CAPTIONS = ("text", "caption")
@@ -69,7 +69,7 @@ def read(tars: Iterable[str], metadata: Metadata, options: SourceOptions) -> Ite
     for row in webdataset.read(tars, options.model_copy(update={"score": None})):
         if "reject" in row:
             yield row
-        elif (at := find(metadata.keys, row["uid"])) is None:
+        elif (at := find_uid(metadata.keys, row["uid"])) is None:
             yield {**row, "reject": "uid not in the metadata"}
         else:
             score = None if metadata.scores is None else metadata.scores[at].as_py()
@@ -96,7 +96,7 @@ def _load(files: list[str], options: SourceOptions) -> Metadata:
     if not tables:
         raise ConfigError(f"{files[0]}: the metadata have no rows")
     every = np.concatenate(keys)
-    order = np.argsort(every, kind="stable")  # stable: of equal uids `find` gives the first
+    order = np.argsort(every, kind="stable")  # stable: of equal uids `find_uid` gives the first
     table = pa.concat_tables(tables).take(pa.array(order)).combine_chunks()
     scores = table.column("score").chunk(0) if "score" in table.column_names else None
     return Metadata(every[order], table.column("text").chunk(0), scores)

@@ -20,7 +20,7 @@ import numpy as np
 
 from nev.config.base import ConfigError
 from nev.config.data import Limits
-from nev.data.augment import draw, eval_view
+from nev.data.augment import eval_view, seeded_random
 from nev.data.block import Block, allocate_block
 from nev.data.decode import BadImage, Picture, read_header
 from nev.data.labels import read_class_names
@@ -159,7 +159,7 @@ def _decoded(kept: list[tuple[int, Row]], part: int, view: View) -> Iterator[Blo
     yield block
     for number, (name, severity) in enumerate(corruption_variants() if view.corrupt else [], start=1):
         pictures = [
-            corrupt(image, name, severity, draw(severity, 0, row["uid"], name))
+            corrupt(image, name, severity, seeded_random(severity, 0, row["uid"], name))
             for image, (_, row) in zip(block["image"], kept, strict=True)
         ]
         variant, facts = np.full(len(kept), number, np.int64), np.full(len(kept), "", object)
@@ -212,7 +212,7 @@ def _plain(value: Any) -> Any:
 
 def _drawn(uid: str, share: float) -> bool:
     """Whether a row is among the share: by its uid alone, so that every model is tried on the same rows."""
-    return share == 1 or draw(0, 0, uid, "share").random() < share
+    return share == 1 or seeded_random(0, 0, uid, "share").random() < share
 
 
 def _shared_out(source: Source, processes: int) -> list[Unit]:

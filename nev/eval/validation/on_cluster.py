@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nev.common.errors import NevError
 from nev.data.block import Block
-from nev.data.plan import Segment, in_order
+from nev.data.plan import Segment, sequential_blocks
 from nev.embed.embedder import Embedder
 from nev.embed.images import EmbedJob, EncoderSpec, embed_all
 from nev.eval.validation.scoring import Embedded
@@ -22,7 +22,7 @@ from nev.eval.validation.vectors import load_validation_texts
 
 def embed_set(task: Validation, tower: EncoderSpec, taken: float = 0.0) -> Embedded:
     """Embed a whole validation set on the connected cluster, in index order. taken: as `embed_all` has it."""
-    blocks = in_order(task.reader.index.rows, task.batch)
+    blocks = sequential_blocks(task.reader.index.rows, task.batch)
     read = functools.partial(_segments, reader=task.reader)
     (found,) = embed_all([EmbedJob(blocks, read)], tower, task.batch * task.reader.row_bytes, taken=taken)
     if isinstance(found, NevError):

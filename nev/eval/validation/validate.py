@@ -6,7 +6,7 @@ import numpy as np
 
 from nev.common.collectives import gather_on_rank_0
 from nev.data.block import Block
-from nev.data.plan import in_order
+from nev.data.plan import sequential_blocks
 from nev.data.sidecar import Encode
 from nev.embed.images import Embed
 from nev.eval.validation.scoring import Embedded, compute_shares, rank_answers
@@ -42,7 +42,7 @@ def validate(
 
 def embed_blocks(task: Validation, embed: Embed, rank: int, world: int, lockstep: bool) -> dict[int, Embedded]:
     """Embed blocks rank, rank + W, ... of the set, by block number."""
-    blocks = list(enumerate(in_order(task.reader.index.rows, task.batch)))
+    blocks = list(enumerate(sequential_blocks(task.reader.index.rows, task.batch)))
     own = {number: embed_block(task.reader.read(segments, 0), embed) for number, segments in blocks[rank::world]}
     if lockstep and len(own) < -(-len(blocks) // world):  # ranks before this one have one more
         embed(np.zeros((1, task.reader.image_size, task.reader.image_size, 3), np.uint8))

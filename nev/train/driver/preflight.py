@@ -20,7 +20,7 @@ from nev.runs.folder import check_output, check_space, run_folder
 from nev.runs.manifest import CheckpointError, LatestValid, latest_valid
 from nev.runs.metrics_log import load_mlflow_run_id
 from nev.runs.tracking import check_tracking, local_artifacts, tracking_uri
-from nev.train.driver.setup import Inputs, make_job, make_plan, make_reader, make_tokens
+from nev.train.driver.setup import Inputs, make_job, make_plan, make_reader, make_tokenizer
 from nev.train.driver.validator import MAX_WAITING
 from nev.train.job import Job, ResumePoint, make_resume_point, row_bytes
 
@@ -150,7 +150,7 @@ def check_tokens(config: Experiment, text: TextTower) -> None:
     if config.text_online:
         from nev.models.lock import refuse_other_vectors
 
-        refuse_other_vectors(text, make_tokens(text))
+        refuse_other_vectors(text, make_tokenizer(text))
 
 
 def check_validation(config: Experiment, text: TextTower) -> Validation | None:

@@ -13,7 +13,7 @@ from nev.data.block import BlockReader
 from nev.data.index import Index
 from nev.data.plan import Plan
 from nev.data.sidecar import mean_vector
-from nev.data.tokens import Tokens
+from nev.data.tokens import CaptionTokenizer
 from nev.eval.validation.task import Validation, text_key
 from nev.runs.folder import run_folder
 from nev.runs.manifest import LatestValid
@@ -78,7 +78,7 @@ def make_reader(config: Experiment, text: TextTower, index: Index) -> BlockReade
         augment=config.data.augment,
         text_key=None if config.text_online else text_key(index, text),
         text_width=text.width,
-        tokens=make_tokens(text) if config.text_online else None,
+        tokenizer=make_tokenizer(text) if config.text_online else None,
     )
     permuted, noise, center = config.data.permuted_captions, config.text.noise, config.text.center
     if not (permuted or noise or center):
@@ -87,12 +87,12 @@ def make_reader(config: Experiment, text: TextTower, index: Index) -> BlockReade
     return change_texts(reader, permuted, mean, noise)
 
 
-def make_tokens(tower: TextTower) -> Tokens:
+def make_tokenizer(tower: TextTower) -> CaptionTokenizer:
     """The tower's tokenizer in a form that travels to a task, where transformers is not imported."""
     tokenizer = Tokenizer.from_str(tower.tokenizer.backend_tokenizer.to_str())
     tokenizer.no_padding()
     tokenizer.enable_truncation(tower.max_tokens, direction=tower.tokenizer.truncation_side)
-    return Tokens(tokenizer, tower.prefix, tower.max_tokens)
+    return CaptionTokenizer(tokenizer, tower.prefix, tower.max_tokens)
 
 
 def total_steps(config: Experiment, plan: Plan) -> int:

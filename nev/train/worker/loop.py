@@ -59,12 +59,12 @@ def train(
     consensus = StopConsensus(ctx.world, local_stop, config.workers.timeout_s)
     held = {name: (tower, weight_digests(tower)) for name, tower in locked_towers(learner, config).items()}
     locked_text = locked_encoder(learner.tower, config) if learner.tower and config.lock == "text" else None
-    room = plan.rank_room(ctx.world)
+    room = plan.max_rank_blocks(ctx.world)
     with Checkpointer(job, ctx, start.step, report) as checkpointer:
         for step in range(start.step, job.stop_step):
             rate = learning_rate(step, job.total_steps, config.optim)
             set_learning_rate(learner.optimizer, rate)
-            numbers = plan.rank_blocks(step, ctx.rank, ctx.world, since=start.step)
+            numbers = plan.rank_blocks(step, ctx.rank, ctx.world, first_step=start.step)
             filling = BatchBuilder(numbers, room, plan.block_rows, ctx.device)
             for number in numbers:
                 with clock.waiting():
