@@ -25,7 +25,7 @@ from nev.storage.files import filesystem, is_local, open_parquet
 from nev.storage.reading import DataError, read_errors_as_data_errors
 
 if TYPE_CHECKING:
-    from nev.data.tokenizer import CaptionTokenizer
+    from nev.data.tokens import CaptionTokenizer
 
 OPEN_FILES = 32
 

@@ -82,8 +82,8 @@ def build_index(root: str, columns: Columns) -> Index:
     """Index the shards (`*.parquet`) of a folder or `s3://` prefix. Names that begin with `_` or `.` are ignored.
 
     Footers are read once per listing (`nev/data/index_cache.py`). An error is never cached.
-    Raises DataError where the folder cannot be listed, `prepare` has not finished it, a folder in it is a link, or it has no shard
-    or no row; and where a footer cannot be read or a column is missing.
+    Raises DataError where the folder cannot be listed, `prepare` has not finished it, it holds a link to a folder, or it has no
+    shard or no row; and where a footer cannot be read or a column is missing.
     """
     fs, base = filesystem(root)
     base = base.rstrip("/")
