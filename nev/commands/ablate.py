@@ -35,14 +35,14 @@ def main(
         from nev.sweep.config import Sweep
 
         sweep = parse(Sweep, read_config(config), sweep_overrides or [], where=config)
-        from nev.sweep.report import outcome_table
+        from nev.sweep.report import make_outcome_table
         from nev.sweep.run import run_sweep
         from nev.train.experiment import mlflow_hint
 
         done = run_sweep(sweep, overrides or [], console)
-    console.print(outcome_table(done.outcome))
+    console.print(make_outcome_table(done.outcome))
     for file in done.files:
         console.print(f"{file.rpartition('.')[2]:<11} {file}", highlight=False, soft_wrap=True)
     console.print(f"MLflow      {mlflow_hint(done.tracking_uri)}", highlight=False, soft_wrap=True)
-    if not done.outcome.whole:
+    if not done.outcome.all_finished:
         raise typer.Exit(1)

@@ -14,7 +14,7 @@ Settings = dict[str, Any]  # dotted keys of an experiment, or lr_rule, to values
 
 
 class Draw(Section):
-    """A distribution that values of a setting are drawn from, one of Ray Tune's: exactly one key."""
+    """A distribution of Ray Tune from which values of a setting are drawn. Exactly one key is given."""
 
     uniform: tuple[float, float] | None = None
     """Lower and upper end of an even distribution."""
@@ -26,7 +26,7 @@ class Draw(Section):
     """Values, each as likely as the others."""
 
     @model_validator(mode="after")
-    def _one(self) -> Self:
+    def _exactly_one(self) -> Self:
         if len(self.model_fields_set) != 1:
             raise ValueError("give exactly one of uniform, loguniform, randint and choice")
         ends = self.uniform or self.loguniform or self.randint
@@ -38,12 +38,12 @@ class Draw(Section):
 
 
 class Asha(Section):
-    """Asynchronous successive halving (Li et al. 2020). Trials are judged at validations: the base needs `train.eval_every`."""
+    """Asynchronous successive halving (Li et al. 2020). Trials are compared at validations: the base needs `train.eval_every`."""
 
     grace: Positive
     """Samples that every trial sees before ASHA may end it."""
     reduction: int = Field(default=3, ge=2)
-    """Reduction factor: of the trials that have seen as many samples, one in so many goes on."""
+    """Reduction factor x: of the trials that have seen as many samples, the best 1/x goes on."""
 
 
 class Sweep(Section):
@@ -87,17 +87,17 @@ class Sweep(Section):
     """Early end of trials that are behind. null: every trial sees the whole budget."""
 
     @model_validator(mode="after")
-    def _whole(self) -> Self:
+    def _consistent(self) -> Self:
         if not self.axes and not self.search:
             raise ValueError("give axes, or search: there is nothing to vary")
         if bool(self.search) != bool(self.draws):
             raise ValueError("search needs `draws`, how many settings to try, and draws needs search")
         if both := self.axes.keys() & self.search.keys():
-            raise ValueError(f"{', '.join(sorted(both))}: on an axis and in search")
+            raise ValueError(f"{', '.join(sorted(both))}: both on an axis and in search; leave one out")
         if self.asha and self.asha.grace >= self.samples:
             raise ValueError(f"asha.grace ({self.asha.grace}) must be below samples ({self.samples})")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds {list(self.seeds)}: each one once")
+            raise ValueError(f"seeds {list(self.seeds)}: give each seed once")
         for axis, values in self.axes.items():
             labels = make_labels(values)
             if not labels or len(set(labels)) < len(labels):
@@ -109,5 +109,5 @@ class Sweep(Section):
 
 
 def make_labels(values: tuple[Any, ...] | dict[str, Settings]) -> list[str]:
-    """The values of an axis as they are shown, in order."""
+    """The labels of an axis' values, in order."""
     return [str(value) for value in values]

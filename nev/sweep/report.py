@@ -1,4 +1,4 @@
-"""A sweep's files: the figure, the table, the findings and the definition, beside each other and in MLflow."""
+"""The files of a sweep: the figure, the table, the findings and the definition, in one folder and in MLflow."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from nev.runs.tracking import Tracker
 from nev.storage.files import join, output_folder
 from nev.sweep.config import Sweep
 from nev.sweep.figures import draw_figure, make_label
-from nev.sweep.findings import findings, seen
+from nev.sweep.findings import describe_findings, samples_seen
 from nev.sweep.results import Outcome, TrialResult
 
 
 def write_report(outcome: Outcome, base: Experiment, folder: str) -> list[str]:
-    """Write NAME.png, .svg, .json, .md and .yaml below `folder` (a folder or S3 prefix), and base.yaml, the experiment with what
-    was overridden. Returns their locations, the figure first; there is none where no trial has a result.
+    """Write NAME.png, .svg, .json, .md and .yaml, and base.yaml, the base experiment with its overrides.
+
+    folder: a folder or S3 prefix.
+    Returns the locations of the files, the figure first. Without any result there is no figure.
     """
     sweep = outcome.sweep
     measured = {metric: outcome.values(metric) for metric in sweep.metrics}
@@ -29,11 +31,15 @@ def write_report(outcome: Outcome, base: Experiment, folder: str) -> list[str]:
         made = []
         if any(measured.values()):
             made += draw_figure(
-                local / sweep.name, sweep.question or sweep.name, make_subtitle(outcome), measured, outcome.complete
+                local / sweep.name,
+                sweep.question or sweep.name,
+                make_subtitle(outcome),
+                measured,
+                outcome.complete_arms,
             )
         for name, text in (
-            (f"{sweep.name}.md", findings(outcome)),
-            (f"{sweep.name}.json", json.dumps(rows(outcome), indent=1)),
+            (f"{sweep.name}.md", describe_findings(outcome)),
+            (f"{sweep.name}.json", json.dumps(make_rows(outcome), indent=1)),
             (f"{sweep.name}.yaml", to_yaml(sweep)),
             ("base.yaml", to_yaml(base)),
         ):
@@ -43,20 +49,20 @@ def write_report(outcome: Outcome, base: Experiment, folder: str) -> list[str]:
 
 
 def make_subtitle(outcome: Outcome) -> str:
-    """What a figure shows, in a line."""
+    """One line about what the figure shows."""
     seeds = len(outcome.sweep.seeds)
     bars = "; bars: 95 % intervals of the means" if seeds > 1 else ""
-    return f"{seen(outcome)}, {seeds} seed{'s' * (seeds > 1)}{bars}"
+    return f"{samples_seen(outcome)}, {seeds} seed{'s' * (seeds > 1)}{bars}"
 
 
-def rows(outcome: Outcome) -> list[dict[str, object]]:
-    """A trial a row: all that was measured; and those that have failed, with what ended them."""
-    found: list[dict[str, object]] = [{**result.model_dump(), "arm": dict(result.arm)} for result in outcome.results]
-    return found + [{"name": name, "error": error} for name, error in outcome.errors.items()]
+def make_rows(outcome: Outcome) -> list[dict[str, object]]:
+    """One row per trial: the whole result, or the error of a trial that failed."""
+    rows: list[dict[str, object]] = [{**result.model_dump(), "arm": dict(result.arm)} for result in outcome.results]
+    return rows + [{"name": name, "error": error} for name, error in outcome.errors.items()]
 
 
-def outcome_table(outcome: Outcome) -> Table:
-    """One line a trial, for the console."""
+def make_outcome_table(outcome: Outcome) -> Table:
+    """One line per trial, for the console."""
     sweep = outcome.sweep
     table = Table(title=escape(f"{sweep.name} ({sweep.samples:,} samples seen)"), title_justify="left")
     for column in ("arm", "seed", *sweep.metrics):
@@ -72,10 +78,7 @@ def outcome_table(outcome: Outcome) -> Table:
 
 
 def read_sweep(uri: str, name: str) -> Outcome:
-    """A sweep from MLflow alone, as its newest run of that name has it: the definition, and what came of the trials.
-
-    Raises ConfigError where MLflow has none of that name.
-    """
+    """Read a sweep from its newest run in MLflow. Raises ConfigError where MLflow has no sweep of that name."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=uri)
@@ -83,9 +86,9 @@ def read_sweep(uri: str, name: str) -> Outcome:
     parents = client.search_runs(everywhere, f"tags.`nev.kind` = 'sweep' and tags.`nev.sweep` = '{name}'")
     if not parents:
         raise ConfigError(f"{uri}: no sweep is called {name!r}")
-    own = Tracker(uri, parents[0].info.run_id)
-    sweep = parse(Sweep, yaml.safe_load(own.read_artifact(f"{name}.yaml")), where=f"{name}.yaml in {uri}")
-    found = json.loads(own.read_artifact(f"{name}.json"))
-    finished = [{**row, "arm": tuple(row["arm"].items())} for row in found if "error" not in row]
-    errors = {row["name"]: row["error"] for row in found if "error" in row}
+    parent = Tracker(uri, parents[0].info.run_id)
+    sweep = parse(Sweep, yaml.safe_load(parent.read_artifact(f"{name}.yaml")), where=f"{name}.yaml in {uri}")
+    rows = json.loads(parent.read_artifact(f"{name}.json"))
+    finished = [{**row, "arm": tuple(row["arm"].items())} for row in rows if "error" not in row]
+    errors = {row["name"]: row["error"] for row in rows if "error" in row}
     return Outcome(sweep, [TrialResult.model_validate(row) for row in finished], errors)

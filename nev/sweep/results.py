@@ -1,4 +1,4 @@
-"""What a trial came to, kept beside its run: a sweep that is started again reads it instead of training anew."""
+"""The result of a trial, saved in the folder of its run: a sweep that is started again reads the result instead of training."""
 
 from __future__ import annotations
 
@@ -16,29 +16,40 @@ from nev.sweep.statistics import RESOLUTION
 from nev.sweep.trials import Arm, Trial, expand_arms
 
 FILE = "result.json"
-SAMPLES = "samples"  # what a trial reports to Tune of its length
+SAMPLES = "samples"  # key under which a trial reports to Tune how many rows it has seen
 
 
 class TrialResult(Section):
-    """A finished trial: its run's name, arm and seed. `metrics` are its chosen checkpoint's; `samples`: those it has seen, fewer
-    than the sweep's where it was ended early, and then `ended_early` is `main_metric` of the sweep that did; `suite`: a digest of
-    the suite that it was scored on, too; `run_id`: its MLflow run.
-    """
+    """A finished trial."""
 
     name: str
+    """Name of the run."""
     arm: Arm
+    """Arm of the trial."""
     seed: int
+    """Seed of the trial."""
     metrics: dict[str, float]
+    """Metrics of the chosen checkpoint."""
     samples: int
+    """Rows seen: fewer than the sweep's where the trial was ended early."""
     ended_early: str = ""
+    """Rule by which the trial was ended early (`early_end_rule`). Empty where the trial saw all samples."""
     suite: str = ""
+    """Digest of the suite that the checkpoint was scored on. Empty without a suite."""
     run_id: str
+    """Id of the MLflow run."""
     seconds: float
+    """Wall-clock time of the trial."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a sweep came to: the trials that have a result, in order, and what ended those that have failed, by name."""
+    """The outcome of a sweep.
+
+    sweep: the definition.
+    results: of the trials that have a result, in order.
+    errors: cause of each failed trial, by the trial's name.
+    """
 
     sweep: Sweep
     results: Sequence[TrialResult]
@@ -50,65 +61,68 @@ class Outcome:
         return [arm for arm, _ in expand_arms(self.sweep)]
 
     @property
-    def whole(self) -> bool:
+    def all_finished(self) -> bool:
         """Whether every trial has a result."""
         return len(self.results) == len(self.arms) * len(self.sweep.seeds)
 
     @property
-    def complete(self) -> set[Arm]:
-        """The arms whose seeds all have seen all samples: what is left of others is a choice of the better ones."""
-        whole = [result.arm for result in self.results if not result.ended_early]
-        return {arm for arm in whole if whole.count(arm) == len(self.sweep.seeds)}
+    def complete_arms(self) -> set[Arm]:
+        """The arms whose seeds have all seen all samples. Of another arm only the better seeds may be left."""
+        finished = [result.arm for result in self.results if not result.ended_early]
+        return {arm for arm in finished if finished.count(arm) == len(self.sweep.seeds)}
 
     @property
     def samples(self) -> tuple[int, int]:
-        """The fewest and the most samples that a finished trial has seen: the sweep's, rounded up to whole steps."""
-        seen = [result.samples for result in self.results if not result.ended_early] or [self.sweep.samples]
-        return min(seen), max(seen)
+        """The fewest and the most rows that a finished trial has seen. They differ by the rounding up to whole steps."""
+        samples = [result.samples for result in self.results if not result.ended_early] or [self.sweep.samples]
+        return min(samples), max(samples)
 
     def resolution(self, metric: str) -> float:
-        """The least spread of seeds that is believed: a picture, where the metric is a share of the validation set's."""
+        """The least standard deviation over seeds that statistics assume: one picture, for a share of the validation set."""
         rows = [result.metrics["val/rows"] for result in self.results if result.metrics.get("val/rows")]
         return max(RESOLUTION, 1 / min(rows)) if rows and is_share(metric) else RESOLUTION
 
     def values(self, metric: str) -> dict[Arm, dict[int, float]]:
-        """Arm to seed to the value of a metric, of trials that have it and saw all samples."""
-        found: dict[Arm, dict[int, float]] = {}
+        """Values of a metric by arm and seed, for trials that have the metric and saw all samples."""
+        values: dict[Arm, dict[int, float]] = {}
         for result in self.results:
             if not result.ended_early and metric in result.metrics:
-                found.setdefault(result.arm, {})[result.seed] = result.metrics[metric]
-        return found
+                values.setdefault(result.arm, {})[result.seed] = result.metrics[metric]
+        return values
 
 
 def is_share(metric: str) -> bool:
-    """Whether a metric counts, so that it is from 0 to 1."""
+    """Whether a metric is a share of counted things, from 0 to 1."""
     return not {"space", "val", "loss"} & set(metric.split("/"))
 
 
 def save_result(trial: Trial, result: TrialResult) -> None:
-    """Write a trial's result into its run's folder."""
+    """Write the result of a trial into the folder of its run."""
     file = join(run_folder(trial.experiment), FILE)
     with storage_errors_as(file, "written"):
         write_atomic(file, result.model_dump_json(indent=1).encode())
 
 
-def main_metric(sweep: Sweep) -> str:
-    """What ends trials of a sweep early, as text; empty without ASHA."""
+def early_end_rule(sweep: Sweep) -> str:
+    """The rule by which ASHA ends trials of a sweep, as text. Empty without ASHA."""
     return f"{sweep.asha.model_dump_json()} {sweep.mode} {sweep.metrics[0]} {sweep.samples}" if sweep.asha else ""
 
 
 def load_result(trial: Trial, sweep: Sweep, suite: str) -> TrialResult | None:
-    """A trial's result; None where there is none, where it lacks a metric that is asked for now, was scored on another suite than
-    the one of this digest, or was ended early by a rule that is not this sweep's.
+    """The saved result of a trial, or None where the trial must run.
+
+    suite: digest of the sweep's suite.
+    A result does not count if a metric of the sweep is missing, if its suite is another one, or if it was ended early by another
+    rule than the sweep's.
     """
     content = read_bytes(join(run_folder(trial.experiment), FILE))
     if content is None:
         return None
     try:
         result = TrialResult.model_validate_json(content)
-    except ValidationError:  # torn, or another version's: its checkpoints still are there
+    except ValidationError:  # damaged, or of another version: the trial goes on from its checkpoints
         return None
     result = result.model_copy(update={"arm": trial.arm})  # two arms of the same settings share a run
     if result.ended_early:
-        return result if result.ended_early == main_metric(sweep) else None
+        return result if result.ended_early == early_end_rule(sweep) else None
     return result if set(sweep.metrics) <= result.metrics.keys() and suite in ("", result.suite) else None

@@ -1,4 +1,4 @@
-"""A sweep on Ray Tune: what trials share is done once, those that are finished are kept, and one that fails ends only itself."""
+"""A sweep on Ray Tune. Shared work is done once, results of finished trials are reused, and a failed trial ends alone."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from nev.sweep.config import Sweep
 from nev.sweep.mlflow_runs import close_children, open_parent, publish
 from nev.sweep.results import SAMPLES, Outcome, TrialResult, load_result
 from nev.sweep.suite_data import SuiteData, read_suite
-from nev.sweep.trials import DIGITS, Trial, hash_definition, load_base, name_trials, plan_trials
+from nev.sweep.trials import DIGEST_DIGITS, Trial, hash_definition, load_base, name_trials, plan_trials
 from nev.train.driver.preflight import check_inputs
 
-# Tune's own files and tables of each trial say nothing that nev's do not; its SIGINT handler would end the driver with status 0.
+# Tune's files and tables of each trial repeat what nev writes. Its SIGINT handler would end the driver with status 0.
 TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -48,7 +48,7 @@ LoadText = Callable[[Text], TextTower]
 
 
 class SweepSummary(NamedTuple):
-    """A sweep's outcome, where its files lie, and where MLflow is."""
+    """The outcome of a sweep, the locations of its files, and the URI of MLflow."""
 
     outcome: Outcome
     files: list[str]
@@ -58,8 +58,8 @@ class SweepSummary(NamedTuple):
 def run_sweep(sweep: Sweep, overrides: list[str], console: Console) -> SweepSummary:
     """Run the trials that are not finished, log a parent run with its children, write the figure, the table and the findings.
 
-    overrides: `section.key=value` for the base. Raises ConfigError, DataError and the like before the first trial, where an
-    arm cannot run.
+    overrides: `section.key=value` for the base.
+    Raises a NevError (ConfigError, DataError, ...) for an arm that cannot run, before the first trial starts.
     """
     from nev.sweep.report import write_report
 
@@ -72,28 +72,28 @@ def run_sweep(sweep: Sweep, overrides: list[str], console: Console) -> SweepSumm
     connect()
     suite = read_suite(sweep, first)
     load = functools.cache(load_text)  # arms share a text encoder, and loading takes seconds
-    at_once = count_concurrent(sweep, planned)
+    concurrent = count_concurrent(sweep, planned)
     if may_grow() and not sweep.concurrent:
         console.print(
-            f"{at_once} trials at a time, the room that there is now; `concurrent` asks for more", highlight=False
+            f"{concurrent} trials at a time, for which there is room now; set `concurrent` for more", highlight=False
         )
-    ready = [replace(trial, experiment=with_threads(trial.experiment, at_once)) for trial in planned]
-    trials = name_trials(sweep, ready, share_work(ready, console, load))
+    ready = [replace(trial, experiment=with_threads(trial.experiment, concurrent)) for trial in planned]
+    trials = name_trials(sweep, ready, prepare_shared(ready, console, load))
     results = [load_result(trial, sweep, suite.digest) for trial in trials]
     check_trials(sweep, [trial for trial, result in zip(trials, results, strict=True) if result is None], load)
     definition = hash_definition(sweep, trials)
     parent = open_parent(sweep, definition, first, uri)
     status = "KILLED"
     try:
-        errors = tune_trials(sweep, trials, results, suite, parent.run_id, at_once, console)
-        found = [result for result in (load_result(trial, sweep, suite.digest) for trial in trials) if result]
-        outcome = Outcome(sweep, found, errors)
+        errors = tune_trials(sweep, trials, results, suite, parent.run_id, concurrent, console)
+        finished = [result for result in (load_result(trial, sweep, suite.digest) for trial in trials) if result]
+        outcome = Outcome(sweep, finished, errors)
         base = load_base(sweep, overrides)
-        files = write_report(outcome, base, join(first.output, f"{sweep.name}-{definition[:DIGITS]}"))
-        if lacking := publish(outcome, parent, files):
-            said = f"MLflow lacks some of the sweep ({lacking}). The files below have it; the same command sends it"
-            console.print(f"[yellow]{escape(said)}[/]", highlight=False, soft_wrap=True)
-        status = "FINISHED" if outcome.whole else "FAILED"
+        files = write_report(outcome, base, join(first.output, f"{sweep.name}-{definition[:DIGEST_DIGITS]}"))
+        if problems := publish(outcome, parent, files):
+            warning = f"MLflow lacks some of the sweep ({problems}). The files below have it; the same command sends it"
+            console.print(f"[yellow]{escape(warning)}[/]", highlight=False, soft_wrap=True)
+        status = "FINISHED" if outcome.all_finished else "FAILED"
     finally:
         parent.finish(status)
         close_children(trials, uri)
@@ -101,12 +101,13 @@ def run_sweep(sweep: Sweep, overrides: list[str], console: Console) -> SweepSumm
 
 
 def count_concurrent(sweep: Sweep, trials: Sequence[Trial]) -> int:
-    """How many trials run at a time: all that there is room for beside one CPU that decodes, or as many as the sweep says.
+    """How many trials run at a time: `sweep.concurrent`, or as many as the cluster has room for beside one CPU that decodes.
 
-    A trial's workers are reserved together (one placement group), so two trials never wait for each other's halves; and the one
-    CPU is what their streams need to go on. Raises ConfigError for more than there is room for, unless the cluster may grow.
+    The workers of a trial are reserved together (one placement group), so two trials never wait for each other's resources. The
+    streams of all trials need one free CPU to make progress.
+    Raises ConfigError for more trials than there is room for, unless the cluster may grow.
     """
-    room = min(_room(trial.experiment) for trial in trials)
+    room = min(_max_concurrent(trial.experiment) for trial in trials)
     if sweep.concurrent and sweep.concurrent > max(1, room) and not may_grow():
         raise ConfigError(
             f"concurrent = {sweep.concurrent}: there is room for {room} trials at a time ({cluster_cpus()} CPUs of which one "
@@ -115,7 +116,7 @@ def count_concurrent(sweep: Sweep, trials: Sequence[Trial]) -> int:
     return max(1, min(sweep.concurrent or room, len(trials)))
 
 
-def _room(experiment: Experiment) -> int:
+def _max_concurrent(experiment: Experiment) -> int:
     workers = experiment.workers
     rooms = []
     if workers.gpus:
@@ -127,21 +128,22 @@ def _room(experiment: Experiment) -> int:
     return int(min(rooms))
 
 
-def with_threads(experiment: Experiment, at_once: int) -> Experiment:
-    """The experiment with a share of the cores for each worker, where several train on CPUs at a time."""
+def with_threads(experiment: Experiment, concurrent: int) -> Experiment:
+    """The experiment with a share of the cores for each worker, if several trials train on CPUs at a time."""
     workers = experiment.workers
-    if at_once == 1 or workers.threads or workers.gpus or may_grow():
+    if concurrent == 1 or workers.threads or workers.gpus or may_grow():
         return experiment
-    threads = max(1, cluster_cpus() // (at_once * workers.most))
+    threads = max(1, cluster_cpus() // (concurrent * workers.most))
     return experiment.model_copy(update={"workers": workers.model_copy(update={"threads": threads})})
 
 
-def share_work(trials: Sequence[Trial], console: Console, load: LoadText) -> list[str]:
-    """Do once what every trial needs: the index of each set, and the captions' vectors beside it. Returns what tells the data of
-    each trial from others: its sets, its classes, its text tower.
+def prepare_shared(trials: Sequence[Trial], console: Console, load: LoadText) -> list[str]:
+    """Do the work that trials share: index each set, and embed its captions.
+
+    Returns a hash of each trial's data: its sets, its classes, its text tower.
     """
     known: dict[str, str] = {}
-    found = []
+    hashes = []
     for experiment in (trial.experiment for trial in trials):
         data, key = experiment.data, experiment.model_dump_json(include={"data", "text", "lock", "eval"})
         if key not in known:
@@ -151,12 +153,15 @@ def share_work(trials: Sequence[Trial], console: Console, load: LoadText) -> lis
             classes = class_names(experiment.eval.zero_shot) if experiment.eval.zero_shot else []
             content = (build_index(one, data.columns).fingerprint for one in sets)
             known[key] = hash_values(*content, *classes, load(experiment.text).fingerprint)
-        found.append(known[key])
-    return found
+        hashes.append(known[key])
+    return hashes
 
 
 def check_trials(sweep: Sweep, trials: Sequence[Trial], load: LoadText) -> None:
-    """Raise what would end a trial before its first step, or leave it without a metric, for a seed of each arm. Names the arm."""
+    """Check one trial of each arm: raise the error that would end it before its first step or leave a metric unmeasured.
+
+    The message names the arm.
+    """
     for trial in {trial.arm: trial for trial in trials}.values():
         try:
             inputs = check_inputs(trial.experiment, load(trial.experiment.text))
@@ -167,14 +172,14 @@ def check_trials(sweep: Sweep, trials: Sequence[Trial], load: LoadText) -> None:
 
 
 def refuse_unmeasured(sweep: Sweep, validation: Validation | None) -> None:
-    """Raise ConfigError for a metric that trials with this validation would not have, or not have when ASHA asks."""
+    """Raise ConfigError for a metric that trials with this validation do not measure, or that ASHA cannot read."""
     classes = len(validation.classes.names) if validation and validation.classes else 0
     captions = most_captions(validation.reader.index) if validation and validation.retrieval else 0
     known = list_metric_names(classes, captions) if validation else set[str]()
-    of_suite = load_suite(sweep.suite).tasks if sweep.suite else ()
+    tasks = load_suite(sweep.suite).tasks if sweep.suite else ()
     known |= {
         f"{task.name}/{metric}"
-        for task in of_suite
+        for task in tasks
         for metric in METRICS[task.kind]
         if task.group or not metric.startswith("worst_group")
     }
@@ -192,46 +197,46 @@ def tune_trials(
     results: Sequence[TrialResult | None],
     suite: SuiteData,
     parent: str,
-    at_once: int,
+    concurrent: int,
     console: Console,
 ) -> dict[str, str]:
-    """Run the trials without a result. Returns what ended each one that has failed, by its name."""
+    """Run the trials without a result. Returns the cause of each failed trial, by its name."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
     from nev.sweep.follower import SweepProgress
     from nev.sweep.trial import run_trial
 
-    lacking = {trial.name: number for number, trial in enumerate(trials) if results[number] is None}
-    left = list(lacking.values())
-    if not left:
+    unfinished = {trial.name: number for number, trial in enumerate(trials) if results[number] is None}
+    numbers = list(unfinished.values())  # one for each name: two arms with the same settings are one run
+    if not numbers:
         return {}
     os.environ |= TUNE_ENVIRONMENT
-    # A trial that fails is told in a line, not with Ray's frames.
+    # nev prints one line for a failed trial, so Ray's traceback is not logged.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     halving = None
     if sweep.asha:
         halving = ASHAScheduler(
             time_attr=SAMPLES, max_t=sweep.samples, grace_period=sweep.asha.grace, reduction_factor=sweep.asha.reduction
         )
-    setting = {"sweep": sweep, "trials": trials, "parent": parent, "suite": suite}
-    with tempfile.TemporaryDirectory(prefix="nev-tune-") as storage, progress(console) as tell, handle_sigterm():
-        follower = SweepProgress(sweep, trials, len(left), tell)
+    shared = {"sweep": sweep, "trials": trials, "parent": parent, "suite": suite}
+    with tempfile.TemporaryDirectory(prefix="nev-tune-") as storage, progress(console) as show, handle_sigterm():
+        callback = SweepProgress(sweep, trials, len(numbers), show)
         tuner = tune.Tuner(
-            # A trial waits for its TorchTrainer, which reserves what it needs: it must not hold a CPU meanwhile.
-            tune.with_resources(tune.with_parameters(run_trial, setting=setting), {"CPU": 0, "memory": 2**20}),
-            param_space={"number": tune.grid_search(left)},
+            # A trial only waits for its TorchTrainer, which reserves the resources, so it must not hold a CPU itself.
+            tune.with_resources(tune.with_parameters(run_trial, shared=shared), {"CPU": 0, "memory": 2**20}),
+            param_space={"number": tune.grid_search(numbers)},
             tune_config=tune.TuneConfig(
                 metric=sweep.metrics[0],
                 mode=sweep.mode,
                 scheduler=halving,
-                max_concurrent_trials=at_once,
-                reuse_actors=not halving,  # a process is started and its libraries are read once for many trials
+                max_concurrent_trials=concurrent,
+                reuse_actors=not halving,  # one process runs many trials, and imports its libraries once
             ),
-            run_config=tune.RunConfig(name="tune", storage_path=storage, verbose=0, callbacks=[follower]),
+            run_config=tune.RunConfig(name="tune", storage_path=storage, verbose=0, callbacks=[callback]),
         )
         grid = tuner.fit()
-        for one in (grid[place] for place in range(len(grid))):
-            if one.config and one.error is not None:
-                follower.explain(one.config["number"], one.error)
-    return follower.errors
+        for result in (grid[number] for number in range(len(grid))):
+            if result.config and result.error is not None:
+                callback.explain(result.config["number"], result.error)
+    return callback.errors

@@ -1,7 +1,7 @@
-"""What can be said of arms that were tried with the same few seeds: means, intervals, and differences paired by seed.
+"""Statistics of arms that were tried with the same few seeds: means, intervals, and differences paired by seed.
 
-Intervals are Student's, so with three seeds they are 4.3 standard errors wide on either side: few seeds say little, and this says
-so. p values of one metric's differences are adjusted together (Holm 1979).
+Intervals are Student's: with three seeds they reach 4.3 standard errors to either side, because few seeds allow few conclusions.
+The p values of one metric's differences are adjusted together (Holm 1979).
 """
 
 from __future__ import annotations
@@ -15,19 +15,17 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
-# Seeds for a difference to be called one: two differ by equal amounts too often, where a metric counts pictures.
-FEWEST = 3
-RESOLUTION = (
-    1e-4  # the least spread of differences that is believed, for the same reason, where nothing larger is known
-)
-SPAN = 4  # the largest setting over the smallest, below which no curve is fitted
+# Seeds that a test of a difference needs. With two seeds the differences are too often equal, where a metric counts pictures.
+MIN_SEEDS = 3
+RESOLUTION = 1e-4  # least standard deviation of differences that a test assumes, for the same reason
+MIN_RANGE = 4  # least ratio of the largest setting to the smallest for which a curve is fitted
 
 Key = TypeVar("Key")
 Values = Mapping[Key, Mapping[int, float]]  # arm, then seed
 
 
 class Estimate(NamedTuple):
-    """A mean over so many seeds, and its 95 % interval: infinite where one seed says nothing of the others."""
+    """A mean over `seeds` seeds, and its 95 % interval, which is infinite for one seed."""
 
     mean: float
     low: float
@@ -36,20 +34,24 @@ class Estimate(NamedTuple):
 
 
 class Difference(NamedTuple, Generic[Key]):
-    """An arm less the reference at the same seeds. p: two-sided, adjusted for all arms of the metric."""
+    """The difference of an arm from the reference at the same seeds.
+
+    size: the arm less the reference.
+    p: two-sided, adjusted for all arms of the metric.
+    """
 
     arm: Key
-    by: Estimate
+    size: Estimate
     p: float
 
     @property
     def distinguishable(self) -> bool:
-        """Whether the difference is more than seeds make."""
+        """Whether the difference is larger than seeds alone explain."""
         return self.p < 1 - LEVEL
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and Student's 95 % interval of one value a seed. Raises ValueError for none."""
+    """Mean and Student's 95 % interval of one value per seed. Raises ValueError for an empty sequence."""
     if not len(values):
         raise ValueError("estimate: no value")
     mean, count = float(np.mean(values)), len(values)
@@ -61,40 +63,47 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def differences(values: Values[Key], reference: Key, resolution: float = RESOLUTION) -> list[Difference[Key]]:
-    """Each other arm less the reference, over the seeds that both have; arms without a common seed are left out. resolution: the
-    least spread of a difference that is believed, in the metric's units.
+    """The difference of each other arm from the reference, over the common seeds. Arms without a common seed are left out.
+
+    resolution: least standard deviation of differences that the test assumes, in the units of the metric.
     """
-    found = []
-    for arm, own in values.items():
-        seeds = sorted(own.keys() & values.get(reference, {}).keys())
+    tests = []
+    for arm, by_seed in values.items():
+        seeds = sorted(by_seed.keys() & values.get(reference, {}).keys())
         if arm != reference and seeds:
-            by = np.array([own[seed] - values[reference][seed] for seed in seeds])
-            found.append((arm, estimate(by.tolist()), paired_p(by, resolution)))
-    adjusted = holm([p for _, _, p in found])
-    return [Difference(arm, by, p) for (arm, by, _), p in zip(found, adjusted, strict=True)]
+            paired = np.array([by_seed[seed] - values[reference][seed] for seed in seeds])
+            tests.append((arm, estimate(paired.tolist()), paired_p(paired, resolution)))
+    adjusted = holm([p for _, _, p in tests])
+    return [Difference(arm, size, p) for (arm, size, _), p in zip(tests, adjusted, strict=True)]
 
 
-def paired_p(by: np.ndarray, resolution: float = RESOLUTION) -> float:
-    """Two-sided p of differences whose mean is 0 (Student's paired t, spread at least `resolution`); 1 for fewer than FEWEST."""
-    if len(by) < FEWEST:
+def paired_p(paired: np.ndarray, resolution: float = RESOLUTION) -> float:
+    """Two-sided p value of paired differences under the hypothesis that their mean is 0 (Student's paired t).
+
+    The standard deviation is taken as at least `resolution`. Fewer than MIN_SEEDS differences: 1.
+    """
+    if len(paired) < MIN_SEEDS:
         return 1.0
-    spread = max(float(np.std(by, ddof=1)), resolution)
-    return float(2 * stats.t.sf(abs(np.mean(by)) * math.sqrt(len(by)) / spread, len(by) - 1))
+    deviation = max(float(np.std(paired, ddof=1)), resolution)
+    return float(2 * stats.t.sf(abs(np.mean(paired)) * math.sqrt(len(paired)) / deviation, len(paired) - 1))
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Adjusted p values, in the order given (Holm 1979)."""
-    adjusted, worst = [0.0] * len(ps), 0.0
-    for rank, place in enumerate(np.argsort(ps, kind="stable")):
-        worst = max(worst, min(1.0, (len(ps) - rank) * ps[place]))
-        adjusted[place] = worst
+    """Adjusted p values, in the order of `ps` (Holm 1979)."""
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for rank, number in enumerate(np.argsort(ps, kind="stable")):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[number]))
+        adjusted[number] = largest
     return adjusted
 
 
 class Curve(NamedTuple):
-    """y = a + b x + c x^2 with x = log2 of the setting, fitted to all seeds. turn: the setting where it is highest (`top`) or
-    lowest, where that is among those tried; residual: standard deviation of what it leaves; p: that it is straight (two-sided t
-    of c).
+    """A fit y = a + b x + c x^2 to all seeds, with x = log2 of the setting.
+
+    coefficients: a, b, c.
+    turn: the setting at which the curve is highest (`top`) or lowest. None where that is outside the settings that were tried.
+    residual: standard deviation of the residuals.
+    p: of the hypothesis that the curve is a straight line (two-sided t of c).
     """
 
     coefficients: tuple[float, float, float]
@@ -104,7 +113,7 @@ class Curve(NamedTuple):
 
     @property
     def top(self) -> bool:
-        """Whether it turns down."""
+        """Whether the curve has a highest point, not a lowest one."""
         return self.coefficients[2] < 0
 
     def __call__(self, setting: float) -> float:
@@ -114,12 +123,13 @@ class Curve(NamedTuple):
         return a + b * x + c * x * x
 
 
-def fit(values: Values[float]) -> Curve | None:
-    """A parabola over log2 of the settings, by least squares. None for fewer than four settings, which it would only connect, and
-    for a range that is not worth a logarithm.
+def fit_parabola(values: Values[float]) -> Curve | None:
+    """Fit a parabola over log2 of the settings, by least squares.
+
+    None for fewer than four settings, which a parabola would only connect, and for a range below MIN_RANGE.
     """
     settings = sorted(values)
-    if len(settings) < 4 or settings[0] <= 0 or settings[-1] < SPAN * settings[0]:
+    if len(settings) < 4 or settings[0] <= 0 or settings[-1] < MIN_RANGE * settings[0]:
         return None
     points = [(math.log2(setting), value) for setting in settings for value in values[setting].values()]
     x, y = np.array(points).T
@@ -131,17 +141,20 @@ def fit(values: Values[float]) -> Curve | None:
     return Curve((a, b, c), float(2**turn) if x.min() <= turn <= x.max() else None, residual, float(p))
 
 
-def steps_up(
+def compare_steps(
     lines: Sequence[Values[float]], resolution: float = RESOLUTION
 ) -> list[list[tuple[float, float, Difference[float]]]]:
-    """Of each line, each setting and the next larger one, and what going there changes, paired by seed; adjusted together."""
-    found = []
-    for place, values in enumerate(lines):
+    """For each line, the steps from a setting to the next larger one: (lower, upper, difference), paired by seed.
+
+    The p values of all steps of all lines are adjusted together.
+    """
+    tests = []
+    for number, values in enumerate(lines):
         for lower, upper in itertools.pairwise(sorted(values)):
             pair = {lower: values[lower], upper: values[upper]}
-            found += [(place, lower, upper, one) for one in differences(pair, lower, resolution)]
-    adjusted = holm([one.p for *_, one in found])
+            tests += [(number, lower, upper, difference) for difference in differences(pair, lower, resolution)]
+    adjusted = holm([difference.p for *_, difference in tests])
     steps: list[list[tuple[float, float, Difference[float]]]] = [[] for _ in lines]
-    for (place, lower, upper, one), p in zip(found, adjusted, strict=True):
-        steps[place].append((lower, upper, one._replace(p=p)))
+    for (number, lower, upper, difference), p in zip(tests, adjusted, strict=True):
+        steps[number].append((lower, upper, difference._replace(p=p)))
     return steps

@@ -1,4 +1,4 @@
-"""The suite that a sweep's checkpoints are scored on, too: where its data lies, and what tells it from others."""
+"""The suite that the checkpoints of a sweep are scored on: the location of its data, and a digest."""
 
 from __future__ import annotations
 
@@ -12,12 +12,23 @@ from nev.eval.suite.reading import make_reading
 from nev.eval.suite.schema import load_suite
 from nev.sweep.config import Sweep
 
-TASK = {"name", "kind", "source", "classes", "templates", "metric", "group", "prompt"}  # what its score depends on
+TASK = {
+    "name",
+    "kind",
+    "source",
+    "classes",
+    "templates",
+    "metric",
+    "group",
+    "prompt",
+}  # fields that change a task's score
 
 
 class SuiteData(NamedTuple):
-    """Where a suite's data lies, said here since a cluster's processes do not have this one's environment; and a digest of its
-    tasks and their data. Empty without a suite.
+    """A suite's data. Both fields are empty without a suite.
+
+    root: location of the data. The driver finds it from its environment, which processes of a cluster do not have.
+    digest: hash of the tasks and their data.
     """
 
     root: str
@@ -25,7 +36,7 @@ class SuiteData(NamedTuple):
 
 
 def read_suite(sweep: Sweep, experiment: Experiment) -> SuiteData:
-    """The suite of a sweep. Raises ConfigError where a metric needs a task whose data is not there."""
+    """Read the suite of a sweep. Raises ConfigError where a metric needs a task whose data is missing."""
     if not sweep.suite:
         return SuiteData("", "")
     suite = load_suite(sweep.suite)

@@ -19,19 +19,22 @@ from nev.sweep.trials import Trial, compute_steps
 from nev.train.experiment import run_experiment
 
 
-def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
+def run_trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
     """The Tune function: train, score, save the result in the run's folder, and report it.
 
-    With ASHA every validation but the last is reported, too. Tune may end this process at such a report.
+    config: `number`, the position of the trial in `shared["trials"]`.
+    shared: the sweep, its trials, the suite's data, and the id of the parent run.
+
+    With ASHA every validation but the last is reported too. Tune may end this process at such a report.
     """
     from ray import tune
 
     from nev.common.quiet import quiet
 
     quiet()
-    sweep: Sweep = setting["sweep"]
-    suite: SuiteData = setting["suite"]
-    trial: Trial = setting["trials"][config["number"]]
+    sweep: Sweep = shared["sweep"]
+    suite: SuiteData = shared["suite"]
+    trial: Trial = shared["trials"][config["number"]]
     experiment, start = trial.experiment, time.monotonic()
 
     def report_validation(step: int, metrics: dict[str, float]) -> None:
@@ -42,13 +45,13 @@ def run_trial(config: dict[str, Any], setting: dict[str, Any]) -> None:
     summary = run_experiment(
         experiment,
         Console(quiet=True),
-        tags=make_tags(trial, setting["parent"]),
+        tags=make_tags(trial, shared["parent"]),
         on_metrics=report_validation if sweep.asha else None,
     )
-    everything = summary.metrics | compute_all_metrics(experiment, summary.checkpoint, sweep, suite.root)
-    metrics = {name: value for name, value in everything.items() if math.isfinite(value)}
+    measured = summary.metrics | compute_all_metrics(experiment, summary.checkpoint, sweep, suite.root)
+    metrics = {name: value for name, value in measured.items() if math.isfinite(value)}
     if missing := [name for name in sweep.metrics if name not in metrics]:
-        values = [f"{name} ({everything.get(name, 'not measured')})" for name in missing]
+        values = [f"{name} ({measured.get(name, 'not measured')})" for name in missing]
         raise ConfigError(f"metrics: {', '.join(values)}. This trial has {', '.join(sorted(metrics))}")
     result = TrialResult(
         name=trial.name,

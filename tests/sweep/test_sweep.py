@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from helpers.sweeps import sweep
+from nev.sweep.follower import SweepProgress, finite_metrics
 from rich.console import Console
 
 import nev.sweep.run
@@ -23,9 +24,8 @@ from nev.eval.validation.scoring import list_metric_names
 from nev.eval.validation.task import Validation, val_reader
 from nev.storage.files import StorageError
 from nev.sweep.config import Sweep
-from nev.sweep.follower import SweepProgress, finite_metrics
 from nev.sweep.results import TrialResult
-from nev.sweep.run import check_trials, count_concurrent, refuse_unmeasured, share_work, with_threads
+from nev.sweep.run import check_trials, count_concurrent, prepare_shared, refuse_unmeasured, with_threads
 from nev.sweep.trials import Trial, find_reference, name_trials, plan_trials
 
 ROOT = Path(__file__).parents[2]
@@ -132,7 +132,7 @@ def test_a_name_says_what_is_trained(base: str) -> None:
         ({"axes": {}}, "nothing to vary"),
         ({"axes": {"train.global_batch": []}}, "one at least"),
         ({"axes": {"train.global_batch": [32, 32]}}, "different values"),
-        ({"seeds": [1, 1]}, "each one once"),
+        ({"seeds": [1, 1]}, "give each seed once"),
         ({"search": {"optim.lr": {"uniform": [0, 1]}}}, "needs `draws`"),
         ({"search": {"optim.lr": {"uniform": [1, 1]}}, "draws": 2}, "must be below"),
         ({"search": {"optim.lr": {"uniform": [0, 1], "choice": [1]}}, "draws": 2}, "exactly one"),
@@ -151,7 +151,7 @@ def test_a_point_that_cannot_run_is_refused_before_the_first_trial(base: str) ->
         plan_trials(sweep(base, axes={"train.global_batch": [32, 48]}), [])
     with pytest.raises(ConfigError, match="warmup_steps = 20, and its 640 samples are 20 steps"):
         plan_trials(sweep(base, axes={"train.global_batch": [32]}), ["optim.warmup_steps=10"])
-    with pytest.raises(ConfigError, match="seed: a sweep sets this itself, by its own `seeds`"):
+    with pytest.raises(ConfigError, match="seed: the sweep sets this by `seeds`"):
         plan_trials(sweep(base, axes={"seed": [1, 2]}), [])
     with pytest.raises(ConfigError, match=r"train.samples: .* by its own `samples`"):
         plan_trials(sweep(base), ["train.samples=10"])
@@ -160,7 +160,7 @@ def test_a_point_that_cannot_run_is_refused_before_the_first_trial(base: str) ->
             plan_trials(sweep(base, axes=free), [])
     with pytest.raises(ConfigError, match="'cubic'"):
         plan_trials(sweep(base, axes={"lr_rule": ["cubic"]}), [])
-    with pytest.raises(ConfigError, match="asha judges trials at their validations"):
+    with pytest.raises(ConfigError, match="asha compares trials at their validations"):
         plan_trials(sweep(base, asha={"grace": 64}), [])
 
 
@@ -192,16 +192,16 @@ def test_shipped_sweeps_are_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_as_many_at_a_time_as_leave_a_cpu_to_decode(ray_cluster: None, base: str) -> None:
     cpus = os.cpu_count() or 1
 
-    def at_once(*overrides: str, **settings: object) -> int:
+    def concurrent(*overrides: str, **settings: object) -> int:
         wanted = sweep(base, **settings)
         return count_concurrent(wanted, plan_trials(wanted, list(overrides)))
 
-    assert at_once() == min(cpus, 6)
-    assert at_once("workers.cpus=1") == max(1, min(cpus - 1, 6))
-    assert at_once("workers.count=2", "data.block_rows=16") == max(1, min(cpus // 2, 6))
-    assert at_once(concurrent=1) == 1
+    assert concurrent() == min(cpus, 6)
+    assert concurrent("workers.cpus=1") == max(1, min(cpus - 1, 6))
+    assert concurrent("workers.count=2", "data.block_rows=16") == max(1, min(cpus // 2, 6))
+    assert concurrent(concurrent=1) == 1
     with pytest.raises(ConfigError, match="concurrent = 99: there is room for"):
-        at_once(concurrent=99)
+        concurrent(concurrent=99)
     wanted = sweep(base)
     trial = plan_trials(wanted, ["workers.threads=null"])[0].experiment
     assert with_threads(trial, 2).workers.threads == max(1, cpus // 2)
@@ -223,7 +223,7 @@ def test_what_trials_share_is_done_once(base: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("nev.sweep.run.refuse_unmeasured", lambda *given: None)
     asked = sweep(base)
     trials, load = plan_trials(asked, []), functools.cache(nev.sweep.run.load_text)
-    assert len(set(share_work(trials, Console(quiet=True), load))) == 1
+    assert len(set(prepare_shared(trials, Console(quiet=True), load))) == 1
     check_trials(asked, trials, load)
     assert sorted(calls) == ["build_index", "build_index", "captions", "load_text"]
 

@@ -16,11 +16,11 @@ from nev.config.base import ConfigError
 from nev.config.file import parse
 from nev.eval.report.plots import new_figure
 from nev.sweep.config import Sweep
-from nev.sweep.figures import by_arm, draw_figure, over_numbers
-from nev.sweep.findings import findings
+from nev.sweep.figures import draw_figure, plot_by_arm, plot_over_numbers
+from nev.sweep.findings import describe_findings
 from nev.sweep.report import make_subtitle
 from nev.sweep.results import Outcome, TrialResult
-from nev.sweep.statistics import RESOLUTION, differences, estimate, fit, holm, steps_up
+from nev.sweep.statistics import RESOLUTION, compare_steps, differences, estimate, fit_parabola, holm
 from nev.sweep.trials import Arm
 
 FLOATS = st.floats(0, 1, allow_subnormal=False)
@@ -56,8 +56,8 @@ def test_differences_are_paired_by_seed(pairs: list[tuple[float, float]]) -> Non
     expected = stats.ttest_rel(other, one)
     assert found.arm == "b"
     assert found.p == pytest.approx(expected.pvalue)
-    assert found.by.mean == pytest.approx(np.mean(other - one))
-    assert (found.by.low, found.by.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    assert found.size.mean == pytest.approx(np.mean(other - one))
+    assert (found.size.low, found.size.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
 
 
 def test_seeds_that_differ_alike_hide_no_difference() -> None:
@@ -87,17 +87,19 @@ def test_the_fit_finds_its_peak() -> None:
         return 0.5 - 0.02 * (math.log2(size) - 8) ** 2
 
     values = {float(size): {seed: height(size) for seed in range(2)} for size in (64, 128, 256, 512, 1024)}
-    curve = fit(values)
+    curve = fit_parabola(values)
     assert curve
     assert curve.top
     assert curve.turn == pytest.approx(256)
     assert curve(64) == pytest.approx(height(64))
     assert curve.residual == pytest.approx(0, abs=1e-9)
-    assert fit({size: value for size, value in values.items() if size < 512}) is None, "three points it would connect"
-    rising = fit({size: {0: math.log2(size) / 20} for size in values})
+    assert fit_parabola({size: value for size, value in values.items() if size < 512}) is None, (
+        "three points it would connect"
+    )
+    rising = fit_parabola({size: {0: math.log2(size) / 20} for size in values})
     assert rising
     assert rising.coefficients == pytest.approx((0, 1 / 20, 0), abs=1e-9)
-    assert fit({1.0 + size / 1000: value for size, value in values.items()}) is None, "not worth a logarithm"
+    assert fit_parabola({1.0 + size / 1000: value for size, value in values.items()}) is None, "not worth a logarithm"
 
 
 def test_a_bend_is_one_as_often_as_chance_has_it() -> None:
@@ -106,7 +108,7 @@ def test_a_bend_is_one_as_often_as_chance_has_it() -> None:
     found = []
     for _ in range(600):
         line = {float(2**x): dict(enumerate(0.05 * x + random.normal(0, 0.01, 3))) for x in range(6, 14)}
-        curve = fit(line)
+        curve = fit_parabola(line)
         assert curve
         found.append(curve.p < 0.05)
     assert np.mean(found) == pytest.approx(0.05, abs=0.02)
@@ -116,9 +118,9 @@ def test_steps_up_end_where_returns_do() -> None:
     noise = {0: 0.001, 1: -0.002, 2: 0.0015}
     heights = {64.0: 0.3, 128.0: 0.4, 256.0: 0.4005}
     values = {size: {seed: height + noise[seed] * size / 64 for seed in noise} for size, height in heights.items()}
-    (steps,) = steps_up([values])
+    (steps,) = compare_steps([values])
     assert [(lower, upper, one.distinguishable) for lower, upper, one in steps] == [(64, 128, True), (128, 256, False)]
-    ((first, *_), *_) = steps_up([values] * 40)
+    ((first, *_), *_) = compare_steps([values] * 40)
     assert first[2].p > steps[0][2].p, "the steps of all lines are adjusted together"
 
 
@@ -147,14 +149,14 @@ def outcome(axes: dict[str, object], heights: dict[Arm, float], seeds: tuple[int
 def test_sentences_name_what_differs_and_what_does_not() -> None:
     a, b, c = ((("lock", name),) for name in ("text", "none", "image"))
     done = outcome({"lock": ["text", "none", "image"]}, {a: 0.3, b: 0.42, c: 0.3})
-    said = findings(done)
+    said = describe_findings(done)
     assert "Which?" in said
     assert "| text (reference) | 30.3 % ±" in said
     assert "none against text: +12.0 points" in said
     assert "Against text not distinguishable at this budget: image." in said
-    assert "0.500 for every arm: it tells none from another at this budget." in said.partition("**space/gap**")[2]
-    few = findings(outcome({"lock": ["text", "none"]}, {a: 0.3, b: 0.9}, seeds=(0, 1)))
-    assert "no difference is called one" in few
+    assert "0.500 for every arm: this metric shows no difference at this budget." in said.partition("**space/gap**")[2]
+    few = describe_findings(outcome({"lock": ["text", "none"]}, {a: 0.3, b: 0.9}, seeds=(0, 1)))
+    assert "no difference is tested" in few
     assert "against text" not in few
 
 
@@ -164,26 +166,26 @@ def test_a_failed_trial_is_in_no_mean_and_is_told() -> None:
     early = done.results[1].model_copy(update={"ended_early": "asha", "samples": 500})
     failed = Outcome(done.sweep, [early, *done.results[2:]], {done.results[0].name: "it broke"})
     assert set(failed.values("zero_shot/top1")[a]) == {2}
-    assert failed.complete == {b}
-    said = findings(failed)
+    assert failed.complete_arms == {b}
+    said = describe_findings(failed)
     assert "| text (reference) | 30.8 %, 1 of 3 seeds |" in said
     assert "Not compared, since seeds are missing: text." in said
     assert "none against text" not in said
     assert "it broke" in said
     assert "at 500 samples" in said
-    assert not failed.whole
+    assert not failed.all_finished
 
 
 def test_sizes_are_told_step_by_step() -> None:
     heights = {(("train.global_batch", str(size)),): 0.2 + 0.05 * math.log2(size / 64) for size in (64, 128, 256, 512)}
-    said = findings(outcome({"train.global_batch": [64, 128, 256, 512]}, heights))
+    said = describe_findings(outcome({"train.global_batch": [64, 128, 256, 512]}, heights))
     assert "From train.global_batch 64 to 128: +5.0 points" in said
     assert "The last step up of train.global_batch that is distinguishable ends at 512." in said
-    assert "Over log2 of train.global_batch no bend is distinguishable" in said
+    assert "Over log2 of train.global_batch no curvature is distinguishable" in said
     bent = {arm: 0.5 - 0.02 * (math.log2(int(arm[0][1])) - 8) ** 2 for arm in heights}
-    said = findings(outcome({"train.global_batch": [64, 128, 256, 512]}, bent))
+    said = describe_findings(outcome({"train.global_batch": [64, 128, 256, 512]}, bent))
     assert "A parabola over log2 of train.global_batch is highest at 256" in said
-    few = findings(outcome({"train.global_batch": [64, 128, 256, 512]}, bent, seeds=(0, 1)))
+    few = describe_findings(outcome({"train.global_batch": [64, 128, 256, 512]}, bent, seeds=(0, 1)))
     assert "parabola" not in few
     assert "From train" not in few
 
@@ -191,10 +193,10 @@ def test_sizes_are_told_step_by_step() -> None:
 def test_samples_are_those_that_were_seen() -> None:
     arms = {(("train.global_batch", str(size)),): 0.2 for size in (64, 128)}
     done = outcome({"train.global_batch": [64, 128]}, arms)
-    assert "1,000 samples seen by each" in findings(done)
+    assert "1,000 samples seen by each" in describe_findings(done)
     larger = [one.model_copy(update={"samples": 1024}) if "128" in one.name else one for one in done.results]
     uneven = Outcome(done.sweep, larger, {})
-    assert "1,000 to 1,024 samples seen (whole steps) by each" in findings(uneven)
+    assert "1,000 to 1,024 samples seen (whole steps) by each" in describe_findings(uneven)
     assert make_subtitle(uneven).startswith("1,000 to 1,024 samples seen")
 
 
@@ -202,9 +204,9 @@ def test_a_picture_is_the_least_difference_that_counts() -> None:
     """Of 100 pictures each seed has one more right: that may well be chance."""
     a, b = ((("lock", name),) for name in ("text", "none"))
     done = outcome({"lock": ["text", "none"]}, {a: 0.3, b: 0.31})
-    assert "none against text" in findings(done)
+    assert "none against text" in describe_findings(done)
     few = [one.model_copy(update={"metrics": {**one.metrics, "val/rows": 100.0}}) for one in done.results]
-    assert "Against text not distinguishable at this budget: none." in findings(Outcome(done.sweep, few, {}))
+    assert "Against text not distinguishable at this budget: none." in describe_findings(Outcome(done.sweep, few, {}))
 
 
 @pytest.mark.parametrize("numeric", [True, False])
@@ -213,11 +215,11 @@ def test_the_figure(numeric: bool, tmp_path: Path) -> None:
     heights = {(("size", label), ("rule", rule)): 0.3 for label in labels for rule in ("sqrt", "linear")}
     done = outcome({"size": labels, "rule": ["sqrt", "linear"]}, heights)
     measured = {metric: done.values(metric) for metric in ("zero_shot/top1", "space/gap", "absent")}
-    png, svg = draw_figure(tmp_path / "figure", "Which?", "1,000 samples", measured, done.complete)
+    png, svg = draw_figure(tmp_path / "figure", "Which?", "1,000 samples", measured, done.complete_arms)
     assert png.read_bytes().startswith(b"\x89PNG")
     assert b"<svg" in svg.read_bytes()
     with pytest.raises(ValueError, match="no value"):
-        draw_figure(tmp_path / "none", "", "", {"absent": {}}, done.complete)
+        draw_figure(tmp_path / "none", "", "", {"absent": {}}, done.complete_arms)
 
 
 @pytest.mark.parametrize("numeric", [True, False])
@@ -229,9 +231,9 @@ def test_points_and_bars_stand_where_they_belong(numeric: bool) -> None:
     done = Outcome(whole.sweep, whole.results[:-1], {"lost": "it broke"})
     values, axes = done.values("zero_shot/top1"), new_figure(4, 3).subplots()
     if numeric:
-        over_numbers(axes, "zero_shot/top1", values, done.complete)
+        plot_over_numbers(axes, "zero_shot/top1", values, done.complete_arms)
     else:
-        by_arm(axes, "zero_shot/top1", values, list(heights), done.complete)
+        plot_by_arm(axes, "zero_shot/top1", values, list(heights), done.complete_arms)
     places = [64, 128, 256, 512, 1024] if numeric else range(5)
     swap = slice(None) if numeric else slice(None, None, -1)
     clouds = [cloud for cloud in axes.collections if isinstance(cloud, PathCollection)]

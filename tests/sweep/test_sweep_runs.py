@@ -123,7 +123,7 @@ def test_one_arm_fails_and_one_is_ended_early_on_s3(
     places = ["output=s3://bucket/runs", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
     done = run_sweep(wanted, places, Console(width=200))
     good, dull = done.outcome.results
-    assert not done.outcome.whole
+    assert not done.outcome.all_finished
     assert not good.ended_early
     assert good.metrics.keys() >= {"zero_shot/top1_low", "space/gap", "mixed/own_image"}
     ((name, error),) = done.outcome.errors.items()
@@ -185,7 +185,7 @@ def test_a_killed_sweep_loses_and_repeats_nothing(ray_cluster: None, base: str, 
     finished = (first / "result.json").stat().st_mtime_ns
 
     done = run_sweep(wanted, overrides, Console(quiet=True))
-    assert done.outcome.whole
+    assert done.outcome.all_finished
     assert (first / "result.json").stat().st_mtime_ns == finished, "what is finished is not done again"
     parents, children = runs_of(done.tracking_uri)
     assert len(parents) == 1

@@ -1,4 +1,4 @@
-"""What the driver does as Tune's trials start and end: a line of progress, and results of trials that ASHA ended early."""
+"""The driver's callback of Tune: a line of progress as trials start and end, and results of trials that ASHA ended early."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from nev.common.progress import ProgressCallback
 from nev.runs.folder import run_folder
 from nev.runs.metrics_log import load_mlflow_run_id
 from nev.sweep.config import Sweep
-from nev.sweep.results import SAMPLES, TrialResult, main_metric, save_result
+from nev.sweep.results import SAMPLES, TrialResult, early_end_rule, save_result
 from nev.sweep.trials import Trial
 
 
 class SweepProgress(tune.Callback):
-    """The progress of a sweep. An error of storage here ends no trial and no sweep.
+    """The progress of a sweep. A storage error here ends neither a trial nor the sweep.
 
-    count: how many trials this start of the sweep runs.
-    errors: the cause of each failed trial, by the trial's name.
+    count: number of trials that this start of the sweep runs.
+    errors: cause of each failed trial, by the trial's name.
     """
 
     def __init__(self, sweep: Sweep, trials: Sequence[Trial], count: int, show: ProgressCallback) -> None:
@@ -31,16 +31,16 @@ class SweepProgress(tune.Callback):
         self.errors: dict[str, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune writes its callbacks down for a restore of its own, which nev does not use."""
+        """An empty state: Tune saves its callbacks for a restore of its own, which nev does not use."""
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial runs."""
+        """Count a trial that has started."""
         self._running += 1
         self._show_progress()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial is done, or ASHA has ended it: the result of such a trial is saved here, since its process is gone."""
+        """Count a trial that has finished, or that ASHA has ended: then save its result, since its process has exited."""
         reported, metric = trial.last_result, self._sweep.metrics[0]
         if reported.get(SAMPLES, self._sweep.samples) < self._sweep.samples:
             planned = self._planned(trial)
@@ -60,19 +60,19 @@ class SweepProgress(tune.Callback):
             seed=trial.seed,
             metrics=finite_metrics(reported),
             samples=reported[SAMPLES],
-            ended_early=main_metric(self._sweep),
+            ended_early=early_end_rule(self._sweep),
             run_id=load_mlflow_run_id(run_folder(trial.experiment)) or "",
             seconds=reported.get("time_total_s", 0.0),
         )
         save_result(trial, result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial has failed, and other trials go on. `explain` gives the cause later, where the trial's process started."""
-        self.errors[self._planned(trial).name] = "its process did not come up, or was killed; Ray's logs say more"
+        """Count a trial that has failed; other trials go on. `explain` adds the cause later, if the trial's process started."""
+        self.errors[self._planned(trial).name] = "its process did not start, or was killed; see Ray's logs"
         self._end()
 
     def explain(self, number: int, error: BaseException) -> None:
-        """Keep the cause of a failed trial. number: the trial's place in `trials`."""
+        """Record the cause of a failed trial. number: position in `trials`."""
         self.errors[self._trials[number].name] = cause_in_a_line(error)
 
     def _planned(self, trial: Any) -> Trial:
