@@ -1,1 +1,1 @@
-"""Ray: the connection, tasks, and what keeps it from running too far ahead."""
+"""Ray: the connection, tasks, and limits on how far Ray Data runs ahead."""

@@ -1,6 +1,7 @@
-"""What Ray has no public way to (2.60): the private names of Ray and Ray Train are used in this file alone.
+"""The private names of Ray and Ray Train (2.60), for what has no public API. No other file uses them.
 
-Those of Ray Data are in `nev.cluster.backpressure`, since every process of a run imports this file, and Ray Data takes a second.
+The private names of Ray Data are in `nev.cluster.backpressure`: every process of a run imports this file, and Ray Data takes a
+second to import.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ from nev.common.errors import NevError
 
 
 def quiet_worker_deaths() -> None:
-    """Of every process or node that dies, a driver prints pages (Ray 2.60, `log_to_driver` or not). Ray's logs have them, too."""
+    """Keep the driver from printing pages for every process or node that dies (even with `log_to_driver=False`).
+
+    Ray's logs have the same text.
+    """
     import ray._private.worker as driver
 
     driver.print_to_stdstream = lambda data, ignore_prefix: logging.getLogger("ray").debug("%s", data.get("lines"))
 
 
 def quiet_data_logger() -> None:
-    """Ray Data's logger writes INFO to the console by a handler of its own; its log file keeps everything."""
-    import ray.data  # it gives its logger that handler when it is imported: later, it would speak up again
+    """Keep Ray Data from logging INFO to the console by a handler of its own. Its log file has everything."""
+    import ray.data  # the import sets up that handler, so it must come first
 
-    # Ray 2.60 has no other way to bound a task's retries (`max_retries`), and says that this one will go.
+    # Ray 2.60 warns that this argument will be removed, but has no other way to limit the retries of a task (`max_retries`).
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     for handler in logging.getLogger(ray.data.__name__).handlers:
         if handler.name == "console":
@@ -33,25 +37,30 @@ def quiet_data_logger() -> None:
 
 
 class WorkerGroup(NamedTuple):
-    """The workers that train now: the actor of Ray Train that starts them again when they die, and their placement group."""
+    """The workers that train now.
+
+    controller: the actor of Ray Train that restarts workers.
+    placement_group: the resources of the workers.
+    """
 
     controller: Any
     placement_group: Any
 
 
-OUT_OF_MEMORY = (
-    "a process of this run was ended because its machine's memory was full. Lower train.micro_batch (`nev "
-    "capacity` computes what a worker takes), or let less else run there. The same command goes on from the latest checkpoint."
+OUT_OF_MEMORY_MESSAGE = (
+    "a process of this run was killed because the memory of its machine was full. Lower train.micro_batch (`nev "
+    "capacity` computes the memory of a worker), or run fewer other programs there. The same command goes on from the latest "
+    "checkpoint."
 )
 
 
-RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)(: |$)")
+RAISED_LINE = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)(: |$)")
 
 
 def remove_leaked_placement_groups() -> None:
-    """Give back the room of workers that did not start. Ray 2.60 forgets the placement group of workers of which one died then.
+    """Remove the placement groups of workers that did not start. Ray 2.60 leaks the group if a worker dies at its start.
 
-    Called when no worker of this job runs. Nothing is done in a trial of a sweep, whose job has the groups of others, too.
+    Call this when no worker of this job runs. In a trial of a sweep nothing is done, since the job has groups of other trials too.
     """
     import ray
     from ray._raylet import PlacementGroupID
@@ -61,53 +70,51 @@ def remove_leaked_placement_groups() -> None:
         return
     job = ray.get_runtime_context().get_job_id()
     for name, group in placement_group_table().items():
-        if name.endswith(job) and group["state"] != "REMOVED":  # a group's id ends with its job's
+        if name.endswith(job) and group["state"] != "REMOVED":  # the id of a group ends with the id of its job
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 
 def kill_worker_group(group: WorkerGroup) -> None:
-    """End workers whose driver is about to be ended. Ray 2.60 keeps the room of a controller that dies so until the job ends."""
+    """Kill the workers of a driver that is about to exit. Otherwise Ray 2.60 holds their resources until the job ends."""
     import ray
     from ray.util import remove_placement_group
 
-    ray.kill(group.controller)  # first: it would start the workers again
+    ray.kill(group.controller)  # first, because the controller would restart the workers
     if group.placement_group:
         remove_placement_group(group.placement_group)
 
 
 def startup_timed_out(error: Any) -> bool:
-    """Whether a ray.train.ControllerError says that there was no room for the workers for a while."""
+    """Whether a ray.train.ControllerError means that the cluster had no room for the workers within the time limit."""
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
     return isinstance(error.controller_failure, WorkerGroupStartupTimeoutError)
 
 
 def first_cause(error: BaseException) -> str:
-    """The message of a failure that went through Ray: nev's own, else the innermost."""
-    inner = innermost(error)
-    said = str(inner).strip() or repr(inner)
-    if (
-        not isinstance(inner, NevError) and "out of memory issue" in said
-    ):  # Ray's words, of which the first say nothing else
-        return OUT_OF_MEMORY
-    if isinstance(inner, NevError):
-        return f"{type(inner).__name__}: {said}"
-    # Of errors in tasks of tasks there is only the text: the first one in it is the cause of the others.
-    raised = [line for line in said.splitlines() if RAISED.match(line) and not line.startswith("ray.")]
-    return raised[0] if raised else f"{type(inner).__name__}: {said.splitlines()[-1]}"
+    """The message of the first cause of an error that Ray has passed on (`find_root_error`)."""
+    root = find_root_error(error)
+    message = str(root).strip() or repr(root)
+    if isinstance(root, NevError):
+        return f"{type(root).__name__}: {message}"
+    if "out of memory issue" in message:  # Ray's words for a process that its memory monitor has killed
+        return OUT_OF_MEMORY_MESSAGE
+    # An error in a task of a task has only a text. The first error in the text is the cause of the later ones.
+    raised = [line for line in message.splitlines() if RAISED_LINE.match(line) and not line.startswith("ray.")]
+    return raised[0] if raised else f"{type(root).__name__}: {message.splitlines()[-1]}"
 
 
-def innermost(error: BaseException) -> BaseException:
-    """The first cause of a failure that went through Ray, or nev's own error on the way to it."""
+def find_root_error(error: BaseException) -> BaseException:
+    """The first NevError in the chain of causes of an error that Ray has passed on, or else the last error in the chain."""
     failures = getattr(error, "worker_failures", None)
-    inner = next(iter(failures.values())) if failures else getattr(error, "controller_failure", error)
-    while not isinstance(inner, NevError) and (deeper := getattr(inner, "cause", None) or inner.__cause__) is not None:
-        inner = deeper
-    return inner
+    root = next(iter(failures.values())) if failures else getattr(error, "controller_failure", error)
+    while not isinstance(root, NevError) and (cause := getattr(root, "cause", None) or root.__cause__) is not None:
+        root = cause
+    return root
 
 
 def current_worker_group() -> WorkerGroup:
-    """The workers that this one is of."""
+    """The worker group of this process, which is one of the workers."""
     from ray.train.v2._internal.execution.context import get_train_context
     from ray.util import get_current_placement_group
 
@@ -115,9 +122,9 @@ def current_worker_group() -> WorkerGroup:
 
 
 def preemption_pending() -> bool:
-    """Whether this process was told that a machine of the run will be taken away.
+    """Whether this process has been notified that a machine of the run will be preempted.
 
-    Ray's public `get_preemption_info` would have all ranks meet in an actor; here they agree by a byte after each step.
+    Ray's public `get_preemption_info` would synchronise all ranks in an actor; nev's ranks exchange a byte after each step.
     """
     from ray.train.v2._internal.execution.context import get_train_context
 

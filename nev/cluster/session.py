@@ -8,21 +8,22 @@ import os
 from nev.cluster.ray_internals import quiet_data_logger, quiet_worker_deaths
 from nev.common.quiet import ENVIRONMENT, quiet
 
-# One machine gets no notice that it will be taken away, so the process that waits for one would only cost its start. Without
-# Ray's dashboard nobody reads its metrics and task events, which every process would gather and send: 2 % of two cores. Its few
-# workers can be asked more often than every 2 s how they are, so that their end is seen sooner.
+# A single machine gets no notice of its preemption, so the process that waits for the notice would only cost time at the start.
+# Without Ray's dashboard nobody reads metrics and task events, which cost 2 % of two cores. With few workers a health check more
+# often than every 2 s is cheap, and finds a dead worker sooner.
 LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_task_events_report_interval_ms": "0",
 }
-# Where RAY_ADDRESS, which a submitted job's driver alone has, named the cluster: what a sweep's trials ask (`may_grow`).
-FAR_ENVIRONMENT = {"NEV_CLUSTER": "1"}
+# Set for all processes of a cluster named by RAY_ADDRESS. The trials of a sweep need it for `may_grow`, since only the driver of a
+# submitted job has RAY_ADDRESS.
+REMOTE_ENVIRONMENT = {"NEV_CLUSTER": "1"}
 
 
 def connect() -> None:
-    """Join the cluster of `RAY_ADDRESS` (set inside a submitted job), or start one here. Ray's chatter stays in its logs."""
+    """Join the cluster of `RAY_ADDRESS` (set inside a submitted job), or start one here. Ray's messages stay in its logs."""
     import ray
 
     if ray.is_initialized():
@@ -32,35 +33,35 @@ def connect() -> None:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         os.environ.update(LOCAL_ENVIRONMENT)
-    handed = ENVIRONMENT | (FAR_ENVIRONMENT if address else {})
+    environment = ENVIRONMENT | (REMOTE_ENVIRONMENT if address else {})
     ray.init(
-        address=address or "local",  # never a cluster that happens to run here
+        address=address or "local",  # not another cluster that runs on this machine
         num_cpus=None if address else os.cpu_count(),
         include_dashboard=None if address else False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        runtime_env={"env_vars": {name: os.environ.get(name, value) for name, value in handed.items()}},
+        runtime_env={"env_vars": {name: os.environ.get(name, value) for name, value in environment.items()}},
     )
     quiet_data_logger()
 
 
 def may_grow() -> bool:
-    """Whether the cluster is another than the one that `connect` starts here, so that more may come to it."""
+    """Whether nodes may join the cluster: always, but for a cluster that `connect` has started on this machine."""
     return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("NEV_CLUSTER"))
 
 
 def cluster_gpus() -> int:
-    """GPUs of the connected cluster, as it stands now, or of the one that `connect` would start here."""
+    """Number of GPUs that the connected cluster has now, or that a cluster started by `connect` would have."""
     return int(_resources().get("GPU", 0))
 
 
 def cluster_cpus() -> int:
-    """CPUs of the same: one at least."""
+    """Number of CPUs that the connected cluster has now, or that a cluster started by `connect` would have; at least 1."""
     return max(1, int(_resources().get("CPU", 0)))
 
 
 def cluster_nodes() -> int:
-    """Nodes of the connected cluster that are alive."""
+    """Number of nodes of the connected cluster that are alive."""
     import ray
 
     return sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]

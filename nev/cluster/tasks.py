@@ -1,6 +1,6 @@
-"""Independent items as a Ray Data job: one item a block, one block a task, results as they come.
+"""Independent items as a Ray Data job: one item a block, one block a task, results in the order of completion.
 
-A task whose worker dies is run again by Ray: tasks leave whole files or none, so nothing is lost by it.
+Ray runs a task again whose process has died. So tasks must write complete files or none.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from ray.exceptions import RaySystemError, WorkerCrashedError
 
 from nev.common.errors import NevError
 
-DEATHS = 5  # of a task's process before the job ends; by default Ray tries for ever
+MAX_RETRIES = 5  # of a task whose process has died; without a limit Ray tries for ever
 
 
 class TaskDied(NevError, RuntimeError):
-    """A task's process dies whenever it is run."""
+    """The process of a task has died at every try."""
 
 
 def ray_run(function: Callable[[Any], Any], items: Sequence[Any], task_bytes: int) -> Iterator[Any]:
-    """Run `function` on each of `items`, each in a task of one CPU and `task_bytes` of memory, and yield what they return.
+    """Run `function` on each item in a task of its own, and yield the results as they come.
 
-    A NevError that a task raises is raised here, and TaskDied where a task's process dies again and again. Where
-    `function` can't be imported by Ray's processes, RuntimeError.
+    task_bytes: memory to reserve for a task. A task also reserves one CPU.
+    Raises the NevError of a task, TaskDied where the process of a task dies at every try, and RuntimeError where Ray's processes
+    cannot import `function`.
     """
     memory = min(task_bytes, int(max(node["Resources"].get("memory", 0) for node in ray.nodes())))  # type: ignore[no-untyped-call]
     return _results(
         function,
         items,
         lambda rows, source: rows.map(
-            functools.partial(_task, source=source), num_cpus=1, memory=memory, max_retries=DEATHS
+            functools.partial(_task, source=source), num_cpus=1, memory=memory, max_retries=MAX_RETRIES
         ),
     )
 
@@ -43,10 +44,12 @@ def ray_run(function: Callable[[Any], Any], items: Sequence[Any], task_bytes: in
 def ray_run_on_actors(
     function: Callable[[Any], Any], items: Sequence[Any], count: int, cpus: float, gpus: float
 ) -> Iterator[Any]:
-    """The same on `count` actors of so many CPUs and GPUs, which keep in memory what `function` caches.
+    """Run `function` as `ray_run` does, but in `count` actors, which keep the caches of `function` in memory.
 
-    Those that start later, on nodes that an autoscaler brings, join those that are at work. Of a cluster that can have none
-    of them this waits for ever.
+    cpus, gpus: resources of an actor.
+
+    Actors that start later, on nodes of an autoscaler, join the work. If the cluster never has room for an actor, this waits for
+    ever.
     """
     pool = ActorPoolStrategy(size=count)
     actor: Any = _Actor  # Ray's types know functions only
@@ -66,10 +69,10 @@ def _results(
         return
     packed = [{"item": pickle.dumps(item)} for item in items]
     with DataContext.current(_context()):
-        done = job(ray.data.from_items(packed, override_num_blocks=len(packed)), [ray.put(function)])
+        results = job(ray.data.from_items(packed, override_num_blocks=len(packed)), [ray.put(function)])
         finished = 0
         try:
-            for row in done.iter_rows():
+            for row in results.iter_rows():
                 failed, result = pickle.loads(row["result"])  # noqa: S301 - it comes from our own tasks
                 if failed:
                     raise result
@@ -77,9 +80,9 @@ def _results(
                 finished += 1
         except WorkerCrashedError as error:
             raise TaskDied(
-                f"the process of a task died {DEATHS + 1} times, {finished} of {len(items)} tasks are done. It wants more "
-                "memory than there is, or a picture crashes its decoder: Ray's logs tell (worker-*.err, raylet.out). What is "
-                "done is kept."
+                f"the process of a task died {MAX_RETRIES + 1} times, {finished} of {len(items)} tasks are done. It needs more "
+                "memory than there is, or a picture crashes its decoder: see Ray's logs (worker-*.err, raylet.out). Finished "
+                "work is kept."
             ) from error
 
 
@@ -92,25 +95,25 @@ class _Actor:
 
 
 def _task(row: dict[str, Any], source: list[ray.ObjectRef[Any]]) -> dict[str, Any]:
-    # An error of nev's own comes back as a result: Ray would wrap it in others, and print their traces.
+    # A NevError is returned as a result: Ray would wrap it in other errors, and print their tracebacks.
     try:
         outcome: tuple[bool, Any] = False, _function(source[0])(pickle.loads(row["item"]))  # noqa: S301 - it comes from our own driver
     except NevError as error:
         outcome = True, error
-    except RaySystemError as error:  # the function can't be unpacked: Ray would try that for ever
+    except RaySystemError as error:  # the function cannot be unpickled: Ray would try for ever
         outcome = True, RuntimeError(str(error))
     return {"result": pickle.dumps(outcome)}
 
 
 @functools.lru_cache(maxsize=1)
 def _function(reference: ray.ObjectRef[Any]) -> Callable[[Any], Any]:
-    """The function, fetched once a process: with it come lists of uids and metadata, mapped from the object store."""
+    """The function, loaded once per process, with its lists of uids and metadata, which are mapped from the object store."""
     function: Callable[[Any], Any] = ray.get(reference)
     return function
 
 
 def _context() -> DataContext:
-    """A copy of this process's DataContext without bars, and without an order that would hold results back."""
+    """A copy of this process's DataContext, without progress bars, and without `preserve_order`, which would delay results."""
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

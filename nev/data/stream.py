@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ray.data import DataContext, DataIterator, Dataset
 from ray.train import DataConfig
 
-from nev.cluster.backpressure import DEATHS, load_from_store, stream_context
+from nev.cluster.backpressure import MAX_RETRIES, load_from_store, stream_context
 from nev.data.block import Block, BlockReader, allocate_block
 from nev.data.plan import Plan
 
@@ -42,7 +42,7 @@ def make_stream(reader: BlockReader, plan: Plan, first_step: int, last_step: int
         numbers = ray.data.range(count, override_num_blocks=tasks)
         read = functools.partial(read_block, source=[source], first=first)
         one_each = numbers.repartition(target_num_rows_per_block=1)
-        return one_each.map_batches(read, batch_size=1, num_cpus=1, max_retries=DEATHS)
+        return one_each.map_batches(read, batch_size=1, num_cpus=1, max_retries=MAX_RETRIES)
 
 
 def read_block(numbers: Any, source: list[ray.ObjectRef[Any]], first: int) -> Block:

@@ -17,7 +17,7 @@ import ray.data
 from numpy.typing import NDArray
 from ray.data import DataContext
 
-from nev.cluster.backpressure import DEATHS, load_from_store, stream_context
+from nev.cluster.backpressure import MAX_RETRIES, load_from_store, stream_context
 from nev.cluster.session import cluster_gpus
 from nev.common.errors import NevError
 from nev.common.imports import import_uninterrupted
@@ -90,7 +90,7 @@ def _embedded(
                 batch_size=None,
                 num_cpus=0,
                 num_gpus=1,
-                max_retries=DEATHS,
+                max_retries=MAX_RETRIES,
                 max_calls=0,  # Ray would end a process that has a GPU after each block, and load the tower again
             )
         else:
@@ -109,7 +109,7 @@ def make_data_context(block_bytes: int) -> DataContext:
 def make_units(task: Callable[..., Iterator[Block]], count: int, **more: Any) -> ray.data.Dataset:
     """The blocks of a task for each of so many numbers."""
     numbers = ray.data.range(count, override_num_blocks=1).repartition(target_num_rows_per_block=1)
-    return numbers.map_batches(functools.partial(task, **more), batch_size=1, num_cpus=1, max_retries=DEATHS)
+    return numbers.map_batches(functools.partial(task, **more), batch_size=1, num_cpus=1, max_retries=MAX_RETRIES)
 
 
 def read_unit(numbers: Any, source: list[Any]) -> Iterator[Block]:

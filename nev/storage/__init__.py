@@ -1,1 +1,1 @@
-"""The one place that knows what a location is: local paths and `s3://` alike."""
+"""Files at a location: a local path or an `s3://` URL. No other room knows which of both a location is."""

@@ -1,7 +1,7 @@
-"""Local paths and `s3://` URLs behind one door: fsspec's filesystems (s3fs for S3, see `nev.storage.s3`).
+"""Files at local paths and `s3://` URLs, by fsspec's filesystems (s3fs for S3, see `nev.storage.s3`).
 
-Endpoint, region and credentials of S3 come from where botocore looks for them: AWS_ENDPOINT_URL, AWS_PROFILE,
-AWS_ACCESS_KEY_ID and the rest, the profile's file, the machine's role.
+botocore finds endpoint, region and credentials of S3: in AWS_ENDPOINT_URL, AWS_PROFILE, AWS_ACCESS_KEY_ID and so on, in the
+profile's file, or in the role of the machine.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from fsspec.core import url_to_fs
 
 from nev.common.errors import NevError
 
-PARALLEL_REQUESTS = 16  # of small files, which are mostly waiting
+PARALLEL_REQUESTS = 16  # threads for requests of small files, which mostly wait
 
 
 class StorageError(NevError, RuntimeError):
-    """A file of a run that cannot be read or written. The message names it and says what to do."""
+    """A file of a run cannot be read or written. The message names the file and says what to do."""
 
 
 def filesystem(location: str) -> tuple[Any, str]:
@@ -42,14 +42,15 @@ def join(location: str, *parts: str) -> str:
 
 
 def is_local(fs: Any) -> bool:
-    """Whether a filesystem is that of this machine."""
+    """Whether a filesystem is the local one."""
     return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
 
 
 def open_parquet(fs: Any, path: str, info: dict[str, Any] | None = None) -> Any:
-    """A parquet file for reading. Each read of a remote one is one request for exactly its bytes: pyarrow knows what it needs.
+    """Open a parquet file for reading. On S3 each read is one request for exactly the bytes that pyarrow asks for.
 
-    `info`, the file's entry in a listing, saves the request for its size and ETag, by which a file that changes is noticed.
+    info: the file's entry in a listing. With it no request for size and ETag is needed. By its ETag, s3fs notices a file that
+        changes.
     """
     if is_local(fs):
         return fs.open(path, "rb")
@@ -60,7 +61,7 @@ def open_parquet(fs: Any, path: str, info: dict[str, Any] | None = None) -> Any:
 
 
 def make_folder(fs: Any, path: str) -> None:
-    """Make a local folder with those above it. S3 has no folders, and s3fs would try to make the bucket."""
+    """Make a local folder and its parents. On S3 nothing is done: S3 has no folders, and s3fs would try to make the bucket."""
     if is_local(fs):
         new = list(takewhile(lambda folder: not folder.exists(), (Path(path), *Path(path).parents)))
         fs.makedirs(path, exist_ok=True)
@@ -70,18 +71,19 @@ def make_folder(fs: Any, path: str) -> None:
 
 @contextmanager
 def atomic_file(location: str, folder: str | None = None) -> Iterator[str]:
-    """A local path to write to, whose content comes to `location` in one step at the end; after an error it is dropped.
+    """A local path to write to. Its content is moved to `location` in one step at the end, or dropped after an error.
 
-    folder: where a local file is written meanwhile, on the same disk; beside `location` if None. S3 shows an object when all
-    of it has come, in one request or in parts; a rename there is a copy and a deletion, so it is for local files alone.
+    folder: where a local file is written first, on the same disk as `location`. None: beside `location`.
+
+    A local file is renamed. On S3 an object becomes visible when its upload is complete, so the file is uploaded.
     """
     fs, path = filesystem(location)
     local, home = is_local(fs), path.rpartition("/")[0]
     make_folder(fs, home)
     if folder:
         make_folder(fs, folder)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=(folder or home) if local else None) as own:
-        partial = Path(own, path.rpartition("/")[2])
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=(folder or home) if local else None) as temporary:
+        partial = Path(temporary, path.rpartition("/")[2])
         yield str(partial)
         if not local:
             fs.put_file(str(partial), path)
@@ -92,7 +94,7 @@ def atomic_file(location: str, folder: str | None = None) -> Iterator[str]:
 
 
 def write_atomic(location: str, data: bytes) -> None:
-    """Write a file that is complete or absent, with the folders above it, in place of one that was there."""
+    """Write a file so that it is complete or absent. Parents are made; an existing file is replaced."""
     fs, path = filesystem(location)
     if is_local(fs):
         with atomic_file(location) as partial:
@@ -102,7 +104,7 @@ def write_atomic(location: str, data: bytes) -> None:
 
 
 def _sync(path: Path) -> None:
-    """See that the disk has what was written to a file, or in a folder: a power cut leaves no half of it."""
+    """Flush a file, or the entries of a folder, to the disk, so that a power cut leaves nothing half written."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -111,24 +113,27 @@ def _sync(path: Path) -> None:
 
 
 def list_files(location: str) -> list[str]:
-    """The files below a folder or prefix as they are now, relative to it and sorted; none where there is no such folder.
+    """The files below a folder or prefix, at any depth: paths relative to `location`, sorted. Empty for a missing folder.
 
-    For S3 that is one listing, a page for 1,000 objects.
+    On S3 this is one listing, with a request for each 1,000 objects. No cache is used.
     """
     fs, path = filesystem(location.rstrip("/"))
-    return sorted(found[len(path) + 1 :] for found in list_entries(fs, path) if len(found) > len(path))
+    return sorted(file[len(path) + 1 :] for file in list_entries(fs, path) if len(file) > len(path))
 
 
 def list_entries(fs: Any, path: str) -> dict[str, dict[str, Any]]:
-    """All files below a folder, at any depth, by their whole path. One that can't be listed is an error, not an empty one."""
+    """All files below a folder, at any depth, by their full path. A folder that cannot be listed raises, instead of being empty."""
     strict = {"on_error": "raise"} if is_local(fs) and fs.exists(path) else {}
-    found: dict[str, dict[str, Any]] = fs.find(path, detail=True, **strict)
-    return found
+    entries: dict[str, dict[str, Any]] = fs.find(path, detail=True, **strict)
+    return entries
 
 
 @contextmanager
 def local_copy(location: str) -> Iterator[Path]:
-    """A file or folder on this machine: itself where it is local, else a copy that goes away at the end."""
+    """A local path to a file or folder: the path itself where it is local, else a copy that is removed at the end.
+
+    Raises StorageError, also for an S3 key that would be copied outside its folder.
+    """
     fs, path = filesystem(location)
     if is_local(fs):
         yield Path(path)
@@ -151,7 +156,7 @@ def local_copy(location: str) -> Iterator[Path]:
 
 @contextmanager
 def output_folder(location: str) -> Iterator[Path]:
-    """A folder on this machine to write files in, which lie at `location` when the body has ended well."""
+    """A local folder to write files in. For S3 the files are uploaded to `location` at the end, unless the body has raised."""
     fs, path = filesystem(location)
     if is_local(fs):
         make_folder(fs, path)
@@ -163,7 +168,7 @@ def output_folder(location: str) -> Iterator[Path]:
 
 
 def upload(source: Path, location: str) -> None:
-    """Put a local file or folder at a location on S3: what is in the folder comes below `location`, by the same names."""
+    """Upload a local file to `location` on S3, or the files of a local folder below `location`, by the same names."""
     fs, path = filesystem(location)
     files = [file for file in sorted(source.rglob("*")) if file.is_file()] if source.is_dir() else [source]
     for file in files:
@@ -174,19 +179,23 @@ def upload(source: Path, location: str) -> None:
 
 @contextmanager
 def storage_errors_as(
-    location: str, doing: str, damaged: str = "", kind: Callable[[str], NevError] = StorageError
+    location: str, action: str, damaged: str = "", kind: Callable[[str], NevError] = StorageError
 ) -> Iterator[None]:
-    """Turn what storage raises into an error of `kind`: `location` cannot be `doing` ("read", "written"), and what to do."""
+    """Turn errors of storage into an error of `kind`, whose message says that `location` cannot be read (or so), and what to do.
+
+    action: a participle for the message: "read", "written", "listed".
+    damaged: advice for a file whose content is damaged.
+    """
     try:
         yield
     except storage_errors() as error:
-        absent = doing == "written" and isinstance(error, FileNotFoundError)
-        what = "Nothing can be made at this place: choose another." if absent else remedy(error, damaged)
-        raise kind(f"{location} cannot be {doing} ({error}). {what}".rstrip()) from error
+        no_folder = action == "written" and isinstance(error, FileNotFoundError)
+        advice = "Nothing can be made at this place: choose another." if no_folder else remedy(error, damaged)
+        raise kind(f"{location} cannot be {action} ({error}). {advice}".rstrip()) from error
 
 
 def storage_errors() -> tuple[type[Exception], ...]:
-    """What reading and writing can raise. For `except`, which asks only once something was raised: the imports are slow."""
+    """The exceptions that reading and writing can raise. Called in `except`, so that the slow imports wait for an error."""
     from aiohttp import ClientError
     from botocore.exceptions import BotoCoreError
     from botocore.parsers import ResponseParserError
@@ -195,16 +204,16 @@ def storage_errors() -> tuple[type[Exception], ...]:
 
 
 def is_damage(error: BaseException | None) -> bool:
-    """Whether the bytes came and are no good: parquet's own words."""
+    """Whether the bytes were read but are damaged. Parquet raises its own errors, or an OSError without errno."""
     return isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)
 
 
 def remedy(error: Exception, damaged: str) -> str:
-    """What to do about a storage error: `damaged` where the bytes came and are no good."""
+    """Advice for a storage error, for a message. damaged: the advice where the content is damaged."""
     if is_damage(error):
         return damaged
     if isinstance(error, FileNotFoundError):
-        return "It is not there (any more): put it back, or start anew without it."
+        return "It does not exist (any more): restore it, or start again without it."
     if isinstance(error, NotADirectoryError):
         return "A part of that path is a file: give another folder."
     if isinstance(error, PermissionError):

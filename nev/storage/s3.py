@@ -1,9 +1,9 @@
-"""S3 through s3fs, with retries that are bounded and told of. Imported late: botocore is slow to import.
+"""S3 through s3fs, with bounded retries that are logged. Import this module late: botocore is slow to import.
 
-Who retries what: botocore a request that is throttled, answered by 5xx or left without an answer, up to REQUEST_TRIES
-times (AWS_MAX_ATTEMPTS), after random pauses that grow to 20 s; s3fs a body that ends too soon or stalls, and once more what
-botocore gave up as throttled or cut off, up to BODY_TRIES times. So no read is tried more often than the product of both
-(twice that on the wire where connections are dropped: aiohttp makes a second one before it gives up).
+botocore retries a request that is throttled, answered by 5xx or not answered, up to REQUEST_TRIES times (AWS_MAX_ATTEMPTS), after
+random pauses that grow to 20 s. s3fs retries a body that ends too soon or stalls, and requests that botocore gave up as throttled
+or broken off, up to BODY_TRIES times. So a read is tried at most as often as the product of both. (On the wire there may be twice
+as many where connections are dropped, since aiohttp opens a second connection before it gives up.)
 Each failed try is a warning of the logger `nev.storage`.
 """
 
@@ -24,13 +24,13 @@ from nev.config.base import ConfigError
 REQUEST_TRIES = 6
 BODY_TRIES = 3
 CONNECT_SECONDS = 10
-SILENT_SECONDS = 20  # without a byte: then the connection counts as lost
+SILENT_SECONDS = 20  # time without a byte after which a connection counts as lost
 
 log = logging.getLogger("nev.storage")
 
 
 class BoundedS3(S3FileSystem):  # type: ignore[misc]
-    """s3fs tries a read again both in here and around it: what failed in here for good is no reason to begin anew."""
+    """s3fs with one loop of retries. s3fs retries inside `_call_s3` and around it; an error after the inner retries is final."""
 
     retries = BODY_TRIES
 
@@ -42,16 +42,16 @@ class BoundedS3(S3FileSystem):  # type: ignore[misc]
 
 
 def s3_filesystem() -> S3FileSystem:
-    """The S3 filesystem of this process: one for all threads, where fsspec would make one for each."""
+    """The S3 filesystem of this process, shared by all threads. (fsspec would make one for each thread.)"""
     return _filesystem(os.getpid())
 
 
 @functools.lru_cache(maxsize=1)
 def _filesystem(process: int) -> S3FileSystem:
-    """`process`, because the filesystem's event loop does not survive a fork."""
-    _tell_of_lost_bodies()
+    """Make the filesystem. process: part of the cache's key, because the event loop does not survive a fork."""
+    _log_lost_bodies()
     session = AioSession()
-    session.register("needs-retry.s3", _tell_of_failed_try)
+    session.register("needs-retry.s3", _log_failed_try)
     return BoundedS3(
         session=session,
         config_kwargs={
@@ -65,16 +65,16 @@ def _filesystem(process: int) -> S3FileSystem:
 
 
 def _request_tries() -> int:
-    given = os.environ.get("AWS_MAX_ATTEMPTS", str(REQUEST_TRIES))
-    if not given.isdecimal() or int(given) < 1:
-        raise ConfigError(f"AWS_MAX_ATTEMPTS={given}: it says how often a request is tried: a number from 1")
-    return int(given)
+    tries = os.environ.get("AWS_MAX_ATTEMPTS", str(REQUEST_TRIES))
+    if not tries.isdecimal() or int(tries) < 1:
+        raise ConfigError(f"AWS_MAX_ATTEMPTS={tries}: set it to the number of tries of a request, 1 or more")
+    return int(tries)
 
 
-def _tell_of_failed_try(
+def _log_failed_try(
     operation: Any, attempts: int, request_dict: Any, response: Any = None, caught_exception: Any = None, **_: Any
 ) -> None:
-    """botocore's event after every try of a request, whether or not it will be tried again."""
+    """Log a failed try of a request. botocore calls this after every try."""
     status = response[0].status_code if response else 0
     if caught_exception is not None or status >= 500 or status == 429:
         reason = f"status {status}" if caught_exception is None else repr(caught_exception)
@@ -82,15 +82,15 @@ def _tell_of_failed_try(
 
 
 @functools.cache
-def _tell_of_lost_bodies() -> None:
-    """s3fs tells at DEBUG alone of what it tries again: make that a warning, and let the rest stay unsaid."""
-    theirs = logging.getLogger("s3fs")
-    talkative = theirs.isEnabledFor(logging.DEBUG)
+def _log_lost_bodies() -> None:
+    """Log the retries of s3fs as warnings. s3fs logs them at DEBUG; its other DEBUG records stay hidden."""
+    s3fs_log = logging.getLogger("s3fs")
+    debug = s3fs_log.isEnabledFor(logging.DEBUG)
 
-    def watch(record: logging.LogRecord) -> bool:
+    def warn(record: logging.LogRecord) -> bool:
         if record.msg == "Retryable error: %s":
-            log.warning("an answer was cut off or stalled: %s", record.getMessage())
-        return talkative or record.levelno > logging.DEBUG
+            log.warning("a response was cut off or stalled: %s", record.getMessage())
+        return debug or record.levelno > logging.DEBUG
 
-    theirs.setLevel(logging.DEBUG)
-    theirs.addFilter(watch)
+    s3fs_log.setLevel(logging.DEBUG)
+    s3fs_log.addFilter(warn)

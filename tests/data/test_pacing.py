@@ -55,9 +55,9 @@ def counting_reader(folder: Path, count: int) -> BlockReader:
     ],
 )
 def test_what_is_enough(ahead: int, size: int, cpus: float, store: float, expected: int) -> None:
-    from nev.cluster.backpressure import enough_blocks
+    from nev.cluster.backpressure import max_blocks
 
-    assert enough_blocks(ahead, size, cpus, store) == expected
+    assert max_blocks(ahead, size, cpus, store) == expected
 
 
 def test_a_consumer_that_does_not_take_holds_the_reading_back(ray_cluster: None, tmp_path: Path) -> None:

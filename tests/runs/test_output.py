@@ -220,7 +220,7 @@ def test_a_full_memory_is_told_in_our_words() -> None:
         "Task was killed.\nRefer to the documentation on how to address the out of memory issue: https://docs.ray.io/x"
     )
     assert first_cause(RuntimeError(said)).startswith(
-        "a process of this run was ended because its machine's memory was full"
+        "a process of this run was killed because the memory of its machine was full"
     )
 
 

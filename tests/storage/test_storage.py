@@ -152,7 +152,7 @@ def test_aws_max_attempts_bounds_the_tries(
 def test_aws_max_attempts_is_a_number(tries: str, s3: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", tries)
     s3_module._filesystem.cache_clear()
-    with pytest.raises(ConfigError, match=rf"AWS_MAX_ATTEMPTS={tries}: it says how often"):
+    with pytest.raises(ConfigError, match=rf"AWS_MAX_ATTEMPTS={tries}: set it to the number of tries"):
         build_index(REMOTE, Columns())
 
 

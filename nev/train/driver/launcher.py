@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from nev.cluster.ray_internals import (
+    find_root_error,
     first_cause,
-    innermost,
     remove_leaked_placement_groups,
     startup_timed_out,
 )
@@ -90,7 +90,7 @@ def gives_up(config: Experiment, failures: int, error: BaseException) -> bool:
     connect, and where there is no room for a while. `failures` are those of the first kind: room is waited for without end.
     """
     most = config.workers.max_failures
-    return isinstance(innermost(error), NevError) or 0 <= most < failures
+    return isinstance(find_root_error(error), NevError) or 0 <= most < failures
 
 
 def ray_trainer(job: Job, streams: Callable[[], Any], mailbox: Any, folder: str) -> TorchTrainer:
