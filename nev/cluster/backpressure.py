@@ -3,8 +3,8 @@
 Ray Data's defaults (2.60) have three problems for this stream:
 - It decodes until its share of the object store is full. Then its executor asks the tasks that hold finished output in a busy
   loop: on two cores this took 0.4 to 0.7 of a core from training, for a whole run.
-- Its policy `DownstreamCapacity` stops the tasks that make block numbers in the middle, while they hold their CPUs. No CPU is left
-  for the decoding that they wait for: streams of more than `NUMBERS_PER_TASK` blocks began 35 s late.
+- Its policy `DownstreamCapacity` stops the tasks that make block numbers in the middle, while they hold their CPUs. No CPU is
+  left for the decoding that they wait for: streams of more than `NUMBERS_PER_TASK` blocks began 35 s late.
 - Without that policy it makes all block numbers of a run at once, millions in a long run.
 
 `LookaheadBackpressure` replaces Ray Data's policies and limits the number of blocks in progress, so that no task waits with its
@@ -49,8 +49,7 @@ def limit_lookahead(context: DataContext, blocks_ahead: int, block_bytes: int) -
 def max_blocks(blocks_ahead: int, block_bytes: int, cpus: float, store_bytes: float) -> float:
     """The most blocks that a stream may read or hold at a time.
 
-    blocks_ahead: the limit that the stream asks for. With `BLOCKS_A_CPU` blocks per CPU the limit is raised, if it is lower, so that
-        all CPUs have work.
+    blocks_ahead: the limit that the stream asks for. It is raised to `BLOCKS_A_CPU` blocks per CPU, so that all CPUs have work.
     block_bytes: size of a block. All blocks take at most half of `store_bytes`; one block is always allowed.
     cpus: of the cluster.
     store_bytes: share of Ray Data in the object store. 0 in the first second of a stream, when the executor knows neither this

@@ -60,7 +60,7 @@ RAISED_LINE = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)(: |$)
 def remove_leaked_placement_groups() -> None:
     """Remove the placement groups of workers that did not start. Ray 2.60 leaks the group if a worker dies at its start.
 
-    Call this when no worker of this job runs. In a trial of a sweep nothing is done, since the job has groups of other trials too.
+    Call this when no worker of this job runs. In a trial of a sweep this does nothing: the job has groups of other trials too.
     """
     import ray
     from ray._raylet import PlacementGroupID

@@ -17,8 +17,8 @@ LOCAL_ENVIRONMENT = {
     "RAY_enable_metrics_collection": "0",
     "RAY_task_events_report_interval_ms": "0",
 }
-# Set for all processes of a cluster named by RAY_ADDRESS. The trials of a sweep need it for `may_grow`, since only the driver of a
-# submitted job has RAY_ADDRESS.
+# Set for all processes of a cluster named by RAY_ADDRESS, for `may_grow` in the trials of a sweep: only the driver of a submitted
+# job has RAY_ADDRESS.
 REMOTE_ENVIRONMENT = {"NEV_CLUSTER": "1"}
 
 

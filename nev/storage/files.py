@@ -122,7 +122,7 @@ def list_files(location: str) -> list[str]:
 
 
 def list_entries(fs: Any, path: str) -> dict[str, dict[str, Any]]:
-    """All files below a folder, at any depth, by their full path. A folder that cannot be listed raises, instead of being empty."""
+    """All files below a folder, at any depth, by their full path. Raises for a folder that cannot be listed."""
     strict = {"on_error": "raise"} if is_local(fs) and fs.exists(path) else {}
     entries: dict[str, dict[str, Any]] = fs.find(path, detail=True, **strict)
     return entries
