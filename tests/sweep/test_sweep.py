@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from helpers.sweeps import sweep
-from nev.sweep.follower import SweepProgress, finite_metrics
+from nev.sweep.sweep_progress import SweepProgress, finite_metrics
 from rich.console import Console
 
 import nev.sweep.run
@@ -241,7 +241,7 @@ def test_storage_that_takes_no_result_ends_no_sweep(base: str, monkeypatch: pyte
     def refuse(trial: Trial, result: TrialResult) -> None:
         raise StorageError("s3://bucket/result.json cannot be written:\n503 Slow Down")
 
-    monkeypatch.setattr("nev.sweep.follower.save_result", refuse)
+    monkeypatch.setattr("nev.sweep.sweep_progress.save_result", refuse)
     shown: list[str] = []
     follower = SweepProgress(wanted, trials, len(trials), lambda what, done, total, text: shown.append(text))
     ended = SimpleNamespace(config={"number": 1}, last_result={"samples": 64, "zero_shot/top1": 0.5})
