@@ -48,7 +48,7 @@ from nev.config.base import ConfigError
 from nev.config.file import parse
 
 if TYPE_CHECKING:
-    from nev.data.prepare.pipeline import Progress, Report, Run
+    from nev.data.prepare.pipeline import Progress, PrepareReport, Run
     from nev.data.sources import Source
 
 EXAMPLE = "--source webdataset --input tars/train --output data/flickr8k/train"
@@ -236,15 +236,15 @@ def _progress(console: Console) -> Iterator[Progress]:
         )
 
 
-def _table(reports: dict[str, Report]) -> Table:
+def _table(reports: dict[str, PrepareReport]) -> Table:
     table = Table(title="prepare")
     table.add_column("")
     for split in reports:
         table.add_column(split, justify="right")
     reasons = sorted({reason for report in reports.values() for reason in report.dropped})
-    rows: list[tuple[str, Callable[[Report], str]]] = [
+    rows: list[tuple[str, Callable[[PrepareReport], str]]] = [
         ("rows in", lambda report: f"{report.rows_in:,}"),
-        ("kept", lambda report: f"{report.kept:,}"),
+        ("kept", lambda report: f"{report.rows_written:,}"),
         *((f"dropped: {why}", lambda report, why=why: f"{report.dropped.get(why, 0):,}") for why in reasons),
         ("bytes", lambda report: f"{report.bytes:,}"),
         ("shards", lambda report: f"{len(report.shards):,}"),

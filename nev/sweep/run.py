@@ -204,7 +204,7 @@ def tune_trials(
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
-    from nev.sweep.follower import SweepProgress
+    from nev.sweep.sweep_progress import SweepProgress
     from nev.sweep.trial import run_trial
 
     unfinished = {trial.name: number for number, trial in enumerate(trials) if results[number] is None}

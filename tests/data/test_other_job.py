@@ -13,7 +13,7 @@ from nev.config.data import Columns, Limits
 from nev.data.index import WORK_FOLDER, build_index
 from nev.data.prepare import job_state as unfinished
 from nev.data.prepare.filters import Filters
-from nev.data.prepare.pipeline import Report, prepare
+from nev.data.prepare.pipeline import PrepareReport, prepare
 from nev.data.prepare.resize import Resize
 from nev.data.prepare.scatter import BUCKET_BYTES
 from nev.data.prepare.shards import Layout
@@ -94,7 +94,7 @@ def test_parts_of_an_input_that_has_none_of_them_are_another_jobs_work(tmp_path:
     make_of(other, tmp_path, layout=anew)
 
 
-def make_of(other: Source, tmp_path: Path, **options: Any) -> Report:
+def make_of(other: Source, tmp_path: Path, **options: Any) -> PrepareReport:
     return prepare(other, tmp_path / "set", **{"layout": LAYOUT, "memory_bytes": 5 * 1024, **options})
 
 

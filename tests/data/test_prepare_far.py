@@ -73,7 +73,7 @@ def test_ray_makes_what_one_process_makes(on_ray: Run, tmp_path: Path) -> None:
     options = {"filters": Filters(uids=listed, unique=True)}
     here = make(tmp_path / "here/set", **options)
     there = make(tmp_path / "there/set", on_ray, progress=progress, **options)
-    assert here.kept == there.kept == ROWS - 5
+    assert here.rows_written == there.rows_written == ROWS - 5
     assert here.dropped == there.dropped == {"uid not in the list": 5}
     assert contents(tmp_path / "here/set") == contents(tmp_path / "there/set")
     assert [done for done, _, _ in told] == list(range(SHARDS + 1))
@@ -184,11 +184,11 @@ def test_from_s3_to_s3_as_from_a_folder_to_a_folder(kind: str, s3: Proxy, tmp_pa
         made[place] = report._replace(seconds=0, shards=[], samples="")
         names = [shard.removeprefix(f"{root}/") for shard in report.shards]
     assert made["here"] == made["there"]
-    assert made["here"].kept == (60 if kind == "webdataset" else 57)
+    assert made["here"].rows_written == (60 if kind == "webdataset" else 57)
     local = {f"bucket/out/{name}": content for name, content in contents(tmp_path / "out/set").items()}
     assert {name: fs.cat_file(name) for name in fs.find("bucket/out")} == local
     assert {f"bucket/{name}" for name in names} < set(local)
-    assert build_index("s3://bucket/out/set", Columns()).total_rows == made["there"].kept
+    assert build_index("s3://bucket/out/set", Columns()).total_rows == made["there"].rows_written
 
 
 def test_s3_is_gone_on_with_and_refused(s3: Proxy, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_every_first_try_may_fail(s3: Proxy, impatient: None, tmp_path: Path) ->
     )
     assert s3.broken["503"] > 20
     s3.reset()
-    assert here.kept == there.kept == 60
+    assert here.rows_written == there.rows_written == 60
     local = {f"bucket/out/{name}": content for name, content in contents(tmp_path / "out/set").items()}
     assert {name: fs.cat_file(name) for name in fs.find("bucket/out")} == local
 

@@ -17,7 +17,7 @@ from nev.config.base import ConfigError
 from nev.config.data import Limits
 from nev.data.prepare import scatter
 from nev.data.prepare.filters import Filters
-from nev.data.prepare.pipeline import Report, prepare
+from nev.data.prepare.pipeline import PrepareReport, prepare
 from nev.data.prepare.scatter import BUCKET_BYTES
 from nev.data.prepare.shards import Layout
 from nev.data.rows import Row, usable_rows
@@ -111,7 +111,7 @@ def test_rows_beyond_the_memory_bound_give_the_same_shards(tmp_path: Path, monke
     assert [path.name for path in (tmp_path / "b/set").iterdir()] == ["00000.parquet"]
 
 
-def contents(report: Report) -> list[bytes]:
+def contents(report: PrepareReport) -> list[bytes]:
     return [Path(shard).read_bytes() for shard in report.shards]
 
 
@@ -141,7 +141,7 @@ def test_the_result_depends_on_the_rows_and_the_seed_alone(
         in_parts(made, parts, buckets), folder / "cut/set", seed=seed, layout=layout, memory_bytes=memory_rows * 1024
     )
     assert contents(plain) == contents(cut)
-    assert plain.kept == cut.kept == count
+    assert plain.rows_written == cut.rows_written == count
     groups = [pq.read_metadata(shard).row_group(0).num_rows for shard in cut.shards]
     assert [pq.read_metadata(shard).num_rows for shard in cut.shards] == [16] * (count // 16) + [count % 16] * (
         count % 16 > 0

@@ -105,7 +105,7 @@ def test_the_number_of_objects_is_the_number_in_the_caption() -> None:
 
 def test_write_synthetic_makes_both_splits_and_the_classes(tmp_path: Path) -> None:
     reports = write_synthetic(tmp_path / "set", train=72, val=30, seed=0)
-    assert {split: report.kept for split, report in reports.items()} == {"train": 72, "val": 30}
+    assert {split: report.rows_written for split, report in reports.items()} == {"train": 72, "val": 30}
     assert (tmp_path / "set/classes.txt").read_text().splitlines() == CLASSES
     val = pq.read_table(tmp_path / "set/val")
     assert sorted(val["label"].to_pylist()) == list(range(30))

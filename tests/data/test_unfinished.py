@@ -40,7 +40,7 @@ def test_after_a_crash_only_what_is_missing_is_done(after: int, tmp_path: Path, 
     report = make(output, counting(again), progress=Progress(note=told.append))
     assert len(again) == TASKS - after
     assert all(path.stat().st_mtime_ns == before for path, before in shards.items())
-    assert (report.rows_in, report.kept, len(report.shards)) == (ROWS, ROWS, SHARDS)
+    assert (report.rows_in, report.rows_written, len(report.shards)) == (ROWS, ROWS, SHARDS)
     assert contents(output) == undisturbed
     assert told == [
         f"going on with an unfinished prepare: {what} are done"
@@ -109,7 +109,7 @@ def test_a_job_cut_off_while_it_cleans_up_has_nothing_left_to_do(
         build_index(str(output), Columns())
     again: list[Any] = []
     report = make(output, counting(again))
-    assert (again, report.kept, report.dropped) == ([], ROWS, {})
+    assert (again, report.rows_written, report.dropped) == ([], ROWS, {})
     assert contents(output) == undisturbed
 
 
@@ -278,7 +278,7 @@ def test_two_at_once_are_kept_apart(tmp_path: Path) -> None:
         pytest.raises(ConfigError, match="set: another prepare is at work in this folder"),
     ):
         make(tmp_path / "set")
-    assert make(tmp_path / "set").kept == ROWS
+    assert make(tmp_path / "set").rows_written == ROWS
 
 
 def test_a_folder_without_locks_is_a_warning(
@@ -288,7 +288,7 @@ def test_a_folder_without_locks_is_a_warning(
         raise OSError(errno.ENOLCK, "no locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    assert make(tmp_path / "set").kept == ROWS
+    assert make(tmp_path / "set").rows_written == ROWS
     assert "set: no lock can be had there" in caplog.text
 
 

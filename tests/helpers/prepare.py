@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nev.data.prepare.pipeline import Report, Run, prepare, run_here
+from nev.data.prepare.pipeline import PrepareReport, Run, prepare, run_here
 from nev.data.prepare.scatter import BUCKET_BYTES
 from nev.data.prepare.shards import Layout
 from nev.data.rows import Row
@@ -39,7 +39,7 @@ def source(count: int = ROWS, nbytes: int = 6 * BUCKET_BYTES) -> Source:
     return Source(parts, read, nbytes, {"source": "test", "rows": count})
 
 
-def make(output: Path, run: Run = run_here, **options: Any) -> Report:
+def make(output: Path, run: Run = run_here, **options: Any) -> PrepareReport:
     return prepare(source(), output, **{"layout": LAYOUT, "memory_bytes": 5 * 1024, "run": run, **options})
 
 

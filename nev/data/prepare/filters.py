@@ -53,16 +53,16 @@ class Filters(Section):
 
 
 def select(
-    rows: Iterable[Row], filters: Filters, limits: Limits, dropped: Counter[str], listed: Keys | None = None
+    rows: Iterable[Row], filters: Filters, limits: Limits, dropped: Counter[str], allowed_uids: Keys | None = None
 ) -> Iterator[Row]:
     """Pass on the rows that satisfy `filters`, their captions chosen; count the others in `dropped` by reason.
 
     listed: what `read_uids` made of `filters.uids`. With `filters.unique` the rows that go on carry their `image_hash`;
     which of equal ones stays is decided when all rows are known (`nev.data.prepare.order`).
     """
-    rules = _rules(filters, limits, listed)
+    rules = _make_rules(filters, limits, allowed_uids)
     for row in rows:
-        chosen: Row = {**row, "caption": _fitting(row, filters)}
+        chosen: Row = {**row, "caption": _choose_captions(row, filters)}
         if reason := next((reason for rule in rules if (reason := rule(chosen))), None):
             dropped[reason] += 1
             continue
@@ -71,25 +71,25 @@ def select(
         yield chosen
 
 
-def _rules(filters: Filters, limits: Limits, listed: Keys | None) -> list[Rule]:
+def _make_rules(filters: Filters, limits: Limits, allowed_uids: Keys | None) -> list[Rule]:
     rules: list[Rule] = []
-    if listed is not None:
-        rules.append(lambda row: "uid not in the list" if find_uid(listed, row["uid"]) is None else None)
+    if allowed_uids is not None:
+        rules.append(lambda row: "uid not in the list" if find_uid(allowed_uids, row["uid"]) is None else None)
     if filters.min_score is not None:
-        rules.append(_scored(filters.min_score))
+        rules.append(_make_score_rule(filters.min_score))
     if filters.min_caption or filters.max_caption:
         rules.append(lambda row: None if row["caption"] else "caption length")
     if filters.min_side or filters.max_aspect:
-        rules.append(_sized(filters.min_side or 0, filters.max_aspect or float("inf"), limits))
+        rules.append(_make_size_rule(filters.min_side or 0, filters.max_aspect or float("inf"), limits))
     return rules
 
 
-def _fitting(row: Row, filters: Filters) -> list[str]:
+def _choose_captions(row: Row, filters: Filters) -> list[str]:
     low, high = filters.min_caption or 0, filters.max_caption or float("inf")
     return [caption for caption in parse_captions(row["caption"]) if low <= len(caption) <= high]
 
 
-def _scored(least: float) -> Rule:
+def _make_score_rule(least: float) -> Rule:
     def rule(row: Row) -> str | None:
         score = row.get("score")
         if score is None or score != score:  # NaN
@@ -100,7 +100,7 @@ def _scored(least: float) -> Rule:
     return rule
 
 
-def _sized(least: int, aspect: float, limits: Limits) -> Rule:
+def _make_size_rule(least: int, aspect: float, limits: Limits) -> Rule:
     def rule(row: Row) -> str | None:
         try:
             header = read_header(row["image"] or b"", limits)

@@ -20,7 +20,7 @@ from nev.storage.files import PARALLEL_REQUESTS, atomic_file, filesystem, is_loc
 from nev.storage.reading import DataError, read_errors_as_data_errors, write_errors_as_data_errors
 
 
-class Gather(NamedTuple):
+class GatherJob(NamedTuple):
     """How a shard is made. runs: location of each run, and the place in the input of its part's first row."""
 
     output: str
@@ -30,7 +30,7 @@ class Gather(NamedTuple):
     row_group_rows: int
 
 
-def gather(shard: Shard, job: Gather) -> int:
+def gather(shard: Shard, job: GatherJob) -> int:
     """The task: write `shard` as a whole or not at all; return its number of rows.
 
     In memory are a row group and, from S3, all that is read; local runs are mapped. Raises DataError for runs that are

@@ -32,7 +32,7 @@ log = logging.getLogger("nev.prepare")
 Facts = dict[str, Any]
 
 
-class State(NamedTuple):
+class JobState(NamedTuple):
     """Where a job stands. plan: `plan.json`; shards: file name -> bytes.
 
     parts: stamp -> what its `part.json` says, of parts that are not asked for, too. job: the options.
@@ -49,7 +49,7 @@ def work_folder(output: str) -> str:
     return join(output, WORK_FOLDER)
 
 
-def start_or_resume(output: str, facts: Facts | None, stamps: Sequence[str], overwrite: bool) -> State:
+def start_or_resume(output: str, facts: Facts | None, stamps: Sequence[str], overwrite: bool) -> JobState:
     """Begin the job `facts` in the folder `output`, or go on with it if it was begun there.
 
     facts: JSON; None for a job that can only be begun. stamps: of the parts of its input. Raises ConfigError where
@@ -66,16 +66,16 @@ def start_or_resume(output: str, facts: Facts | None, stamps: Sequence[str], ove
     same = before is not None and before == facts and planned == stamps
     if same and plan is not None:
         if len(shards) == -(-plan["kept"] // plan["job"]["rows_per_shard"]):
-            return State(plan["job"], {}, plan, shards)
-        parts = _done_parts(work)
+            return JobState(plan["job"], {}, plan, shards)
+        parts = _read_finished_parts(work)
         # A part that was read again may have other runs than the plan says.
         if all(stamp in parts and len(parts[stamp]["files"]) - 1 == runs for stamp, _, runs in plan["parts"]):
-            return State(plan["job"], {}, plan, shards)
+            return JobState(plan["job"], {}, plan, shards)
         log.warning(
             "%s: a part of what was read is damaged or gone. It is read again, and the shards are made anew.", work
         )
-        return State(plan["job"], parts, None, shards)
-    parts = {} if before is None else _done_parts(work)
+        return JobState(plan["job"], parts, None, shards)
+    parts = {} if before is None else _read_finished_parts(work)
     other_input = planned != stamps or (bool(parts) and not parts.keys() & set(stamps))
     if before and (not same or other_input) and not overwrite and (parts or plan is not None):
         asked = facts or {}
@@ -93,14 +93,14 @@ def start_or_resume(output: str, facts: Facts | None, stamps: Sequence[str], ove
             "Use a new folder, or --overwrite to replace them."
         )
     if same and not other_input:
-        return State(facts, parts, None, shards)
+        return JobState(facts, parts, None, shards)
     _clear(work)
     write_json(join(work, "job.json"), facts or {})
-    _drop(work, "plan.json")  # until here the other job's shards are known for half a split
-    return State(facts or {}, {}, None, shards)
+    _remove_file(work, "plan.json")  # until here the other job's shards are known for half a split
+    return JobState(facts or {}, {}, None, shards)
 
 
-def _done_parts(work: str) -> dict[str, Facts]:
+def _read_finished_parts(work: str) -> dict[str, Facts]:
     """The parts that are scattered, their runs whole."""
     fs, path = filesystem(work)
     with read_errors_as_data_errors(work, damaged=""):
@@ -121,11 +121,11 @@ def _read_part(work: str, name: str) -> Facts | None:
     return part if part and "stamp" in part else None
 
 
-def remove(work: str) -> None:
+def remove_work(work: str) -> None:
     """Remove a job's work, `plan.json` last: a job that is cut off here is known for what it is."""
     _clear(work)
     for name in LAST:
-        _drop(work, name)
+        _remove_file(work, name)
     fs, path = filesystem(work)
     with write_errors_as_data_errors(work):
         if is_local(fs) and fs.exists(path):
@@ -151,7 +151,7 @@ def _clear(work: str) -> None:
             fs.rm(rest, recursive=is_local(fs))
 
 
-def _drop(work: str, name: str) -> None:
+def _remove_file(work: str, name: str) -> None:
     fs, path = filesystem(join(work, name))
     with write_errors_as_data_errors(work):
         if fs.exists(path):

@@ -28,9 +28,9 @@ class Order(NamedTuple):
     offsets: int64 [runs, buckets + 1] of all runs.
     """
 
-    kept: Keys
+    digests: Keys
     left_out: NDArray[np.int64]
-    left_digests: Keys
+    left_out_digests: Keys
     offsets: NDArray[np.int64]
     dropped: dict[str, int]
 
@@ -79,9 +79,9 @@ def _equal_before(keys: Keys) -> NDArray[np.bool_]:
 
 def find_shard(order: Order, number: int, rows_per_shard: int) -> Shard:
     """What shard `number` gets: `rows_per_shard` rows, the last one of a set the rest."""
-    own = order.kept[number * rows_per_shard : (number + 1) * rows_per_shard]
+    own = order.digests[number * rows_per_shard : (number + 1) * rows_per_shard]
     low, high = (bytes(digest).ljust(KEY.itemsize, b"\0") for digest in (own[0], own[-1]))  # NumPy strips zeros
-    first, end = np.searchsorted(order.left_digests, low), np.searchsorted(order.left_digests, high, side="right")
+    first, end = np.searchsorted(order.left_out_digests, low), np.searchsorted(order.left_out_digests, high, side="right")
     buckets = order.offsets.shape[1] - 1
     ranges = order.offsets[:, [assign_bucket(low, buckets), assign_bucket(high, buckets) + 1]]
     return Shard(number, len(own), low, high, ranges, order.left_out[first:end])

@@ -20,20 +20,20 @@ from nev.config.data import Limits
 from nev.data import labels, sidecar
 from nev.data.prepare.contact_sheet import contact_sheet
 from nev.data.prepare.filters import Filters
-from nev.data.prepare.gather import Gather, gather, list_runs
+from nev.data.prepare.gather import GatherJob, gather, list_runs
 from nev.data.prepare.job_state import (
     Facts,
-    State,
+    JobState,
     discard_parts,
     exclusive_lock,
-    remove,
+    remove_work,
     start_or_resume,
     work_folder,
     write_json,
 )
 from nev.data.prepare.order import Order, compute_order, find_shard, merge_keys
 from nev.data.prepare.resize import Resize
-from nev.data.prepare.scatter import Scatter, count_buckets, fetch_keys, read_keys, run_location, scatter, seed_key
+from nev.data.prepare.scatter import ScatterJob, count_buckets, fetch_keys, read_keys, run_location, scatter, seed_key
 from nev.data.prepare.shards import Layout, infer_schema, list_shards, shard_location
 from nev.data.rows import Row
 from nev.data.sources.common import S3, Part, Source, hash_content
@@ -49,14 +49,14 @@ TASK_BYTES = 384 * 2**20  # of a process that does nothing yet, and the rows tha
 Run = Callable[[Callable[[Any], Any], Sequence[Any], int], Iterable[Any]]
 
 
-class Report(NamedTuple):
+class PrepareReport(NamedTuple):
     """What one `prepare` did. bytes: size of the shards. classes: where classes.txt is, if there is one.
 
     shards, samples: paths or URLs of the shards and of the contact sheet.
     """
 
     rows_in: int
-    kept: int
+    rows_written: int
     dropped: dict[str, int]
     bytes: int
     seconds: float
@@ -91,7 +91,7 @@ def prepare(
     memory_bytes: int = MEMORY_BYTES,
     run: Run = run_here,
     progress: Progress | None = None,
-) -> Report:
+) -> PrepareReport:
     """Write the usable rows of `source` (of its first `limit`) that satisfy `filters` to the folder `output`, shuffled.
 
     Columns: uid string, image binary, caption string (list<string> as soon as one row has several), and label int64
@@ -103,15 +103,15 @@ def prepare(
     `exclusive_lock`, `Layout.check` and the source's reader do, where no row is left, and where a label has two names: older
     shards are then still there. Raises DataError where storage fails.
     """
-    began = time.perf_counter()
+    started_at = time.perf_counter()
     limits, filters, layout = limits or Limits(), filters or Filters(), layout or Layout()
     progress = progress or Progress()
     layout.check()
-    output = _absolute(os.fspath(output))
+    output = _resolve_output(os.fspath(output))
     if limit is not None:
-        every = Part(hash_content([part.stamp for part in source.parts]), [part.content for part in source.parts])
-        source = source._replace(parts=[every], read=partial(_first_rows, read=source.read, limit=limit))
-    job = Scatter(
+        whole_input = Part(hash_content([part.stamp for part in source.parts]), [part.content for part in source.parts])
+        source = source._replace(parts=[whole_input], read=partial(_first_rows, read=source.read, limit=limit))
+    job = ScatterJob(
         work=work_folder(output),
         read=source.read,
         seed_key=seed_key(seed),
@@ -119,15 +119,15 @@ def prepare(
         memory_bytes=memory_bytes,
         limits=limits,
         filters=filters,
-        listed=None if filters.uids is None else read_uids(filters.uids),
+        allowed_uids=None if filters.uids is None else read_uids(filters.uids),
         resize=resize,
         threads=(os.cpu_count() or 1) if run is run_here else 1,
-        known=labels.read_class_names(join(_parent(output), "classes.txt")),
+        class_names=labels.read_class_names(join(_parent(output), "classes.txt")),
     )
     facts = None
     if source.facts is not None:
-        more = {"seed": seed, "limit": limit, "rows_per_shard": layout.rows_per_shard}
-        facts = {**source.facts, **_facts(filters, resize), **more, "row_group_rows": layout.row_group_rows}
+        x = {"seed": seed, "limit": limit, "rows_per_shard": layout.rows_per_shard}
+        facts = {**source.facts, **_filter_spec(filters, resize), **x, "row_group_rows": layout.row_group_rows}
         facts |= {"limits": limits.model_dump(), "format": FORMAT}
     with exclusive_lock(output):
         state = start_or_resume(output, facts, [part.stamp for part in source.parts], layout.overwrite)
@@ -135,30 +135,30 @@ def prepare(
             raise ConfigError("the source has no parts: nothing to read")
         for part in state.parts.values():  # of one size for all, though an input that was mended is larger
             job = job._replace(buckets=part["buckets"])
-        _tell(state, source, layout.rows_per_shard, progress)
+        _note_resumed(state, source, layout.rows_per_shard, progress)
         order = None
         plan = state.plan
         if plan is None:
-            parts = _scattered(source, state, job, run, progress)
-            plan, order = _cut(output, parts, state, job, layout)
-            state = State(state.job, {}, plan, {})
-        shards = _gathered(output, plan, order, state, job, layout, run, progress)
-        classes, samples = _beside(output, plan, limits, progress)
+            parts = _scatter_parts(source, state, job, run, progress)
+            plan, order = _plan_shards(output, parts, state, job, layout)
+            state = JobState(state.job, {}, plan, {})
+        shards = _write_shards(output, plan, order, state, job, layout, run, progress)
+        classes, samples = _write_extras(output, plan, limits, progress)
         nbytes = sum(list_shards(output).values())
-        remove(job.work)
-    return Report(
+        remove_work(job.work)
+    return PrepareReport(
         rows_in=plan["rows_in"],
-        kept=plan["kept"],
+        rows_written=plan["kept"],
         dropped=plan["dropped"],
         bytes=nbytes,
-        seconds=time.perf_counter() - began,
+        seconds=time.perf_counter() - started_at,
         shards=shards,
         classes=classes,
         samples=samples,
     )
 
 
-def _scattered(source: Source, state: State, job: Scatter, run: Run, progress: Progress) -> list[Facts]:
+def _scatter_parts(source: Source, state: JobState, job: ScatterJob, run: Run, progress: Progress) -> list[Facts]:
     """The first stage: what `scatter` says of each part."""
     stamps = {part.stamp for part in source.parts}
     parts = {stamp: part for stamp, part in state.parts.items() if stamp in stamps}
@@ -173,7 +173,7 @@ def _scattered(source: Source, state: State, job: Scatter, run: Run, progress: P
     return [parts[part.stamp] for part in source.parts]
 
 
-def _cut(output: str, parts: list[Facts], state: State, job: Scatter, layout: Layout) -> tuple[Facts, Order]:
+def _plan_shards(output: str, parts: list[Facts], state: JobState, job: ScatterJob, layout: Layout) -> tuple[Facts, Order]:
     """The second stage: `plan.json`, and the order of the rows. Older shards are removed once nothing can go wrong.
 
     With them go their sidecars: vectors of captions that lay in other rows.
@@ -181,11 +181,11 @@ def _cut(output: str, parts: list[Facts], state: State, job: Scatter, layout: La
     plan = merge_keys(parts, job.known) | {"job": state.job}
     # Beside its runs a part has keys.npz.
     plan["parts"] = [[part["stamp"], part["rows"], len(part["files"]) - 1] for part in parts]
-    order = _order(job.work, plan)
+    order = _read_order(job.work, plan)
     plan["dropped"] |= order.dropped
-    plan["kept"] = len(order.kept)
-    if not len(order.kept):
-        remove(job.work)  # there is nothing to go on with
+    plan["kept"] = len(order.digests)
+    if not len(order.digests):
+        remove_work(job.work)  # there is nothing to go on with
         reasons = ", ".join(f"{reason} ({count:,})" for reason, count in plan["dropped"].items()) or "none was read"
         raise ConfigError(f"{output}: no rows to write. Dropped by reason: {reasons}")
     fs, path = filesystem(output)
@@ -198,19 +198,19 @@ def _cut(output: str, parts: list[Facts], state: State, job: Scatter, layout: La
     return plan, order
 
 
-def _order(work: str, plan: Facts) -> Order:
+def _read_order(work: str, plan: Facts) -> Order:
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         stamps = [stamp for stamp, *_ in plan["parts"]]
         contents = pool.map(partial(fetch_keys, work), stamps)
         return compute_order([read_keys(content, work, part) for part, content in zip(stamps, contents, strict=True)])
 
 
-def _gathered(
+def _write_shards(
     output: str,
     plan: Facts,
     order: Order | None,
-    state: State,
-    job: Scatter,
+    state: JobState,
+    job: ScatterJob,
     layout: Layout,
     run: Run,
     progress: Progress,
@@ -223,10 +223,10 @@ def _gathered(
     progress.written(len(shards) - len(missing), len(shards), rows)
     if not missing:
         return shards
-    order = order or _order(job.work, plan)
+    order = order or _read_order(job.work, plan)
     runs = [([run_location(job.work, stamp, run) for run in range(runs)], rows) for stamp, rows, runs in plan["parts"]]
     schema = infer_schema(plan["seen"], "captions" in plan["seen"])
-    task = partial(gather, job=Gather(output, job.work, list(list_runs(runs)), schema, layout.row_group_rows))
+    task = partial(gather, job=GatherJob(output, job.work, list(list_runs(runs)), schema, layout.row_group_rows))
     needs = TASK_BYTES
     if not is_local(filesystem(output)[0]):
         run_bytes = int(order.offsets[:, -1].sum())
@@ -239,18 +239,18 @@ def _gathered(
     return shards
 
 
-def _beside(output: str, plan: Facts, limits: Limits, progress: Progress) -> tuple[str | None, str]:
+def _write_extras(output: str, plan: Facts, limits: Limits, progress: Progress) -> tuple[str | None, str]:
     """Write classes.txt and the contact sheet; return where they are, the first if there is one."""
     parent, name = _parent(output), output.rpartition("/")[2]
     classes, samples = join(parent, "classes.txt"), join(parent, f"{name}-samples.png")
-    known = labels.read_class_names(classes)
-    if known:  # another split may have written it since this one was begun
+    class_names = labels.read_class_names(classes)
+    if class_names:  # another split may have written it since this one was begun
         for label, called, uid in plan["named"]:
-            labels.add_name({}, label, called, uid, known)
-    there = known is not None
+            labels.add_name({}, label, called, uid, class_names)
+    there = class_names is not None
     if plan["names"] and not there:
         with write_errors_as_data_errors(classes):
-            write_atomic(classes, "".join(f"{one}\n" for one in plan["names"]).encode())
+            write_atomic(classes, "".join(f"{name}\n" for name in plan["names"]).encode())
         there = True
     if plan["labelled"] and not there:
         progress.note(
@@ -267,7 +267,7 @@ def _first_rows(parts: Sequence[Any], read: Callable[[Any], Iterable[Row]], limi
     return islice(chain.from_iterable(map(read, parts)), limit)
 
 
-def _facts(filters: Filters, resize: Resize | None) -> Facts:
+def _filter_spec(filters: Filters, resize: Resize | None) -> Facts:
     """What the options say, and of the list of uids by what one sees that it changed."""
     facts: Facts = {"filters": filters.model_dump(mode="json"), "resize": resize and resize.model_dump()}
     if filters.uids is not None:
@@ -276,10 +276,10 @@ def _facts(filters: Filters, resize: Resize | None) -> Facts:
     return facts
 
 
-def _tell(state: State, source: Source, rows_per_shard: int, progress: Progress) -> None:
+def _note_resumed(state: JobState, source: Source, rows_per_shard: int, progress: Progress) -> None:
     parts = sum(part.stamp in state.parts for part in source.parts)
     if state.plan is not None:
-        done = f"all parts, {len(state.shards)} of {-(-state.plan['kept'] // rows_per_shard)} shards are done"
+        done = f"all parts, {len(state.shards)} of {-(-state.plan['rows_written'] // rows_per_shard)} shards are done"
     elif state.parts:
         done = f"{parts} of {len(source.parts)} parts are done"
     else:
@@ -287,7 +287,7 @@ def _tell(state: State, source: Source, rows_per_shard: int, progress: Progress)
     progress.note(f"going on with an unfinished prepare: {done}")
 
 
-def _absolute(output: str) -> str:
+def _resolve_output(output: str) -> str:
     """The same path for processes in other folders."""
     if not output.startswith(S3):
         return os.path.abspath(os.path.expanduser(output))  # noqa: PTH100

@@ -44,7 +44,7 @@ MAX_BUCKETS = 4096
 RUN_SCHEMA = pa.schema([pa.field("digest", pa.binary(KEY.itemsize)), pa.field("row", pa.int64()), *SCHEMA])
 
 
-class Scatter(NamedTuple):
+class ScatterJob(NamedTuple):
     """How a part becomes runs. seed_key: of the digests; listed: the uids that stay; threads: that shrink pictures."""
 
     work: str
@@ -54,10 +54,10 @@ class Scatter(NamedTuple):
     memory_bytes: int
     limits: Limits
     filters: Filters
-    listed: Keys | None
+    allowed_uids: Keys | None
     resize: Resize | None
     threads: int
-    known: ClassNames | None
+    class_names: ClassNames | None
 
 
 class PartKeys(NamedTuple):
@@ -83,7 +83,7 @@ def assign_bucket(digest: bytes, buckets: int) -> int:
     return int.from_bytes(digest[:8], "big") * buckets >> 64
 
 
-def scatter(part: Part, job: Scatter) -> Facts:
+def scatter(part: Part, job: ScatterJob) -> Facts:
     """The task: read `part`, write its runs, keys and `part.json`; return what that one says.
 
     Raises ConfigError as the source's reader does, and where a label has two names.
@@ -103,7 +103,7 @@ def scatter(part: Part, job: Scatter) -> Facts:
         job.filters,
         job.limits,
         dropped,
-        job.listed,
+        job.allowed_uids,
     )
     small = resize_image(chosen, job.resize, job.limits, dropped, job.threads) if job.resize else chosen
     for rows in batches_in_memory(labels.collect_names(small, names, job.known), job.memory_bytes):

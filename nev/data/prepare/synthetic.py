@@ -23,7 +23,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageOps
 
 from nev.config.base import ConfigError
-from nev.data.prepare.pipeline import Progress, Report, prepare
+from nev.data.prepare.pipeline import Progress, PrepareReport, prepare
 from nev.data.prepare.shards import Layout
 from nev.data.rows import Row
 from nev.data.sources.common import make_source
@@ -239,7 +239,7 @@ def write_synthetic(
     processes: int = 1,
     layout: Layout | None = None,
     progress: Progress | None = None,
-) -> dict[str, Report]:
+) -> dict[str, PrepareReport]:
     """Write folder/train, folder/val (parquet shards) and folder/classes.txt; return the report of each split.
 
     train, val: pictures, at least len(CLASSES) each, so that every class is in both. The other settings are those of
