@@ -48,7 +48,7 @@ from nev.config.base import ConfigError
 from nev.config.file import parse
 
 if TYPE_CHECKING:
-    from nev.data.prepare.pipeline import Progress, PrepareReport, Run
+    from nev.data.prepare.pipeline import PrepareReport, Progress, Run
     from nev.data.sources import Source
 
 EXAMPLE = "--source webdataset --input tars/train --output data/flickr8k/train"

@@ -180,7 +180,7 @@ class BlockReader:
     def read_rows(self, location: str, group: int, columns: list[str], segment: Segment) -> pa.Table:
         """Columns of a segment's rows. group: number of the row group in the file. Raises DataError."""
         with read_errors_as_data_errors(
-            f"{location}: row group {group}", "Write this file again, or remove it and start anew."
+            f"{location}: row group {group}", "Write this file again, or remove it and start again."
         ):
             table = self._file(location).read_row_group(group, columns, use_threads=False)
         if len(table) < segment.stop:

@@ -25,11 +25,14 @@ def test_another_job_is_refused_and_named(tmp_path: Path, undisturbed: dict[str,
     output = tmp_path / "set"
     with pytest.raises(Crash):
         make(output, counting([], 6))
-    with pytest.raises(ConfigError, match=r"begun with other options \(filters, seed\).*--overwrite to start anew"):
+    with pytest.raises(
+        ConfigError,
+        match=r"prepare with other options \(filters, seed\).*--overwrite to start again",
+    ):
         make(output, seed=1, filters=Filters(min_caption=2))
-    with pytest.raises(ConfigError, match=r"begun with other options \(limit, input\)"):
+    with pytest.raises(ConfigError, match=r"prepare with other options \(limit, input\)"):
         make(output, limit=50)
-    with pytest.raises(ConfigError, match=r"begun with other options \(rows, input\)"):
+    with pytest.raises(ConfigError, match=r"prepare with other options \(rows, input\)"):
         prepare(source(50), output, layout=LAYOUT)
     again: list[Any] = []
     make(output, counting(again), seed=1, layout=Layout(16, 8, overwrite=True))
@@ -48,7 +51,7 @@ def test_an_option_that_the_result_depends_on_makes_another_job(
 ) -> None:
     with pytest.raises(Crash):
         make(tmp_path / "set", counting([], 2))
-    with pytest.raises(ConfigError, match=rf"begun with other options \({differing}\)"):
+    with pytest.raises(ConfigError, match=rf"prepare with other options \({differing}\)"):
         make(tmp_path / "set", **options)
 
 
@@ -81,9 +84,9 @@ def test_parts_of_an_input_that_has_none_of_them_are_another_jobs_work(tmp_path:
         make(tmp_path / "set", counting([], 2))
     other = source()
     other = other._replace(parts=[part._replace(stamp=f"other{part.stamp}") for part in other.parts])
-    with pytest.raises(ConfigError, match=r"begun with other options \(input\)"):
+    with pytest.raises(ConfigError, match=r"prepare with other options \(input\)"):
         make_of(other, tmp_path)
-    with pytest.raises(ConfigError, match=r"begun with other options \(.*source.*input\)"):
+    with pytest.raises(ConfigError, match=r"prepare with other options \(.*source.*input\)"):
         make_of(make_source([row(0)]), tmp_path)
     again: list[Any] = []
     make(tmp_path / "set", counting(again))
@@ -151,7 +154,7 @@ def test_other_input_is_another_job_once_all_was_read(tmp_path: Path) -> None:
     with pytest.raises(Crash):
         make(tmp_path / "set", counting([], PARTS + 1))
     less = source()
-    with pytest.raises(ConfigError, match=r"begun with other options \(input\)"):
+    with pytest.raises(ConfigError, match=r"prepare with other options \(input\)"):
         prepare(less._replace(parts=less.parts[1:]), tmp_path / "set", layout=LAYOUT)
 
 
@@ -168,5 +171,5 @@ def test_a_list_of_uids_that_changed_is_another_job(tmp_path: Path) -> None:
     with pytest.raises(Crash):
         make(output, counting([], 2), filters=Filters(uids=listed))
     listed.write_text("row-3")
-    with pytest.raises(ConfigError, match=r"begun with other options \(uids\)"):
+    with pytest.raises(ConfigError, match=r"prepare with other options \(uids\)"):
         make(output, filters=Filters(uids=listed))

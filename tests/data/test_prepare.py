@@ -83,7 +83,7 @@ def test_no_classes_file_where_labels_are_missing(tmp_path: Path) -> None:
     file = labelled(tmp_path / "a.parquet", [0, 2], ["cat", "dog"])
     out = prepare("--source", "hf-parquet", "--input", file, "--template", "a {}", "--output", tmp_path / "set/train")
     assert "classes:" not in out
-    assert "classes.txt is written: the rows that were kept do not name every label from 0 to the highest" in out
+    assert "classes.txt is not written: the rows that were kept do not name every label from 0 to the highest" in out
     assert not (tmp_path / "set/classes.txt").exists()
 
 
@@ -161,7 +161,7 @@ def test_synthetic_writes_both_splits(tmp_path: Path) -> None:
         (("--source", "hf-parquet", "--input", ".", "--template", "a"), "a template needs exactly one '{}'"),
         (("--source", "hf-parquet", "--input", ".", "--train", "5"), "--source hf-parquet has no use for --train"),
         (("--source", "synthetic", "--input", "."), "has no use for --input. Its options: --processes, --train, --val"),
-        (("--source", "synthetic", "--train", "5"), "train: 5 pictures can't show all 30 classes"),
+        (("--source", "synthetic", "--train", "5"), "train: 5 pictures cannot show all 30 classes"),
         (("--source", "hf-parquet", "--input", ".", "--min-score", "0.3"), "min_score needs the score column"),
         (("--source", "folder-classes", "--input", ".", "--score", "s"), "folder-classes has no use for --score"),
         (("--source", "hf-parquet", "--input", ".", "--metadata", "m"), "hf-parquet has no use for --metadata"),

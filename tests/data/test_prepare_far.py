@@ -274,7 +274,7 @@ def test_what_s3_lacks_is_named(s3: Proxy, tmp_path: Path) -> None:
             SOURCES["webdataset"]([inputs], SourceOptions())
     with pytest.raises(ConfigError, match=r"s3://bucket/in: folders of pictures are read from disks alone"):
         SOURCES["folder-classes"](["s3://bucket/in"], SourceOptions(templates=("a {}",)))
-    with pytest.raises(ConfigError, match=r"s3://bucket: a bucket alone can't be a split"):
+    with pytest.raises(ConfigError, match=r"s3://bucket: a bucket alone cannot be a split"):
         make("s3://bucket")  # type: ignore[arg-type]
     fs.pipe_file("bucket/in/1.tar", b"no tar" * 999)
     with pytest.raises(ConfigError, match=r"s3://bucket/in/1\.tar: not a whole tar file"):

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from helpers.sweeps import sweep
-from nev.sweep.sweep_progress import SweepProgress, finite_metrics
 from rich.console import Console
 
 import nev.sweep.run
@@ -26,6 +25,7 @@ from nev.storage.files import StorageError
 from nev.sweep.config import Sweep
 from nev.sweep.results import TrialResult
 from nev.sweep.run import check_trials, count_concurrent, prepare_shared, refuse_unmeasured, with_threads
+from nev.sweep.sweep_progress import SweepProgress, finite_metrics
 from nev.sweep.trials import Trial, find_reference, name_trials, plan_trials
 
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""A contact sheet: some pictures of a shard with their captions, as one PNG, to see what training will see."""
+"""A contact sheet: some pictures of a shard with their captions, as one PNG, so that a person can check the data."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ CELL, GAP, LINE, LINES = 128, 8, 12, 3  # pixels, pixels, pixels, lines of a cap
 FONT_SIZE, LINE_CHARACTERS = 10, 24
 
 
-def contact_sheet(shard: str, limits: Limits) -> bytes:
-    """The first 48 rows of `shard` (path or URL), whose order is random over the set, as a PNG.
+def draw_contact_sheet(shard: str, limits: Limits) -> bytes:
+    """The first 48 rows of `shard` (path or URL) as a PNG. The order of rows is random, so these are a sample of the set.
 
-    A picture that can't be decoded leaves its cell grey, with the reason in place of the caption.
+    The cell of a picture that cannot be decoded is grey, with the reason in place of the caption.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -36,11 +36,11 @@ def contact_sheet(shard: str, limits: Limits) -> bytes:
     ):
         batch = next(file.iter_batches(COLUMNS * ROWS, columns=["image", "caption"])).to_pylist()
     step_x, step_y = CELL + GAP, CELL + LINE * LINES + GAP
-    down = -(-len(batch) // COLUMNS)
-    sheet = Image.new("RGB", (GAP + min(len(batch), COLUMNS) * step_x, GAP + down * step_y), "white")
+    lines_down = -(-len(batch) // COLUMNS)
+    sheet = Image.new("RGB", (GAP + min(len(batch), COLUMNS) * step_x, GAP + lines_down * step_y), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
-    for at, row in enumerate(batch):
-        x, y = GAP + at % COLUMNS * step_x, GAP + at // COLUMNS * step_y
+    for number, row in enumerate(batch):
+        x, y = GAP + number % COLUMNS * step_x, GAP + number // COLUMNS * step_y
         picture, text = _cell(row["image"], parse_captions(row["caption"])[0], limits)
         sheet.paste(picture, (x + (CELL - picture.width) // 2, y + (CELL - picture.height) // 2))
         lines = textwrap.wrap(text, LINE_CHARACTERS, max_lines=LINES, placeholder=" …")

@@ -1,7 +1,7 @@
-"""Which rows of a source go into the shards: by list, size, caption and score; and by what equal images are known.
+"""Filters of a source's rows: by a list of uids, by size, caption and score. And hashes, by which equal images are found.
 
-A row is held against the cheapest rule first, and every row that is left out is counted under the rule that it broke.
-Sizes are read from the image's header: no pixel is decoded.
+The cheapest rule is checked first, and every row that is left out is counted under the rule that it broke. Sizes are read from
+the header of an image: no pixel is decoded.
 """
 
 from __future__ import annotations
@@ -27,21 +27,24 @@ Rule = Callable[[Row], str | None]
 
 
 class Filters(Section):
-    """What a row must satisfy; None asks for nothing. Bounds are inclusive.
-
-    uids: a list of uids to keep (see `nev.data.uids.read_uids`), such as a DFN. min_side: pixels of the shorter side.
-    max_aspect: longer side / shorter side. min_caption, max_caption: characters; a row keeps those of its captions that
-    fit. score, min_score: the source's column, and its least value. unique: of rows with the same image bytes the first.
-    """
+    """Conditions on a row. None: no condition. Bounds are inclusive."""
 
     uids: Path | None = None
+    """List of uids to keep, such as a DFN (see `nev.data.uids.read_uids`)."""
     min_side: Positive | None = None
+    """Least pixels of the shorter side."""
     max_aspect: Annotated[float, Field(ge=1)] | None = None
+    """Largest ratio of the longer side to the shorter side."""
     min_caption: Positive | None = None
+    """Least characters of a caption. A shorter caption is removed from its row."""
     max_caption: Positive | None = None
+    """Most characters of a caption. A longer caption is removed from its row."""
     score: str | None = None
+    """Column of the source's score."""
     min_score: float | None = None
+    """Least score."""
     unique: bool = False
+    """Only the first of several rows with the same image bytes is kept."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -55,10 +58,12 @@ class Filters(Section):
 def select(
     rows: Iterable[Row], filters: Filters, limits: Limits, dropped: Counter[str], allowed_uids: Keys | None = None
 ) -> Iterator[Row]:
-    """Pass on the rows that satisfy `filters`, their captions chosen; count the others in `dropped` by reason.
+    """Yield the rows that satisfy `filters`, with the captions that do. Count all other rows in `dropped`, by reason.
 
-    listed: what `read_uids` made of `filters.uids`. With `filters.unique` the rows that go on carry their `image_hash`;
-    which of equal ones stays is decided when all rows are known (`nev.data.prepare.order`).
+    allowed_uids: the keys that `read_uids` has read from `filters.uids`.
+
+    With `filters.unique` rows get an `image_hash`. Duplicates are left out later, when all rows are known
+    (`nev.data.prepare.order`).
     """
     rules = _make_rules(filters, limits, allowed_uids)
     for row in rows:
@@ -94,7 +99,7 @@ def _make_score_rule(least: float) -> Rule:
         score = row.get("score")
         if score is None or score != score:  # NaN
             return "no score"
-        # In float32, as scores are mostly stored: there 0.7 is less than 0.7.
+        # Compared in float32, in which scores are mostly stored: the float32 of 0.7 is less than the float64 of 0.7.
         return f"score below {least:g}" if np.float32(score) < np.float32(least) else None
 
     return rule

@@ -1,4 +1,4 @@
-"""The third stage of `prepare`: one shard, picked together from its range of digests in every run."""
+"""The third stage of `prepare`: one shard is gathered from a range of digests in every run, and written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ from nev.storage.reading import DataError, read_errors_as_data_errors, write_err
 
 
 class GatherJob(NamedTuple):
-    """How a shard is made. runs: location of each run, and the place in the input of its part's first row."""
+    """The settings of the third stage.
+
+    output: folder of the split.
+    work: folder of intermediate files.
+    runs: location of each run, and the position in the input of its part's first row.
+    schema: of the shards.
+    row_group_rows: rows of a row group.
+    """
 
     output: str
     work: str
@@ -31,42 +38,43 @@ class GatherJob(NamedTuple):
 
 
 def gather(shard: Shard, job: GatherJob) -> int:
-    """The task: write `shard` as a whole or not at all; return its number of rows.
+    """The task: write `shard`, completely or not at all. Returns its number of rows.
 
-    In memory are a row group and, from S3, all that is read; local runs are mapped. Raises DataError for runs that are
-    damaged, or can't be read.
+    Memory holds a row group and, from S3, all bytes that are read; local runs are mapped. Raises DataError for runs that are
+    damaged or cannot be read.
     """
     batches: list[pa.RecordBatch] = []
-    found: list[tuple[Any, ...]] = []
+    selected: list[tuple[Any, ...]] = []
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         contents = pool.map(_read, (run for run, _ in job.runs), shard.ranges)
         for (run, first), content in zip(job.runs, contents, strict=True):
             with read_errors_as_data_errors(run, DAMAGED):
                 for batch in read_batches(content):
                     digests = np.frombuffer(batch["digest"].buffers()[1], KEY, len(batch))
-                    places = first + batch["row"].to_numpy()
-                    fits = (digests >= shard.low) & (digests <= shard.high) & ~np.isin(places, shard.left_out)
-                    (at,) = np.nonzero(fits)
-                    if len(at):
-                        found.append((digests[at], np.full(len(at), len(batches)), at))
+                    positions = first + batch["row"].to_numpy()
+                    in_shard = (digests >= shard.low) & (digests <= shard.high) & ~np.isin(positions, shard.left_out)
+                    (rows,) = np.nonzero(in_shard)
+                    if len(rows):
+                        selected.append((digests[rows], np.full(len(rows), len(batches)), rows))
                         batches.append(batch.select(job.schema.names))
-    digests, which, at = (np.concatenate(column) for column in zip(*found, strict=True))
+    digests, batch_numbers, batch_rows = (np.concatenate(column) for column in zip(*selected, strict=True))
     if len(digests) != shard.rows:
         raise DataError(
             f"{job.work}: holds {len(digests)} rows for shard {shard.number}, not {shard.rows}. "
-            "Delete it and start anew with --overwrite."
+            "Delete it and start again with --overwrite."
         )
     order = np.argsort(digests)
     groups = (order[start : start + job.row_group_rows] for start in range(0, len(order), job.row_group_rows))
     _, work = filesystem(job.work)
     location = shard_location(job.output, shard.number)
     with write_errors_as_data_errors(location), atomic_file(location, work) as path:
-        write_shard(path, (_rows(batches, which[group], at[group]) for group in groups), job.schema)
+        row_groups = (_take_rows(batches, batch_numbers[group], batch_rows[group]) for group in groups)
+        write_shard(path, row_groups, job.schema)
     return shard.rows
 
 
 def _read(run: str, span: NDArray[np.int64]) -> pa.Buffer:
-    """Some bytes of a run."""
+    """The bytes of a run from `span[0]` to `span[1]`."""
     start, end = map(int, span)
     if start == end:
         return pa.py_buffer(b"")
@@ -74,23 +82,29 @@ def _read(run: str, span: NDArray[np.int64]) -> pa.Buffer:
     with read_errors_as_data_errors(run, DAMAGED):
         if not is_local(fs):
             return pa.py_buffer(fs.cat_file(path, start=start, end=end))
-        with pa.memory_map(path) as file:  # closed, it leaves the mapping to the buffer
+        with pa.memory_map(path) as file:  # the buffer keeps the mapping after the file is closed
             file.seek(start)
             return file.read_buffer(end - start)
 
 
-def _rows(batches: list[pa.RecordBatch], which: NDArray[np.int64], at: NDArray[np.int64]) -> list[Row]:
-    """The rows at the places `at` of the batches `which`."""
-    rows: list[Any] = [None] * len(which)
-    for batch in np.unique(which):
-        (places,) = np.nonzero(which == batch)
-        for place, row in zip(places, batches[batch].take(pa.array(at[places])).to_pylist(), strict=True):
-            rows[place] = row
+def _take_rows(
+    batches: list[pa.RecordBatch], batch_numbers: NDArray[np.int64], batch_rows: NDArray[np.int64]
+) -> list[Row]:
+    """Row `batch_rows[i]` of batch `batch_numbers[i]`, for each i."""
+    rows: list[Any] = [None] * len(batch_numbers)
+    for batch in np.unique(batch_numbers):
+        (positions,) = np.nonzero(batch_numbers == batch)
+        taken = batches[batch].take(pa.array(batch_rows[positions])).to_pylist()
+        for position, row in zip(positions, taken, strict=True):
+            rows[position] = row
     return rows
 
 
 def list_runs(parts: list[tuple[list[str], int]]) -> Iterator[tuple[str, int]]:
-    """(location, place in the input of the part's first row) of all runs, from (locations of its runs, rows) of each part."""
+    """All runs, each with the position in the input of its part's first row.
+
+    parts: for each part the locations of its runs, and its number of rows.
+    """
     first = 0
     for runs, rows in parts:
         yield from ((run, first) for run in runs)

@@ -1,9 +1,9 @@
-"""What a `prepare` under way keeps in `<output>/_prepare`, path or s3:// URL, so that it can be gone on with.
+"""The files in `<output>/_prepare` (path or s3:// URL) from which an interrupted `prepare` is resumed.
 
-`job.json` holds the options that determine the result, and comes first. `part-STAMP/part.json` says that a part of the input
-is scattered; the stamp is that of its files, so that one that is mended, or put in, concerns its own part alone. `plan.json`
-says that older shards are gone and every shard in the folder is one of this job; it has the options and all stamps again, and
-goes last.
+`job.json` holds the options that determine the result. It is written first. `part-STAMP/part.json` means that a part of the input
+has been scattered. The stamp depends on the files of the part, so a file that is repaired or added concerns its own part alone.
+`plan.json` means that older shards have been removed and that every shard in the folder is of this job. It repeats the options
+and all stamps, and is removed last.
 """
 
 from __future__ import annotations
@@ -29,63 +29,69 @@ LAST = ("job.json", "plan.json")
 
 log = logging.getLogger("nev.prepare")
 
-Facts = dict[str, Any]
+JobSpec = dict[str, Any]  # the options of a job, as in job.json
+Record = dict[str, Any]  # the content of part.json or plan.json
 
 
 class JobState(NamedTuple):
-    """Where a job stands. plan: `plan.json`; shards: file name -> bytes.
+    """The state of a job.
 
-    parts: stamp -> what its `part.json` says, of parts that are not asked for, too. job: the options.
+    job: the options.
+    parts: the `part.json` of each finished part, by stamp. Parts that are no longer in the input are among them.
+    plan: `plan.json`, or None before it is written.
+    shards: size in bytes of each shard in the folder, by file name.
     """
 
-    job: Facts
-    parts: dict[str, Facts]
-    plan: Facts | None
+    job: JobSpec
+    parts: dict[str, Record]
+    plan: Record | None
     shards: dict[str, int]
 
 
 def work_folder(output: str) -> str:
-    """The folder of the work on the split `output`."""
+    """The folder of the intermediate files of the split `output`."""
     return join(output, WORK_FOLDER)
 
 
-def start_or_resume(output: str, facts: Facts | None, stamps: Sequence[str], overwrite: bool) -> JobState:
-    """Begin the job `facts` in the folder `output`, or go on with it if it was begun there.
+def start_or_resume(output: str, spec: JobSpec | None, stamps: Sequence[str], overwrite: bool) -> JobState:
+    """Start a job in the folder `output`, or resume the same job.
 
-    facts: JSON; None for a job that can only be begun. stamps: of the parts of its input. Raises ConfigError where
-    shards are there and `overwrite` is not set, and where something of another job is done, unless `overwrite` is set: that
-    job's work is removed then.
+    spec: the options of the job. None for a job that cannot be resumed.
+    stamps: of the parts of the input.
+    overwrite: replace shards in the folder, and discard the work of another job.
+    Raises ConfigError where the folder holds shards, or finished work of another job, and `overwrite` is not set.
     """
     work, shards = work_folder(output), list_shards(output)
-    facts, stamps = json.loads(json.dumps(facts)), list(stamps)  # as they are read again
+    spec, stamps = json.loads(json.dumps(spec)), list(stamps)  # as JSON gives them back
     if len(set(stamps)) < len(stamps) or not all(re.fullmatch(r"\w+", stamp) for stamp in stamps):
         raise ValueError(f"stamps of parts must be words, and differ: {stamps}")
     plan = read_json(join(work, "plan.json"))
     before = read_json(join(work, "job.json")) if plan is None else plan["job"]
     planned = stamps if plan is None else [stamp for stamp, *_ in plan["parts"]]
-    same = before is not None and before == facts and planned == stamps
+    same = before is not None and before == spec and planned == stamps
     if same and plan is not None:
         if len(shards) == -(-plan["kept"] // plan["job"]["rows_per_shard"]):
             return JobState(plan["job"], {}, plan, shards)
         parts = _read_finished_parts(work)
-        # A part that was read again may have other runs than the plan says.
+        # A part that was scattered again may have other runs than the plan lists.
         if all(stamp in parts and len(parts[stamp]["files"]) - 1 == runs for stamp, _, runs in plan["parts"]):
             return JobState(plan["job"], {}, plan, shards)
         log.warning(
-            "%s: a part of what was read is damaged or gone. It is read again, and the shards are made anew.", work
+            "%s: a part of these files is damaged or missing. It is read again, and all shards are written again.",
+            work,
         )
         return JobState(plan["job"], parts, None, shards)
     parts = {} if before is None else _read_finished_parts(work)
     other_input = planned != stamps or (bool(parts) and not parts.keys() & set(stamps))
     if before and (not same or other_input) and not overwrite and (parts or plan is not None):
-        asked = facts or {}
+        asked = spec or {}
         differing = ", ".join(
             sorted(name for name in before.keys() | asked.keys() if before.get(name) != asked.get(name))
             + ["input"] * other_input
         )
         raise ConfigError(
-            f"{output}: holds an unfinished prepare, begun with other options ({differing}). Finish it with those, "
-            "or --overwrite to start anew."
+            f"{output}: holds an unfinished prepare with other options ({differing}). Finish it with those options, "
+            "or --overwrite to start again."
         )
     if shards and not overwrite:
         raise ConfigError(
@@ -93,27 +99,27 @@ def start_or_resume(output: str, facts: Facts | None, stamps: Sequence[str], ove
             "Use a new folder, or --overwrite to replace them."
         )
     if same and not other_input:
-        return JobState(facts, parts, None, shards)
+        return JobState(spec, parts, None, shards)
     _clear(work)
-    write_json(join(work, "job.json"), facts or {})
-    _remove_file(work, "plan.json")  # until here the other job's shards are known for half a split
-    return JobState(facts or {}, {}, None, shards)
+    write_json(join(work, "job.json"), spec or {})
+    _remove_file(work, "plan.json")  # last: with it, the shards of the other job count as unfinished
+    return JobState(spec or {}, {}, None, shards)
 
 
-def _read_finished_parts(work: str) -> dict[str, Facts]:
-    """The parts that are scattered, their runs whole."""
+def _read_finished_parts(work: str) -> dict[str, Record]:
+    """The records of the parts that have been scattered, and whose files have their full sizes, by stamp."""
     fs, path = filesystem(work)
     with read_errors_as_data_errors(work, damaged=""):
         sizes = {name[len(path) + 1 :]: entry["size"] for name, entry in list_entries(fs, path).items()}
     names = sorted(name for name in sizes if re.fullmatch(r"part-\w+/part\.json", name))
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
-        found = [part for part in pool.map(partial(_read_part, work), names) if part]
-    whole = [part for part in found if all(sizes.get(name) == size for name, size in part["files"].items())]
-    return {part["stamp"]: part for part in whole}
+        parts = [part for part in pool.map(partial(_read_part, work), names) if part]
+    complete = [part for part in parts if all(sizes.get(name) == size for name, size in part["files"].items())]
+    return {part["stamp"]: part for part in complete}
 
 
-def _read_part(work: str, name: str) -> Facts | None:
-    """What a `part.json` says; None where it is damaged, or an older version's."""
+def _read_part(work: str, name: str) -> Record | None:
+    """Read a `part.json`. None where it is damaged, or of an older version."""
     try:
         part = read_json(join(work, name))
     except DataError:
@@ -122,7 +128,7 @@ def _read_part(work: str, name: str) -> Facts | None:
 
 
 def remove_work(work: str) -> None:
-    """Remove a job's work, `plan.json` last: a job that is cut off here is known for what it is."""
+    """Remove the intermediate files of a job. `plan.json` goes last, so that an interruption leaves a job that can be resumed."""
     _clear(work)
     for name in LAST:
         _remove_file(work, name)
@@ -133,7 +139,7 @@ def remove_work(work: str) -> None:
 
 
 def discard_parts(work: str, stamps: Iterable[str]) -> None:
-    """Remove parts that are not asked for."""
+    """Remove the files of these parts."""
     fs, path = filesystem(work)
     with write_errors_as_data_errors(work):
         for stamp in stamps:
@@ -146,8 +152,8 @@ def _clear(work: str) -> None:
     with write_errors_as_data_errors(work):
         if not fs.exists(path):
             return
-        found = fs.ls(path, detail=False) if is_local(fs) else fs.find(path)
-        if rest := [name for name in found if name.rpartition("/")[2] not in LAST]:
+        names = fs.ls(path, detail=False) if is_local(fs) else fs.find(path)
+        if rest := [name for name in names if name.rpartition("/")[2] not in LAST]:
             fs.rm(rest, recursive=is_local(fs))
 
 
@@ -158,8 +164,8 @@ def _remove_file(work: str, name: str) -> None:
             fs.rm_file(path)
 
 
-def read_json(location: str) -> Facts | None:
-    """The JSON object at `location`, or None where there is none."""
+def read_json(location: str) -> Record | None:
+    """Read the JSON object at `location`. None where there is no file. Raises DataError for a damaged file."""
     fs, path = filesystem(location)
     with read_errors_as_data_errors(location, damaged=""):
         try:
@@ -167,24 +173,24 @@ def read_json(location: str) -> Facts | None:
         except FileNotFoundError:
             return None
     try:
-        found: Facts = json.loads(content)
+        record: Record = json.loads(content)
     except ValueError as error:
         raise DataError(f"{location} is damaged ({error}). {DAMAGED}") from error
-    return found
+    return record
 
 
-def write_json(location: str, content: Facts) -> None:
-    """Write a JSON object, whole or not at all."""
+def write_json(location: str, content: Record) -> None:
+    """Write a JSON object, completely or not at all."""
     with write_errors_as_data_errors(location):
         write_atomic(location, json.dumps(content, indent=1).encode())
 
 
 @contextmanager
 def exclusive_lock(output: str) -> Iterator[None]:
-    """Keep other processes on this machine from preparing the same local folder; on S3 nobody is kept away.
+    """Hold a lock on a local folder, so that no other process of this machine prepares it. On S3 there is no lock.
 
-    Raises ConfigError where another one does. The lock goes with the process, however that ends. File systems without locks
-    are a warning.
+    Raises ConfigError where another process holds the lock. The lock ends with the process, even if it is killed. A file system
+    without locks is logged as a warning.
     """
     import fcntl
 
@@ -203,7 +209,7 @@ def exclusive_lock(output: str) -> Iterator[None]:
         os.close(handle)
         raise ConfigError(f"{output}: another prepare is at work in this folder. Wait for its end.") from None
     except OSError as error:
-        log.warning("%s: no lock can be had there (%s): nothing keeps a second prepare away", output, error)
+        log.warning("%s: this file system has no locks (%s): do not run a second prepare there", output, error)
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
-"""The second stage of `prepare`, on the driver: which rows stay, and which of them each shard gets.
+"""The second stage of `prepare`, on the driver: which rows are written, and to which shard.
 
-Of every row it holds the digest and its place: at most 58 bytes a row, 122 where equal images are left out.
+The driver holds the digest and the position of every row: at most 58 bytes a row, 122 with `unique`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from nev.data import labels
 from nev.data.labels import ClassNames, Names
-from nev.data.prepare.job_state import Facts
+from nev.data.prepare.job_state import Record
 from nev.data.prepare.scatter import PartKeys, assign_bucket
 from nev.data.uids import KEY, Keys
 
@@ -24,8 +24,11 @@ DUPLICATE_UID = "duplicate uid"
 class Order(NamedTuple):
     """The rows of a set, in the order of their digests.
 
-    kept: digests of those that stay, bytes. left_out: int64 places in the input of the others, and left_digests, bytes.
-    offsets: int64 [runs, buckets + 1] of all runs.
+    digests: bytes, digests of the rows that are written.
+    left_out: int64, positions in the input of the rows that are not written.
+    left_out_digests: bytes, digests of these rows.
+    offsets: int64 [runs, buckets + 1], of all runs.
+    dropped: number of rows that are not written, by reason.
     """
 
     digests: Keys
@@ -36,9 +39,12 @@ class Order(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """What a shard gets: the rows with digests from `low` to `high`, save those at the places `left_out` in the input.
+    """The rows of a shard: those with digests from `low` to `high`, but for the rows that are left out.
 
-    ranges: int64 [runs, 2], the bytes of each run that hold these rows, and at both ends some that belong to neighbours.
+    number: of the shard.
+    rows: how many.
+    ranges: int64 [runs, 2], the range of bytes of each run that holds these rows. It also holds rows of the neighbouring shards.
+    left_out: int64, positions in the input of the rows that are left out.
     """
 
     number: int
@@ -50,45 +56,48 @@ class Shard(NamedTuple):
 
 
 def compute_order(parts: Sequence[PartKeys]) -> Order:
-    """Put the rows in order. Of equal uids the first in the input stays, then of equal images, where hashes are given."""
+    """Sort the rows by digest. Of rows with the same uid, then with the same image hash, only the first in the input stays."""
     digests = np.concatenate([part.digests for part in parts])
     images = np.concatenate([part.images for part in parts])
     stays = np.ones(len(digests), bool)
     order = np.argsort(digests, kind="stable")
     digests = digests[order]
-    again = order[1:][_equal_before(digests)]
-    stays[again] = False
-    dropped = {DUPLICATE_UID: len(again)}
+    repeated = order[1:][_equals_previous(digests)]
+    stays[repeated] = False
+    dropped = {DUPLICATE_UID: len(repeated)}
     if len(images):
         rest = np.flatnonzero(stays)
-        known = images[rest]
-        by_image = np.argsort(known, kind="stable")
-        again = rest[by_image[1:][_equal_before(known[by_image])]]
-        stays[again] = False
-        dropped["duplicate image"] = len(again)
+        hashes = images[rest]
+        by_image = np.argsort(hashes, kind="stable")
+        repeated = rest[by_image[1:][_equals_previous(hashes[by_image])]]
+        stays[repeated] = False
+        dropped["duplicate image"] = len(repeated)
     stays = stays[order]
     offsets = np.concatenate([part.offsets for part in parts])
-    found = {reason: count for reason, count in dropped.items() if count}
-    return Order(digests[stays], order[~stays], digests[~stays], offsets, found)
+    reasons = {reason: count for reason, count in dropped.items() if count}
+    return Order(digests[stays], order[~stays], digests[~stays], offsets, reasons)
 
 
-def _equal_before(keys: Keys) -> NDArray[np.bool_]:
-    """Of sorted keys, save the first: whether it equals the one before it."""
+def _equals_previous(keys: Keys) -> NDArray[np.bool_]:
+    """For each of the sorted `keys` but the first, whether it equals the key before it."""
     return np.asarray(keys[1:] == keys[:-1])
 
 
 def find_shard(order: Order, number: int, rows_per_shard: int) -> Shard:
-    """What shard `number` gets: `rows_per_shard` rows, the last one of a set the rest."""
+    """The rows of shard `number`: `rows_per_shard` rows, fewer in the last shard."""
     own = order.digests[number * rows_per_shard : (number + 1) * rows_per_shard]
     low, high = (bytes(digest).ljust(KEY.itemsize, b"\0") for digest in (own[0], own[-1]))  # NumPy strips zeros
-    first, end = np.searchsorted(order.left_out_digests, low), np.searchsorted(order.left_out_digests, high, side="right")
+    first, end = (
+        np.searchsorted(order.left_out_digests, low),
+        np.searchsorted(order.left_out_digests, high, side="right"),
+    )
     buckets = order.offsets.shape[1] - 1
     ranges = order.offsets[:, [assign_bucket(low, buckets), assign_bucket(high, buckets) + 1]]
     return Shard(number, len(own), low, high, ranges, order.left_out[first:end])
 
 
-def merge_keys(parts: Sequence[Facts], known: ClassNames | None) -> Facts:
-    """What all parts together say. Raises ConfigError where they call a label by two names."""
+def merge_keys(parts: Sequence[Record], known: ClassNames | None) -> Record:
+    """Merge the records of all parts into the start of `plan.json`. Raises ConfigError where a label has two names."""
     dropped: Counter[str] = Counter()
     names: Names = {}
     highest = max(part["highest"] for part in parts)

@@ -1,7 +1,7 @@
-"""The quickstart's pictures: drawn where there is nothing yet, and never over files that the quickstart did not make.
+"""The pictures of the quickstart. They are drawn into empty folders, and never over files that the quickstart did not make.
 
-Each split that is drawn here has a record, `_quickstart.json`: how the split was asked for and, once it is complete, the names
-and sizes of its shards. A folder without the record belongs to the user.
+Each split that is drawn here has a record, `_quickstart.json`: the settings of the split and, once it is complete, the names and
+sizes of its shards. A folder without the record belongs to the user.
 """
 
 from __future__ import annotations
@@ -71,21 +71,27 @@ def _parent_of_splits(data: Data) -> Path:
 
 
 def _state(split: Path, settings: dict[str, Any]) -> Literal["absent", "drawn", "stale", "foreign"]:
-    """What a split's folder holds: nothing; the pictures asked for; others that were drawn here; files of the user."""
+    """The state of a split's folder.
+
+    absent: the folder is missing or empty.
+    drawn: it holds the pictures of these settings.
+    stale: it holds pictures of other settings, or an unfinished split, of the quickstart.
+    foreign: it holds files of the user.
+    """
     if not split.exists() or not any(split.iterdir()):
         return "absent"
     try:
         record = json.loads((split / RECORD).read_text(encoding="utf-8"))
-        wanted, shards = record["settings"], record["shards"]
+        drawn_with, shards = record["settings"], record["shards"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return "foreign"
     if shards is not None and shards != _shards(split):
-        return "foreign"  # the user has put files there since
-    return "drawn" if shards and wanted == settings and not (split / WORK_FOLDER).exists() else "stale"
+        return "foreign"  # the user has put files there later
+    return "drawn" if shards and drawn_with == settings and not (split / WORK_FOLDER).exists() else "stale"
 
 
 def _shards(split: Path) -> dict[str, int]:
-    """The parquet files of a folder: name to bytes."""
+    """Size in bytes of each parquet file of a folder, by name."""
     return {path.name: path.stat().st_size for path in sorted(split.glob("*.parquet"))}
 
 

@@ -1,8 +1,7 @@
-"""A shard: a DFN-style parquet file of rows, in row groups of a set size.
+"""A shard: a DFN-style parquet file of rows, in row groups of a fixed size.
 
-Layout: `image` is stored as it is (JPEG does not compress further), the rest with zstd. Row order is random, so
-min/max statistics would tell a reader nothing, except those of `label`, which keep their null count. The same rows give the
-same bytes, however they came together.
+`image` is stored without compression (JPEG does not compress further), the other columns with zstd. The order of rows is random,
+so min/max statistics are of no use. Only `label` has statistics, for its null count. The same rows always give the same bytes.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ SCHEMA = pa.schema(
         "label_name": pa.string(),
     }
 )
-OPTIONAL = ("label", "label_name")  # columns that a shard has if any row of the set has a value there
+OPTIONAL = ("label", "label_name")  # columns that shards have only if a row of the set has a value
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How many rows a file and a row group have, and whether older shards in the folder may be replaced."""
+    """Sizes of shards and row groups, in rows. overwrite: older shards in the folder may be replaced."""
 
     rows_per_shard: int = 8192
     row_group_rows: int = 256
@@ -55,21 +54,21 @@ def shard_location(folder: str, number: int) -> str:
 
 
 def list_shards(folder: str) -> dict[str, int]:
-    """File name -> bytes of the shards in `folder` (path or URL); none where there is no such folder.
+    """Size in bytes of each shard in `folder` (path or URL), by file name. Empty for a missing folder.
 
-    Raises ConfigError for other parquet files there, or in a folder below: they would be read as part of the split.
+    Raises ConfigError for other parquet files at any depth, which would be read as part of the split.
     """
     fs, path = filesystem(folder)
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     with read_errors_as_data_errors(folder, damaged=""):
         for below, folders, entries in fs.walk(path, detail=True, on_error="raise") if fs.exists(path) else ():
             for name in [name for name in folders if name[0] in "._"]:
-                del folders[name]  # not walked: the work of a prepare, the sidecars
+                del folders[name]  # skip intermediate files and sidecars
             prefix = f"{below[len(path) :].strip('/')}/".lstrip("/")
-            found |= {
+            sizes |= {
                 f"{prefix}{name}": entry["size"] for name, entry in entries.items() if name and name[0] not in "._"
             }
-    files = {name: size for name, size in sorted(found.items()) if name.endswith(".parquet")}
+    files = {name: size for name, size in sorted(sizes.items()) if name.endswith(".parquet")}
     shards = {name: size for name, size in files.items() if re.fullmatch(r"\d{5,}\.parquet", name)}
     if foreign := [name for name in files if name not in shards]:
         raise ConfigError(
@@ -80,16 +79,20 @@ def list_shards(folder: str) -> dict[str, int]:
 
 
 def infer_schema(optional: Collection[str], several: bool) -> pa.Schema:
-    """The columns of a set's shards: of `OPTIONAL` those that occur, and lists of captions if any row has `several`."""
+    """The schema of a set's shards.
+
+    optional: the columns of `OPTIONAL` that occur.
+    several: a row has several captions, so that captions are lists.
+    """
     fields = [field for field in SCHEMA if field.name not in OPTIONAL or field.name in optional]
     single = pa.field("caption", pa.string())
     return pa.schema([single if field.name == "caption" and not several else field for field in fields])
 
 
 def write_shard(sink: Any, groups: Iterable[list[Row]], schema: pa.Schema) -> None:
-    """Write the rows of each of `groups` as one row group to the path or file `sink`."""
-    listed = pa.types.is_list(schema.field("caption").type)
-    columns = ["caption.list.element" if listed and name == "caption" else name for name in schema.names]
+    """Write each list of rows as one row group to the path or file `sink`."""
+    is_list = pa.types.is_list(schema.field("caption").type)
+    columns = ["caption.list.element" if is_list and name == "caption" else name for name in schema.names]
     with pq.ParquetWriter(
         sink,
         schema,
@@ -102,9 +105,9 @@ def write_shard(sink: Any, groups: Iterable[list[Row]], schema: pa.Schema) -> No
 
 
 def build_table(rows: list[Row], schema: pa.Schema) -> pa.Table:
-    """The rows as a table of the columns in `schema`."""
+    """A table of the rows, with the columns of `schema`."""
     columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in schema.names}
     captions = [parse_captions(row["caption"]) for row in rows]
-    one = schema.field("caption").type == pa.string()
-    columns["caption"] = [first for (first,) in captions] if one else captions
+    single = schema.field("caption").type == pa.string()
+    columns["caption"] = [first for (first,) in captions] if single else captions
     return pa.table(columns, schema=schema)

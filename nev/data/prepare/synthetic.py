@@ -1,10 +1,10 @@
-"""A captioned picture set that needs no network: coloured shapes, counted and placed, on varied backgrounds.
+"""A set of captioned pictures that needs no network: coloured shapes in groups, on varied backgrounds.
 
-A picture holds one to three copies of one shape in one colour, as a group at the left, right, top, bottom or in the
-middle. Its class is "<colour> <shape>"; its caption also says how many, where, and at times on what background. Train
-and val have the same classes and templates of their own, so no val caption equals a train caption.
+A picture holds one to three copies of one shape in one colour, as a group at the left, right, top, bottom or in the middle. The
+class is "<colour> <shape>". The caption also names the number, the place, and sometimes the background. Train and val have the
+same classes but different templates, so no val caption equals a train caption.
 
-`render` is a pure function of (index, seed, split): rows can be made in any order and in any process.
+`render` is a pure function of (index, seed, split): rows can be drawn in any order and in any process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageOps
 
 from nev.config.base import ConfigError
-from nev.data.prepare.pipeline import Progress, PrepareReport, prepare
+from nev.data.prepare.pipeline import PrepareReport, Progress, prepare
 from nev.data.prepare.shards import Layout
 from nev.data.rows import Row
 from nev.data.sources.common import make_source
@@ -42,15 +42,15 @@ COLOURS: dict[str, RGB] = {
 }
 
 
-def _around(count: int, *radii: float) -> list[Point]:
-    """Points on circles of these radii in turn, the first one at the top."""
+def _circle_points(count: int, *radii: float) -> list[Point]:
+    """Points around the centre, the first at the top. Point k lies at radius number k mod len(radii)."""
     turns = [(2 * math.pi * k / count, radii[k % len(radii)]) for k in range(count)]
     return [(radius * math.sin(angle), -radius * math.cos(angle)) for angle, radius in turns]
 
 
 def _ring(outer: float, inner: float) -> list[Point]:
-    """One outline that runs along the outer circle and back along the inner one, so that the hole stays open."""
-    rim, hole = _around(40, outer), _around(40, inner)
+    """One outline along the outer circle and back along the inner circle, so that the hole stays open."""
+    rim, hole = _circle_points(40, outer), _circle_points(40, inner)
     return [*rim, rim[0], hole[0], *hole[::-1]]
 
 
@@ -58,14 +58,14 @@ def _ring(outer: float, inner: float) -> list[Point]:
 SHAPES: dict[str, list[Point]] = {
     "square": [(-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)],
     "triangle": [(0, -0.95), (1.0, 0.8), (-1.0, 0.8)],
-    "star": _around(10, 1.08, 0.45),
+    "star": _circle_points(10, 1.08, 0.45),
     "ring": _ring(0.96, 0.56),
     "cross": [(-0.27, -1), (0.27, -1), (0.27, -0.27), (1, -0.27), (1, 0.27), (0.27, 0.27),
               (0.27, 1), (-0.27, 1), (-0.27, 0.27), (-1, 0.27), (-1, -0.27), (-0.27, -0.27)],
 }  # fmt: skip
 CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 NUMBERS = ("one", "two", "three")
-NUMBER_ODDS = (1 / 2, 5 / 6)  # running totals: half of the pictures have one, a third two, a sixth three
+NUMBER_ODDS = (1 / 2, 5 / 6)  # cumulative: half of the pictures have one copy, a third two, a sixth three
 TONES = ("light", "dark")
 GROUNDS = ("plain", "gradient", "spotty", "striped", "checked")
 
@@ -102,11 +102,11 @@ TEMPLATES = {
 }
 SIDES = (72, 200)  # pixels
 SUPERSAMPLE = 2
-PICTURE_BYTES = 5_000  # about
+PICTURE_BYTES = 5_000  # rough size of a picture
 
 
 class Scene(NamedTuple):
-    """What a picture shows, and the sentence that says so."""
+    """The content of a picture, and its caption."""
 
     label: int
     number: int
@@ -117,7 +117,7 @@ class Scene(NamedTuple):
 
 
 def describe(index: int, seed: int, split: str) -> Scene:
-    """The scene of row `index`. Classes take turns by index, so any len(CLASSES) rows on end have each of them once."""
+    """The scene of row `index`. The class is index mod len(CLASSES), so len(CLASSES) consecutive rows have each class once."""
     rng = random.Random(f"scene/{seed}/{split}/{index}")
     label = index % len(CLASSES)
     colour, shape = CLASSES[label].split()
@@ -132,9 +132,9 @@ def describe(index: int, seed: int, split: str) -> Scene:
 
 
 def render(index: int, seed: int, split: str) -> Row:
-    """Row `index` of a split ("train" or "val"): the same bytes for the same arguments.
+    """Row `index` of a split ("train" or "val"). The same arguments give the same bytes.
 
-    image: JPEG of quality 60 to 95, sides of 72 to 200 px with a ratio of at most 6:5.
+    The image is a JPEG of quality 60 to 95, with sides of 72 to 200 px and a ratio of at most 6:5.
     """
     scene = describe(index, seed, split)
     rng = random.Random(f"pixels/{seed}/{split}/{index}")
@@ -156,7 +156,7 @@ def render(index: int, seed: int, split: str) -> Row:
 
 
 def _background(rng: random.Random, size: tuple[int, int], tone: str, ground: str) -> Image.Image:
-    """RGB of `size`, two greyish tints of one tone blended by a grey pattern."""
+    """An RGB image of `size`: two greyish tints of one tone, blended by a grey pattern."""
     low, high = (176, 212) if tone == "light" else (16, 48)
     if ground == "plain":
         return Image.new("RGB", size, _tint(rng, low, high))
@@ -187,13 +187,13 @@ def _tint(rng: random.Random, low: int, high: int) -> RGB:
 def _draw_group(
     rng: random.Random, image: Image.Image, colour: RGB, outline: list[Point], number: int, place: str
 ) -> None:
-    """Draw `number` copies in one colour, evenly spaced with some jitter, all at `place`."""
+    """Draw `number` copies of a shape in one colour at `place`, evenly spaced with some jitter."""
     width, height = image.size
     short = min(width, height)
     cell = short * {1: rng.uniform(0.56, 0.64), 2: 0.47, 3: 0.325}[number] * rng.uniform(0.94, 1)
     tall = place in ("left", "right") or (place == "middle" and rng.random() < 0.5)
     spots = [(0.0, k - (number - 1) / 2) if tall else (k - (number - 1) / 2, 0.0) for k in range(number)]
-    near = max(0.22, 0.55 * cell / short)  # share of a side: an edge, but inside a centred crop
+    near = max(0.22, 0.55 * cell / short)  # distance from an edge as a share of the side, still inside a centred crop
     free = (number == 1) * 0.04
     along, across = rng.uniform(0.5 - free, 0.5 + free), rng.uniform(near, near + 0.03)
     x, y = {
@@ -207,25 +207,27 @@ def _draw_group(
     draw = ImageDraw.Draw(image)
     for dx, dy in spots:
         angle, radius = rng.uniform(-0.08, 0.08), cell / 2 * rng.uniform(0.9, 0.96)
-        at = (x * width + (dx + rng.uniform(-0.03, 0.03)) * cell, y * height + (dy + rng.uniform(-0.03, 0.03)) * cell)
-        points = _placed(outline, at, 0.86 * radius, angle)
-        # A white rim, as on a sticker: the edge of an object looks the same on every background.
+        centre_x = x * width + (dx + rng.uniform(-0.03, 0.03)) * cell
+        centre_y = y * height + (dy + rng.uniform(-0.03, 0.03)) * cell
+        points = _transform(outline, (centre_x, centre_y), 0.86 * radius, angle)
+        # A white rim makes the edge of an object look the same on every background.
         draw.line([*points, *points[:2]], fill=(255, 255, 255), width=round(0.24 * radius), joint="curve")
         draw.polygon(points, fill=fill)
 
 
-def _placed(outline: list[Point], at: Point, radius: float, angle: float) -> list[Point]:
+def _transform(outline: list[Point], centre: Point, radius: float, angle: float) -> list[Point]:
+    """The outline, rotated by `angle` (radians), scaled by `radius` and moved to `centre`."""
     sine, cosine = radius * math.sin(angle), radius * math.cos(angle)
-    return [(at[0] + cosine * x - sine * y, at[1] + sine * x + cosine * y) for x, y in outline]
+    return [(centre[0] + cosine * x - sine * y, centre[1] + sine * x + cosine * y) for x, y in outline]
 
 
 def render_all(count: int, seed: int, split: str, processes: int = 1) -> Iterator[Row]:
-    """Rows 0 to count - 1 of a split, in order, drawn by this many processes."""
+    """Rows 0 to count - 1 of a split, in order. processes: number of processes that draw."""
     row = partial(render, seed=seed, split=split)
     if processes == 1:
         yield from map(row, range(count))
         return
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy Arrow's locks in whatever state they are
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy Arrow's locks, some of them held
     with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
         yield from pool.map(row, range(count), chunksize=64)
 
@@ -240,22 +242,23 @@ def write_synthetic(
     layout: Layout | None = None,
     progress: Progress | None = None,
 ) -> dict[str, PrepareReport]:
-    """Write folder/train, folder/val (parquet shards) and folder/classes.txt; return the report of each split.
+    """Write folder/train, folder/val (parquet shards) and folder/classes.txt. Returns the report of each split.
 
-    train, val: pictures, at least len(CLASSES) each, so that every class is in both. The other settings are those of
-    `render_all` and `nev.data.prepare.pipeline.prepare`. Raises ConfigError for too few
-    pictures, or if there are shards already and `layout.overwrite` is not set.
+    train, val: pictures of a split, at least len(CLASSES), so that every class is in both.
+
+    The other settings are those of `render_all` and `nev.data.prepare.pipeline.prepare`. Raises ConfigError for too few pictures,
+    and where shards exist and `layout.overwrite` is not set.
     """
     counts = {"train": train, "val": val}
     for split, count in counts.items():
         if count < len(CLASSES):
-            raise ConfigError(f"{split}: {count} pictures can't show all {len(CLASSES)} classes; ask for more")
+            raise ConfigError(f"{split}: {count} pictures cannot show all {len(CLASSES)} classes; ask for more")
     return {
         split: prepare(
             make_source(
                 render_all(count, seed, split, processes),
                 nbytes=count * PICTURE_BYTES,
-                facts={"source": "synthetic", "split": split, "pictures": count},
+                spec={"source": "synthetic", "split": split, "pictures": count},
             ),
             join(str(folder), split),
             seed=seed,

@@ -86,7 +86,7 @@ class Source(NamedTuple):
     parts: Sequence[Part]
     read: Callable[[Any], Iterable[Row]]
     nbytes: int
-    facts: dict[str, Any] | None
+    spec: dict[str, Any] | None
 
 
 def iterate_rows(source: Source) -> Iterator[Row]:
@@ -94,9 +94,9 @@ def iterate_rows(source: Source) -> Iterator[Row]:
     return chain.from_iterable(source.read(part.content) for part in source.parts)
 
 
-def make_source(rows: Iterable[Row], nbytes: int = 0, facts: dict[str, Any] | None = None) -> Source:
+def make_source(rows: Iterable[Row], nbytes: int = 0, spec: dict[str, Any] | None = None) -> Source:
     """The source of rows at hand: one part, read in this process."""
-    return Source([Part("rows", rows)], iter, nbytes, facts)
+    return Source([Part("rows", rows)], iter, nbytes, spec)
 
 
 def fill_templates(templates: tuple[str, ...], name: str) -> list[str]:

@@ -227,7 +227,7 @@ def _key(source: Source, view: View) -> str:
     """What the embeddings depend on beside the model."""
     seen = [
         VERSION,
-        source.facts,
+        source.spec,
         [part.stamp for part in source.parts],
         view.size,
         view.limits.model_dump(),

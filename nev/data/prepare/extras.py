@@ -1,0 +1,38 @@
+"""The files beside the folder of a split: classes.txt, which all splits share, and the contact sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from nev.config.data import Limits
+from nev.data import labels
+from nev.data.prepare.contact_sheet import draw_contact_sheet
+from nev.data.prepare.job_state import Record
+from nev.data.prepare.shards import shard_location
+from nev.data.sources.common import parent_folder
+from nev.storage.files import join, write_atomic
+from nev.storage.reading import write_errors_as_data_errors
+
+
+def write_extras(output: str, plan: Record, limits: Limits, note: Callable[[str], None]) -> tuple[str | None, str]:
+    """Write classes.txt and the contact sheet. Returns their locations; None for a classes.txt that does not exist."""
+    parent, name = parent_folder(output), output.rpartition("/")[2]
+    classes, samples = join(parent, "classes.txt"), join(parent, f"{name}-samples.png")
+    class_names = labels.read_class_names(classes)
+    if class_names:  # another split may have written the file in the meantime
+        for label, class_name, uid in plan["named"]:
+            labels.add_name({}, label, class_name, uid, class_names)
+    exists = class_names is not None
+    if plan["names"] and not exists:
+        with write_errors_as_data_errors(classes):
+            write_atomic(classes, "".join(f"{name}\n" for name in plan["names"]).encode())
+        exists = True
+    if plan["labelled"] and not exists:
+        note(
+            f"{classes} is not written: the rows that were kept do not name every label from 0 to the highest. "
+            "Scoring by class needs that file: one name a line, in the order of the labels."
+        )
+    sheet = draw_contact_sheet(shard_location(output, 0), limits)
+    with write_errors_as_data_errors(samples):
+        write_atomic(samples, sheet)
+    return (classes if plan["labelled"] and exists else None), samples
