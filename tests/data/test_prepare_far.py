@@ -272,7 +272,7 @@ def test_what_s3_lacks_is_named(s3: Proxy, tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             SOURCES["webdataset"]([inputs], SourceOptions())
-    with pytest.raises(ConfigError, match=r"s3://bucket/in: folders of pictures are read from disks alone"):
+    with pytest.raises(ConfigError, match=r"s3://bucket/in: folders of pictures are read from local disks alone"):
         SOURCES["folder-classes"](["s3://bucket/in"], SourceOptions(templates=("a {}",)))
     with pytest.raises(ConfigError, match=r"s3://bucket: a bucket alone cannot be a split"):
         make("s3://bucket")  # type: ignore[arg-type]

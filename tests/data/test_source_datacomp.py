@@ -82,8 +82,8 @@ def test_a_uid_that_is_no_text_is_not_in_the_metadata(tmp_path: Path) -> None:
         ({"uid": [A], "alt": ["a"]}, {}, r"m\.parquet: no caption column 'text' or 'caption'"),
         ({"uid": [A], "text": ["a"]}, {"columns": Columns(caption="alt")}, r"m\.parquet: no caption column 'alt'"),
         ({"uid": [A], "text": ["a"]}, {"score": "sim"}, r"m\.parquet: no score column 'sim'"),
-        ({"uid": [A], "text": ["a"], "sim": ["1"]}, {"score": "sim"}, "column 'sim' can't be the score: it is string"),
-        ({"uid": [1], "text": ["a"]}, {}, "column 'uid' can't be the uid: it is int64"),
+        ({"uid": [A], "text": ["a"], "sim": ["1"]}, {"score": "sim"}, "column 'sim' cannot be the score: it is string"),
+        ({"uid": [1], "text": ["a"]}, {}, "column 'uid' cannot be the uid: it is int64"),
     ],
 )
 def test_metadata_without_a_column_are_refused(

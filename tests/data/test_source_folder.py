@@ -153,7 +153,7 @@ def test_a_link_out_of_the_folder_of_classes_is_rejected(tmp_path: Path) -> None
 def test_what_is_no_folder_of_classes_is_refused(tmp_path: Path) -> None:
     files(tmp_path, "flat/1.jpg", "holed/a/1.jpg", "holed/b/notes.txt", "file.jpg")
     for folder, message in (
-        ("flat", r"flat: no sub-folder with pictures, one a class \(it holds: \.jpg\)"),
+        ("flat", r"flat: no sub-folder with pictures, one for each class \(it holds: \.jpg\)"),
         ("holed", r"holed/b: a class without pictures"),
         ("file.jpg", r"file\.jpg: this is a file"),
     ):

@@ -124,10 +124,10 @@ def test_relative_and_absolute_inputs_may_be_mixed(tmp_path: Path, monkeypatch: 
         ),
         (DEFAULT, r"x\.parquet: no caption column .*--caption, or make captions from class names with --template"),
         (SourceOptions(templates=("a {}",)), r"x\.parquet: templates need class names"),
-        (SourceOptions(columns=Columns(caption="label")), "column 'label' can't be the caption: it is int64"),
+        (SourceOptions(columns=Columns(caption="label")), "column 'label' cannot be the caption: it is int64"),
         (
             SourceOptions(columns=Columns(image="label", caption="label")),
-            "column 'label' can't be the image: it is int64",
+            "column 'label' cannot be the image: it is int64",
         ),
         (SourceOptions(columns=Columns(caption="label"), templates=("a {}",)), "or templates, not both"),
     ],
@@ -170,7 +170,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: py
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(ConfigError, match=r"in/closed: this folder can't be listed \(Permission denied\)"):
+    with pytest.raises(ConfigError, match=r"in/closed: this folder cannot be listed \(Permission denied\)"):
         find_files([tmp_path / "in"], (".tar",))
 
 

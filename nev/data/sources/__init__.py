@@ -1,4 +1,4 @@
-"""Foreign formats. Each is a function: (inputs, options) -> Source, whose rows come faults and all."""
+"""Readers of foreign formats. Each is a function (inputs, options) -> Source. A source yields rows with their faults."""
 
 from __future__ import annotations
 

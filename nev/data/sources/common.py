@@ -1,4 +1,4 @@
-"""What every reader of a foreign format shares: its settings, how its input is found, and how it is cut to parts."""
+"""What all readers of foreign formats share: the options, the search for input files, and the division into parts."""
 
 from __future__ import annotations
 
@@ -25,31 +25,34 @@ from nev.storage.files import filesystem, remedy, storage_errors
 from nev.storage.reading import read_errors_as_data_errors
 
 S3 = "s3://"
-FETCH_AGAIN = "Fetch it again, or take it out of the input."
+FETCH_AGAIN = "Fetch it again, or remove it from the input."
 
 
 class SourceOptions(Section):
-    """How to read a source. `templates` make the captions of a labelled set: '{}' stands for the class name.
-
-    captioned: whether rows must be able to have captions, as training wants; evaluation may need labels alone.
-    caption_lines: a tar's KEY.txt has a caption a line, as CLIP_benchmark writes them. score: the
-    column with the similarity of picture and caption. extra: columns, keys of the JSON or tar members that come along as they
-    are, under `extra` of a row. metadata: DataComp's parquet files or their folder.
-    tar_in_uid: the name of its tar is a part of a row's uid. part_bytes: files are grouped to parts of about this size, a
-    part is one task.
-    """
+    """How to read a source."""
 
     columns: Columns = Columns()
+    """Column names."""
     label_name: str | None = None
+    """Column of the class name."""
     templates: tuple[str, ...] = ()
+    """Captions of a labelled set, with '{}' for the class name."""
     captioned: bool = True
+    """The source must have captions, as training needs them. false: labels alone are enough, for evaluation."""
     caption_lines: bool = False
+    """A tar's KEY.txt has one caption per line, as CLIP_benchmark writes it."""
     score: str | None = None
+    """Column (or JSON key) with the similarity of picture and caption."""
     extra: tuple[str, ...] = ()
+    """Columns, JSON keys or tar members that are copied to `extra` of a row."""
     metadata: tuple[str, ...] = ()
+    """DataComp's metadata: parquet files, or their folder."""
     tar_in_uid: bool = False
+    """The name of its tar is part of a row's uid."""
     limits: Limits = Limits()
+    """Limits of an encoded image."""
     part_bytes: Positive = 512 * 2**20
+    """Size of a part, roughly. A part is a group of files that one task reads."""
 
     @field_validator("templates")
     @classmethod
@@ -61,7 +64,12 @@ class SourceOptions(Section):
 
 
 class File(NamedTuple):
-    """An input file. location: absolute path or s3:// URL. stamp: changes when the file does (mtime in ns, ETag)."""
+    """An input file.
+
+    location: absolute path or s3:// URL.
+    size: in bytes.
+    stamp: modification time in ns, or ETag: another value if the file changes.
+    """
 
     location: str
     size: int
@@ -69,18 +77,23 @@ class File(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What is read apart from the rest. stamp: changes when what is read does, and differs from part to part."""
+    """A part of the input, which one task reads.
+
+    stamp: unique among the parts; another value if the files of the part change.
+    content: argument of `Source.read`, such as a list of locations.
+    """
 
     stamp: str
     content: Any
 
 
 class Source(NamedTuple):
-    """Rows to come, cut to parts that are read apart from each other, in any process.
+    """A source of rows, in parts that any process can read by itself.
 
-    read: the rows of one part, from its content, in order; it and the parts can be pickled. nbytes: of the input, roughly.
-    facts: what the rows of any part depend on beside what its stamp stands for, as JSON; None for rows that can be read once
-    only.
+    parts: can be pickled.
+    read: yields the rows of a part, in order, given the part's content. Can be pickled.
+    nbytes: rough size of the input.
+    spec: the options on which the rows of all parts depend, as JSON. None for rows that can be read only once.
     """
 
     parts: Sequence[Part]
@@ -95,139 +108,142 @@ def iterate_rows(source: Source) -> Iterator[Row]:
 
 
 def make_source(rows: Iterable[Row], nbytes: int = 0, spec: dict[str, Any] | None = None) -> Source:
-    """The source of rows at hand: one part, read in this process."""
+    """Make a source of `rows`: one part, which is read in this process."""
     return Source([Part("rows", rows)], iter, nbytes, spec)
 
 
 def fill_templates(templates: tuple[str, ...], name: str) -> list[str]:
-    """The captions of a class: each template about its name, whose underscores are read as spaces."""
+    """The captions of a class: each template with the class name, in which underscores become spaces."""
     return [template.replace("{}", name.replace("_", " ")) for template in templates]
 
 
 def describe_options(kind: str, options: SourceOptions, **more: str) -> dict[str, Any]:
-    """What the rows of every part depend on, of whatever files it has."""
+    """The `spec` of a source: the kind, the options, and `more`."""
     return {"source": kind, **more, **options.model_dump(mode="json")}
 
 
 def hash_content(content: Any) -> str:
-    """A short digest of JSON."""
+    """A short hash of a JSON value."""
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=12).hexdigest()
 
 
 def group_files(files: Iterable[File], part_bytes: int) -> list[Part]:
-    """The locations of `files`, in order, in groups of `part_bytes` at most; a larger file is a group of its own."""
+    """Group the files, in order, into parts of at most `part_bytes`. A larger file is a part of its own."""
     groups: list[list[File]] = []
-    held = 0
+    group_bytes = 0
     for file in files:
-        if not groups or held + file.size > part_bytes:
+        if not groups or group_bytes + file.size > part_bytes:
             groups.append([])
-            held = 0
+            group_bytes = 0
         groups[-1].append(file)
-        held += file.size
+        group_bytes += file.size
     return [Part(hash_content(group), [file.location for file in group]) for group in groups]
 
 
 def find_files(inputs: Iterable[str | Path], suffixes: tuple[str, ...]) -> list[File]:
-    """The files that `inputs` name, sorted: each is a file, a folder (searched whole) or a glob pattern, here or on s3://.
+    """The files of the inputs, sorted. An input is a file, a folder (searched at all depths) or a glob pattern, local or on S3.
 
-    In a folder, files whose name or parent begins with '_' or '.' are left out. Raises ConfigError where an input gives
-    nothing, input_file what was found instead, and DataError where S3 can't be listed.
+    In a folder, files are left out whose name, or a folder of theirs, begins with '_' or '.'. Raises ConfigError for an input
+    without files, and DataError where S3 cannot be listed.
     """
     files: dict[str, File] = {}
-    for given in map(str, inputs):
-        found, folder = _remote(given) if given.startswith(S3) else _local(given)
+    for pattern in map(str, inputs):
+        matches, folder = _remote(pattern) if pattern.startswith(S3) else _local(pattern)
         if folder:
-            fitting = [file for file in found if file.location.endswith(suffixes)]
-            if not fitting:
-                names = {Path(file.location).suffix or Path(file.location).name for file in found}
+            matching = [file for file in matches if file.location.endswith(suffixes)]
+            if not matching:
+                names = {Path(file.location).suffix or Path(file.location).name for file in matches}
                 others = ", ".join(sorted(names)) or "nothing"
-                raise ConfigError(f"{given}: no {' or '.join(suffixes)} file in this folder (it holds: {others})")
-            found = fitting
-        if not found:
-            raise ConfigError(f"{given}: no such file or folder, and as a pattern it matches nothing")
-        files |= {file.location: file for file in found}
+                raise ConfigError(f"{pattern}: no {' or '.join(suffixes)} file in this folder (it holds: {others})")
+            matches = matching
+        if not matches:
+            raise ConfigError(f"{pattern}: no such file or folder, and as a pattern it matches nothing")
+        files |= {file.location: file for file in matches}
     if not files:
         raise ConfigError("a source needs at least one input: a file, a folder or a pattern")
     return sorted(files.values(), key=lambda file: file.location.split("/"))
 
 
 def refuse_inside(output: str, inputs: Iterable[str | Path]) -> None:
-    """Raise ConfigError for an output in a folder of the input: what is written there would be input the next time."""
-    at = _whole(output)
-    for given in map(str, inputs):
-        if f"{at}/".startswith(f"{_whole(given)}/"):
+    """Raise ConfigError for an output inside a folder of the input, since the next prepare would read it."""
+    resolved = _resolve(output)
+    for pattern in map(str, inputs):
+        if f"{resolved}/".startswith(f"{_resolve(pattern)}/"):
             raise ConfigError(
-                f"{output}: lies in the input {given}, so the next prepare would read what this one writes. Use a folder "
+                f"{output}: lies in the input {pattern}, so the next prepare would read the output of this one. Use a folder "
                 "beside it, or name the input's files by a pattern."
             )
 
 
-def _whole(location: str) -> str:
-    """The same location, absolute, and without links."""
+def _resolve(location: str) -> str:
+    """The location as an absolute path without links, or the URL."""
     if location.startswith(S3):
         return location.rstrip("/")
     return str(Path(location).expanduser().resolve())
 
 
-def _local(given: str) -> tuple[list[File], bool]:
+def _local(pattern: str) -> tuple[list[File], bool]:
     """The files of an input, and whether it is a folder."""
-    path = Path(given)
+    path = Path(pattern)
     if path.is_file():
-        return [_stamped(path)], False
+        return [_stat_file(path)], False
     if path.is_dir():
-        return [_stamped(file) for file in list_folder(path) if file.is_file()], True
+        return [_stat_file(file) for file in list_folder(path) if file.is_file()], True
     matches = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
-    return [_stamped(file) for file in matches if file.is_file()], False
+    return [_stat_file(file) for file in matches if file.is_file()], False
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """What lies in a folder of this machine at any depth, sorted, but for names with '_' or '.' in front.
+    """The files and folders in a local folder, at any depth, sorted, but for names that begin with '_' or '.'.
 
-    Raises ConfigError for a link to a folder: what is behind it would be left out, or be read again and again.
+    Raises ConfigError for a link to a folder, whose files would be left out or read several times.
     """
-    names = [Path(at, name) for at, folders, files in os.walk(folder, onerror=_refuse) for name in (*folders, *files)]
-    found = [path for path in sorted(names) if not hidden(path, folder)]
-    if linked := next((path for path in found if path.is_symlink() and path.is_dir()), None):
+    walk = os.walk(folder, onerror=_refuse)
+    paths = sorted(Path(parent, name) for parent, folders, files in walk for name in (*folders, *files))
+    entries = [path for path in paths if not is_hidden(path, folder)]
+    if linked := next((path for path in entries if path.is_symlink() and path.is_dir()), None):
         raise ConfigError(f"{linked}: {LINKED_FOLDER}")
-    return found
+    return entries
 
 
 def _refuse(error: OSError) -> None:
     raise ConfigError(
-        f"{error.filename}: this folder can't be listed ({error.strerror}). Allow it, or name the others."
+        f"{error.filename}: this folder cannot be listed ({error.strerror}). Allow it, or name the other folders."
     )
 
 
-def _remote(given: str) -> tuple[list[File], bool]:
-    fs, path = filesystem(given.rstrip("/"))
-    with read_errors_as_data_errors(given, damaged=""):
+def _remote(pattern: str) -> tuple[list[File], bool]:
+    fs, path = filesystem(pattern.rstrip("/"))
+    with read_errors_as_data_errors(pattern, damaged=""):
         if any(sign in path for sign in "*?["):
-            return [_listed(entry) for entry in fs.glob(path, detail=True).values() if entry["type"] == "file"], False
+            return [
+                _entry_file(entry) for entry in fs.glob(path, detail=True).values() if entry["type"] == "file"
+            ], False
         if not fs.exists(path):
             return [], False
         if fs.isfile(path):
-            return [_listed(fs.info(path))], False
+            return [_entry_file(fs.info(path))], False
         entries = fs.find(path, detail=True)
-    return [_listed(entry) for name, entry in entries.items() if not hidden(Path(name), Path(path))], True
+    return [_entry_file(entry) for name, entry in entries.items() if not is_hidden(Path(name), Path(path))], True
 
 
-def _stamped(path: Path) -> File:
-    found = path.stat()
-    # Not Path.resolve: a file's name is where it was found, whatever the links on the way.
-    return File(os.path.abspath(path), found.st_size, str(found.st_mtime_ns))  # noqa: PTH100
+def _stat_file(path: Path) -> File:
+    stat = path.stat()
+    # Path.resolve would follow links: the name of a file is the path by which it was found.
+    return File(os.path.abspath(path), stat.st_size, str(stat.st_mtime_ns))  # noqa: PTH100
 
 
-def _listed(entry: dict[str, Any]) -> File:
+def _entry_file(entry: dict[str, Any]) -> File:
     return File(f"{S3}{entry['name']}", entry["size"], str(entry.get("ETag") or entry.get("LastModified")))
 
 
-def hidden(path: Path, folder: Path) -> bool:
+def is_hidden(path: Path, folder: Path) -> bool:
     """Whether the name of `path`, or of a folder between it and `folder`, begins with '_' or '.'."""
     return any(part.startswith(("_", ".")) for part in path.relative_to(folder).parts)
 
 
 def shared_folder(folders: Iterable[str]) -> str:
-    """The deepest folder that holds all of `folders`, which are absolute paths or URLs."""
+    """The deepest common folder of `folders`, which are absolute paths or URLs."""
     shared: list[str] = []
     for names in zip(*(folder.split("/") for folder in folders), strict=False):
         if len(set(names)) > 1:
@@ -237,7 +253,7 @@ def shared_folder(folders: Iterable[str]) -> str:
 
 
 def relative_name(folder: str, location: str) -> str:
-    """The name of `location` from `folder`, which holds it."""
+    """The path of `location` relative to `folder`."""
     return location.removeprefix(folder).lstrip("/")
 
 
@@ -248,7 +264,7 @@ def parent_folder(location: str) -> str:
 
 @contextmanager
 def input_file(location: str, wanted: str) -> Iterator[None]:
-    """Turn what a damaged or unreachable file raises into a ConfigError: '<location>: not <wanted> (...)'."""
+    """Turn errors of a damaged or unreachable file into a ConfigError: '<location>: not <wanted> (...)'."""
     try:
         yield
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:

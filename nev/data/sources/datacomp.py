@@ -1,9 +1,9 @@
-"""Read DataComp: image tars as its downloader (img2dataset) writes them, joined by uid with the metadata parquet.
+"""Reads DataComp: image tars as its downloader (img2dataset) writes them, joined by uid with the metadata parquet.
 
-The metadata give the caption (`text`) and the score; columns as in https://github.com/mlfoundations/datacomp. A DFN is a
-list of uids over the same tars: a filter (`nev.data.prepare.filters`). The metadata are read once and shared by all tasks. In
-memory they take 24 bytes a row and the captions' own length, as arrays, and up to four times that while they are sorted; where
-that is too much, prepare some of the tars at a time, each time with their own metadata.
+The metadata have the caption (`text`) and the score, in columns as in https://github.com/mlfoundations/datacomp. A DFN is a list
+of uids over the same tars, and so a filter (`nev.data.prepare.filters`). The metadata are read once and shared by all tasks. In
+memory they take 24 bytes a row and the length of the captions, and up to four times that while they are sorted. Where memory is
+too small, prepare some of the tars at a time, with their metadata alone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ CAPTIONS = ("text", "caption")
 
 
 class Metadata(NamedTuple):
-    """What the join needs: keys [n], sorted, and in the same order texts [n] and, where a score is asked for, scores [n]."""
+    """The metadata of n rows, sorted by key.
+
+    keys: bytes [n].
+    texts: captions [n].
+    scores: float64 [n]. None where no score is needed.
+    """
 
     keys: Keys
     texts: pa.LargeStringArray
@@ -45,13 +50,13 @@ class Metadata(NamedTuple):
 
 
 def source(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
-    """The tars that `inputs` name, in parts of whole tars (see `read`), and the metadata, which are read here.
+    """The source of the tars in `inputs`. A part is some whole tars (see `read`). The metadata are read here.
 
     Raises ConfigError for metadata that are missing, not readable, or without the columns, and as `find_files` does.
     """
     tars = find_files(inputs, webdataset.SUFFIXES)
     if not options.metadata:
-        raise ConfigError("a DataComp source needs its metadata parquet (--metadata): they hold the captions")
+        raise ConfigError("a DataComp source needs its metadata parquet (--metadata), which has the captions")
     files = find_files(options.metadata, (".parquet",))
     return Source(
         group_files(tars, options.part_bytes),
@@ -62,19 +67,19 @@ def source(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
 
 
 def read(tars: Iterable[str], metadata: Metadata, options: SourceOptions) -> Iterator[Row]:
-    """Yield one row a key of the tars, with the caption and score that the metadata have for its uid.
+    """Yield one row for each key of the tars, with the caption and score of its uid in the metadata.
 
-    A uid that the metadata lack is rejected. Raises ConfigError as `webdataset.read` does.
+    A uid that is not in the metadata is rejected. Raises ConfigError as `webdataset.read` does.
     """
     for row in webdataset.read(tars, options.model_copy(update={"score": None})):
         if "reject" in row:
             yield row
-        elif (at := find_uid(metadata.keys, row["uid"])) is None:
+        elif (position := find_uid(metadata.keys, row["uid"])) is None:
             yield {**row, "reject": "uid not in the metadata"}
         else:
-            score = None if metadata.scores is None else metadata.scores[at].as_py()
+            score = None if metadata.scores is None else metadata.scores[position].as_py()
             try:
-                yield {**row, "caption": metadata.texts[at].as_py(), "score": score}
+                yield {**row, "caption": metadata.texts[position].as_py(), "score": score}
             except UnicodeDecodeError:
                 yield {**row, "reject": "caption not in UTF-8"}
 
@@ -95,27 +100,27 @@ def _load(files: list[str], options: SourceOptions) -> Metadata:
                 tables.append(pa.table(columns, names=["text", "score"][: len(names)]))
     if not tables:
         raise ConfigError(f"{files[0]}: the metadata have no rows")
-    every = np.concatenate(keys)
-    order = np.argsort(every, kind="stable")  # stable: of equal uids `find_uid` gives the first
+    all_keys = np.concatenate(keys)
+    order = np.argsort(all_keys, kind="stable")  # stable: of equal uids `find_uid` returns the first
     table = pa.concat_tables(tables).take(pa.array(order)).combine_chunks()
     scores = table.column("score").chunk(0) if "score" in table.column_names else None
-    return Metadata(every[order], table.column("text").chunk(0), scores)
+    return Metadata(all_keys[order], table.column("text").chunk(0), scores)
 
 
 def _columns(schema: pa.Schema, options: SourceOptions, path: str) -> list[str]:
-    """The names of uid, text and, where it is asked for, score."""
-    wanted: list[tuple[str, tuple[str, ...]]] = [
+    """The column names of uid, caption and, with `options.score`, score. Raises ConfigError for a missing or unfit column."""
+    roles: list[tuple[str, tuple[str, ...]]] = [
         ("uid", (options.columns.uid or "uid",)),
         ("caption", (options.columns.caption,) if options.columns.caption else CAPTIONS),
         *([("score", (options.score,))] if options.score else []),
     ]
-    found = []
-    for role, names in wanted:
+    columns = []
+    for role, names in roles:
         name = next((name for name in names if name in schema.names), None)
         if name is None:
             raise ConfigError(f"{path}: no {role} column {' or '.join(map(repr, names))} (columns: {schema.names})")
         kind = schema.field(name).type
         if not (pa.types.is_floating(kind) if role == "score" else kind in (pa.string(), pa.large_string())):
-            raise ConfigError(f"{path}: column {name!r} can't be the {role}: it is {kind}")
-        found.append(name)
-    return found
+            raise ConfigError(f"{path}: column {name!r} cannot be the {role}: it is {kind}")
+        columns.append(name)
+    return columns

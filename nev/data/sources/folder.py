@@ -1,6 +1,6 @@
-"""Read a folder of pictures: with a table of captions beside them, or with one sub-folder a class.
+"""Reads a folder of pictures: with a table of captions, or with one sub-folder for each class.
 
-A file is read only if it lies in the folder: a path or a link that leads out of it is rejected.
+A file is read only if it lies in the folder: a path or a link that leads out of the folder is rejected.
 """
 
 from __future__ import annotations
@@ -37,13 +37,18 @@ TABLES = (".csv", ".tsv", ".jsonl")
 FILE_COLUMNS = ("file_name", "filename", "file", "filepath", "image", "path")
 CAPTION_COLUMNS = ("caption", "text", "title")
 PART_PICTURES = 4096
-PICTURE_BYTES = 100_000  # a guess, where asking each file for its size would take long
+PICTURE_BYTES = 100_000  # an estimate, since a look at the size of each file would take long
 
 Captions = dict[str, list[str]]
 
 
 class Picture(NamedTuple):
-    """A file to read: the row that waits for its bytes, the folder that it must lie in, and its path."""
+    """A picture to read.
+
+    row: the row, still without the image.
+    folder: folder in which the file must lie.
+    path: of the file.
+    """
 
     row: Row
     folder: str
@@ -51,30 +56,35 @@ class Picture(NamedTuple):
 
 
 def captions(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
-    """One row a file that a table names, in the order of the tables; its lines, in whichever table, are its captions.
+    """The source of pictures with tables of captions: one row for each file in the tables, in the order of the tables.
 
-    `inputs` are the tables (.csv, .tsv, .jsonl, their first line or their keys naming the columns), or folders with
-    tables in them; paths in a table start at its own folder. uid: the path from the folder that all tables share. The
-    captions of all tables are held in memory. Raises ConfigError for a table that is not readable or lacks a column.
+    inputs: the tables (.csv, .tsv or .jsonl; the first line or the keys name the columns), or folders with tables in them.
+        Paths in a table are relative to the folder of the table.
+
+    uid: the path of the file, relative to the common folder of all tables.
+    caption: of all lines that name the file, in any table.
+
+    The captions of all tables are held in memory. Raises ConfigError for a table that is not readable or lacks a column.
     """
-    tables = find_files(_at_home(inputs), TABLES)
+    tables = find_files(_refuse_s3(inputs), TABLES)
     root = shared_folder(parent_folder(table.location) for table in tables)
-    found: dict[str, Picture] = {}
+    by_path: dict[str, Picture] = {}
     for table in tables:
         folder = parent_folder(table.location)
-        for name, said in _captions(Path(table.location), options).items():
+        for name, sentences in _read_captions(Path(table.location), options).items():
             path = str(Path(folder, name))
-            if path in found:
-                found[path].row["caption"] = [*parse_captions(found[path].row["caption"]), *said]
+            if path in by_path:
+                by_path[path].row["caption"] = [*parse_captions(by_path[path].row["caption"]), *sentences]
                 continue
-            row: Row = {"uid": str(PurePosixPath(relative_name(root, folder)) / name), "image": None, "caption": said}
+            uid = str(PurePosixPath(relative_name(root, folder)) / name)
+            row: Row = {"uid": uid, "image": None, "caption": sentences}
             if Path(name).suffix.lower() not in IMAGES:
                 row["reject"] = "not an image file"
-            found[path] = Picture(row, folder, path)
-    pictures = list(found.values())
+            by_path[path] = Picture(row, folder, path)
+    pictures = list(by_path.values())
     nbytes = len(pictures) * PICTURE_BYTES
     return Source(
-        _parts(pictures, _stamps(found)),
+        _parts(pictures, _stamps(by_path)),
         partial(read, limits=options.limits),
         nbytes,
         describe_options("captions", options),
@@ -82,32 +92,35 @@ def captions(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
 
 
 def classes(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
-    """One row an image file, sorted; the folder at the top of `inputs` is its class, and templates its captions.
+    """The source of folders with one sub-folder for each class: one row for each image file, sorted by path.
 
-    label: the position of the class among the sorted names of all `inputs`. uid: the path from the folder that they
-    share. Names that begin with '_' or '.' are left out. Raises ConfigError without templates where captions are needed, for an
-    input that is not a folder, without classes, or with a class without pictures.
+    uid: the path of the file, relative to the common folder of all inputs.
+    label: the position of the class among the sorted class names of all inputs.
+    caption: `options.templates` with the class name.
+
+    Names that begin with '_' or '.' are left out. Raises ConfigError for an input that is not a folder or has no classes, for a
+    class without pictures, and where captions are needed and there are no templates.
     """
-    roots = sorted({Path(os.path.abspath(root)): Path(root) for root in _at_home(inputs)}.items())  # noqa: PTH100
+    roots = sorted({Path(os.path.abspath(root)): Path(root) for root in _refuse_s3(inputs)}.items())  # noqa: PTH100
     if not roots:
-        raise ConfigError("a source needs at least one input: a folder with one sub-folder a class")
+        raise ConfigError("a source needs at least one input: a folder with one sub-folder for each class")
     if not options.templates and options.captioned:
         raise ConfigError("a folder of classes has no captions: make them with --template 'a photo of a {}.'")
-    found = [(root, file) for root, given in roots for file in _images(root, given)]
-    names = sorted({file.relative_to(root).parts[0] for root, file in found if file.parent != root})
+    files = [(root, file) for root, name in roots for file in _list_images(root, name)]
+    names = sorted({file.relative_to(root).parts[0] for root, file in files if file.parent != root})
     labels = {name: label for label, name in enumerate(names)}
-    said = {name: fill_templates(options.templates, name) for name in names}
+    sentences = {name: fill_templates(options.templates, name) for name in names}
     shared = shared_folder(str(root) for root, _ in roots)
     pictures = []
-    for root, file in found:
+    for root, file in files:
         row: Row = {"uid": relative_name(shared, str(file)), "image": None, "caption": None}
         if file.parent == root:
             row["reject"] = "not in the folder of a class"
         else:
             name = file.relative_to(root).parts[0]
-            row |= {"caption": said[name], "label": labels[name], "label_name": name}
+            row |= {"caption": sentences[name], "label": labels[name], "label_name": name}
         pictures.append(Picture(row, str(root), str(file)))
-    stamps = _stamps(str(file) for _, file in found)
+    stamps = _stamps(str(file) for _, file in files)
     nbytes = sum(size for size, _ in stamps.values())
     return Source(
         _parts(pictures, stamps),
@@ -118,7 +131,7 @@ def classes(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
 
 
 def read(pictures: Iterable[Picture], limits: Limits) -> Iterator[Row]:
-    """Yield the rows of `pictures`, the bytes of each file read if it lies in its folder and is no larger than the limit."""
+    """Yield the rows of `pictures`, with the bytes of each file that lies in its folder and is not above the size limit."""
     for picture in pictures:
         row = picture.row.copy()
         if "reject" not in row:
@@ -137,60 +150,62 @@ def _fill_in(row: Row, picture: Picture, limits: Limits) -> None:
             row["reject"] = f"image over {limits.max_bytes} bytes"
         else:
             row["image"] = real.read_bytes()
-    except (OSError, RuntimeError, ValueError):  # no permission; a link to itself; a zero byte in the name
+    except (OSError, RuntimeError, ValueError):  # RuntimeError: a link to itself. ValueError: a zero byte in the name
         row["reject"] = "file not readable"
 
 
 def _stamps(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """(bytes, mtime in ns) of those that are there; of a link itself, since what it leads to may be missing."""
-    found = {}
+    """(bytes, mtime in ns) of the existing files, by path. Of a link itself, not of its target, which may be missing."""
+    stamps = {}
     for path in paths:
         with suppress(OSError, ValueError):  # ValueError: a zero byte in the name
             entry = Path(path).lstat()
-            found[path] = entry.st_size, entry.st_mtime_ns
-    return found
+            stamps[path] = entry.st_size, entry.st_mtime_ns
+    return stamps
 
 
 def _parts(pictures: list[Picture], stamps: dict[str, tuple[int, int]] | None = None) -> list[Part]:
-    """`pictures` in parts, each known by its rows and, where they are given, (bytes, mtime in ns) of its files by path."""
-    parts = [pictures[at : at + PART_PICTURES] for at in range(0, len(pictures), PART_PICTURES)]
+    """Divide the pictures into parts. The stamp of a part is a hash of its rows and of the stamps of its files."""
+    parts = [pictures[start : start + PART_PICTURES] for start in range(0, len(pictures), PART_PICTURES)]
     return [
         Part(hash_content([[*picture, (stamps or {}).get(picture.path)] for picture in part]), part) for part in parts
     ]
 
 
-def _at_home(inputs: Iterable[str | Path]) -> list[str]:
-    given = [str(one) for one in inputs]
-    for one in given:
-        if one.startswith(S3):
+def _refuse_s3(inputs: Iterable[str | Path]) -> list[str]:
+    """The inputs as strings. Raises ConfigError for an s3:// URL."""
+    names = [str(name) for name in inputs]
+    for name in names:
+        if name.startswith(S3):
             raise ConfigError(
-                f"{one}: folders of pictures are read from disks alone. Copy it here, or make tars of it."
+                f"{name}: folders of pictures are read from local disks alone. Copy it here, or make tars of it."
             )
-    return given
+    return names
 
 
-def _images(root: Path, given: Path) -> list[Path]:
+def _list_images(root: Path, name: Path) -> list[Path]:
+    """The image files of a folder of classes. name: the folder as the user wrote it, for messages."""
     if not root.is_dir():
-        found = "this is a file" if root.exists() else "no such file or folder"
-        raise ConfigError(f"{given}: {found}. A folder with a sub-folder for each class is needed.")
-    there = list_folder(root)
-    images = [path for path in there if path.suffix.lower() in IMAGES and not path.is_dir()]
+        problem = "this is a file" if root.exists() else "no such file or folder"
+        raise ConfigError(f"{name}: {problem}. A folder with a sub-folder for each class is needed.")
+    entries = list_folder(root)
+    images = [path for path in entries if path.suffix.lower() in IMAGES and not path.is_dir()]
     full = {path.relative_to(root).parts[0] for path in images}
-    empty = [path.name for path in there if path.parent == root and path.is_dir() and path.name not in full]
+    empty = [path.name for path in entries if path.parent == root and path.is_dir() and path.name not in full]
     if not any(path.parent != root for path in images):
-        others = ", ".join(sorted({path.suffix or path.name for path in there})) or "nothing"
-        raise ConfigError(f"{given}: no sub-folder with pictures, one a class (it holds: {others})")
+        others = ", ".join(sorted({path.suffix or path.name for path in entries})) or "nothing"
+        raise ConfigError(f"{name}: no sub-folder with pictures, one for each class (it holds: {others})")
     if empty:
-        raise ConfigError(f"{given / empty[0]}: a class without pictures ({', '.join(IMAGES)}). Remove that folder.")
+        raise ConfigError(f"{name / empty[0]}: a class without pictures ({', '.join(IMAGES)}). Remove that folder.")
     return images
 
 
-def _captions(table: Path, options: SourceOptions) -> Captions:
-    """file name -> captions, in the order in which the table names them first."""
+def _read_captions(table: Path, options: SourceOptions) -> Captions:
+    """Captions by file name, in the order in which the files first appear in the table."""
     captions: Captions = {}
     try:
         with open(table, encoding="utf-8-sig", newline="") as text:
-            lines = _json_lines(text, table) if table.suffix == ".jsonl" else _cells(text, table)
+            lines = _read_json_lines(text, table) if table.suffix == ".jsonl" else _read_cells(text, table)
             file_column = caption_column = ""
             for number, cells in lines:
                 if not file_column:
@@ -198,11 +213,11 @@ def _captions(table: Path, options: SourceOptions) -> Captions:
                     caption_column = _column(
                         cells, options.columns.caption, CAPTION_COLUMNS, f"{table}: no column of captions"
                     )
-                name, said = cells.get(file_column), cells.get(caption_column)
+                name, caption = cells.get(file_column), cells.get(caption_column)
                 if not name or not isinstance(name, str):
                     raise ConfigError(f"{table}:{number}: no file name in column {file_column!r}")
-                listed = said if isinstance(said, list) else [said]
-                captions.setdefault(name, []).extend(one for one in listed if isinstance(one, str))
+                sentences = caption if isinstance(caption, list) else [caption]
+                captions.setdefault(name, []).extend(item for item in sentences if isinstance(item, str))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(
             f"{table}: not readable as a table in UTF-8 ({error}). In a CSV or TSV a quote inside a caption is written twice, "
@@ -213,10 +228,11 @@ def _captions(table: Path, options: SourceOptions) -> Captions:
     return captions
 
 
-def _cells(text: Iterable[str], table: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    """The lines of a CSV or TSV. What divides cells shows in the first line: open_clip's own .csv has tabs, others semicolons.
+def _read_cells(text: Iterable[str], table: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    """The lines of a CSV or TSV: (line number, cells by column).
 
-    Raises csv.Error for quotes that do not pair: they would swallow lines.
+    The first line shows the delimiter: a .csv may have commas, tabs (open_clip) or semicolons. Raises csv.Error for an unpaired
+    quote, which would swallow lines.
     """
     lines = iter(text)
     head = next(lines, "")
@@ -233,7 +249,7 @@ def _cells(text: Iterable[str], table: Path) -> Iterator[tuple[int, dict[str, ob
             yield reader.line_num + 1, dict(zip(names, cells, strict=False))
 
 
-def _json_lines(text: Iterable[str], table: Path) -> Iterator[tuple[int, dict[str, object]]]:
+def _read_json_lines(text: Iterable[str], table: Path) -> Iterator[tuple[int, dict[str, object]]]:
     for number, line in enumerate(text, start=1):
         if line.strip():
             try:

@@ -1,7 +1,7 @@
-"""Read image parquet: Hugging Face's (a struct of `bytes` and `path`) or img2dataset's (plain bytes and `status`).
+"""Reads image parquet: Hugging Face's (a struct of `bytes` and `path`) or img2dataset's (plain bytes and `status`).
 
-A labelled set gets its captions from templates filled with the class name, all of them in one list: the training
-stream draws one of them an epoch. https://huggingface.co/docs/datasets/image_dataset, https://github.com/rom1504/img2dataset
+The captions of a labelled set are templates with the class name, all in one list. Training draws one caption per epoch.
+https://huggingface.co/docs/datasets/image_dataset, https://github.com/rom1504/img2dataset
 """
 
 from __future__ import annotations
@@ -33,18 +33,24 @@ from nev.data.sources.common import (
 from nev.storage.files import filesystem, open_parquet
 
 USUAL = {
-    **KNOWN_NAMES,  # what a shard's columns may be called, and what only foreign files have
+    **KNOWN_NAMES,  # the usual names of shards' columns; the names below are those of foreign files
     "label": (*KNOWN_NAMES["label"], "labels", "fine_label"),
     "label_name": ("label_name",),
     "score": (),
     "status": ("status",),
 }
-OPTIONAL = ("label", "status")  # text beside a picture is often called `class`, and a status may be anything
+OPTIONAL = (
+    "label",
+    "status",
+)  # usual names count only with the right type: `class` is often text, `status` may be anything
 BATCH_ROWS = 256
 
 
 def source(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
-    """The parquet files that `inputs` name, in parts of whole files (see `read`). Raises ConfigError as `find_files` does."""
+    """The source of the parquet files in `inputs`. A part is some whole files (see `read`).
+
+    Raises ConfigError as `find_files` does.
+    """
     files = find_files(inputs, (".parquet",))
     root = shared_folder(parent_folder(file.location) for file in files)
     return Source(
@@ -56,12 +62,14 @@ def source(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
 
 
 def read(files: Iterable[str], root: str, options: SourceOptions) -> Iterator[Row]:
-    """Yield one row a parquet row, in the order of the files (paths or s3:// URLs).
+    """Yield one row for each parquet row, in the order of the files (paths or s3:// URLs).
 
-    uid: the uid column, else '<file>-<row>', the file's name from `root` on. caption: the caption column, or with
-    `templates` their sentences about the class name, underscores read as spaces. The class name is the column
-    `label_name`, else the ClassLabel names in the file's metadata. A row whose `status` is not "success" is rejected with
-    that status. Raises ConfigError for a file that is not readable, a missing column, or neither captions nor templates.
+    uid: the uid column, else '<file>-<row>', with the file's name relative to `root`.
+    caption: the caption column, or `options.templates` with the class name.
+    label_name: the column `options.label_name`, else the ClassLabel names in the file's metadata.
+
+    A row whose `status` is not "success" is rejected with that status. Raises ConfigError for a file that is not readable, a
+    missing column, or neither captions nor templates.
     """
     for path in files:
         with input_file(path, "readable as parquet"):
@@ -73,8 +81,8 @@ def _read_file(path: str, stem: str, options: SourceOptions) -> Iterator[Row]:
         schema = file.schema_arrow
         columns = _columns(schema, options, path)
         names = _class_names(schema, columns.get("label"))
-        if lacking := [name for name in options.extra if name not in schema.names]:
-            raise ConfigError(f"{path}: no column {lacking[0]!r} (columns: {schema.names})")
+        if missing := [name for name in options.extra if name not in schema.names]:
+            raise ConfigError(f"{path}: no column {missing[0]!r} (columns: {schema.names})")
         if options.templates and "label_name" not in columns and not names:
             raise ConfigError(
                 f"{path}: templates need class names: name their column with --name (columns: {schema.names})"
@@ -82,38 +90,39 @@ def _read_file(path: str, stem: str, options: SourceOptions) -> Iterator[Row]:
         number = 0
         for batch in file.iter_batches(BATCH_ROWS, columns=sorted({*columns.values(), *options.extra})):
             values: dict[str, list[Any]] = {role: _values(batch, name, role) for role, name in columns.items()}
-            more = {name: batch.column(name).to_pylist() for name in options.extra}
-            for at in range(batch.num_rows):
-                cell = {role: column[at] for role, column in values.items()}
-                row = _row(cell, f"{stem}-{number:08d}", names, options.templates)
-                yield {**row, "extra": {name: column[at] for name, column in more.items()}} if more else row
+            extra = {name: batch.column(name).to_pylist() for name in options.extra}
+            for in_batch in range(batch.num_rows):
+                cells = {role: column[in_batch] for role, column in values.items()}
+                row = _row(cells, f"{stem}-{number:08d}", names, options.templates)
+                yield {**row, "extra": {name: column[in_batch] for name, column in extra.items()}} if extra else row
                 number += 1
 
 
-def _row(cell: dict[str, Any], number: str, names: list[str], templates: tuple[str, ...]) -> Row:
-    label: int | None = cell.get("label")
-    name: str | None = cell.get("label_name")
+def _row(cells: dict[str, Any], number: str, names: list[str], templates: tuple[str, ...]) -> Row:
+    """cells: by role. number: the uid of a row without one. names: class names of the labels."""
+    label: int | None = cells.get("label")
+    name: str | None = cells.get("label_name")
     if name is None and label is not None and 0 <= label < len(names):
         name = names[label]
-    caption: str | list[str] | None = cell.get("caption")
+    caption: str | list[str] | None = cells.get("caption")
     if templates:
         caption = fill_templates(templates, name) if name else None
     row: Row = {
-        "uid": str(cell["uid"]) if cell.get("uid") is not None else number,
-        "image": cell["image"],
+        "uid": str(cells["uid"]) if cells.get("uid") is not None else number,
+        "image": cells["image"],
         "caption": caption,
         "label": label,
         "label_name": name,
     }
-    if "score" in cell:
-        row["score"] = cell["score"]
-    if cell.get("status", "success") != "success":
-        row["reject"] = f"status {cell['status']}"
+    if "score" in cells:
+        row["score"] = cells["score"]
+    if cells.get("status", "success") != "success":
+        row["reject"] = f"status {cells['status']}"
     return row
 
 
 def _columns(schema: pa.Schema, options: SourceOptions, path: str) -> dict[str, str]:
-    """Which column of the file plays which role. Raises ConfigError for one that is named and missing, or needed."""
+    """Column names of the file, by role. Raises ConfigError for a missing column that is named in the options, or needed."""
     wanted = {
         **options.columns.model_dump(),
         "label_name": options.label_name,
@@ -124,7 +133,7 @@ def _columns(schema: pa.Schema, options: SourceOptions, path: str) -> dict[str, 
         if wanted["caption"]:
             raise ConfigError(f"give a caption column ({wanted['caption']!r}) or templates, not both")
         del wanted["caption"]
-    found: dict[str, str] = {}
+    columns: dict[str, str] = {}
     for role, named in wanted.items():
         if named is not None and named not in schema.names:
             option = "--name" if role == "label_name" else f"--{role}"
@@ -139,11 +148,11 @@ def _columns(schema: pa.Schema, options: SourceOptions, path: str) -> dict[str, 
             also = ", or make captions from class names with --template 'a photo of a {}.'" if role == "caption" else ""
             raise ConfigError(f"{path}: no {role} column (columns: {schema.names}). Name it with --{role}{also}")
         if name is not None:
-            found[role] = name
-    for role, name in found.items():
+            columns[role] = name
+    for role, name in columns.items():
         if not _fits(role, schema.field(name).type):
-            raise ConfigError(f"{path}: column {name!r} can't be the {role}: it is {schema.field(name).type}")
-    return found
+            raise ConfigError(f"{path}: column {name!r} cannot be the {role}: it is {schema.field(name).type}")
+    return columns
 
 
 def _fits(role: str, kind: pa.DataType) -> bool:
@@ -151,8 +160,8 @@ def _fits(role: str, kind: pa.DataType) -> bool:
     if role == "image":
         return kind in binary or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
     if role == "caption":
-        listed = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-        return kind in text or (listed and kind.value_type in text)
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        return kind in text or (is_list and kind.value_type in text)
     if role == "label":
         return bool(pa.types.is_integer(kind))
     if role == "score":
@@ -165,12 +174,12 @@ def _values(batch: pa.RecordBatch, name: str, role: str) -> list[Any]:
     if role == "image" and pa.types.is_struct(column.type):
         cells: list[Any] = [image and image["bytes"] for image in column.to_pylist()]
         return cells
-    listed: list[Any] = column.to_pylist()
-    return listed
+    values: list[Any] = column.to_pylist()
+    return values
 
 
 def _class_names(schema: pa.Schema, label: str | None) -> list[str]:
-    """The names of a ClassLabel feature, which `datasets` keeps as JSON in the file's metadata."""
+    """The names of a ClassLabel feature, which `datasets` stores as JSON in the metadata of the file."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         names = features[label]["names"]

@@ -1,7 +1,7 @@
-"""Read WebDataset tars as img2dataset writes them: KEY.jpg, KEY.txt, KEY.json, one after another.
+"""Reads WebDataset tars as img2dataset writes them: KEY.jpg, KEY.txt, KEY.json, one after another.
 
-https://github.com/rom1504/img2dataset, https://github.com/webdataset/webdataset (the key ends at the first dot of the
-file's name). Nothing is extracted to disk, only regular members are looked at, and none is read past its size limit.
+https://github.com/rom1504/img2dataset, https://github.com/webdataset/webdataset (the key ends at the first dot of the file's
+name). Nothing is extracted to disk. Only regular members are read, and none beyond its size limit.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("txt", "json", "cls")
 MAX_TEXT_BYTES = 2**20
-MAX_TAIL_BYTES = 2**16  # tar fills its last record with zeros: of 10 KiB, or what it was told
-AHEAD_BYTES = 8 * 2**20  # of a tar on S3: one request
+MAX_TAIL_BYTES = 2**16  # zeros after the end mark: tar fills its last record, which has 10 KiB by default
+AHEAD_BYTES = 8 * 2**20  # size of one request to a tar on S3
 NUMBER = re.compile(r"[+-]?\d+")
 
 
 def source(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
-    """The tars that `inputs` name, in parts of whole tars (see `read`). Raises ConfigError as `find_files` does."""
+    """The source of the tars in `inputs`. A part is some whole tars (see `read`). Raises ConfigError as `find_files` does."""
     files = find_files(inputs, SUFFIXES)
-    # What uids start from, where the tars' names are in them.
+    # With `tar_in_uid`, names of tars in uids are relative to this folder.
     root = shared_folder(parent_folder(file.location) for file in files) if options.tar_in_uid else ""
     return Source(
         group_files(files, options.part_bytes),
@@ -52,13 +52,16 @@ def source(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
 
 
 def read(files: Iterable[str], options: SourceOptions, root: str = "") -> Iterator[Row]:
-    """Yield one row a key, in the order of the files (paths or s3:// URLs).
+    """Yield one row for each key, in the order of the files (paths or s3:// URLs).
 
-    uid: `uid` of the JSON, else the key. caption: `captions` of the JSON, else its `caption`, else the text file.
-    label: `label` of the JSON or the .cls member, where it is a number, else it is the label_name; label_name and, named by
-    `options.score`, score: of the JSON. With `options.tar_in_uid` a uid is 'TAR/uid', the tar's name from `root` on. A
-    sample whose `status` is not "success" is rejected with that status, and a tar without a sample as one row. Raises
-    ConfigError for a file that is not a whole tar.
+    uid: `uid` of the JSON, else the key. With `options.tar_in_uid` 'TAR/uid', with the tar's name relative to `root`.
+    caption: `captions` of the JSON, else `caption` of the JSON, else the text file.
+    label: `label` of the JSON, else the .cls member. Text that is not a number becomes the label_name.
+    label_name: of the JSON.
+    score: the JSON key `options.score`.
+
+    A sample whose `status` is not "success" is rejected with that status. A tar without a sample gives one rejected row.
+    Raises ConfigError for a file that is not a complete tar.
     """
     for path in files:
         tar = relative_name(root, path)
@@ -72,7 +75,7 @@ def read(files: Iterable[str], options: SourceOptions, root: str = "") -> Iterat
 
 
 def _samples(path: str, options: SourceOptions) -> Iterator[tuple[str, dict[str, bytes | None]]]:
-    """(key, content by extension): neighbours of one key. Where an extension comes again, another sample of that key begins."""
+    """(key, content by extension) of each sample: consecutive members with one key. A repeated extension starts a new sample."""
     last = ""
     parts: dict[str, bytes | None] = {}
     for key, extension, content in _members(path, options.limits, TEXTS + options.extra):
@@ -86,7 +89,7 @@ def _samples(path: str, options: SourceOptions) -> Iterator[tuple[str, dict[str,
 
 
 def _members(path: str, limits: Limits, texts: tuple[str, ...]) -> Iterator[tuple[str, str, bytes | None]]:
-    """(key, extension, content) of the members that are used; content is None for one above its limit."""
+    """(key, extension, content) of the members that are used. The content of a member above its size limit is None."""
     with (
         input_file(path, "a whole tar file"),
         _open(path) as file,
@@ -96,25 +99,25 @@ def _members(path: str, limits: Limits, texts: tuple[str, ...]) -> Iterator[tupl
             folder, _, name = member.name.rpartition("/")
             stem, _, extension = name.partition(".")
             extension = extension.lower()
-            tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header: some kilobytes a picture
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header, some kilobytes a picture
             if not member.isreg() or not stem or extension not in IMAGES + texts:
                 continue
             limit = limits.max_bytes if extension in IMAGES else MAX_TEXT_BYTES
             stream = tar.extractfile(member) if member.size <= limit else None
             yield f"{folder}/{stem}" if folder else stem, extension, stream.read() if stream else None
-        # tarfile takes a broken header, or a cut between two members, for the end. The true end is a block of zeros.
+        # tarfile treats a broken header, or a truncation between two members, as the end. The true end is a block of zeros.
         assert tar.fileobj is not None
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"neither a header nor the end mark at byte {tar.offset}")
-        # Zeros are what a download leaves that was cut off in a file of the whole length, and a second tar may follow the first.
+        # More zeros come from an interrupted download into a file of the full length. Other bytes may be a second tar.
         rest = tar.fileobj.read(MAX_TAIL_BYTES + 1)
         if len(rest) > MAX_TAIL_BYTES or rest.strip(b"\0"):
             raise tarfile.ReadError(f"the end mark at byte {tar.offset} is not at the end")
 
 
 class _BoundedHeader(tarfile.TarInfo):
-    """A header that may not go on for long: tarfile reads what belongs to it (long names, attributes) into memory, whole."""
+    """A header of limited size: tarfile reads its extensions (long names, attributes) into memory at once."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> Any:
         if not self.isreg() and self.size > MAX_TEXT_BYTES:
@@ -125,7 +128,7 @@ class _BoundedHeader(tarfile.TarInfo):
 def _open(location: str) -> Any:
     fs, path = filesystem(location)
     if is_local(fs):
-        return open(path, "rb")  # fsspec's own wrapper costs a Python call a read
+        return open(path, "rb")  # fsspec's wrapper would add a Python call to each read
     return fs.open(path, "rb", cache_type="readahead", block_size=AHEAD_BYTES)
 
 
@@ -138,43 +141,43 @@ def _row(key: str, parts: dict[str, bytes | None], options: SourceOptions) -> Ro
         row["reject"] = "member over its size limit"
         return row
     try:
-        facts: Any = json.loads(parts.get("json") or b"{}")
-        if not isinstance(facts, dict):
-            raise TypeError(f"a JSON object is needed, not {type(facts).__name__}")
+        record: Any = json.loads(parts.get("json") or b"{}")
+        if not isinstance(record, dict):
+            raise TypeError(f"a JSON object is needed, not {type(record).__name__}")
         text = (parts.get("txt") or b"").decode()
-        row["uid"] = str(facts.get("uid") or key)
-        own = text.splitlines() if options.caption_lines else text
-        row["caption"] = _caption(facts.get("captions") or facts.get("caption") or own)
-        row["label"], name = _label(facts["label"] if "label" in facts else parts.get("cls"))
-        row["label_name"] = name if facts.get("label_name") is None else str(facts["label_name"])
+        row["uid"] = str(record.get("uid") or key)
+        text_file = text.splitlines() if options.caption_lines else text
+        row["caption"] = _parse_caption(record.get("captions") or record.get("caption") or text_file)
+        row["label"], name = _parse_label(record["label"] if "label" in record else parts.get("cls"))
+        row["label_name"] = name if record.get("label_name") is None else str(record["label_name"])
         if score := options.score:
-            row["score"] = None if facts.get(score) is None else float(facts[score])
+            row["score"] = None if record.get(score) is None else float(record[score])
         if options.extra:
-            row["extra"] = {name: parts[name] if name in parts else facts.get(name) for name in options.extra}
-    # A number may be too large, and lists may be nested too deep; JSONDecodeError and UnicodeDecodeError are ValueErrors.
+            row["extra"] = {name: parts[name] if name in parts else record.get(name) for name in options.extra}
+    # OverflowError: a number is too large. RecursionError: lists are nested too deep. Errors of JSON and UTF-8 are ValueErrors.
     except (ValueError, TypeError, OverflowError, RecursionError):
         row["reject"] = "unreadable json, txt or cls"
         return row
-    if facts.get("status", "success") != "success":
-        row["reject"] = f"status {facts['status']}"
+    if record.get("status", "success") != "success":
+        row["reject"] = f"status {record['status']}"
     elif not images:
         row["reject"] = "no image member"
     return row
 
 
-def _caption(given: Any) -> str | list[str]:
-    if isinstance(given, str):
-        return given
-    if isinstance(given, list) and all(one is None or isinstance(one, str) for one in given):
-        return [one for one in given if one]
-    raise TypeError(f"a caption is a string or a list of strings, not {given!r}")
+def _parse_caption(value: Any) -> str | list[str]:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(item is None or isinstance(item, str) for item in value):
+        return [item for item in value if item]
+    raise TypeError(f"a caption is a string or a list of strings, not {value!r}")
 
 
-def _label(given: Any) -> tuple[int | None, str | None]:
-    """(label, name): a class is given by its number or, as text that is none, by its name."""
-    if given is None:
+def _parse_label(value: Any) -> tuple[int | None, str | None]:
+    """(label, name) of a class. A number, or text that spells one, is the label; other text is the name."""
+    if value is None:
         return None, None
-    text = given.decode() if isinstance(given, bytes) else given
+    text = value.decode() if isinstance(value, bytes) else value
     if isinstance(text, str) and not NUMBER.fullmatch(text.strip()):
         return None, text.strip() or None
     label = int(text)
