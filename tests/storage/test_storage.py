@@ -167,7 +167,7 @@ def test_what_is_missing_or_refused_is_named(local: Path, s3: Proxy, impatient: 
         check_sidecars(index, KEY, WIDTH)
     embedded(REMOTE)
     filesystem(REMOTE)[0].rm_file("bucket/set/train/a.parquet")
-    with pytest.raises(DataError, match=r"s3://bucket/set/train/a\.parquet.* cannot be read .*put it back"):
+    with pytest.raises(DataError, match=r"s3://bucket/set/train/a\.parquet.* cannot be read .*restore it"):
         epoch(index)
     s3.rule = lambda *_: "403"
     with pytest.raises(DataError, match=r"s3://bucket/set/train cannot be read .*AWS_PROFILE"):
