@@ -39,10 +39,10 @@ def main(
         from nev.sweep.run import run_sweep
         from nev.train.experiment import mlflow_hint
 
-        done = run_sweep(sweep, overrides or [], console)
-    console.print(make_outcome_table(done.outcome))
-    for file in done.files:
+        summary = run_sweep(sweep, overrides or [], console)
+    console.print(make_outcome_table(summary.outcome))
+    for file in summary.files:
         console.print(f"{file.rpartition('.')[2]:<11} {file}", highlight=False, soft_wrap=True)
-    console.print(f"MLflow      {mlflow_hint(done.tracking_uri)}", highlight=False, soft_wrap=True)
-    if not done.outcome.all_finished:
+    console.print(f"MLflow      {mlflow_hint(summary.tracking_uri)}", highlight=False, soft_wrap=True)
+    if not summary.outcome.all_finished:
         raise typer.Exit(1)

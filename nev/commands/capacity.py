@@ -1,4 +1,4 @@
-"""How much memory a step of an experiment takes on each worker, and which collectives a step runs. Nothing is trained.
+"""The memory that a step of an experiment takes on each worker, and the collectives of a step. Nothing is trained.
 
 nev capacity --config nomic_embed_vision_v1_5 --width 768
 """
@@ -25,7 +25,7 @@ def main(
     overrides: Overrides = None,
     width: Annotated[
         int | None,
-        typer.Option(min=1, help="Numbers of a text vector (default: the text encoder's, by its config.json)."),
+        typer.Option(min=1, help="Width of a text vector. Default: by the text encoder's config.json."),
     ] = None,
 ) -> None:
     """Compute the memory of a worker at the peak of a step, by purpose, and the collectives of a step."""

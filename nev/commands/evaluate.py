@@ -4,8 +4,8 @@ nev evaluate --checkpoint runs/cifar10/checkpoints/step-00001170
 nev evaluate --checkpoint runs/cifar10/checkpoints/step-00001170 --set data.val=data/other/val
 nev evaluate --checkpoint s3://BUCKET/runs/cifar10/checkpoints/step-00001170
 
-A suite is a list of tasks, as YAML: quick, imagenet, flickr30k, coco, datacomp (38 tasks), ood, or a file of your own. It ends
-with a page that shows all, NAME.html.
+A suite is a list of tasks, as YAML: quick, imagenet, flickr30k, coco, datacomp (38 tasks), ood, or a file of your own. The result
+is also a page, NAME.html.
 
 NEV_DATA=../shared/data nev evaluate --checkpoint runs/flickr8k/checkpoints/step-00000500 --suite quick
 nev evaluate --checkpoint runs/big/checkpoints/step-00070830 --suite datacomp --data /data/datacomp
@@ -37,14 +37,14 @@ def main(
     data: Annotated[str | None, typer.Option(help="Folder of the suite's data, here or on s3://.")] = None,
     against: Annotated[
         list[str] | None,
-        typer.Option(help="JSON of the same suite for another model, to stand beside this one; may be repeated."),
+        typer.Option(help="JSON of the same suite for another model, to be compared; may be repeated."),
     ] = None,
     mteb: Annotated[
         list[str] | None, typer.Option(help=r"A task of mteb by its name (pip install 'nev\[mteb]'); may be repeated.")
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option(help="Folder or s3:// prefix for what is written (default: the run's folder/evaluation)"),
+        typer.Option(help="Folder or s3:// prefix for the results. Default: the run's folder/evaluation."),
     ] = None,
 ) -> None:
     """Score a checkpoint on its experiment's validation set, on another one, or on a suite."""
@@ -55,9 +55,9 @@ def main(
         if suite and mteb:
             raise ConfigError("--suite and --mteb are two evaluations: run one after the other")
         if data and not suite:
-            raise ConfigError("--data is the folder of a suite's data: give --suite, too, or --set data.val=...")
+            raise ConfigError("--data is the folder of a suite's data: give --suite too, or --set data.val=...")
         if against and not suite:
-            raise ConfigError("--against is another model's JSON of a suite: give --suite, too")
+            raise ConfigError("--against is another model's JSON of a suite: give --suite too")
         from nev.eval.evaluate import evaluate_checkpoint, evaluate_mteb
         from nev.eval.evaluate_suite import evaluate_suite
         from nev.eval.report.tables import metrics_table, suite_table

@@ -1,7 +1,7 @@
 """`nev`: every command on one help page, in the order of use.
 
-A command's module holds `main`, whose parameters are the options, and `EXAMPLE`, the arguments of an example. The modules import
-what computes inside `main`, so that a help page costs no import of torch, Ray, transformers or MLflow.
+The module of a command holds `main`, whose parameters are the options, and `EXAMPLE`, the arguments of an example. Heavy
+imports are inside `main`, so that a help page needs no torch, Ray, transformers or MLflow.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from nev import __version__
 from nev.commands import ablate, capacity, embed_text, evaluate, prepare, pretrain, quickstart, train
 from nev.common.cli import make_command
 
-# Command -> its module, and its group on the help page.
+# The module of each command, and its group on the help page.
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "prepare": (prepare, "From pictures to a scored encoder, in this order"),
     "embed-text": (embed_text, "From pictures to a scored encoder, in this order"),
@@ -43,7 +43,7 @@ def main(
 
 
 def make_app() -> typer.Typer:
-    """The application `nev`, a subcommand for each of COMMANDS."""
+    """Make the application `nev`, with a subcommand for each of COMMANDS."""
     app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
     app.callback()(main)
     for name, (module, group) in COMMANDS.items():
@@ -53,7 +53,7 @@ def make_app() -> typer.Typer:
 
 
 def make_pipeline(name: str) -> typer.Typer:
-    """One of COMMANDS as an application of its own, for the file in `pipelines/` that a submitted job runs."""
+    """Make an application of one of COMMANDS, for the file in `pipelines/` that a submitted job runs."""
     module, _ = COMMANDS[name]
     return make_command(module.main, f"python pipelines/{name.replace('-', '_')}.py {module.EXAMPLE}")
 

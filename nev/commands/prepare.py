@@ -1,6 +1,6 @@
 """Turn a source into shards: parquet files of (uid, image, caption), in an order that is random over the whole set.
 
-CIFAR-10, whose captions are made of the class names (a split a command, classes.txt beside the splits):
+CIFAR-10, with captions from the class names (one command for each split; classes.txt lies beside the splits):
 
     nev prepare --source hf-parquet --input "../shared/data/cifar10/train-*.parquet" \\
         --label label --name label_name --output data/cifar10/train \\
@@ -10,17 +10,17 @@ CIFAR-10, whose captions are made of the class names (a split a command, classes
     nev prepare --source hf-parquet --input "../shared/data/cifar10/test-*.parquet" \\
         --label label --name label_name --output data/cifar10/val --template "a photo of a {}."
 
-Flickr8k, with its five human captions a picture:
+Flickr8k, with five human captions for each picture:
 
     nev prepare --source webdataset --input ../shared/data/flickr8k/train --output data/flickr8k/train
     nev prepare --source webdataset --input ../shared/data/flickr8k/dev --output data/flickr8k/val
 
-DataComp as its downloader leaves it, cut down to a DFN and to 256 pixels:
+DataComp as its downloader writes it, filtered by a DFN and shrunk to 256 pixels:
 
     nev prepare --source datacomp --input shards --metadata metadata --uids dfn.npy --resize 256 \\
         --output data/datacomp/train
 
-From S3 to S3, on the cluster that RAY_ADDRESS names, else on all cores here; cut off, the same command goes on:
+From S3 to S3, on the cluster of RAY_ADDRESS, else on all cores here. After an interruption the same command goes on:
 
     nev prepare --source webdataset --input s3://bucket/tars --output s3://bucket/shards/train
 
@@ -63,7 +63,7 @@ ENCODING = {"--format", "--quality"}
 FILTERS = {"--uids", "--min-side", "--max-aspect", "--min-caption", "--max-caption", "--dedupe"}
 SCORE = {"--score", "--min-score"}
 FOREIGN = {"--input", "--limit", "--resize"} | ENCODING | FILTERS
-# What each source takes beside COMMON; anything else would be silently without effect, so it is an error.
+# The options of each source beside COMMON. Any other option would have no effect, so it is an error.
 TAKES: dict[str, set[str]] = {
     "webdataset": FOREIGN | SCORE | {"--tar-in-uid"},
     "hf-parquet": FOREIGN | SCORE | {"--uid", "--image", "--caption", "--label", "--name", "--template"},
@@ -87,7 +87,7 @@ def main(
         typer.Option("--input", help="File, folder or quoted pattern, here or on s3://; may be repeated."),
     ] = None,
     metadata: Annotated[
-        list[str] | None, Column(help="datacomp: the metadata parquet, likewise; may be repeated.")
+        list[str] | None, Column(help="datacomp: metadata parquet: a file, folder or pattern; may be repeated.")
     ] = None,
     uid: Annotated[str | None, Column(help="uid column, if it has an unusual name.")] = None,
     image: Annotated[str | None, Column(help="Image (or file name) column, if it has an unusual name.")] = None,
@@ -100,25 +100,25 @@ def main(
     template: Annotated[list[str] | None, Column(help="Caption with '{}' for the class name; may be repeated.")] = None,
     uids: Annotated[Path | None, Filter(help="Keep these: .npy of u8,u8, .parquet with uid, or .txt.")] = None,
     min_side: Annotated[int | None, Filter(help="Least pixels of the shorter side.")] = None,
-    max_aspect: Annotated[float | None, Filter(help="Most that longer / shorter side may be.")] = None,
+    max_aspect: Annotated[float | None, Filter(help="Largest ratio of longer to shorter side.")] = None,
     min_caption: Annotated[int | None, Filter(help="Least characters of a caption.")] = None,
     max_caption: Annotated[int | None, Filter(help="Most characters of a caption.")] = None,
     score: Annotated[str | None, Filter(help="Column (or JSON key) with the similarity score.")] = None,
     min_score: Annotated[float | None, Filter(help="Least score.")] = None,
     dedupe: Annotated[bool, Filter("--dedupe", help="Keep one of the rows with the same image bytes.")] = False,
     resize: Annotated[int | None, Picture(help="Shrink pictures to this many pixels on the shorter side.")] = None,
-    encoding: Annotated[Format, Picture("--format", help="Of the pictures that --resize shrinks.")] = "keep",
-    quality: Annotated[int, Picture(help="JPEG or WebP quality of those, 1 to 100.")] = 90,
+    encoding: Annotated[Format, Picture("--format", help="Format of the pictures that --resize shrinks.")] = "keep",
+    quality: Annotated[int, Picture(help="JPEG or WebP quality of these pictures, 1 to 100.")] = 90,
     train: Annotated[int, Drawing(min=1, help="Pictures to train on.")] = 8000,
     val: Annotated[int, Drawing(min=1, help="Pictures to evaluate on.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Draws the order of the rows, and the synthetic pictures.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of the rows, and of the synthetic pictures.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Take only the first rows of the input.")] = None,
     rows_per_shard: Annotated[int, typer.Option(min=1, help="A multiple of --row-group-rows.")] = 8192,
     row_group_rows: Annotated[int, typer.Option(min=1, help="Rows that are read together.")] = 256,
     processes: Annotated[int, Drawing(min=1, help="Processes that draw.")] = 1,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the shards in --output.")] = False,
 ) -> None:
-    """Turn pictures and captions into shards, in an order that is random over the whole set. Rows left out are counted."""
+    """Turn pictures and captions into shards, in an order that is random over the whole set. Left-out rows are counted."""
     from nev.data.prepare.filters import Filters
     from nev.data.prepare.order import DUPLICATE_UID
     from nev.data.prepare.pipeline import prepare
@@ -129,7 +129,7 @@ def main(
 
     console = Console(stderr=True)
     # The synthetic set is drawn in seconds, and is not resumed.
-    remedy = "with --overwrite starts anew" if source == "synthetic" else "goes on with what is done"
+    remedy = "with --overwrite starts again" if source == "synthetic" else "goes on from the finished parts"
     with report_errors(f"The same command {remedy}."):
         _check_options(source, _given_options(context))
         layout = Layout(rows_per_shard, row_group_rows, overwrite)
@@ -186,32 +186,34 @@ def main(
         typer.echo(f"samples: {report.samples}")
     if last.classes:
         typer.echo(f"classes: {last.classes}")
-    again = last.dropped.get(DUPLICATE_UID, 0)
-    if again and source == "webdataset" and not tar_in_uid:
+    duplicates = last.dropped.get(DUPLICATE_UID, 0)
+    if duplicates and source == "webdataset" and not tar_in_uid:
         console.print(
-            f"[yellow]{again:,} rows have the uid of another row, and only the first of equal ones is kept. Where keys repeat "
-            "from tar to tar they are other pictures: --tar-in-uid --overwrite tells them apart.[/]",
+            f"[yellow]{duplicates:,} rows have the uid of another row; only the first row of each uid is kept. If keys repeat "
+            "from tar to tar for different pictures, use --tar-in-uid --overwrite.[/]",
             highlight=False,
         )
 
 
 def _given_options(context: typer.Context) -> set[str]:
-    """The options that stand on the command line."""
+    """The options that were given on the command line."""
     origins = {option.opts[0]: context.get_parameter_source(str(option.name)) for option in context.command.params}
     return {option for option, origin in origins.items() if origin and origin.name == "COMMANDLINE"}
 
 
 def _check_options(source: str, given: set[str]) -> None:
-    """Raise ConfigError for options that the source, or the other options, have no use for."""
+    """Raise ConfigError for options that have no effect with this source, or with the other options."""
     if unfit := sorted(given - COMMON - TAKES[source]):
         takes = ", ".join(sorted(TAKES[source]))
         raise ConfigError(f"--source {source} has no use for {', '.join(unfit)}. Its options: {takes}")
     if (alone := sorted(given & ENCODING)) and "--resize" not in given:
-        raise ConfigError(f"{' and '.join(alone)}: only pictures that --resize shrinks are encoded anew; give it, too")
+        raise ConfigError(
+            f"{' and '.join(alone)}: only pictures that --resize shrinks are encoded again; give --resize too"
+        )
 
 
 def _run(source: Source, limit: int | None, part_bytes: int) -> Run:
-    """What runs the tasks: Ray, unless there is too little work to share out."""
+    """The function that runs the tasks: on Ray, or in this process where there is little work."""
     from nev.data.prepare.pipeline import run_here
 
     if limit is not None or (len(source.parts) == 1 and source.nbytes <= part_bytes):
@@ -225,13 +227,13 @@ def _run(source: Source, limit: int | None, part_bytes: int) -> Run:
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Progress]:
-    """Two lines: parts of the input that were read, and shards that were written."""
+    """Show two lines: parts of the input that were read, and shards that were written."""
     from nev.data.prepare.pipeline import Progress
 
-    with progress(console) as tell:
+    with progress(console) as show:
         yield Progress(
-            lambda done, total, rows: tell("parts read    ", done, total, f"{rows:,} rows"),
-            lambda done, total, rows: tell("shards written", done, total, f"{rows:,} rows"),
+            lambda done, total, rows: show("parts read    ", done, total, f"{rows:,} rows"),
+            lambda done, total, rows: show("shards written", done, total, f"{rows:,} rows"),
             lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
         )
 

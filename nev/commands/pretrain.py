@@ -1,9 +1,9 @@
-"""Make an initialisation: train an experiment's trunk on its own pictures, to name classes or to fill in masked patches.
+"""Pretrain the trunk of an experiment on its own pictures: to classify them, or to fill in masked patches.
 
 nev pretrain --config cifar10 --objective supervised
 nev pretrain --config cifar10 --objective mim --set train.epochs=10
 
-The weights are for `vision.weights` of any experiment with the same trunk.
+The weights are an initialisation: `vision.weights` of any experiment with the same trunk.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train a vision encoder into the space of a locked text encoder; the same command goes on where a run stopped.
+"""Train a vision encoder into the space of a locked text encoder. The same command resumes a run that stopped.
 
 nev train --config cifar10
 nev train --config cifar10 --set optim.lr=5e-4 --set name=cifar10-slow
@@ -22,7 +22,7 @@ def main(
     config: ConfigFile,
     overrides: Overrides = None,
     stop_after: Annotated[
-        int | None, typer.Option(min=1, help="Stop after this step, with a checkpoint; the schedule stays whole.")
+        int | None, typer.Option(min=1, help="Stop after this step, with a checkpoint. The schedule does not change.")
     ] = None,
 ) -> None:
     """Train a vision encoder into the space of a text encoder. The same command continues a run that stopped."""

@@ -1,1 +1,1 @@
-"""What every room uses: errors, signals, the console, progress."""
+"""What all rooms use: errors, signals, the console, progress."""

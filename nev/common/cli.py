@@ -1,4 +1,4 @@
-"""What every command shares: errors that explain themselves, and the `--config` and `--set` options."""
+"""What all commands share: the report of errors, and the options `--config` and `--set`."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import TracebackType
 
-NAMED = 4  # names in one message
+MAX_NAMES = 4  # in one message
 
 
 class NevError(Exception):
@@ -47,6 +47,6 @@ class ErrorCollector:
 
 
 def first_few(names: Sequence[str]) -> str:
-    """Up to four names, and how many more there are, for a message."""
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+    """Up to four names, and the number of further names, for a message."""
+    more = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")

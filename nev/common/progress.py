@@ -1,4 +1,4 @@
-"""Progress of a command: live lines on a terminal, and a new line now and then in a log, which cannot redraw lines."""
+"""Progress of a command: live lines on a terminal, and a new line every 15 seconds in a log, which cannot redraw lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keeping libraries off the console, in this process and in those that it starts."""
+"""Keeps libraries off the console, in this process and in the processes that it starts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import logging
 import os
 import warnings
 
-# Ray Train must not change the working folder, and tqdm bars of libraries must not fight with the one live line. After a node is
-# lost, its elastic policy counts that node for up to 20 s more, and waits for workers there: not the 60 s of its default. A
-# process of Tune that takes one trial after another may be some seconds with the end of the last one.
+# Ray Train must not change the working folder, and progress bars of libraries would break nev's live line. After the loss of a
+# node Ray Train still counts the node for up to 20 s and waits for workers there: 15 s instead of the default of 60 s. A process
+# of Tune that runs several trials may need some seconds for the end of the previous trial.
 ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -21,10 +21,7 @@ ENVIRONMENT = {
 
 
 def quiet() -> None:
-    """Keep the libraries off this process's console: what they have to say at error level still comes through.
-
-    MLflow's errors are exceptions as well, which are caught and told where they matter.
-    """
+    """Let libraries log errors only. Of MLflow critical errors only, since nev reports MLflow's exceptions itself."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for name in ("ray", "alembic", "httpx", "transformers"):

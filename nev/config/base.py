@@ -1,4 +1,4 @@
-"""What every schema of nev is made of: frozen sections in which an unknown key is an error."""
+"""The base of all schemas: frozen sections in which an unknown key is an error."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 def _without_password(location: str) -> str:
     if "@" in location and urlsplit(location).password is not None:
         raise ValueError(
-            "leave the password out: a config is written down in checkpoints, in MLflow and on the console. S3's is read from "
-            "AWS_SECRET_ACCESS_KEY or a profile, a tracking server's from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
-            "PostgreSQL's from PGPASSWORD or ~/.pgpass"
+            "leave the password out: a config is written to checkpoints, to MLflow and to the console. Give S3's password in "
+            "AWS_SECRET_ACCESS_KEY or a profile, a tracking server's in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+            "PostgreSQL's in PGPASSWORD or ~/.pgpass"
         )
     return location
 

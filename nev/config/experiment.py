@@ -1,6 +1,6 @@
-"""The schema of an experiment: one YAML file, whole and readable on one screen (`nev.config.file` reads it).
+"""The schema of an experiment, which is one YAML file (`nev.config.file` reads it).
 
-Every section is frozen and refuses keys that it does not know, so a misspelt key is an error before anything starts.
+Every section is frozen and refuses unknown keys, so a misspelt key is an error before anything starts.
 """
 
 from __future__ import annotations
@@ -103,11 +103,11 @@ class Loss(Section):
 
 
 def refuse_widths(loss: Loss, width: int) -> None:
-    """Raise ConfigError where the widest of `loss.matryoshka` is not the text encoder's."""
+    """Raise ConfigError where the widest width of `loss.matryoshka` is not the text encoder's width."""
     if loss.matryoshka and max(loss.matryoshka) != width:
         raise ConfigError(
-            f"loss.matryoshka: the widest must be {width}, the text encoder's own width, not {max(loss.matryoshka)}. Give it "
-            "a weight, and to narrower ones."
+            f"loss.matryoshka: the widest must be {width}, the text encoder's own width, not {max(loss.matryoshka)}. Give "
+            f"weights to {width} and to narrower widths."
         )
 
 
@@ -283,7 +283,7 @@ class Tracking(Section):
 
 
 class Experiment(Section):
-    """One training run, whole. The run's folder is `<output>/<name>`."""
+    """A training run. The folder of the run is `<output>/<name>`."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder."""
@@ -322,18 +322,18 @@ class Experiment(Section):
         return self.text.mode == "online" or self.lock != "text"
 
     def local_batch(self, world: int) -> int:
-        """Rows of the batch of one of `world` workers: whole blocks, as many as the one that has most of them."""
+        """Rows of a worker's share of the batch, in whole blocks. Where shares differ, the largest share."""
         return -(-self.train.global_batch // self.data.block_rows // world) * self.data.block_rows
 
     @model_validator(mode="after")
     def _locks(self) -> Self:
         if self.lock != "text" and self.text.mode == "sidecar":
             raise ValueError(
-                f"lock: {self.lock} trains the text tower, whose vectors sidecars cannot hold: leave text.mode out"
+                f"lock: {self.lock} trains the text tower, so sidecars cannot hold its vectors: leave text.mode out"
             )
         if self.text_online and (self.text.noise or self.text.center):
             raise ValueError(
-                "text.noise and text.center change the vectors of sidecars, and here the text tower runs online"
+                "text.noise and text.center change the vectors of sidecars, and here the text tower runs online: leave them out"
             )
         if self.loss.kernel == "fused" and not self.workers.gpus:
             raise ValueError("loss.kernel: fused needs NVIDIA GPUs (workers.gpus); leave loss.kernel out")

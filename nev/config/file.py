@@ -1,4 +1,4 @@
-"""Experiments as files: YAML read safely, `section.key=value` applied, every problem told at once with its place."""
+"""Experiments as files: YAML is read safely, overrides are applied, and all problems are reported at once."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ Section_ = TypeVar("Section_", bound=Section)
 
 
 def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Experiment:
-    """Read an experiment from YAML and apply `section.key=value` overrides (values are YAML).
+    """Read an experiment.
 
-    path: of a file, or the name of a shipped experiment (`quickstart`).
-    Raises ConfigError listing every problem with its place in the file.
+    path: a YAML file, or the name of a shipped experiment (`quickstart`).
+    overrides: `section.key=value`, with YAML values.
+    Raises ConfigError, which lists every problem with its dotted key.
     """
     return parse(Experiment, read_config(path), overrides, where=str(path))
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """Read a file, or a shipped experiment or sweep by its name: `quickstart`, `ablations/batch_size`.
+    """Read a YAML file, or a shipped experiment or sweep by its name: `quickstart`, `ablations/batch_size`.
 
-    A file that exists comes before a shipped one of the same name. Raises ConfigError for a name that is neither.
+    An existing file has priority over a shipped name. Raises ConfigError for a path that is neither.
     """
     shipped = shipped_configs()
     if not Path(path).exists() and str(path) in shipped:
@@ -36,7 +37,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The experiments and sweeps that come with nev: name to file, by name. A checkout has them in `configs/`."""
+    """The files of the experiments and sweeps that come with nev, by name. A checkout has them in `configs/`."""
     package = Path(__file__).parents[1]
     folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
     return {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.yaml"))}
@@ -45,8 +46,8 @@ def shipped_configs() -> dict[str, Path]:
 def read_yaml(path: str | Path, otherwise: str = "") -> dict[str, Any]:
     """Read a YAML mapping with the safe loader (no tags).
 
-    otherwise: what the message says to do where there is no such file.
-    Raises ConfigError for a file that is absent, is not YAML, or is no mapping.
+    otherwise: advice for the message where there is no such file.
+    Raises ConfigError for a file that is missing, is not YAML, or is not a mapping.
     """
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -62,13 +63,17 @@ def read_yaml(path: str | Path, otherwise: str = "") -> dict[str, Any]:
 def parse(
     schema: type[Section_], raw: dict[str, Any], overrides: tuple[str, ...] | list[str] = (), where: str = "config"
 ) -> Section_:
-    """Validate `raw` with `overrides` applied. Raises ConfigError naming each wrong key by its dotted path."""
+    """Apply the overrides to `raw` and validate the result.
+
+    where: the source of `raw`, for messages.
+    Raises ConfigError, which names each wrong key by its dotted path.
+    """
     for override in overrides:
         dotted, equals, value = override.partition("=")
         if not equals:
             raise ConfigError(f"override {override!r}: write it as section.key=value")
         try:
-            raw = _replaced(raw, dotted.split("."), yaml.safe_load(value), override)
+            raw = _replace(raw, dotted.split("."), yaml.safe_load(value), override)
         except yaml.YAMLError as error:
             raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
     try:
@@ -81,18 +86,18 @@ def parse(
         raise ConfigError(f"{where}: {len(lines)} problem(s)\n" + "\n".join(lines)) from None
 
 
-def _replaced(tree: dict[str, Any], keys: list[str], value: Any, override: str) -> dict[str, Any]:
+def _replace(tree: dict[str, Any], keys: list[str], value: Any, override: str) -> dict[str, Any]:
     head, *rest = keys
     if not rest:
         return {**tree, head: value}
     child = tree.get(head) or {}
     if not isinstance(child, dict):
         raise ConfigError(f"override {override!r}: {head!r} is a value, not a section")
-    return {**tree, head: _replaced(child, rest, value, override)}
+    return {**tree, head: _replace(child, rest, value, override)}
 
 
 def flatten(section: BaseModel) -> dict[str, str | int | float | bool]:
-    """Dotted keys to plain values, as MLflow parameters want them."""
+    """Plain values by dotted key, as MLflow's parameters need them."""
     flat: dict[str, str | int | float | bool] = {}
     for key, value in section.model_dump(mode="json").items():
         child = getattr(section, key)
@@ -104,20 +109,20 @@ def flatten(section: BaseModel) -> dict[str, str | int | float | bool]:
 
 
 def to_yaml(section: BaseModel) -> str:
-    """The whole section, defaults included, as YAML that `load` reads back to an equal one."""
+    """The section as YAML, with all defaults. `load` reads an equal section from it."""
     return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, width=120)
 
 
 def explain_problem(schema: type[BaseModel], problem: Any) -> str:
-    """A problem that pydantic found, in plain words: for an unknown key the known ones that are like it."""
+    """A validation error of pydantic in plain words. For an unknown key, with similar known keys."""
     if problem["type"] != "extra_forbidden":
         return str(problem["msg"]).removeprefix("Value error, ")
     *sections, key = map(str, problem["loc"])
     for name in sections:
         kind = schema.model_fields[name].annotation if name in schema.model_fields else None
-        kinds = [one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, BaseModel)]
-        if not kinds:
+        types = [cls for cls in (kind, *get_args(kind)) if isinstance(cls, type) and issubclass(cls, BaseModel)]
+        if not types:
             return "unknown key"
-        schema = kinds[0]
+        schema = types[0]
     close = difflib.get_close_matches(key, schema.model_fields, n=3) or list(schema.model_fields)
     return f"unknown key; there is {', '.join(close)}"

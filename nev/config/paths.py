@@ -1,4 +1,4 @@
-"""The locations in a configuration: made absolute, and refused where what is written would be lost."""
+"""The locations in a configuration: they become absolute, and an output that would be lost is refused."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ def refuse_lost_output(output: str) -> None:
             raise ConfigError(f"output = {output!r}: give a folder, or s3://BUCKET/PREFIX")
     elif "working_dir_files" in Path.cwd().parts and not Path(output).expanduser().is_absolute():
         raise ConfigError(
-            f"output = {output!r} is relative, and a submitted job's folder goes away with the node: give an absolute "
+            f"output = {output!r} is relative, and the folder of a submitted job is deleted with its node: give an absolute "
             "folder that every node sees, or s3://BUCKET/PREFIX, with --set output=..."
         )
 
 
 def with_absolute_paths(config: Experiment) -> Experiment:
-    """The same experiment with local paths made absolute: Ray's processes have other working folders.
+    """The experiment with absolute local paths, because Ray's processes have other working folders.
 
     Raises ConfigError for an `output` that would be lost or cannot be written.
     """
     refuse_lost_output(config.output)
 
-    def whole(path: str | None) -> str | None:
+    def absolute(path: str | None) -> str | None:
         return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
 
-    data = config.data.model_copy(update={"train": whole(config.data.train), "val": whole(config.data.val)})
-    vision = config.vision.model_copy(update={"weights": whole(config.vision.weights)})
+    data = config.data.model_copy(update={"train": absolute(config.data.train), "val": absolute(config.data.val)})
+    vision = config.vision.model_copy(update={"weights": absolute(config.vision.weights)})
     text, evaluation = config.text, config.eval
-    if Path(text.encoder).expanduser().is_dir():  # else it is a name: of the package, or on the hub
-        text = text.model_copy(update={"encoder": whole(text.encoder)})
+    if Path(text.encoder).expanduser().is_dir():  # else the name of a package, or a name on the hub
+        text = text.model_copy(update={"encoder": absolute(text.encoder)})
     if evaluation.zero_shot and isinstance(evaluation.zero_shot.classes, str):
-        zero_shot = evaluation.zero_shot.model_copy(update={"classes": whole(evaluation.zero_shot.classes)})
+        zero_shot = evaluation.zero_shot.model_copy(update={"classes": absolute(evaluation.zero_shot.classes)})
         evaluation = evaluation.model_copy(update={"zero_shot": zero_shot})
-    changed = {"data": data, "vision": vision, "text": text, "eval": evaluation, "output": whole(config.output)}
+    changed = {"data": data, "vision": vision, "text": text, "eval": evaluation, "output": absolute(config.output)}
     return config.model_copy(update=changed)

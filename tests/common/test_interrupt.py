@@ -59,7 +59,7 @@ def test_prepare_is_interrupted_and_goes_on(tmp_path: Path) -> None:
     work = tmp_path / "out" / "_prepare"
     status, _, errors = interrupted(command, lambda: work.exists() and len(list(work.iterdir())) > 1, tmp_path)
     assert status == 130, errors
-    assert errors.endswith("interrupted. The same command goes on with what is done.\n")
+    assert errors.endswith("interrupted. The same command goes on from the finished parts.\n")
     assert not list((tmp_path / "out").glob("*.parquet"))
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=WAIT_S)
     assert again.returncode == 0, again.stderr

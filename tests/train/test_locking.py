@@ -308,7 +308,7 @@ def test_both_towers_train_in_bf16(tiny: Make, text: TextTower) -> None:
 def test_locks_that_cannot_be_are_refused(tiny: Make, text: TextTower, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"lock: image would lock random weights: give vision\.weights"):
         tiny(lock="image")
-    with pytest.raises(ConfigError, match=r"lock: none trains the text tower, whose vectors sidecars cannot hold"):
+    with pytest.raises(ConfigError, match=r"lock: none trains the text tower, so sidecars cannot hold its vectors"):
         tiny(lock="none", text__mode="sidecar")
     trunk = build_vision(tiny().vision, 32, text.width).trunk.state_dict()
     save_file(trunk, tmp_path / "trunk.safetensors")

@@ -236,7 +236,7 @@ def test_output_that_would_be_lost_is_refused(tiny: Make, tmp_path: Path, monkey
     uploaded = tmp_path / "working_dir_files" / "_ray_pkg_1"  # where Ray unpacks a submitted working folder
     uploaded.mkdir(parents=True)
     monkeypatch.chdir(uploaded)
-    with pytest.raises(ConfigError, match="goes away with the node"):
+    with pytest.raises(ConfigError, match="is deleted with its node"):
         with_absolute_paths(tiny(output="runs"))
     assert with_absolute_paths(tiny(output=str(tmp_path))).output == str(tmp_path)
 
