@@ -143,7 +143,7 @@ def main(
         )
         shrink = {"side": resize, "format": encoding, "quality": quality}
         smaller = None if resize is None else parse(Resize, shrink, where="resize")
-        with _progress(console) as shown:
+        with _progress(console) as callbacks:
             if source == "synthetic":
                 reports = write_synthetic(
                     output,
@@ -152,7 +152,7 @@ def main(
                     seed=seed,
                     processes=processes,
                     layout=layout,
-                    progress=shown,
+                    progress=callbacks,
                 )
             else:
                 columns = {"uid": uid, "image": image, "caption": caption, "label": label}
@@ -176,7 +176,7 @@ def main(
                     resize=smaller,
                     layout=layout,
                     run=_run(rows, limit, options.part_bytes),
-                    progress=shown,
+                    progress=callbacks,
                 )
                 reports = {output.rstrip("/").rpartition("/")[2]: report}
     Console().print(_table(reports))

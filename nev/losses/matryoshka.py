@@ -206,21 +206,21 @@ def _infonce(
         for level in levels
     ]
     best = RunningArgmax.start(x)
-    for tile in iterate_tiles(x, gathering, levels, [one.shift for one in sums]):
+    for tile in iterate_tiles(x, gathering, levels, [level_sums.shift for level_sums in sums]):
         best.update(tile.rows, tile.columns, tile.scores[-1])
-        for one, scores in zip(sums, tile.scores, strict=True):
-            one.update(tile.rows, tile.columns, scores)
-    exact = [one.exact(valid_texts) for one in sums]
+        for level_sums, scores in zip(sums, tile.scores, strict=True):
+            level_sums.update(tile.rows, tile.columns, scores)
+    exact = [level_sums.exact(valid_texts) for level_sums in sums]
     if not all(exact):
-        sums = [one.with_own_shifts() for one in sums]
-        for tile in iterate_tiles(x, gathering, levels, [one.shift for one in sums]):
-            for one, scores in zip(sums, tile.scores, strict=True):
-                one.update(tile.rows, tile.columns, scores)
+        sums = [level_sums.with_own_shifts() for level_sums in sums]
+        for tile in iterate_tiles(x, gathering, levels, [level_sums.shift for level_sums in sums]):
+            for level_sums, scores in zip(sums, tile.scores, strict=True):
+                level_sums.update(tile.rows, tile.columns, scores)
 
-    shifts = torch.stack([one.shift for one in sums])
-    columns = torch.stack([one.column for one in sums])
+    shifts = torch.stack([level_sums.shift for level_sums in sums])
+    columns = torch.stack([level_sums.column for level_sums in sums])
     column_max = reduce_column_max(columns, shifts[:, None], valid_texts, gathering)
-    rows, pairs = (torch.stack([getattr(one, name) for one in sums]) for name in ("row", "pair"))
+    rows, pairs = (torch.stack([getattr(level_sums, name) for level_sums in sums]) for name in ("row", "pair"))
     terms = torch.where(valid, rows - pairs + column_max[:, local] - pairs, 0)
     counts = torch.stack([_weighted(terms, levels), best.correct(first, valid).to(x.dtype)])
     totals = torch.cat([(columns - column_max).exp_().flatten(), counts])

@@ -34,21 +34,21 @@ def draw_figure(
     complete_arms: the arms with all seeds. Of other arms only the seeds are shown, without a mean.
     Raises ValueError where there is no value.
     """
-    shown = {metric: values for metric, values in measured.items() if values}
-    if not shown:
+    with_values = {metric: values for metric, values in measured.items() if values}
+    if not with_values:
         raise ValueError("draw_figure: no value to draw")
-    arms = list(dict.fromkeys(arm for values in shown.values() for arm in values))
+    arms = list(dict.fromkeys(arm for values in with_values.values() for arm in values))
     numeric = all(parse_number(arm[0][1]) is not None for arm in arms) and len({arm[0][1] for arm in arms}) > 1
-    columns, rows = min(COLUMNS, len(shown)), -(-len(shown) // COLUMNS)
+    columns, rows = min(COLUMNS, len(with_values)), -(-len(with_values) // COLUMNS)
     height = 3.6 if numeric else max(1.6, 0.9 + 0.34 * len(arms))
     figure = new_figure(5.4 * columns + 0.6, height * rows + 0.7)
     panels = figure.subplots(rows, columns, squeeze=False, sharex="all" if numeric else False)
-    for axes, (metric, values) in zip(panels.flat, shown.items(), strict=False):
+    for axes, (metric, values) in zip(panels.flat, with_values.items(), strict=False):
         if numeric:
             plot_over_numbers(axes, metric, values, complete_arms)
         else:
             plot_by_arm(axes, metric, values, arms, complete_arms)
-    for axes in list(panels.flat)[len(shown) :]:
+    for axes in list(panels.flat)[len(with_values) :]:
         axes.set_visible(False)
     wrapped = textwrap.fill(title, TITLE_CHARACTERS * columns)
     figure.suptitle(wrapped, x=0.02, ha="left", fontsize=12, fontweight="bold", color=INK, parse_math=False)

@@ -28,9 +28,9 @@ def write_report(outcome: Outcome, base: Experiment, folder: str) -> list[str]:
     sweep = outcome.sweep
     measured = {metric: outcome.values(metric) for metric in sweep.metrics}
     with output_folder(folder) as local:
-        made = []
+        files = []
         if any(measured.values()):
-            made += draw_figure(
+            files += draw_figure(
                 local / sweep.name,
                 sweep.question or sweep.name,
                 make_subtitle(outcome),
@@ -43,9 +43,9 @@ def write_report(outcome: Outcome, base: Experiment, folder: str) -> list[str]:
             (f"{sweep.name}.yaml", to_yaml(sweep)),
             ("base.yaml", to_yaml(base)),
         ):
-            made.append(local / name)
-            made[-1].write_text(text, encoding="utf-8")
-    return [join(folder, path.name) for path in made]
+            files.append(local / name)
+            files[-1].write_text(text, encoding="utf-8")
+    return [join(folder, path.name) for path in files]
 
 
 def make_subtitle(outcome: Outcome) -> str:

@@ -151,7 +151,7 @@ def prepare_shared(trials: Sequence[Trial], console: Console, load: LoadText) ->
             if not experiment.text_online:
                 embed_captions(sets, data.columns, experiment.text, console)
             classes = class_names(experiment.eval.zero_shot) if experiment.eval.zero_shot else []
-            content = (build_index(one, data.columns).fingerprint for one in sets)
+            content = (build_index(location, data.columns).fingerprint for location in sets)
             known[key] = hash_values(*content, *classes, load(experiment.text).fingerprint)
         hashes.append(known[key])
     return hashes

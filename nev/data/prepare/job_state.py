@@ -84,9 +84,9 @@ def start_or_resume(output: str, spec: JobSpec | None, stamps: Sequence[str], ov
     parts = {} if before is None else _read_finished_parts(work)
     other_input = planned != stamps or (bool(parts) and not parts.keys() & set(stamps))
     if before and (not same or other_input) and not overwrite and (parts or plan is not None):
-        asked = spec or {}
+        options = spec or {}
         differing = ", ".join(
-            sorted(name for name in before.keys() | asked.keys() if before.get(name) != asked.get(name))
+            sorted(name for name in before.keys() | options.keys() if before.get(name) != options.get(name))
             + ["input"] * other_input
         )
         raise ConfigError(

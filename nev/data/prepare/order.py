@@ -85,15 +85,15 @@ def _equals_previous(keys: Keys) -> NDArray[np.bool_]:
 
 def find_shard(order: Order, number: int, rows_per_shard: int) -> Shard:
     """The rows of shard `number`: `rows_per_shard` rows, fewer in the last shard."""
-    own = order.digests[number * rows_per_shard : (number + 1) * rows_per_shard]
-    low, high = (bytes(digest).ljust(KEY.itemsize, b"\0") for digest in (own[0], own[-1]))  # NumPy strips zeros
+    digests = order.digests[number * rows_per_shard : (number + 1) * rows_per_shard]
+    low, high = (bytes(digest).ljust(KEY.itemsize, b"\0") for digest in (digests[0], digests[-1]))  # NumPy strips zeros
     first, end = (
         np.searchsorted(order.left_out_digests, low),
         np.searchsorted(order.left_out_digests, high, side="right"),
     )
     buckets = order.offsets.shape[1] - 1
     ranges = order.offsets[:, [assign_bucket(low, buckets), assign_bucket(high, buckets) + 1]]
-    return Shard(number, len(own), low, high, ranges, order.left_out[first:end])
+    return Shard(number, len(digests), low, high, ranges, order.left_out[first:end])
 
 
 def merge_keys(parts: Sequence[Record], known: ClassNames | None) -> Record:

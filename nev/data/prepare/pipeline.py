@@ -147,8 +147,8 @@ def prepare(
     )
     spec = None
     if source.spec is not None:
-        own = {"seed": seed, "limit": limit, "rows_per_shard": layout.rows_per_shard}
-        spec = {**source.spec, **_filter_spec(filters, resize), **own, "row_group_rows": layout.row_group_rows}
+        sizes = {"seed": seed, "limit": limit, "rows_per_shard": layout.rows_per_shard}
+        spec = {**source.spec, **_filter_spec(filters, resize), **sizes, "row_group_rows": layout.row_group_rows}
         spec |= {"limits": limits.model_dump(), "format": FORMAT}
     with exclusive_lock(output):
         state = start_or_resume(output, spec, [part.stamp for part in source.parts], layout.overwrite)
