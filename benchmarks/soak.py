@@ -109,7 +109,7 @@ def main(
 def drawn(folder: Path) -> Path:
     """A set of pictures with the vectors of their captions."""
     from nev.config.data import Columns
-    from nev.config.experiment import Text
+    from nev.config.model import Text
     from nev.data.index import build_index
     from nev.data.prepare.synthetic import write_synthetic
     from nev.data.sidecar import sidecar_key, write_sidecar

@@ -22,7 +22,7 @@ from benchmarks import report
 from nev.cluster.session import connect
 from nev.common.cli import make_command, report_errors
 from nev.config.data import Columns
-from nev.config.experiment import Text
+from nev.config.model import Text
 from nev.data.prepare.synthetic import write_synthetic
 from nev.embed.captions import embed_captions
 

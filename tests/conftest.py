@@ -128,7 +128,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A drawn set of 1,024 + 128 captioned pictures, with the real text tower's sidecars and classes.txt."""
     from nev.config.data import Columns
-    from nev.config.experiment import Text
+    from nev.config.model import Text
     from nev.data.index import build_index
     from nev.data.prepare.synthetic import write_synthetic
     from nev.data.sidecar import sidecar_key, write_sidecar

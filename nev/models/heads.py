@@ -18,7 +18,7 @@ from timm.layers.weight_init import trunc_normal_tf_
 from torch import Tensor, nn
 
 from nev.config.base import ConfigError
-from nev.config.experiment import Vision
+from nev.config.model import Vision
 
 INIT_STD = 0.02  # `initializer_range` of the released config
 

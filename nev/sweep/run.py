@@ -18,7 +18,8 @@ from nev.common.errors import NevError
 from nev.common.progress import progress
 from nev.common.signals import handle_sigterm
 from nev.config.base import ConfigError
-from nev.config.experiment import Experiment, Text
+from nev.config.experiment import Experiment
+from nev.config.model import Text
 from nev.config.paths import with_absolute_paths
 from nev.data.index import build_index
 from nev.embed.cache import hash_values

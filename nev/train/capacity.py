@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nev.config.base import ConfigError
-from nev.config.experiment import Experiment, refuse_widths
+from nev.config.experiment import Experiment
+from nev.config.model import refuse_widths
 from nev.losses.fused import HALF, PARTIAL_BYTES
 from nev.losses.tiles import GPU_TILE_COLUMNS, GPU_TILE_ROWS, TILE_COLUMNS, TILE_ROWS
 from nev.models.text import TextTower

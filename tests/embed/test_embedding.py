@@ -15,7 +15,7 @@ from rich.console import Console
 
 from nev.config.base import ConfigError
 from nev.config.data import Columns
-from nev.config.experiment import Text
+from nev.config.model import Text
 from nev.data.index import build_index
 from nev.embed.captions import embed_captions
 
@@ -46,7 +46,7 @@ import os, sys, threading
 import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
-from nev.config.experiment import Text
+from nev.config.model import Text
 from nev.config.data import Columns
 from nev.embed.captions import embed_captions
 from nev.cluster.session import connect

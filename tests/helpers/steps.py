@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from nev.config.experiment import Experiment, Loss, Vision
+from nev.config.experiment import Experiment
 from nev.config.file import parse
+from nev.config.model import Loss, Vision
 from nev.losses.contrastive import contrastive_loss
 from nev.losses.gather import start_gather
 from nev.losses.pairwise import LossOutput

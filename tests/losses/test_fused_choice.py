@@ -15,8 +15,9 @@ from pydantic import ValidationError
 from torch._subclasses import FakeTensorMode
 
 from nev.config.base import ConfigError
-from nev.config.experiment import Experiment, Loss
+from nev.config.experiment import Experiment
 from nev.config.file import parse
+from nev.config.model import Loss
 from nev.losses import fused, tiles
 from nev.losses.contrastive import Kernel, contrastive_loss
 from nev.losses.matryoshka import matryoshka_loss

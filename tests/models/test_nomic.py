@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from nev.config.base import ConfigError
-from nev.config.experiment import Vision
 from nev.config.file import load
+from nev.config.model import Vision
 from nev.models.nomic import from_released, load_released, to_released
 from nev.models.vision import build_vision
 

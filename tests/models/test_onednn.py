@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nev.config.experiment import Vision
+from nev.config.model import Vision
 from nev.models.vision import build_vision
 from nev.ops.onednn import LEAST_BATCH, Linear1x1, is_faster, use_onednn
 

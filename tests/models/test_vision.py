@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from nev.config.base import ConfigError
-from nev.config.experiment import Vision
+from nev.config.model import Vision
 from nev.models.vision import build_vision, normalise
 
 VIT = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}

@@ -17,8 +17,9 @@ from rich.console import Console
 from torch import Tensor
 
 from nev.config.base import ConfigError
-from nev.config.experiment import Experiment, Vision
+from nev.config.experiment import Experiment
 from nev.config.file import parse
+from nev.config.model import Vision
 from nev.eval.evaluate import evaluate_checkpoint
 from nev.models.dual_encoder import DualEncoder
 from nev.models.text import load_text

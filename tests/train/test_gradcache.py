@@ -28,7 +28,7 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from nev.config.base import ConfigError
-from nev.config.experiment import Vision
+from nev.config.model import Vision
 from nev.losses.contrastive import contrastive_loss
 from nev.models.dual_encoder import Embedded
 from nev.models.vision import build_vision

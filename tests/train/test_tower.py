@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nev.config.base import ConfigError
-from nev.config.experiment import Train, Vision
+from nev.config.experiment import Train
+from nev.config.model import Vision
 from nev.losses import tiles
 from nev.models.dual_encoder import DualEncoder
 from nev.models.vision import build_vision, normalise

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nev.config.experiment import Experiment, Loss
+from nev.config.experiment import Experiment
+from nev.config.model import Loss
 from nev.losses.contrastive import contrastive_loss
 from nev.losses.gather import AsyncGather, start_gather
 from nev.losses.matryoshka import matryoshka_loss

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from nev.cluster.session import cluster_cpus, cluster_gpus, may_grow
 from nev.common.errors import ErrorCollector
 from nev.config.base import ConfigError
-from nev.config.experiment import Experiment, Workers, refuse_widths
+from nev.config.experiment import Experiment, Workers
 from nev.config.file import parse
+from nev.config.model import refuse_widths
 from nev.config.paths import with_absolute_paths
 from nev.data.augment import auto_augment
 from nev.data.block import BlockReader
