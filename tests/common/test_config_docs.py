@@ -6,7 +6,7 @@ import pytest
 from helpers.docs import SCHEMAS, config_reference
 from pydantic import BaseModel
 
-from nev.config import base, data, experiment
+from nev.config import base, data, experiment, model
 from nev.eval.suite import schema as suite
 from nev.sweep import config as sweep
 
@@ -18,7 +18,7 @@ def described_sections() -> list[type[BaseModel]]:
 
 
 def test_the_sections_of_all_schemas_are_reached() -> None:
-    modules = (data, experiment, suite, sweep)
+    modules = (data, experiment, model, suite, sweep)
     classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
     assert set(described_sections()) == {c for c in classes if issubclass(c, base.Section) and c is not base.Section}
 
@@ -36,10 +36,10 @@ def test_every_field_has_a_description_of_whole_sentences(section: type[BaseMode
         (data.Data, "image_size", "integer > 0", "`224`"),
         (data.Data, "mean", "[number, number, number]", "`[0.48145466, 0.4578275, 0.40821073]`"),
         (data.Jitter, "hue", "number ≥ 0 ≤ 0.5", "`0`"),
-        (experiment.Vision, "trunk", "text", "**required**"),
-        (experiment.Vision, "pool_heads", "integer > 0, or null", "`null`"),
-        (experiment.Loss, "kind", "`softmax` or `sigmoid`", '`"softmax"`'),
-        (experiment.Loss, "matryoshka", "map from integer > 0 to number > 0", "`{}`"),
+        (model.Vision, "trunk", "text", "**required**"),
+        (model.Vision, "pool_heads", "integer > 0, or null", "`null`"),
+        (model.Loss, "kind", "`softmax` or `sigmoid`", '`"softmax"`'),
+        (model.Loss, "matryoshka", "map from integer > 0 to number > 0", "`{}`"),
         (experiment.Optim, "eps", "number > 0", "`1e-08`"),
         (experiment.Workers, "max_failures", "integer ≥ -1", "`3`"),
         (sweep.Sweep, "seeds", "list of integer, 1 or more", "`[0]`"),
