@@ -118,7 +118,7 @@ def test_stamps_that_do_not_tell_parts_apart_are_refused(tmp_path: Path) -> None
             make_of(source()._replace(parts=parts), tmp_path)
 
 
-@pytest.mark.parametrize("at", ["write_json", "_drop"])  # before the new job's options are written, and after
+@pytest.mark.parametrize("at", ["write_json", "_remove_file"])  # before the new job's options are written, and after
 def test_half_of_another_jobs_split_is_never_trained_on(
     at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,7 +103,7 @@ def test_an_output_inside_the_input_is_refused(inside: str, tmp_path: Path) -> N
     args = ("--source", "hf-parquet", "--template", "a {}", "--input")
     assert "in: lies in the input" in prepare(*args, folder, "--output", folder, code=2)
     out = prepare(*args, folder, "--output", folder / inside, code=2)
-    assert "so the next prepare would read what this one writes" in out
+    assert "so the next prepare would read the output of this one" in out
     assert [path.name for path in folder.iterdir()] == ["a.parquet"]
     prepare(*args, folder, "--output", tmp_path / "in-shards")
     prepare(*args, folder / "*.parquet", "--output", folder / "set/train")

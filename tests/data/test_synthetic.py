@@ -110,7 +110,7 @@ def test_write_synthetic_makes_both_splits_and_the_classes(tmp_path: Path) -> No
     val = pq.read_table(tmp_path / "set/val")
     assert sorted(val["label"].to_pylist()) == list(range(30))
     assert val.to_pylist() != sorted(val.to_pylist(), key=lambda row: row["uid"])
-    with pytest.raises(ConfigError, match="can't show all 30 classes"):
+    with pytest.raises(ConfigError, match="cannot show all 30 classes"):
         write_synthetic(tmp_path / "few", train=72, val=10)
     with pytest.raises(ConfigError, match="already holds 1 shard"):
         write_synthetic(tmp_path / "set", train=72, val=36)
