@@ -1,11 +1,12 @@
-"""Score a checkpoint: on its experiment's validation set, on another by --set data.val=..., or on a whole suite of tasks.
+"""Score a checkpoint: on its experiment's validation set, on another set by --set data.val=..., or on a suite of tasks.
+
+Both end with a page of tables and pictures, NAME.html, and the numbers as JSON.
 
 nev evaluate --checkpoint runs/cifar10/checkpoints/step-00001170
 nev evaluate --checkpoint runs/cifar10/checkpoints/step-00001170 --set data.val=data/other/val
 nev evaluate --checkpoint s3://BUCKET/runs/cifar10/checkpoints/step-00001170
 
-A suite is a list of tasks, as YAML: quick, imagenet, flickr30k, coco, datacomp (38 tasks), ood, or a file of your own. The result
-is also a page, NAME.html.
+A suite is a list of tasks, as YAML: quick, imagenet, flickr30k, coco, datacomp (38 tasks), ood, or a file of your own.
 
 NEV_DATA=../shared/data nev evaluate --checkpoint runs/flickr8k/checkpoints/step-00000500 --suite quick
 nev evaluate --checkpoint runs/big/checkpoints/step-00070830 --suite datacomp --data /data/datacomp
@@ -37,14 +38,14 @@ def main(
     data: Annotated[str | None, typer.Option(help="Folder of the suite's data, here or on s3://.")] = None,
     against: Annotated[
         list[str] | None,
-        typer.Option(help="JSON of the same suite for another model, to be compared; may be repeated."),
+        typer.Option(help="JSON of the same suite for another model, shown beside this model; may be repeated."),
     ] = None,
     mteb: Annotated[
         list[str] | None, typer.Option(help=r"A task of mteb by its name (pip install 'nev\[mteb]'); may be repeated.")
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option(help="Folder or s3:// prefix for the results. Default: the run's folder/evaluation."),
+        typer.Option(help="Folder or s3:// prefix for the results (default: evaluation/ in the run's folder)."),
     ] = None,
 ) -> None:
     """Score a checkpoint on its experiment's validation set, on another one, or on a suite."""
@@ -67,18 +68,18 @@ def main(
                 checkpoint, suite, Console(stderr=True), overrides or [], data, output, against or ()
             )
             console.print(suite_table(result))
-            for task in result.tasks:
-                if task.reason:
-                    console.print(
-                        f"not run     {task.name}: {task.reason}", highlight=False, soft_wrap=True, markup=False
-                    )
+            tasks = result.tasks
         elif mteb:
             scores, file = evaluate_mteb(checkpoint, mteb, overrides or [], output)
-            files = [file]
+            files, tasks = [file], ()
             for name, value in scores.items():
                 console.print(f"{name:<40} {value:.4f}", highlight=False)
         else:
-            metrics, files = evaluate_checkpoint(checkpoint, overrides or [], output)
+            result, metrics, files = evaluate_checkpoint(checkpoint, overrides or [], Console(stderr=True), output)
             console.print(metrics_table(metrics, checkpoint))
+            tasks = result.tasks
+    for task in tasks:
+        if task.reason:
+            console.print(f"not run     {task.name}: {task.reason}", highlight=False, soft_wrap=True, markup=False)
     for file in files:
         console.print(f"{PurePosixPath(file).stem:<11} {file}", highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Vectors that are kept in files named after what they are of, so that nothing is embedded twice."""
+"""A cache of vectors: a file is named by a hash of what decides its vectors, so nothing is embedded twice."""
 
 from __future__ import annotations
 
@@ -16,20 +16,25 @@ from nev.storage.reading import read_bytes, write_errors_as_data_errors
 
 
 def embed_texts_cached(sentences: Sequence[str], encode: Encode, fingerprint: str, cache: str) -> NDArray[np.float32]:
-    """Sentences under a text tower of that fingerprint: unit float32 [n, D], embedded where `cache` lacks this list."""
+    """Embed sentences, or read their vectors from the cache: float32 [n, D], rows of unit length.
+
+    encode: sentences to vectors, by the text tower with this fingerprint.
+    cache: folder or S3 prefix; one file holds the vectors of one list of sentences.
+    Raises DataError where the cache cannot be read or written.
+    """
     from safetensors.numpy import save
 
     file = join(cache, f"{hash_values(fingerprint, *sentences)}.safetensors")
-    if (found := load_or_compute(file)) is not None:
-        return found["vectors"]
+    if (tensors := load_cached(file)) is not None:
+        return tensors["vectors"]
     vectors = np.asarray(encode(sentences), np.float32)
     with write_errors_as_data_errors(file):
         write_atomic(file, save({"vectors": vectors}))
     return vectors
 
 
-def load_or_compute(file: str) -> dict[str, NDArray[Any]] | None:
-    """What a file of the cache holds; None where it is not there, or damaged."""
+def load_cached(file: str) -> dict[str, NDArray[Any]] | None:
+    """The tensors in a file of the cache; None where the file is absent or damaged."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -41,5 +46,5 @@ def load_or_compute(file: str) -> dict[str, NDArray[Any]] | None:
 
 
 def hash_values(*parts: str) -> str:
-    """The name of what these strings determine."""
+    """A file name for what these strings decide: 32 hex digits of their sha256."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

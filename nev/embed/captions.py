@@ -1,4 +1,4 @@
-"""Writing text sidecars on Ray: an actor a GPU, else one for four CPUs. Shards that have theirs are passed over."""
+"""Writing text sidecars on Ray: one actor for each GPU, else one for four CPUs. Shards that have a sidecar are skipped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPUS_AN_ACTOR = 4
 
 
 class Written(NamedTuple):
-    """What was done: shards written now, captions in them, seconds from the first shard to the last."""
+    """The work of a call: sidecars written, captions in these, seconds from the first shard to the last."""
 
     shards: int
     captions: int
@@ -30,7 +30,7 @@ class Written(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A shard: its root's position in the list of roots, and its own in that root's index."""
+    """A shard. root: position in the list of roots. shard: position in the index of that root."""
 
     root: int
     shard: int
@@ -39,15 +39,17 @@ class Place(NamedTuple):
 def embed_captions(
     roots: Sequence[str], columns: Columns, text: Text, console: Console, gpus: int | None = None
 ) -> Written:
-    """Write the sidecars that the shards under `roots` lack, or that don't fit them any more. Needs a connected Ray.
+    """Write the sidecars that are missing for the shards in `roots`, or no longer fit them. Needs a connected Ray.
 
-    gpus: how many to ask the cluster for, whose autoscaler may have to bring them; by default those that are there now.
-    On one machine without a GPU the tower of this process does it: actors would each load another.
-    Raises DataError for unusable shards, ConfigError for GPUs that a Ray of this machine alone has not.
+    gpus: number of GPUs to use; an autoscaler may have to start them. None: the GPUs that are up now.
+    On one machine without a GPU this process embeds: each actor would load a text tower of its own.
+    Raises DataError for shards that cannot be used, ConfigError for more GPUs than a Ray that cannot grow has.
     """
-    there = cluster_gpus()
-    if gpus is not None and gpus > there and not may_grow():
-        raise ConfigError(f"this machine has {there} GPUs, not {gpus}: leave --gpus out, or submit this to a cluster")
+    available = cluster_gpus()
+    if gpus is not None and gpus > available and not may_grow():
+        raise ConfigError(
+            f"this machine has {available} GPUs, not {gpus}: leave --gpus out, or submit this to a cluster"
+        )
     indexes = [build_index(root, columns) for root in roots]
     tower = load_text(text)
     missing = [
@@ -58,15 +60,15 @@ def embed_captions(
     if not missing:
         return Written(0, 0, 0.0)
     begin = time.perf_counter()
-    wanted = there if gpus is None else gpus
+    wanted = available if gpus is None else gpus
     if not wanted and may_grow():
         console.print("no GPU is up: embedding on CPUs (--gpus N asks the cluster for some)", highlight=False)
     captions = done = 0
-    with progress(console) as tell:
+    with progress(console) as update:
 
         def show(more: int) -> None:
             rate = (captions + more) / (time.perf_counter() - begin)
-            tell("shards embedded", done, len(missing), f"{captions + more:,} captions, {rate:,.0f} captions/s")
+            update("shards embedded", done, len(missing), f"{captions + more:,} captions, {rate:,.0f} captions/s")
 
         counts: Iterator[int]
         if not wanted and cluster_nodes() == 1:
@@ -93,19 +95,19 @@ def _by_actors(text: Text, indexes: list[Index], tower: TextTower, missing: list
 
 
 def _write_there(place: Place, text: Text, indexes: list[Index], fingerprint: str) -> int:
-    own = _tower(text, fingerprint)
-    return _write(indexes, place, own, own.encode)
+    tower = _load_tower(text, fingerprint)
+    return _write(indexes, place, tower, tower.encode)
 
 
 @functools.lru_cache(maxsize=1)
-def _tower(text: Text, fingerprint: str) -> TextTower:
-    """The tower of an actor's process, on its GPU if it has one."""
+def _load_tower(text: Text, fingerprint: str) -> TextTower:
+    """The text tower of an actor's process, on its GPU if there is one. Raises ConfigError for another fingerprint."""
     import torch
 
     tower = load_text(text, "cuda" if torch.cuda.is_available() else "cpu")
     if tower.fingerprint != fingerprint:
         raise ConfigError(
-            f"text.encoder {text.encoder!r}: this node's is not the driver's. Install the same everywhere."
+            f"text.encoder {text.encoder!r}: this node has another encoder than the driver. Install the same encoder everywhere."
         )
     return tower
 

@@ -1,7 +1,8 @@
-"""Embedding for evaluation, on Ray: tasks decode and embed (the latter on the GPUs where there are any), the driver scores.
+"""Embedding of whole sets of pictures on Ray.
 
-Without GPUs one task does both, so that no pixel is copied and no process waits with a core in hand for another; with GPUs
-decoding tasks feed them. All sets go through in one run of Ray Data: processes start, and load the tower, once.
+Without GPUs one task decodes and embeds a block: no pixel is copied between processes, and no process that holds a core waits
+for another process. With GPUs, tasks on CPUs decode, and tasks on the GPUs embed. All sets go through one run of Ray Data, so
+processes start, and load the tower, once.
 """
 
 from __future__ import annotations
@@ -29,15 +30,17 @@ if TYPE_CHECKING:
     from torch import nn
 
 BLOCKS_AHEAD = 8
-# Of a block without pixels: about what a batch makes, so that whoever waits sees how far it is.
+# Size of a block of vectors: about one batch of pictures, so that progress is reported after each batch.
 VECTOR_BYTES = 256 * 2**10
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """A vision tower, as the tasks load it. `load` is called once a process and must travel there (a partial does).
+    """A vision tower as Ray's tasks load it.
 
-    It returns a module that takes normalised pixels, float [b, 3, S, S], and gives unit vectors, [b, D].
+    load: called once in each process; it must be picklable, as a partial is. Returns a module from normalised pixels, float
+    [b, 3, S, S], to vectors of unit length, [b, D].
+    mean, std: of the pixels, by channel, in units of 1.
     """
 
     load: Callable[[], nn.Module]
@@ -46,44 +49,50 @@ class EncoderSpec:
 
 
 class EmbedJob(NamedTuple):
-    """A set to embed. read: a unit's blocks, each with image: uint8 [b, S, S, 3], and columns that stay with their rows."""
+    """A set to embed.
+
+    units: pieces of work; each is read by one task.
+    read: a unit to its blocks. A block has image: uint8 [b, S, S, 3], and further columns of b rows.
+    """
 
     units: Sequence[Any]
     read: Callable[[Any], Iterable[Block]]
 
 
 def embed_all(
-    works: Sequence[EmbedJob],
+    jobs: Sequence[EmbedJob],
     tower: EncoderSpec,
     block_bytes: int,
-    done: Callable[[int], None] = lambda rows: None,
-    taken: float = 0.0,
+    on_progress: Callable[[int], None] = lambda rows: None,
+    gpus_in_use: float = 0.0,
 ) -> Iterator[Block | NevError]:
-    """Embed sets on the connected cluster, and yield each in order, as soon as it is whole: its rows, or its error.
+    """Embed sets on the connected cluster. Yields the rows or the error of each set, in the order of `jobs`.
 
-    Rows come in the order of the set's units and their blocks. Their columns are those of the blocks, with vector: float32
-    [n, D], in the place of image; a set without rows has no columns. block_bytes: of a block, about. done: is told how many
-    rows more there are. taken: GPUs of the cluster that others hold; where they hold all, CPUs embed.
+    Rows come in the order of the units and their blocks, with the columns of the blocks; `vector`, float32 [n, D], stands in the
+    place of `image`. A set without rows has no columns.
+    block_bytes: size of a decoded block, about.
+    on_progress: called with the number of rows embedded since the last call.
+    gpus_in_use: GPUs of the cluster that others hold. Where others hold all GPUs, CPUs embed.
     """
-    places = [(number, unit) for number, work in enumerate(works) for unit in range(len(work.units))]
+    places = [(number, unit) for number, job in enumerate(jobs) for unit in range(len(job.units))]
     current, parts = 0, list[Block]()
-    for found in _embedded(list(works), places, tower, block_bytes, cluster_gpus() > taken):
-        while current < int(found["place"][0][0]):  # blocks come in the order of the units
-            yield _whole(parts)
+    for block in _embedded(list(jobs), places, tower, block_bytes, cluster_gpus() > gpus_in_use):
+        while current < int(block["place"][0][0]):  # blocks come in the order of the units
+            yield _concatenate(parts)
             current, parts = current + 1, []
-        parts.append(found)
-        done(len(found.get("vector", ())))
-    for _ in range(current, len(works)):
-        yield _whole(parts)
+        parts.append(block)
+        on_progress(len(block.get("vector", ())))
+    for _ in range(current, len(jobs)):
+        yield _concatenate(parts)
         parts = []
 
 
 def _embedded(
-    works: list[EmbedJob], places: list[tuple[int, int]], tower: EncoderSpec, block_bytes: int, gpus: bool
+    jobs: list[EmbedJob], places: list[tuple[int, int]], tower: EncoderSpec, block_bytes: int, gpus: bool
 ) -> Iterator[Any]:
-    """Blocks as they come, each with place: int64 [b, 3], of the set, the unit and the block in it."""
+    """Blocks as they come, each with place: int64 [b, 3], the numbers of the set, of its unit, and of the block in the unit."""
     with DataContext.current(make_data_context(block_bytes if gpus else VECTOR_BYTES)):
-        source, towers = ray.put((works, places)), ray.put(tower)
+        source, towers = ray.put((jobs, places)), ray.put(tower)
         if gpus:
             embedded = make_units(read_unit, len(places), source=[source]).map_batches(
                 functools.partial(embed_decoded, tower=[towers]),
@@ -99,7 +108,7 @@ def _embedded(
 
 
 def make_data_context(block_bytes: int) -> DataContext:
-    """Ray Data's settings for evaluation: a block leaves a decoding task when it is whole, and few wait for the next one."""
+    """Ray Data's settings for evaluation: a block leaves its decoding task when it is whole, and few blocks wait in a queue."""
     context = stream_context(BLOCKS_AHEAD, block_bytes)
     context._max_num_blocks_in_streaming_gen_buffer = BLOCKS_AHEAD
     context.target_max_block_size = block_bytes  # without it all that a unit yields becomes one block (Ray 2.60)
@@ -107,21 +116,21 @@ def make_data_context(block_bytes: int) -> DataContext:
 
 
 def make_units(task: Callable[..., Iterator[Block]], count: int, **more: Any) -> ray.data.Dataset:
-    """The blocks of a task for each of so many numbers."""
+    """A dataset of the blocks that `task` yields for each of the numbers 0 to count - 1. more: further arguments of `task`."""
     numbers = ray.data.range(count, override_num_blocks=1).repartition(target_num_rows_per_block=1)
     return numbers.map_batches(functools.partial(task, **more), batch_size=1, num_cpus=1, max_retries=MAX_RETRIES)
 
 
 def read_unit(numbers: Any, source: list[Any]) -> Iterator[Block]:
-    """The Ray Data task that decodes: the number of a unit in, its blocks out; one row, `error`, where it can't be read."""
-    works, places = load_from_store(source[0])
+    """The Ray Data task that decodes: yields the blocks of a unit, or one row with `error` where the unit cannot be read."""
+    jobs, places = load_from_store(source[0])
     which, unit = places[int(numbers["id"][0])]
-    work, number = works[which], 0
+    job, number = jobs[which], 0
     try:
-        for block in work.read(work.units[unit]):
+        for block in job.read(job.units[unit]):
             yield {**block, "place": np.full((len(block["image"]), 3), (which, unit, number), np.int64)}
             number += 1
-    except NevError as error:  # of one set among many
+    except NevError as error:  # one set must not end the others
         yield {"error": np.array([str(error)], object), "place": np.array([[which, unit, number]])}
 
 
@@ -134,14 +143,14 @@ def embed_decoded(block: Any, tower: list[Any]) -> Block:
 
 
 def embed_unit(numbers: Any, source: list[Any], tower: list[Any]) -> Iterator[Block]:
-    """The Ray Data task that does both."""
+    """The Ray Data task that decodes and embeds a unit."""
     for block in read_unit(numbers, source):
         yield embed_decoded(block, tower)
 
 
 @functools.lru_cache(maxsize=1)
 def _embedder(reference: ray.ObjectRef[Any]) -> Embed:
-    """The tower, loaded once a process: tasks of one kind come back to the same processes."""
+    """The tower, loaded once in each process: Ray gives tasks of the same kind to the same processes."""
     import_uninterrupted("nev.models.vision")
     import torch
 
@@ -154,8 +163,8 @@ def _embedder(reference: ray.ObjectRef[Any]) -> Embed:
     return make_embedder(vision, lambda images: normalise(images, tower.mean, tower.std), device)
 
 
-def _whole(parts: list[Block]) -> Block | NevError:
-    """Blocks in the order of their places, as one; the first error of those that have one."""
+def _concatenate(parts: list[Block]) -> Block | NevError:
+    """Blocks in the order of their places, as one block; the first error where a block has an error."""
     parts.sort(key=lambda part: tuple(part["place"][0]))
     for part in parts:
         if "error" in part:
@@ -173,7 +182,7 @@ def make_embedder(
     normalise: Callable[[torch.Tensor], torch.Tensor],
     device: torch.device,
 ) -> Embed:
-    """Wrap a vision tower: uint8 [n, S, S, 3] in, unit float32 [n, D] out, without a graph."""
+    """Wrap a vision tower: uint8 [n, S, S, 3] in, float32 [n, D] of unit length out, without a graph."""
     import torch
 
     @torch.inference_mode()

@@ -1,1 +1,1 @@
-"""What a vision encoder is worth: zero-shot classification, retrieval, and their pictures."""
+"""Evaluation of a checkpoint: zero-shot classification, retrieval, the geometry of the space, and a page of them."""

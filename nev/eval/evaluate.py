@@ -1,37 +1,55 @@
-"""A checkpoint from its folder to its scores: open it, embed what is asked for, score, write down."""
+"""A checkpoint on its experiment's validation set, or on tasks of mteb: open, embed, score, write."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import time
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from rich.console import Console
 
 from nev.config.base import ConfigError
-from nev.config.experiment import Experiment
 from nev.embed.embedder import Embedder
-from nev.eval.validation.on_cluster import embed
-from nev.eval.validation.task import make_validation
 from nev.storage.files import join, output_folder, storage_errors_as
 
 if TYPE_CHECKING:
     from nev.eval.mteb_model import MtebModel
-    from nev.eval.validation.scoring import Embedded
+    from nev.eval.suite.results import SuiteResult
     from nev.eval.validation.task import Validation
-    from nev.eval.validation.texts import Texts
+
+NAME = "validation"  # of the suite, and so of its files
+
+
+class ValidationReport(NamedTuple):
+    """A validation set as a report.
+
+    metrics: every number by its name in MLflow.
+    files: the page and the JSON.
+    pictures: the PNGs in the page, by names such as `retrieval-search`.
+    """
+
+    result: SuiteResult
+    metrics: dict[str, float]
+    files: list[Path]
+    pictures: dict[str, Path]
 
 
 def evaluate_checkpoint(
-    location: str, overrides: list[str], output: str | None = None
-) -> tuple[dict[str, float], list[str]]:
-    """Score a checkpoint on its experiment's validation set, with overrides; write metrics.json and galleries in `output`.
+    location: str, overrides: list[str], console: Console, output: str | None = None
+) -> tuple[SuiteResult, dict[str, float], list[str]]:
+    """Score a checkpoint on its experiment's validation set; write validation-STEP.html and .json.
 
-    `output` is a folder or an S3 prefix; by default `evaluation_folder`. Returns the metrics (shares with the ends of
-    their 95 % intervals, `..._low` and `..._high`; where there are captions, also `space/` and `mixed/`), and where the files
-    lie. Raises as `Embedder.from_checkpoint`, and ConfigError where there is nothing to score.
+    overrides: `section.key=value`, over the checkpoint's config, such as data.val. Without any, the vectors that the training
+    has left in the checkpoint are scored; else the set is embedded on Ray.
+    output: folder or S3 prefix; by default evaluation/ in the run's folder.
+    Returns the result, the metrics by their names in MLflow, and the locations of the files. Raises as
+    `Embedder.from_checkpoint`, and ConfigError where there is nothing to score.
     """
     from nev.cluster.session import connect
-    from nev.eval.validation.scoring import compute_metrics
+    from nev.eval.validation.task import make_validation
 
     embedder = Embedder.from_checkpoint(location, overrides)
     config = embedder.config
@@ -39,40 +57,80 @@ def evaluate_checkpoint(
         raise ConfigError("nothing to score: give data.val, and eval.zero_shot or eval.retrieval, with --set")
     task = make_validation(config, embedder.base_text)
     connect()
-    output = output or evaluation_folder(embedder.location)
+    output = output or join(embedder.location.rsplit("/", 2)[0], "evaluation")
     with storage_errors_as(output, "written"), output_folder(output) as folder:
-        embedded, texts = embed(task, embedder)
-        metrics = compute_metrics(task.reader.index.root, embedded, texts)
-        numbers = folder / "metrics.json"
-        numbers.write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-        made = [numbers, *galleries(config, task, embedded, texts, folder)]
-    return metrics, [join(output, path.name) for path in made]
+        report = report_validation(task, embedder, folder, console, reuse=not overrides)
+    return report.result, report.metrics, [join(output, path.name) for path in report.files]
+
+
+def report_validation(
+    task: Validation, embedder: Embedder, folder: Path, console: Console, reuse: bool
+) -> ValidationReport:
+    """Score a validation set as a suite, and write its page and its JSON to `folder`, pictures to validation-STEP/ there.
+
+    reuse: score the vectors of the checkpoint's own validation, where the checkpoint has them. Else pictures are embedded on the
+    connected Ray. Raises ConfigError where no task can be scored.
+    """
+    from nev.eval.evaluate_suite import read_curve, refuse_nothing, score_task
+    from nev.eval.report.page import write_report
+    from nev.eval.suite.collection import Collection, Fact
+    from nev.eval.suite.results import SuiteResult
+    from nev.eval.suite.tasks import Context
+    from nev.eval.validation.on_cluster import embed, pictures
+    from nev.eval.validation.scoring import name_metrics
+    from nev.eval.validation.task import make_suite
+    from nev.eval.validation.texts import read_captions
+    from nev.eval.validation.vectors import load_vectors
+
+    began = time.perf_counter()
+    captions = read_captions(task.reader.index) if task.retrieval else []
+    vectors = load_vectors(embedder.location, task) if reuse else None
+    embedded, texts = vectors or embed(task, embedder, captions=captions)
+    facts = [Fact(uid=str(row), captions=tuple(of_row)) for row, of_row in enumerate(captions)]
+    collection = Collection(embedded, facts, {})
+    context = Context(embedder.logit_scale, texts, pictures=partial(pictures, task))
+    suite = make_suite(task)
+    drawn = folder / f"{NAME}-{embedder.step:08d}"
+    scored = [score_task(one, collection, context, drawn, console) for one in suite.tasks]
+    results = [one.result for one in scored]
+    refuse_nothing(NAME, results)
+    result = SuiteResult(
+        suite=NAME,
+        about=suite.about,
+        checkpoint=embedder.location,
+        model=embedder.config.name,
+        step=embedder.step,
+        average=None,
+        seconds=time.perf_counter() - began,
+        tasks=tuple(results),
+    )
+    points = read_curve(embedder.location, embedder.step, console)
+    files = write_report(result, [one.figures for one in scored], (), points, folder, drawn)
+    images = {figure.path.stem: figure.path for one in scored for figure in one.figures}
+    return ValidationReport(result, name_metrics(results, embedded), files, images)
 
 
 def evaluate_mteb(
     location: str, names: list[str], overrides: list[str], output: str | None = None
 ) -> tuple[dict[str, float], str]:
-    """Run mteb's own tasks on a checkpoint, text and image alike; write mteb.json in `output` (by default `evaluation_folder`).
+    """Run mteb's own tasks on a checkpoint, tasks of texts and of images alike; write mteb.json.
 
-    Returns the main score of each task, and where the file lies. Raises ConfigError without the extra `mteb`, for a task that
-    mteb does not know, and where its data cannot be had.
+    output: folder or S3 prefix; by default evaluation/step-... in the run's folder.
+    Returns the main score of each task, and the location of the file. Raises ConfigError without the extra `mteb`, for a task
+    that mteb does not know, and for data that cannot be fetched.
     """
     if importlib.util.find_spec("mteb") is None:
         raise ConfigError("--mteb needs mteb: pip install 'nev[mteb]'")
     from nev.eval.mteb_model import run_mteb
 
     embedder = Embedder.from_checkpoint(location, overrides)
-    output = output or evaluation_folder(embedder.location)
+    if output is None:
+        run, _, step = embedder.location.rsplit("/", 2)
+        output = join(run, "evaluation", step)
     with storage_errors_as(output, "written"), output_folder(output) as folder:
         scores = run_mteb(as_mteb_model(embedder), names)
         (folder / "mteb.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
     return scores, join(output, "mteb.json")
-
-
-def evaluation_folder(checkpoint: str) -> str:
-    """Where what is said of a checkpoint lies: RUN/evaluation/step-..."""
-    run, _, step = checkpoint.rsplit("/", 2)
-    return join(run, "evaluation", step)
 
 
 def as_mteb_model(embedder: Embedder) -> MtebModel:
@@ -90,17 +148,3 @@ def as_mteb_model(embedder: Embedder) -> MtebModel:
         embedder.make_image_embedder(device),
         embedder.config.data.image_size,
     )
-
-
-def galleries(config: Experiment, task: Validation, embedded: Embedded, texts: Texts, folder: Path) -> list[Path]:
-    """The retrieval gallery and the gallery of classes, whichever the experiment evaluates."""
-    from nev.eval.report.galleries import class_gallery, retrieval_gallery
-
-    made = []
-    if task.retrieval:
-        made.append(folder / "retrieval.png")
-        retrieval_gallery(made[-1], task, embedded, texts, config.seed)
-    if config.eval.zero_shot:
-        made.append(folder / "classes.png")
-        class_gallery(made[-1], task, embedded, texts)
-    return made

@@ -1,4 +1,4 @@
-"""A checkpoint on a suite of tasks: embed each set once, score, show, log."""
+"""A checkpoint on a suite of tasks: embed each set once, score, write a page, log."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from nev.storage.files import StorageError, join, output_folder, storage_errors_
 
 if TYPE_CHECKING:
     from nev.eval.report.figures import Figure
+    from nev.eval.suite.collection import Collection
     from nev.eval.suite.reading import Reading
     from nev.eval.suite.results import SuiteResult, TaskResult
-    from nev.eval.suite.schema import Suite
+    from nev.eval.suite.schema import Suite, Task
+    from nev.eval.suite.tasks import Context
 
 
 def evaluate_suite(
@@ -35,12 +37,16 @@ def evaluate_suite(
     output: str | None = None,
     against: Sequence[str] = (),
 ) -> tuple[SuiteResult, list[str]]:
-    """Score a checkpoint on a suite; write NAME-STEP.json and .html in `output`, by default the run's folder/evaluation.
+    """Score a checkpoint on a suite; write NAME-STEP.html and .json.
 
-    data: a folder in the place of the suite's own. against: JSON files of other models, which stand beside this one, and are what
-    its robustness is held against. A task whose data is absent, or is not what the task says, is not run, and
-    says why; all else is. Embeddings are kept in `output`/embeddings. Returns the result, and where the files lie. Raises as
-    `Embedder.from_checkpoint` and `nev.eval.suite.schema.load_suite`.
+    name: a shipped suite, or a file (.yaml).
+    overrides: `section.key=value`, over the checkpoint's config.
+    data: folder or S3 prefix that takes the place of the suite's `root`.
+    output: folder or S3 prefix; by default evaluation/ in the run's folder. Vectors are cached in its embeddings/.
+    against: JSON files of other models; the page shows them, and robustness is compared with them.
+    A task whose data is absent or does not fit the task is not run, and its result has the reason.
+    Returns the result, and the locations of the files. Raises as `Embedder.from_checkpoint` and
+    `nev.eval.suite.schema.load_suite`.
     """
     from nev.cluster.session import connect
     from nev.eval.report.page import write_report
@@ -71,10 +77,10 @@ def evaluate_suite(
             tasks=tuple(results),
         )
         points = read_curve(embedder.location, result.step, console)
-        made = write_report(result, [one.exhibits for one in scored], others, points, folder, pictures)
-    shown = [join(output, path.name) for path in made]
-    track(result, embedder, shown, console)
-    return result, shown
+        files = write_report(result, [one.figures for one in scored], others, points, folder, pictures)
+    locations = [join(output, path.name) for path in files]
+    track(result, embedder, locations, console)
+    return result, locations
 
 
 def read_curve(location: str, step: int, console: Console) -> list[MetricPoint]:
@@ -91,7 +97,7 @@ def read_curve(location: str, step: int, console: Console) -> list[MetricPoint]:
 
 
 def refuse_nothing(name: str, results: Sequence[TaskResult]) -> None:
-    """Raise ConfigError where no task was run: a page of nothing would take the place of an earlier one of the same name."""
+    """Raise ConfigError where no task was run, before an empty page replaces an earlier page of the same name."""
     if any(result.value is not None for result in results):
         return
     reasons = list(dict.fromkeys(str(result.reason) for result in results))
@@ -99,22 +105,25 @@ def refuse_nothing(name: str, results: Sequence[TaskResult]) -> None:
 
 
 class Scored(NamedTuple):
-    """A task's record, and its pictures."""
+    """The result of a task, and its pictures."""
 
     result: TaskResult
-    exhibits: list[Figure]
+    figures: list[Figure]
 
 
 def run_tasks(suite: Suite, embedder: Embedder, cache: str, folder: Path, console: Console) -> list[Scored]:
-    """Every task of a suite, on the connected Ray: a source is embedded once, whatever tasks share it. folder: for pictures."""
+    """Embed the sets of a suite on the connected Ray, and score its tasks. Tasks with the same source share its vectors.
+
+    cache: folder or S3 prefix for vectors.
+    folder: for pictures.
+    """
     from nev.cluster.session import cluster_cpus
     from nev.common.progress import count_progress
     from nev.embed.cache import embed_texts_cached
-    from nev.eval.report.figures import make_figures
-    from nev.eval.suite.collection import collect
+    from nev.eval.suite.collection import collect, read_row_pictures
     from nev.eval.suite.reading import BATCH, make_reading
     from nev.eval.suite.results import not_run
-    from nev.eval.suite.tasks import Context, score
+    from nev.eval.suite.tasks import Context
 
     data = embedder.config.data
     readings: dict[str, Reading] = {}
@@ -125,9 +134,9 @@ def run_tasks(suite: Suite, embedder: Embedder, cache: str, folder: Path, consol
         except NevError as error:
             reasons[task.name] = str(error)
     block_bytes = BATCH * data.image_size**2 * 3
-    with count_progress(console, "pictures embedded") as more:
-        found = collect(
-            list(readings.values()), embedder.fingerprint, cache, embedder.encoder_spec(), block_bytes, more
+    with count_progress(console, "pictures embedded") as on_progress:
+        collections = collect(
+            list(readings.values()), embedder.fingerprint, cache, embedder.encoder_spec(), block_bytes, on_progress
         )
     encode = partial(
         embed_texts_cached, encode=embedder.encode_text, fingerprint=embedder.text_fingerprint, cache=cache
@@ -137,31 +146,39 @@ def run_tasks(suite: Suite, embedder: Embedder, cache: str, folder: Path, consol
         if task.name in reasons:
             scored.append(Scored(not_run(task, reasons[task.name]), []))
             continue
-        context = Context(encode, embedder.logit_scale, suite.root, readings[task.name])
-        collection = found[context.reading.key]
-        try:
-            if isinstance(collection, NevError):
-                raise collection
-            result = score(task, collection, context)
-        except (NevError, ValueError) as error:
-            scored.append(Scored(not_run(task, str(error)), []))
+        reading = readings[task.name]
+        collection = collections[reading.key]
+        if isinstance(collection, NevError):
+            scored.append(Scored(not_run(task, str(collection)), []))
             continue
-        try:
-            shown = make_figures(task, collection, context, result, folder)
-        except (NevError, ValueError, OSError) as error:  # a page without a picture beats no page
-            console.print(
-                f"[yellow]{task.name}: no pictures ({escape(str(error))})[/]", highlight=False, soft_wrap=True
-            )
-            shown = []
-        scored.append(Scored(result, shown))
+        pictures = partial(read_row_pictures, collection, reading)
+        context = Context(embedder.logit_scale, encode=encode, root=suite.root, reading=reading, pictures=pictures)
+        scored.append(score_task(task, collection, context, folder, console))
     return scored
 
 
-def track(result: SuiteResult, embedder: Embedder, files: list[str], console: Console) -> None:
-    """Log a suite's numbers at the checkpoint's step, and its files, to the MLflow run of the training, where that is known.
+def score_task(task: Task, collection: Collection, context: Context, folder: Path, console: Console) -> Scored:
+    """Score a task and draw its pictures in `folder`. A task that cannot be scored has a result with the reason."""
+    from nev.eval.report.figures import make_figures
+    from nev.eval.suite.results import not_run
+    from nev.eval.suite.tasks import score
 
-    Only where the person who asks has named the server (MLFLOW_TRACKING_URI), or where it is the file beside the run and keeps
-    its files there, too: a checkpoint of somebody else's must not say where data goes. A server that does not answer is told.
+    try:
+        result = score(task, collection, context)
+    except (NevError, ValueError) as error:
+        return Scored(not_run(task, str(error)), [])
+    try:
+        return Scored(result, make_figures(task, collection, context, result, folder))
+    except (NevError, ValueError, OSError) as error:  # a page without a picture is better than no page
+        console.print(f"[yellow]{task.name}: no pictures ({escape(str(error))})[/]", highlight=False, soft_wrap=True)
+        return Scored(result, [])
+
+
+def track(result: SuiteResult, embedder: Embedder, files: list[str], console: Console) -> None:
+    """Log the numbers of a suite, at the checkpoint's step, and its files to the MLflow run of the training.
+
+    A checkpoint must not decide where data goes. So nothing is logged unless MLFLOW_TRACKING_URI names the same server, or the
+    store is the file beside the run and its artifacts lie there, too. Where nothing is logged, a line on the console says why.
     """
     from mlflow.exceptions import MlflowException
 
@@ -173,10 +190,10 @@ def track(result: SuiteResult, embedder: Embedder, files: list[str], console: Co
         if run_id is None:
             return
         home = run.rpartition("/")[0]
-        own = f"sqlite:///{home}/mlflow.db"
-        uri = embedder.config.tracking.uri or own
+        beside = f"sqlite:///{home}/mlflow.db"
+        uri = embedder.config.tracking.uri or beside
         named = uri == os.environ.get("MLFLOW_TRACKING_URI")
-        if not named and (uri != own or "://" in home):
+        if not named and (uri != beside or "://" in home):
             raise ConfigError(f"the checkpoint names {uri}: set MLFLOW_TRACKING_URI to the same to allow it")
         check_tracking(uri)
         tracker = Tracker(uri, run_id)

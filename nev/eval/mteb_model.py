@@ -1,4 +1,4 @@
-"""Any checkpoint as a model of mteb (https://github.com/embeddings-benchmark/mteb): its texts, its images, and both (MIEB).
+"""A checkpoint as a model of mteb (https://github.com/embeddings-benchmark/mteb), for texts, images, and both (MIEB).
 
 mteb is an extra: pip install 'nev[mteb]'.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from nev.models.text import TextTower
 
-# What nomic-embed-text wants before a text, by what it is for (https://huggingface.co/nomic-ai/nomic-embed-text-v1.5).
+# The prefix of nomic-embed-text for each kind of task (https://huggingface.co/nomic-ai/nomic-embed-text-v1.5).
 NOMIC_PROMPTS = {
     "Classification": "classification: ",
     "MultilabelClassification": "classification: ",
@@ -40,9 +40,10 @@ NOMIC_PROMPTS = {
 
 
 class MtebModel(AbsEncoder):
-    """A model of mteb. embed: uint8 [n, S, S, 3] to unit vectors. What has a text and an image is their sum, as in mteb.
+    """A model of mteb. The vector of an item with a text and an image is the sum of both vectors, as in mteb.
 
-    A tower with a prefix of nomic's takes the one of nomic's that fits the task; any other tower its own prefix always.
+    text: a tower whose prefix is one of nomic's gets the prefix that fits the task; any other tower keeps its prefix.
+    embed: uint8 [n, S, S, 3] to float32 [n, D], rows of unit length.
     """
 
     def __init__(self, name: str, revision: str, text: TextTower, embed: Embed, image_size: int) -> None:
@@ -80,8 +81,8 @@ class MtebModel(AbsEncoder):
         **_: Any,
     ) -> NDArray[np.float32]:
         """Batches with `text`, `image` or both to float32 [n, D]."""
-        found = [self._batch(batch, self._prefix(task_metadata.type, prompt_type)) for batch in inputs]
-        return np.concatenate(found) if found else np.zeros((0, self.text.width), np.float32)
+        vectors = [self._batch(batch, self._prefix(task_metadata.type, prompt_type)) for batch in inputs]
+        return np.concatenate(vectors) if vectors else np.zeros((0, self.text.width), np.float32)
 
     def _batch(self, batch: dict[str, Any], prefix: str) -> NDArray[np.float32]:
         sides = []
@@ -97,17 +98,17 @@ class MtebModel(AbsEncoder):
         return replace(self.text, prefix=prefix).encode(list(texts))
 
     def _prefix(self, task: str, prompt_type: PromptType | None) -> str:
-        asked = self.prompts.get(task) or self.prompts.get(str(getattr(prompt_type, "value", prompt_type)))
-        return asked or self.text.prefix
+        by_task = self.prompts.get(task) or self.prompts.get(str(getattr(prompt_type, "value", prompt_type)))
+        return by_task or self.text.prefix
 
 
 def views(images: Sequence[Any], size: int) -> NDArray[np.uint8]:
-    """Pillow images of any size and mode as the model sees them: uint8 [n, S, S, 3]."""
-    seen = allocate_block(len(images), size)
-    for image, out in zip(images, seen, strict=True):
+    """What the model sees of Pillow images of any size and mode: uint8 [n, S, S, 3]."""
+    block = allocate_block(len(images), size)
+    for image, out in zip(images, block, strict=True):
         pixels = np.array(to_rgb(image))
         eval_view(Encoded(image.height, image.width, "", partial(_as_is, pixels)), out)
-    return seen
+    return block
 
 
 def _as_is(pixels: Picture, shrink: int) -> Picture:
@@ -115,9 +116,9 @@ def _as_is(pixels: Picture, shrink: int) -> Picture:
 
 
 def run_mteb(model: MtebModel, names: Sequence[str]) -> dict[str, float]:
-    """The main score of each of mteb's tasks, whose data it fetches from the hub.
+    """The main score of each task of mteb, which fetches the data from the hub.
 
-    Raises ConfigError for a task that mteb does not know, and where the data cannot be had.
+    Raises ConfigError for a task that mteb does not know, and for data that cannot be fetched.
     """
     import mteb
     from datasets.exceptions import DatasetNotFoundError
@@ -125,14 +126,14 @@ def run_mteb(model: MtebModel, names: Sequence[str]) -> dict[str, float]:
     try:
         tasks = mteb.get_tasks(tasks=list(names))
     except KeyError as error:
-        said = str(error.args[0]).removeprefix("KeyError: ")
-        raise ConfigError(f"--mteb: {said} `mteb available-tasks` lists the names.") from error
+        message = str(error.args[0]).removeprefix("KeyError: ")
+        raise ConfigError(f"--mteb: {message} `mteb available-tasks` lists the names.") from error
     try:
-        asked: Any = model  # its protocol wants a constructor of names
-        found = mteb.evaluate(asked, tasks, cache=None, co2_tracker=False, show_progress_bar=False)
-    except (OSError, DatasetNotFoundError) as error:  # of the hub's and of requests' errors both are bases
+        encoder: Any = model  # mteb's protocol has a constructor that takes a name
+        scores = mteb.evaluate(encoder, tasks, cache=None, co2_tracker=False, show_progress_bar=False)
+    except (OSError, DatasetNotFoundError) as error:  # bases of the errors of the hub and of requests
         raise ConfigError(
             f"--mteb: the data of {', '.join(names)} cannot be had ({str(error).splitlines()[0]}). It comes from the hub, which "
             "this machine has to reach (HF_HUB_OFFLINE must not be set)."
         ) from error
-    return {result.task_name: float(result.get_score()) for result in found.task_results}
+    return {result.task_name: float(result.get_score()) for result in scores.task_results}

@@ -27,7 +27,7 @@ from nev.embed.captions import embed_captions
 from nev.eval.suite.schema import METRICS, load_suite
 from nev.eval.validation.scoring import list_metric_names
 from nev.eval.validation.task import Validation, class_names, refuse_unknown_metric
-from nev.eval.validation.texts import most_captions
+from nev.eval.validation.texts import read_captions
 from nev.models.text import TextTower, load_text
 from nev.runs.tracking import check_tracking, tracking_uri
 from nev.storage.files import join
@@ -175,8 +175,8 @@ def check_trials(sweep: Sweep, trials: Sequence[Trial], load: LoadText) -> None:
 def refuse_unmeasured(sweep: Sweep, validation: Validation | None) -> None:
     """Raise ConfigError for a metric that trials with this validation do not measure, or that ASHA cannot read."""
     classes = len(validation.classes.names) if validation and validation.classes else 0
-    captions = most_captions(validation.reader.index) if validation and validation.retrieval else 0
-    known = list_metric_names(classes, captions) if validation else set[str]()
+    rows = read_captions(validation.reader.index) if validation and validation.retrieval else []
+    known = set(list_metric_names(classes, max(map(len, rows), default=0))) if validation else set[str]()
     tasks = load_suite(sweep.suite).tasks if sweep.suite else ()
     known |= {
         f"{task.name}/{metric}"

@@ -9,8 +9,6 @@ from typing import Any
 from rich.console import Console
 
 from nev.config.base import ConfigError
-from nev.config.experiment import Experiment
-from nev.runs.manifest import read_manifest
 from nev.sweep.config import Sweep
 from nev.sweep.mlflow_runs import make_tags
 from nev.sweep.results import SAMPLES, TrialResult, save_result
@@ -48,7 +46,7 @@ def run_trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
         tags=make_tags(trial, shared["parent"]),
         on_metrics=report_validation if sweep.asha else None,
     )
-    measured = summary.metrics | compute_all_metrics(experiment, summary.checkpoint, sweep, suite.root)
+    measured = summary.metrics | score_suite(summary.checkpoint, sweep, suite.root)
     metrics = {name: value for name, value in measured.items() if math.isfinite(value)}
     if missing := [name for name in sweep.metrics if name not in metrics]:
         values = [f"{name} ({measured.get(name, 'not measured')})" for name in missing]
@@ -67,23 +65,11 @@ def run_trial(config: dict[str, Any], shared: dict[str, Any]) -> None:
     tune.report({**{name: metrics[name] for name in sweep.metrics}, SAMPLES: sweep.samples})
 
 
-def compute_all_metrics(experiment: Experiment, checkpoint: str, sweep: Sweep, suite_root: str) -> dict[str, float]:
-    """The metrics of the run's validation vectors, and of the sweep's suite with data at `suite_root`."""
-    from nev.embed.embedder import Embedder
+def score_suite(checkpoint: str, sweep: Sweep, suite_root: str) -> dict[str, float]:
+    """The metrics of a checkpoint on the sweep's suite, with data at `suite_root`, by `TASK/METRIC`; none without a suite."""
     from nev.eval.evaluate_suite import evaluate_suite
-    from nev.eval.validation.on_cluster import embed
-    from nev.eval.validation.scoring import compute_metrics
-    from nev.eval.validation.task import make_validation
-    from nev.eval.validation.vectors import load_vectors
-    from nev.models.text import load_text
 
-    metrics: dict[str, float] = {}
-    if experiment.data.val and (experiment.eval.zero_shot or experiment.eval.retrieval):
-        embedder = Embedder(checkpoint, read_manifest(checkpoint), experiment, load_text(experiment.text))
-        task = make_validation(experiment, embedder.base_text)
-        vectors = load_vectors(checkpoint, task) or embed(task, embedder)
-        metrics |= compute_metrics(task.reader.index.root, *vectors)
-    if sweep.suite:
-        result, _ = evaluate_suite(checkpoint, sweep.suite, Console(quiet=True), data=suite_root)
-        metrics |= {f"{task.name}/{name}": value for task in result.tasks for name, value in task.metrics.items()}
-    return metrics
+    if not sweep.suite:
+        return {}
+    result, _ = evaluate_suite(checkpoint, sweep.suite, Console(quiet=True), data=suite_root)
+    return {f"{task.name}/{name}": value for task in result.tasks for name, value in task.metrics.items()}

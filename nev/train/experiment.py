@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -32,20 +33,25 @@ if TYPE_CHECKING:
     from nev.models.text import TextTower
     from nev.train.job import Job
 
+# Pictures of the report that lie in the run's folder, too, by their names in the report.
+GALLERIES = {"retrieval-search": "retrieval.png", "zero_shot-classes": "classes.png"}
+
 
 @dataclass(frozen=True)
 class Summary:
     """The result of a run.
 
     checkpoint: location of the chosen checkpoint.
-    metrics: of the chosen checkpoint.
+    metrics: of the chosen checkpoint's validation, the space included, with the ends of their 95 % intervals.
     pictures: locations of PNG files.
+    report: location of the page of the checkpoint's validation; None for a run without one.
     """
 
     name: str
     checkpoint: str
     metrics: dict[str, float]
     pictures: list[str]
+    report: str | None
     tracking_uri: str
     mlflow_run_id: str
 
@@ -79,7 +85,7 @@ def run_experiment(
         if lock:
             check_locked(load_text(job.config.text), lock)
             check_locked(prepared.text, lock)
-        summary, files = summarise_run(job, prepared.text, tracked.tracker)
+        summary, files = summarise_run(job, prepared.text, tracked.tracker, console)
         tracked.complete = tracked.tracker.artifacts(files, summary.checkpoint)
     return summary
 
@@ -109,32 +115,45 @@ def train_and_validate(
         monitor.wait_for_validation()
 
 
-def summarise_run(job: Job, text: TextTower, tracker: Tracker) -> tuple[Summary, list[str]]:
-    """Choose the checkpoint and draw the pictures. Returns the summary, and the locations of the files for MLflow.
+def summarise_run(job: Job, text: TextTower, tracker: Tracker, console: Console) -> tuple[Summary, list[str]]:
+    """Choose the checkpoint, and write its pictures and its page. Returns the summary, and the locations of the files for MLflow.
 
     text: the text tower before training.
     """
     from nev.embed.embedder import Embedder
-    from nev.eval.evaluate import galleries
-    from nev.eval.report.galleries import run_curves
-    from nev.eval.validation.on_cluster import embed
-    from nev.eval.validation.vectors import load_vectors
+    from nev.eval.evaluate import report_validation
+    from nev.eval.report.figures import run_curves
 
     config = job.config
     chosen = (best_checkpoint(job.run, config.eval.best) if config.eval.best else None) or latest_checkpoint(job.run)
     assert chosen, "a finished run has a checkpoint"
+    metrics, reports = read_metrics(chosen), list[str]()
     with output_folder(job.run) as folder:
         pictures = [folder / "loss.png"]
         run_curves(pictures[0], read_points(job.run, job.stop_step), config.name)
-        if job.validation:
+        if job.validation and (job.validation.classes or job.validation.retrieval):
             embedder = Embedder(chosen, read_manifest(chosen), config, text)
-            vectors = load_vectors(chosen, job.validation) or embed(job.validation, embedder)
-            pictures += galleries(config, job.validation, *vectors, folder)
+            (folder / "evaluation").mkdir(exist_ok=True)
+            report = report_validation(job.validation, embedder, folder / "evaluation", console, reuse=True)
+            metrics |= report.metrics
+            reports = [join(job.run, "evaluation", path.name) for path in report.files]
+            for name, file in GALLERIES.items():
+                if name in report.pictures:
+                    pictures.append(folder / file)
+                    shutil.copyfile(report.pictures[name], pictures[-1])
         settings = folder / "config.yaml"
         settings.write_text(to_yaml(config), encoding="utf-8")
     locations = [join(job.run, path.name) for path in pictures]
-    summary = Summary(config.name, chosen, read_metrics(chosen), locations, tracker.uri, tracker.run_id)
-    return summary, [*locations, join(job.run, settings.name)]
+    summary = Summary(
+        name=config.name,
+        checkpoint=chosen,
+        metrics=metrics,
+        pictures=locations,
+        report=reports[0] if reports else None,
+        tracking_uri=tracker.uri,
+        mlflow_run_id=tracker.run_id,
+    )
+    return summary, [*locations, *reports, join(job.run, settings.name)]
 
 
 def show_summary(summary: Summary, console: Console) -> None:
@@ -144,6 +163,8 @@ def show_summary(summary: Summary, console: Console) -> None:
     console.print(f"checkpoint  {summary.checkpoint}", highlight=False, soft_wrap=True)
     for picture in summary.pictures:
         console.print(f"{PurePosixPath(picture).stem:<11} {picture}", highlight=False, soft_wrap=True)
+    if summary.report:
+        console.print(f"report      {summary.report}", highlight=False, soft_wrap=True)
     console.print(f"MLflow      {mlflow_hint(summary.tracking_uri)}", highlight=False, soft_wrap=True)
 
 

@@ -16,7 +16,7 @@ from nev.eval.suite.association import jaccard
 from nev.eval.suite.collection import Collection, Fact
 from nev.eval.suite.reading import blocks, make_reading
 from nev.eval.suite.schema import Task
-from nev.eval.validation.scoring import Embedded
+from nev.eval.suite.vectors import Embedded
 
 TASK = Task.model_validate(
     {"name": "w", "kind": "association", "source": {"format": "winogavil", "input": "wino"}, "prompt": "A {}"}
@@ -93,5 +93,5 @@ def test_its_pictures_are_read(tmp_path: Path) -> None:
         for fact in block["facts"]
     ]
     assert [fact["uid"] for fact in facts] == ["ant", "bee"]
-    with pytest.raises(ConfigError, match=r"no pictures\. WinoGAViL's lie there"):
+    with pytest.raises(ConfigError, match=r"no pictures\. The pictures of WinoGAViL belong there"):
         make_reading(TASK, str(tmp_path / "elsewhere"), 16, Limits(), 1)

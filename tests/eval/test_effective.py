@@ -65,11 +65,13 @@ def test_tasks_that_are_shifts_of_another(tmp_path: Path) -> None:
 
 def test_results_are_read_again_or_refused(tmp_path: Path) -> None:
     (tmp_path / "s.json").write_text(result(0.6, 0.5, 0.4).model_dump_json())
-    with pytest.raises(ConfigError, match=r"s\.json: of the suite 's', and this is 'other'"):
+    with pytest.raises(
+        ConfigError, match=r"s\.json: a result of the suite 's', which cannot be compared with the suite 'other'"
+    ):
         load_result(str(tmp_path / "s.json"), "other")
     assert load_result(str(tmp_path / "s.json"), "s") == result(0.6, 0.5, 0.4)
     (tmp_path / "other.json").write_text('{"suite": 1}')
-    with pytest.raises(ConfigError, match=r"other\.json: not what evaluate\.py --suite writes \(suite: "):
+    with pytest.raises(ConfigError, match=r"other\.json: not a result of `nev evaluate --suite` \(suite: "):
         load_result(str(tmp_path / "other.json"), "s")
     with pytest.raises(ConfigError, match=r"no\.json: no such file"):
         load_result(str(tmp_path / "no.json"), "s")

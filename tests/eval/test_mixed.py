@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nev.eval.metrics.mixed_retrieval import make_queries, mixed_retrieval, shift_means, text_retrieval
+from nev.eval.metrics.mixed_retrieval import choose_queries, mixed_retrieval, shift_means, text_retrieval
 from nev.eval.metrics.ranks import Floats
 
 
@@ -28,8 +28,8 @@ def test_by_hand() -> None:
 
 
 def test_who_asks() -> None:
-    assert make_queries(np.array([0, 0, 1, 2, 2, 2])).tolist() == [0, 3]
-    assert make_queries(np.array([0, 1, 2, 3, 4])).tolist() == [0, 2, 4]
+    assert choose_queries(np.array([0, 0, 1, 2, 2, 2])).tolist() == [0, 3]
+    assert choose_queries(np.array([0, 1, 2, 3, 4])).tolist() == [0, 2, 4]
 
 
 def test_a_gap_hides_images_and_the_shift_brings_them_back() -> None:

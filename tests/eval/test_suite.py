@@ -155,7 +155,7 @@ def test_a_suite_from_its_file_to_its_page(
     page, numbers = (Path(file) for file in files)
     assert SuiteResult.model_validate_json(numbers.read_text()) == result
     html = page.read_text()
-    assert html.count("data:image/png;base64,") == 10  # the loss, and the pictures of six tasks
+    assert html.count("data:image/png;base64,") == 12  # the loss, and the pictures of six tasks
     assert "http" not in html.replace(str(trained), "")
     assert "not run: " in html
 

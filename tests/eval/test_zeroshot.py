@@ -203,4 +203,4 @@ def test_class_prompts_are_embedded_once_on_a_machine(
     found = class_sentences(classes, text)
     assert found
     assert np.array_equal(found.vectors, first.vectors)
-    assert "not kept" in caplog.text
+    assert "not cached" in caplog.text

@@ -260,16 +260,26 @@ def test_a_run_on_s3_stopped_and_resumed_equals_one_in_a_folder(
     fs = filesystem(RUN)[0]
     for picture in remote.pictures:
         assert fs.cat_file(picture).startswith(b"\x89PNG")
+    assert fs.cat_file(str(remote.report)).startswith(b"<!doctype html>")
     names = {path.removeprefix(f"{PATH}/").split("/")[0] for path in fs.find(PATH)}
-    assert names == {"checkpoints", "metrics", "mlflow.json", "loss.png", "retrieval.png", "classes.png", "config.yaml"}
+    assert names == {
+        "checkpoints",
+        "metrics",
+        "mlflow.json",
+        "loss.png",
+        "retrieval.png",
+        "classes.png",
+        "config.yaml",
+        "evaluation",
+    }
     kept = [path for path in fs.find("bucket/runs/mlartifacts") if path.endswith("/artifacts/checkpoint/state.json")]
     assert len(kept) == 1
     assert not (tmp_path / "s3:").exists()
 
-    metrics, files = evaluate_checkpoint(remote.checkpoint, [])
+    _, metrics, files = evaluate_checkpoint(remote.checkpoint, [], Console(quiet=True))
     assert {name: metrics[name] for name in remote.metrics} == pytest.approx(remote.metrics)
     for name in (name.removesuffix("_low") for name in metrics if name.endswith("_low")):
         assert metrics[f"{name}_low"] <= metrics[name] <= metrics[f"{name}_high"], name
     assert {"zero_shot/top1_low", "space/gap", "mixed/images_found"} <= metrics.keys()
-    assert files[0] == f"{RUN}/evaluation/{remote.checkpoint.rsplit('/', 1)[1]}/metrics.json"
+    assert files == [f"{RUN}/evaluation/validation-{remote.checkpoint[-8:]}.{kind}" for kind in ("html", "json")]
     assert all(fs.exists(file) for file in files)

@@ -91,9 +91,9 @@ def test_a_checkpoint_does_not_decide_that_code_from_the_hub_runs(
 
     monkeypatch.setattr("nev.models.text.load_text", load)
     with pytest.raises(ConfigError, match="far enough"):
-        evaluate_checkpoint(location, [])
+        evaluate_checkpoint(location, [], Console(quiet=True))
     with pytest.raises(ConfigError, match="far enough"):
-        evaluate_checkpoint(location, ["text.trust_remote_code=true"])
+        evaluate_checkpoint(location, ["text.trust_remote_code=true"], Console(quiet=True))
     assert asked == [False, True]
 
 

@@ -14,6 +14,7 @@ import torch
 from helpers.gloo import on_ranks
 from helpers.steps import CLOSE, CPU, FP32, ROWS, SIZE, TRUNK, VALID, WIDTH, batch, gradients, parts_of, steps
 from helpers.training import blocks, load_train_state, prepare_job, run_bare, train_reader, weights
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -24,7 +25,8 @@ from nev.config.experiment import Experiment
 from nev.config.file import parse
 from nev.data.block import Block
 from nev.eval.evaluate import evaluate_checkpoint
-from nev.eval.validation.validate import score
+from nev.eval.validation.scoring import score_validation
+from nev.eval.validation.texts import read_captions
 from nev.eval.validation.vectors import load_vectors
 from nev.losses.contrastive import contrastive_loss
 from nev.losses.gather import start_gather
@@ -33,7 +35,7 @@ from nev.models.text import TextTower, load_text, weight_digests
 from nev.models.text_encoder import TextEncoder, unlock
 from nev.models.vision import build_vision
 from nev.runs.manifest import latest_checkpoint, read_manifest
-from nev.runs.towers import load_text_tower
+from nev.runs.towers import load_logit_scale, load_text_tower
 from nev.train.core.gradcache import backward_in_parts
 from nev.train.core.optim import make_optimizer
 from nev.train.core.parallel import distribute
@@ -223,15 +225,13 @@ def test_without_a_lock_both_towers_learn_and_go_on_bit_for_bit(tiny: Make, text
     embedded, texts = load_vectors(newest, job.validation) or pytest.fail("not kept")
     metrics = dict(read_manifest(newest)["metrics"])
     assert metrics.pop("space/text_drift") > 0  # of the tower, not of what it scores
-    assert score(job.validation, embedded, texts) == metrics
+    assert score_validation(job.validation, embedded, texts, load_logit_scale(newest)) == metrics
     assert texts.captions is not None
     np.testing.assert_allclose(texts.captions[:8], tower.encode(captions(job)[:8]), atol=1e-5)
 
 
 def captions(job: Any) -> list[str]:
-    from nev.eval.validation.texts import all_captions
-
-    return all_captions(job.validation.reader.index)
+    return [caption for of_row in read_captions(job.validation.reader.index) for caption in of_row]
 
 
 def test_a_locked_image_side_does_not_move(tiny: Make, text: TextTower) -> None:
@@ -293,7 +293,7 @@ def test_an_evaluation_keeps_to_the_lock_of_its_checkpoint(tiny: Make, text: Tex
     job = prepare_job(config, text)
     run_bare(job, train_reader(config, text))
     with pytest.raises(ConfigError, match="was trained with lock: text, which says whose weights it holds"):
-        evaluate_checkpoint(str(latest_checkpoint(job.run)), ["lock=none"])
+        evaluate_checkpoint(str(latest_checkpoint(job.run)), ["lock=none"], Console(quiet=True))
 
 
 def test_both_towers_train_in_bf16(tiny: Make, text: TextTower) -> None:

@@ -22,6 +22,7 @@ from nev.data.block import BlockReader
 from nev.data.index import build_index
 from nev.data.plan import Segment
 from nev.data.sidecar import sidecar_key, write_sidecar
+from nev.eval.validation.texts import read_captions
 from nev.eval.validation.vectors import load_vectors
 from nev.models.lock import CANARIES, refuse_other_vectors
 from nev.models.text import TextTower, load_text, make_text_encoder, weight_digests
@@ -40,9 +41,7 @@ def text() -> TextTower:
 
 
 def captions(job: Any) -> list[str]:
-    from nev.eval.validation.texts import all_captions
-
-    return all_captions(job.validation.reader.index)
+    return [caption for of_row in read_captions(job.validation.reader.index) for caption in of_row]
 
 
 def test_tokens_are_those_of_the_tower(text: TextTower) -> None:

@@ -19,12 +19,13 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.paths import with_absolute_paths
 from nev.data.block import Block
-from nev.eval.validation.validate import score
+from nev.eval.validation.scoring import score_validation
 from nev.eval.validation.vectors import load_vectors, vectors_file
 from nev.models.text import TextTower
 from nev.models.vision import build_vision
 from nev.runs import checkpoint
 from nev.runs.manifest import CheckpointError, latest_checkpoint, read_manifest
+from nev.runs.towers import load_logit_scale
 from nev.runs.tracking import Tracker, tracking_uri
 from nev.storage.reading import DataError
 from nev.train.driver.launcher import TrainingFailed
@@ -220,7 +221,7 @@ def test_the_vectors_of_the_validation_are_in_the_checkpoint(tiny: Make, text: T
     assert job.validation
     kept = load_vectors(newest, job.validation)
     assert kept
-    assert score(job.validation, *kept) == read_manifest(newest)["metrics"]
+    assert score_validation(job.validation, *kept, load_logit_scale(newest)) == read_manifest(newest)["metrics"]
     assert vectors_file(job.validation) in read_manifest(newest)["sha256"], "checksummed with the rest"
 
 

@@ -1,4 +1,4 @@
-"""What a zero-shot classifier is worth beside its accuracy: by class, by group, and whether it knows when it is wrong."""
+"""Scores of a zero-shot classifier beside its accuracy: by class, by group, and its calibration."""
 
 from __future__ import annotations
 
@@ -16,12 +16,18 @@ from nev.eval.metrics.ranks import Floats, Ints, row_numbers, unit_rows
 Weights = NDArray[np.float64]
 BINS = 15
 CHUNK = 8192
-FITTED = 10_000  # images that a temperature is fitted on, at most
-SCALES = (1.0, 1000.0)  # between which it is sought
+FITTED = 10_000  # most images that a temperature is fitted on
+SCALES = (1.0, 1000.0)  # range of the fitted scale
 
 
 class Answers(NamedTuple):
-    """Where the right classes rank (0 is first), the classes that were given, the right ones: int64 [n]. classes: how many."""
+    """Answers of a classifier.
+
+    ranks: int64 [n], the rank of the right class, 0 is first.
+    given: int64 [n], the class of the highest score.
+    labels: int64 [n], the right class.
+    classes: number of classes.
+    """
 
     ranks: Ints
     given: Ints
@@ -30,40 +36,40 @@ class Answers(NamedTuple):
 
 
 def rank_answers(ranks: Ints, images: Floats, labels: Ints, classes: Floats) -> Answers:
-    """Answers of n images [n, D] over C classes [C, D], whose `ranks` are known."""
+    """The answers for n images [n, D] over C classes [C, D]. ranks: int64 [n], from `nev.eval.metrics.zeroshot`."""
     return Answers(ranks, nearest(images, classes, 1).rows[:, 0], labels, len(classes))
 
 
-def top_k(found: Answers, k: int) -> Callable[[Weights], float]:
+def top_k(answers: Answers, k: int) -> Callable[[Weights], float]:
     """Share of images whose class is among the first k."""
-    hits = (found.ranks < k).astype(np.float64)
+    hits = (answers.ranks < k).astype(np.float64)
     return lambda weights: float(weights @ hits / weights.sum())
 
 
-def mean_per_class(found: Answers) -> Callable[[Weights], float]:
-    """Mean over the classes that there are of the share of their images that are right (balanced accuracy)."""
-    return lambda weights: float(np.nanmean(_shares(found.ranks < 1, found.labels, found.classes, weights)))
+def mean_per_class(answers: Answers) -> Callable[[Weights], float]:
+    """Balanced accuracy: the mean, over the classes that have images, of the share of their images that are right."""
+    return lambda weights: float(np.nanmean(_shares(answers.ranks < 1, answers.labels, answers.classes, weights)))
 
 
-def worst_group(found: Answers, groups: Ints, k: int) -> Callable[[Weights], float]:
+def worst_group(answers: Answers, groups: Ints, k: int) -> Callable[[Weights], float]:
     """The smallest share, over groups, of images whose class is among the first k. groups: int64 [n], -1 for none."""
     inside = groups >= 0
-    hits, members, count = (found.ranks < k)[inside], groups[inside], int(groups.max(initial=0)) + 1
+    hits, members, count = (answers.ranks < k)[inside], groups[inside], int(groups.max(initial=0)) + 1
     return lambda weights: float(np.nanmin(_shares(hits, members, count, weights[inside])))
 
 
-def macro_f1(found: Answers) -> Callable[[Weights], float]:
-    """Mean of F1 over the classes that there are: 2 right / (given + there)."""
-    right = np.where(found.given == found.labels, 1.0, 0.0)
+def macro_f1(answers: Answers) -> Callable[[Weights], float]:
+    """Mean of F1 over the classes that have images: 2 right / (given + labelled)."""
+    right = np.where(answers.given == answers.labels, 1.0, 0.0)
 
-    def of(weights: Weights) -> float:
-        there = np.bincount(found.labels, weights, found.classes)
-        given = np.bincount(found.given, weights, found.classes)
-        hits = np.bincount(found.labels, weights * right, found.classes)
-        known = there > 0
-        return float(np.mean(2 * hits[known] / (given + there)[known]))
+    def mean(weights: Weights) -> float:
+        labelled = np.bincount(answers.labels, weights, answers.classes)
+        given = np.bincount(answers.given, weights, answers.classes)
+        hits = np.bincount(answers.labels, weights * right, answers.classes)
+        known = labelled > 0
+        return float(np.mean(2 * hits[known] / (given + labelled)[known]))
 
-    return of
+    return mean
 
 
 def calibration_error(
@@ -71,8 +77,8 @@ def calibration_error(
 ) -> float:
     """Expected calibration error (Guo et al. 2017): |accuracy - confidence|, averaged over equal bins of confidence.
 
-    images: unit [n, D]; labels: int [n]; classes: unit [C, D]; scale: 1 / temperature of the softmax over cosines. Of tied
-    classes the lower one is given. Raises ValueError as `nev.eval.metrics.zeroshot` does.
+    images: unit [n, D]. labels: int [n]. classes: unit [C, D]. scale: 1 / temperature of the softmax over cosines.
+    Of tied classes the class of the lower number is given. Raises ValueError as `nev.eval.metrics.zeroshot` does.
     """
     images, labels, classes = _checked(images, labels, classes)
     confidence, right = np.empty(len(images)), np.empty(len(images), np.bool_)
@@ -86,46 +92,46 @@ def calibration_error(
 
 
 def fit_scale(images: ArrayLike, labels: ArrayLike, classes: ArrayLike) -> float:
-    """The scale in 1..1000 under which the right classes are likeliest (temperature scaling, Guo et al. 2017).
+    """The scale in 1..1000 that maximises the likelihood of the right classes (temperature scaling, Guo et al. 2017).
 
-    It is sought on 10,000 images at most. Same arguments and errors as `calibration_error`.
+    The fit is over 10,000 images at most, to 1e-3 of the scale. Arguments and errors are those of `calibration_error`.
     """
     images, labels, classes = _checked(images, labels, classes)
     chosen = np.linspace(0, len(images) - 1, min(len(images), FITTED)).astype(np.int64)
     images, labels = images[chosen], labels[chosen]
 
-    def surprise(log_scale: float) -> float:
+    def mean_loss(log_scale: float) -> float:
         scale, total = np.exp(log_scale), 0.0
         for rows, scores in _scores(images, classes):
-            own = np.take_along_axis(scores, labels[rows, None], axis=1)[:, 0]
-            total += float((logsumexp(scale * scores, axis=1) - scale * own).sum())
+            right = np.take_along_axis(scores, labels[rows, None], axis=1)[:, 0]
+            total += float((logsumexp(scale * scores, axis=1) - scale * right).sum())
         return total / len(images)
 
-    found = minimize_scalar(surprise, bounds=tuple(np.log(SCALES)), method="bounded", options={"xatol": 1e-3})
-    return float(np.exp(found.x))
+    minimum = minimize_scalar(mean_loss, bounds=tuple(np.log(SCALES)), method="bounded", options={"xatol": 1e-3})
+    return float(np.exp(minimum.x))
 
 
-def confusions(found: Answers, most: int) -> list[tuple[int, int, float]]:
-    """The class pairs (right, given) that are mixed up most, with the share of the right class's images that it happens to."""
-    wrong = found.given != found.labels
-    pairs, counts = np.unique(np.stack([found.labels[wrong], found.given[wrong]]), axis=1, return_counts=True)
-    there = np.bincount(found.labels, minlength=found.classes)
-    shares = counts / there[pairs[0]]
+def confusions(answers: Answers, most: int) -> list[tuple[int, int, float]]:
+    """The most frequent confusions: (right class, given class, share of the right class's images), at most `most` of them."""
+    wrong = answers.given != answers.labels
+    pairs, counts = np.unique(np.stack([answers.labels[wrong], answers.given[wrong]]), axis=1, return_counts=True)
+    shares = counts / np.bincount(answers.labels, minlength=answers.classes)[pairs[0]]
     return [
-        (int(pairs[0, at]), int(pairs[1, at]), float(shares[at])) for at in np.argsort(-shares, kind="stable")[:most]
+        (int(pairs[0, pair]), int(pairs[1, pair]), float(shares[pair]))
+        for pair in np.argsort(-shares, kind="stable")[:most]
     ]
 
 
-def per_class(found: Answers) -> NDArray[np.float64]:
-    """Share of each class's images that are right, float64 [C], NaN for a class without images."""
-    return _shares(found.ranks < 1, found.labels, found.classes, np.ones(len(found.labels)))
+def per_class(answers: Answers) -> NDArray[np.float64]:
+    """Share of each class's images that are right: float64 [C], NaN for a class without images."""
+    return _shares(answers.ranks < 1, answers.labels, answers.classes, np.ones(len(answers.labels)))
 
 
 def _shares(hits: NDArray[np.bool_], members: Ints, count: int, weights: Weights) -> NDArray[np.float64]:
-    """Share of hits in each of `count` parts, NaN for an empty one."""
-    there = np.bincount(members, weights, count)
+    """Share of hits in each of `count` groups: float64 [count], NaN for a group without members."""
+    totals = np.bincount(members, weights, count)
     with np.errstate(invalid="ignore"):
-        shares: NDArray[np.float64] = np.bincount(members, weights * hits, count) / there
+        shares: NDArray[np.float64] = np.bincount(members, weights * hits, count) / totals
     return shares
 
 
@@ -135,7 +141,7 @@ def _checked(images: ArrayLike, labels: ArrayLike, classes: ArrayLike) -> tuple[
 
 
 def _scores(images: Floats, classes: Floats) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
-    """Cosines of all classes, a chunk of images at a time, with the rows that they are of."""
+    """Rows of `images`, a chunk at a time, and their cosines with all classes, float64 [rows, C]."""
     for top in range(0, len(images), CHUNK):
         rows = np.arange(top, min(top + CHUNK, len(images)))
         yield rows, (images[rows] @ classes.T).astype(np.float64)

@@ -1,8 +1,9 @@
-"""The same search with smaller vectors: cut to fewer numbers, and held as bytes or bits. What an index saves, and what it costs.
+"""Search with smaller vectors: fewer numbers, stored as bytes or bits.
 
-Both sides are cut, made unit again, and rounded. int8: numbers times 127 / the largest of the set: one scale for a whole index;
-the score is the cosine of the bytes. binary: signs; the score is the share of equal bits less that of others. Bits tie often,
-and of tied candidates the right ones come last here (`nev.eval.metrics.ranks`), where an index would draw.
+Images and texts are cut, scaled to unit length, and rounded.
+int8: numbers times 127 / the largest number of the set, one scale for the whole set; the score is the cosine of the bytes.
+binary: signs; the score is the share of equal bits less the share of different bits. Bits tie often, and of tied candidates the
+right ones rank last here (`nev.eval.metrics.ranks`), where an index would choose at random.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from numpy.typing import NDArray
 
 from nev.eval.metrics.ranks import Floats
 
-PRECISIONS = {"float32": 32, "int8": 8, "binary": 1}  # bits a number
+PRECISIONS = {"float32": 32, "int8": 8, "binary": 1}  # bits for a number
 NARROWEST = 32
 
 
 class Compressed(NamedTuple):
-    """A way to hold vectors, and what a score is under it. bytes: of one vector."""
+    """A form of vectors, and the score of the search with it. bytes: size of a vector."""
 
     width: int
     precision: str
@@ -29,24 +30,24 @@ class Compressed(NamedTuple):
 
 
 def compressions(left: Floats, right: Floats, score: Callable[[Floats, Floats], float]) -> Iterator[Compressed]:
-    """`score` of two sets of unit vectors, [n, D] and [m, D], at every width (D, D/2, ... to 32 at least) and precision."""
+    """The `score` of two sets of unit vectors, [n, D] and [m, D], at each width (D, D/2, ... down to 32) and precision."""
     width = left.shape[1]
     while width:
         for precision, bits in PRECISIONS.items():
-            held = (quantise(truncate(side, width), precision) for side in (left, right))
-            yield Compressed(width, precision, -(-width * bits // 8), score(*held))
+            sides = (quantise(truncate(side, width), precision) for side in (left, right))
+            yield Compressed(width, precision, -(-width * bits // 8), score(*sides))
         width = width // 2 if width // 2 >= NARROWEST else 0
 
 
 def truncate(rows: Floats, width: int) -> Floats:
-    """The first `width` numbers of each row, made unit again (Matryoshka, arXiv 2205.13147)."""
+    """The first `width` numbers of each row, scaled to unit length (Matryoshka, arXiv 2205.13147)."""
     return _unit(rows[:, :width])
 
 
 def quantise(rows: Floats, precision: str) -> Floats:
-    """Unit rows as `precision` holds them, as floats that are unit again: their products are the cosines of the held ones.
+    """Unit rows rounded to `precision`, as floats of unit length: their products are the cosines of the rounded rows.
 
-    Where a row has lost its length (all zeros) it points nowhere, in equal parts in every direction.
+    A row that is rounded to zeros becomes a row of equal numbers.
     """
     if precision == "int8":
         return _unit(np.round(rows * (127 / np.abs(rows).max())))

@@ -1,4 +1,4 @@
-"""Is it one space? How the vectors of images and of texts lie to each other: gap, spread, hubs and neighbourhoods."""
+"""Are images and texts in one space? Gap, spread, hubs and neighbourhoods of their vectors."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ UNIFORMITY_T = 2.0
 def geometry(
     images: ArrayLike, texts: ArrayLike, owner: ArrayLike, k: int = 10, chunk: int = 4096, seed: int = 0
 ) -> dict[str, float]:
-    """Numbers of n images [n, D] and m texts [m, D], all unit; owner: int [m], the image that text j describes.
+    """The geometry of n images and m texts.
 
-    space/gap: distance of the two centroids (Liang et al. 2022). space/relative_gap: that over the root mean square distance of
-    a vector from its own centroid; both are 0 in one space.
-    space/separable: share of held-out vectors that a linear classifier (ridge, 5 folds drawn by `seed`) gives to the right
-    modality, as the mean of both; 0.5 where it cannot.
-    space/alignment: mean squared distance of a text and its image. space/uniformity_images, _texts: log of the mean of
-    exp(-2 d^2) over pairs of different rows; lower is more even (both Wang & Isola 2020).
-    space/anisotropy_images, _texts: mean cosine of different rows; 0 where directions are used evenly.
-    space/hubness: skewness of how often each image is among the k nearest of a text (Radovanovic et al. 2010).
-    space/overlap: share of an image's k nearest images that are also, by their first texts, among the k nearest of its first
-    text (mutual k-nearest neighbours, Huh et al. 2024); left out where images with a text are not more than k.
-
+    images: unit [n, D]. texts: unit [m, D]. owner: int [m], the image that text j describes.
+    Returns:
+    space/gap: distance of the centroids (Liang et al. 2022); 0 in one space.
+    space/relative_gap: gap over the root mean square distance of a vector from its centroid; 0 in one space.
+    space/separable: balanced accuracy, on held-out vectors, of a linear classifier of the modality (ridge, 5 folds drawn by
+    `seed`); 0.5 in one space.
+    space/alignment: mean squared distance of a text and its image (Wang & Isola 2020).
+    space/uniformity_images, _texts: log of the mean of exp(-2 d^2) over pairs of different rows; lower is more even (same paper).
+    space/anisotropy_images, _texts: mean cosine of different rows; 0 where all directions are used evenly.
+    space/hubness: skewness of how often an image is among the k nearest of a text (Radovanovic et al. 2010).
+    space/overlap: share of an image's k nearest images whose first texts are among the k nearest of the image's first text
+    (mutual k-nearest neighbours, Huh et al. 2024); absent where no more than k images have a text.
     Memory is O(chunk^2 + (n + m) k) beside the embeddings. Raises ValueError as `nev.eval.metrics.retrieval` does, and for
     fewer than 5 images or texts.
     """
@@ -40,7 +41,7 @@ def geometry(
     if min(len(images), len(texts)) < FOLDS:
         raise ValueError(f"at least {FOLDS} images and texts are needed, not {len(images)} and {len(texts)}")
     owner = row_numbers("owner", owner, len(texts), len(images), "the images")
-    found = {
+    numbers = {
         "space/gap": centroid_distance(images, texts),
         "space/relative_gap": centroid_distance(images, texts) / np.sqrt((spread(images) + spread(texts)) / 2),
         "space/separable": separable(images, texts, seed),
@@ -53,13 +54,13 @@ def geometry(
     }
     described, first = np.unique(owner, return_index=True)
     if len(described) > k:
-        found["space/overlap"] = overlap(images[described], texts[first], k, chunk)
-    return {name: float(value) for name, value in found.items()}
+        numbers["space/overlap"] = overlap(images[described], texts[first], k, chunk)
+    return {name: float(value) for name, value in numbers.items()}
 
 
-def centroid_distance(one: Floats, other: Floats) -> float:
-    """Distance of the means."""
-    return float(np.linalg.norm(one.mean(0, dtype=np.float64) - other.mean(0, dtype=np.float64)))
+def centroid_distance(left: Floats, right: Floats) -> float:
+    """Distance of the means of two sets of rows."""
+    return float(np.linalg.norm(left.mean(0, dtype=np.float64) - right.mean(0, dtype=np.float64)))
 
 
 def spread(rows: Floats) -> float:
@@ -68,7 +69,7 @@ def spread(rows: Floats) -> float:
 
 
 def separable(images: Floats, texts: Floats, seed: int) -> float:
-    """Balanced accuracy of a linear classifier on rows that it was not fitted to, which vectors are images'."""
+    """Balanced accuracy, on held-out rows, of a linear classifier that separates images from texts."""
     rows = np.concatenate([images, texts])
     which = np.repeat([0, 1], [len(images), len(texts)])
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
@@ -89,21 +90,21 @@ def uniformity(rows: Floats, chunk: int) -> float:
 
 
 def hubness(queries: Floats, candidates: Floats, k: int, chunk: int) -> float:
-    """Skewness of how often a candidate is among the k nearest; 0 where all are as often."""
-    found = nearest(queries, candidates, k, chunk).rows
-    counts = np.bincount(found.ravel(), minlength=len(candidates))
+    """Skewness of how often a candidate is among the k nearest of a query; 0 where all candidates are equally often."""
+    rows = nearest(queries, candidates, k, chunk).rows
+    counts = np.bincount(rows.ravel(), minlength=len(candidates))
     return 0.0 if counts.min() == counts.max() else float(skew(counts))
 
 
 def overlap(images: Floats, texts: Floats, k: int, chunk: int) -> float:
-    """Mean share that the k nearest others of row i have in common among the images and among the texts; both [n, D], n > k."""
-    one, other = (others(rows, k, chunk) for rows in (images, texts))
-    return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(one, other, strict=True)]))
+    """Mean share of the k nearest images of image i that are among the k nearest texts of text i. Both [n, D], n > k."""
+    neighbours = (others(rows, k, chunk) for rows in (images, texts))
+    return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(*neighbours, strict=True)]))
 
 
 def others(rows: Floats, k: int, chunk: int) -> Ints:
-    """The k nearest of each row but itself, int64 [n, k]."""
-    found = nearest(rows, rows, k + 1, chunk).rows
-    own = found == np.arange(len(rows))[:, None]
-    own[~own.any(axis=1), -1] = True  # equal rows took its place: the last of them goes instead
-    return np.asarray(found[~own].reshape(len(rows), k))
+    """The k nearest rows of each row, without the row itself: int64 [n, k]."""
+    near = nearest(rows, rows, k + 1, chunk).rows
+    itself = near == np.arange(len(rows))[:, None]
+    itself[~itself.any(axis=1), -1] = True  # rows equal to it stand in its place: the last of them is dropped
+    return np.asarray(near[~itself].reshape(len(rows), k))

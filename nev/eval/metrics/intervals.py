@@ -1,4 +1,4 @@
-"""How sure a share is: bootstrap intervals over images, each with all of its queries."""
+"""95 % intervals by bootstrap over images, each with all of its queries."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import bootstrap
 
 DRAWS = 1000
-BATCH = 50  # draws in memory at once, each of as many numbers as there are images
+BATCH = 50  # draws in memory at a time; a draw has a number for each image
 
 
 class Interval(NamedTuple):
-    """The ends of an interval that holds the share of a new sample's in `level` of all samples."""
+    """The ends of a confidence interval."""
 
     low: float
     high: float
@@ -23,21 +23,22 @@ class Interval(NamedTuple):
 def interval_from_draws(
     metric: Callable[[NDArray[np.float64]], float], images: int, level: float = 0.95, draws: int = DRAWS, seed: int = 0
 ) -> Interval:
-    """The percentile interval (Efron 1979) of any metric of so many images.
+    """The percentile interval (Efron 1979) of a metric of `images` images.
 
-    metric: from how often each image was drawn, float64 [images], to a number; all ones give the metric of the set itself.
+    metric: from the weights of the images, float64 [images], to a number. A weight is how often the image was drawn; with all
+    weights 1 the metric is that of the set.
     """
 
     if images == 1:
         whole = metric(np.ones(1))
         return Interval(whole, whole)
 
-    def drawn(rows: NDArray[np.int64]) -> float:
+    def measure(rows: NDArray[np.int64]) -> float:
         return metric(np.bincount(rows, minlength=images).astype(np.float64))
 
-    found = bootstrap(
+    ends = bootstrap(
         (np.arange(images),),
-        drawn,
+        measure,
         vectorized=False,
         n_resamples=draws,
         batch=1,
@@ -45,7 +46,7 @@ def interval_from_draws(
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return Interval(float(found.low), float(found.high))
+    return Interval(float(ends.low), float(ends.high))
 
 
 def interval(
@@ -53,23 +54,23 @@ def interval(
 ) -> Interval:
     """The percentile interval (Efron 1979) of the mean of `hits`, bool or float [q].
 
-    image: int [q], the image that a query belongs to. Images are drawn, with all their queries: captions of one image succeed
-    and fail together, and drawn one by one they would promise too narrow an interval. None: every query is its own. Raises
-    ValueError for no hits.
+    image: int [q], the image that a query belongs to. None: every query has an image of its own.
+    Images are drawn, each with all its queries. Captions of an image succeed and fail together: if captions were drawn, the
+    interval would be too narrow. Raises ValueError for no hits.
     """
     values = np.asarray(hits, np.float64)
     if not len(values):
-        raise ValueError("no query, so there is no share to be sure of")
+        raise ValueError("an interval needs at least one query")
     _, place = np.unique(np.arange(len(values)) if image is None else np.asarray(image), return_inverse=True)
     sums, counts = np.bincount(place, values), np.bincount(place).astype(np.float64)
     if len(sums) == 1 or np.ptp(values) == 0:
         mean = float(values.mean())
         return Interval(mean, mean)
 
-    def share(hit: NDArray[np.float64], asked: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-        return np.asarray(hit.sum(axis) / asked.sum(axis))
+    def share(hit: NDArray[np.float64], queries: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+        return np.asarray(hit.sum(axis) / queries.sum(axis))
 
-    found = bootstrap(
+    ends = bootstrap(
         (sums, counts),
         share,
         paired=True,
@@ -80,4 +81,4 @@ def interval(
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return Interval(float(found.low), float(found.high))
+    return Interval(float(ends.low), float(ends.high))

@@ -12,7 +12,7 @@ from nev.eval.metrics.ranks import Floats, Ints
 
 
 class Nearest(NamedTuple):
-    """rows: int64 [n, k], candidates with the best first; scores: float32 [n, k]. Which of tied ones are taken is not said."""
+    """rows: int64 [n, k], candidates, the best first; the order of tied candidates is not defined. scores: float32 [n, k]."""
 
     rows: Ints
     scores: NDArray[np.float32]
@@ -30,13 +30,13 @@ def nearest(queries: Floats, candidates: Floats, k: int, chunk: int = 4096) -> N
     rows, scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
     others = torch.from_numpy(candidates)
     for top in range(0, len(queries), chunk):
-        own = torch.from_numpy(queries[top : top + chunk])
-        best, where = torch.empty(len(own), 0), torch.empty(len(own), 0, dtype=torch.int64)
+        some = torch.from_numpy(queries[top : top + chunk])
+        best, where = torch.empty(len(some), 0), torch.empty(len(some), 0, dtype=torch.int64)
         for left in range(0, len(candidates), chunk):
-            tile = own @ others[left : left + chunk].T
-            found, at = tile.topk(min(k, tile.shape[1]), dim=1)
-            best, where = torch.cat([best, found], 1), torch.cat([where, at + left], 1)
-            best, at = best.topk(min(k, best.shape[1]), dim=1)
-            where = where.gather(1, at)
+            tile = some @ others[left : left + chunk].T
+            top_scores, columns = tile.topk(min(k, tile.shape[1]), dim=1)
+            best, where = torch.cat([best, top_scores], 1), torch.cat([where, columns + left], 1)
+            best, columns = best.topk(min(k, best.shape[1]), dim=1)
+            where = where.gather(1, columns)
         rows[top : top + chunk], scores[top : top + chunk] = where.numpy(), best.numpy()
     return Nearest(rows, scores)

@@ -1,7 +1,7 @@
-"""Where the right answers rank among all candidates, in tiles: what zero-shot accuracy and recall@k both count.
+"""The ranks of the right answers among all candidates, in tiles: both zero-shot accuracy and recall@k count these.
 
-Ties count against the model: a wrong candidate that scores as much as the right one is ranked before it. So embeddings
-that have collapsed to one point score 0 and not 100 %, which is what a strict comparison would make of them.
+Ties count against the model: a wrong candidate ranks before a right candidate of the same score. So embeddings that have
+collapsed to one point score 0, where a strict comparison would give them 100 %.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
-# Scores that lie closer are compared anew in float64: a cosine differs by some 1e-7 from one route in float32 to another (a row
-# product, a tile of a matrix product), and equal embeddings must tie whichever route their scores took.
+# Scores closer than this are computed again in float64. In float32 a cosine differs by some 1e-7 between a row product and a tile
+# of a matrix product, and equal embeddings must tie however their scores were computed.
 NEAR = 1e-6
-CROWD = (
-    32  # candidates of one query that lie so near: where there are more, the space has collapsed, and all count as tied
-)
+# Candidates of a query closer than NEAR to the right one. With more of them the space has collapsed, and all count as tied.
+CROWD = 32
 
 
 def unit_rows(name: str, array: ArrayLike) -> Floats:
-    """`array` as contiguous float32 [rows, D]; fp16 storage is welcome.
+    """`array`, of any float dtype, as contiguous float32 [rows, D].
 
-    Raises ValueError, naming the first bad row, unless each is finite and of unit length to 1 %.
+    Raises ValueError, with the first bad row, unless every row is finite and of unit length to 1 %.
     """
     rows = np.ascontiguousarray(array, dtype=np.float32)
     if rows.ndim != 2 or not rows.size:
@@ -50,17 +49,18 @@ def row_numbers(name: str, array: ArrayLike, count: int, limit: int, of: str) ->
     if len(outside):
         raise ValueError(
             f"{name}: {len(outside)} of {count} are outside 0..{limit - 1} ({of}); the first is "
-            f"{numbers[outside[0]]} at row {outside[0]}: drop rows without a known one before scoring"
+            f"{numbers[outside[0]]} at row {outside[0]}: leave out rows without a known one before scoring"
         )
     return numbers.astype(np.int64)
 
 
 def best_ranks(queries: Floats, candidates: Floats, query: Ints, right: Ints, chunk: int) -> Ints:
-    """For each query, how many wrong candidates score at least as much as its best right one: int64 [n].
+    """For each query, how many wrong candidates score at least as much as the best right candidate: int64 [n].
 
-    queries [n, D], candidates [m, D], and pairs (query[p], right[p]): candidate right[p] answers query query[p]; every
-    query has at least one. A query is answered within the first k exactly if its rank is below k. Scores are computed
-    in tiles of at most chunk x chunk, so memory is O(chunk^2 + chunk D + n + m) beside the embeddings.
+    queries: [n, D]. candidates: [m, D].
+    query, right: int64 [p], pairs: candidate right[i] answers query query[i]. Every query has at least one pair.
+    A query is answered within the first k exactly if its rank is below k. Scores are computed in tiles of at most
+    chunk x chunk, so memory is O(chunk^2 + chunk D + n + m) beside the embeddings.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, not {chunk}")
@@ -75,7 +75,7 @@ def best_ranks(queries: Floats, candidates: Floats, query: Ints, right: Ints, ch
     near: list[tuple[Ints, Ints]] = []
     for top in range(0, len(queries), chunk):
         rows = slice(top, top + chunk)
-        # The right answers of these queries: each is taken out of the count in the tile where it lies.
+        # The right answers of these queries are left out of the count, each in its tile.
         pairs = slice(*np.searchsorted(query, (top, top + chunk)))
         low, high = best[rows, None] - np.float32(NEAR), best[rows, None] + np.float32(NEAR)
         for left in range(0, len(candidates), chunk):
@@ -86,34 +86,36 @@ def best_ranks(queries: Floats, candidates: Floats, query: Ints, right: Ints, ch
             ranks[rows] += np.count_nonzero(above, axis=1)
             above &= tile <= high
             crowd[rows] += np.count_nonzero(above, axis=1)
-            above[crowd[rows] > CROWD] = False  # nor is it remembered, or a collapsed space would fill the memory
-            one, other = np.nonzero(above)
-            near.append((one + top, other + left))
-    one, other = (np.concatenate(side) for side in zip(*near, strict=True))
-    few = crowd[one] <= CROWD
-    return ranks - _behind(queries, candidates, query, right, one[few], other[few], chunk)
+            above[crowd[rows] > CROWD] = False  # a collapsed space would fill the memory with near pairs
+            row, column = np.nonzero(above)
+            near.append((row + top, column + left))
+    row, column = (np.concatenate(side) for side in zip(*near, strict=True))
+    few = crowd[row] <= CROWD
+    return ranks - _count_behind(queries, candidates, query, right, row[few], column[few], chunk)
 
 
-def _behind(queries: Floats, candidates: Floats, query: Ints, right: Ints, one: Ints, other: Ints, chunk: int) -> Ints:
-    """How many of the pairs (one[p], other[p]) score less than the best right answer of their query, in float64: int64 [n]."""
-    asked = np.isin(query, one)
+def _count_behind(
+    queries: Floats, candidates: Floats, query: Ints, right: Ints, row: Ints, column: Ints, chunk: int
+) -> Ints:
+    """For each query, how many pairs (row[i], column[i]) score less than its best right answer, in float64: int64 [n]."""
+    needed = np.isin(query, row)
     best = np.full(len(queries), -np.inf)
-    np.maximum.at(best, query[asked], _exact(queries, candidates, query[asked], right[asked], chunk))
-    less = _exact(queries, candidates, one, other, chunk) < best[one]
-    return np.bincount(one[less], minlength=len(queries))
+    np.maximum.at(best, query[needed], _pair_scores(queries, candidates, query[needed], right[needed], chunk))
+    less = _pair_scores(queries, candidates, row, column, chunk) < best[row]
+    return np.bincount(row[less], minlength=len(queries))
 
 
-def _exact(queries: Floats, candidates: Floats, one: Ints, other: Ints, chunk: int) -> NDArray[np.float64]:
-    """Scores of pairs, by the same route for all: equal embeddings give equal ones."""
-    found = [
-        np.einsum("pd,pd->p", queries[one[at : at + chunk]], candidates[other[at : at + chunk]], dtype=np.float64)
-        for at in range(0, len(one), chunk)
+def _pair_scores(queries: Floats, candidates: Floats, row: Ints, column: Ints, chunk: int) -> NDArray[np.float64]:
+    """Scores of pairs, all computed alike, so that equal embeddings have equal scores: float64 [p]."""
+    parts = [
+        np.einsum("pd,pd->p", queries[row[at : at + chunk]], candidates[column[at : at + chunk]], dtype=np.float64)
+        for at in range(0, len(row), chunk)
     ]
-    return np.concatenate(found) if found else np.empty(0)
+    return np.concatenate(parts) if parts else np.empty(0)
 
 
 def scores(queries: Floats, candidates: Floats) -> Floats:
-    """Cosines of one tile, float32 [rows, columns]: the only place that holds scores."""
+    """Cosines of a tile: float32 [rows, columns]. Tests replace this function to measure memory."""
     return queries @ candidates.T
 
 

@@ -1,4 +1,4 @@
-"""Recall@k of text-to-image and image-to-text retrieval, against chance, without ever holding all scores."""
+"""Recall@k of text-to-image and image-to-text retrieval, and chance. Scores are computed in tiles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nev.eval.metrics.ranks import Ints, best_ranks, row_numbers, unit_rows
 
 
 class Ranks(NamedTuple):
-    """texts: int64 [m], the rank of a text's image; images: int64 [n], the rank of the best text of an image. 0 is first."""
+    """texts: int64 [m], the rank of a text's image. images: int64 [n], the best rank of an image's texts. 0 is first."""
 
     texts: Ints
     images: Ints
@@ -38,19 +38,19 @@ def retrieval(
 
 
 def recalls(ranks: Ranks, owner: Ints, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """What `retrieval` returns, from where the answers rank."""
+    """What `retrieval` returns, from the ranks of the right answers."""
     captions = np.bincount(owner)
-    found: dict[str, float] = {}
+    shares: dict[str, float] = {}
     for k in ks:
-        found[f"retrieval/text_to_image/r{k}"] = float(np.mean(ranks.texts < k))
-        found[f"retrieval/text_to_image/r{k}_chance"] = min(k / len(captions), 1.0)
-        found[f"retrieval/image_to_text/r{k}"] = float(np.mean(ranks.images < k))
-        found[f"retrieval/image_to_text/r{k}_chance"] = _any_of(captions, len(ranks.texts), k)
-    return found
+        shares[f"retrieval/text_to_image/r{k}"] = float(np.mean(ranks.texts < k))
+        shares[f"retrieval/text_to_image/r{k}_chance"] = min(k / len(captions), 1.0)
+        shares[f"retrieval/image_to_text/r{k}"] = float(np.mean(ranks.images < k))
+        shares[f"retrieval/image_to_text/r{k}_chance"] = _any_of(captions, len(ranks.texts), k)
+    return shares
 
 
 def retrieval_ranks(images: ArrayLike, texts: ArrayLike, owner: ArrayLike, chunk: int = 1024) -> Ranks:
-    """Where the answers rank that `retrieval` counts. Same arguments, same errors."""
+    """The ranks of the right answers. Arguments and errors are those of `retrieval`."""
     images, texts = unit_rows("images", images), unit_rows("texts", texts)
     if images.shape[1] != texts.shape[1]:
         raise ValueError(f"images are {images.shape[1]} wide and texts {texts.shape[1]}: use one encoder pair")
@@ -66,7 +66,7 @@ def retrieval_ranks(images: ArrayLike, texts: ArrayLike, owner: ArrayLike, chunk
 
 
 def _any_of(captions: Ints, texts: int, k: int) -> float:
-    """Mean chance that k texts drawn without replacement hold one of an image's g: 1 - C(m-g, k) / C(m, k)."""
+    """Mean chance that k of m texts, drawn without replacement, hold one of an image's g texts: 1 - C(m-g, k) / C(m, k)."""
     drawn = np.arange(min(k, texts))
     counts, images = np.unique(captions, return_counts=True)
     missed = np.clip((texts - counts[:, None] - drawn) / (texts - drawn), 0, None).prod(axis=1)

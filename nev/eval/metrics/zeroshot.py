@@ -50,13 +50,13 @@ def zero_shot(
 
 
 def accuracies(ranks: Ints, classes: int, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
-    """What `zero_shot` returns, from where the right classes rank."""
-    found = {f"zero_shot/top{k}": float(np.mean(ranks < k)) for k in ks if k < classes}
-    return {**found, "zero_shot/chance": 1 / classes}
+    """What `zero_shot` returns, from the ranks of the right classes."""
+    shares = {f"zero_shot/top{k}": float(np.mean(ranks < k)) for k in ks if k < classes}
+    return {**shares, "zero_shot/chance": 1 / classes}
 
 
 def zero_shot_ranks(images: ArrayLike, labels: ArrayLike, classes: ArrayLike, chunk: int = 8192) -> Ints:
-    """Where each image's class ranks among the classes, int64 [n], 0 is first. Same arguments and errors as `zero_shot`."""
+    """The rank of each image's class: int64 [n], 0 is first. Arguments and errors are those of `zero_shot`."""
     images, classes = unit_rows("images", images), unit_rows("classes", classes)
     if images.shape[1] != classes.shape[1]:
         raise ValueError(f"images are {images.shape[1]} wide and classes {classes.shape[1]}: use one encoder pair")

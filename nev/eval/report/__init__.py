@@ -1,1 +1,1 @@
-"""What people see: tables, pictures, the page."""
+"""Tables, pictures, and the page of a result."""

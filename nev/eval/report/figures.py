@@ -1,4 +1,4 @@
-"""What a report shows of a task beside its numbers: where the model is right and wrong, and plots of finer results."""
+"""The pictures of a report: where a model is right and wrong, and plots of finer results."""
 
 from __future__ import annotations
 
@@ -10,104 +10,133 @@ import numpy as np
 
 from nev.eval.metrics import classification
 from nev.eval.metrics.neighbours import nearest
-from nev.eval.metrics.ranks import Floats
+from nev.eval.metrics.ranks import Floats, Ints
 from nev.eval.metrics.retrieval import retrieval_ranks
 from nev.eval.metrics.zeroshot import zero_shot_ranks
-from nev.eval.report.plots import COLOURS, INK, colours, dress, gallery, new_figure, save
+from nev.eval.report.plots import COLOURS, INK, colours, curve, dress, gallery, new_figure, save
 from nev.eval.suite.collection import Collection
-from nev.eval.suite.reading import read_pictures
 from nev.eval.suite.results import TaskResult
 from nev.eval.suite.schema import Task
-from nev.eval.suite.tasks import Context, image_text_pairs, labelled_images
+from nev.eval.suite.tasks import Context, Labelled, captioned_rows, image_text_pairs, labelled_images
+from nev.runs.metrics_log import MetricPoint
 
 QUERIES, RESULTS = 5, 5
+DRAWN_QUERIES, DRAWN_RESULTS = 7, 6  # of the galleries that choose no query by its score
 WORST = 8  # classes of a confusion matrix that cannot hold all
 DOTS = 1000  # of each modality in the map of the space
 
 
 class Figure(NamedTuple):
-    """A picture, and what it shows. path: a PNG."""
+    """A picture of a report. title: NAME: what the picture shows. path: a PNG."""
 
     title: str
     path: Path
 
 
-def make_figures(task: Task, found: Collection, context: Context, result: TaskResult, folder: Path) -> list[Figure]:
-    """The pictures of a task that was run, written to `folder`."""
-    made = []
-    for title, draw in DRAWN.get(task.kind, {}).items():
+def make_figures(
+    task: Task, collection: Collection, context: Context, result: TaskResult, folder: Path
+) -> list[Figure]:
+    """Draw the pictures of a task that was scored, as TASK-NAME.png in `folder`."""
+    figures = []
+    for title, draw in FIGURES.get(task.kind, {}).items():
         path = folder / f"{task.name}-{title.split(':')[0].replace(' ', '-')}.png"
-        draw(task, found, context, result, path)
-        made.append(Figure(title, path))
-    return made
+        draw(task, collection, context, result, path)
+        figures.append(Figure(title, path))
+    return figures
 
 
-def _galleries(best: bool) -> Callable[..., None]:
-    """Captions whose own picture is first, or whose own is furthest behind, with what was found instead."""
+def _drawn_captions(task: Task, collection: Collection, context: Context, result: TaskResult, path: Path) -> None:
+    """Captions drawn at random, with the pictures nearest to each."""
+    count = len(image_text_pairs(collection, context).texts)
+    chosen = np.random.default_rng(0).choice(count, min(DRAWN_QUERIES, count), replace=False)
+    _caption_gallery(path, collection, context, chosen, DRAWN_RESULTS)
 
-    def draw(task: Task, found: Collection, context: Context, result: TaskResult, path: Path) -> None:
-        pairs = image_text_pairs(found, context)
-        rows = [row for row, fact in enumerate(found.facts) if fact.captions and found.embedded.valid[row]]
+
+def _ranked_captions(best: bool) -> Callable[..., None]:
+    """Captions whose own picture ranks first, or ranks furthest behind, with the pictures nearest to each."""
+
+    def draw(task: Task, collection: Collection, context: Context, result: TaskResult, path: Path) -> None:
+        pairs = image_text_pairs(collection, context)
         ranks = retrieval_ranks(*pairs).texts
         order = np.random.default_rng(0).permutation(len(ranks))
         order = order[np.argsort(ranks[order] if best else -ranks[order], kind="stable")]
-        _, first = np.unique(pairs.owner[order], return_index=True)  # one caption a picture
+        _, first = np.unique(pairs.owner[order], return_index=True)  # one caption for each picture
         chosen = order[np.sort(first)][:QUERIES]
-        hits = nearest(pairs.texts[chosen], pairs.images, RESULTS)
-        captions = [one for row in rows for one in found.facts[row].captions]
-        names = [[found.facts[rows[hit]].uid for hit in line] for line in hits.rows]
-        right = (hits.rows == pairs.owner[chosen][:, None]).tolist()
-        asked = [
-            f"{captions[text]} (its own is number {ranks[text] + 1:,})" if not best else captions[text]
-            for text in chosen
-        ]
-        _gallery(path, context, asked, names, hits.scores.tolist(), right)
+        notes = None if best else [f" (its own is number {rank + 1:,})" for rank in ranks[chosen].tolist()]
+        _caption_gallery(path, collection, context, chosen, RESULTS, notes)
 
     return draw
 
 
-def _mistakes(task: Task, found: Collection, context: Context, result: TaskResult, path: Path) -> None:
-    """Classes that do worst, with the pictures that are taken for them most surely; framed where rightly."""
-    seen = labelled_images(task, found, context)
-    given = classification.rank_answers(
-        zero_shot_ranks(seen.images, seen.labels, seen.classes), seen.images, seen.labels, seen.classes
-    )
-    worst = np.argsort(classification.per_class(given), kind="stable")[:QUERIES]
-    hits = nearest(seen.classes[worst], seen.images, RESULTS)
-    names = [[found.facts[seen.rows[hit]].uid for hit in line] for line in hits.rows]
-    right = (seen.labels[hits.rows] == worst[:, None]).tolist()
-    _gallery(path, context, [seen.names[label] for label in worst], names, hits.scores.tolist(), right)
+def _caption_gallery(
+    path: Path,
+    collection: Collection,
+    context: Context,
+    chosen: Ints,
+    results: int,
+    notes: Sequence[str] | None = None,
+) -> None:
+    """The pictures nearest to each of some captions; a caption's own picture is framed."""
+    pairs = image_text_pairs(collection, context)
+    rows = np.array(captioned_rows(collection))
+    captions = [caption for row in rows for caption in collection.facts[row].captions]
+    queries = [captions[text] + (notes[place] if notes else "") for place, text in enumerate(chosen.tolist())]
+    hits = nearest(pairs.texts[chosen], pairs.images, results)
+    correct = hits.rows == pairs.owner[chosen][:, None]
+    _gallery(path, context, queries, rows[hits.rows], hits.scores, correct)
+
+
+def _drawn_classes(task: Task, collection: Collection, context: Context, result: TaskResult, path: Path) -> None:
+    """Classes at even distances in the list, with the pictures nearest to each."""
+    labelled = labelled_images(task, collection, context)
+    last = len(labelled.names) - 1
+    chosen = np.unique(np.linspace(0, last, DRAWN_QUERIES).round().astype(np.int64))
+    _class_gallery(path, context, labelled, chosen, DRAWN_RESULTS)
+
+
+def _mistakes(task: Task, collection: Collection, context: Context, result: TaskResult, path: Path) -> None:
+    """The classes of the lowest accuracy, with the pictures nearest to each."""
+    labelled = labelled_images(task, collection, context)
+    worst = np.argsort(classification.per_class(_rank_classes(labelled)), kind="stable")[:QUERIES]
+    _class_gallery(path, context, labelled, worst, RESULTS)
+
+
+def _rank_classes(labelled: Labelled) -> classification.Answers:
+    ranks = zero_shot_ranks(labelled.images, labelled.labels, labelled.classes)
+    return classification.rank_answers(ranks, labelled.images, labelled.labels, labelled.classes)
+
+
+def _class_gallery(path: Path, context: Context, labelled: Labelled, chosen: Ints, results: int) -> None:
+    """The pictures nearest to each of some classes; pictures of the class are framed."""
+    hits = nearest(labelled.classes[chosen], labelled.images, results)
+    correct = labelled.labels[hits.rows] == chosen[:, None]
+    queries = [labelled.names[label] for label in chosen.tolist()]
+    _gallery(path, context, queries, labelled.rows[hits.rows], hits.scores, correct)
 
 
 def _gallery(
-    path: Path,
-    context: Context,
-    asked: Sequence[str],
-    names: list[list[str]],
-    scores: list[list[float]],
-    right: list[list[bool]],
+    path: Path, context: Context, queries: Sequence[str], rows: Ints, scores: Floats, correct: np.ndarray
 ) -> None:
-    views = read_pictures(context.reading, {uid for line in names for uid in line})
-    size = context.reading.view.size
-    blank = np.full((size, size, 3), 255, np.uint8)
-    gallery(path, asked, [[views.get(uid, blank) for uid in line] for line in names], scores, right)
+    """rows: int64 [Q, K], of the set. scores: float32 [Q, K]. correct: bool [Q, K]."""
+    assert context.pictures
+    distinct = np.unique(rows).tolist()
+    views = dict(zip(distinct, context.pictures(distinct), strict=True))
+    gallery(path, queries, [[views[row] for row in line] for line in rows.tolist()], scores.tolist(), correct.tolist())
 
 
-def _confusion(task: Task, found: Collection, context: Context, result: TaskResult, path: Path) -> None:
-    """Of the classes that do worst: what share of their pictures is taken for which classes."""
-    seen = labelled_images(task, found, context)
-    given = classification.rank_answers(
-        zero_shot_ranks(seen.images, seen.labels, seen.classes), seen.images, seen.labels, seen.classes
-    )
-    shares = classification.per_class(given)
+def _confusion(task: Task, collection: Collection, context: Context, result: TaskResult, path: Path) -> None:
+    """Of the classes of the lowest accuracy: which share of their pictures is given which class."""
+    labelled = labelled_images(task, collection, context)
+    answers = _rank_classes(labelled)
+    shares = classification.per_class(answers)
     known = [int(label) for label in np.argsort(shares, kind="stable") if np.isfinite(shares[label])]
     worst = known if len(known) <= WORST + WORST // 2 else known[:WORST]
-    taken = np.array([np.bincount(given.given[given.labels == label], minlength=len(seen.names)) for label in worst])
-    taken = taken / taken.sum(1, keepdims=True)
-    often = [int(label) for label in np.argsort(-taken.sum(0), kind="stable") if label not in worst]
+    counts = [np.bincount(answers.given[answers.labels == label], minlength=len(labelled.names)) for label in worst]
+    confused = np.array(counts) / np.sum(counts, axis=1, keepdims=True)
+    often = [int(label) for label in np.argsort(-confused.sum(0), kind="stable") if label not in worst]
     columns = [*worst, *often[: WORST // 2]]
-    table, names = taken[:, columns], [seen.names[label][:18] for label in columns]
-    if len(columns) < len(seen.names):
+    table, names = confused[:, columns], [labelled.names[label][:18] for label in columns]
+    if len(columns) < len(labelled.names):
         table, names = np.concatenate([table, 1 - table.sum(1, keepdims=True)], axis=1), [*names, "others"]
     figure = new_figure(7.5, 5.5)
     axes = figure.subplots()
@@ -124,7 +153,7 @@ def _confusion(task: Task, found: Collection, context: Context, result: TaskResu
     save(figure, path)
 
 
-def _histogram(task: Task, found: Collection, context: Context, result: TaskResult, path: Path) -> None:
+def _histogram(task: Task, collection: Collection, context: Context, result: TaskResult, path: Path) -> None:
     """Cosines of captions with their own pictures, and with others."""
     figure = new_figure(7, 3.6)
     axes = figure.subplots()
@@ -136,9 +165,9 @@ def _histogram(task: Task, found: Collection, context: Context, result: TaskResu
     save(figure, path)
 
 
-def _map(task: Task, found: Collection, context: Context, result: TaskResult, path: Path) -> None:
+def _map(task: Task, collection: Collection, context: Context, result: TaskResult, path: Path) -> None:
     """Images and texts on the two directions in which all of them vary most (principal components)."""
-    pairs = image_text_pairs(found, context)
+    pairs = image_text_pairs(collection, context)
     rng = np.random.default_rng(0)
     sides = [_some(side, rng) for side in (pairs.images, pairs.texts)]
     rows = np.concatenate(sides)
@@ -158,7 +187,7 @@ def _some(rows: Floats, rng: np.random.Generator) -> Floats:
     return rows[rng.choice(len(rows), min(DOTS, len(rows)), replace=False)]
 
 
-def _sizes(task: Task, found: Collection, context: Context, result: TaskResult, path: Path) -> None:
+def _sizes(task: Task, collection: Collection, context: Context, result: TaskResult, path: Path) -> None:
     """The score against the bytes of a vector, a line for each precision."""
     figure = new_figure(7, 4)
     axes = figure.subplots()
@@ -176,7 +205,7 @@ def _sizes(task: Task, found: Collection, context: Context, result: TaskResult, 
     save(figure, path)
 
 
-def _severities(task: Task, found: Collection, context: Context, result: TaskResult, path: Path) -> None:
+def _severities(task: Task, collection: Collection, context: Context, result: TaskResult, path: Path) -> None:
     """Accuracy against severity, a line for each corruption."""
     figure = new_figure(7, 4.2)
     axes = figure.subplots()
@@ -192,14 +221,16 @@ def _severities(task: Task, found: Collection, context: Context, result: TaskRes
 
 
 Draw = Callable[[Task, Collection, Context, TaskResult, Path], None]
-DRAWN: dict[str, dict[str, Draw]] = {
+FIGURES: dict[str, dict[str, Draw]] = {
     "zero_shot": {
         "confusion: what the worst classes are taken for": _confusion,
-        "nearest: the pictures most like the worst classes; framed ones are of the class": _mistakes,
+        "nearest: the pictures nearest to the worst classes; pictures of the class are framed": _mistakes,
+        "classes: the pictures nearest to some classes; pictures of the class are framed": _drawn_classes,
     },
     "retrieval": {
-        "found: captions whose own picture, framed, ranks best": _galleries(best=True),
-        "missed: captions whose own picture is furthest behind": _galleries(best=False),
+        "search: captions drawn at random; the caption's own picture is framed": _drawn_captions,
+        "found: captions whose own picture, framed, ranks best": _ranked_captions(best=True),
+        "missed: captions whose own picture is furthest behind": _ranked_captions(best=False),
     },
     "alignment": {
         "cosines: how near captions are to their own pictures, and to others": _histogram,
@@ -208,3 +239,15 @@ DRAWN: dict[str, dict[str, Draw]] = {
     "compression": {"size: what smaller vectors cost": _sizes},
     "robustness": {"severity: accuracy under corruption": _severities},
 }
+
+
+def run_curves(path: str | Path, points: Sequence[MetricPoint], name: str) -> None:
+    """The loss of a run, and its validation scores below, from the run's metrics log."""
+
+    def history(key: str) -> tuple[list[int], list[float]]:
+        values = {point.step: point.metrics[key] for point in points if key in point.metrics}
+        return sorted(values), [values[step] for step in sorted(values)]
+
+    scores = {"zero_shot/top1": "zero-shot top-1", "retrieval/text_to_image/r10": "text→image R@10"}
+    validations = {label: history(key) for key, label in scores.items() if history(key)[0]}
+    curve(path, {"loss": history("loss")}, name, "InfoNCE loss", points=validations or None)

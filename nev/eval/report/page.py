@@ -1,4 +1,4 @@
-"""A suite's result as one page that needs nothing else, and as JSON."""
+"""The result of a suite as JSON, and as one page of HTML that loads nothing."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from nev.eval.report.figures import Figure
-from nev.eval.report.galleries import run_curves
+from nev.eval.report.figures import Figure, run_curves
 from nev.eval.suite.results import SuiteResult, TaskResult
 from nev.runs.metrics_log import MetricPoint
 
@@ -19,17 +18,18 @@ METRICS_SHOWN = 40  # of a task, beside its table
 
 def write_report(
     result: SuiteResult,
-    exhibits: Sequence[Sequence[Figure]],
+    figures: Sequence[Sequence[Figure]],
     others: Sequence[SuiteResult],
     points: list[MetricPoint],
     folder: Path,
     pictures: Path,
 ) -> list[Path]:
-    """Write SUITE-STEP.json and .html to `folder`. exhibits: the pictures of each task, in the order of the result's. others: of
-    other models, to stand beside it. points: the run's metrics up to the checkpoint, empty for a page without the curve.
-    pictures: the folder of the pictures.
+    """Write SUITE-STEP.html and SUITE-STEP.json to `folder`. Returns the two files.
 
-    Pictures are in the page itself; it loads nothing and runs no script.
+    figures: pictures of each task, in the order of the result's tasks. The page holds them: it loads nothing and runs no script.
+    others: results of other models, shown in further columns.
+    points: the run's metrics up to the checkpoint; empty for a page without curves.
+    pictures: folder for the curves.
     """
     numbers, page = folder / f"{result.suite}-{result.step:08d}.json", folder / f"{result.suite}-{result.step:08d}.html"
     numbers.write_text(result.model_dump_json(indent=1), encoding="utf-8")
@@ -37,7 +37,7 @@ def write_report(
     beside = {task.name: {**task.published, **_beside(task.name, others)} for task in result.tasks}
     html = _template().render(
         result=result,
-        tasks=list(zip(result.tasks, exhibits, strict=True)),
+        tasks=list(zip(result.tasks, figures, strict=True)),
         curves=curves,
         beside=beside,
         models=list(dict.fromkeys(model for values in beside.values() for model in values)),
@@ -47,7 +47,7 @@ def write_report(
 
 
 def _beside(name: str, others: Sequence[SuiteResult]) -> dict[str, float | None]:
-    """The value of a task by model."""
+    """The values of a task by model."""
     return {
         f"{other.model}, step {other.step}": task.value for other in others for task in other.tasks if task.name == name
     }
@@ -68,10 +68,10 @@ def _template() -> Template:
     return page.get_template("report.html")
 
 
-def _picture(exhibit: Figure) -> Markup:
-    """An image that lies in the page."""
-    data = base64.b64encode(exhibit.path.read_bytes()).decode()
-    return Markup('<img alt="{}" src="data:image/png;base64,{}">').format(exhibit.title, data)
+def _picture(figure: Figure) -> Markup:
+    """An image as part of the page."""
+    data = base64.b64encode(figure.path.read_bytes()).decode()
+    return Markup('<img alt="{}" src="data:image/png;base64,{}">').format(figure.title, data)
 
 
 def _percent(share: float | None) -> str:
@@ -89,6 +89,6 @@ def _words(name: str) -> str:
 
 
 def _shown(task: TaskResult) -> dict[str, float]:
-    """The numbers of a task but the ends of its intervals and what its table has."""
+    """The numbers of a task without the ends of intervals, up to METRICS_SHOWN."""
     rest = {name: value for name, value in task.metrics.items() if not name.endswith(("_low", "_high"))}
     return dict(list(rest.items())[:METRICS_SHOWN])

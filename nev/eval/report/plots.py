@@ -1,7 +1,7 @@
-"""The pictures of a run, as PNG: curves, a retrieval gallery.
+"""Curves and galleries as PNG.
 
-matplotlib is imported where it is used, and only its object interface: no pyplot, so no display and no global state,
-and `savefig` renders with Agg. Text is drawn as it is: a dollar sign in a caption does not start a formula.
+Functions import matplotlib when they are called, and use its object interface alone: without pyplot there is no display and no
+global state, and `savefig` renders with Agg. A dollar sign in a caption does not start a formula.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def curve(
     points: Curves | None = None,
     points_ylabel: str = "validation",
 ) -> None:
-    """Training curves by step, 1200 x 675 px; 1200 x 1050 with `points`, measured now and then, on a panel below.
+    """Training curves by step, 1200 x 675 px; 1200 x 1050 px with `points`, which have a panel below.
 
     series: name to (steps [n], values [n]); drawn raw and faint under a running mean over a twentieth of the steps.
     points: name to (steps [n], values [n]); drawn as marked points, never smoothed. Non-finite values are left out.
@@ -68,11 +68,13 @@ def gallery(
     scores: Sequence[Sequence[float]],
     correct: Sequence[Sequence[bool]],
 ) -> None:
-    """Text-to-image retrieval at a glance: a row for each query, its caption at the left, its best pictures in order.
+    """Retrieval results: a row for each query, the caption at the left, the pictures beside it in their order.
 
-    queries: Q captions. results: Q rows of K pictures, uint8 [H, W, 3], of any sizes. scores: Q x K cosines, written
-    beneath. correct: Q x K; a true picture gets a green frame. Rows may be of different K. Q of at most 12 and K of at
-    most 10 stay readable. The PNG is (363 + 225 K) x (18 + 264 Q) px.
+    queries: Q captions.
+    results: Q rows of K pictures, uint8 [H, W, 3], of any sizes. Rows may have different K.
+    scores: Q x K cosines, written below the pictures.
+    correct: Q x K; correct pictures have a green frame.
+    The PNG is (363 + 225 K) x (18 + 264 Q) px; up to Q = 12 and K = 10 it is easy to read.
     Raises ValueError for no query, unequal lengths, and a picture that is not uint8 [H, W, 3].
     """
     if not queries or not len(queries) == len(results) == len(scores) == len(correct):
@@ -114,7 +116,7 @@ def gallery(
 
 
 def _picture(axes: Axes, picture: NDArray[np.uint8], correct: bool) -> None:
-    """The whole picture, its proportions kept, in the middle of a square."""
+    """Draw the whole picture, its proportions unchanged, in the middle of a square."""
     side = max(picture.shape[:2])
     down, right = (side - picture.shape[0]) // 2, (side - picture.shape[1]) // 2
     square = np.full((side, side, 3), 255, np.uint8)
@@ -138,7 +140,7 @@ def _finite(name: str, steps: ArrayLike, values: ArrayLike) -> tuple[NDArray[np.
 
 
 def _running_mean(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], int]:
-    """(mean, window): centred over a twentieth of the values (an odd number), near an end over those that there are."""
+    """(mean, window). window: a twentieth of the values, an odd number; near an end the mean is over fewer values."""
     half = len(values) // 40
     total = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))
@@ -147,12 +149,12 @@ def _running_mean(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], int
 
 
 def colours(count: int, start: int = 0) -> list[str]:
-    """So many colours, told apart as far as there are."""
+    """So many colours, different ones as far as COLOURS goes."""
     return [COLOURS[(start + i) % len(COLOURS)] for i in range(count)]
 
 
 def new_figure(width: float, height: float, constrained: bool = True) -> Figure:
-    """A white figure of so many inches."""
+    """A white figure. width, height: in inches."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -161,7 +163,7 @@ def new_figure(width: float, height: float, constrained: bool = True) -> Figure:
 
 
 def dress(axes: Axes, xlabel: str, ylabel: str, legend: bool) -> None:
-    """Labels, quiet axes, a grid to read values from."""
+    """Draw labels, thin axes, and a grid to read values from."""
     axes.set_xlabel(xlabel, color=INK, parse_math=False)
     axes.set_ylabel(ylabel, color=INK, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -174,6 +176,6 @@ def dress(axes: Axes, xlabel: str, ylabel: str, legend: bool) -> None:
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write a PNG, or what the path's suffix says, with the folders above it."""
+    """Write a figure, in the format of the path's suffix, and make the folders above."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

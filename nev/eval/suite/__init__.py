@@ -1,1 +1,1 @@
-"""Sets and tasks as data: suites, what they read, and how they are scored."""
+"""Suites: sets and tasks as data, how a set is read, how a task is scored."""

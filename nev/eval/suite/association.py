@@ -1,4 +1,4 @@
-"""WinoGAViL (Bitton et al. 2022): which pictures go with a word? As many are chosen as do; Jaccard's index tells how well."""
+"""WinoGAViL (Bitton et al. 2022): which pictures go with a word? The choice is scored by Jaccard's index."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from nev.eval.suite.schema import Task
 from nev.storage.files import join
 from nev.storage.reading import read_bytes
 
-HARD = 10  # candidates, from which on an instance is one of the hard ones, which DataComp counts
+HARD = 10  # candidates: instances with at least so many are the hard ones, which DataComp counts
 
 
 class Instance(BaseModel):
-    """A line of test.jsonl: a word, the pictures to choose from, and those that belong to it, by name."""
+    """A line of test.jsonl: a word, the names of the pictures to choose from, and the names of those that belong to the word."""
 
     cue: Annotated[str, Field(min_length=1)]
     candidates: Annotated[tuple[str, ...], Field(min_length=2)]
@@ -36,48 +36,50 @@ class Instance(BaseModel):
 
 
 def jaccard(
-    task: Task, found: Collection, encode: Callable[[Sequence[str]], NDArray[np.float32]], root: str
+    task: Task, collection: Collection, encode: Callable[[Sequence[str]], NDArray[np.float32]], root: str
 ) -> tuple[dict[str, float], dict[str, Interval]]:
-    """`jaccard`, over instances with ten candidates or more (all, where there are none), and `jaccard_all`, with intervals.
+    """The metrics `jaccard` and `jaccard_all`, and their intervals.
 
-    An instance with a picture that is absent or cannot be decoded is left out and counted. Raises ConfigError for a file that is
-    not there or is no such list, and where every instance is left out.
+    `jaccard_all` is over all instances; `jaccard` over those with ten candidates or more, or over all where none has as many.
+    Instances with a picture that is absent or cannot be decoded are left out, and counted as `left_out`.
+    Raises ConfigError for a file that is absent or is no such list, and where every instance is left out.
     """
     location = join(resolve_input(task.source.input, root), "test.jsonl")
     instances = _instances(location)
-    place = {fact.uid: row for row, fact in enumerate(found.facts) if found.embedded.valid[row]}
-    whole = [one for one in instances if place.keys() >= set(one.candidates)]
-    if not whole:
+    images, valid, _ = collection.embedded
+    place = {fact.uid: row for row, fact in enumerate(collection.facts) if valid[row]}
+    usable = [instance for instance in instances if place.keys() >= set(instance.candidates)]
+    if not usable:
         raise ConfigError(f"{location}: no instance has all of its pictures in images/")
-    cues = encode([_sentence(task.prompt, one.cue) for one in whole])
+    cues = encode([_sentence(task.prompt, instance.cue) for instance in usable])
     scores = np.array(
         [
             _jaccard(
-                found.embedded.images[[place[name] for name in one.candidates]] @ cue,
-                np.isin(one.candidates, one.associations),
+                images[[place[name] for name in instance.candidates]] @ cue,
+                np.isin(instance.candidates, instance.associations),
             )
-            for one, cue in zip(whole, cues, strict=True)
+            for instance, cue in zip(usable, cues, strict=True)
         ]
     )
-    hard = np.array([len(one.candidates) >= HARD for one in whole])
+    hard = np.array([len(instance.candidates) >= HARD for instance in usable])
     judged = scores[hard] if hard.any() else scores
     metrics = {
         "jaccard": float(judged.mean()),
         "jaccard_all": float(scores.mean()),
-        "left_out": float(len(instances) - len(whole)),
+        "left_out": float(len(instances) - len(usable)),
     }
     return metrics, {"jaccard": interval(judged), "jaccard_all": interval(scores)}
 
 
 def _jaccard(scores: NDArray[np.float32], right: NDArray[np.bool_]) -> float:
-    """Of the best-scoring candidates, as many as are right, the share that both sets have in common of what either has."""
+    """Intersection over union of the right candidates and as many of the best-scoring candidates."""
     chosen = np.zeros(len(scores), np.bool_)
     chosen[np.argsort(-scores, kind="stable")[: right.sum()]] = True
     return float((chosen & right).sum() / (chosen | right).sum())
 
 
 def _sentence(prompt: str, cue: str) -> str:
-    """The cue in its sentence; after the article "A", which becomes "An" before a vowel, in small letters."""
+    """The cue, in lower case, in the prompt. The prompt "A {}" becomes "An {}" before a vowel."""
     cue = cue.lower()
     return ("An {}" if prompt == "A {}" and cue[0] in "aeiou" else prompt).replace("{}", cue)
 
@@ -86,13 +88,13 @@ def _instances(location: str) -> list[Instance]:
     content = read_bytes(location)
     if content is None:
         raise ConfigError(
-            f"{location}: no such file; it needs a line of JSON an instance: cue, candidates, associations"
+            f"{location}: no such file; it needs a line of JSON for each instance: cue, candidates, associations"
         )
-    found = []
+    instances = []
     for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), start=1):
         try:
             if line.strip():
-                found.append(Instance.model_validate(json.loads(line)))
+                instances.append(Instance.model_validate(json.loads(line)))
         except (ValueError, ValidationError) as error:
             raise ConfigError(f"{location}:{number}: not an instance ({error})") from error
-    return found
+    return instances

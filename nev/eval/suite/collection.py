@@ -1,42 +1,51 @@
-"""Sets in the shared space: embedded once for a model, kept beside its checkpoints, shared by every task that needs them."""
+"""Sets in the shared space: embedded once for each model, cached beside its checkpoints, shared by the tasks of a suite."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from nev.common.errors import NevError
 from nev.config.base import Section
 from nev.data.block import Block
-from nev.embed.cache import hash_values, load_or_compute
+from nev.data.decode import Picture
+from nev.embed.cache import hash_values, load_cached
 from nev.embed.images import EmbedJob, EncoderSpec, embed_all
-from nev.eval.suite.reading import CLEAN, Reading, blocks, corruption_variants
-from nev.eval.validation.scoring import Embedded
+from nev.eval.suite.reading import CLEAN, Reading, blocks, corruption_variants, read_pictures
+from nev.eval.suite.vectors import Embedded
 from nev.storage.files import join, write_atomic
 from nev.storage.reading import write_errors_as_data_errors
 
 
 class Fact(Section):
-    """What a row says of itself. extra: what groups are told by; reason: why its picture cannot be decoded."""
+    """A row of a set, without its picture.
+
+    name: class name. extra: fields that a task groups rows by. reason: why the picture cannot be decoded; empty where it can.
+    """
 
     uid: str
-    captions: tuple[str, ...]
-    name: str | None
-    extra: dict[str, Any]
-    reason: str
+    captions: tuple[str, ...] = ()
+    name: str | None = None
+    extra: dict[str, Any] = Field(default={})
+    reason: str = ""
 
 
 class Collection(NamedTuple):
-    """A source's rows in the space, in the order of the source. corrupted: the same pictures by (corruption, severity)."""
+    """A set in the shared space, in the order of its source.
+
+    facts: one for each row; empty where no task needs them.
+    corrupted: vectors of the same pictures under (corruption, severity), float32 [n, D] each.
+    """
 
     embedded: Embedded
     facts: list[Fact]
-    corrupted: dict[tuple[str, int], NDArray[np.float32]]
+    corrupted: Mapping[tuple[str, int], NDArray[np.float32]]
 
 
 def collect(
@@ -45,45 +54,56 @@ def collect(
     cache: str,
     tower: EncoderSpec,
     block_bytes: int,
-    done: Callable[[int], None] = lambda rows: None,
+    on_progress: Callable[[int], None] = lambda rows: None,
 ) -> dict[str, Collection | NevError]:
-    """The collections of `readings` by their keys, under the model that `model` names; an error for a set that cannot be read.
+    """The collections of `readings` by their keys; an error in the place of a set that cannot be read.
 
-    They are embedded where `cache` lacks them: a folder or S3 prefix, one file a set and model, written as soon as its set is
-    whole. done: is told how many rows more were embedded. Raises DataError where the cache cannot be read or written.
+    model: fingerprint of the vision tower.
+    cache: folder or S3 prefix, with one file for each set and model. A set is embedded where its file is absent, and the file is
+    written as soon as the set is whole.
+    block_bytes: size of a block of pictures, about.
+    on_progress: called with the number of rows embedded since the last call.
+    Raises DataError where the cache cannot be read or written.
     """
     by_key = {reading.key: reading for reading in readings}
     files = {key: join(cache, f"{hash_values(model, key)}.safetensors") for key in by_key}
-    found: dict[str, Collection | NevError] = {}
+    collections: dict[str, Collection | NevError] = {}
     for key, file in files.items():
-        if (tensors := load_or_compute(file)) is not None:
-            found[key] = _collection(tensors)
-    lacking = [key for key in by_key if key not in found]
-    works = [make_embed_job(by_key[key]) for key in lacking]
-    embedded = embed_all(works, tower, block_bytes, done) if works else iter(())
-    for key, rows in zip(lacking, embedded, strict=True):
+        if (tensors := load_cached(file)) is not None:
+            collections[key] = _from_tensors(tensors)
+    missing = [key for key in by_key if key not in collections]
+    jobs = [make_embed_job(by_key[key]) for key in missing]
+    embedded = embed_all(jobs, tower, block_bytes, on_progress) if jobs else iter(())
+    for key, rows in zip(missing, embedded, strict=True):
         if isinstance(rows, NevError):
-            found[key] = rows
+            collections[key] = rows
             continue
-        own = _ordered(rows)
+        collection = _in_order(rows)
         with write_errors_as_data_errors(files[key]):
-            write_atomic(files[key], _bytes(own))
-        found[key] = own
-    return found
+            write_atomic(files[key], _to_bytes(collection))
+        collections[key] = collection
+    return collections
+
+
+def read_row_pictures(collection: Collection, reading: Reading, rows: Sequence[int]) -> list[Picture]:
+    """What the model sees of some rows, uint8 [S, S, 3] each; white for a picture that cannot be decoded."""
+    views = read_pictures(reading, {collection.facts[row].uid for row in rows})
+    white = np.full((reading.view.size, reading.view.size, 3), 255, np.uint8)
+    return [views.get(collection.facts[row].uid, white) for row in rows]
 
 
 def make_embed_job(reading: Reading) -> EmbedJob:
-    """A reading as the engine takes it."""
+    """The job that decodes and embeds a reading."""
     return EmbedJob(reading.units, partial(blocks, read=reading.read, view=reading.view))
 
 
-def _ordered(rows: Block) -> Collection:
-    """Rows as they came, in the order of the source, and its variants apart."""
+def _in_order(rows: Block) -> Collection:
+    """Rows in the order of the source, its corrupted variants apart."""
     if not rows:
         empty = np.empty(0)
         return Collection(Embedded(np.empty((0, 0), np.float32), empty.astype(bool), empty.astype(np.int64)), [], {})
-    at = np.lexsort((rows["order"], rows["part"], rows["variant"]))
-    rows = {name: column[at] for name, column in rows.items()}
+    order = np.lexsort((rows["order"], rows["part"], rows["variant"]))
+    rows = {name: column[order] for name, column in rows.items()}
     clean = rows["variant"] == CLEAN
     corrupted = {
         variant: rows["vector"][rows["variant"] == number]
@@ -94,7 +114,7 @@ def _ordered(rows: Block) -> Collection:
     return Collection(embedded, [Fact.model_validate_json(fact) for fact in rows["facts"][clean]], corrupted)
 
 
-def _bytes(collection: Collection) -> bytes:
+def _to_bytes(collection: Collection) -> bytes:
     from safetensors.numpy import save
 
     tensors = collection.embedded._asdict()
@@ -103,12 +123,12 @@ def _bytes(collection: Collection) -> bytes:
     return save(tensors | {"facts": np.frombuffer(facts, np.uint8)})
 
 
-def _collection(found: dict[str, NDArray[Any]]) -> Collection:
-    facts = [Fact.model_validate(fact) for fact in json.loads(found["facts"].tobytes())]
-    embedded = Embedded(**{name: found[name] for name in Embedded._fields})
+def _from_tensors(tensors: dict[str, NDArray[Any]]) -> Collection:
+    facts = [Fact.model_validate(fact) for fact in json.loads(tensors["facts"].tobytes())]
+    embedded = Embedded(**{name: tensors[name] for name in Embedded._fields})
     corrupted = {
-        (name, severity): found[f"corrupted/{name}/{severity}"]
+        (name, severity): tensors[f"corrupted/{name}/{severity}"]
         for name, severity in corruption_variants()
-        if f"corrupted/{name}/{severity}" in found
+        if f"corrupted/{name}/{severity}" in tensors
     }
     return Collection(embedded, facts, corrupted)

@@ -1,9 +1,8 @@
 """Common corruptions at five severities (Hendrycks & Dietterich 2019, arXiv 1903.12261), computed by torchvision and torch.
 
-Of the fifteen these are the ones that torchvision has: noise (Gaussian, shot, impulse), Gaussian blur, and the digital ones
-(brightness, contrast, JPEG, pixelate). Their strengths are those of ImageNet-C for pictures of 224 px and those of CIFAR-10-C
-for small ones, as the authors' code has them (https://github.com/hendrycks/robustness). A picture is corrupted after it was
-cropped and resized, as theirs were.
+Eight of the fifteen corruptions can be made with torchvision: noise (Gaussian, shot, impulse), Gaussian blur, and brightness,
+contrast, JPEG, pixelate. The strengths are those of ImageNet-C, and of CIFAR-10-C for small pictures, as in the authors' code
+(https://github.com/hendrycks/robustness). A picture is corrupted after it was cropped and resized, as in the paper.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 SEVERITIES = (1, 2, 3, 4, 5)
-SMALL = 64  # pixels a side, up to which the strengths of CIFAR-10-C count
+SMALL = 64  # side in pixels, up to which the strengths are those of CIFAR-10-C
 
 # Strengths at severities 1 to 5: (ImageNet-C, CIFAR-10-C).
 STRENGTHS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -36,7 +35,7 @@ CORRUPTIONS = tuple(STRENGTHS)
 
 
 def corrupt(picture: Picture, name: str, severity: int, rng: random.Random) -> Picture:
-    """`picture`, uint8 [S, S, 3], under a corruption at severity 1 to 5, noise drawn from `rng`: a new array like it."""
+    """A corrupted copy of a picture: uint8 [S, S, 3] in and out. severity: 1 to 5. rng: source of the noise."""
     import torch
 
     strength = STRENGTHS[name][len(picture) <= SMALL][severity - 1]
@@ -47,13 +46,13 @@ def corrupt(picture: Picture, name: str, severity: int, rng: random.Random) -> P
 
 
 def _unit(change: Callable[[torch.Tensor, float, torch.Generator], torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A change of numbers in 0..1, applied to bytes."""
+    """Make a change of numbers in 0..1 a change of bytes."""
 
-    def of_bytes(pixels: torch.Tensor, strength: float, noise: torch.Generator) -> torch.Tensor:
+    def change_bytes(pixels: torch.Tensor, strength: float, noise: torch.Generator) -> torch.Tensor:
         changed = change(pixels.float() / 255, strength, noise)
         return (changed.clamp(0, 1) * 255).round().to(pixels.dtype)
 
-    return of_bytes
+    return change_bytes
 
 
 @_unit
@@ -72,7 +71,7 @@ def _shot_noise(pixels: torch.Tensor, photons: float, noise: torch.Generator) ->
 
 @_unit
 def _impulse_noise(pixels: torch.Tensor, share: float, noise: torch.Generator) -> torch.Tensor:
-    """Salt and pepper: that share of the numbers becomes 0 or 1."""
+    """Salt and pepper: `share` of the numbers becomes 0 or 1."""
     import torch
 
     drawn = torch.rand(pixels.shape, generator=noise)
@@ -112,7 +111,7 @@ def _jpeg(pixels: torch.Tensor, quality: float, noise: torch.Generator) -> torch
 
 
 def _pixelate(pixels: torch.Tensor, scale: float, noise: torch.Generator) -> torch.Tensor:
-    """Shrunk by a box filter, enlarged by the nearest pixel."""
+    """Shrink by a box filter, enlarge by the nearest pixel."""
     from torch.nn.functional import interpolate
 
     size = pixels.shape[-1]

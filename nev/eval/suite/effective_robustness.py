@@ -1,4 +1,4 @@
-"""Effective robustness (Taori et al. 2020, arXiv 2007.00644): what a model keeps beyond what its clean score promises."""
+"""Effective robustness (Taori et al. 2020, arXiv 2007.00644): accuracy under a shift, beyond what the clean accuracy predicts."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from nev.eval.suite.results import SuiteResult, TaskResult
 from nev.eval.suite.schema import Suite
 
 LEAST = 2  # models that a line needs
-EDGE = 1e-3  # shares are kept so far from 0 and 1, whose logits are infinite
+EDGE = 1e-3  # shares are clipped to this distance from 0 and 1, whose logits are infinite
 
-Point = tuple[float, float]  # of a model: its clean share, and its share under the shift
+Point = tuple[float, float]  # of a model: clean share, share under the shift
 
 
-def effective_robustness(own: Point, others: Sequence[Point]) -> float | None:
-    """The share under the shift less what the line through `others` (in logits) has for this clean share.
+def effective_robustness(model: Point, others: Sequence[Point]) -> float | None:
+    """The share under the shift, less the share that a line through `others` (in logits) has at the same clean share.
 
-    None for fewer than two other models, and where all of theirs are equally good.
+    None for fewer than two other models, and where all clean shares are equal.
     """
     if len(others) < LEAST:
         return None
@@ -27,30 +27,33 @@ def effective_robustness(own: Point, others: Sequence[Point]) -> float | None:
     if np.ptp(clean) < 1e-9:
         return None
     slope, height = np.polyfit(clean, shifted, 1)
-    promised = expit(slope * logit(np.clip(own[0], EDGE, 1 - EDGE)) + height)
-    return float(own[1] - promised)
+    predicted = expit(slope * logit(np.clip(model[0], EDGE, 1 - EDGE)) + height)
+    return float(model[1] - predicted)
 
 
 def add_effective_robustness(
     suite: Suite, results: list[TaskResult], others: Sequence[SuiteResult]
 ) -> list[TaskResult]:
-    """Results with `drop` (clean less shifted) and `effective_robustness` against `others`, for tasks that are a shift."""
+    """Results where tasks that are a shift have `drop` (clean less shifted) and `effective_robustness` against `others`."""
     shift_of = {task.name: task.shift_of for task in suite.tasks}
-    found = []
+    extended = []
     for result in results:
-        own = point(result.name, results, shift_of)
-        if own is None:
-            found.append(result)
+        model = read_point(result.name, results, shift_of)
+        if model is None:
+            extended.append(result)
             continue
-        line = [there for other in others if (there := point(result.name, other.tasks, shift_of))]
-        beyond = effective_robustness(own, line)
-        more = {"drop": own[0] - own[1]} | ({} if beyond is None else {"effective_robustness": beyond})
-        found.append(result.model_copy(update={"metrics": {**result.metrics, **more}}))
-    return found
+        line = [point for other in others if (point := read_point(result.name, other.tasks, shift_of))]
+        beyond = effective_robustness(model, line)
+        more = {"drop": model[0] - model[1]} | ({} if beyond is None else {"effective_robustness": beyond})
+        extended.append(result.model_copy(update={"metrics": {**result.metrics, **more}}))
+    return extended
 
 
-def point(name: str, results: Sequence[TaskResult], shift_of: dict[str, str | None]) -> Point | None:
-    """A model's clean and shifted share on a task: corruption has both; another shift is held against the task it is one of."""
+def read_point(name: str, results: Sequence[TaskResult], shift_of: dict[str, str | None]) -> Point | None:
+    """The clean and the shifted share of a model on a task; None where either is absent.
+
+    A robustness task has both shares. Any other shift is compared with the task that `shift_of` names.
+    """
     by_name = {result.name: result for result in results}
     shifted = by_name.get(name)
     if shifted is None or shifted.value is None:

@@ -1,4 +1,4 @@
-"""The sentences of a task's classes: the user's, the data's own, or the standard ones of ImageNet."""
+"""Class names and templates of a task: from the suite, from the data, or ImageNet's from open_clip."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
 
 class Prompts(NamedTuple):
-    """names: of the classes, in the order of their labels; templates: sentences with a `{}` for the name."""
+    """names: of the classes, in the order of their labels. templates: sentences with one `{}` for the name."""
 
     names: tuple[str, ...]
     templates: tuple[str, ...]
 
 
 def load_prompts(task: Task, reading: Reading, facts: Sequence[Fact], labels: Sequence[int], root: str) -> Prompts:
-    """Raises ConfigError where the classes have no names, or a template has no place for one."""
+    """The prompts of a task: the suite's, else the data's, else the default template.
+
+    facts, labels: of each row. root: folder of the suite.
+    Raises ConfigError where classes have no names, a label has no class, or a template has no `{}`.
+    """
     names = _named(task.classes, root, IMAGENET_NAMES) or reading.names or _names_in(facts, labels)
     templates = _named(task.templates, root, IMAGENET_TEMPLATES) or reading.templates or DEFAULT_TEMPLATES
     for template in templates:
@@ -37,43 +41,43 @@ def load_prompts(task: Task, reading: Reading, facts: Sequence[Fact], labels: Se
 
 
 def _named(given: tuple[str, ...] | str | None, root: str, standard: str) -> tuple[str, ...] | None:
-    """A list as it is, the lines of a file, or open_clip's list of that name; None where none is given."""
+    """A list as it is, the lines of a file, or open_clip's list `standard`; None where nothing is given."""
     if given is None or not isinstance(given, str):
         return given or None
     if given == IMAGENET:
         return _open_clip(standard)
     location = resolve_input(given, root)
-    found = read_lines(location)
-    if found is None:
+    lines = read_lines(location)
+    if lines is None:
         raise ConfigError(
-            f"{location}: no such file; it needs one line a class or template. open_clip's own are called {IMAGENET!r}"
+            f"{location}: no such file; it needs a line for each class or template. open_clip's are called {IMAGENET!r}"
         )
-    return found
+    return lines
 
 
 IMAGENET_NAMES, IMAGENET_TEMPLATES = "IMAGENET_CLASSNAMES", "OPENAI_IMAGENET_TEMPLATES"
 
 
 def _open_clip(name: str) -> tuple[str, ...]:
-    """A list of open_clip's, whose templates are functions of the class name."""
+    """A list from open_clip, where a template is a function of the class name."""
     if importlib.util.find_spec("open_clip") is None:
         raise ConfigError("the names and templates of ImageNet come from open_clip: pip install 'nev[eval]'")
     from open_clip import zero_shot_metadata
 
-    return tuple(one("{}") if callable(one) else str(one) for one in getattr(zero_shot_metadata, name))
+    return tuple(item("{}") if callable(item) else str(item) for item in getattr(zero_shot_metadata, name))
 
 
 def _names_in(facts: Sequence[Fact], labels: Sequence[int]) -> tuple[str, ...]:
-    """The names that the rows give their labels. Raises ConfigError where a label up to the highest has none, or two."""
+    """The class names in the rows. Raises ConfigError where a label up to the highest has no name, or two names."""
     names: dict[int, str] = {}
     for fact, label in zip(facts, labels, strict=True):
         if fact.name and label >= 0 and names.setdefault(label, fact.name) != fact.name:
             raise ConfigError(
                 f"label {label} is {fact.name!r} in row {fact.uid} and {names[label]!r} in an earlier row"
             )
-    lacking = sorted(set(range(max(labels, default=-1) + 1)) - names.keys())
-    if lacking or not names:
+    missing = sorted(set(range(max(labels, default=-1) + 1)) - names.keys())
+    if missing or not names:
         raise ConfigError(
-            f"the data names no class{f' for label {lacking[0]}' if lacking else ''}: give `classes` to the task"
+            f"the data names no class{f' for label {missing[0]}' if missing else ''}: give `classes` to the task"
         )
     return tuple(names[label] for label in sorted(names))

@@ -1,7 +1,7 @@
-"""From a task's source to pixels: which pieces of work there are, and how one becomes blocks. No Ray in it, nothing is copied.
+"""From the source of a task to pixels: units of work, and how a unit becomes blocks of decoded pictures. No Ray here.
 
-A set is read in the parts that its reader has (`nev.data.sources`). Where they are fewer than the processes, several share a
-part: each reads it through and decodes its own batches of it.
+A set is read in the parts that its source has (`nev.data.sources`). Where the parts are fewer than the processes, several
+processes share a part: each of them reads the whole part, and decodes every n-th batch.
 """
 
 from __future__ import annotations
@@ -31,17 +31,20 @@ from nev.eval.suite.corruptions import CORRUPTIONS, SEVERITIES, STRENGTHS, corru
 from nev.eval.suite.schema import Task
 from nev.storage.files import join
 
-# Of how a picture becomes what the model sees: raised when that changes, so that nothing kept before is taken for it.
+# Version of the view: how a picture becomes what the model sees. A change makes cached vectors invalid.
 VERSION = 1
 PART_BYTES = 64 * 2**20
-UNIT_BYTES = 2 * 2**20  # of a part, that are worth reading it once more
-MOST_READERS = 8  # of one part
+UNIT_BYTES = 2 * 2**20  # bytes of a part for each process that reads the part
+MOST_READERS = 8  # processes that share a part
 BATCH = 128
 CLEAN = 0
 
 
 class Unit(NamedTuple):
-    """A piece of work: every `of`-th batch of a part, from the `first` on."""
+    """A piece of work: batches first, first + of, ... of a part.
+
+    part: number of the part. content: the part, as the source's `read` takes it.
+    """
 
     part: int
     content: Any
@@ -50,7 +53,10 @@ class Unit(NamedTuple):
 
 
 class View(NamedTuple):
-    """What becomes of pictures: their side, the limits of what is decoded, the share of rows, whether they are corrupted."""
+    """How pictures are prepared.
+
+    size: side S in pixels. limits: of what is decoded. share: of the rows, drawn by uid. corrupt: corrupted variants follow.
+    """
 
     size: int
     limits: Limits
@@ -59,9 +65,11 @@ class View(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """How a set is read: the rows of a part by `read`, as `blocks` of `view`.
+    """How a set is read.
 
-    key: names what is read and how, for a cache; names, templates: what the data says of its classes.
+    read: the rows of a part.
+    key: a hash of what is read and how, for a cache.
+    names, templates: of the classes, where the data has them.
     """
 
     units: list[Unit]
@@ -73,39 +81,43 @@ class Reading(NamedTuple):
 
 
 def make_reading(task: Task, root: str, size: int, limits: Limits, processes: int) -> Reading:
-    """The reading of a task's source below `root`, for so many processes. Raises ConfigError for data that is not there."""
-    given, where = task.source, resolve_input(task.source.input, root)
+    """How to read a task's source.
+
+    root: folder or S3 prefix of the suite. size: side S of the pictures. processes: that read at a time.
+    Raises ConfigError for data that is absent.
+    """
+    source_config, where = task.source, resolve_input(task.source.input, root)
     names = templates = None
     extra = (task.group.field,) if task.group else ()
     options = SourceOptions(
-        columns=given.columns,
-        label_name=given.label_name,
+        columns=source_config.columns,
+        label_name=source_config.label_name,
         captioned=False,
-        caption_lines=given.format == "clip-benchmark",
+        caption_lines=source_config.format == "clip-benchmark",
         extra=extra,
         limits=limits,
         part_bytes=PART_BYTES,
     )
-    if given.format == "winogavil":
+    if source_config.format == "winogavil":
         source = _winogavil(where, limits)
-    elif given.format == "clip-benchmark":
+    elif source_config.format == "clip-benchmark":
         source = SOURCES["webdataset"]([join(where, "test")], options)
         names = read_lines(join(where, "classnames.txt"))
         templates = read_lines(join(where, "zeroshot_classification_templates.txt"))
         templates = templates and tuple(template.replace("{c}", "{}") for template in templates)
     else:
-        source = SOURCES[given.format]([where], options)
-    view = View(size, limits, given.share, task.kind == "robustness")
-    return Reading(_shared_out(source, processes), source.read, view, _key(source, view), names, templates)
+        source = SOURCES[source_config.format]([where], options)
+    view = View(size, limits, source_config.share, task.kind == "robustness")
+    return Reading(_make_units(source, processes), source.read, view, _hash_reading(source, view), names, templates)
 
 
-def resolve_input(given: str, root: str) -> str:
-    """Where an input lies: in `root`, unless it is absolute itself."""
-    return given if "://" in given or given.startswith("/") else join(root, given)
+def resolve_input(location: str, root: str) -> str:
+    """The location itself where it is absolute, else below `root`."""
+    return location if "://" in location or location.startswith("/") else join(root, location)
 
 
 def blocks(unit: Unit, read: Callable[[Any], Iterable[Row]], view: View) -> Iterator[Block]:
-    """The unit's batches as blocks of b rows, once for each of a picture's variants (one where it is not corrupted).
+    """The batches of a unit as blocks of b rows, a block for each variant: the clean one, and the corrupted ones if asked for.
 
     image: uint8 [b, S, S, 3], 0 where not valid; valid: bool; label: int64, -1 if unknown; variant: int64, CLEAN or one more
     than the position in `corruption_variants()`; order: int64, of the row in the part; part: int64; facts: str, JSON of
@@ -115,59 +127,65 @@ def blocks(unit: Unit, read: Callable[[Any], Iterable[Row]], view: View) -> Iter
     number = 0
     while batch := list(islice(rows, BATCH)):
         if number % unit.of == unit.first:
-            kept = [(at, row) for at, row in enumerate(batch, start=number * BATCH) if _drawn(row["uid"], view.share)]
-            if kept:
-                yield from _decoded(kept, unit.part, view)
+            numbered = enumerate(batch, start=number * BATCH)
+            drawn = [(order, row) for order, row in numbered if _is_drawn(row["uid"], view.share)]
+            if drawn:
+                yield from _decode(drawn, unit.part, view)
         number += 1
 
 
 def read_pictures(reading: Reading, uids: Collection[str]) -> dict[str, Picture]:
-    """The views of some rows by their uids, uint8 [S, S, 3], of those that can be decoded: parts are read until all are found."""
-    found: dict[str, Picture] = {}
+    """What the model sees of the rows with these uids: uint8 [S, S, 3] by uid, without pictures that cannot be decoded.
+
+    Parts are read until every row is found.
+    """
+    pictures: dict[str, Picture] = {}
     for unit in reading.units:
-        if unit.first or len(found) == len(uids):
+        if unit.first or len(pictures) == len(uids):
             continue
         for row in reading.read(unit.content):
-            if row["uid"] in uids and row["uid"] not in found:
+            if row["uid"] in uids and row["uid"] not in pictures:
                 out = allocate_block(1, reading.view.size)[0]
                 if not _view(row, reading.view, out):
-                    found[row["uid"]] = out
-                if len(found) == len(uids):
+                    pictures[row["uid"]] = out
+                if len(pictures) == len(uids):
                     break
-    return found
+    return pictures
 
 
 def corruption_variants() -> list[tuple[str, int]]:
-    """The corruptions and their severities, in the order of `variant`."""
+    """(corruption, severity) of each variant, in the order of their numbers."""
     return [(name, severity) for name in CORRUPTIONS for severity in SEVERITIES]
 
 
-def _decoded(kept: list[tuple[int, Row]], part: int, view: View) -> Iterator[Block]:
+def _decode(numbered: list[tuple[int, Row]], part: int, view: View) -> Iterator[Block]:
+    """The block of some rows, and one for each corruption. numbered: (order, row)."""
+    count = len(numbered)
     block: Block = {
-        "image": allocate_block(len(kept), view.size),
-        "valid": np.zeros(len(kept), np.bool_),
-        "label": np.array([-1 if (label := row.get("label")) is None else label for _, row in kept], np.int64),
-        "order": np.array([at for at, _ in kept], np.int64),
-        "part": np.full(len(kept), part, np.int64),
-        "variant": np.full(len(kept), CLEAN, np.int64),
-        "facts": np.empty(len(kept), object),
+        "image": allocate_block(count, view.size),
+        "valid": np.zeros(count, np.bool_),
+        "label": np.array([-1 if (label := row.get("label")) is None else label for _, row in numbered], np.int64),
+        "order": np.array([order for order, _ in numbered], np.int64),
+        "part": np.full(count, part, np.int64),
+        "variant": np.full(count, CLEAN, np.int64),
+        "facts": np.empty(count, object),
     }
-    for place, (_, row) in enumerate(kept):
+    for place, (_, row) in enumerate(numbered):
         reason = _view(row, view, block["image"][place])
         block["valid"][place] = not reason
-        block["facts"][place] = _said(row, reason)
+        block["facts"][place] = _facts_to_json(row, reason)
     yield block
     for number, (name, severity) in enumerate(corruption_variants() if view.corrupt else [], start=1):
         pictures = [
             corrupt(image, name, severity, seeded_random(severity, 0, row["uid"], name))
-            for image, (_, row) in zip(block["image"], kept, strict=True)
+            for image, (_, row) in zip(block["image"], numbered, strict=True)
         ]
-        variant, facts = np.full(len(kept), number, np.int64), np.full(len(kept), "", object)
+        variant, facts = np.full(count, number, np.int64), np.full(count, "", object)
         yield {**block, "image": np.stack(pictures), "variant": variant, "facts": facts}
 
 
 def _view(row: Row, view: View, out: Any) -> str:
-    """Decode a row's picture into `out`. Returns why not, or nothing."""
+    """Decode a row's picture into `out`. Returns why the picture cannot be decoded; an empty string where it can."""
     out[:] = 0
     if "reject" in row:
         return row["reject"]
@@ -179,8 +197,8 @@ def _view(row: Row, view: View, out: Any) -> str:
     return ""
 
 
-def _said(row: Row, reason: str) -> str:
-    """What a row says of itself, as JSON. Half a surrogate pair, where a caption was cut to a length, is a question mark."""
+def _facts_to_json(row: Row, reason: str) -> str:
+    """The fields of a row without its picture, as JSON. Half a surrogate pair, of a caption cut to a length, becomes `?`."""
     facts = {
         "uid": row["uid"],
         "captions": parse_captions(row["caption"]),
@@ -192,7 +210,7 @@ def _said(row: Row, reason: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can say: of a tar member that is an array of numpy's its numbers, of another one its text."""
+    """A value for JSON: the numbers of a tar member in numpy's format, the text of another tar member."""
     if not isinstance(value, bytes):
         return value
     if not value.startswith(np.lib.format.MAGIC_PREFIX):
@@ -210,22 +228,22 @@ def _plain(value: Any) -> Any:
     return np.frombuffer(rest, kind).tolist()
 
 
-def _drawn(uid: str, share: float) -> bool:
-    """Whether a row is among the share: by its uid alone, so that every model is tried on the same rows."""
+def _is_drawn(uid: str, share: float) -> bool:
+    """Whether a row is in the share. The uid alone decides, so all models are scored on the same rows."""
     return share == 1 or seeded_random(0, 0, uid, "share").random() < share
 
 
-def _shared_out(source: Source, processes: int) -> list[Unit]:
-    """Every part, in as many units as give each process two pieces of work; each unit reads its part's bytes anew."""
+def _make_units(source: Source, processes: int) -> list[Unit]:
+    """The units of a source: about two for each process. Each unit of a part reads the bytes of the whole part."""
     parts = list(source.parts)
     wanted = -(-2 * processes // max(1, len(parts)))
     of = max(1, min(wanted, MOST_READERS, source.nbytes // max(1, len(parts)) // UNIT_BYTES))
     return [Unit(number, part.content, first, of) for number, part in enumerate(parts) for first in range(of)]
 
 
-def _key(source: Source, view: View) -> str:
-    """What the embeddings depend on beside the model."""
-    seen = [
+def _hash_reading(source: Source, view: View) -> str:
+    """sha256 (hex) of what decides the vectors, beside the model."""
+    parts = [
         VERSION,
         source.spec,
         [part.stamp for part in source.parts],
@@ -233,25 +251,27 @@ def _key(source: Source, view: View) -> str:
         view.limits.model_dump(),
         view.share,
     ]
-    return hashlib.sha256(json.dumps([*seen, STRENGTHS if view.corrupt else None]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([*parts, STRENGTHS if view.corrupt else None]).encode()).hexdigest()
 
 
 def read_lines(location: str) -> tuple[str, ...] | None:
-    """The lines of a text file without outer white space, None where there is none. Raises ConfigError for a blank one."""
-    found = read_class_names(location)
-    return found and tuple(line.strip() for line in found.names)
+    """The lines of a text file, without outer white space; None for an absent file. Raises ConfigError for a blank line."""
+    lines = read_class_names(location)
+    return lines and tuple(line.strip() for line in lines.names)
 
 
 def _winogavil(home: str, limits: Limits) -> Source:
-    """WinoGAViL's pictures: those of `images/` in a folder here, known by their names without the ending."""
+    """The pictures of WinoGAViL, in `images/` of a local folder. A uid is a file's name without its ending."""
     if "://" in home:
         raise ConfigError(
-            f"{home}: WinoGAViL is read from disks alone. Copy it here, and give its folder as the task's input."
+            f"{home}: WinoGAViL is read from local disks alone. Copy the data here, and give the folder as the task's input."
         )
     images = Path(home, "images")
     files = sorted(file for file in images.glob("*.*") if not file.name.startswith((".", "_")))
     if not files:
-        raise ConfigError(f"{images}: no pictures. WinoGAViL's lie there, with test.jsonl beside the folder.")
+        raise ConfigError(
+            f"{images}: no pictures. The pictures of WinoGAViL belong there, with test.jsonl beside the folder."
+        )
     pictures = [
         folder.Picture({"uid": file.stem, "image": None, "caption": None}, str(images), str(file)) for file in files
     ]

@@ -1,4 +1,4 @@
-"""What a suite came to: one record a task, as JSON."""
+"""The result of a suite: one record for each task, as JSON."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ from nev.storage.reading import read_bytes
 
 
 class TaskResult(Section):
-    """A task's score. `value` is None where it was not run, and `reason` says why.
+    """The score of a task.
 
-    `metric` is what `value` is; `metrics` are all numbers, shares in [0, 1]; `low`, `high`: the ends of the 95 % interval of
-    `value`, None where there is none; `table`: rows of a finer result; `images`: those that were scored; `bad`: those that cannot
-    be decoded; `unmarked`: those without a label or caption.
+    metric: name of the metric that the task is judged by.
+    value: of that metric; None for a task that was not run.
+    low, high: ends of the 95 % interval of `value`; None where no interval is computed.
+    chance: score of guessing; None where it is not known.
+    published: scores that others have published, by model.
+    metrics: every number by name; shares are in [0, 1].
+    table: rows of a finer result.
+    images: pictures that were scored. bad: pictures that cannot be decoded. unmarked: pictures without label or caption.
+    reason: why the task was not run.
     """
 
     name: str
@@ -37,7 +43,10 @@ class TaskResult(Section):
 
 
 class SuiteResult(Section):
-    """All tasks of a suite for one checkpoint. `average`: of the tasks' values, None where one was not run or none is wanted."""
+    """The tasks of a suite for one checkpoint.
+
+    average: mean of the tasks' values; None where a task was not run, or the suite has no average.
+    """
 
     suite: str
     about: str
@@ -62,13 +71,11 @@ class SuiteResult(Section):
 
 
 def load_result(location: str, suite: str) -> SuiteResult:
-    """What an earlier `evaluate.py --suite` wrote as JSON, here or on S3. Raises ConfigError where it is no such file, or is of
-    another suite.
-    """
+    """Read the JSON of an earlier `nev evaluate --suite`, here or on S3. Raises ConfigError for another file or suite."""
     content = read_bytes(location)
     if content is None:
         raise ConfigError(
-            f"{location}: no such file. evaluate.py --suite NAME writes NAME-STEP.json in the run's folder/evaluation."
+            f"{location}: no such file. `nev evaluate --suite NAME` writes NAME-STEP.json in evaluation/ of the run's folder."
         )
     try:
         result = SuiteResult.model_validate_json(content)
@@ -76,36 +83,39 @@ def load_result(location: str, suite: str) -> SuiteResult:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ConfigError(
-            f"{location}: not what evaluate.py --suite writes ({where + ': ' if where else ''}{first['msg']})"
+            f"{location}: not a result of `nev evaluate --suite` ({where + ': ' if where else ''}{first['msg']})"
         ) from error
     if result.suite != suite:
         raise ConfigError(
-            f"{location}: of the suite {result.suite!r}, and this is {suite!r}: they have nothing to compare"
+            f"{location}: a result of the suite {result.suite!r}, which cannot be compared with the suite {suite!r}"
         )
     return result
 
 
 def compute_average(suite: Suite, results: list[TaskResult]) -> float | None:
-    """The mean of all tasks, where the suite has one: no task is left out of it."""
+    """The mean of all tasks; None where the suite has no average, or a task was not run."""
     values = [result.value for result in results]
     return sum(map(float, values)) / len(values) if suite.average and None not in values else None  # type: ignore[arg-type]
 
 
 def make_result(
-    task: Task, metrics: dict[str, float], sure: dict[str, Interval], chance: float | None, **more: Any
+    task: Task, metrics: dict[str, float], intervals: dict[str, Interval], chance: float | None, **more: Any
 ) -> TaskResult:
-    """The record of a task that was run. Raises ConfigError where what it is judged by is not among the metrics."""
+    """The result of a task that was run. more: further fields of TaskResult.
+
+    Raises ConfigError where `metrics` lacks the metric that the task is judged by.
+    """
     if task.judged_by not in metrics:
         raise ConfigError(f"{task.judged_by} is not known of this set, which has {', '.join(sorted(metrics))}")
-    own = sure.get(task.judged_by)
-    ends = {f"{name}_{end}": float(getattr(one, end)) for name, one in sure.items() for end in ("low", "high")}
+    judged = intervals.get(task.judged_by)
+    ends = {f"{name}_{end}": float(getattr(ci, end)) for name, ci in intervals.items() for end in ("low", "high")}
     return TaskResult(
         name=task.name,
         kind=task.kind,
         metric=task.judged_by,
         value=metrics[task.judged_by],
-        low=own.low if own else None,
-        high=own.high if own else None,
+        low=judged.low if judged else None,
+        high=judged.high if judged else None,
         chance=chance if task.chance is None else task.chance,
         published=task.published,
         metrics={**metrics, **ends},
@@ -114,7 +124,7 @@ def make_result(
 
 
 def not_run(task: Task, reason: str) -> TaskResult:
-    """The record of a task that cannot be run here."""
+    """The result of a task that cannot be run."""
     return TaskResult(
         name=task.name,
         kind=task.kind,

@@ -1,4 +1,4 @@
-"""A suite is data: which sets a model is tried on, how, and what others have published there. `suites/` has the usual ones."""
+"""The schema of a suite: sets, tasks, and published scores. `shipped/` has the usual suites."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nev.config.file import parse, read_yaml
 
 Kind = Literal["zero_shot", "retrieval", "alignment", "robustness", "compression", "association"]
 Format = Literal["clip-benchmark", "webdataset", "hf-parquet", "folder-classes", "folder-captions", "winogavil"]
-# What a kind is judged by unless its task says otherwise, and what it may be judged by.
+# Metrics that a task of a kind may be judged by; the first is the default.
 METRICS: dict[str, tuple[str, ...]] = {
     "zero_shot": ("top1", "top5", "mean_per_class", "worst_group_top1", "worst_group_top5", "macro_f1"),
     "retrieval": ("mean_recall_1", "text_to_image_r1", "image_to_text_r1"),
@@ -45,7 +45,7 @@ class DataSource(Section):
 
 
 class Group(Section):
-    """What divides a set into groups, of which the worst counts."""
+    """Division of a set into groups, for metrics of the worst group."""
 
     field: str
     """Column, JSON key or tar member that holds the group."""
@@ -56,7 +56,7 @@ class Group(Section):
 
 
 class Task(Section):
-    """One score. Tasks with the same `source` share its embeddings."""
+    """A task: a set, and how it is scored. Tasks with the same `source` share its embeddings."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the task in the results."""
@@ -85,7 +85,7 @@ class Task(Section):
 
     @property
     def judged_by(self) -> str:
-        """The metric that stands for the task."""
+        """Metric whose value is the score of the task."""
         return self.metric or METRICS[self.kind][0]
 
     @model_validator(mode="after")
@@ -93,7 +93,7 @@ class Task(Section):
         if self.judged_by not in METRICS[self.kind]:
             raise ValueError(f"{self.kind} is judged by {' or '.join(METRICS[self.kind])}, not {self.judged_by}")
         if self.judged_by.startswith("worst_group") and not self.group:
-            raise ValueError(f"{self.judged_by} needs `group`, which tells the groups apart")
+            raise ValueError(f"{self.judged_by} needs `group`, which divides the set into groups")
         if (self.source.format == "winogavil") != (self.kind == "association"):
             raise ValueError("an association is read from the format winogavil, and no other kind is")
         if self.kind in ("retrieval", "alignment") and (self.classes or self.templates):
@@ -119,7 +119,7 @@ class Suite(Section):
     def _names(self) -> Self:
         names = [task.name for task in self.tasks]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two tasks are called {twice[0]!r}: names tell them apart in the results")
+            raise ValueError(f"two tasks are called {twice[0]!r}: give each task a name of its own")
         if absent := [task for task in self.tasks if task.shift_of and task.shift_of not in names]:
             raise ValueError(f"{absent[0].name} is a shift of {absent[0].shift_of!r}, which is not in the suite")
         return self
@@ -133,9 +133,9 @@ def shipped() -> list[str]:
 
 
 def load_suite(name: str, root: str | None = None) -> Suite:
-    """A shipped suite by its name, or one of the user's by its file. `root` takes the place of its own.
+    """Load a suite. name: a shipped suite, or a file (.yaml). root: takes the place of the suite's `root`.
 
-    Raises ConfigError for an unknown name, a file that is no suite, and a variable in `root` that is not set.
+    Raises ConfigError for an unknown name, a file that is no suite, and an environment variable in `root` that is not set.
     """
     if name.endswith((".yaml", ".yml")):
         suite = parse(Suite, read_yaml(name, f"The shipped suites are {', '.join(shipped())}."), where=name)

@@ -1,1 +1,1 @@
-"""A run's own set: embedded and scored while it trains, and after it."""
+"""A run's own set as a suite of tasks, scored in training and after it."""

@@ -1,130 +1,82 @@
-"""From embeddings to numbers: where the right answers rank, what share of them counts, and how sure that is."""
+"""A run's own set scored as a suite of tasks, and the names of its metrics in MLflow."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import functools
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from nev.eval.metrics.ranks import Floats, Ints, mean_cosine
-from nev.eval.metrics.retrieval import Ranks, recalls, retrieval_ranks
-from nev.eval.metrics.zeroshot import accuracies, zero_shot_ranks
-from nev.eval.validation.texts import Texts
+from nev.config.base import ConfigError
+from nev.eval.metrics.ranks import Floats, mean_cosine
+from nev.eval.suite.results import TaskResult
+from nev.eval.suite.schema import Task
+from nev.eval.suite.vectors import Embedded, Texts
+from nev.eval.validation.task import Validation, make_tasks
+from nev.eval.validation.texts import Classes
 from nev.storage.reading import DataError
 
-if TYPE_CHECKING:
-    from nev.eval.metrics.intervals import Interval
 
+def score_validation(
+    task: Validation, embedded: Embedded, texts: Texts, scale: float, space: bool = False
+) -> dict[str, float]:
+    """The metrics of a validation by their names in MLflow, with the ends of their 95 % intervals (`..._low`, `..._high`).
 
-class Embedded(NamedTuple):
-    """A validation set in the shared space, in index order.
-
-    images: float32 [n, D]; valid: bool [n], False where the image could not be decoded; labels: int64 [n], -1 if unknown.
-    """
-
-    images: NDArray[np.float32]
-    valid: NDArray[np.bool_]
-    labels: NDArray[np.int64]
-
-
-class Pairs(NamedTuple):
-    """Images that could be decoded and have a text, unit [n, D]; their texts, unit [m, D]; owner: int64 [m], a text's image."""
-
-    images: Floats
-    texts: Floats
-    owner: Ints
-
-
-class Ranked(NamedTuple):
-    """Where the right answers of a set rank. zero_shot: int64 [labelled images] over so many classes; retrieval: with owners.
-
-    alike: mean cosine of two images, None for fewer.
-    """
-
-    rows: int
-    bad_rows: int
-    alike: float | None = None
-    zero_shot: Ints | None = None
-    classes: int = 0
-    retrieval: Ranks | None = None
-    owner: Ints | None = None
-
-
-def rank_answers(root: str, embedded: Embedded, texts: Texts) -> Ranked:
-    """Rank what there are texts for, over the rows that could be decoded. root: the set, for an error.
-
+    scale: 1 / temperature of the model.
+    space: also measure the space of pictures and captions, which takes as long again and more.
     Raises DataError where no row can be scored.
     """
-    seen = embedded.images[embedded.valid]
-    alike = mean_cosine(seen) if len(seen) > 1 else None
-    found = Ranked(len(embedded.valid), int((~embedded.valid).sum()), alike)
-    if texts.classes is not None:
-        labelled = embedded.valid & (embedded.labels >= 0)
-        _refuse_none(labelled, root, "a label and an image that can be decoded")
-        ranks = zero_shot_ranks(embedded.images[labelled], embedded.labels[labelled], texts.classes)
-        found = found._replace(zero_shot=ranks, classes=len(texts.classes))
-    if pairs := make_pairs(root, embedded, texts):
-        found = found._replace(retrieval=retrieval_ranks(*pairs), owner=pairs.owner)
-    return found
+    index = task.reader.index
+    every = make_tasks(index.root, task.classes, task.retrieval, index.columns)
+    tasks = [one for one in every if space or one.kind != "alignment"]
+    try:
+        return name_metrics(score_tasks(tasks, embedded, texts, scale), embedded)
+    except ConfigError as error:
+        raise DataError(f"{index.root}: {error}, so there is nothing to score. Correct data.val.") from error
 
 
-def make_pairs(root: str, embedded: Embedded, texts: Texts) -> Pairs | None:
-    """The images and captions that describe each other, None where captions were not asked for. Raises DataError for none."""
-    if texts.captions is None or texts.owner is None:
-        return None
-    captioned = np.isin(np.arange(len(embedded.valid)), texts.owner) & embedded.valid
-    _refuse_none(captioned, root, "a caption and an image that can be decoded")
-    kept, position = captioned[texts.owner], np.cumsum(captioned) - 1
-    return Pairs(embedded.images[captioned], texts.captions[kept], position[texts.owner[kept]])
+def score_tasks(tasks: Sequence[Task], embedded: Embedded, texts: Texts, scale: float) -> list[TaskResult]:
+    """The result of each task. A set that is too small for `alignment` goes without."""
+    from nev.eval.suite.collection import Collection
+    from nev.eval.suite.tasks import Context, score  # imports scipy, which takes a second
+
+    results = []
+    for task in tasks:
+        try:
+            results.append(score(task, Collection(embedded, [], {}), Context(scale, texts)))
+        except ConfigError:
+            if task.kind != "alignment":
+                raise
+    return results
 
 
-def compute_shares(found: Ranked) -> dict[str, float]:
-    """The metrics of a set, `nev.eval.metrics.zeroshot`'s and `nev.eval.metrics.retrieval`'s, with the rows that there are."""
-    metrics = {"val/rows": float(found.rows), "val/bad_rows": float(found.bad_rows)}
-    if found.alike is not None:
-        metrics["space/anisotropy_images"] = found.alike
-    if found.zero_shot is not None:
-        metrics |= accuracies(found.zero_shot, found.classes)
-    if found.retrieval and found.owner is not None:
-        metrics |= recalls(found.retrieval, found.owner)
+def name_metrics(results: Sequence[TaskResult], embedded: Embedded) -> dict[str, float]:
+    """Every number of a validation by its name in MLflow, with the rows of the set and the likeness of its pictures."""
+    images = embedded.images[embedded.valid]
+    metrics = {"val/rows": float(len(embedded.valid)), "val/bad_rows": float((~embedded.valid).sum())}
+    if len(images) > 1:
+        metrics["space/anisotropy_images"] = mean_cosine(images)
+    for result in results:
+        metrics |= {name_metric(result.kind, name): value for name, value in result.metrics.items()}
+        if result.kind == "zero_shot" and result.chance is not None:
+            metrics["zero_shot/chance"] = result.chance
     return metrics
 
 
-def compute_intervals(found: Ranked) -> dict[str, Interval]:
-    """A 95 % interval for each share of `compute_shares`, by drawing images anew."""
-    from nev.eval.metrics.intervals import interval  # scipy takes its time, and training needs none of it
-
-    sure: dict[str, Interval] = {}
-    if found.zero_shot is not None:
-        names = [name for name in accuracies(found.zero_shot, found.classes) if "top" in name]
-        sure |= {name: interval(found.zero_shot < int(name.rpartition("top")[2])) for name in names}
-    if found.retrieval and found.owner is not None:
-        for way, ranks, image in (
-            ("text_to_image", found.retrieval.texts, found.owner),
-            ("image_to_text", found.retrieval.images, None),
-        ):
-            sure |= {f"retrieval/{way}/r{k}": interval(ranks < k, image) for k in (1, 5, 10)}
-    return sure
+def name_metric(kind: str, name: str) -> str:
+    """A metric of a task as MLflow has it: `zero_shot/top1`, `retrieval/text_to_image/r1`, `space/gap`, `mixed/own_image`."""
+    if kind == "alignment":
+        area, _, rest = name.partition("_")
+        return f"{area}/{rest}" if area in ("mixed", "texts") else f"space/{name}"
+    return f"{kind}/{name.replace('to_image_', 'to_image/').replace('to_text_', 'to_text/')}"
 
 
-def compute_metrics(root: str, embedded: Embedded, texts: Texts) -> dict[str, float]:
-    """All that can be said of a set: shares, the ends of their intervals (`..._low`, `..._high`), and of the space where there
-    are captions. Raises DataError where no row can be scored.
-    """
-    ranked = rank_answers(root, embedded, texts)
-    metrics = compute_shares(ranked)
-    for name, sure in compute_intervals(ranked).items():
-        metrics |= {f"{name}_low": sure.low, f"{name}_high": sure.high}
-    if pairs := make_pairs(root, embedded, texts):
-        metrics |= measure_space(pairs)
-    return metrics
+@functools.cache
+def list_metric_names(classes: int, captions: int) -> frozenset[str]:
+    """The names that `score_validation` gives, the space included.
 
-
-def list_metric_names(classes: int, captions: int) -> set[str]:
-    """The names of `compute_metrics`.
-
-    classes: of the set; 0 where zero-shot is not scored. captions: of an image; 0 where retrieval is not scored.
+    classes: number of classes; 0 where zero-shot is not scored.
+    captions: most captions of a picture; 0 where retrieval is not scored.
     """
     random = np.random.default_rng(0)
 
@@ -133,22 +85,10 @@ def list_metric_names(classes: int, captions: int) -> set[str]:
         return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
 
     rows = 24
+    prompts = Classes(tuple(f"class {number}" for number in range(classes)), ("{}",), None) if classes else None
     embedded = Embedded(unit(rows), np.ones(rows, bool), np.arange(rows) % max(1, classes))
     owner = np.repeat(np.arange(rows), captions) if captions else None
     texts = Texts(unit(classes) if classes else None, unit(captions * rows) if captions else None, owner)
-    return set(compute_metrics("", embedded, texts))
-
-
-def measure_space(pairs: Pairs) -> dict[str, float]:
-    """`nev.eval.metrics.geometry`'s and `nev.eval.metrics.mixed_retrieval`'s numbers; nothing for fewer pairs than they want."""
-    from nev.eval.metrics.geometry import FOLDS, geometry
-    from nev.eval.metrics.mixed_retrieval import mixed_retrieval, text_retrieval
-
-    if min(len(pairs.images), len(pairs.texts)) < FOLDS:
-        return {}
-    return geometry(*pairs) | mixed_retrieval(*pairs) | text_retrieval(pairs.texts, pairs.owner)
-
-
-def _refuse_none(rows: NDArray[np.bool_], root: str, what: str) -> None:
-    if not rows.any():
-        raise DataError(f"{root}: no row has {what}, so there is nothing to score. Mend data.val.")
+    return frozenset(
+        name_metrics(score_tasks(make_tasks("nowhere", prompts, captions > 0), embedded, texts, 1.0), embedded)
+    )

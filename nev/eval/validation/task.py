@@ -1,4 +1,4 @@
-"""What a run's validation asks of its set: the reader, the classes, the captions, and the metrics that come of them."""
+"""A run's validation set: its reader, its classes, its checks, and the suite of tasks that it is scored by."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from nev.config.base import ConfigError
-from nev.config.data import Data
+from nev.config.data import Columns, Data
 from nev.config.experiment import Experiment, ZeroShot
 from nev.data.block import BlockReader
 from nev.data.index import Index, build_index
@@ -17,12 +17,16 @@ from nev.data.labels import parse_class_names
 from nev.data.sidecar import check_sidecars, sidecar_key
 from nev.embed.cache import embed_texts_cached
 from nev.eval.metrics.zeroshot import class_embeddings
-from nev.eval.validation.scoring import Embedded
-from nev.eval.validation.texts import Classes, Texts
+from nev.eval.suite.schema import DataSource, Suite, Task
+from nev.eval.suite.vectors import Embedded, Texts
+from nev.eval.validation.texts import Classes
 from nev.storage.reading import DataError, read_bytes, read_column
 
 if TYPE_CHECKING:
     from nev.models.text import TextTower
+
+log = logging.getLogger(__name__)
+NO_COLUMNS = Columns()
 
 
 class Result(NamedTuple):
@@ -35,7 +39,15 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class Validation:
-    """What to score. retrieval uses the captions' sidecars under `text_key`, None where the text tower runs in the loop."""
+    """What a run scores on `data.val`.
+
+    reader: reads the blocks of the set.
+    batch: pictures embedded at a time.
+    classes: of zero-shot; None for a run that does not score zero-shot.
+    retrieval: captions are scored, too.
+    text_key: key of the captions' sidecars; None where the text tower runs in the training loop.
+    text_width: width D of the vectors.
+    """
 
     reader: BlockReader
     batch: int
@@ -45,14 +57,37 @@ class Validation:
     text_width: int
 
 
+def make_tasks(root: str, classes: Classes | None, retrieval: bool, columns: Columns = NO_COLUMNS) -> tuple[Task, ...]:
+    """The tasks of a validation over the shards in `root`: `zero_shot`, `retrieval`, and the `space` of captioned pictures."""
+    source = DataSource(format="hf-parquet", input=root, columns=columns)
+    tasks = []
+    if classes:
+        names, templates = classes.names, classes.templates
+        tasks.append(Task(name="zero_shot", kind="zero_shot", source=source, classes=names, templates=templates))
+    if retrieval:
+        tasks.append(Task(name="retrieval", kind="retrieval", source=source))
+        tasks.append(Task(name="space", kind="alignment", source=source))
+    return tuple(tasks)
+
+
+def make_suite(task: Validation) -> Suite:
+    """The validation as a suite. Raises ValueError for a validation that scores neither classes nor captions."""
+    index = task.reader.index
+    tasks = make_tasks(index.root, task.classes, task.retrieval, index.columns)
+    return Suite(about="Validation", root=index.root, tasks=tasks)
+
+
 def metric_names(zero_shot_classes: int, retrieves: bool) -> list[str]:
-    """What a validation with so many classes (0: no zero-shot) and with or without retrieval can be judged by."""
+    """The metrics that a checkpoint can be chosen by.
+
+    zero_shot_classes: 0 for no zero-shot.
+    retrieves: captions are scored, too.
+    """
     names = [f"zero_shot/top{k}" for k in (1, 5) if k < zero_shot_classes]
+    names += ["zero_shot/mean_per_class", "zero_shot/macro_f1"] if zero_shot_classes else []
     ways = ("text_to_image", "image_to_text") if retrieves else ()
-    return names + [f"retrieval/{way}/r{k}" for way in ways for k in (1, 5, 10)]
-
-
-log = logging.getLogger(__name__)
+    names += [f"retrieval/{way}/r{k}" for way in ways for k in (1, 5, 10)]
+    return names + (["retrieval/mean_recall_1"] if retrieves else [])
 
 
 def text_key(index: Index, text: TextTower) -> str:
@@ -62,7 +97,10 @@ def text_key(index: Index, text: TextTower) -> str:
 
 
 def make_validation(config: Experiment, text: TextTower) -> Validation:
-    """What `config.eval` asks for on `data.val`, class prompts embedded. Raises DataError for missing labels or sidecars."""
+    """Read and check `data.val` for what `config.eval` scores, and embed the class prompts.
+
+    text: the text tower before training. Raises DataError for labels or sidecars that are missing or do not fit.
+    """
     assert config.data.val
     index = build_index(config.data.val, config.data.columns)
     key = None if config.text_online else text_key(index, text)
@@ -84,7 +122,7 @@ def make_validation(config: Experiment, text: TextTower) -> Validation:
 
 
 def refuse_unknown_metric(name: str, where: str, validation: Validation | None) -> None:
-    """Raise ConfigError unless the validation gives a metric of this name."""
+    """Raise ConfigError unless a checkpoint can be chosen by this metric. where: the setting that names the metric."""
     if validation is None:
         raise ConfigError(f"{where} = {name!r} needs a validation set: give data.val")
     classes = len(validation.classes.names) if validation.classes else 0
@@ -96,7 +134,7 @@ def refuse_unknown_metric(name: str, where: str, validation: Validation | None) 
 
 
 def check_labels(index: Index, classes: int) -> None:
-    """Raise DataError unless every label is null, negative (unknown) or a class, and one at least is a class."""
+    """Raise DataError unless every label is null, negative (unknown) or a class, and at least one row has a class."""
     known = 0
     for shard in range(len(index.paths)):
         labels = read_column(index.location(shard), str(index.columns.label)).drop_null().to_numpy()
@@ -111,12 +149,12 @@ def check_labels(index: Index, classes: int) -> None:
 
 
 def val_reader(data: Data, index: Index) -> BlockReader:
-    """The reader of evaluation blocks: centre view, labels where there are any, no text vectors."""
+    """The reader of a validation set: the centre view, labels where the set has a label column, no text vectors."""
     return BlockReader(index, data.image_size, data.limits, seed=0, augment=None, with_labels=True)
 
 
 def class_names(zero_shot: ZeroShot) -> list[str]:
-    """The class names, in label order. Raises ConfigError for a file that is absent, empty or no list of names."""
+    """The class names in the order of the labels. Raises ConfigError for a file that is absent, empty or no list of names."""
     if not isinstance(zero_shot.classes, str):
         return list(zero_shot.classes)
     where = f"eval.zero_shot.classes: {zero_shot.classes}"
@@ -130,7 +168,10 @@ def class_names(zero_shot: ZeroShot) -> list[str]:
 
 
 def class_sentences(zero_shot: ZeroShot | None, text: TextTower | None) -> Classes | None:
-    """The classes to score, embedded where a tower is given: once on this machine, for all runs with these sentences."""
+    """The classes to score. Their prompts are embedded once on this machine and cached, for all runs with the same prompts.
+
+    text: None where the text tower runs in the training loop; the classes then have no vectors.
+    """
     if not zero_shot:
         return None
     names = class_names(zero_shot)
@@ -142,6 +183,6 @@ def class_sentences(zero_shot: ZeroShot | None, text: TextTower | None) -> Class
     try:
         vectors = class_embeddings(encode, names, zero_shot.templates)
     except DataError as error:
-        log.warning("%s: the class prompts are embedded, and not kept", error)
+        log.warning("%s: the class prompts are embedded, but not cached", error)
         vectors = class_embeddings(text.encode, names, zero_shot.templates)
     return Classes(tuple(names), zero_shot.templates, vectors)

@@ -1,4 +1,4 @@
-"""Validation inside training: every rank embeds its share of the validation set, rank 0 scores the whole."""
+"""Validation inside training: every rank embeds its share of the validation set, rank 0 scores the whole set."""
 
 from __future__ import annotations
 
@@ -9,56 +9,53 @@ from nev.data.block import Block
 from nev.data.plan import sequential_blocks
 from nev.data.sidecar import Encode
 from nev.embed.images import Embed
-from nev.eval.validation.scoring import Embedded, compute_shares, rank_answers
+from nev.eval.suite.vectors import Embedded, Texts
+from nev.eval.validation.scoring import score_validation
 from nev.eval.validation.task import Result, Validation
-from nev.eval.validation.texts import Texts
-from nev.eval.validation.vectors import load_validation_texts
+from nev.eval.validation.vectors import load_texts
 
 
 def validate(
     task: Validation,
     embed: Embed,
+    scale: float,
     encode: Encode | None = None,
     rank: int = 0,
     world: int = 1,
     lockstep: bool = False,
 ) -> Result | None:
-    """Embed rank r's blocks (every W-th), gather on rank 0, score. Returns the result on rank 0, None on the others.
+    """Embed blocks rank, rank + W, ... of the set, gather the vectors on rank 0, score there. None on other ranks.
 
-    encode: sentences to vectors, where the text tower runs in the loop. lockstep: every rank must call `embed` equally often,
-    and `encode`, as towers under FSDP want it.
-
-    Collectives: one gather of objects, none where W = 1.
+    embed: uint8 [n, S, S, 3] to float32 [n, D], rows of unit length.
+    scale: 1 / temperature of the model.
+    encode: sentences to vectors, where the text tower runs in the training loop.
+    lockstep: every rank calls `embed` and `encode` equally often, as towers under FSDP need it.
+    Collectives: one gather of objects, none where W = 1. Raises DataError on rank 0 where no row can be scored.
     """
     parts = embed_blocks(task, embed, rank, world, lockstep)
     gathered = gather_on_rank_0(parts, rank, world)
-    texts = load_validation_texts(task, encode) if rank == 0 or (lockstep and encode) else Texts()
+    texts = load_texts(task, encode) if rank == 0 or (lockstep and encode) else Texts()
     if rank != 0:
         return None
     merged = sorted((number, part) for share in gathered for number, part in share.items())
-    embedded = collect([part for _, part in merged])
-    return Result(score(task, embedded, texts), embedded, texts)
+    embedded = concatenate([part for _, part in merged])
+    return Result(score_validation(task, embedded, texts, scale), embedded, texts)
 
 
 def embed_blocks(task: Validation, embed: Embed, rank: int, world: int, lockstep: bool) -> dict[int, Embedded]:
-    """Embed blocks rank, rank + W, ... of the set, by block number."""
+    """Embed blocks rank, rank + W, ... of the set. Returns them by block number."""
     blocks = list(enumerate(sequential_blocks(task.reader.index.rows, task.batch)))
-    own = {number: embed_block(task.reader.read(segments, 0), embed) for number, segments in blocks[rank::world]}
-    if lockstep and len(own) < -(-len(blocks) // world):  # ranks before this one have one more
+    share = {number: embed_block(task.reader.read(segments, 0), embed) for number, segments in blocks[rank::world]}
+    if lockstep and len(share) < -(-len(blocks) // world):  # lower ranks have one block more
         embed(np.zeros((1, task.reader.image_size, task.reader.image_size, 3), np.uint8))
-    return own
+    return share
 
 
 def embed_block(block: Block, embed: Embed) -> Embedded:
-    """One block of pictures to vectors."""
+    """Embed the pictures of a block."""
     return Embedded(embed(block["image"]), block["valid"], block["label"])
 
 
-def collect(parts: list[Embedded]) -> Embedded:
-    """Blocks in order, as one set."""
+def concatenate(parts: list[Embedded]) -> Embedded:
+    """Blocks in their order, as one set."""
     return Embedded(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-
-
-def score(task: Validation, embedded: Embedded, texts: Texts) -> dict[str, float]:
-    """The metrics that the task asks for, over the rows that could be decoded."""
-    return compute_shares(rank_answers(task.reader.index.root, embedded, texts))

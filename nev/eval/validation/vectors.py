@@ -1,50 +1,56 @@
-"""The vectors that a validation has made, kept beside its checkpoint."""
+"""The vectors of a validation: the file beside the checkpoint, and the vectors of the texts."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 
 import numpy as np
 
 from nev.data.sidecar import Encode
 from nev.eval.metrics.zeroshot import class_embeddings
-from nev.eval.validation.scoring import Embedded
+from nev.eval.suite.vectors import Embedded, Texts
 from nev.eval.validation.task import Result, Validation
-from nev.eval.validation.texts import Texts, all_captions, caption_owners, load_texts
+from nev.eval.validation.texts import read_caption_vectors, read_captions
 from nev.storage.files import join
 from nev.storage.reading import read_bytes
 
 
-def load_validation_texts(task: Validation, encode: Encode | None) -> Texts:
-    """The class prompts and captions of a task: embedded by `encode` or, without it, as they were embedded before."""
-    classes = captions = owner = None
+def load_texts(task: Validation, encode: Encode | None, captions: Sequence[Sequence[str]] | None = None) -> Texts:
+    """The vectors of the class prompts and captions that a validation needs.
+
+    encode: embeds the texts. None: class vectors are those of the driver, captions' vectors come from the sidecars.
+    captions: of each row, where these have been read already.
+    """
+    classes = sentences = owner = None
     if task.classes:
-        named = task.classes
-        classes = class_embeddings(encode, named.names, named.templates) if encode else named.vectors
+        classes = task.classes.vectors
+        classes = class_embeddings(encode, task.classes.names, task.classes.templates) if encode else classes
     if task.retrieval and encode:
-        captions = np.asarray(encode(all_captions(task.reader.index)), np.float32)
-        owner = caption_owners(task.reader.index)
+        captions = read_captions(task.reader.index) if captions is None else captions
+        owner = np.repeat(np.arange(len(captions)), [len(of_row) for of_row in captions])
+        sentences = np.asarray(encode([caption for of_row in captions for caption in of_row]), np.float32)
     elif task.retrieval:
         assert task.text_key
-        captions, owner = load_texts(task.reader.index, task.text_key, task.text_width)
-    return Texts(classes, captions, owner)
+        sentences, owner = read_caption_vectors(task.reader.index, task.text_key, task.text_width)
+    return Texts(classes, sentences, owner)
 
 
 def vectors_file(task: Validation) -> str:
-    """The file in a checkpoint that keeps the vectors of its validation: who looks at the results need not embed again.
+    """Name of the file in a checkpoint that holds the vectors of this validation.
 
-    Named after what they are of: the set and, where texts are in it, the sentences.
+    The name depends on the set, and on the sentences where the file holds vectors of texts.
     """
-    of = task.reader.index.fingerprint
+    digest = task.reader.index.fingerprint
     if not task.text_key:
-        sentences = task.classes and (task.classes.names, task.classes.templates)
-        of = hashlib.sha256(json.dumps([of, sentences, task.retrieval]).encode()).hexdigest()
-    return f"validation-{of[:16]}.safetensors"
+        prompts = task.classes and (task.classes.names, task.classes.templates)
+        digest = hashlib.sha256(json.dumps([digest, prompts, task.retrieval]).encode()).hexdigest()
+    return f"validation-{digest[:16]}.safetensors"
 
 
 def vectors_to_bytes(task: Validation, result: Result) -> bytes:
-    """The vectors as safetensors; those of texts where they are nowhere else."""
+    """The vectors as safetensors. Vectors of texts are included where no sidecar holds them."""
     from safetensors.numpy import save
 
     texts = {} if task.text_key else {k: v for k, v in result.texts._asdict().items() if v is not None}
@@ -52,12 +58,12 @@ def vectors_to_bytes(task: Validation, result: Result) -> bytes:
 
 
 def load_vectors(checkpoint: str, task: Validation) -> tuple[Embedded, Texts] | None:
-    """The vectors of this validation that a checkpoint keeps, or None."""
+    """The vectors of this validation from a checkpoint; None where the checkpoint has no such file."""
     from safetensors.numpy import load
 
     content = read_bytes(join(checkpoint, vectors_file(task)))
     if content is None:
         return None
-    found = load(content)
-    embedded = Embedded(**{name: found.pop(name) for name in Embedded._fields})
-    return embedded, load_validation_texts(task, None) if task.text_key else Texts(**found)
+    tensors = load(content)
+    embedded = Embedded(**{name: tensors.pop(name) for name in Embedded._fields})
+    return embedded, load_texts(task, None) if task.text_key else Texts(**tensors)

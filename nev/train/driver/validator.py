@@ -167,15 +167,15 @@ def validate_checkpoint(job: Job, text: TextTower, checkpoint: str) -> dict[str,
     """
     from nev.embed.embedder import Embedder
     from nev.eval.validation.on_cluster import embed
+    from nev.eval.validation.scoring import score_validation
     from nev.eval.validation.task import Result
-    from nev.eval.validation.validate import score
     from nev.eval.validation.vectors import vectors_file, vectors_to_bytes
 
     assert job.validation
     workers = job.config.workers
     embedder = Embedder(checkpoint, read_manifest(checkpoint), job.config, text)
     embedded, texts = embed(job.validation, embedder, workers.most * workers.gpus)
-    metrics = score(job.validation, embedded, texts)
+    metrics = score_validation(job.validation, embedded, texts, embedder.logit_scale)
     result = Result(metrics, embedded, texts)
     vectors = join(checkpoint, vectors_file(job.validation))
     with storage_errors_as(vectors, "written"):

@@ -166,7 +166,8 @@ def validate_model(job: Job, ctx: RankContext, learner: TrainState) -> Result | 
     try:
         embed = make_embedder(forward, lambda images: normalise(images, config.data.mean, config.data.std), ctx.device)
         with uncompiled():
-            scored = validate(job.validation, embed, encode, ctx.rank, ctx.world, lockstep=config.train.fsdp)
+            scale = float(model.log_scale.detach().exp())
+            scored = validate(job.validation, embed, scale, encode, ctx.rank, ctx.world, lockstep=config.train.fsdp)
             if job.canaries is not None and encode and (ctx.rank == 0 or config.train.fsdp):
                 moved = 1 - float(np.einsum("cd,cd->c", encode(CANARIES), job.canaries).mean())
                 if scored:
