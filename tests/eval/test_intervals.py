@@ -42,5 +42,5 @@ def test_where_nothing_varies() -> None:
     assert interval([1, 1, 1]) == (1, 1)
     assert interval([0.5]) == (0.5, 0.5)
     assert interval([0, 1], image=[7, 7]) == (0.5, 0.5)
-    with pytest.raises(ValueError, match="no query"):
+    with pytest.raises(ValueError, match="at least one query"):
         interval([])
