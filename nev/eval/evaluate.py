@@ -91,8 +91,8 @@ def report_validation(
     context = Context(embedder.logit_scale, texts, pictures=partial(pictures, task))
     suite = make_suite(task)
     drawn = folder / f"{NAME}-{embedder.step:08d}"
-    scored = [score_task(one, collection, context, drawn, console) for one in suite.tasks]
-    results = [one.result for one in scored]
+    scored = [score_task(each, collection, context, drawn, console) for each in suite.tasks]
+    results = [item.result for item in scored]
     refuse_nothing(NAME, results)
     result = SuiteResult(
         suite=NAME,
@@ -105,8 +105,8 @@ def report_validation(
         tasks=tuple(results),
     )
     points = read_curve(embedder.location, embedder.step, console)
-    files = write_report(result, [one.figures for one in scored], (), points, folder, drawn)
-    images = {figure.path.stem: figure.path for one in scored for figure in one.figures}
+    files = write_report(result, [item.figures for item in scored], (), points, folder, drawn)
+    images = {figure.path.stem: figure.path for item in scored for figure in item.figures}
     return ValidationReport(result, name_metrics(results, embedded), files, images)
 
 

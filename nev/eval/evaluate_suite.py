@@ -63,8 +63,9 @@ def evaluate_suite(
     with storage_errors_as(output, "written"), output_folder(output) as folder:
         pictures = folder / f"{Path(name).stem}-{embedder.step:08d}"
         scored = run_tasks(suite, embedder, join(output, "embeddings"), pictures, console)
-        refuse_nothing(name, [one.result for one in scored])
-        results = add_effective_robustness(suite, [one.result for one in scored], others)
+        results = [item.result for item in scored]
+        refuse_nothing(name, results)
+        results = add_effective_robustness(suite, results, others)
         result = SuiteResult(
             suite=Path(name).stem,
             about=suite.about,
@@ -77,7 +78,7 @@ def evaluate_suite(
             tasks=tuple(results),
         )
         points = read_curve(embedder.location, result.step, console)
-        files = write_report(result, [one.figures for one in scored], others, points, folder, pictures)
+        files = write_report(result, [item.figures for item in scored], others, points, folder, pictures)
     locations = [join(output, path.name) for path in files]
     track(result, embedder, locations, console)
     return result, locations

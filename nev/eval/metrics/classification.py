@@ -24,13 +24,13 @@ class Answers(NamedTuple):
     """Answers of a classifier.
 
     ranks: int64 [n], the rank of the right class, 0 is first.
-    given: int64 [n], the class of the highest score.
+    predicted: int64 [n], the class of the highest score.
     labels: int64 [n], the right class.
     classes: number of classes.
     """
 
     ranks: Ints
-    given: Ints
+    predicted: Ints
     labels: Ints
     classes: int
 
@@ -59,15 +59,15 @@ def worst_group(answers: Answers, groups: Ints, k: int) -> Callable[[Weights], f
 
 
 def macro_f1(answers: Answers) -> Callable[[Weights], float]:
-    """Mean of F1 over the classes that have images: 2 right / (given + labelled)."""
-    right = np.where(answers.given == answers.labels, 1.0, 0.0)
+    """Mean of F1 over the classes that have images: 2 right / (predicted + labelled)."""
+    right = np.where(answers.predicted == answers.labels, 1.0, 0.0)
 
     def mean(weights: Weights) -> float:
         labelled = np.bincount(answers.labels, weights, answers.classes)
-        given = np.bincount(answers.given, weights, answers.classes)
+        predicted = np.bincount(answers.predicted, weights, answers.classes)
         hits = np.bincount(answers.labels, weights * right, answers.classes)
         known = labelled > 0
-        return float(np.mean(2 * hits[known] / (given + labelled)[known]))
+        return float(np.mean(2 * hits[known] / (predicted + labelled)[known]))
 
     return mean
 
@@ -78,14 +78,14 @@ def calibration_error(
     """Expected calibration error (Guo et al. 2017): |accuracy - confidence|, averaged over equal bins of confidence.
 
     images: unit [n, D]. labels: int [n]. classes: unit [C, D]. scale: 1 / temperature of the softmax over cosines.
-    Of tied classes the class of the lower number is given. Raises ValueError as `nev.eval.metrics.zeroshot` does.
+    Of tied classes the class of the lower number is predicted. Raises ValueError as `nev.eval.metrics.zeroshot` does.
     """
     images, labels, classes = _checked(images, labels, classes)
     confidence, right = np.empty(len(images)), np.empty(len(images), np.bool_)
     for rows, scores in _scores(images, classes):
-        given = scores.argmax(1)
+        predicted = scores.argmax(1)
         confidence[rows] = np.exp(scale * scores.max(1) - logsumexp(scale * scores, axis=1))
-        right[rows] = given == labels[rows]
+        right[rows] = predicted == labels[rows]
     place = np.minimum((confidence * bins).astype(np.int64), bins - 1)
     gap = np.bincount(place, right - confidence, bins)
     return float(np.abs(gap).sum() / len(images))
@@ -112,9 +112,9 @@ def fit_scale(images: ArrayLike, labels: ArrayLike, classes: ArrayLike) -> float
 
 
 def confusions(answers: Answers, most: int) -> list[tuple[int, int, float]]:
-    """The most frequent confusions: (right class, given class, share of the right class's images), at most `most` of them."""
-    wrong = answers.given != answers.labels
-    pairs, counts = np.unique(np.stack([answers.labels[wrong], answers.given[wrong]]), axis=1, return_counts=True)
+    """The most frequent confusions: (right class, predicted class, share of the right class's images), at most `most` of them."""
+    wrong = answers.predicted != answers.labels
+    pairs, counts = np.unique(np.stack([answers.labels[wrong], answers.predicted[wrong]]), axis=1, return_counts=True)
     shares = counts / np.bincount(answers.labels, minlength=answers.classes)[pairs[0]]
     return [
         (int(pairs[0, pair]), int(pairs[1, pair]), float(shares[pair]))

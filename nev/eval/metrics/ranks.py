@@ -49,7 +49,7 @@ def row_numbers(name: str, array: ArrayLike, count: int, limit: int, of: str) ->
     if len(outside):
         raise ValueError(
             f"{name}: {len(outside)} of {count} are outside 0..{limit - 1} ({of}); the first is "
-            f"{numbers[outside[0]]} at row {outside[0]}: leave out rows without a known one before scoring"
+            f"{numbers[outside[0]]} at row {outside[0]}: leave out rows without a known number before scoring"
         )
     return numbers.astype(np.int64)
 

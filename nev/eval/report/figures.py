@@ -125,13 +125,13 @@ def _gallery(
 
 
 def _confusion(task: Task, collection: Collection, context: Context, result: TaskResult, path: Path) -> None:
-    """Of the classes of the lowest accuracy: which share of their pictures is given which class."""
+    """Of the classes of the lowest accuracy: the share of their pictures that is predicted to be of each class."""
     labelled = labelled_images(task, collection, context)
     answers = _rank_classes(labelled)
     shares = classification.per_class(answers)
     known = [int(label) for label in np.argsort(shares, kind="stable") if np.isfinite(shares[label])]
     worst = known if len(known) <= WORST + WORST // 2 else known[:WORST]
-    counts = [np.bincount(answers.given[answers.labels == label], minlength=len(labelled.names)) for label in worst]
+    counts = [np.bincount(answers.predicted[answers.labels == label], minlength=len(labelled.names)) for label in worst]
     confused = np.array(counts) / np.sum(counts, axis=1, keepdims=True)
     often = [int(label) for label in np.argsort(-confused.sum(0), kind="stable") if label not in worst]
     columns = [*worst, *often[: WORST // 2]]
@@ -148,8 +148,8 @@ def _confusion(task: Task, collection: Collection, context: Context, result: Tas
             axes.text(
                 column, row, f"{share:.0%}", ha="center", va="center", fontsize=8, color="white" if share > 0.5 else INK
             )
-    axes.set_xlabel("given", color=INK)
-    axes.set_ylabel("right", color=INK)
+    axes.set_xlabel("predicted", color=INK)
+    axes.set_ylabel("true", color=INK)
     save(figure, path)
 
 
@@ -223,7 +223,7 @@ def _severities(task: Task, collection: Collection, context: Context, result: Ta
 Draw = Callable[[Task, Collection, Context, TaskResult, Path], None]
 FIGURES: dict[str, dict[str, Draw]] = {
     "zero_shot": {
-        "confusion: what the worst classes are taken for": _confusion,
+        "confusion: what the worst classes are confused with": _confusion,
         "nearest: the pictures nearest to the worst classes; pictures of the class are framed": _mistakes,
         "classes: the pictures nearest to some classes; pictures of the class are framed": _drawn_classes,
     },
@@ -233,7 +233,7 @@ FIGURES: dict[str, dict[str, Draw]] = {
         "missed: captions whose own picture is furthest behind": _ranked_captions(best=False),
     },
     "alignment": {
-        "cosines: how near captions are to their own pictures, and to others": _histogram,
+        "cosines: of captions with their own pictures, and with other pictures": _histogram,
         "map: images and texts in one plane": _map,
     },
     "compression": {"size: what smaller vectors cost": _sizes},

@@ -28,8 +28,8 @@ def load_prompts(task: Task, reading: Reading, facts: Sequence[Fact], labels: Se
     facts, labels: of each row. root: folder of the suite.
     Raises ConfigError where classes have no names, a label has no class, or a template has no `{}`.
     """
-    names = _named(task.classes, root, IMAGENET_NAMES) or reading.names or _names_in(facts, labels)
-    templates = _named(task.templates, root, IMAGENET_TEMPLATES) or reading.templates or DEFAULT_TEMPLATES
+    names = _read_list(task.classes, root, IMAGENET_NAMES) or reading.names or _names_in(facts, labels)
+    templates = _read_list(task.templates, root, IMAGENET_TEMPLATES) or reading.templates or DEFAULT_TEMPLATES
     for template in templates:
         if template.count("{}") != 1:
             raise ConfigError(f"a template needs exactly one '{{}}' for the class name: {template!r}")
@@ -40,13 +40,13 @@ def load_prompts(task: Task, reading: Reading, facts: Sequence[Fact], labels: Se
     return Prompts(tuple(name.replace("_", " ") for name in names), templates)
 
 
-def _named(given: tuple[str, ...] | str | None, root: str, standard: str) -> tuple[str, ...] | None:
-    """A list as it is, the lines of a file, or open_clip's list `standard`; None where nothing is given."""
-    if given is None or not isinstance(given, str):
-        return given or None
-    if given == IMAGENET:
+def _read_list(setting: tuple[str, ...] | str | None, root: str, standard: str) -> tuple[str, ...] | None:
+    """A list as it is, the lines of a file, or open_clip's list `standard`; None for null."""
+    if setting is None or not isinstance(setting, str):
+        return setting or None
+    if setting == IMAGENET:
         return _open_clip(standard)
-    location = resolve_input(given, root)
+    location = resolve_input(setting, root)
     lines = read_lines(location)
     if lines is None:
         raise ConfigError(

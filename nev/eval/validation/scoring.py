@@ -27,8 +27,9 @@ def score_validation(
     Raises DataError where no row can be scored.
     """
     index = task.reader.index
-    every = make_tasks(index.root, task.classes, task.retrieval, index.columns)
-    tasks = [one for one in every if space or one.kind != "alignment"]
+    tasks = make_tasks(index.root, task.classes, task.retrieval, index.columns)
+    if not space:
+        tasks = tuple(part for part in tasks if part.kind != "alignment")
     try:
         return name_metrics(score_tasks(tasks, embedded, texts, scale), embedded)
     except ConfigError as error:
