@@ -13,7 +13,7 @@ import typer
 
 from nev import __version__
 from nev.commands import ablate, capacity, embed_text, evaluate, prepare, pretrain, quickstart, train
-from nev.common.cli import make_command
+from nev.common.cli import HELP, make_command
 
 # The module of each command, and its group on the help page.
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
@@ -44,11 +44,11 @@ def main(
 
 def make_app() -> typer.Typer:
     """Make the application `nev`, with a subcommand for each of COMMANDS."""
-    app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+    app = typer.Typer(no_args_is_help=True, context_settings=HELP, pretty_exceptions_enable=False)
     app.callback()(main)
     for name, (module, group) in COMMANDS.items():
         epilog = f"Example: nev {name} {module.EXAMPLE}"
-        app.command(name, epilog=epilog, rich_help_panel=group)(module.main)
+        app.command(name, epilog=epilog, rich_help_panel=group, context_settings=HELP)(module.main)
     return app
 
 

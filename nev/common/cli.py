@@ -21,6 +21,9 @@ Overrides = Annotated[
 ]
 
 
+HELP = {"help_option_names": ["-h", "--help"]}
+
+
 @contextmanager
 def report_errors(interrupted: str = "Nothing is lost but this command's work.") -> Iterator[None]:
     """Keep libraries quiet, and turn errors into a message on stderr and an exit status.
@@ -47,5 +50,5 @@ def _print_message(markup: str) -> None:
 def make_command(main: Callable[..., Any], example: str) -> typer.Typer:
     """A Typer application of one command, with an example under its help."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(epilog=f"Example: {example}")(main)
+    app.command(epilog=f"Example: {example}", context_settings=HELP)(main)
     return app

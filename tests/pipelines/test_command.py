@@ -45,6 +45,12 @@ def test_the_help_page_lists_the_commands_in_the_order_of_use() -> None:
     assert "--install-completion" in shown
 
 
+@pytest.mark.parametrize("arguments", [[], ["train"]])
+def test_a_short_option_asks_for_help(arguments: list[str]) -> None:
+    short, long = (CliRunner().invoke(app, [*arguments, option]).output for option in ("-h", "--help"))
+    assert short == long
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_an_example_and_its_file_for_jobs(name: str) -> None:
     shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"})
