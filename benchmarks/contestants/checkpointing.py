@@ -47,7 +47,7 @@ def steps_with_checkpoints(pictures: Path, every: int | None) -> Spent:
         inputs = check_inputs(config, text)
         job, reader = make_job(config, text, inputs), make_reader(config, text, inputs.index)
         me = RankContext(0, 1, torch.device("cpu"), choose_precision("fp32", torch.device("cpu")))
-        learner, start = make_train_state(load_model(job, me, 0), job, me)
+        train_state, start = make_train_state(load_model(job, me, 0), job, me)
         block = reader.read(job.plan.segments(0), 0)
 
         def blocks() -> Iterator[Block]:
@@ -61,7 +61,7 @@ def steps_with_checkpoints(pictures: Path, every: int | None) -> Spent:
                 seconds.update({key: value for key, value in message.metrics.items() if key.startswith("checkpoint_")})
 
         begin = time.perf_counter()
-        train(job, me, learner, start, blocks(), report)
+        train(job, me, train_state, start, blocks(), report)
         total = time.perf_counter() - begin
         return Spent(total, seconds["checkpoint_wait_s"], seconds["checkpoint_write_s"])
 

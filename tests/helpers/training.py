@@ -67,9 +67,9 @@ def load_train_state(job: Job, ctx: RankContext) -> tuple[TrainState, ResumePoin
 def run_bare(job: Job, reader: BlockReader, stream: Iterator[Block] | None = None) -> dict[int, dict[str, float]]:
     """Train in this process from where the job stands; returns the reported metrics by step."""
     ctx = RankContext(0, 1, CPU, choose_precision(job.config.train.precision, CPU))
-    learner, start = load_train_state(job, ctx)
+    train_state, start = load_train_state(job, ctx)
     reports = Reports()
-    train(job, ctx, learner, start, stream or blocks(reader, job.plan, start.step, job.stop_step), reports)
+    train(job, ctx, train_state, start, stream or blocks(reader, job.plan, start.step, job.stop_step), reports)
     return reports.metrics
 
 

@@ -103,28 +103,28 @@ def test_every_number_reaches_the_run(
 
     me = RankContext(0, 1, CPU, choose_precision(config.train.precision, CPU))
     assert me.precision.dtype is torch.bfloat16
-    learner, start = load_train_state(task, me)
-    tower = learner.model.vision
+    train_state, start = load_train_state(task, me)
+    tower = train_state.model.vision
     for layer in tower.trunk.blocks.modules():
         if isinstance(
             layer, torch.nn.Linear
         ):  # autocast shows in the matrix products; the residual stream stays float32
             layer.register_forward_hook(lambda *args: seen["dtype"].append(args[2].dtype))
-    before = {name: value.detach().clone() for name, value in learner.model.named_parameters()}
-    assert float(learner.model.log_scale.exp()) == pytest.approx(1 / 0.07)
-    assert learner.model.log_scale.requires_grad
+    before = {name: value.detach().clone() for name, value in train_state.model.named_parameters()}
+    assert float(train_state.model.log_scale.exp()) == pytest.approx(1 / 0.07)
+    assert train_state.model.log_scale.requires_grad
     blocks = []
     for number in range(2):
         block = reader.read(task.plan.segments(number), 0)
         block["block"] = np.full(2, number)
         blocks.append(block)
     reports = Reports()
-    train(task, me, learner, start, iter(blocks), reports)
+    train(task, me, train_state, start, iter(blocks), reports)
 
-    for group in learner.optimizer.param_groups:
+    for group in train_state.optimizer.param_groups:
         assert group["betas"] == (0.9, 0.95)
         assert group["weight_decay"] == 0.0
-    assert sum(len(group["params"]) for group in learner.optimizer.param_groups) == len(before)
+    assert sum(len(group["params"]) for group in train_state.optimizer.param_groups) == len(before)
     assert [reports.metrics[step]["learning_rate"] for step in (1, 2)] == pytest.approx([1e-3 / 2000, 2e-3 / 2000])
     assert seen["clip"] == [1.0, 1.0]
     shape, mean, std = seen["pixels"][0]  # type: ignore[misc]
@@ -133,7 +133,7 @@ def test_every_number_reaches_the_run(
     assert set(seen["dtype"]) == {torch.bfloat16}
     assert tower.trunk.patch_embed.patch_size == (16, 16)
     assert all(math.isfinite(reports.metrics[step]["loss"]) for step in (1, 2))
-    after = dict(learner.model.named_parameters())
+    after = dict(train_state.model.named_parameters())
     assert all(after[name].dtype is torch.float32 for name in after), "master weights stay float32"
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert "log_scale" in moved

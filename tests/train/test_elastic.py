@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 def _trains(rank: int, job: Job, reader: BlockReader, world: int, leave_after: int | None) -> dict[str, Any]:
     me = RankContext(rank, world, CPU, choose_precision("fp32", CPU))
-    learner, start = load_train_state(job, me)
+    train_state, start = load_train_state(job, me)
     asked = [0]
     reports = Reports()
 
@@ -41,7 +41,7 @@ def _trains(rank: int, job: Job, reader: BlockReader, world: int, leave_after: i
         return rank == world - 1 and asked[0] == leave_after
 
     stream = blocks(reader, job.plan, start.step, job.stop_step, rank, world)
-    done = train(job, me, learner, start, stream, reports, leave)
+    done = train(job, me, train_state, start, stream, reports, leave)
     losses = [metrics["loss"] for _, metrics in sorted(reports.metrics.items()) if "loss" in metrics]
     return {"done": done, "losses": losses}
 
@@ -114,7 +114,7 @@ def test_one_that_is_asked_is_heard_by_all(tmp_path: Path) -> None:
 def test_rows_behind_a_ranks_blocks_are_invalid(online: bool) -> None:
     text = np.full((2, 5), 3, np.int32) if online else np.ones((2, 5), np.float16)
     block: Block = {"image": np.full((2, 4, 4, 3), 9, np.uint8), "text": text, "valid": np.ones(2, bool)}
-    filling = BatchBuilder([7], room=2, block_rows=2, device=CPU)
+    filling = BatchBuilder(room=2, block_rows=2, device=CPU)
     filling.add(block)
     batch = filling.batch()
     assert batch.valid.tolist() == [True, True, False, False]

@@ -166,9 +166,9 @@ def test_all_ranks_skip_what_one_of_them_spoils(tmp_path: Path) -> None:
 
 def run(job: Job, stream: Iterator[Block]) -> tuple[dict[int, dict[str, float]], list[str]]:
     me = RankContext(0, 1, CPU, choose_precision("fp32", CPU))
-    learner, start = load_train_state(job, me)
+    train_state, start = load_train_state(job, me)
     reports = Reports()
-    train(job, me, learner, start, stream, reports)
+    train(job, me, train_state, start, stream, reports)
     return reports.metrics, reports.notes
 
 

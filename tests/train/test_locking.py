@@ -255,8 +255,8 @@ def test_a_locked_tower_that_moves_voids_the_run(lock: str, tiny: Make, text: Te
     save_file({f"vision.{name}": tensor for name, tensor in tower.items()}, file)
     config = tiny(lock=lock, text__mode="online", vision__weights=str(file), train__steps=2, data__val=None, eval={})
     job, me = prepare_job(config, text), RankContext(0, 1, CPU, FP32)
-    learner, start = load_train_state(job, me)
-    held = learner.model.vision if lock == "image" else learner.tower.model  # type: ignore[union-attr]
+    train_state, start = load_train_state(job, me)
+    held = train_state.model.vision if lock == "image" else train_state.tower.model  # type: ignore[union-attr]
 
     def pushing() -> Iterator[Block]:
         for block in blocks(train_reader(config, text), job.plan, 0, 2):
@@ -265,7 +265,7 @@ def test_a_locked_tower_that_moves_voids_the_run(lock: str, tiny: Make, text: Te
             yield block
 
     with pytest.raises(TowerMoved, match=rf"the {lock.replace('image', 'vision')} tower is locked, but 1 of its"):
-        train(job, me, learner, start, pushing(), lambda *_: None)
+        train(job, me, train_state, start, pushing(), lambda *_: None)
 
 
 def _one_moves(rank: int) -> str:

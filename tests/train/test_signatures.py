@@ -93,14 +93,14 @@ def watched(config: Experiment, text: TextTower) -> set[str]:
     signs, seen = FailureAlerts(config), set()
     job = prepare_job(config, text)
     me = RankContext(0, 1, torch.device("cpu"), choose_precision("fp32", torch.device("cpu")))
-    learner, start = load_train_state(job, me)
+    train_state, start = load_train_state(job, me)
 
     def report(message: Metrics | Note | CheckpointSaved) -> None:
         if isinstance(message, Metrics):
             seen.update(alert.name for alert in signs.check(*message))
 
     with suppress(Diverged):
-        train(job, me, learner, start, blocks(train_reader(config, text), job.plan, 0, job.stop_step), report)
+        train(job, me, train_state, start, blocks(train_reader(config, text), job.plan, 0, job.stop_step), report)
     return seen
 
 

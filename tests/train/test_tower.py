@@ -91,7 +91,7 @@ def test_convolutions_lie_as_the_pixels_do_and_so_do_their_moments_after_a_check
 
 def test_a_trunk_that_cannot_be_checkpointed_is_named() -> None:
     vision = build_vision(Vision(trunk="vgg11", pool="mean"), 32, WIDTH)
-    with pytest.raises(ConfigError, match=r"train\.activation_checkpointing: timm's vgg11 has no way to it"):
+    with pytest.raises(ConfigError, match=r"train\.activation_checkpointing: timm's vgg11 does not support it"):
         apply_train_options(vision, TRAIN.model_copy(update={"activation_checkpointing": True}))
 
 

@@ -172,7 +172,7 @@ def test_a_last_checkpoint_that_cannot_be_kept_is_an_error(
     refuse(10**6)
     own.write(snapshot(5))
     with pytest.raises(
-        CheckpointNotSaved, match=r"No space left on device.*The same command goes on from the one before"
+        CheckpointNotSaved, match=r"No space left on device.*The same command goes on from the checkpoint before"
     ) as caught:
         own.close()
     assert caught.value.step == 5

@@ -11,28 +11,31 @@ from nev.config.experiment import Optim
 
 
 def make_optimizer(model: nn.Module, config: Optim) -> torch.optim.AdamW:
-    """Fused AdamW over the parameters that want a gradient.
+    """Fused AdamW over the parameters that require a gradient.
 
-    Weight decay is for matrices alone: biases, norms and the logit scale (fewer than two dimensions) have none. The text
-    tower's groups have `text_lr_ratio` of the rate.
+    Only matrices have weight decay: biases, norms and the logit scale (fewer than two dimensions) have none. The learning rate
+    of the text tower is multiplied by `text_lr_ratio`.
     """
     groups: dict[tuple[float, int], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             ratio = config.text_lr_ratio if name.startswith("text.") else 1.0
-            # Numbers apart from vectors, because FSDP splits these and not those.
+            # 0-d parameters have a group of their own: FSDP splits vectors, and leaves 0-d parameters whole.
             groups.setdefault((ratio, min(parameter.ndim, 2)), []).append(parameter)
-    made = [
+    param_groups = [
         {"params": parameters, "weight_decay": config.weight_decay if dims == 2 else 0.0, "lr_ratio": ratio}
         for (ratio, dims), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
-    optimizer = torch.optim.AdamW(made, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    optimizer = torch.optim.AdamW(param_groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     set_learning_rate(optimizer, config.lr)
     return optimizer
 
 
 def learning_rate(step: int, total_steps: int, config: Optim) -> float:
-    """The rate of step `step` (from 0): up linearly over `warmup_steps`, then by cosine to `final_lr` at `total_steps`."""
+    """The learning rate of a step, counted from 0: linear up to `lr` over `warmup_steps`, then by cosine to `final_lr`.
+
+    total_steps: the step at which the cosine reaches `final_lr`. The schedule "constant" stays at `lr`.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -42,6 +45,6 @@ def learning_rate(step: int, total_steps: int, config: Optim) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of every parameter group to its share of `rate`."""
+    """Set the learning rate of every parameter group: `rate` times the group's `lr_ratio`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_ratio"]

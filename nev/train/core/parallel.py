@@ -1,9 +1,9 @@
-"""How W ranks hold one model: each the whole of it (DDP), or each a W-th of the towers' weights (`train.fsdp`: FSDP2).
+"""A model on W ranks: whole on every rank (DDP), or a W-th of the towers' weights on each rank (`train.fsdp`: FSDP2).
 
 Under FSDP2 (`fully_shard`; Zhao et al. 2023, arXiv 2304.11277) the rows of every weight, of its gradient and of its moments
-are split over the ranks. A block's weights are gathered before its forward and again before its backward, and dropped after
-it. The result is DDP's to rounding. The numbers beside the towers (the logit scale, a bias) stay whole on every rank,
-because FSDP2 takes no 0-d parameter: their gradients are averaged here.
+are split over the ranks. The weights of a block are gathered before its forward and again before its backward, and dropped
+afterwards. The result is DDP's, to rounding. The logit scale and the bias stay whole on every rank, because FSDP2 takes no 0-d
+parameter; `clip_gradients` averages their gradients.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ def _shard(model: DualEncoder, world: int, device: torch.device) -> None:
 
     mesh = init_device_mesh(device.type, (world,))
     for tower in model.towers():
-        for block in reversed(transformer_blocks(tower)):  # the inner ones first
+        for block in reversed(transformer_blocks(tower)):  # inner blocks first
             fully_shard(block, mesh=mesh)
         fully_shard(tower, mesh=mesh)
 
 
 def transformer_blocks(tower: nn.Module) -> list[nn.Module]:
-    """What is gathered in one piece: the elements of every list of layers that have layers themselves, outer ones first."""
+    """The modules that FSDP gathers in one piece, outer modules first: the layers of every list of layers, if they have layers."""
     lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
-    elements = [element for one in lists for element in one if any(True for _ in element.children())]
+    elements = [element for layers in lists for element in layers if any(True for _ in element.children())]
     return [block for block in elements if any(True for _ in block.parameters())]
 
 
@@ -58,18 +58,21 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this rank has a part of it alone. (DTensor by what it can: its import takes a second.)"""
+    """Whether this rank has only a part of the tensor. Tests for a method of DTensor, whose import takes a second."""
     return hasattr(tensor, "full_tensor")
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of it. Of a sharded one every rank must ask."""
+    """The whole tensor. For a sharded tensor every rank calls this: one collective."""
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full
 
 
 def local_shard(full: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor (equal on every rank), as `like` lies: device, strides, split. No collective."""
+    """This rank's part of a whole tensor that is equal on every rank. No collective.
+
+    like: the tensor whose device, strides and split the part has.
+    """
     if not is_sharded(like):
         return torch.empty_like(like, dtype=full.dtype, requires_grad=False).copy_(full)
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -92,9 +95,12 @@ def broadcast_tensors(tensors: Iterable[Tensor], device: torch.device) -> None:
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """Average what FSDP left apart, then scale all gradients so that their norm is at most `limit`. Returns it before, 0-d."""
-    wanted = [parameter for parameter in parameters if parameter.grad is not None]
-    kinds = [[p for p in wanted if not is_sharded(p)], [p for p in wanted if is_sharded(p)]]
+    """Scale all gradients so that their norm is at most `limit`. Returns the norm before that, 0-d.
+
+    Under FSDP the gradients of parameters that are not split are averaged over the ranks first. Every rank calls this.
+    """
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    kinds = [[p for p in trained if not is_sharded(p)], [p for p in trained if is_sharded(p)]]
     if kinds[1]:
         _average([parameter.grad for parameter in kinds[0]])
     kinds = [kind for kind in kinds if kind]
@@ -107,11 +113,11 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
 
 def _average(gradients: list[Tensor | None]) -> None:
     """Replace 0-d gradients by their means over the ranks: one all-reduce."""
-    found = [gradient for gradient in gradients if gradient is not None]
-    if not found:
+    present = [gradient for gradient in gradients if gradient is not None]
+    if not present:
         return
-    together = torch.stack(found)
-    dist.all_reduce(together)
-    together /= dist.get_world_size()
-    for gradient, mean in zip(found, together, strict=True):
+    means = torch.stack(present)
+    dist.all_reduce(means)
+    means /= dist.get_world_size()
+    for gradient, mean in zip(present, means, strict=True):
         gradient.copy_(mean)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a model and its optimiser, as tensors by name: gathered from all ranks, and put back."""
+"""The tensors of a model and its optimiser for a checkpoint, by name: gathered from all ranks, and loaded again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from nev.train.core.parallel import full_tensor, local_shard
 
 
 class Tensors(NamedTuple):
-    """By name: the model's parameters and buffers, and `<parameter>/<slot>` of the optimiser. On the CPU, contiguous."""
+    """Tensors by name, on the CPU, contiguous.
+
+    model: parameters and buffers.
+    optimizer: `<parameter>/<slot>`, as `optimizer_tensors`.
+    """
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
@@ -22,10 +26,10 @@ class Tensors(NamedTuple):
 def gather_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True, into: Tensors | None = None
 ) -> Tensors:
-    """A copy of what a checkpoint holds of a model and its optimiser, empty unless `keep`.
+    """A copy of the tensors of a model and its optimiser. Every rank calls this: FSDP gathers one tensor after another.
 
-    into: what an earlier call gave; its memory is filled again (pages of new memory cost more than the copy).
-    Of what FSDP has split (`nev.train.core.parallel`) each rank gives its part, one tensor after another: every rank calls this.
+    keep: whether this rank gets the copy; else the result is empty.
+    into: the result of an earlier call, whose memory is used again. Pages of new memory cost more than the copy.
     """
     copied = into or Tensors({}, {})
     for source, target in zip((model.state_dict(), optimizer_tensors(model, optimizer)), copied, strict=True):
@@ -41,7 +45,7 @@ def gather_tensors(
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state by parameter name: `<parameter>/<slot>`, as exp_avg, exp_avg_sq and step."""
+    """The optimiser's state by `<parameter>/<slot>`. AdamW's slots are exp_avg, exp_avg_sq and step."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}/{slot}": value
@@ -51,7 +55,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def unknown_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
-    """The parameters of `optimizer_tensors` that the model lacks, sorted."""
+    """The names of parameters that have an optimiser state in `tensors` and are not in the model, sorted."""
     return sorted({key.rpartition("/")[0] for key in tensors} - {name for name, _ in model.named_parameters()})
 
 
@@ -71,5 +75,5 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
         tensor = (tensors.pop(name) if first else torch.empty(shape, dtype=dtype)).to(parameter.device)
         if world > 1:
             dist.broadcast(tensor, src=0)
-        # AdamW keeps `step` as one number in float32; fused AdamW wants all on the parameter's device.
+        # AdamW's `step` is 0-d, float32, and never split; fused AdamW needs every slot on the parameter's device.
         optimizer.state[parameter][slot] = local_shard(tensor, parameter) if tensor.ndim else tensor

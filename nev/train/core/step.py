@@ -25,9 +25,11 @@ from nev.train.core.parallel import clip_gradients, unwrap
 
 
 class Batch(NamedTuple):
-    """A rank's share of a step. images: uint8 [b, S, S, 3]; valid: bool [b].
+    """A rank's share of a step.
 
-    text: unit vectors, float [b, D] or, where the text tower is trained, token ids, int32 [b, T], -1 after the end.
+    images: uint8 [b, S, S, 3].
+    text: unit vectors, float [b, D]. Where the text tower is trained: token ids, int32 [b, T], -1 after the end.
+    valid: bool [b]; False for a row that the loss must not see.
     """
 
     images: Tensor
@@ -36,9 +38,10 @@ class Batch(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """Detached 0-d tensors on the training device, equal on every rank: nothing here waits for the device.
+    """Detached 0-d tensors on the training device, equal on every rank. Their computation waits for no device.
 
-    grad_norm: before it was clipped. A step where it, or the loss, is not finite has changed nothing.
+    correct: pairs whose own text scores highest. pairs: valid rows of the global batch.
+    grad_norm: before clipping. A step whose loss or norm is not finite has changed nothing.
     """
 
     loss: Tensor
@@ -49,7 +52,7 @@ class StepResult(NamedTuple):
 
 @dataclass(frozen=True)
 class Precision:
-    """What autocast runs in: float32 (no autocast) or bfloat16."""
+    """The number format of a forward: float32 (no autocast), or bfloat16 under autocast."""
 
     device: torch.device
     dtype: torch.dtype
@@ -59,21 +62,22 @@ class Precision:
         return nullcontext() if self.dtype is torch.float32 else torch.autocast(self.device.type, self.dtype)
 
 
-def choose_precision(wanted: str, device: torch.device) -> Precision:
-    """`auto` is bfloat16 on a GPU that has it, else float32."""
+def choose_precision(setting: str, device: torch.device) -> Precision:
+    """The precision of `train.precision`: "fp32", "bf16", or "auto", which is bfloat16 on a GPU that has it, else float32."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    use_bf16 = wanted == "bf16" or (wanted == "auto" and has_bf16)
+    use_bf16 = setting == "bf16" or (setting == "auto" and has_bf16)
     return Precision(device, torch.bfloat16 if use_bf16 else torch.float32)
 
 
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, config: Experiment, precision: Precision
 ) -> StepResult:
-    """One update of `model` (a DualEncoder, bare, under DDP or FSDP) on the global batch that `batch` is a share of.
+    """Update `model` once on the global batch. Every rank calls this with its share.
 
-    With `train.micro_batch` below the local batch it is embedded in parts (`nev.train.core.gradcache`). Collectives: those of the
-    loss and of DDP, or of FSDP and two numbers (`nev.train.capacity.collectives`). Without a finite loss and gradient nothing is
-    updated. The scale is clamped to `loss.max_scale` after the update.
+    model: a DualEncoder, alone, under DDP or under FSDP.
+    A local batch above `train.micro_batch` is embedded in parts (`nev.train.core.gradcache`). Without a finite loss and gradient
+    nothing is updated. The logit scale is clamped to `loss.max_scale` after the update.
+    Collectives: those of the loss, and of DDP or FSDP (`nev.train.capacity.collectives`).
     """
     dual = unwrap(model)
     assert isinstance(dual, DualEncoder)
@@ -95,7 +99,7 @@ def train_step(
         return compute_loss(config.loss, vectors[0], others, *scalars)
 
     optimizer.zero_grad(set_to_none=True)
-    # The side that is not trained is on its way, as fp16 from sidecars, while the other one is embedded.
+    # The vectors of the side that is not trained, fp16 from sidecars, are gathered while the other side is embedded.
     constant = None
     if dual.text is None:
         constant = start_gather(batch.text, batch.valid)
@@ -132,7 +136,11 @@ def update_parameters(optimizer: torch.optim.Optimizer, loss: Tensor, clip_norm:
 def compute_loss(
     config: Loss, own: Tensor, others: AsyncGather, log_scale: Tensor, bias: Tensor | None = None
 ) -> LossOutput:
-    """The loss that `config` names, between this rank's vectors of one side and all of the other side's."""
+    """The loss that `config` names.
+
+    own: this rank's unit vectors of one side, [b, D]. others: the vectors of the other side, of all ranks.
+    log_scale, bias: 0-d parameters; a bias only for the sigmoid loss.
+    """
     if config.matryoshka:
         return matryoshka_loss(own, others, log_scale, config.matryoshka, bias)
     return (

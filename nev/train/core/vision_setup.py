@@ -1,4 +1,4 @@
-"""What a run may trade for its vision tower: work for memory, and the time of a compilation for speed."""
+"""Options of a run for its vision tower: activation checkpointing (less memory, more work) and compilation."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ from nev.models.vision import VisionTower
 
 
 def apply_train_options(vision: VisionTower, config: Train, backend: str = "inductor") -> None:
-    """Let `vision` keep few activations (`train.activation_checkpointing`), and be compiled at its first call (`train.compile`).
+    """Apply `train.activation_checkpointing`, and `train.compile`, which compiles the tower at its first call.
 
-    Its convolutions hold their weights as the pixels lie, channels last (FSDP takes no such weights): 6 to 8 % of a step of
-    ConvNeXt, ResNet or RegNet on two cores, nothing of a ViT's. Parameters and their names stay, and so does the result, to
-    rounding. Raises ConfigError for a trunk that timm cannot checkpoint. backend: torch.compile's.
+    backend: torch.compile's.
+    Without FSDP, which takes no such weights, convolutions get weights in channels-last format: 6 to 8 % of a step of ConvNeXt,
+    ResNet or RegNet on two cores, nothing for a ViT. Parameters and their names stay. The result stays, to rounding.
+    Raises ConfigError for a trunk that timm cannot checkpoint.
     """
     if not config.fsdp:
         vision.trunk.to(memory_format=torch.channels_last)
     if config.activation_checkpointing:
         enable_activation_checkpointing(vision)
     if config.compile:
-        # Eager random numbers: GradCache embeds a part of a batch twice, in two graphs, which must draw alike.
+        # Random numbers of eager mode: GradCache embeds a part twice, in two graphs, whose dropout must be the same.
         options: dict[str, Any] = {"options": {"fallback_random": True}} if backend == "inductor" else {}
         vision.compile(backend=backend, dynamic=False, **options)
 
 
 def enable_activation_checkpointing(vision: VisionTower) -> None:
-    """Keep what goes into each block of the trunk, and compute the rest again in the backward, dropout as it was drawn.
+    """Keep only the input of each block of the trunk; compute the rest again in the backward, with the same dropout.
 
-    Chen et al. 2016, arXiv 1604.06174: one forward more, and the memory of one block instead of all.
+    Chen et al. 2016, arXiv 1604.06174: one more forward, and the activations of one block in memory instead of all.
     """
     try:
         vision.trunk.set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:
         raise ConfigError(
-            f"train.activation_checkpointing: timm's {vision.name} has no way to it. Choose another trunk, or a smaller "
-            "train.micro_batch instead."
+            f"train.activation_checkpointing: timm's {vision.name} does not support it. Choose another trunk, or a smaller "
+            "train.micro_batch."
         ) from error
 
 
 def uncompiled() -> AbstractContextManager[object]:
-    """Inside, compiled towers run as they were written: validation has batches of other sizes, each a compilation."""
+    """A context in which compiled towers run in eager mode. Validation has other batch sizes, and each would be compiled."""
     context: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
     return context

@@ -1,8 +1,8 @@
-"""A rank's batch on its way: blocks from the stream, checked against the plan, into one piece of memory, to the device."""
+"""A rank's batch: blocks of the stream, checked against the plan, copied into one buffer, sent to the device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -13,11 +13,11 @@ from nev.train.core.step import Batch
 
 
 class StreamError(RuntimeError):
-    """The stream gave other rows than the plan names for this step."""
+    """The stream has other rows than the plan names for this step."""
 
 
 def next_block(blocks: Iterator[Block], expected: int) -> Block:
-    """The next block of the stream, checked to be block `expected` of the plan."""
+    """The next block of the stream. Raises StreamError unless it is block `expected` of the plan."""
     block = next(blocks, None)
     if block is None:
         raise StreamError(f"the stream ended before block {expected}")
@@ -27,20 +27,19 @@ def next_block(blocks: Iterator[Block], expected: int) -> Block:
 
 
 class BatchBuilder:
-    """Block after block is copied into (pinned) host memory, then all to another device.
+    """Copies blocks into host memory (pinned for a GPU), then all of them to the device.
 
-    room: blocks in a batch. Where a rank has fewer (W does not divide the blocks of a step), the rows behind them are invalid
-    ones: no loss sees them.
+    room: blocks in a batch. Where a rank has fewer blocks, since W does not divide the blocks of a step, the rows that are left
+    are invalid, so no loss sees them.
     """
 
-    def __init__(self, numbers: Sequence[int], room: int, block_rows: int, device: torch.device) -> None:
-        self.numbers = numbers
+    def __init__(self, room: int, block_rows: int, device: torch.device) -> None:
         self._rows, self._block_rows, self._device = room * block_rows, block_rows, device
         self._host: dict[str, Tensor] = {}
         self._filled = 0
 
     def add(self, block: Block) -> None:
-        """Copy the next block of `numbers`; nothing of it is kept."""
+        """Copy the next block. The block may change afterwards."""
         place = slice(self._filled, self._filled + self._block_rows)
         for name in ("image", "text", "valid"):
             column = block[name]
@@ -52,7 +51,7 @@ class BatchBuilder:
         self._filled = place.stop
 
     def batch(self) -> Batch:
-        """The batch on the device. Of tokens as many columns as its longest text has, one at least."""
+        """The batch on the device. Tokens have as many columns as the longest text, one at least."""
         for column in self._host.values():
             column[self._filled :] = 0
         text = self._host["text"]

@@ -1,7 +1,7 @@
-"""Checkpoints on their way to storage while the steps go on: the loop waits for a copy in memory, not for a disk.
+"""Checkpoints are written while the steps go on: the loop waits for a copy in memory, not for a disk.
 
-One is written at a time. Storage that refuses (a full disk, S3 that is away) is local_stop again, more and more seldom, until it
-takes the checkpoint or a newer one is there to be written.
+One checkpoint is written at a time. Where storage refuses it (a full disk, S3 that is away), the write is tried again at growing
+intervals, until it succeeds or the next checkpoint is due.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as Late
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from dataclasses import asdict
 from types import TracebackType
@@ -35,11 +35,11 @@ from nev.train.worker.guards import GuardState
 from nev.train.worker.state import RankContext, TrainState
 
 REFUSALS = (StorageError, CheckpointError)
-LAST_S = 600.0  # how long storage that refuses the last checkpoint is local_stop again
+LAST_S = 600.0  # for how long the write of the last checkpoint is tried again
 
 
 class CheckpointNotSaved(NevError, RuntimeError):
-    """The last checkpoint of a run, or of workers that leave, could not be written. step: whose it is."""
+    """The last checkpoint of a run, or of workers that exit early, could not be written. step: the checkpoint's step."""
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
@@ -47,7 +47,11 @@ class CheckpointNotSaved(NevError, RuntimeError):
 
 
 class Snapshot(NamedTuple):
-    """What a checkpoint is written from: `nev.runs.checkpoint.save`'s, and the points since the one before."""
+    """What a checkpoint is written from.
+
+    state, tensors, rng, beside: as `nev.runs.checkpoint.save` takes them.
+    points: the metrics since the checkpoint before.
+    """
 
     state: CheckpointState
     tensors: Tensors
@@ -57,7 +61,12 @@ class Snapshot(NamedTuple):
 
 
 class AsyncCheckpointWriter:
-    """Rank 0's. report: called from the writing thread. awaited: see `prune_checkpoints`."""
+    """Writes the checkpoints of a run in a thread, on rank 0, and removes older checkpoints.
+
+    keep_last, keep_best: as `prune_checkpoints` takes them.
+    report: called in the writing thread.
+    awaited: whether the checkpoint of a step will be validated beside training, and is kept until then.
+    """
 
     def __init__(
         self,
@@ -71,39 +80,39 @@ class AsyncCheckpointWriter:
         self._awaited = awaited
         self._pool = ThreadPoolExecutor(1, "nev-checkpoint")
         self._pending: Future[None] | None = None
-        self._enough = threading.Event()
+        self._no_more_tries = threading.Event()
         self._points: list[MetricPoint] = []
         self._step = 0
 
     def wait(self) -> None:
-        """Wait for the write before, whose memory the next snapshot takes. One that storage refuses is given up for it."""
+        """Wait for the write of the checkpoint before, since the next snapshot uses its memory. No further try is made."""
         if self._pending is None:
             return
-        self._enough.set()
-        with suppress(*REFUSALS):  # told when they were met
+        self._no_more_tries.set()
+        with suppress(*REFUSALS):  # the first try has reported the refusal
             self._pending.result()
         self._pending = None
-        self._enough.clear()
+        self._no_more_tries.clear()
 
     def write(self, snapshot: Snapshot) -> None:
-        """Begin to write, after `ready`; nothing of the snapshot may change until `ready` or `close` came back."""
+        """Start to write, after `wait`. The snapshot may not change until the next `wait` or `close` has returned."""
         self._points += snapshot.points
         self._step = snapshot.state.step
         self._pending = self._pool.submit(self._write, snapshot)
 
     def close(self) -> None:
-        """Wait for the last write. Raises NotKept where storage has refused it for ten minutes."""
+        """Wait for the last write. Raises CheckpointNotSaved where storage has refused it for ten minutes."""
         if self._pending is None:
             return
         try:
             self._pending.result(LAST_S)
-        except Late:
-            self._enough.set()
+        except FutureTimeout:
+            self._no_more_tries.set()
             try:
                 self._pending.result()
             except REFUSALS as error:
                 raise CheckpointNotSaved(
-                    f"the last checkpoint could not be kept: {error} The same command goes on from the one before.",
+                    f"the last checkpoint could not be written: {error} The same command goes on from the checkpoint before.",
                     self._step,
                 ) from error
         finally:
@@ -112,18 +121,22 @@ class AsyncCheckpointWriter:
     def _write(self, snapshot: Snapshot) -> None:
         step = snapshot.state.step
 
-        def told(attempt: RetryCallState) -> None:
+        def report_refusal(attempt: RetryCallState) -> None:
             if attempt.attempt_number == 1 and attempt.outcome:
                 why = attempt.outcome.exception()
-                self._report(Note(f"step {step}: {why} It is tried again until the next one is due; training goes on."))
+                self._report(
+                    Note(
+                        f"step {step}: {why} The write is tried again until the next checkpoint is due; training goes on."
+                    )
+                )
 
         begin = time.perf_counter()
         for attempt in Retrying(
             retry=retry_if_exception_type(REFUSALS),
             wait=wait_exponential(max=60),
-            stop=stop_when_event_set(self._enough),
-            sleep=sleep_using_event(self._enough),
-            after=told,
+            stop=stop_when_event_set(self._no_more_tries),
+            sleep=sleep_using_event(self._no_more_tries),
+            after=report_refusal,
             reraise=True,
         ):
             with attempt:
@@ -133,20 +146,20 @@ class AsyncCheckpointWriter:
                 checkpoint.save(self._run, snapshot.state, snapshot.tensors, snapshot.rng, snapshot.beside)
         try:
             prune_checkpoints(self._run, self._keep_last, self._keep_best, self._awaited)
-        except REFUSALS as error:  # the new one is whole: the next one will try again
+        except REFUSALS as error:  # the new checkpoint is complete, and the next checkpoint removes them
             self._report(Note(f"step {step}: older checkpoints could not be removed: {error}"))
         self._report(CheckpointSaved(step, time.perf_counter() - begin))
 
 
 class Checkpointer:
-    """A rank's part in it. Rank 0 tells and writes; the others give what they alone have.
+    """Reports the metrics of a rank, and saves checkpoints. Rank 0 reports and writes; the other ranks give their parts.
 
-    start_step: the step that this attempt goes on from. Left without an error, it waits for the last checkpoint; with one, no
-    longer than for the write that is under way.
+    start_step: the step from which this start trains. Checkpoints of later steps, which are damaged, are removed.
+    The end of the `with` waits for the last checkpoint; after an error, only for the write that is under way.
     """
 
     def __init__(self, job: Job, ctx: RankContext, start_step: int, report: Report) -> None:
-        self._job, self._me, self._report = job, ctx, report
+        self._job, self._ctx, self._report = job, ctx, report
         self._points: list[MetricPoint] = []
         self._tensors: Tensors | None = None
         train = job.config.train
@@ -159,11 +172,11 @@ class Checkpointer:
             )
 
     def log(self, step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None:
-        """Report metrics of a step, and lines for the console. The next checkpoint's metrics log gets the metrics, too.
+        """Report metrics of a step, and lines for the console. The metrics log of the next checkpoint has them, too.
 
         Ranks other than 0 report nothing.
         """
-        if self._me.rank:
+        if self._ctx.rank:
             return
         for note in notes:
             self._report(Note(note))
@@ -172,21 +185,25 @@ class Checkpointer:
             self._report(Metrics(step, metrics))
 
     def _report_write(self, message: CheckpointSaved | Note) -> None:
-        """Report from the writing thread."""
+        """Report a message of the writing thread."""
         if isinstance(message, CheckpointSaved):
             self._points.append(make_point(message.step, message.metrics))
         self._report(message)
 
-    def save(self, learner: TrainState, step: int, bad_rows: int, history: GuardState, scored: Result | None) -> None:
-        """Begin a checkpoint of this step: every rank comes here together. The loop waits for copies in memory alone.
+    def save(
+        self, train_state: TrainState, step: int, bad_rows: int, history: GuardState, scored: Result | None
+    ) -> None:
+        """Start to save a checkpoint of this step. Every rank calls this.
 
-        Where the checkpoint before is not written yet, for that, too.
+        Returns once the tensors are copied. Before that, it waits for the write of the checkpoint before.
+        bad_rows: since the run's first step.
+        scored: the validation of this step; None where there was none.
         """
         begin = time.perf_counter()
-        rng = gather_rng(self._me.device, self._me.world)
+        rng = gather_rng(self._ctx.device, self._ctx.world)
         if self._writer:
             self._writer.wait()
-        self._tensors = gather_tensors(learner.model, learner.optimizer, bool(self._writer), into=self._tensors)
+        self._tensors = gather_tensors(train_state.model, train_state.optimizer, bool(self._writer), into=self._tensors)
         if not self._writer:
             return
         job = self._job
@@ -195,7 +212,7 @@ class Checkpointer:
             config=job.config.model_dump(mode="json"),
             fingerprints=job.fingerprints,
             metrics=scored.metrics if scored else {},
-            world_size=self._me.world,
+            world_size=self._ctx.world,
             bad_rows=bad_rows,
             history=asdict(history),
         )
@@ -205,7 +222,7 @@ class Checkpointer:
             else {}
         )
         self.log(step, {"checkpoint_wait_s": time.perf_counter() - begin})
-        points, self._points = self._points, []  # before the writer's thread may tell of this one
+        points, self._points = self._points, []  # before the writing thread may report this checkpoint
         self._writer.write(Snapshot(state, self._tensors, rng, beside, points))
 
     def __enter__(self) -> Self:

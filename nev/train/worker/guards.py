@@ -1,7 +1,7 @@
-"""Steps that go wrong: one without a finite loss and gradient changes nothing, and a loss far above its past is told.
+"""Steps that go wrong: a step without a finite loss and gradient changes nothing; a loss far above its past is reported.
 
-A step never waits for the device here: what steps gave is read where a line is logged. Every rank sees the same numbers,
-those of the global batch, so that all skip, tell and stop alike.
+No step waits for the device here: losses are read when metrics are logged. Every rank sees the same numbers, those of the
+global batch, so all ranks skip, report and stop at the same step.
 """
 
 from __future__ import annotations
@@ -23,21 +23,24 @@ from nev.storage.files import StorageError, join, storage_errors_as, write_atomi
 from nev.train.core.step import StepResult
 
 WINDOW = 1000  # steps over which skipped ones are counted
-MEMORY = 100  # losses that the running mean and variance look back on, and how many they need before they judge
-LEAST_DEVIATION = 0.01  # of the mean: a loss that hardly moves must not make every ripple a spike
-SHARDS_NAMED = 5
+MEMORY = 100  # losses over which the running mean and variance average; no loss is a spike before there were as many
+LEAST_DEVIATION = 0.01  # of the mean: where the loss hardly moves, a small ripple is no spike
+SHARDS_NAMED = 5  # in an error message
 
 
 class Diverged(NevError, RuntimeError):
-    """Too many steps had no finite loss and gradient."""
+    """Too many steps had no finite loss and gradient (`guards.max_skipped`)."""
 
 
 @dataclass(frozen=True)
 class GuardState:
-    """What a run has seen of itself; with every checkpoint, so that a resumed run judges as an undisturbed one.
+    """What the guards remember of a run. Every checkpoint has it, so a resumed run judges as an undisturbed run.
 
-    skipped: those of the last 1,000 steps that were skipped; skips, spikes: all so far. mean, variance: of the losses,
-    exponentially weighted; losses: how many there were.
+    skipped: the steps among the last 1,000 that were skipped.
+    skips: number of skipped steps since the run's first step.
+    mean, variance: of the losses, exponentially weighted.
+    spikes: number of spikes since the run's first step.
+    losses: number of finite losses since the run's first step.
     """
 
     skipped: tuple[int, ...] = ()
@@ -50,7 +53,14 @@ class GuardState:
 
 @dataclass(frozen=True)
 class BadStep:
-    """A step that went wrong. loss, grad_norm: as JSON has them, None for one that is no number."""
+    """A step that went wrong.
+
+    kind: "skipped" or "spike".
+    blocks: first and last block of the step.
+    loss, grad_norm: None where the value is not finite, which JSON cannot hold.
+    usual_loss: the running mean of the losses before the step.
+    shards: paths of the shards that the rows of the step came from, over all ranks.
+    """
 
     kind: str
     step: int
@@ -66,19 +76,22 @@ class BadStep:
 def judge(
     history: GuardState, step: int, loss: float, grad_norm: float, sigmas: float | None
 ) -> tuple[GuardState, str | None]:
-    """The history with this step in it, and "skipped", "spike" or None. Only a loss *above* its past is a spike."""
-    kept = tuple(one for one in history.skipped if one > step - WINDOW)
+    """The state after a step, and the kind of a bad step: "skipped", "spike", or None for a good step.
+
+    sigmas: a loss above the mean by more than so many standard deviations is a spike; None for no spikes. A low loss is none.
+    """
+    skipped = tuple(earlier for earlier in history.skipped if earlier > step - WINDOW)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        return replace(history, skipped=(*kept, step), skips=history.skips + 1), "skipped"
+        return replace(history, skipped=(*skipped, step), skips=history.skips + 1), "skipped"
     deviation = max(math.sqrt(history.variance), LEAST_DEVIATION * abs(history.mean))
     bound = history.mean + (sigmas or math.inf) * deviation
     spike = history.losses >= MEMORY and loss > bound
-    seen = min(loss, bound) if history.losses >= MEMORY else loss  # or the first spike would hide the next
+    clipped = min(loss, bound) if history.losses >= MEMORY else loss  # a spike in the mean would hide the next spike
     weight = 1 / min(history.losses + 1, MEMORY)
-    off = seen - history.mean
+    off = clipped - history.mean
     after = replace(
         history,
-        skipped=kept,
+        skipped=skipped,
         spikes=history.spikes + spike,
         mean=history.mean + weight * off,
         variance=(1 - weight) * (history.variance + weight * off**2),
@@ -88,7 +101,10 @@ def judge(
 
 
 class StepGuard:
-    """One rank's notes of the steps since it last looked."""
+    """Records the steps of a rank, and finds those that went wrong.
+
+    history: the state after the steps that were checked.
+    """
 
     def __init__(self, config: Guards, plan: Plan, shards: tuple[str, ...], history: GuardState, world: int) -> None:
         self.history = history
@@ -96,29 +112,29 @@ class StepGuard:
         self._config, self._plan, self._shards = config, plan, shards
         self._steps: list[tuple[int, float]] = []
         self._results: list[Tensor] = []
-        self._own: dict[int, set[int]] = {}
+        self._shards_by_step: dict[int, set[int]] = {}
 
     def record_shards(self, step: int, shards: Iterable[int]) -> None:
-        """Note the shards (numbers) that rows of this rank's share of a step came from."""
-        self._own.setdefault(step, set()).update(map(int, shards))
+        """Record the shards, by number, that this rank's rows of a step came from."""
+        self._shards_by_step.setdefault(step, set()).update(map(int, shards))
 
     def record(self, step: int, rate: float, result: StepResult) -> None:
-        """Note what a step gave, on the device."""
+        """Record the loss and the gradient norm of a step. They stay on the device."""
         self._steps.append((step, rate))
         self._results.append(torch.stack([result.loss.double(), result.grad_norm.double()]))
 
     def check(self) -> list[BadStep]:
-        """What went wrong since the last look, the same on every rank: all call this together. It waits for the device."""
+        """The bad steps since the last call. Every rank calls this, and gets the same. It waits for the device."""
         if not self._results:
             return []
-        found = []
+        bad = []
         for (step, rate), (loss, norm) in zip(self._steps, torch.stack(self._results).tolist(), strict=True):
             usual = self.history.mean
             self.history, kind = judge(self.history, step, loss, norm, self._config.spike_sigmas)
             if kind:
-                found.append((kind, step, rate, loss, norm, usual))
-        shards = self._shards_of([step for _, step, *_ in found]) if found else {}
-        findings = [
+                bad.append((kind, step, rate, loss, norm, usual))
+        shards = self._gather_shards([step for _, step, *_ in bad]) if bad else {}
+        bad_steps = [
             BadStep(
                 kind=kind,
                 step=step,
@@ -130,21 +146,24 @@ class StepGuard:
                 usual_loss=usual,
                 shards=shards[step],
             )
-            for kind, step, rate, loss, norm, usual in found
+            for kind, step, rate, loss, norm, usual in bad
         ]
-        self._steps, self._results, self._own = [], [], {}
-        return findings
+        self._steps, self._results, self._shards_by_step = [], [], {}
+        return bad_steps
 
-    def _shards_of(self, steps: list[int]) -> dict[int, tuple[str, ...]]:
-        mine = {step: self._own.get(step, set()) for step in steps}
-        ranks = gather_objects(mine, self._world)
+    def _gather_shards(self, steps: list[int]) -> dict[int, tuple[str, ...]]:
+        """The paths of the shards of each step, over all ranks. One collective."""
+        ranks = gather_objects({step: self._shards_by_step.get(step, set()) for step in steps}, self._world)
         shards = {step: sorted(set().union(*(rank[step] for rank in ranks))) for step in steps}
         return {step: tuple(self._shards[shard] for shard in shards[step]) for step in steps}
 
 
-def refuse_divergence(history: GuardState, findings: list[BadStep], config: Guards) -> None:
-    """Raise Diverged past `guards.max_skipped`: the same on every rank, and before a checkpoint."""
-    last = next((one for one in reversed(findings) if one.kind == "skipped"), None)
+def refuse_divergence(history: GuardState, bad_steps: list[BadStep], config: Guards) -> None:
+    """Raise Diverged where more than `guards.max_skipped` of the last 1,000 steps were skipped.
+
+    bad_steps: of the latest check. Every rank raises at the same step, before its checkpoint.
+    """
+    last = next((bad for bad in reversed(bad_steps) if bad.kind == "skipped"), None)
     if last is None or len(history.skipped) <= config.max_skipped:
         return
     steps = ", ".join(map(str, history.skipped))
@@ -157,26 +176,26 @@ def refuse_divergence(history: GuardState, findings: list[BadStep], config: Guar
     )
 
 
-def describe_bad_step(finding: BadStep, run: str) -> str:
-    """A finding as a line for the console."""
-    first, last = finding.blocks
+def describe_bad_step(bad: BadStep, run: str) -> str:
+    """A bad step as a line for the console."""
+    first, last = bad.blocks
     what = (
         "no finite loss and gradient, the step is skipped"
-        if finding.kind == "skipped"
-        else f"loss {finding.loss:.4g}, usual {finding.usual_loss:.4g}"
+        if bad.kind == "skipped"
+        else f"loss {bad.loss:.4g}, usual {bad.usual_loss:.4g}"
     )
     return (
-        f"step {finding.step}: {what} (epoch {finding.epoch}, blocks {first} to {last}, learning rate "
-        f"{finding.learning_rate:.3g}; shards in {join(run, 'guards')})"
+        f"step {bad.step}: {what} (epoch {bad.epoch}, blocks {first} to {last}, learning rate "
+        f"{bad.learning_rate:.3g}; shards in {join(run, 'guards')})"
     )
 
 
-def write_bad_steps(findings: list[BadStep], run: str) -> None:
-    """Write findings to `<run>/guards/step-00001234.json`, one file a step, so that a repeated step overwrites itself.
+def write_bad_steps(bad_steps: list[BadStep], run: str) -> None:
+    """Write bad steps to `<run>/guards/step-00001234.json`, one file a step, so a repeated step overwrites its file.
 
-    Storage that refuses one does not end the run: what was found is on the console, too.
+    A file that storage refuses is left out, since the console has the same: it must not end the run.
     """
-    for finding in findings:
-        location = join(run, "guards", f"step-{finding.step:08d}.json")
+    for bad in bad_steps:
+        location = join(run, "guards", f"step-{bad.step:08d}.json")
         with suppress(StorageError), storage_errors_as(location, "written"):
-            write_atomic(location, json.dumps(asdict(finding), indent=1).encode())
+            write_atomic(location, json.dumps(asdict(bad), indent=1).encode())

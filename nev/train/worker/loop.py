@@ -1,4 +1,4 @@
-"""The steps in a row: take the blocks that the plan names, update, report, validate, keep. No Ray in it."""
+"""The loop over steps: take the blocks that the plan names, update, log, validate, save. No Ray."""
 
 from __future__ import annotations
 
@@ -33,23 +33,25 @@ from nev.train.worker.state import RankContext, TrainState
 
 
 class TowerMoved(NevError, RuntimeError):
-    """A locked tower is not what it was when this process began, on one rank at least."""
+    """The weights of a locked tower have changed since this process started, on one rank at least."""
 
 
 def train(
     job: Job,
     ctx: RankContext,
-    learner: TrainState,
+    train_state: TrainState,
     start: ResumePoint,
     blocks: Iterator[Block],
     report: Report,
     local_stop: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Train from `start.step` to `job.stop_step`, writing checkpoints under `job.run`. Returns the step that it came to.
+    """Train from `start.step` to `job.stop_step`, writing checkpoints under `job.run`. Returns the number of steps done.
 
-    That is an earlier one where `local_stop` told any rank that it must leave: a checkpoint of it is written then.
-    `report` is called on rank 0 alone. Raises StreamError when a block is not the one that the plan names, TooManyBadRows past
-    `data.max_bad_share`, and Diverged past `guards.max_skipped`.
+    blocks: this rank's share of the stream.
+    report: called on rank 0 alone.
+    local_stop: whether this rank was asked to stop. After a step in which any rank was asked, all save a checkpoint and return.
+    Raises StreamError where a block is not the block that the plan names, TooManyBadRows past `data.max_bad_share`, Diverged past
+    `guards.max_skipped`, and TowerMoved where a locked tower has changed.
     """
     config, plan, batch_rows = job.config, job.plan, job.config.train.global_batch
     quarantine = Quarantine(job.run, job.shards, ctx.rank, start.step, ctx.world)
@@ -57,85 +59,88 @@ def train(
     guard = guards.StepGuard(config.guards, plan, job.shards, guards.GuardState(**start.history), ctx.world)
     clock = StepClock(start.step)
     consensus = StopConsensus(ctx.world, local_stop, config.workers.timeout_s)
-    held = {name: (tower, weight_digests(tower)) for name, tower in locked_towers(learner, config).items()}
-    locked_text = locked_encoder(learner.tower, config) if learner.tower and config.lock == "text" else None
+    locked = {name: (tower, weight_digests(tower)) for name, tower in locked_towers(train_state, config).items()}
+    encode_text = (
+        make_locked_encoder(train_state.tower, config) if train_state.tower and config.lock == "text" else None
+    )
     room = plan.max_rank_blocks(ctx.world)
     with Checkpointer(job, ctx, start.step, report) as checkpointer:
         for step in range(start.step, job.stop_step):
             rate = learning_rate(step, job.total_steps, config.optim)
-            set_learning_rate(learner.optimizer, rate)
+            set_learning_rate(train_state.optimizer, rate)
             numbers = plan.rank_blocks(step, ctx.rank, ctx.world, first_step=start.step)
-            filling = BatchBuilder(numbers, room, plan.block_rows, ctx.device)
+            builder = BatchBuilder(room, plan.block_rows, ctx.device)
             for number in numbers:
                 with clock.waiting():
                     block = next_block(blocks, number)
                 quarantine.note(step, block)
                 guard.record_shards(step, np.unique(block["shard"]))
-                filling.add(block)
-                del block  # its memory in the object store is free now
-            batch = filling.batch()
-            if locked_text:
-                batch = batch._replace(text=locked_text(batch.text))
-            result = train_step(learner.wrapped, learner.optimizer, batch, config, ctx.precision)
+                builder.add(block)
+                del block  # frees its memory in the object store
+            batch = builder.batch()
+            if encode_text:
+                batch = batch._replace(text=encode_text(batch.text))
+            result = train_step(train_state.wrapped, train_state.optimizer, batch, config, ctx.precision)
             totals.add(result, batch_rows)
             guard.record(step, rate, result)
             done = step + 1
-            leave = consensus.should_stop()
-            save = job.validates(done) or done == job.stop_step or leave or done % config.train.checkpoint_every == 0
+            stop = consensus.should_stop()
+            save = job.validates(done) or done == job.stop_step or stop or done % config.train.checkpoint_every == 0
             if done % config.train.log_every == 0 or save:
-                metrics = totals.metrics(result, learner.model, rate) | clock.metrics(done, batch_rows)
-                found = guard.check()
+                metrics = totals.metrics(result, train_state.model, rate) | clock.metrics(done, batch_rows)
+                bad_steps = guard.check()
                 if ctx.rank == 0:
-                    guards.write_bad_steps(found, job.run)
+                    guards.write_bad_steps(bad_steps, job.run)
                 counts = {"skipped_steps": guard.history.skips, "loss_spikes": guard.history.spikes}
                 metrics |= {name: float(count) for name, count in counts.items() if count}
-                checkpointer.log(done, metrics, [guards.describe_bad_step(one, job.run) for one in found])
-                # After the metrics and the bad steps, which show why the run ends.
+                checkpointer.log(done, metrics, [guards.describe_bad_step(bad, job.run) for bad in bad_steps])
+                # The metrics and the bad steps come first: they show why the run ends.
                 if too_many_bad_rows(totals.bad_rows(), done, plan, config):
                     raise TooManyBadRows(describe_bad_rows(quarantine, totals.bad_rows(), done, config))
-                guards.refuse_divergence(guard.history, found, config.guards)
+                guards.refuse_divergence(guard.history, bad_steps, config.guards)
             if save:
                 with clock.paused():
-                    refuse_moved(held, ctx.world)
+                    refuse_moved(locked, ctx.world)
                     quarantine.flush(done)
                     if reasons := quarantine.metrics():
                         checkpointer.log(done, reasons)
                     scored = None
                     if job.validates(done) and not config.eval.asynchronous:
-                        scored = validate_model(job, ctx, learner)
+                        scored = validate_model(job, ctx, train_state)
                     if scored:
                         checkpointer.log(done, scored.metrics)
-                    checkpointer.save(learner, done, totals.bad_rows(), guard.history, scored)
-            if leave:
+                    checkpointer.save(train_state, done, totals.bad_rows(), guard.history, scored)
+            if stop:
                 return done
     return job.stop_step
 
 
-def locked_towers(learner: TrainState, config: Experiment) -> dict[str, nn.Module]:
-    """The towers that this process holds and must not move; texts from sidecars have theirs on the driver."""
+def locked_towers(train_state: TrainState, config: Experiment) -> dict[str, nn.Module]:
+    """The locked towers of this process, by name. With texts from sidecars the text tower is on the driver alone."""
     if config.lock == "image":
-        return {"vision": learner.model.vision}
-    return {"text": learner.tower.model} if config.lock == "text" and learner.tower else {}
+        return {"vision": train_state.model.vision}
+    return {"text": train_state.tower.model} if config.lock == "text" and train_state.tower else {}
 
 
-def refuse_moved(held: dict[str, tuple[nn.Module, dict[str, str]]], world: int) -> None:
-    """Raise TowerMoved on every rank unless the weights have the digests that they had, on each: before a checkpoint.
+def refuse_moved(locked: dict[str, tuple[nn.Module, dict[str, str]]], world: int) -> None:
+    """Raise TowerMoved on every rank where the weights of a locked tower have changed on any rank.
 
-    One gather of objects where a tower is held and W > 1.
+    locked: by name, a tower and the digests of its weights at the start.
+    One collective for each tower, none where W = 1.
     """
-    for name, (tower, before) in held.items():
+    for name, (tower, before) in locked.items():
         now = weight_digests(tower)
         moved = [key for key, digest in before.items() if now[key] != digest]
         problem = f"{len(moved)} of its {len(before)} weights changed ({', '.join(moved[:3])})" if moved else None
-        if found := first_error(problem, world):
+        if problem := first_error(problem, world):
             raise TowerMoved(
-                f"the {name} tower is locked, but {found} since this process began. Nothing of it was kept: the same command "
-                "goes on from the checkpoint before."
+                f"the {name} tower is locked, but {problem} since this process started. No checkpoint has the change: the same "
+                "command goes on from the checkpoint before."
             )
 
 
-def locked_encoder(tower: TextTower, config: Experiment) -> Callable[[Tensor], Tensor]:
-    """Tokens [b, T] to vectors, float16 [b, D] as sidecars hold them, a micro-batch at a time."""
+def make_locked_encoder(tower: TextTower, config: Experiment) -> Callable[[Tensor], Tensor]:
+    """A function from tokens, int32 [b, T], to vectors, float16 [b, D] as in sidecars; a micro-batch at a time, no gradient."""
     encoder = make_text_encoder(tower)
 
     def encode(tokens: Tensor) -> Tensor:
@@ -146,16 +151,16 @@ def locked_encoder(tower: TextTower, config: Experiment) -> Callable[[Tensor], T
     return encode
 
 
-def validate_model(job: Job, ctx: RankContext, learner: TrainState) -> Result | None:
-    """Score the model as it stands: eval mode, no graph, then back to training mode.
+def validate_model(job: Job, ctx: RankContext, train_state: TrainState) -> Result | None:
+    """Validate the model in eval mode. Every rank calls this. Returns the result on rank 0, None on the other ranks.
 
-    Where the text tower is trained, the metrics have space/text_drift: 1 - mean cosine of what sentences are to it now, and were
-    before. The result is rank 0's.
+    Where the text tower is trained, the metrics have space/text_drift: 1 - mean cosine between the canary sentences' vectors
+    now and before training.
     """
-    model, config = learner.model, job.config
+    model, config = train_state.model, job.config
     assert job.validation
-    # Rank 0 scores; the others embed the texts with it where FSDP has split the tower.
-    encode = learner.tower.encode if learner.tower and (ctx.rank == 0 or model.text) else None
+    # Rank 0 scores. Where FSDP has split the text tower, every rank embeds the texts with rank 0.
+    encode = train_state.tower.encode if train_state.tower and (ctx.rank == 0 or model.text) else None
 
     def forward(pixels: Tensor) -> Tensor:
         with ctx.precision.autocast():

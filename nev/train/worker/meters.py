@@ -1,4 +1,4 @@
-"""What a run counts of itself: rows left out, images a second, time spent waiting for data."""
+"""Counts and times of a run: bad rows, images a second, time spent waiting for data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from nev.train.core.step import StepResult
 
 
 class Totals:
-    """Counts kept on the device, so that no step waits for it; read when a line is logged."""
+    """Counts of pairs, kept on the device so that no step waits for the device.
+
+    bad_rows: of the steps before this start.
+    """
 
     def __init__(self, device: torch.device, bad_rows: int) -> None:
         self._pairs = torch.zeros((), dtype=torch.int64, device=device)
@@ -22,16 +25,16 @@ class Totals:
         self._before = bad_rows
 
     def add(self, result: StepResult, global_batch: int) -> None:
-        """Count one step."""
+        """Count the pairs of a step."""
         self._pairs += result.pairs
         self._expected += global_batch
 
     def bad_rows(self) -> int:
-        """Rows left out since the run's first step, over all ranks."""
+        """Rows that could not be used since the run's first step, over all ranks. It waits for the device."""
         return self._before + self._expected - int(self._pairs)
 
     def metrics(self, result: StepResult, model: DualEncoder, rate: float) -> dict[str, float]:
-        """The step's numbers as floats (this waits for the device); of a step that was skipped those that are numbers."""
+        """The metrics of a step, by name. Values of a skipped step that are not finite are left out. It waits for the GPU."""
         pairs = max(1, int(result.pairs))
         bias = {"logit_bias": float(model.bias.detach())} if hasattr(model, "bias") else {}
         metrics = bias | {
@@ -46,7 +49,7 @@ class Totals:
 
 
 class StepClock:
-    """Wall time between logged lines: how much of it waited for data. Validation and checkpoints are left out."""
+    """Wall time between two logs, and how much of it waited for data. Validation and checkpoints do not count."""
 
     def __init__(self, step: int) -> None:
         self._step = step
@@ -54,11 +57,11 @@ class StepClock:
         self._waited = 0.0
 
     def waiting(self) -> AbstractContextManager[None]:
-        """Time inside counts as waiting for data."""
+        """A context whose time counts as waiting for data."""
         return _timed(self._add_wait)
 
     def paused(self) -> AbstractContextManager[None]:
-        """Time inside does not count at all."""
+        """A context whose time does not count."""
         return _timed(self._skip)
 
     def _add_wait(self, seconds: float) -> None:
@@ -68,7 +71,10 @@ class StepClock:
         self._start += seconds
 
     def metrics(self, step: int, batch_rows: int) -> dict[str, float]:
-        """images/s (of all ranks) and the share of time spent waiting for data, since the last call."""
+        """`images_per_s`, over all ranks, and `data_wait_share`, the share of time that waited for data, since the last call.
+
+        batch_rows: of a step, over all ranks.
+        """
         now = time.perf_counter()
         elapsed = max(1e-9, now - self._start)
         rows = (step - self._step) * batch_rows

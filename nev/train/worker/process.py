@@ -1,4 +1,4 @@
-"""One training process, as Ray Train starts it: build, train, and report how training ended."""
+"""A training process, as Ray Train starts it: build the model, train, and report how training ended."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 
 class Stalled(NevError, RuntimeError):
-    """A rank has waited too long for another rank."""
+    """A rank has waited for another rank longer than `workers.timeout_s`."""
 
 
-# gloo raises a plain RuntimeError; the store, and NCCL, a torch.distributed.DistError.
+# gloo raises a plain RuntimeError; the store and NCCL raise a torch.distributed.DistError.
 GLOO_TIMEOUT = re.compile(r"gloo.*\bTimed out waiting \d+ms for", re.DOTALL)
 
 
 def is_collective_timeout(error: RuntimeError) -> bool:
-    """Whether a collective of torch.distributed has timed out, rather than storage or anything else."""
+    """Whether the error is a timeout of a collective of torch.distributed, not a timeout of storage."""
     from torch.distributed import DistError
 
     if isinstance(error, DistError):
@@ -40,7 +40,7 @@ def is_collective_timeout(error: RuntimeError) -> bool:
 
 
 def train_worker(setting: dict[str, Any]) -> None:
-    """One training process, started by Ray Train."""
+    """The function of a training process. setting: `job`, a Job, and `mailbox`, the handle of the run's Mailbox."""
     import ray
     import ray.train
     import ray.train.torch
@@ -65,7 +65,7 @@ def train_worker(setting: dict[str, Any]) -> None:
         setting["mailbox"].post.remote(message)
 
     def give_up(error: str) -> None:
-        # All ranks return together: raised, the error would be tried again, to the same end.
+        # All ranks return together. Ray would start the workers again after a raised error, to the same end.
         if ctx.rank == 0:
             ray.get(setting["mailbox"].post.remote(Failed(error)))
 
@@ -79,21 +79,21 @@ def train_worker(setting: dict[str, Any]) -> None:
     first = ThreadPoolExecutor(1).submit(next, blocks, None)
     try:
         loaded = load_model(job, ctx, ray.get(setting["mailbox"].start_step.remote()))
-    except Damaged:  # since it was verified: the next start looks for the newest valid checkpoint
+    except Damaged:  # after the verification: the workers that Ray starts next look for the newest valid checkpoint
         raise
     except (ConfigError, CheckpointError) as error:
         return give_up(str(error))
-    learner, start = make_train_state(loaded, job, ctx)
+    train_state, start = make_train_state(loaded, job, ctx)
     del loaded
     if ctx.rank == 0:
         ray.get(setting["mailbox"].post.remote(Started(start.step, current_worker_group())))
     try:
-        done = train(job, ctx, learner, start, prepend(first, blocks), report, local_stop)
+        done = train(job, ctx, train_state, start, prepend(first, blocks), report, local_stop)
         if done < job.stop_step and ctx.rank == 0:
             ray.get(setting["mailbox"].post.remote(Left(done)))
-    except (TooManyBadRows, Diverged, TowerMoved, KernelMismatch) as error:  # every rank meets these at the same step
+    except (TooManyBadRows, Diverged, TowerMoved, KernelMismatch) as error:  # on every rank, at the same step
         give_up(str(error))
-    except CheckpointNotSaved as error:  # of rank 0 alone: the others are done
+    except CheckpointNotSaved as error:  # on rank 0; the other ranks have returned
         if error.step < job.stop_step:
             raise
         give_up(str(error))
@@ -102,12 +102,12 @@ def train_worker(setting: dict[str, Any]) -> None:
             raise
         raise Stalled(
             f"rank {ctx.rank} has waited {job.config.workers.timeout_s} s (workers.timeout_s) for another rank, which hangs or "
-            f"is cut off; all are started again. Torch says: {str(error).splitlines()[0]}"
+            f"is cut off; all workers are started again. Torch's error: {str(error).splitlines()[0]}"
         ) from error
 
 
 class StopSignal:
-    """The driver's stop request, read without waiting: the answer of a call that the mailbox holds back until then."""
+    """The driver's stop request, read without waiting: the mailbox answers one call when the driver requests a stop."""
 
     def __init__(self, mailbox: Any) -> None:
         self._answer = mailbox.wait_for_stop.remote()
@@ -120,13 +120,13 @@ class StopSignal:
             return False
         try:
             ray.get(self._answer)
-        except ray.exceptions.RayActorError:  # the driver is gone, and its processes will be ended
+        except ray.exceptions.RayActorError:  # the driver has died, and Ray will end this process
             return False
         return True
 
 
 def prepend(first: Future[Block | None], blocks: Iterator[Block]) -> Iterator[Block]:
-    """The block that is on its way, then the others."""
+    """The blocks, before them the block of `first`."""
     block = first.result()
     if block is not None:
         yield block
@@ -134,7 +134,7 @@ def prepend(first: Future[Block | None], blocks: Iterator[Block]) -> Iterator[Bl
 
 
 def iterate_blocks(job: Job, ctx: RankContext) -> Iterator[Block]:
-    """This rank's blocks, as they left the tasks; the blocks of the next steps are fetched while this one computes."""
+    """This rank's blocks of the stream, in order. The blocks of the next steps are fetched while a step computes."""
     import ray
     import ray.train
 
@@ -145,8 +145,10 @@ def iterate_blocks(job: Job, ctx: RankContext) -> Iterator[Block]:
 
 
 def fetch_ahead(plan: Plan, world: int, block_bytes: int, store_bytes: float) -> int:
-    """How many blocks a rank holds fetched: two steps' or, where the ranks' would be more, a quarter of the object store.
+    """The number of blocks that a rank fetches ahead: those of two steps, at most its part of a quarter of the object store.
 
-    The blocks that the tasks are ahead take up to half of it (`nev.cluster.backpressure`); beyond that Ray spills to the disk.
+    block_bytes: of one block.
+    store_bytes: of the cluster's object store.
+    The blocks that wait to be fetched take up to half of the store (`nev.cluster.backpressure`). A fuller store spills to disk.
     """
     return max(1, min(2 * plan.blocks_per_step // world, int(store_bytes / 4 / world // block_bytes)))

@@ -1,6 +1,6 @@
-"""The rows that could not be used: counted by reason, and written to `<run>/quarantine/*.parquet`.
+"""Bad rows, which could not be used: counted by reason, and listed in `<run>/quarantine/*.parquet`.
 
-Columns: step, uid, shard, row_group (in the shard), row (in the row group), reason.
+Columns: step, uid, shard (its path), row_group (in the shard), row (in the row group), reason.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from nev.data.block import Block
 from nev.data.plan import Plan
 from nev.storage.files import StorageError, filesystem, join, list_files, storage_errors_as, write_atomic
 
-LEAST_ROWS = 10_000  # row groups come whole: a rotten one at the start is a large share of few rows
+LEAST_ROWS = (
+    10_000  # of which a share is taken: rows come by row groups, and one bad row group is a large share of few rows
+)
 
 
 class TooManyBadRows(NevError, RuntimeError):
@@ -28,34 +30,37 @@ class TooManyBadRows(NevError, RuntimeError):
 
 
 class Quarantine:
-    """One rank's table of bad rows.
+    """The bad rows of a rank.
 
-    `by_shard` and `by_reason` count those that this rank met; rank 0's begin with what the run had found before step
-    `first_step`, on any rank. What an interrupted attempt wrote of later steps is removed: they come again.
+    first_step: the step from which this start of the run trains.
+    by_shard, by_reason: number of bad rows of this rank. Rank 0 also counts those of all ranks before `first_step`.
+    examples: kind of reason -> a row's uid and its own reason.
+    Files of later steps than `first_step`, from a start that was interrupted, are removed: these steps come again.
     """
 
     def __init__(self, run: str, shards: tuple[str, ...], rank: int, first_step: int, world: int = 1) -> None:
         self.folder = join(run, "quarantine")
         self.by_shard: Counter[str] = Counter()
         self.by_reason: Counter[str] = Counter()
-        self.examples: dict[str, str] = {}  # kind of reason -> a row's uid and its own reason
+        self.examples: dict[str, str] = {}
         self._shards = shards
         self._rank, self._world = rank, world
         self._rows: list[dict[str, str | int]] = []
         if rank == 0:
-            self._take_up(first_step)
+            self._count_earlier(first_step)
 
-    def _take_up(self, first_step: int) -> None:
+    def _count_earlier(self, first_step: int) -> None:
+        """Count the rows in the files up to a step, and remove the files of later steps."""
         fs, folder = filesystem(self.folder)
         with storage_errors_as(self.folder, "listed"):
             names = list_files(self.folder)
         for name in names:
-            if not (found := re.fullmatch(r"step-(\d+)-rank-\d+\.parquet", name)):
+            if not (match := re.fullmatch(r"step-(\d+)-rank-\d+\.parquet", name)):
                 continue
             with storage_errors_as(
-                join(self.folder, name), "taken up", "It is damaged: remove it, and its rows are not counted."
+                join(self.folder, name), "read", "The file is damaged: remove it. Its rows are then not counted."
             ):
-                if int(found[1]) > first_step:
+                if int(match[1]) > first_step:
                     fs.rm_file(f"{folder}/{name}")
                     continue
                 table = pq.read_table(
@@ -65,7 +70,7 @@ class Quarantine:
                 self._count(row["shard"], row["uid"], row["reason"])
 
     def note(self, step: int, block: Block) -> None:
-        """Keep the invalid rows of one of a step's blocks."""
+        """Record the invalid rows of a block."""
         for at in (~block["valid"]).nonzero()[0]:
             shard, reason = self._shards[int(block["shard"][at])], str(block["reason"][at])
             self._rows.append(
@@ -86,9 +91,9 @@ class Quarantine:
         self.by_reason[classify_reason(reason)] += 1
 
     def flush(self, done: int) -> None:
-        """Write what was kept since the last flush, named by step and rank, so that a repeated step overwrites itself.
+        """Write the rows since the last flush to a file named by step and rank, so a repeated step overwrites its file.
 
-        Where storage refuses it, it is kept for the next: a full disk must not end the run over a list.
+        Rows that storage refuses are kept for the next flush: a full disk must not end the run for a list.
         """
         if not self._rows:
             return
@@ -99,29 +104,32 @@ class Quarantine:
             self._rows = []
 
     def totals(self) -> tuple[Counter[str], Counter[str], dict[str, str]]:
-        """(by shard, by reason, examples) over all ranks, which call this together."""
+        """(by shard, by reason, examples) over all ranks. Every rank calls this: one collective."""
         counts = gather_objects((self.by_shard, self.by_reason, self.examples), self._world)
-        examples = {key: said for part in reversed(counts) for key, said in part[2].items()}  # the first rank's
+        examples = {kind: row for part in reversed(counts) for kind, row in part[2].items()}  # the lowest rank's
         return sum((part[0] for part in counts), Counter()), sum((part[1] for part in counts), Counter()), examples
 
     def metrics(self) -> dict[str, float]:
-        """`bad_rows/REASON` -> rows since the run's first step, over all ranks, which call this together."""
+        """`bad_rows/REASON` -> rows since the run's first step, over all ranks. Every rank calls this: one collective."""
         _, reasons, _ = self.totals()
-        found: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         for reason, count in reasons.items():
-            found[f"bad_rows/{_slug(reason)}"] += count  # two reasons may differ by signs alone
-        return {name: float(count) for name, count in found.items()}
+            counts[f"bad_rows/{_slug(reason)}"] += count  # two reasons may differ in punctuation alone
+        return {name: float(count) for name, count in counts.items()}
 
 
 def too_many_bad_rows(bad_rows: int, done: int, plan: Plan, config: Experiment) -> bool:
-    """Whether `bad_rows` of the rows of `done` steps are more than `data.max_bad_share`; of 10,000, or an epoch, at least."""
+    """Whether the bad rows of `done` steps are more than the share `data.max_bad_share`.
+
+    The share is that of the steps' rows, but of 10,000 rows, or of an epoch, at least.
+    """
     batch = config.train.global_batch
     least = min(LEAST_ROWS, plan.steps_per_epoch * batch)
     return bad_rows > config.data.max_bad_share * max(done * batch, least)
 
 
 def classify_reason(reason: str) -> str:
-    """A reason without what is a row's own: numbers, and the detail behind the first colon."""
+    """The kind of a reason: without numbers, and without the detail behind the first colon."""
     return re.sub(r"\b\d+(x\d+)?\b", "N", reason.split(":")[0])
 
 
@@ -131,7 +139,7 @@ def _slug(reason: str) -> str:
 
 
 def describe_bad_rows(quarantine: Quarantine, bad_rows: int, done: int, config: Experiment) -> str:
-    """The error past `data.max_bad_share`, the same on every rank: they all call it together, at the same step."""
+    """The message of TooManyBadRows. Every rank calls this, and gets the same. Writes the rows that are not written yet."""
     shards, reasons, examples = quarantine.totals()
     quarantine.flush(done)
     worst = ", ".join(f"{name} ({count})" for name, count in shards.most_common(5))
@@ -139,6 +147,6 @@ def describe_bad_rows(quarantine: Quarantine, bad_rows: int, done: int, config: 
     return (
         f"{bad_rows} of {done * config.train.global_batch} rows could not be used, more than "
         f"data.max_bad_share = {config.data.max_bad_share}. Worst shards: {worst}. Reasons: {why}. "
-        f"Each row, as often as it was met, is listed in {quarantine.folder} (parquet). Raise data.max_bad_share to go on, or "
-        "mend or drop those shards and start under another name."
+        f"{quarantine.folder} (parquet) lists each row, once for each time that it was read. Raise data.max_bad_share to go "
+        "on, or repair or remove those shards and start under another name."
     )
