@@ -65,5 +65,5 @@ def _collectives_table(messages: list[Collective]) -> Table:
     for column in ("kind", "what", "count", "bytes"):
         table.add_column(column, justify="right" if column in ("count", "bytes") else "left")
     for message in messages:
-        table.add_row(message.kind, message.what, str(message.count), decimal(message.nbytes))
+        table.add_row(message.kind, message.purpose, str(message.count), decimal(message.nbytes))
     return table

@@ -1,1 +1,1 @@
-"""What a run leaves behind: its folder, checkpoints, metrics and MLflow run. Read here by all; nothing here trains."""
+"""Files of a run, read and written: folder, checkpoints, metrics log, MLflow run. Nothing here trains."""

@@ -2,9 +2,8 @@
 
     <run>/checkpoints/step-00000500/  model.safetensors  optimizer.safetensors  rng.safetensors  state.json
 
-`state.json` holds the sha256 of the other files and is written last, in one piece (locally by a rename, on S3 by one PUT); a
-folder without it is not a checkpoint.
-Nothing is pickled, so nothing is executed on load.
+`state.json` holds the sha256 of the other files. It is written last, atomically (locally by a rename, on S3 by one PUT): a
+folder without `state.json` is not a checkpoint. Nothing is pickled, so a load executes no code.
 """
 
 from __future__ import annotations
@@ -37,16 +36,18 @@ Trained = tuple[dict[str, Tensor], dict[str, Tensor]]
 def save(
     run: str, state: CheckpointState, tensors: Trained, rng: dict[str, Tensor], beside: dict[str, bytes] | None = None
 ) -> str:
-    """Write a checkpoint under `run` (path or URL) and return its location. Raises StorageError.
+    """Write a checkpoint of a run, and return its location. Raises StorageError.
 
-    tensors: the model's, and its optimiser's. rng: uint8 [n] states by name. beside: further files by name, complete and
-    checksummed with the rest.
+    run: path or URL of the run's folder.
+    tensors: the model's tensors, and the optimiser's tensors.
+    rng: random states by name, uint8 [n].
+    beside: further files by name, with a checksum in `state.json` like the other files.
     """
     location = checkpoint_location(run, state.step)
     with storage_errors_as(location, "listed"):
         left = list_files(location)
     if left:
-        remove_checkpoint(location)  # by a run that died here, or by one that reached this step before
+        remove_checkpoint(location)  # of a run that died while writing, or of an earlier start that reached this step
     digests = {}
     for name, data in _files(tensors, rng, beside or {}):
         digests[name] = hashlib.sha256(data).hexdigest()
@@ -57,7 +58,7 @@ def save(
 
 
 def _files(tensors: Trained, rng: dict[str, Tensor], beside: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
-    """One file after another: a copy of all at once would take the memory of the model and its moments again."""
+    """The files of a checkpoint, one after another: all at once would take the memory of model and moments again."""
     model, optimizer = tensors
     yield "model.safetensors", safetensors.torch.save(model)
     yield "optimizer.safetensors", safetensors.torch.save(optimizer)

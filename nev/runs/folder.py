@@ -1,4 +1,4 @@
-"""Where a run is kept: a folder that its processes see, or a prefix of an S3 bucket. What cannot work is told before any work."""
+"""The folder of a run: a path that its processes see, or a prefix of an S3 bucket; with the checks before a run."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def run_folder(config: Experiment) -> str:
 
 
 def check_output(config: Experiment) -> None:
-    """Raise ConfigError where the run cannot be kept: a small file is written, listed and deleted in its folder.
+    """Raise ConfigError where a small file cannot be written, listed and deleted in the run's folder.
 
-    On S3 there is no place for MLflow's default file, so `tracking.uri` has to be given.
+    Also raises ConfigError for an output on S3 without `tracking.uri`, since MLflow's default file cannot lie there.
     """
     tracking_uri(config.tracking, config.output)
     probe = join(run_folder(config), f".probe-{uuid.uuid4().hex}")
     fs, path = filesystem(probe)
     try:
         write_atomic(join(probe, "file"), b"nev")
-        seen = list_files(probe)
+        names = list_files(probe)
         fs.rm_file(f"{path}/file")
         if is_local(fs):
             fs.rmdir(path)
@@ -44,8 +44,11 @@ def check_output(config: Experiment) -> None:
         raise ConfigError(
             f"output = {config.output!r} cannot be used: {error}. {output_remedy(error, path)}"
         ) from error
-    if seen != ["file"]:
-        raise ConfigError(f"output = {config.output!r} cannot be used: what is written there is not listed at once.")
+    if names != ["file"]:
+        raise ConfigError(
+            f"output = {config.output!r} cannot be used: a file that was written there is not listed at once. Give another "
+            "output."
+        )
 
 
 def check_space(run: str, checkpoints: int, size: int, artifacts: Path | None = None, copy: int = 0) -> None:
@@ -55,7 +58,7 @@ def check_space(run: str, checkpoints: int, size: int, artifacts: Path | None = 
     size: bytes of a checkpoint.
     artifacts: the local folder of the run's MLflow artifacts, which get a copy of the weights; None for artifacts elsewhere.
     copy: bytes of that copy, counted where `artifacts` lies on the same disk.
-    Checkpoints, and a copy, that are there already count as room.
+    Checkpoints and a copy that exist already count as room.
     """
     fs, path = filesystem(run)
     if not is_local(fs):

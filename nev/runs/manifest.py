@@ -1,4 +1,4 @@
-"""The checkpoints of a run, seen from outside: which there are, what their manifests say, which to keep. No torch in it."""
+"""The checkpoints of a run, without their tensors: list, verify, choose, remove. No torch."""
 
 from __future__ import annotations
 
@@ -24,28 +24,37 @@ from nev.storage.files import (
 )
 
 FORMAT = 2
-READ_BYTES = 2**25  # a request
-PATIENCE_S = 300.0
+READ_BYTES = 2**25  # of a request
+PATIENCE_S = 300.0  # for how long reads are tried again
 
-VALIDATION = "validation.json"
+VALIDATION = "validation.json"  # metrics of a checkpoint that was validated beside training
 Read = TypeVar("Read")
 
 
 class CheckpointError(NevError, RuntimeError):
-    """A checkpoint that is damaged, or belongs to another run. The message says which and what differs."""
+    """A checkpoint that is absent, damaged or unreadable, or belongs to another run. The message names it and the reason."""
 
 
 class Damaged(CheckpointError):
-    """A checkpoint whose bytes are not those that were written."""
+    """A checkpoint whose bytes differ from those that were written."""
 
 
 class Unreadable(CheckpointError):
-    """A checkpoint that storage does not give now."""
+    """A checkpoint that storage cannot read at the moment."""
 
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """What a run needs beside its tensors. `step` is the number of updates done; `metrics` are the latest evaluation's."""
+    """The state of a run beside its tensors.
+
+    step: number of updates done.
+    config: the experiment, as JSON.
+    fingerprints: hashes of the data, the plan and the text tower, by those names.
+    metrics: of the validation at this step; empty without one.
+    world_size: number of ranks W.
+    bad_rows: rows that could not be used since the run's first step.
+    history: the fields of `nev.train.worker.guards.GuardState`.
+    """
 
     step: int
     config: dict[str, Any]
@@ -63,19 +72,19 @@ def read_manifest(location: str) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(fs.cat_file(f"{path}/state.json"))
     except FileNotFoundError:
         runs = (location, location.rstrip("/").rpartition("/checkpoints")[0])
-        near = [found for run in runs if run for found in list_checkpoints(run)]
-        there = (
+        near = [checkpoint for run in runs if run for checkpoint in list_checkpoints(run)]
+        hint = (
             f"There {'is' if len(near) == 1 else 'are'} {', '.join(near)}."
             if near
             else "Checkpoints lie in RUN/checkpoints/step-..."
         )
-        raise CheckpointError(f"{location}: not a checkpoint (there is no state.json in it). {there}") from None
+        raise CheckpointError(f"{location}: not a checkpoint (there is no state.json in it). {hint}") from None
     except ValueError as error:
         raise Damaged(f"{location}/state.json: damaged ({error})") from error
     except storage_errors() as error:
         raise Unreadable(f"{location}/state.json: cannot be read ({error}). {remedy(error, '')}") from error
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{location}: format {manifest.get('format')}, this version reads {FORMAT}")
+        raise CheckpointError(f"{location}: format {manifest.get('format')}, this version of nev reads format {FORMAT}")
     return manifest
 
 
@@ -107,8 +116,8 @@ def list_checkpoints(run: str) -> list[str]:
 
 def latest_checkpoint(run: str) -> str | None:
     """The newest complete checkpoint of a run, or None."""
-    found = list_checkpoints(run)
-    return found[-1] if found else None
+    checkpoints = list_checkpoints(run)
+    return checkpoints[-1] if checkpoints else None
 
 
 class LatestValid(NamedTuple):
@@ -136,7 +145,7 @@ def latest_valid(run: str) -> LatestValid | None:
     if damaged:
         listed = "\n  ".join(damaged)
         raise CheckpointError(
-            f"{run}: no checkpoint is whole:\n  {listed}\nPut one back from a copy, or remove them to start over."
+            f"{run}: no checkpoint is whole:\n  {listed}\nPut a checkpoint back from a copy, or remove these to start over."
         )
     return None
 
@@ -155,18 +164,18 @@ def verify(location: str) -> dict[str, Any]:
         fs, path = filesystem(join(location, name))
         try:
             with fs.open(path, "rb", block_size=READ_BYTES) as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+                computed = hashlib.file_digest(file, "sha256").hexdigest()
         except FileNotFoundError as error:
             raise Damaged(f"{location}/{name}: damaged (it is not there)") from error
         except storage_errors() as error:
             raise Unreadable(f"{location}/{name}: cannot be read ({error}). {remedy(error, '')}") from error
-        if found != digest:
+        if computed != digest:
             raise Damaged(f"{location}/{name}: damaged (its sha256 is not the one in state.json)")
     return manifest
 
 
 def with_retries(read: Callable[[], Read]) -> Read:
-    """What `read` gives; storage that fails is asked again for five minutes, since a run that starts again has nothing else."""
+    """The result of `read`. Where storage fails, `read` is tried again for five minutes; then the error is raised."""
     return Retrying(
         retry=retry_if_exception_type((StorageError, Unreadable)),
         wait=wait_exponential(max=20),
@@ -176,23 +185,23 @@ def with_retries(read: Callable[[], Read]) -> Read:
 
 
 def best_checkpoint(run: str, metric: str) -> str | None:
-    """The checkpoint whose `metric` is highest (the newest among equals), or None where none has it."""
-    scored = [(read_metrics(location).get(metric), location) for location in list_checkpoints(run)]
-    held = [(value, location) for value, location in scored if value is not None]
-    return max(held)[1] if held else None
+    """The checkpoint whose `metric` is highest, the newest among equals; None where no checkpoint has the metric."""
+    scores = [(read_metrics(location).get(metric), location) for location in list_checkpoints(run)]
+    known = [(value, location) for value, location in scores if value is not None]
+    return max(known)[1] if known else None
 
 
 def read_metrics(location: str) -> dict[str, float]:
-    """What a checkpoint scored, in training or afterwards; nothing where it was not validated, or is damaged."""
+    """The metrics of a checkpoint's validation, in or beside training; empty where it was not validated or is damaged."""
     try:
         metrics: dict[str, float] = read_manifest(location)["metrics"]
     except Damaged:
-        return {}  # not one to choose
+        return {}  # so that no one chooses it
     return metrics or _validation(location) or {}
 
 
 def _validation(location: str) -> dict[str, float] | None:
-    """What a validation of this checkpoint gave that was made after it; None where there was none."""
+    """The metrics of a validation beside training; None where there was none."""
     fs, path = filesystem(join(location, VALIDATION))
     with storage_errors_as(join(location, VALIDATION), "read"):
         metrics: dict[str, float] | None = json.loads(fs.cat_file(path)) if fs.exists(path) else None
@@ -200,9 +209,9 @@ def _validation(location: str) -> dict[str, float] | None:
 
 
 def pending_validation(run: str, validated: Callable[[int], bool]) -> list[str]:
-    """The checkpoints that are to be validated after they were written (see `nev.train.driver.validator`), and are not yet.
+    """The checkpoints that wait for their validation beside training (`nev.train.driver.validator`).
 
-    validated: whether those of a step are.
+    validated: whether the checkpoint of a step is to be validated.
     """
     locations = [checkpoint_location(run, step) for step in list_steps(run) if validated(step)]
     return [location for location in locations if _unscored(location)]
@@ -212,11 +221,11 @@ def _unscored(location: str) -> bool:
     try:
         return not read_manifest(location)["metrics"] and _validation(location) is None
     except Damaged:
-        return False  # nor will it be
+        return False  # a damaged checkpoint will not be validated
 
 
 def remove_checkpoints_after(run: str, step: int) -> None:
-    """Remove the checkpoints beyond `step`, which a run goes on from since they are damaged."""
+    """Remove the checkpoints of later steps, which are damaged where the run goes on from `step`."""
     for newer in list_steps(run):
         if newer > step:
             remove_checkpoint(checkpoint_location(run, newer))
@@ -225,20 +234,25 @@ def remove_checkpoints_after(run: str, step: int) -> None:
 def prune_checkpoints(
     run: str, keep_last: int, keep_best: str | None, awaited: Callable[[int], bool] = lambda step: False
 ) -> None:
-    """Remove all checkpoints but the `keep_last` newest, the best one by `keep_best`, and those of `pending_validation`."""
-    found = list_checkpoints(run)
-    kept = {
-        *found[-keep_last:],
+    """Remove all checkpoints but the newest ones, the best one, and those that wait for their validation.
+
+    keep_last: number of newest checkpoints that stay.
+    keep_best: metric of the best checkpoint; None to keep no best one.
+    awaited: whether the checkpoint of a step is to be validated beside training.
+    """
+    checkpoints = list_checkpoints(run)
+    needed = {
+        *checkpoints[-keep_last:],
         best_checkpoint(run, keep_best) if keep_best else None,
         *pending_validation(run, awaited),
     }
-    for location in found:
-        if location not in kept:
+    for location in checkpoints:
+        if location not in needed:
             remove_checkpoint(location)
 
 
 def remove_checkpoint(location: str) -> None:
-    """Delete a checkpoint or what is left of one, its manifest first, so that it is never seen in part."""
+    """Remove a checkpoint, or files of an incomplete one. The manifest goes first: the rest is no checkpoint."""
     fs, path = filesystem(location)
     with storage_errors_as(location, "removed"):
         files = list_files(location)
@@ -247,5 +261,5 @@ def remove_checkpoint(location: str) -> None:
         if is_local(fs):
             fs.rm(path, recursive=True)
             return
-        for name in files:  # one by one: what S3 refuses of a deletion of many, s3fs does not tell
+        for name in files:  # one by one: s3fs reports no error where S3 refuses some of a bulk deletion
             fs.rm_file(f"{path}/{name}")

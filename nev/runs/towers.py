@@ -1,9 +1,9 @@
-"""The towers of a run: its checkpoint opened with the config that it was trained with."""
+"""The towers of a checkpoint, with the config of its run."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,12 +16,14 @@ from nev.models.vision import VisionTower, build_vision
 from nev.runs.checkpoint import load_model
 from nev.runs.manifest import CheckpointError, read_manifest
 
-if TYPE_CHECKING:
-    from nev.models.text import TextTower
-
 
 class OpenedCheckpoint(NamedTuple):
-    """A checkpoint, and what it was trained with: the config (with overrides) and the text tower as the run found it."""
+    """A checkpoint that was opened.
+
+    manifest: `state.json`.
+    config: the experiment of the checkpoint, with overrides.
+    text: the text tower before training, on the CPU.
+    """
 
     location: str
     manifest: dict[str, Any]
@@ -30,44 +32,55 @@ class OpenedCheckpoint(NamedTuple):
 
 
 def open_checkpoint(location: str, overrides: list[str]) -> OpenedCheckpoint:
-    """Read a checkpoint's manifest and load its text tower.
+    """Read the manifest of a checkpoint and load its text tower.
 
-    Raises CheckpointError where it is none, or where the text tower here is not the one that it was trained against.
+    overrides: `section.key=value`, over the checkpoint's own config.
+    Raises CheckpointError for a location without a checkpoint, and where the text tower of this machine is not that of the run.
     """
-    from nev.models.text import load_text
-
     location = location.rstrip("/")
     if "://" not in location:
         location = str(Path(location).absolute())  # Ray's processes have other working folders
     manifest = read_manifest(location)
-    # Whoever made the checkpoint may say what is evaluated, but not that code from the hub runs here.
-    own_text = {**manifest["config"].get("text", {}), "trust_remote_code": False}
-    config = with_absolute_paths(parse(Experiment, {**manifest["config"], "text": own_text}, overrides, where=location))
-    if config.lock != (own := manifest["config"].get("lock", "text")):
-        raise ConfigError(f"lock: {location} was trained with lock: {own}, which says whose weights it holds: leave it")
+    # A checkpoint of somebody else must not switch on that code from the hub runs here.
+    text_settings = {**manifest["config"].get("text", {}), "trust_remote_code": False}
+    config = with_absolute_paths(
+        parse(Experiment, {**manifest["config"], "text": text_settings}, overrides, where=location)
+    )
+    if config.lock != (lock := manifest["config"].get("lock", "text")):
+        raise ConfigError(
+            f"lock: {location} was trained with lock: {lock}, which decides whose weights it holds: leave lock out"
+        )
     text = load_text(config.text)
     if text.fingerprint != manifest["fingerprints"]["text"]:
-        raise CheckpointError(f"{location} was trained against another text tower than {config.text.encoder} is here")
+        raise CheckpointError(
+            f"{location} was trained against another text tower than {config.text.encoder} on this machine"
+        )
     return OpenedCheckpoint(location, manifest, config, text)
 
 
 def load_logit_scale(location: str) -> float:
-    """1 / temperature, as a checkpoint has learned it."""
+    """The logit scale of a checkpoint, 1 / temperature."""
     _, weights = load_model(location)
     return float(weights["log_scale"].exp())
 
 
 def load_vision(location: str, config: Experiment, text_width: int) -> VisionTower:
-    """The vision tower of a checkpoint of `config`, on the CPU, in training mode as it was built."""
-    own = config.vision.model_copy(update={"pretrained": False, "weights": None})
-    vision = build_vision(own, config.data.image_size, text_width)
+    """The vision tower of a checkpoint, on the CPU, in training mode.
+
+    config: the experiment of the checkpoint. text_width: width D of the text vectors.
+    """
+    settings = config.vision.model_copy(update={"pretrained": False, "weights": None})
+    vision = build_vision(settings, config.data.image_size, text_width)
     _, weights = load_model(location)
     vision.load_state_dict(_below("vision.", weights))
     return vision
 
 
 def load_text_tower(location: str, config: Experiment) -> TextTower:
-    """The text tower of a checkpoint of `config`, on the CPU: as the run found it, or as it trained it."""
+    """The text tower of a checkpoint, on the CPU: as before training where it was locked, else as trained.
+
+    config: the experiment of the checkpoint.
+    """
     tower = load_text(config.text)
     if config.lock != "text":
         _, weights = load_model(location)

@@ -1,4 +1,4 @@
-"""MLflow, the one tracker: SQLite beside the runs by default, a server by URI. One training run is one MLflow run, for good."""
+"""MLflow: an SQLite file beside the runs by default, a server by URI. A training run is one MLflow run over all its starts."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from nev.config.experiment import Tracking
 from nev.config.file import flatten
 from nev.storage.files import filesystem, join, list_files, local_copy, upload
 
-RESUME_FILES = ("optimizer.safetensors", "rng.safetensors")  # of a checkpoint: twice the weights, for training alone
-MAX_METRICS_A_CALL = 1000  # MLflow's own limit for one log_batch
-PATIENCE_S = 60.0  # with a server that does not answer at the end of a run
-TIMEOUT, PROBE_S = "MLFLOW_HTTP_REQUEST_TIMEOUT", "5"  # MLflow's own are two minutes, which files may need
+RESUME_FILES = (
+    "optimizer.safetensors",
+    "rng.safetensors",
+)  # of a checkpoint, twice the weights: only a resumed run needs them
+MAX_METRICS_A_CALL = 1000  # MLflow's limit for log_batch
+PATIENCE_S = 60.0  # for how long the end of a run waits for a server that does not answer
+TIMEOUT, PROBE_S = "MLFLOW_HTTP_REQUEST_TIMEOUT", "5"  # for the check; MLflow's default, two minutes, is for files
 
 
 def tracking_uri(config: Tracking, output: str) -> str:
-    """The configured URI, or SQLite in the output folder. Raises ConfigError where that is no folder."""
+    """The URI of the config, or of an SQLite file in the output folder. Raises ConfigError for the latter on S3."""
     if config.uri:
         return config.uri
     if "://" in output:
@@ -37,7 +40,7 @@ def tracking_uri(config: Tracking, output: str) -> str:
 
 
 def check_tracking(uri: str) -> None:
-    """Raise ConfigError where MLflow does not answer, as it would after all else has begun."""
+    """Raise ConfigError where MLflow does not answer."""
     from mlflow.exceptions import MlflowException
 
     known = os.environ.get(TIMEOUT)
@@ -47,7 +50,7 @@ def check_tracking(uri: str) -> None:
     except (MlflowException, OSError) as error:
         raise ConfigError(
             f"tracking.uri: MLflow at {uri} does not answer ({str(error).splitlines()[0]}). Start it (mlflow server), or give "
-            "another one with --set tracking.uri=..."
+            "another URI with --set tracking.uri=..."
         ) from error
     finally:
         del os.environ[TIMEOUT]
@@ -56,54 +59,59 @@ def check_tracking(uri: str) -> None:
 
 
 class Tracker:
-    """One MLflow run. Metrics are kept until the server has taken them, so a server that is away for a while loses none.
+    """An MLflow run. Metrics are queued until the server has taken them, so a server that is away for a while loses none.
 
-    MLflow can take no point back, so a step that is repeated after a failure keeps the points that it has.
+    MLflow cannot remove a point. So a step that is repeated after a failure keeps its first point of each metric.
     """
 
     def __init__(self, uri: str, run_id: str) -> None:
         self.uri = uri
         self.run_id = run_id
         self._client = _client(uri)
-        self._kept: list[Any] = []
+        self._queue: list[Any] = []
         self._known: set[tuple[str, int]] = set()
         self._tags: dict[str, str] = {}
 
     def recall(self) -> None:
-        """Learn which points the run has already. Raises MlflowException."""
+        """Read which points the run has already. Raises MlflowException."""
         for key in self._client.get_run(self.run_id).data.metrics:
-            self._known.update((key, one.step) for one in self._client.get_metric_history(self.run_id, key))
+            self._known.update((key, point.step) for point in self._client.get_metric_history(self.run_id, key))
 
     def log(self, step: int, metrics: dict[str, float], time_ms: int | None = None) -> None:
-        """Keep metrics of a step for the next `flush`, but those that it has a point of. time_ms: UNIX; by default now."""
+        """Queue metrics of a step for the next `flush`. A metric that has a point of this step is left out.
+
+        time_ms: UNIX time; by default the present.
+        """
         from mlflow.entities import Metric
 
         at = int(time.time() * 1000) if time_ms is None else time_ms
         new = {key: value for key, value in metrics.items() if (key, step) not in self._known}
         self._known.update((key, step) for key in new)
-        self._kept += [Metric(key, value, at, step) for key, value in new.items()]
+        self._queue += [Metric(key, value, at, step) for key, value in new.items()]
 
     def flush(self) -> None:
-        """Send what is kept. Raises MlflowException when the server cannot take it; it stays kept then."""
-        while self._kept:
-            self._client.log_batch(self.run_id, metrics=self._kept[:MAX_METRICS_A_CALL])
-            self._kept = self._kept[MAX_METRICS_A_CALL:]
+        """Send the queue. Raises MlflowException where the server does not take it; the rest stays in the queue."""
+        while self._queue:
+            self._client.log_batch(self.run_id, metrics=self._queue[:MAX_METRICS_A_CALL])
+            self._queue = self._queue[MAX_METRICS_A_CALL:]
         self.tag(self._tags)
         self._tags = {}
 
     def tag_later(self, tags: dict[str, str]) -> None:
-        """Keep tags for the next `flush`."""
+        """Queue tags for the next `flush`."""
         self._tags |= tags
 
     def tag(self, tags: dict[str, str]) -> None:
-        """Set tags."""
+        """Set tags of the MLflow run."""
         for key, value in tags.items():
             self._client.set_tag(self.run_id, key, value)
 
     def artifact(self, location: str | Path, folder: str | None = None) -> None:
-        """Keep a file, or what is in a folder (path or URL), among the run's artifacts.
+        """Copy a file, or the files of a folder, to the artifacts of the MLflow run.
 
-        Those on S3 are written as all else that nev writes there, where MLflow itself would need boto3.
+        location: path or URL.
+        folder: below the artifacts; None for the top.
+        Artifacts on S3 are written by `nev.storage`, since MLflow itself would need boto3.
         """
         root = self._client.get_run(self.run_id).info.artifact_uri
         with local_copy(str(location)) as path:
@@ -116,7 +124,7 @@ class Tracker:
                 self._client.log_artifact(self.run_id, str(path), folder)
 
     def read_artifact(self, name: str) -> bytes:
-        """A file among the run's artifacts. Raises MlflowException or OSError where there is none."""
+        """The bytes of an artifact of the MLflow run. Raises MlflowException or OSError where there is none."""
         root = self._client.get_run(self.run_id).info.artifact_uri
         if root.startswith("s3://"):
             fs, path = filesystem(join(root, name))
@@ -125,14 +133,15 @@ class Tracker:
             return Path(self._client.download_artifacts(self.run_id, name, folder)).read_bytes()
 
     def artifacts_below(self, folder: str) -> bool:
-        """Whether the run keeps its artifacts in a folder of this machine, below `folder`."""
+        """Whether the artifacts of the MLflow run lie on this machine, below `folder`."""
         place = _local_folder(self._client.get_run(self.run_id).info.artifact_uri)
         return place is not None and place.resolve().is_relative_to(Path(folder).resolve())
 
     def artifacts(self, files: list[str], checkpoint: str) -> bool:
-        """Send files and a checkpoint to the run's artifacts. False where the server does not take them.
+        """Copy files and a checkpoint to the artifacts of the MLflow run. Returns whether the server has taken them.
 
-        A checkpoint is sent without the files that only a resumed training reads; its location is the tag `nev.checkpoint`.
+        checkpoint: location of the checkpoint; also the value of the tag `nev.checkpoint`. Files that only a resumed run needs
+        are not copied.
         """
         from mlflow.exceptions import MlflowException
 
@@ -149,13 +158,13 @@ class Tracker:
 
     def history(self, key: str) -> tuple[list[int], list[float]]:
         """(steps, values) of a metric, by step."""
-        points = sorted((one.step, one.value) for one in self._client.get_metric_history(self.run_id, key))
+        points = sorted((point.step, point.value) for point in self._client.get_metric_history(self.run_id, key))
         return [step for step, _ in points], [value for _, value in points]
 
     def finish(self, status: str) -> bool:
-        """Send what is kept and close the run as FINISHED, FAILED or KILLED.
+        """Send the queue and end the MLflow run as FINISHED, FAILED or KILLED. Returns whether the server has answered.
 
-        False where the server has not answered for a minute; one who was told to stop (KILLED) asks once.
+        A server that does not answer is tried for a minute; once for KILLED, since the user waits.
         """
         from mlflow.exceptions import MlflowException
 
@@ -182,12 +191,16 @@ def open_run(
     output: str,
     run_id: str | None = None,
 ) -> Tracker:
-    """Continue run `run_id` where this server has it, or begin one with the flattened config as parameters.
+    """Continue the MLflow run `run_id` where this server has it, else create a run.
 
+    experiment: name of the MLflow experiment.
+    name: of a new run.
+    section: a config, whose settings are the parameters of a new run.
+    tags: of a new run; a continued run keeps its tags.
     Artifacts lie under `<output>/mlartifacts`, unless an MLflow server (http) has its own place for them.
     """
     client = _client(uri)
-    if run_id is not None and not _has_run(client, run_id):  # another server than before, or a run that was deleted
+    if run_id is not None and not _has_run(client, run_id):  # on another server, or deleted
         tags = {**tags, "nev.continues_run": run_id}
         run_id = None
     if run_id is None:
@@ -203,15 +216,16 @@ def open_run(
 
 
 def local_artifacts(uri: str, experiment: str, output: str, run_id: str | None) -> Path | None:
-    """The folder of this machine in which a run keeps its artifacts, or will; None where they lie elsewhere.
+    """The folder of this machine in which the artifacts of a run lie, or will lie; None where they lie elsewhere.
 
-    run_id: None for a run that is new. Raises MlflowException where MLflow does not answer.
+    run_id: None for a new run.
+    Raises MlflowException where MLflow does not answer.
     """
     client = _client(uri)
     if run_id is not None and _has_run(client, run_id):
         return _local_folder(client.get_run(run_id).info.artifact_uri)
-    if found := client.get_experiment_by_name(experiment):
-        return _local_folder(found.artifact_location)
+    if existing := client.get_experiment_by_name(experiment):
+        return _local_folder(existing.artifact_location)
     return None if uri.startswith("http") else _local_folder(join(_url(output), "mlartifacts"))
 
 
@@ -232,7 +246,7 @@ def _has_run(client: Any, run_id: str) -> bool:
 
 
 def git_tags() -> dict[str, str]:
-    """The commit that this code stands on, under MLflow's own tag; nothing outside a git checkout."""
+    """The commit of this code, under MLflow's tag for it; empty outside a git checkout."""
     try:
         result = subprocess.run(
             ["git", "rev-parse", "HEAD"],
@@ -248,9 +262,9 @@ def git_tags() -> dict[str, str]:
 
 
 def _experiment(client: Any, uri: str, name: str, output: str) -> str:
-    found = client.get_experiment_by_name(name)
-    if found:
-        return str(found.experiment_id)
+    existing = client.get_experiment_by_name(name)
+    if existing:
+        return str(existing.experiment_id)
     location = None if uri.startswith("http") else join(_url(output), "mlartifacts")
     return str(client.create_experiment(name, artifact_location=location))
 
@@ -262,7 +276,7 @@ def _url(location: str) -> str:
 def _client(uri: str) -> Any:
     from mlflow import MlflowClient
 
-    # What a server does not take is kept and sent later: no call needs to try for the four minutes that are MLflow's default.
+    # Metrics that a server does not take are sent later, so no call tries for MLflow's default, four minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Initialisations made at home: a trunk taught to name classes, or to fill in masked patches, for `vision.weights` of a run.
+"""Pretraining of a trunk without texts, for `vision.weights` of a run: supervised, or masked image modelling.
 
-Supervised: cross-entropy over a linear layer on the mean token. Masked image modelling: SimMIM (Xie et al. 2022), which replaces
-patches by a learned token and regresses their pixels by a linear layer, mean absolute error over the masked ones. One process,
-on this machine's GPU where it has one; pictures come from the same stream as in training.
+Supervised: cross-entropy over a linear layer on the mean token. Masked image modelling: SimMIM (Xie et al. 2022) replaces
+patches by a learned token and regresses their pixels by a linear layer; the loss is the mean absolute error of masked patches.
+One process trains, on a GPU of this machine if there is one; pictures come from the same stream as in training.
 """
 
 from __future__ import annotations
@@ -37,21 +37,25 @@ from nev.train.core.step import choose_precision, update_parameters
 from nev.train.driver.setup import total_steps
 
 Objective = Literal["supervised", "mim"]
-MASKED = 0.6  # of the patches: SimMIM's
+MASKED = 0.6  # share of the patches, as in SimMIM
 
 
 class Pretrained(NamedTuple):
-    """Where the trunk's weights lie (safetensors, timm's names), and what it scores on `data.val`, where that is given."""
+    """A pretrained trunk.
+
+    weights: location of the weights (safetensors, timm's names).
+    metrics: on `data.val`; empty without a validation set.
+    """
 
     weights: str
     metrics: dict[str, float]
 
 
 def pretrain(config: Experiment, objective: Objective, console: Console) -> Pretrained:
-    """Train the trunk of `config` on the pictures of its `data.train`, for its `train` length and by its `optim`.
+    """Train the trunk of `config` on the pictures of `data.train`, with the length, precision and optimiser of the config.
 
-    Writes `<output>/<name>-<objective>/trunk.safetensors`. Raises ConfigError for a trunk without patches to mask, DataError for
-    a set without labels to learn.
+    Writes `<output>/<name>-<objective>/trunk.safetensors`, and logs to an MLflow run of that name.
+    Raises ConfigError for a trunk without patches to mask, DataError for a supervised objective on a set without labels.
     """
     from nev.cluster.session import connect
 
@@ -85,7 +89,7 @@ def pretrain(config: Experiment, objective: Objective, console: Console) -> Pret
         weights = join(folder, "trunk.safetensors")
         with storage_errors_as(weights, "written"):
             write_atomic(
-                weights, save({name: one.cpu().contiguous() for name, one in tower.trunk.state_dict().items()})
+                weights, save({name: tensor.cpu().contiguous() for name, tensor in tower.trunk.state_dict().items()})
             )
         status = "FINISHED"
     finally:
@@ -94,7 +98,7 @@ def pretrain(config: Experiment, objective: Objective, console: Console) -> Pret
 
 
 class Classifier(nn.Module):
-    """Pictures with labels to cross-entropy; `scores` are the classes'."""
+    """A trunk with a linear layer over classes; the loss is cross-entropy."""
 
     def __init__(self, tower: VisionTower, classes: int) -> None:
         super().__init__()
@@ -102,21 +106,24 @@ class Classifier(nn.Module):
         self.classes = nn.Linear(tower.trunk.num_features, classes)
 
     def scores(self, images: Tensor) -> Tensor:
-        """float [b, 3, H, W] -> [b, classes]."""
+        """Scores of the classes: float [b, 3, H, W] -> [b, classes]."""
         scores: Tensor = self.classes(self.tokens(images).mean(1))
         return scores
 
     def forward(self, images: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
-        """The loss, a scalar."""
+        """The loss, 0-d. labels: int64 [b]."""
         return F.cross_entropy(self.scores(images), labels)
 
     def metrics(self, images: Tensor, labels: Tensor, random: torch.Generator) -> dict[str, Tensor]:
-        """Of each picture: whether its class scores highest."""
+        """For each picture, float [b]: 1 where its class scores highest."""
         return {"pretrain/top1": (self.scores(images).argmax(1) == labels).float()}
 
 
 class Inpainter(nn.Module):
-    """Pictures to the mean absolute error over their masked patches (SimMIM). Raises ConfigError for a trunk without patches."""
+    """A trunk with a linear layer to pixels; the loss is the mean absolute error of masked patches (SimMIM).
+
+    Raises ConfigError for a trunk without patches.
+    """
 
     def __init__(self, tower: VisionTower, image_size: int) -> None:
         super().__init__()
@@ -133,29 +140,29 @@ class Inpainter(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.pixels = nn.Linear(width, 3 * self.patch**2)
         self._masked: Tensor | None = None
-        patches.register_forward_hook(self._hide)
+        patches.register_forward_hook(self._replace_masked)
 
-    def _hide(self, module: nn.Module, given: Any, embedded: Tensor) -> Tensor:
+    def _replace_masked(self, module: nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
         assert self._masked is not None
         masked = self._masked.view(*embedded.shape[:-1], 1)
         return torch.where(masked, self.mask_token.to(embedded.dtype), embedded)
 
     def errors(self, images: Tensor, random: torch.Generator) -> Tensor:
-        """float [b, 3, H, W] -> mean absolute error of each picture's masked patches, [b]."""
+        """The mean absolute error of each picture's masked patches: float [b, 3, H, W] -> [b]. random: draws the masks."""
         keep = torch.rand(len(images), self.count, generator=random).argsort(1) >= round(MASKED * self.count)
         self._masked = ~keep.to(images.device)
         tokens = self.tokens(images)[:, -self.count :]  # class and register tokens come before the patches
-        wanted = F.unfold(images, self.patch, stride=self.patch).transpose(1, 2)
-        error = (self.pixels(tokens) - wanted).abs().mean(2)
+        target = F.unfold(images, self.patch, stride=self.patch).transpose(1, 2)
+        error = (self.pixels(tokens) - target).abs().mean(2)
         errors: Tensor = (error * self._masked).sum(1) / self._masked.sum(1)
         return errors
 
     def forward(self, images: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
-        """The loss, a scalar."""
+        """The loss, 0-d. random: draws the masks."""
         return self.errors(images, random).mean()
 
     def metrics(self, images: Tensor, labels: Tensor, random: torch.Generator) -> dict[str, Tensor]:
-        """Of each picture: the error of its masked patches."""
+        """For each picture, float [b]: the error of its masked patches."""
         return {"pretrain/mim_error": self.errors(images, random)}
 
 
@@ -168,12 +175,16 @@ def train_objective(
     log: Callable[[int, dict[str, float]], None],
     console: Console,
 ) -> None:
-    """Train `model` in place for so many steps of B pictures."""
+    """Train `model` in place for `steps` steps of `train.global_batch` pictures.
+
+    log: called with a step and its metrics, every `train.log_every` steps.
+    Raises ConfigError where the loss of such a step is not finite.
+    """
     optimizer = make_optimizer(model, config.optim)
     precision = choose_precision(config.train.precision, device)
     parts = config.train.global_batch // config.data.block_rows
     model.train()
-    with progress(console) as tell:
+    with progress(console) as show:
         for step in range(steps):
             images, labels = load_batch(list(itertools.islice(blocks, parts)), model, config, device)
             set_learning_rate(optimizer, learning_rate(step, steps, config.optim))
@@ -184,33 +195,33 @@ def train_objective(
             loss.backward()
             update_parameters(optimizer, loss.detach(), config.optim.clip_norm)
             if (step + 1) % config.train.log_every == 0 or step + 1 == steps:
-                found = float(loss.detach())
-                if not math.isfinite(found):
+                value = float(loss.detach())
+                if not math.isfinite(value):
                     raise ConfigError(
-                        f"the loss of step {step + 1} is {found}, of {len(images)} usable pictures: lower optim.lr or warm up "
-                        "for longer, or mend rows that cannot be decoded or have no label"
+                        f"the loss of step {step + 1} is {value}, of {len(images)} usable pictures: lower optim.lr or warm up "
+                        "for longer, or repair rows that cannot be decoded or have no label"
                     )
-                log(step + 1, {"pretrain/loss": found})
-                tell("steps", step + 1, steps, f"loss {found:.3f}")
+                log(step + 1, {"pretrain/loss": value})
+                show("steps", step + 1, steps, f"loss {value:.3f}")
 
 
 @torch.inference_mode()
 def score_objective(config: Experiment, model: Classifier | Inpainter, device: torch.device) -> dict[str, float]:
     """The mean of the model's metrics over `data.val`."""
     reader = val_reader(config.data, build_index(str(config.data.val), config.data.columns))
-    random, found = torch.Generator().manual_seed(0), dict[str, list[Tensor]]()
+    random, batches = torch.Generator().manual_seed(0), dict[str, list[Tensor]]()
     model.eval()
     for segments in sequential_blocks(reader.index.rows, config.eval.batch):
         images, labels = load_batch([reader.read(segments, 0)], model, config, device)
         for name, values in model.metrics(images, labels, random).items():
-            found.setdefault(name, []).append(values.cpu())
-    return {name: float(torch.cat(values).mean()) for name, values in found.items()}
+            batches.setdefault(name, []).append(values.cpu())
+    return {name: float(torch.cat(values).mean()) for name, values in batches.items()}
 
 
 def load_batch(
     blocks: list[Block], model: Classifier | Inpainter, config: Experiment, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """The usable pictures of some blocks: float [n, 3, H, W], and their labels int64 [n]."""
+    """The usable pictures of some blocks, normalised, float [n, 3, H, W], and their labels, int64 [n]."""
     usable = [block["valid"] & ((block["label"] >= 0) | isinstance(model, Inpainter)) for block in blocks]
     images = torch.cat([torch.tensor(block["image"][rows]) for block, rows in zip(blocks, usable, strict=True)])
     labels = torch.cat([torch.tensor(block["label"][rows]) for block, rows in zip(blocks, usable, strict=True)])
@@ -226,7 +237,7 @@ def stream(reader: BlockReader, plan: Plan, steps: int) -> Iterator[Block]:
 
 
 def read_classes(index: Index) -> int:
-    """One more than the highest label. Raises DataError where there is none."""
+    """The number of classes: one more than the highest label. Raises DataError for a set without labels, or with one class."""
     if not index.columns.label:
         raise DataError(f"{index.root}: --objective supervised needs an integer label column (data.columns.label)")
     highest = -1
@@ -234,5 +245,5 @@ def read_classes(index: Index) -> int:
         labels = read_column(index.location(shard), str(index.columns.label)).drop_null().to_numpy()
         highest = max(highest, int(labels.max(initial=-1)))
     if highest < 1:
-        raise DataError(f"{index.root}: fewer than two classes among its labels")
+        raise DataError(f"{index.root}: its labels name fewer than two classes; --objective supervised needs two")
     return highest + 1

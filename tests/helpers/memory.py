@@ -11,7 +11,7 @@ from nev.config.experiment import Experiment
 from nev.config.file import parse
 from nev.models.dual_encoder import DualEncoder
 from nev.models.vision import build_vision
-from nev.train.capacity import Live
+from nev.train.capacity import LiveBytes
 from nev.train.core.optim import make_optimizer
 from nev.train.core.step import Batch, choose_precision, train_step
 from nev.train.core.vision_setup import apply_train_options
@@ -33,7 +33,7 @@ def experiment(batch: int = 64, **sections: Any) -> Experiment:
     return parse(Experiment, raw)
 
 
-def one_step(config: Experiment, live: Live | None = None) -> None:
+def one_step(config: Experiment, live: LiveBytes | None = None) -> None:
     """Two training steps of a process alone; the second under `live`."""
     rows, size = config.train.global_batch, config.data.image_size
     vision = build_vision(config.vision, size, WIDTH)

@@ -23,7 +23,7 @@ from nev.config.base import ConfigError
 from nev.config.file import to_yaml
 from nev.models.dual_encoder import DualEncoder
 from nev.models.vision import build_vision
-from nev.train.capacity import LEAVE, Live, collectives, compute_shape, estimate_memory, measure_activations
+from nev.train.capacity import STOP, LiveBytes, collectives, compute_shape, estimate_memory, measure_activations
 from nev.train.core.optim import make_optimizer
 from nev.train.core.parallel import distribute
 from nev.train.core.step import Batch, choose_precision, train_step
@@ -45,7 +45,7 @@ from nev.train.core.step import Batch, choose_precision, train_step
 )
 def test_the_peak_is_what_is_alive_in_a_real_step(sections: dict[str, Any]) -> None:
     config = experiment(**sections)
-    live = Live()
+    live = LiveBytes()
     one_step(config, live)
     told = estimate_memory(config, WIDTH, bf16=config.train.precision == "bf16")
     assert told.alive == pytest.approx(live.peak, rel=0.1)
@@ -164,7 +164,9 @@ def test_what_fsdp_says_is_what_it_says(train: dict[str, Any], tmp_path: Path) -
         assert found["nbytes"][name] == pytest.approx(
             sum(one.nbytes for one in ours), rel=0.02
         )  # uneven rows are padded
-    of_the_step = [one for one in told if one.kind == "all_reduce" and one.what != LEAVE]  # the loop asks that
+    of_the_step = [
+        one for one in told if one.kind == "all_reduce" and one.purpose != STOP
+    ]  # the loop calls it, not the step
     assert found["seen"]["allreduce_"] == sum(one.count for one in of_the_step)
 
 
@@ -182,7 +184,7 @@ def test_fsdp_holds_a_share_and_what_is_gathered() -> None:
 
 
 def test_a_text_tower_in_the_loop_is_not_told() -> None:
-    with pytest.raises(ConfigError, match="text tower in the loop is not told"):
+    with pytest.raises(ConfigError, match="text tower in the loop cannot be computed"):
         estimate_memory(experiment(lock="none"), WIDTH)
 
 

@@ -292,7 +292,7 @@ def test_an_evaluation_keeps_to_the_lock_of_its_checkpoint(tiny: Make, text: Tex
     config = tiny(train__steps=1, eval={}, data__val=None)
     job = prepare_job(config, text)
     run_bare(job, train_reader(config, text))
-    with pytest.raises(ConfigError, match="was trained with lock: text, which says whose weights it holds"):
+    with pytest.raises(ConfigError, match="was trained with lock: text, which decides whose weights it holds"):
         evaluate_checkpoint(str(latest_checkpoint(job.run)), ["lock=none"], Console(quiet=True))
 
 

@@ -62,7 +62,7 @@ def test_what_has_no_patches_or_labels_is_refused(tiny: Make, tmp_path: Path) ->
         row["label"] = 0
     kinds = pa.schema({"uid": pa.string(), "image": pa.binary(), "caption": pa.string(), "label": pa.int64()})
     write_shard(tmp_path / "one" / "a.parquet", rows, [64], kinds)
-    with pytest.raises(DataError, match="fewer than two classes"):
+    with pytest.raises(DataError, match="its labels name fewer than two classes"):
         pretrain(tiny(data__train=str(tmp_path / "one")), "supervised", Console(quiet=True))
 
 

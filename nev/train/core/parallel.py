@@ -46,7 +46,7 @@ def _shard(model: DualEncoder, world: int, device: torch.device) -> None:
 
 
 def transformer_blocks(tower: nn.Module) -> list[nn.Module]:
-    """The modules that FSDP gathers in one piece, outer modules first: the layers of every list of layers, if they have layers."""
+    """The modules that FSDP gathers in one piece, outer modules first: the layers of each list of layers that have layers."""
     lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
     elements = [element for layers in lists for element in layers if any(True for _ in element.children())]
     return [block for block in elements if any(True for _ in block.parameters())]

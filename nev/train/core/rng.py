@@ -27,7 +27,7 @@ def set_rng_state(states: dict[str, Tensor], device: torch.device) -> None:
 def gather_rng(device: torch.device, world: int) -> dict[str, Tensor]:
     """The states of all ranks by `<rank>/<generator>`, on every rank. One collective, none where W = 1."""
     states = gather_objects(rng_state(device), world)
-    return {f"{rank}/{name}": state for rank, own in enumerate(states) for name, state in own.items()}
+    return {f"{rank}/{name}": state for rank, generators in enumerate(states) for name, state in generators.items()}
 
 
 def restore_rng(states: dict[str, Tensor], rank: int, device: torch.device, seed: int, step: int) -> None:
@@ -37,8 +37,8 @@ def restore_rng(states: dict[str, Tensor], rank: int, device: torch.device, seed
     a CPU run and this rank has a GPU.
     """
     seed_rank(rank, seed, step)
-    own = {name.partition("/")[2]: state for name, state in states.items() if name.partition("/")[0] == str(rank)}
-    set_rng_state(own, device)
+    prefix = f"{rank}/"
+    set_rng_state({name.removeprefix(prefix): states[name] for name in states if name.startswith(prefix)}, device)
 
 
 def seed_rank(rank: int, seed: int, step: int) -> None:

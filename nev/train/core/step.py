@@ -40,7 +40,8 @@ class Batch(NamedTuple):
 class StepResult(NamedTuple):
     """Detached 0-d tensors on the training device, equal on every rank. Their computation waits for no device.
 
-    correct: pairs whose own text scores highest. pairs: valid rows of the global batch.
+    correct: int64, valid images whose own text scores highest.
+    pairs: int64, valid rows of the global batch.
     grad_norm: before clipping. A step whose loss or norm is not finite has changed nothing.
     """
 
@@ -134,17 +135,17 @@ def update_parameters(optimizer: torch.optim.Optimizer, loss: Tensor, clip_norm:
 
 
 def compute_loss(
-    config: Loss, own: Tensor, others: AsyncGather, log_scale: Tensor, bias: Tensor | None = None
+    config: Loss, vectors: Tensor, others: AsyncGather, log_scale: Tensor, bias: Tensor | None = None
 ) -> LossOutput:
     """The loss that `config` names.
 
-    own: this rank's unit vectors of one side, [b, D]. others: the vectors of the other side, of all ranks.
+    vectors: this rank's unit vectors of one side, [b, D]. others: the vectors of the other side, of all ranks.
     log_scale, bias: 0-d parameters; a bias only for the sigmoid loss.
     """
     if config.matryoshka:
-        return matryoshka_loss(own, others, log_scale, config.matryoshka, bias)
+        return matryoshka_loss(vectors, others, log_scale, config.matryoshka, bias)
     return (
-        contrastive_loss(own, others, log_scale, kernel=config.kernel)
+        contrastive_loss(vectors, others, log_scale, kernel=config.kernel)
         if bias is None
-        else sigmoid_loss(own, others, log_scale, bias)
+        else sigmoid_loss(vectors, others, log_scale, bias)
     )

@@ -20,9 +20,8 @@ from nev.data.block import Block
 from nev.data.plan import Plan
 from nev.storage.files import StorageError, filesystem, join, list_files, storage_errors_as, write_atomic
 
-LEAST_ROWS = (
-    10_000  # of which a share is taken: rows come by row groups, and one bad row group is a large share of few rows
-)
+# The share of bad rows is of so many rows at least: one bad row group at the start is a large share of few rows.
+LEAST_ROWS = 10_000
 
 
 class TooManyBadRows(NevError, RuntimeError):
