@@ -89,7 +89,7 @@ def test_a_checkpoint_does_not_decide_that_code_from_the_hub_runs(
         asked.append(text.trust_remote_code)
         raise ConfigError("far enough")
 
-    monkeypatch.setattr("nev.models.text.load_text", load)
+    monkeypatch.setattr("nev.runs.towers.load_text", load)
     with pytest.raises(ConfigError, match="far enough"):
         evaluate_checkpoint(location, [], Console(quiet=True))
     with pytest.raises(ConfigError, match="far enough"):
