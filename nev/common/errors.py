@@ -9,7 +9,7 @@ MAX_NAMES = 4  # in one message
 
 
 class NevError(Exception):
-    """An error that the user can mend. Commands print the message alone, without a traceback."""
+    """An error that the user can fix. Commands print the message alone, without a traceback."""
 
 
 class NotReady(NevError, ValueError):

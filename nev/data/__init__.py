@@ -1,2 +1,1 @@
-"""The data plane: which rows (`plan`), where they lie (`index`), how they become arrays (`block`, `decode`), on Ray
-(`stream`)."""
+"""The way from shard to block: row groups (`index`), rows of a step (`plan`), arrays (`block`, `decode`), Ray Data (`stream`)."""

@@ -46,12 +46,12 @@ def jpeg_orientation(data: bytes | memoryview) -> int:
 
     Only the headers of the segments before the first scan are read, no pixel.
     """
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != START_OF_SCAN:
-        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if data[at + 1] == APP1 and bytes(data[at + 4 : at + 10]) == EXIF:
-            return read_orientation(partial(_load_exif, bytes(data[at + 4 : end])))
-        at = end
+    offset = 2
+    while offset + 4 <= len(data) and data[offset] == 0xFF and data[offset + 1] != START_OF_SCAN:
+        end = offset + 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
+        if data[offset + 1] == APP1 and bytes(data[offset + 4 : offset + 10]) == EXIF:
+            return read_orientation(partial(_load_exif, bytes(data[offset + 4 : end])))
+        offset = end
     return 1
 
 

@@ -134,11 +134,11 @@ def iterate_tiles(
             rows = slice(first, min(first + height, len(x)))
             dots = product(parts[0][rows], pieces[0])
             scores = []
-            for at, level in enumerate(levels):
-                if at:
-                    dots = dots.add_(product(parts[at][rows], pieces[at]))
+            for number, level in enumerate(levels):
+                if number:
+                    dots = dots.add_(product(parts[number][rows], pieces[number]))
                 score = dots * level.rows[rows, None]
-                scores.append(score.mul_(level.columns[columns]).add_(offsets[at]))
+                scores.append(score.mul_(level.columns[columns]).add_(offsets[number]))
             yield Tile(rows, columns, tile_texts, scores)
 
 
@@ -160,17 +160,17 @@ class GradientAccumulator:
         """
         rows, columns, tile_texts, scores = tile
         summed_weights: Tensor | None = None
-        for at in reversed(range(len(self._levels))):
-            level, slope = self._levels[at], slopes[at]
-            segment = slice(self._levels[at - 1].width if at else 0, level.width)
+        for number in reversed(range(len(self._levels))):
+            level, slope = self._levels[number], slopes[number]
+            segment = slice(self._levels[number - 1].width if number else 0, level.width)
             self.bias += slope.sum()
-            dots = slope * scores[at].add_(shifts[at])
-            self._rho[at, rows] += dots.sum(1)
+            dots = slope * scores[number].add_(shifts[number])
+            self._rho[number, rows] += dots.sum(1)
             weights = slope.mul_(level.rows[rows, None]).mul_(level.columns[columns])
             summed_weights = weights if summed_weights is None else summed_weights.add_(weights)
             self._images[rows, segment] += product(summed_weights, tile_texts[:, segment].T.contiguous())
             if len(self._texts):
-                self._sigma[at, columns] += dots.sum(0)
+                self._sigma[number, columns] += dots.sum(0)
                 piece = self._x[rows, segment].T.contiguous()
                 self._texts[columns, segment] += product(summed_weights.T.contiguous(), piece)
 
@@ -179,15 +179,15 @@ class GradientAccumulator:
         texts, valid_texts = gathering.wait()
         factor = gathering.world * mean
         self._images.masked_fill_(~gathering.valid[:, None], 0)
-        for at, level in enumerate(self._levels):
-            self._images[:, : level.width] -= (self._rho[at] * (level.rows / self._scale) ** 2)[:, None] * self._x[
+        for number, level in enumerate(self._levels):
+            self._images[:, : level.width] -= (self._rho[number] * (level.rows / self._scale) ** 2)[:, None] * self._x[
                 :, : level.width
             ]
         grad_texts = None
         if len(self._texts):
             local = texts.to(self._x.dtype).masked_fill(~valid_texts[:, None], 0)
-            for at, level in enumerate(self._levels):
-                share = self._sigma[at] * level.columns**2
+            for number, level in enumerate(self._levels):
+                share = self._sigma[number] * level.columns**2
                 self._texts[:, : level.width] -= share[:, None] * local[:, : level.width]
             grad_texts = local_share(self._texts.mul_(factor), gathering)
         gradients = self._images.mul_(factor), grad_texts, self._rho.sum() * factor
@@ -236,8 +236,8 @@ def _infonce(
     columns = column_max + log_sums
     for tile in iterate_tiles(x, gathering, levels, list(shifts)):
         slopes = []
-        for at, (level, score) in enumerate(zip(levels, tile.scores, strict=True)):
-            slope = (score - rows[at, tile.rows, None]).exp_().add_((score - columns[at, tile.columns]).exp_())
+        for number, (level, score) in enumerate(zip(levels, tile.scores, strict=True)):
+            slope = (score - rows[number, tile.rows, None]).exp_().add_((score - columns[number, tile.columns]).exp_())
             pairs_in_tile(slope, first + tile.rows.start - tile.columns.start).sub_(2)
             slopes.append(slope.mul_(0.5 * level.weight).masked_fill_(~valid[tile.rows, None], 0))
         accumulator.add(tile, slopes, list(shifts))

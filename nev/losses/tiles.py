@@ -65,9 +65,9 @@ class RunningArgmax:
 
     def update(self, rows: slice, columns: slice, scores: Tensor) -> None:
         """Add a tile of scores. Tiles must come in the order of their columns."""
-        top, at = scores.max(1)
-        self.text[rows] = torch.where(top > self.score[rows], at + columns.start, self.text[rows])
-        torch.maximum(self.score[rows], top, out=self.score[rows])
+        best_score, best_column = scores.max(1)
+        self.text[rows] = torch.where(best_score > self.score[rows], best_column + columns.start, self.text[rows])
+        torch.maximum(self.score[rows], best_score, out=self.score[rows])
 
     def correct(self, first: int, valid: Tensor) -> Tensor:
         """Number of valid images whose own text is the best, int64, 0-d. The text of image i is number first + i."""

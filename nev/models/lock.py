@@ -90,8 +90,8 @@ def check_locked(tower: TextTower, before: TowerLock) -> None:
         wrong.append(f"its embeddings went from {before.canaries.shape} to {now.canaries.shape}")
     elif before.canaries.tobytes() != now.canaries.tobytes():
         rows = [i for i in range(len(CANARIES)) if before.canaries[i].tobytes() != now.canaries[i].tobytes()]
-        most = float(np.abs(before.canaries - now.canaries).max())
-        wrong.append(f"canary sentences {rows} have other embeddings (by up to {most:.3g})")
+        largest = float(np.abs(before.canaries - now.canaries).max())
+        wrong.append(f"canary sentences {rows} have other embeddings (by up to {largest:.3g})")
     if wrong:
         raise TextMoved(f"the text tower {tower.name!r} is locked, but {'; '.join(wrong)}. This run's model is void.")
 

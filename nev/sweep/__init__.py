@@ -1,1 +1,1 @@
-"""Ablations: the same training under other settings and seeds, and what can be said of the difference."""
+"""Ablations: many runs of one experiment under other settings and seeds, and statistics of the differences."""

@@ -66,9 +66,9 @@ def start_or_resume(output: str, spec: JobSpec | None, stamps: Sequence[str], ov
     if len(set(stamps)) < len(stamps) or not all(re.fullmatch(r"\w+", stamp) for stamp in stamps):
         raise ValueError(f"stamps of parts must be words, and differ: {stamps}")
     plan = read_json(join(work, "plan.json"))
-    before = read_json(join(work, "job.json")) if plan is None else plan["job"]
+    previous = read_json(join(work, "job.json")) if plan is None else plan["job"]
     planned = stamps if plan is None else [stamp for stamp, *_ in plan["parts"]]
-    same = before is not None and before == spec and planned == stamps
+    same = previous is not None and previous == spec and planned == stamps
     if same and plan is not None:
         if len(shards) == -(-plan["kept"] // plan["job"]["rows_per_shard"]):
             return JobState(plan["job"], {}, plan, shards)
@@ -81,12 +81,12 @@ def start_or_resume(output: str, spec: JobSpec | None, stamps: Sequence[str], ov
             work,
         )
         return JobState(plan["job"], parts, None, shards)
-    parts = {} if before is None else _read_finished_parts(work)
+    parts = {} if previous is None else _read_finished_parts(work)
     other_input = planned != stamps or (bool(parts) and not parts.keys() & set(stamps))
-    if before and (not same or other_input) and not overwrite and (parts or plan is not None):
+    if previous and (not same or other_input) and not overwrite and (parts or plan is not None):
         options = spec or {}
         differing = ", ".join(
-            sorted(name for name in before.keys() | options.keys() if before.get(name) != options.get(name))
+            sorted(name for name in previous.keys() | options.keys() if previous.get(name) != options.get(name))
             + ["input"] * other_input
         )
         raise ConfigError(

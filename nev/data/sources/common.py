@@ -153,8 +153,10 @@ def find_files(inputs: Iterable[str | Path], suffixes: tuple[str, ...]) -> list[
             matching = [file for file in matches if file.location.endswith(suffixes)]
             if not matching:
                 names = {Path(file.location).suffix or Path(file.location).name for file in matches}
-                others = ", ".join(sorted(names)) or "nothing"
-                raise ConfigError(f"{pattern}: no {' or '.join(suffixes)} file in this folder (it holds: {others})")
+                suffixes_found = ", ".join(sorted(names)) or "nothing"
+                raise ConfigError(
+                    f"{pattern}: no {' or '.join(suffixes)} file in this folder (it holds: {suffixes_found})"
+                )
             matches = matching
         if not matches:
             raise ConfigError(f"{pattern}: no such file or folder, and as a pattern it matches nothing")
@@ -263,12 +265,12 @@ def parent_folder(location: str) -> str:
 
 
 @contextmanager
-def input_file(location: str, wanted: str) -> Iterator[None]:
-    """Turn errors of a damaged or unreachable file into a ConfigError: '<location>: not <wanted> (...)'."""
+def input_file(location: str, expected: str) -> Iterator[None]:
+    """Turn errors of a damaged or unreachable file into a ConfigError: '<location>: not <expected> (...)'."""
     try:
         yield
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{location}: not {wanted} ({error}). {FETCH_AGAIN}") from error
+        raise ConfigError(f"{location}: not {expected} ({error}). {FETCH_AGAIN}") from error
     except storage_errors() as error:
         advice = remedy(error, FETCH_AGAIN)
-        raise ConfigError(f"{location}: not {wanted} ({error}). {advice}") from error
+        raise ConfigError(f"{location}: not {expected} ({error}). {advice}") from error
