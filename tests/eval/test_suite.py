@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,7 +157,7 @@ def test_a_suite_from_its_file_to_its_page(
     assert SuiteResult.model_validate_json(numbers.read_text()) == result
     html = page.read_text()
     assert html.count("data:image/png;base64,") == 12  # the loss, and the pictures of six tasks
-    assert "http" not in html.replace(str(trained), "")
+    assert "http" not in re.sub(r"base64,[^\"]*", "", html)  # four letters that a picture may have by chance
     assert "not run: " in html
 
     with pytest.raises(ConfigError, match=r"no task could be run, so nothing is written:\n  .*no such file or folder"):
