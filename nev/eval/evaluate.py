@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from nev.eval.mteb_model import MtebModel
     from nev.eval.suite.results import SuiteResult
     from nev.eval.validation.task import Validation
-
-NAME = "validation"  # of the suite, and so of its files
 
 
 class ValidationReport(NamedTuple):
@@ -42,13 +41,12 @@ def evaluate_checkpoint(
 ) -> tuple[SuiteResult, dict[str, float], list[str]]:
     """Score a checkpoint on its experiment's validation set; write validation-STEP.html and .json.
 
-    overrides: `section.key=value`, over the checkpoint's config, such as data.val. Without any, the vectors that the training
-    has left in the checkpoint are scored; else the set is embedded on Ray.
+    overrides: `section.key=value`, over the checkpoint's config, such as data.val; they are part of the files' names. Without
+    overrides the vectors that the training has saved in the checkpoint are scored, if there are any; else Ray embeds the set.
     output: folder or S3 prefix; by default evaluation/ in the run's folder.
     Returns the result, the metrics by their names in MLflow, and the locations of the files. Raises as
     `Embedder.from_checkpoint`, and ConfigError where there is nothing to score.
     """
-    from nev.cluster.session import connect
     from nev.eval.validation.task import make_validation
 
     embedder = Embedder.from_checkpoint(location, overrides)
@@ -56,21 +54,23 @@ def evaluate_checkpoint(
     if not config.data.val or not (config.eval.zero_shot or config.eval.retrieval):
         raise ConfigError("nothing to score: give data.val, and eval.zero_shot or eval.retrieval, with --set")
     task = make_validation(config, embedder.base_text)
-    connect()
     output = output or join(embedder.location.rsplit("/", 2)[0], "evaluation")
     with storage_errors_as(output, "written"), output_folder(output) as folder:
-        report = report_validation(task, embedder, folder, console, reuse=not overrides)
+        report = report_validation(task, embedder, folder, console, overrides)
     return report.result, report.metrics, [join(output, path.name) for path in report.files]
 
 
 def report_validation(
-    task: Validation, embedder: Embedder, folder: Path, console: Console, reuse: bool
+    task: Validation, embedder: Embedder, folder: Path, console: Console, overrides: Sequence[str] = ()
 ) -> ValidationReport:
-    """Score a validation set as a suite, and write its page and its JSON to `folder`, pictures to validation-STEP/ there.
+    """Score a validation set as a suite, and write its page and its JSON to `folder`, pictures to NAME-STEP/ there.
 
-    reuse: score the vectors of the checkpoint's own validation, where the checkpoint has them. Else pictures are embedded on the
-    connected Ray. Raises ConfigError where no task can be scored.
+    NAME is `validation`, with a digest of the overrides where there are any: the page of the run's own set stays.
+    overrides: of the embedder. Without overrides the vectors in the checkpoint are scored, if there are any; else Ray embeds.
+    Raises ConfigError where no task can be scored.
     """
+    from nev.cluster.session import connect
+    from nev.embed.cache import hash_values
     from nev.eval.evaluate_suite import read_curve, refuse_nothing, score_task
     from nev.eval.report.page import write_report
     from nev.eval.suite.collection import Collection, Fact
@@ -84,18 +84,22 @@ def report_validation(
 
     began = time.perf_counter()
     captions = read_captions(task.reader.index) if task.retrieval else []
-    vectors = load_vectors(embedder.location, task) if reuse else None
-    embedded, texts = vectors or embed(task, embedder, captions=captions)
+    vectors = None if overrides else load_vectors(embedder.location, task)
+    if vectors is None:
+        connect()
+        vectors = embed(task, embedder, captions=captions)
+    embedded, texts = vectors
     facts = [Fact(uid=str(row), captions=tuple(of_row)) for row, of_row in enumerate(captions)]
     collection = Collection(embedded, facts, {})
     context = Context(embedder.logit_scale, texts, pictures=partial(pictures, task))
     suite = make_suite(task)
-    drawn = folder / f"{NAME}-{embedder.step:08d}"
+    name = f"validation-{hash_values(*overrides)[:8]}" if overrides else "validation"
+    drawn = folder / f"{name}-{embedder.step:08d}"
     scored = [score_task(each, collection, context, drawn, console) for each in suite.tasks]
     results = [item.result for item in scored]
-    refuse_nothing(NAME, results)
+    refuse_nothing(name, results)
     result = SuiteResult(
-        suite=NAME,
+        suite=name,
         about=suite.about,
         checkpoint=embedder.location,
         model=embedder.config.name,

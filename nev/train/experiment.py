@@ -134,7 +134,7 @@ def summarise_run(job: Job, text: TextTower, tracker: Tracker, console: Console)
         if job.validation and (job.validation.classes or job.validation.retrieval):
             embedder = Embedder(chosen, read_manifest(chosen), config, text)
             (folder / "evaluation").mkdir(exist_ok=True)
-            report = report_validation(job.validation, embedder, folder / "evaluation", console, reuse=True)
+            report = report_validation(job.validation, embedder, folder / "evaluation", console)
             metrics |= report.metrics
             reports = [join(job.run, "evaluation", path.name) for path in report.files]
             for name, file in GALLERIES.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -115,7 +116,7 @@ def test_what_training_measures_is_what_an_evaluation_measures(tiny: Make, text:
     assert newest
     assert job.validation
     embedder = Embedder(newest, read_manifest(newest), job.config, text)
-    report = report_validation(job.validation, embedder, tmp_path, Console(quiet=True), reuse=True)
+    report = report_validation(job.validation, embedder, tmp_path, Console(quiet=True))
     trained = read_manifest(newest)["metrics"]
     assert {name: report.metrics[name] for name in trained} == trained
     assert report.metrics.keys() - trained.keys() >= {"space/gap", "mixed/images_found"}
@@ -142,8 +143,11 @@ def test_a_report_reads_captions_once(
     embedded, _ = load_vectors(newest, job.validation) or pytest.fail("no vectors")
     captions_read.clear()
     monkeypatch.setattr("nev.eval.validation.on_cluster.embed_set", lambda *_: embedded)
-    embedder = Embedder.from_checkpoint(newest)
-    report = report_validation(job.validation, embedder, tmp_path, Console(quiet=True), reuse=False)
+    monkeypatch.setattr("nev.cluster.session.connect", lambda: None)
+    overrides = ["eval.batch=8"]
+    embedder = Embedder.from_checkpoint(newest, overrides)
+    report = report_validation(job.validation, embedder, tmp_path, Console(quiet=True), overrides)
+    assert re.fullmatch(r"validation-[0-9a-f]{8}-00000001\.html", report.files[0].name), "the run's own page stays"
     assert set(captions_read.values()) == {1}
     trained = read_manifest(newest)["metrics"]
     shared = trained.keys() & report.metrics.keys()
