@@ -101,4 +101,10 @@ def wait_for(what: Callable[[], Any], seconds: float, name: str) -> Any:
 
 def environment(address: str) -> dict[str, str]:
     """What a driver needs to find the cluster."""
-    return {**os.environ, "RAY_ADDRESS": address, "HF_HUB_OFFLINE": "1"}
+    # Ray looks for notices every 5 s, in which a short run would be over.
+    return {
+        **os.environ,
+        "RAY_ADDRESS": address,
+        "HF_HUB_OFFLINE": "1",
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
+    }
