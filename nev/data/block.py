@@ -38,8 +38,8 @@ class BlockReader:
 
     index: the row groups of the set.
     image_size: S, side of the square pictures, in pixels.
-    limits: of an encoded image.
-    seed: of augmentation and of the choice among several captions.
+    limits: largest and smallest encoded image.
+    seed: seed of augmentation and of the choice among several captions.
     augment: augmentation of training. None: the evaluation view.
     text_key: key of the sidecars whose vectors are the text. None: no vectors.
     text_width: D, width of these vectors.
@@ -130,7 +130,7 @@ class BlockReader:
                 part["valid"][row], part["reason"][row] = False, str(error)
         part["image"][~part["valid"]] = 0
 
-    def _fill_tokens(self, part: Block, column: pa.ChunkedArray, epoch: int, tokens: CaptionTokenizer) -> None:
+    def _fill_tokens(self, part: Block, column: pa.ChunkedArray, epoch: int, tokenizer: CaptionTokenizer) -> None:
         """Fill in the token ids of one caption per row."""
         captions = [parse_captions(value) for value in column.to_pylist()]
         counts = np.array([len(row_captions) for row_captions in captions])
@@ -140,7 +140,7 @@ class BlockReader:
             row_captions[number] for row_captions, number in zip(captions, chosen, strict=True) if row_captions
         ]
         if sentences:
-            part["text"][has_text] = tokens(sentences)
+            part["text"][has_text] = tokenizer(sentences)
 
     def _choose_captions(self, part: Block, counts: NDArray[np.int64], epoch: int) -> list[int]:
         """The number of the caption of each row, drawn by (seed, epoch, uid) where a row has several captions."""
@@ -174,7 +174,10 @@ class BlockReader:
             train_view(image, out, self.augment, seeded_random(self.seed, epoch, uid, "augment"))
 
     def text_column(self, table: pa.Table, name: str, location: str, segment: Segment) -> pa.ChunkedArray:
-        """The captions, or vectors, of a segment's rows. table: the segment's rows in the file at `location`."""
+        """The captions, or vectors, of a segment's rows. `nev.data.ablation` overrides this.
+
+        table: the segment's rows in the file at `location`.
+        """
         return table[name]
 
     def read_rows(self, location: str, group: int, columns: list[str], segment: Segment) -> pa.Table:
@@ -190,7 +193,7 @@ class BlockReader:
     def _file(self, location: str) -> pq.ParquetFile:
         """A reader of an open file, with the footer that was parsed at first use. The least recently used files are closed.
 
-        The reader is new each time, because a reader that reads ahead (`pre_buffer`) keeps all that it has read in memory.
+        Each call makes a new reader: with `pre_buffer` a reader keeps all bytes that it has read.
         """
         if location in self._files:
             self._files.move_to_end(location)

@@ -1,4 +1,4 @@
-"""A checkpoint on its experiment's validation set, or on tasks of mteb: open, embed, score, write."""
+"""Evaluate a checkpoint on its experiment's validation set, or on tasks of mteb."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class ValidationReport(NamedTuple):
-    """A validation set as a report.
+    """The results of a validation, and the files that show them.
 
     metrics: every number by its name in MLflow.
     files: the page and the JSON.

@@ -10,7 +10,7 @@ column terms c_j = LSE_i s_ij over the N valid pairs of all ranks (van den Oord 
 
 The forward computes the loss and the gradients, so that no collective runs in the backward. The b x N scores are never in
 memory at once: they are computed twice, a tile at a time (`nev.losses.tiles`, or `nev.losses.fused` on a GPU), in O(N D)
-memory. A row term needs this rank alone; a column term needs two all-reduces.
+memory. A row term is computed without communication; a column term needs two all-reduces.
 
 Collectives of a call, always in this order, none of them when W = 1:
   1. all_gather  [b, D + 1]  texts in their own dtype; the last column is 1 for valid pairs (`nev.losses.gather`: the gather
@@ -47,7 +47,7 @@ def contrastive_loss(
     """Symmetric InfoNCE between this rank's images and the texts of all ranks of `group`.
 
     image: [b, D] unit rows, any floating dtype.
-    text: [b, D] unit rows, any floating dtype. A text that requires a gradient costs a fourth matrix product and a collective.
+    text: [b, D] unit rows, any floating dtype. A text that requires a gradient costs one more matrix product and a collective.
         Or the `AsyncGather` of the texts, which holds `valid` and `group` too: then leave these two out.
     log_scale: 0-d, the logarithm of 1 / temperature, equal on every rank.
     valid: bool [b]. A False row is neither an image, nor a text, nor a negative, whatever its numbers are (NaN too), and its
@@ -60,8 +60,8 @@ def contrastive_loss(
 
     A locked image tower is the same loss with image and text exchanged.
 
-    Gradients: the loss is global, and each rank gets its *part* of the sum over ranks, times W. The mean over the W ranks, which
-    DistributedDataParallel takes, is therefore the gradient that one process with the whole batch would compute, for log_scale
+    Gradients: the loss is global. The gradient of a rank is its own contribution times W, so the mean over the W ranks, which
+    DistributedDataParallel takes, is the gradient that one process with the whole batch would compute. This holds for log_scale,
     too. Code that sums over ranks must divide by W.
 
     Half precision is accumulated in float32, inside autocast too. With N = 0 the loss and every gradient are 0. The result is
@@ -122,7 +122,7 @@ def _infonce(
 def reduce_column_max(column: Tensor, shift: Tensor, valid_texts: Tensor, gathering: AsyncGather) -> Tensor:
     """The maximum over the ranks of their column terms [..., N]; 0 for invalid texts.
 
-    column: less this rank's `shift`, and so is the result.
+    column: this rank's `shift` is subtracted already, and is so in the result.
     """
     if gathering.world > 1:
         column = column + shift

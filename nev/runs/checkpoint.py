@@ -99,7 +99,7 @@ def _tensors(location: str, manifest: dict[str, Any], name: str, verified: bool)
             raise Damaged(f"{location}/{file}: damaged (its sha256 is not the one in state.json)")
         return safetensors.torch.load(data)
     except FileNotFoundError as error:
-        raise Damaged(f"{location}/{file}: damaged (it is not there)") from error
+        raise Damaged(f"{location}/{file}: damaged (the file is missing)") from error
     except safetensors.SafetensorError as error:
         raise Damaged(f"{location}/{file}: damaged ({error})") from error
     except storage_errors() as error:

@@ -24,8 +24,8 @@ from nev.storage.files import (
 )
 
 FORMAT = 2
-READ_BYTES = 2**25  # of a request
-PATIENCE_S = 300.0  # for how long reads are tried again
+READ_BYTES = 2**25  # bytes of one read
+PATIENCE_S = 300.0  # how long a read is retried
 
 VALIDATION = "validation.json"  # metrics of a checkpoint that was validated beside training
 Read = TypeVar("Read")
@@ -73,11 +73,7 @@ def read_manifest(location: str) -> dict[str, Any]:
     except FileNotFoundError:
         runs = (location, location.rstrip("/").rpartition("/checkpoints")[0])
         near = [checkpoint for run in runs if run for checkpoint in list_checkpoints(run)]
-        hint = (
-            f"There {'is' if len(near) == 1 else 'are'} {', '.join(near)}."
-            if near
-            else "Checkpoints lie in RUN/checkpoints/step-..."
-        )
+        hint = f"Found: {', '.join(near)}." if near else "Checkpoints lie in RUN/checkpoints/step-..."
         raise CheckpointError(f"{location}: not a checkpoint (there is no state.json in it). {hint}") from None
     except ValueError as error:
         raise Damaged(f"{location}/state.json: damaged ({error})") from error
@@ -134,7 +130,7 @@ class LatestValid(NamedTuple):
 def latest_valid(run: str) -> LatestValid | None:
     """Verify the checkpoints of a run, newest first, and return the first valid one; None for a run without a checkpoint.
 
-    Raises CheckpointError where all are damaged, since only a person may decide to start over, and where one cannot be read.
+    Raises CheckpointError if all are damaged, since the user must decide to start over, or if one cannot be read.
     """
     damaged: list[str] = []
     for location in reversed(list_checkpoints(run)):
@@ -166,7 +162,7 @@ def verify(location: str) -> dict[str, Any]:
             with fs.open(path, "rb", block_size=READ_BYTES) as file:
                 computed = hashlib.file_digest(file, "sha256").hexdigest()
         except FileNotFoundError as error:
-            raise Damaged(f"{location}/{name}: damaged (it is not there)") from error
+            raise Damaged(f"{location}/{name}: damaged (the file is missing)") from error
         except storage_errors() as error:
             raise Unreadable(f"{location}/{name}: cannot be read ({error}). {remedy(error, '')}") from error
         if computed != digest:
@@ -196,7 +192,7 @@ def read_metrics(location: str) -> dict[str, float]:
     try:
         metrics: dict[str, float] = read_manifest(location)["metrics"]
     except Damaged:
-        return {}  # so that no one chooses it
+        return {}  # so it is never the best checkpoint
     return metrics or _validation(location) or {}
 
 
@@ -225,26 +221,26 @@ def _unscored(location: str) -> bool:
 
 
 def remove_checkpoints_after(run: str, step: int) -> None:
-    """Remove the checkpoints of later steps, which are damaged where the run goes on from `step`."""
+    """Remove the checkpoints of later steps: a run that continues from `step` has found them damaged."""
     for newer in list_steps(run):
         if newer > step:
             remove_checkpoint(checkpoint_location(run, newer))
 
 
 def prune_checkpoints(
-    run: str, keep_last: int, keep_best: str | None, awaited: Callable[[int], bool] = lambda step: False
+    run: str, keep_last: int, keep_best: str | None, validated: Callable[[int], bool] = lambda step: False
 ) -> None:
     """Remove all checkpoints but the newest ones, the best one, and those that wait for their validation.
 
     keep_last: number of newest checkpoints that stay.
     keep_best: metric of the best checkpoint; None to keep no best one.
-    awaited: whether the checkpoint of a step is to be validated beside training.
+    validated: whether the checkpoint of a step is to be validated beside training.
     """
     checkpoints = list_checkpoints(run)
     needed = {
         *checkpoints[-keep_last:],
         best_checkpoint(run, keep_best) if keep_best else None,
-        *pending_validation(run, awaited),
+        *pending_validation(run, validated),
     }
     for location in checkpoints:
         if location not in needed:
@@ -252,7 +248,7 @@ def prune_checkpoints(
 
 
 def remove_checkpoint(location: str) -> None:
-    """Remove a checkpoint, or files of an incomplete one. The manifest goes first: the rest is no checkpoint."""
+    """Remove a checkpoint, or files of an incomplete one. state.json goes first, so that what is left is no checkpoint."""
     fs, path = filesystem(location)
     with storage_errors_as(location, "removed"):
         files = list_files(location)

@@ -28,7 +28,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("nev.train.worker",),
     ("nev.train.driver",),  # hands the worker's function to Ray Train
     ("nev.train",),
-    ("nev.serve", "nev.export", "nev.search"),
     ("nev.sweep",),
     ("nev",),
     ("nev.commands",),

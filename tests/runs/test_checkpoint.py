@@ -125,9 +125,9 @@ def test_folder_without_manifest_is_not_a_checkpoint(tmp_path: Path) -> None:
     assert manifest.latest_checkpoint(str(tmp_path)) == newer
     Path(newer, "state.json").unlink()  # as a process that died before its last write would leave it
     assert manifest.latest_checkpoint(str(tmp_path)) == older
-    with pytest.raises(CheckpointError, match=r"not a checkpoint .*There is .*step-00000001"):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint .*Found: .*step-00000001"):
         load_checkpoint(newer)
-    with pytest.raises(CheckpointError, match=r"not a checkpoint .*There is .*step-00000001"):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint .*Found: .*step-00000001"):
         load_checkpoint(str(tmp_path))
     with pytest.raises(CheckpointError, match=r"not a checkpoint .*Checkpoints lie in RUN/checkpoints/step-\.\.\."):
         load_checkpoint(str(tmp_path / "nothing"))

@@ -38,11 +38,11 @@ class Batch(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """Detached 0-d tensors on the training device, equal on every rank. Their computation waits for no device.
+    """Detached 0-d tensors on the training device, equal on every rank. Computing them does not block on the GPU.
 
     correct: int64, valid images whose own text scores highest.
     pairs: int64, valid rows of the global batch.
-    grad_norm: before clipping. A step whose loss or norm is not finite has changed nothing.
+    grad_norm: before clipping. If the loss or the norm is not finite, the step changed nothing.
     """
 
     loss: Tensor
@@ -96,18 +96,18 @@ def train_step(
         return embedded
 
     def loss(vectors: Sequence[Tensor], scalars: Sequence[Tensor]) -> LossOutput:
-        others = start_gather(vectors[1], batch.valid) if constant is None else constant
+        others = start_gather(vectors[1], batch.valid) if locked_side is None else locked_side
         return compute_loss(config.loss, vectors[0], others, *scalars)
 
     optimizer.zero_grad(set_to_none=True)
-    # The vectors of the side that is not trained, fp16 from sidecars, are gathered while the other side is embedded.
-    constant = None
+    # The vectors of the locked side are gathered while the trained side is embedded.
+    locked_side = None
     if dual.text is None:
-        constant = start_gather(batch.text, batch.valid)
+        locked_side = start_gather(batch.text, batch.valid)
     elif dual.vision_locked:
         with torch.no_grad(), precision.autocast():
             images = torch.cat([dual.vision(pixels(rows)) for rows in parts])
-        constant = start_gather(images, batch.valid)
+        locked_side = start_gather(images, batch.valid)
     if len(parts) > 1:
         result = backward_in_parts(model, parts, embed, loss, batch.images.device)
     else:
@@ -123,7 +123,7 @@ def train_step(
 def update_parameters(optimizer: torch.optim.Optimizer, loss: Tensor, clip_norm: float | None) -> Tensor:
     """Clip the gradients and update the parameters. Returns the norm of the gradients before clipping, 0-d.
 
-    loss: 0-d. Where the loss or the norm is not finite, nothing is updated; no device is waited for.
+    loss: 0-d. If the loss or the norm is not finite, nothing is updated. The call does not block on the GPU.
     clip_norm: the largest norm of all gradients together; None for no limit.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -27,7 +27,7 @@ from nev.train.worker.process import train_worker
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
-# Starts of Ray's controller, each with a wait for room (`nev.cluster.session`), before `run_workers` has the next say.
+# Attempts of Ray's controller, each with a wait for free resources (`nev.cluster.session`), before `run_workers` gets its error.
 START_TRIES = 3
 
 
@@ -38,9 +38,9 @@ class TrainingFailed(NevError, RuntimeError):
 def run_workers(job: Job, reader: BlockReader, mailbox: Any, monitor: TrainMonitor, start_step: int) -> None:
     """Train on the connected Ray cluster, from `start_step` to `job.stop_step` or to an early stop.
 
-    start_step: the step of a verified checkpoint, 0 for a new run. Workers that start again look for the newest valid one.
-    Workers that left before that (their machine is taken away) are started again.
-    Raises TrainingFailed; Stopped where a SIGTERM to this process, or a callback, has ended training.
+    start_step: the step of a verified checkpoint, 0 for a new run. Every later attempt begins at the newest valid checkpoint.
+    Workers that exit early because their machine is taken away are started again.
+    Raises TrainingFailed, and Stopped if a SIGTERM to this process or a callback has ended training.
     """
     import ray.train
 
@@ -69,9 +69,8 @@ def run_workers(job: Job, reader: BlockReader, mailbox: Any, monitor: TrainMonit
         if monitor.ended_by_callback:
             raise Stopped from error
         raise TrainingFailed(first_cause(error)) from error
-    except (
-        SystemExit
-    ) as end:  # of SIGTERM's handler, or of Ray Train's for Ctrl-C, from which Ray makes a new SystemExit
+    # From SIGTERM's handler, or from Ray Train's handler of Ctrl-C, whose error Ray raises again as SystemExit.
+    except SystemExit as end:
         if monitor.stop_requested.is_set() or monitor.ended_by_callback:
             raise Stopped from end
         raise KeyboardInterrupt from end
@@ -86,17 +85,17 @@ def run_workers(job: Job, reader: BlockReader, mailbox: Any, monitor: TrainMonit
 def gives_up(config: Experiment, failures: int, error: BaseException) -> bool:
     """Whether the run ends after a failure of Ray's controller.
 
-    Ray itself starts workers again that die in training. Ray's controller fails where a worker dies while all of them
-    connect, and where there is no room for a while. `failures` are those of the first kind: room is waited for without end.
+    failures: workers that died while all of them connected. Ray itself restarts workers that die in training, and a wait for
+        free resources is no failure: it has no limit.
     """
     most = config.workers.max_failures
-    return isinstance(find_root_error(error), NevError) or 0 <= most < failures
+    return isinstance(find_root_error(error), NevError) or (most >= 0 and failures > most)
 
 
 def ray_trainer(job: Job, streams: Callable[[], Any], mailbox: Any, folder: str) -> TorchTrainer:
     """Ray's trainer of a job: it starts as many workers as there is room for, between the least and the most.
 
-    streams: called at every start of the workers, for their stream.
+    streams: Ray calls this at each attempt; it returns the stream of blocks.
     """
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -141,18 +140,18 @@ def ray_folder(run: str) -> Iterator[str]:
 
 
 def resources(config: Experiment) -> dict[str, float]:
-    """What one worker reserves. Ray wants some resource: a worker that shares the CPUs reserves memory alone."""
+    """What one worker reserves. Ray requires one at least, so a worker without a CPU of its own reserves memory alone."""
     workers = config.workers
     amounts = {"CPU": workers.cpus, "GPU": workers.gpus, "memory": float(workers.memory)}
     return {name: amount for name, amount in amounts.items() if amount}
 
 
 def make_streams(job: Job, reader: BlockReader, mailbox: Any, start_step: int | None) -> Callable[[], Any]:
-    """A function that returns the stream of a start of the workers, and posts the step of that start to the mailbox.
+    """Make the function that Ray Train's controller calls at each attempt, before its workers run.
 
-    start_step: the step of the first start, whose checkpoint is verified. None: the first start looks for the newest valid
-    checkpoint, as every later start does.
-    Ray Train's controller calls the function before the workers of a start run.
+    The function returns the stream of blocks, and posts the attempt's first step to the mailbox.
+    start_step: the first step of the first attempt, whose checkpoint is verified. None: the newest valid checkpoint is looked
+        for, as at every later attempt.
     """
     verified = [] if start_step is None else [start_step]
 

@@ -65,7 +65,7 @@ class AsyncCheckpointWriter:
 
     keep_last, keep_best: as `prune_checkpoints` takes them.
     report: called in the writing thread.
-    awaited: whether the checkpoint of a step will be validated beside training, and is kept until then.
+    validated: whether the checkpoint of a step will be validated beside training, and is kept until then.
     """
 
     def __init__(
@@ -74,10 +74,10 @@ class AsyncCheckpointWriter:
         keep_last: int,
         keep_best: str | None,
         report: Callable[[CheckpointSaved | Note], None],
-        awaited: Callable[[int], bool] = lambda step: False,
+        validated: Callable[[int], bool] = lambda step: False,
     ) -> None:
         self._run, self._keep_last, self._keep_best, self._report = run, keep_last, keep_best, report
-        self._awaited = awaited
+        self._validated = validated
         self._pool = ThreadPoolExecutor(1, "nev-checkpoint")
         self._pending: Future[None] | None = None
         self._no_more_tries = threading.Event()
@@ -145,7 +145,7 @@ class AsyncCheckpointWriter:
                     self._points = []
                 checkpoint.save(self._run, snapshot.state, snapshot.tensors, snapshot.rng, snapshot.beside)
         try:
-            prune_checkpoints(self._run, self._keep_last, self._keep_best, self._awaited)
+            prune_checkpoints(self._run, self._keep_last, self._keep_best, self._validated)
         except REFUSALS as error:  # the new checkpoint is complete, and the next checkpoint removes them
             self._report(Note(f"step {step}: older checkpoints could not be removed: {error}"))
         self._report(CheckpointSaved(step, time.perf_counter() - begin))
@@ -166,9 +166,9 @@ class Checkpointer:
         self._writer = None
         if ctx.rank == 0:
             remove_checkpoints_after(job.run, start_step)
-            awaited = job.validates if job.config.eval.asynchronous else lambda step: False
+            validated = job.validates if job.config.eval.asynchronous else lambda step: False
             self._writer = AsyncCheckpointWriter(
-                job.run, train.keep_last, job.config.eval.best, self._report_write, awaited
+                job.run, train.keep_last, job.config.eval.best, self._report_write, validated
             )
 
     def log(self, step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None:

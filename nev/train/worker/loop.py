@@ -49,7 +49,7 @@ def train(
 
     blocks: this rank's share of the stream.
     report: called on rank 0 alone.
-    local_stop: whether this rank was asked to stop. After a step in which any rank was asked, all save a checkpoint and return.
+    local_stop: whether this rank was asked to stop. If any rank was, all ranks finish the step, save a checkpoint and return.
     Raises StreamError where a block is not the block that the plan names, TooManyBadRows past `data.max_bad_share`, Diverged past
     `guards.max_skipped`, and TowerMoved where a locked tower has changed.
     """
@@ -63,14 +63,14 @@ def train(
     encode_text = (
         make_locked_encoder(train_state.tower, config) if train_state.tower and config.lock == "text" else None
     )
-    room = plan.max_rank_blocks(ctx.world)
+    max_blocks = plan.max_rank_blocks(ctx.world)
     with Checkpointer(job, ctx, start.step, report) as checkpointer:
         for step in range(start.step, job.stop_step):
             rate = learning_rate(step, job.total_steps, config.optim)
             set_learning_rate(train_state.optimizer, rate)
-            numbers = plan.rank_blocks(step, ctx.rank, ctx.world, first_step=start.step)
-            builder = BatchBuilder(room, plan.block_rows, ctx.device)
-            for number in numbers:
+            block_numbers = plan.rank_blocks(step, ctx.rank, ctx.world, first_step=start.step)
+            builder = BatchBuilder(max_blocks, plan.block_rows, ctx.device)
+            for number in block_numbers:
                 with clock.waiting():
                     block = next_block(blocks, number)
                 quarantine.note(step, block)
@@ -85,8 +85,8 @@ def train(
             guard.record(step, rate, result)
             done = step + 1
             stop = consensus.should_stop()
-            save = job.validates(done) or done == job.stop_step or stop or done % config.train.checkpoint_every == 0
-            if done % config.train.log_every == 0 or save:
+            save_now = job.validates(done) or done == job.stop_step or stop or done % config.train.checkpoint_every == 0
+            if done % config.train.log_every == 0 or save_now:
                 metrics = totals.metrics(result, train_state.model, rate) | clock.metrics(done, batch_rows)
                 bad_steps = guard.check()
                 if ctx.rank == 0:
@@ -98,7 +98,7 @@ def train(
                 if too_many_bad_rows(totals.bad_rows(), done, plan, config):
                     raise TooManyBadRows(describe_bad_rows(quarantine, totals.bad_rows(), done, config))
                 guards.refuse_divergence(guard.history, bad_steps, config.guards)
-            if save:
+            if save_now:
                 with clock.paused():
                     refuse_moved(locked, ctx.world)
                     quarantine.flush(done)
@@ -116,7 +116,7 @@ def train(
 
 
 def locked_towers(train_state: TrainState, config: Experiment) -> dict[str, nn.Module]:
-    """The locked towers of this process, by name. With texts from sidecars the text tower is on the driver alone."""
+    """The locked towers of this process, by name. With texts from sidecars only the driver has the text tower."""
     if config.lock == "image":
         return {"vision": train_state.model.vision}
     return {"text": train_state.tower.model} if config.lock == "text" and train_state.tower else {}
@@ -130,12 +130,12 @@ def refuse_moved(locked: dict[str, tuple[nn.Module, dict[str, str]]], world: int
     """
     for name, (tower, before) in locked.items():
         now = weight_digests(tower)
-        moved = [key for key, digest in before.items() if now[key] != digest]
-        problem = f"{len(moved)} of its {len(before)} weights changed ({', '.join(moved[:3])})" if moved else None
+        changed = [key for key, digest in before.items() if now[key] != digest]
+        problem = f"{len(changed)} of its {len(before)} weights changed ({', '.join(changed[:3])})" if changed else None
         if problem := first_error(problem, world):
             raise TowerMoved(
-                f"the {name} tower is locked, but {problem} since this process started. No checkpoint has the change: the same "
-                "command goes on from the checkpoint before."
+                f"the {name} tower is locked, but {problem} since this process started. The change was not saved: "
+                "the same command continues from the last checkpoint."
             )
 
 
@@ -174,9 +174,9 @@ def validate_model(job: Job, ctx: RankContext, train_state: TrainState) -> Resul
             scale = float(model.log_scale.detach().exp())
             scored = validate(job.validation, embed, scale, encode, ctx.rank, ctx.world, lockstep=config.train.fsdp)
             if job.canaries is not None and encode and (ctx.rank == 0 or config.train.fsdp):
-                moved = 1 - float(np.einsum("cd,cd->c", encode(CANARIES), job.canaries).mean())
+                drift = 1 - float(np.einsum("cd,cd->c", encode(CANARIES), job.canaries).mean())
                 if scored:
-                    scored.metrics["space/text_drift"] = moved
+                    scored.metrics["space/text_drift"] = drift
             return scored
     finally:
         model.train()
