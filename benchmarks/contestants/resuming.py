@@ -61,7 +61,7 @@ def peak_mib(way: str, folder: str) -> float:
     ranks = [context.Process(target=_rank, args=(rank, way, folder, rendezvous, ready)) for rank in range(WORLD)]
     for process in ranks:
         process.start()
-    ready.wait()  # every rank has imported all it needs
+    ready.wait(300)  # every rank has imported all it needs
     peak = 0.0
     while any(process.is_alive() for process in ranks):
         peak = max(peak, sum(_proportional_mib(process.pid) for process in ranks))
@@ -86,7 +86,7 @@ def _rank(rank: int, way: str, folder: str, rendezvous: str, ready: Any) -> None
         _job(experiment(way == "shared_fsdp"), folder),
         RankContext(rank, WORLD, device, choose_precision("fp32", device)),
     )
-    ready.wait()
+    ready.wait(300)
     if way == "each_rank":
         _start_from_own_copy(job, ctx)
     else:

@@ -75,6 +75,7 @@ def report_validation(
     from nev.eval.report.page import write_report
     from nev.eval.suite.collection import Collection, Fact
     from nev.eval.suite.results import SuiteResult
+    from nev.eval.suite.schema import VALIDATION
     from nev.eval.suite.tasks import Context
     from nev.eval.validation.on_cluster import embed, pictures
     from nev.eval.validation.scoring import name_metrics
@@ -84,23 +85,23 @@ def report_validation(
 
     began = time.perf_counter()
     captions = read_captions(task.reader.index) if task.retrieval else []
-    vectors = None if overrides else load_vectors(embedder.location, task)
+    vectors, about = None if overrides else load_vectors(embedder.location, task), "the training's vectors"
     if vectors is None:
         connect()
-        vectors = embed(task, embedder, captions=captions)
+        vectors, about = embed(task, embedder, captions=captions), "embedded anew"
     embedded, texts = vectors
     facts = [Fact(uid=str(row), captions=tuple(of_row)) for row, of_row in enumerate(captions)]
     collection = Collection(embedded, facts, {})
     context = Context(embedder.logit_scale, texts, pictures=partial(pictures, task))
     suite = make_suite(task)
-    name = f"validation-{hash_values(*overrides)[:8]}" if overrides else "validation"
+    name = f"{VALIDATION}-{hash_values(*overrides)[:8]}" if overrides else VALIDATION
     drawn = folder / f"{name}-{embedder.step:08d}"
     scored = [score_task(each, collection, context, drawn, console) for each in suite.tasks]
     results = [item.result for item in scored]
     refuse_nothing(name, results)
     result = SuiteResult(
         suite=name,
-        about=suite.about,
+        about=f"{suite.about}: {about}",
         checkpoint=embedder.location,
         model=embedder.config.name,
         step=embedder.step,

@@ -170,12 +170,12 @@ def verify(location: str) -> dict[str, Any]:
     return manifest
 
 
-def with_retries(read: Callable[[], Read]) -> Read:
-    """The result of `read`. Where storage fails, `read` is tried again for five minutes; then the error is raised."""
+def with_retries(read: Callable[[], Read], seconds: float = PATIENCE_S) -> Read:
+    """The result of `read`. Where storage fails, `read` is tried again for so many seconds; then the error is raised."""
     return Retrying(
         retry=retry_if_exception_type((StorageError, Unreadable)),
         wait=wait_exponential(max=20),
-        stop=stop_after_delay(PATIENCE_S),
+        stop=stop_after_delay(seconds),
         reraise=True,
     )(read)
 

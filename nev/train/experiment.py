@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from nev.cluster.session import connect
 from nev.config.experiment import Experiment
 from nev.config.file import to_yaml
 from nev.eval.report.tables import metrics_table
-from nev.runs.manifest import best_checkpoint, latest_checkpoint, read_manifest, read_metrics
+from nev.runs.manifest import best_checkpoint, latest_checkpoint, list_steps, read_manifest, read_metrics
 from nev.runs.metrics_log import read_points
 from nev.runs.tracking import Tracker
 from nev.storage.files import join, output_folder
@@ -74,13 +75,17 @@ def run_experiment(
     from nev.models.text import load_text
 
     prepared = prepare(config, stop_after)
-    job, start_step = prepared.job, prepared.resume.step
-    lock = take_lock(prepared.text) if config.lock == "text" else None
     connect()
-    check_object_store(job)
-    print_start(prepared, console)
-    # The mailbox comes before MLflow: another job may train this run.
-    with open_mailbox(job.run) as mailbox, open_tracking(job, tags or {}, start_step, console) as tracked:
+    check_object_store(prepared.job)
+    with ExitStack() as stack:
+        # The mailbox comes before MLflow: another driver may train this run.
+        mailbox = stack.enter_context(open_mailbox(prepared.job.run))
+        if list_steps(prepared.job.run) != prepared.steps:  # another driver has trained this run in the meantime
+            prepared = prepare(config, stop_after)
+        job = prepared.job
+        print_start(prepared, console)
+        lock = take_lock(prepared.text) if config.lock == "text" else None
+        tracked = stack.enter_context(open_tracking(job, tags or {}, prepared.resume.step, console))
         train_and_validate(prepared, mailbox, tracked.tracker, console, on_metrics)
         if lock:
             check_locked(load_text(job.config.text), lock)

@@ -73,6 +73,8 @@ def test_an_unknown_suite_a_variable_that_is_not_set_and_names_twice(
 ) -> None:
     with pytest.raises(ConfigError, match="no suite is called 'imagenett': give one of coco"):
         load_suite("imagenett")
+    with pytest.raises(ConfigError, match=r"validation\.yaml: a run's own page has the name 'validation'"):
+        load_suite(str(tmp_path / "validation.yaml"))
     monkeypatch.delenv("NEV_EVAL_DATA", raising=False)
     with pytest.raises(ConfigError, match=r"NEV_EVAL_DATA' is not set.*--data"):
         load_suite("imagenet")

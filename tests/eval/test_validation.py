@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.training import prepare_job, run_bare, train_reader
 from rich.console import Console
@@ -89,7 +92,7 @@ def test_metrics_are_the_functions_own(online: Validation) -> None:
     valid, labels = np.arange(rows) != 3, np.arange(rows) % classes
     labels[5] = -1
     images, texts = unit(rows), Texts(unit(classes, 2), unit(2 * rows, 3), np.repeat(np.arange(rows), 2))
-    found = score_validation(online, Embedded(images, valid, labels), texts, 10.0, space=True)
+    found = score_validation(online, Embedded(images, valid, labels), texts, 10.0, complete=True)
     labelled = valid & (labels >= 0)
     assert texts.captions is not None
     own = np.repeat(valid, 2)
@@ -119,7 +122,7 @@ def test_what_training_measures_is_what_an_evaluation_measures(tiny: Make, text:
     report = report_validation(job.validation, embedder, tmp_path, Console(quiet=True))
     trained = read_manifest(newest)["metrics"]
     assert {name: report.metrics[name] for name in trained} == trained
-    assert report.metrics.keys() - trained.keys() >= {"space/gap", "mixed/images_found"}
+    assert report.metrics.keys() - trained.keys() >= {"space/gap", "mixed/images_found", "zero_shot/scale_fitted"}
     page, numbers = report.files
     assert [file.name for file in report.files] == ["validation-00000002.html", "validation-00000002.json"]
     assert SuiteResult.model_validate_json(numbers.read_text()) == report.result
@@ -130,6 +133,24 @@ def test_what_training_measures_is_what_an_evaluation_measures(tiny: Make, text:
     }
     assert page.read_text().count("data:image/png;base64,") == 9  # the loss, and the pictures of three tasks
     assert {"retrieval-search", "zero_shot-classes"} <= report.pictures.keys()
+
+
+def test_labels_that_were_corrected_since_the_training_are_scored(tiny: Make, text: TextTower, tmp_path: Path) -> None:
+    val = tmp_path / "val"
+    shutil.copytree(tiny().data.val or "", val)
+    job = prepare_job(tiny(data__val=str(val), eval__retrieval=False, train__steps=2), text)
+    run_bare(job, train_reader(job.config, text))
+    newest = latest_checkpoint(job.run)
+    assert newest
+    assert job.validation
+    (shard,) = val.glob("*.parquet")
+    table = pq.read_table(shard)
+    column = table.schema.get_field_index("label")
+    labels = pa.array(np.roll(table["label"].to_numpy(), 1), table.schema.field(column).type)
+    pq.write_table(table.set_column(column, table.schema.field(column), labels), shard, row_group_size=32)
+    vectors = load_vectors(newest, job.validation)
+    assert vectors
+    assert vectors[0].labels.tolist() == labels.to_pylist()
 
 
 def test_a_report_reads_captions_once(

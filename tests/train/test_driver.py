@@ -112,6 +112,7 @@ def launch(
 ) -> int:
     """Run workers whose starts end with these errors, the last start well. Returns how many starts there were."""
     import ray.train
+    from ray.exceptions import RayActorError
 
     starts = 0
 
@@ -120,7 +121,8 @@ def launch(
             nonlocal starts
             starts += 1
             if errors:
-                raise ray.train.ControllerError(errors.pop(0))
+                error = errors.pop(0)
+                raise error if isinstance(error, RayActorError) else ray.train.ControllerError(error)
 
     class Watch:
         """A monitor that has nothing to read."""
@@ -170,12 +172,17 @@ def test_failures_without_an_end_and_waits_for_room_do_not_end_a_run(
 def test_a_run_that_a_callback_has_ended_starts_no_workers_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    from ray.exceptions import RayActorError
+
     errors: list[Exception] = [RuntimeError("a worker died"), RuntimeError("another worker died")]
     with pytest.raises(Stopped):  # an MLflow run that ends so is KILLED
         launch(monkeypatch, tmp_path, -1, errors, ended_by_callback=True)
     assert len(errors) == 1, "one start"
-    with pytest.raises(Stopped):
-        launch(monkeypatch, tmp_path, -1, [], ended_by_callback=True)
+    for ends in ([], [RayActorError()]):  # the monitor has killed Ray Train's controller
+        with pytest.raises(Stopped):
+            launch(monkeypatch, tmp_path, -1, ends, ended_by_callback=True)
+    with pytest.raises(RayActorError):
+        launch(monkeypatch, tmp_path, -1, [RayActorError()])
 
 
 @pytest.mark.parametrize(

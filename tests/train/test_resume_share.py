@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from helpers.checkpoints import load_checkpoint
 from helpers.gloo import on_ranks
 from helpers.training import prepare_job, run_bare, train_reader
+from rich.console import Console
 
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
@@ -23,11 +26,12 @@ from nev.models.text import TextTower
 from nev.runs import checkpoint, manifest
 from nev.runs.manifest import Damaged
 from nev.storage.files import filesystem
+from nev.train import experiment
 from nev.train.core.parallel import is_sharded
 from nev.train.core.state_dict import gather_tensors
 from nev.train.core.step import choose_precision
 from nev.train.driver.launcher import make_streams
-from nev.train.driver.preflight import prepare
+from nev.train.driver.preflight import Prepared, prepare
 from nev.train.job import Job, find_resume_point
 from nev.train.worker import state
 from nev.train.worker.state import RankContext, load_model, make_train_state
@@ -167,3 +171,34 @@ def test_a_start_hashes_every_byte_of_the_checkpoint_once(
     make_next_stream()
     assert (streams, posted) == ([(4, 8), (2, 8)], [4, 2])
     assert find_resume_point(job.run).step == 2
+
+    shutil.rmtree(folder)
+    with pytest.raises(Damaged, match="removed after it was verified"):
+        load_model(job, make_context(0, world=1), STEP)
+
+
+class Reached(Exception):
+    """Training would begin."""
+
+
+def test_checkpoints_that_another_driver_changed_are_verified_again(
+    tiny: Make, text: TextTower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until the mailbox is open, another driver of this run may write and remove checkpoints."""
+    job = stopped(tiny, text)
+
+    @contextmanager
+    def open_late(run: str) -> Iterator[None]:
+        shutil.rmtree(Path(run, "checkpoints", f"step-{STEP:08d}"))
+        yield
+
+    def train(prepared: Prepared, *_: object) -> None:
+        raise Reached(prepared.resume.step)
+
+    monkeypatch.setattr(experiment, "open_mailbox", open_late)
+    monkeypatch.setattr(experiment, "train_and_validate", train)
+    for name in ("connect", "check_object_store"):
+        monkeypatch.setattr(experiment, name, lambda *_: None)
+    with pytest.raises(Reached) as reached:
+        experiment.run_experiment(job.config, Console(quiet=True))
+    assert reached.value.args == (2,)

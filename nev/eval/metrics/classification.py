@@ -15,7 +15,7 @@ from nev.eval.metrics.ranks import Floats, Ints, row_numbers, unit_rows
 
 Weights = NDArray[np.float64]
 BINS = 15
-CHUNK = 8192
+CHUNK_SCORES = 2**23  # most scores in memory at once
 FITTED = 10_000  # most images that a temperature is fitted on
 SCALES = (1.0, 1000.0)  # range of the fitted scale
 
@@ -142,6 +142,7 @@ def _checked(images: ArrayLike, labels: ArrayLike, classes: ArrayLike) -> tuple[
 
 def _scores(images: Floats, classes: Floats) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
     """Rows of `images`, a chunk at a time, and their cosines with all classes, float64 [rows, C]."""
-    for top in range(0, len(images), CHUNK):
-        rows = np.arange(top, min(top + CHUNK, len(images)))
+    chunk = max(1, CHUNK_SCORES // len(classes))
+    for top in range(0, len(images), chunk):
+        rows = np.arange(top, min(top + chunk, len(images)))
         yield rows, (images[rows] @ classes.T).astype(np.float64)

@@ -16,6 +16,7 @@ from nev.config.file import parse, read_yaml
 
 Kind = Literal["zero_shot", "retrieval", "alignment", "robustness", "compression", "association"]
 Format = Literal["clip-benchmark", "webdataset", "hf-parquet", "folder-classes", "folder-captions", "winogavil"]
+VALIDATION = "validation"  # name of the suite that a run's own set makes
 # Metrics that a task of a kind may be judged by; the first is the default.
 METRICS: dict[str, tuple[str, ...]] = {
     "zero_shot": ("top1", "top5", "mean_per_class", "worst_group_top1", "worst_group_top5", "macro_f1"),
@@ -137,6 +138,8 @@ def load_suite(name: str, root: str | None = None) -> Suite:
 
     Raises ConfigError for an unknown name, a file that is no suite, and an environment variable in `root` that is not set.
     """
+    if Path(name).stem == VALIDATION:
+        raise ConfigError(f"{name}: a run's own page has the name {VALIDATION!r}. Rename the file.")
     if name.endswith((".yaml", ".yml")):
         suite = parse(Suite, read_yaml(name, f"The shipped suites are {', '.join(shipped())}."), where=name)
     elif name in shipped():

@@ -37,6 +37,7 @@ class Context(NamedTuple):
     root: folder of the suite.
     reading: how the set was read. None: the set is a run's own.
     pictures: rows of the set to what the model sees of them, uint8 [S, S, 3] each.
+    calibration: also measure the calibration of zero-shot, which takes several times as long as its shares.
     """
 
     scale: float
@@ -45,6 +46,7 @@ class Context(NamedTuple):
     root: str = ""
     reading: Reading | None = None
     pictures: Callable[[Sequence[int]], list[Picture]] | None = None
+    calibration: bool = True
 
 
 class Labelled(NamedTuple):
@@ -85,10 +87,11 @@ def _zero_shot(task: Task, collection: Collection, context: Context) -> TaskResu
     values |= {name: metric(np.ones(len(labels))) for name, metric in metrics.items()}
     intervals = {name: interval(hits) for name, hits in top.items()}
     intervals |= {name: interval_from_draws(metric, len(labels)) for name, metric in metrics.items()}
-    fitted = classification.fit_scale(images, labels, classes)
-    for name, scale in (("", context.scale), ("_fitted", fitted)):
-        values[f"calibration_error{name}"] = classification.calibration_error(images, labels, classes, scale)
-    values |= {"scale": context.scale, "scale_fitted": fitted}
+    if context.calibration:
+        fitted = classification.fit_scale(images, labels, classes)
+        for name, scale in (("", context.scale), ("_fitted", fitted)):
+            values[f"calibration_error{name}"] = classification.calibration_error(images, labels, classes, scale)
+        values |= {"scale": context.scale, "scale_fitted": fitted}
     table = [
         {"right": names[right], "given": names[wrong], "share": share}
         for right, wrong, share in classification.confusions(answers, 10)

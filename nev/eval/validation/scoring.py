@@ -18,25 +18,28 @@ from nev.storage.reading import DataError
 
 
 def score_validation(
-    task: Validation, embedded: Embedded, texts: Texts, scale: float, space: bool = False
+    task: Validation, embedded: Embedded, texts: Texts, scale: float, complete: bool = False
 ) -> dict[str, float]:
     """The metrics of a validation by their names in MLflow, with the ends of their 95 % intervals (`..._low`, `..._high`).
 
     scale: 1 / temperature of the model.
-    space: also measure the space of pictures and captions, which takes as long again and more.
+    complete: also measure the calibration of zero-shot, and the space of pictures and captions: what the report has beside the
+        shares, and takes several times as long.
     Raises DataError where no row can be scored.
     """
     index = task.reader.index
     tasks = make_tasks(index.root, task.classes, task.retrieval, index.columns)
-    if not space:
+    if not complete:
         tasks = tuple(part for part in tasks if part.kind != "alignment")
     try:
-        return name_metrics(score_tasks(tasks, embedded, texts, scale), embedded)
+        return name_metrics(score_tasks(tasks, embedded, texts, scale, complete), embedded)
     except ConfigError as error:
         raise DataError(f"{index.root}: {error}, so there is nothing to score. Correct data.val.") from error
 
 
-def score_tasks(tasks: Sequence[Task], embedded: Embedded, texts: Texts, scale: float) -> list[TaskResult]:
+def score_tasks(
+    tasks: Sequence[Task], embedded: Embedded, texts: Texts, scale: float, calibration: bool = True
+) -> list[TaskResult]:
     """The result of each task. A set that is too small for `alignment` goes without."""
     from nev.eval.suite.collection import Collection
     from nev.eval.suite.tasks import Context, score  # imports scipy, which takes a second
@@ -44,7 +47,7 @@ def score_tasks(tasks: Sequence[Task], embedded: Embedded, texts: Texts, scale: 
     results = []
     for task in tasks:
         try:
-            results.append(score(task, Collection(embedded, [], {}), Context(scale, texts)))
+            results.append(score(task, Collection(embedded, [], {}), Context(scale, texts, calibration=calibration)))
         except ConfigError:
             if task.kind != "alignment":
                 raise

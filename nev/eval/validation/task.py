@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nev.config.base import ConfigError
 from nev.config.data import Columns, Data
 from nev.config.experiment import Experiment, ZeroShot
@@ -146,6 +149,14 @@ def check_labels(index: Index, classes: int) -> None:
         known += int((labels >= 0).sum())
     if not known:
         raise DataError(f"{index.root}: no row has a label, so zero-shot has nothing to score")
+
+
+def read_labels(index: Index) -> NDArray[np.int64]:
+    """The label of every row, int64 [n]; -1 where a label is null, or the set has no label column."""
+    if not index.columns.label:
+        return np.full(int(index.rows.sum()), -1, np.int64)
+    columns = [read_column(index.location(shard), index.columns.label) for shard in range(len(index.paths))]
+    return np.concatenate([column.fill_null(-1).to_numpy().astype(np.int64) for column in columns])
 
 
 def val_reader(data: Data, index: Index) -> BlockReader:

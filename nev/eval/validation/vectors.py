@@ -11,7 +11,7 @@ import numpy as np
 from nev.data.sidecar import Encode
 from nev.eval.metrics.zeroshot import class_embeddings
 from nev.eval.suite.vectors import Embedded, Texts
-from nev.eval.validation.task import Result, Validation
+from nev.eval.validation.task import Result, Validation, read_labels
 from nev.eval.validation.texts import read_caption_vectors, read_captions
 from nev.storage.files import join
 from nev.storage.reading import read_bytes
@@ -58,7 +58,7 @@ def vectors_to_bytes(task: Validation, result: Result) -> bytes:
 
 
 def load_vectors(checkpoint: str, task: Validation) -> tuple[Embedded, Texts] | None:
-    """The vectors of this validation from a checkpoint; None where the checkpoint has no such file."""
+    """The vectors of this validation from a checkpoint, with the set's labels; None where the checkpoint has no such file."""
     from safetensors.numpy import load
 
     content = read_bytes(join(checkpoint, vectors_file(task)))
@@ -66,4 +66,5 @@ def load_vectors(checkpoint: str, task: Validation) -> tuple[Embedded, Texts] | 
         return None
     tensors = load(content)
     embedded = Embedded(**{name: tensors.pop(name) for name in Embedded._fields})
+    embedded = embedded._replace(labels=read_labels(task.reader.index))  # as the set has them now
     return embedded, load_texts(task, None) if task.text_key else Texts(**tensors)

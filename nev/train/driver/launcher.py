@@ -63,12 +63,16 @@ def run_workers(job: Job, reader: BlockReader, mailbox: Any, monitor: TrainMonit
                     continue
                 monitor.poll()
                 stopped = monitor.stop_requested.is_set() or monitor.early_stopped.is_set()
-                if monitor.errors or stopped or not monitor.workers_left:
+                if monitor.errors or stopped or monitor.ended_by_callback or not monitor.workers_left:
                     break
     except ray.train.TrainingFailedError as error:
         if monitor.ended_by_callback:
             raise Stopped from error
         raise TrainingFailed(first_cause(error)) from error
+    except ray.exceptions.RayActorError as error:
+        if monitor.ended_by_callback:  # the monitor has killed Ray Train's controller
+            raise Stopped from error
+        raise
     # From SIGTERM's handler, or from Ray Train's handler of Ctrl-C, whose error Ray raises again as SystemExit.
     except SystemExit as end:
         if monitor.stop_requested.is_set() or monitor.ended_by_callback:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from nev.cluster.ray_internals import WorkerGroup, kill_worker_group
-from nev.common.signals import handle_sigterm
+from nev.common.signals import Stopped, handle_sigterm
 from nev.train.driver.early_stopping import EarlyStopping
 from nev.train.driver.metrics import MetricsCallback, MetricsLogger
 from nev.train.driver.step_progress import StepProgress
@@ -31,7 +31,7 @@ class TrainMonitor:
     workers_left: the workers saved a checkpoint and exited early (preemption, or a stop request).
     stop_requested: set by SIGTERM; the workers then save a checkpoint and exit.
     early_stopped: set when validations stop improving; the workers then save a checkpoint and exit.
-    ended_by_callback: a callback has raised SystemExit (Tune ends a trial so), and the workers were killed.
+    ended_by_callback: a callback has raised SystemExit (Tune ends a trial so); workers that still ran were killed.
     """
 
     def __init__(
@@ -97,11 +97,11 @@ class TrainMonitor:
         try:
             for callback in self._callbacks:
                 callback(step, metrics)
-        except SystemExit:
+        except SystemExit as end:
             self.ended_by_callback = True
             if self._group:
                 kill_worker_group(self._group)
-            raise
+            raise Stopped from end
 
     def _log_validations(self) -> None:
         for step, metrics, problem in self._validator.take_outcomes() if self._validator else []:

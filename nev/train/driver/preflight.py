@@ -18,7 +18,7 @@ from nev.data.plan import Plan
 from nev.data.sidecar import check_sidecars
 from nev.eval.validation.task import Validation, make_validation, refuse_unknown_metric, text_key
 from nev.runs.folder import check_output, check_space, run_folder
-from nev.runs.manifest import CheckpointError, LatestValid, latest_valid
+from nev.runs.manifest import CheckpointError, LatestValid, latest_valid, list_steps
 from nev.runs.metrics_log import load_mlflow_run_id
 from nev.runs.tracking import check_tracking, local_artifacts, tracking_uri
 from nev.train.driver.setup import Inputs, make_job, make_plan, make_reader, make_tokenizer
@@ -58,6 +58,7 @@ class Prepared(NamedTuple):
     text: the text tower, on the driver's CPU.
     resume: the point from which training goes on.
     damaged: the damage of each checkpoint newer than that point.
+    steps: the steps of all checkpoints, the damaged ones included, before they were verified.
     """
 
     job: Job
@@ -65,6 +66,7 @@ class Prepared(NamedTuple):
     text: TextTower
     resume: ResumePoint
     damaged: list[str]
+    steps: list[int]
 
 
 def prepare(config: Experiment, stop_after: int | None = None) -> Prepared:
@@ -98,6 +100,7 @@ def prepare(config: Experiment, stop_after: int | None = None) -> Prepared:
         text=text,
         resume=make_resume_point(inputs.checkpoint.manifest) if inputs.checkpoint else ResumePoint(),
         damaged=inputs.checkpoint.damaged if inputs.checkpoint else [],
+        steps=inputs.steps,
     )
 
 
@@ -111,9 +114,10 @@ def check_inputs(config: Experiment, text: TextTower, errors: ErrorCollector | N
 
     errors = ErrorCollector() if errors is None else errors
     checkpoint = training = validation = None
+    steps: list[int] = []
     if not errors:  # an output that was refused would be reported again
         with errors:
-            checkpoint = latest_valid(run_folder(config))
+            steps, checkpoint = list_steps(run_folder(config)), latest_valid(run_folder(config))
     with errors:
         if config.data.augment.auto:
             auto_augment(config.data.augment.auto, config.data.image_size)
@@ -134,7 +138,7 @@ def check_inputs(config: Experiment, text: TextTower, errors: ErrorCollector | N
     fingerprints = {"data": index.fingerprint, "plan": plan.fingerprint, "text": text.fingerprint}
     if checkpoint:
         refuse_other_run(config, fingerprints, checkpoint)
-    return Inputs(index, plan, fingerprints, validation, checkpoint)
+    return Inputs(index, plan, fingerprints, validation, checkpoint, steps)
 
 
 def check_training_set(config: Experiment, text: TextTower) -> tuple[Index, Plan]:

@@ -34,6 +34,7 @@ class Inputs:
     fingerprints: hashes of the data, the plan and the text tower, by those names.
     validation: None for a run without a validation set.
     checkpoint: the newest valid checkpoint, every byte verified, with its manifest; None for a new run.
+    steps: the steps of all checkpoints, the damaged ones included, before they were verified.
     """
 
     index: Index
@@ -41,6 +42,7 @@ class Inputs:
     fingerprints: dict[str, str]
     validation: Validation | None
     checkpoint: LatestValid | None
+    steps: list[int]
 
 
 def make_plan(config: Experiment, index: Index) -> Plan:

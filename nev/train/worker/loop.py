@@ -172,11 +172,12 @@ def validate_model(job: Job, ctx: RankContext, train_state: TrainState) -> Resul
         embed = make_embedder(forward, lambda images: normalise(images, config.data.mean, config.data.std), ctx.device)
         with uncompiled():
             scale = float(model.log_scale.detach().exp())
-            scored = validate(job.validation, embed, scale, encode, ctx.rank, ctx.world, lockstep=config.train.fsdp)
+            drift = None  # comes first: rank 0 scores last, and no rank waits for that
             if job.canaries is not None and encode and (ctx.rank == 0 or config.train.fsdp):
                 drift = 1 - float(np.einsum("cd,cd->c", encode(CANARIES), job.canaries).mean())
-                if scored:
-                    scored.metrics["space/text_drift"] = drift
+            scored = validate(job.validation, embed, scale, encode, ctx.rank, ctx.world, lockstep=config.train.fsdp)
+            if scored and drift is not None:
+                scored.metrics["space/text_drift"] = drift
             return scored
     finally:
         model.train()

@@ -79,19 +79,17 @@ def train_worker(setting: dict[str, Any]) -> None:
     first = ThreadPoolExecutor(1).submit(next, blocks, None)
     try:
         loaded = load_model(job, ctx, ray.get(setting["mailbox"].start_step.remote()))
-    except Damaged:  # after the verification: the workers that Ray starts next look for the newest valid checkpoint
-        raise
-    except (ConfigError, CheckpointError) as error:
-        return give_up(str(error))
-    train_state, start = make_train_state(loaded, job, ctx)
-    del loaded
-    if ctx.rank == 0:
-        ray.get(setting["mailbox"].post.remote(Started(start.step, current_worker_group())))
-    try:
+        train_state, start = make_train_state(loaded, job, ctx)
+        del loaded
+        if ctx.rank == 0:
+            ray.get(setting["mailbox"].post.remote(Started(start.step, current_worker_group())))
         done = train(job, ctx, train_state, start, prepend(first, blocks), report, local_stop)
         if done < job.stop_step and ctx.rank == 0:
             ray.get(setting["mailbox"].post.remote(Left(done)))
-    except (TooManyBadRows, Diverged, TowerMoved, KernelMismatch) as error:  # on every rank, at the same step
+    except Damaged:  # after the verification: the workers that Ray starts next look for the newest valid checkpoint
+        raise
+    # Every rank raises these at the same step.
+    except (ConfigError, CheckpointError, TooManyBadRows, Diverged, TowerMoved, KernelMismatch) as error:
         give_up(str(error))
     except CheckpointNotSaved as error:  # on rank 0; the other ranks have returned
         if error.step < job.stop_step:

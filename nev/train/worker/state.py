@@ -11,13 +11,23 @@ from torch import Tensor, nn
 from nev.common.collectives import broadcast_object, first_error
 from nev.common.errors import NevError
 from nev.config.base import ConfigError
+from nev.config.experiment import Experiment
 from nev.losses.fused import unsupported_reason
 from nev.models.dual_encoder import DualEncoder
 from nev.models.text import TextTower, load_text, make_text_encoder
 from nev.models.text_encoder import unlock
 from nev.models.vision import build_vision
 from nev.runs import checkpoint
-from nev.runs.manifest import CheckpointError, CheckpointState, checkpoint_location, with_retries
+from nev.runs.manifest import (
+    PATIENCE_S,
+    CheckpointError,
+    CheckpointState,
+    Damaged,
+    checkpoint_location,
+    checkpoint_step,
+    list_steps,
+    with_retries,
+)
 from nev.train.core.gradcache import refuse_batch_norm
 from nev.train.core.optim import make_optimizer
 from nev.train.core.parallel import broadcast_tensors, distribute
@@ -81,7 +91,7 @@ def load_model(job: Job, ctx: RankContext, start_step: int) -> LoadedModel:
         model, tower = build_model(job, resumed=start_step > 0)
         loaded = LoadedModel(model, tower, None, {}, {})
         if start_step and ctx.rank == 0:
-            loaded = read_checkpoint(loaded, checkpoint_location(job.run, start_step))
+            loaded = read_checkpoint(loaded, checkpoint_location(job.run, start_step), retry_seconds(job.config))
     except NevError as problem:  # perhaps on this rank alone: the other ranks must not wait for it
         error = problem
     if (first := first_error(error, ctx.world)) is not None:
@@ -123,19 +133,27 @@ def build_model(job: Job, resumed: bool) -> tuple[DualEncoder, TextTower | None]
     return model, tower
 
 
-def read_checkpoint(loaded: LoadedModel, location: str) -> LoadedModel:
+def retry_seconds(config: Experiment) -> float:
+    """How long one read of a checkpoint is retried. The other ranks wait for both reads, up to `workers.timeout_s`."""
+    return min(PATIENCE_S, config.workers.timeout_s / 3)
+
+
+def read_checkpoint(loaded: LoadedModel, location: str, seconds: float) -> LoadedModel:
     """Load the weights of a verified checkpoint into the model, and return the model with the rest of the checkpoint.
 
-    Storage that fails is tried again for five minutes. Raises CheckpointError.
+    seconds: how long each of the two reads is retried where storage fails.
+    Raises CheckpointError; Damaged for a checkpoint that was removed after its verification.
     """
     model = loaded.model
-    state, weights = with_retries(lambda: checkpoint.load_model(location, verified=True))
+    if checkpoint_step(location) not in list_steps(location.rpartition("/checkpoints/")[0]):
+        raise Damaged(f"{location}: removed after it was verified")
+    state, weights = with_retries(lambda: checkpoint.load_model(location, verified=True), seconds)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(f"{location}: not the weights of this experiment's model: {error}") from error
     del weights  # before the moments, which are twice as large, are read
-    moments, rng = with_retries(lambda: checkpoint.load_training_state(location, verified=True))
+    moments, rng = with_retries(lambda: checkpoint.load_training_state(location, verified=True), seconds)
     if unknown := unknown_parameters(model, moments):
         raise CheckpointError(f"{location}: optimiser state of parameters that the model lacks: {unknown[:5]}")
     return loaded._replace(state=state, moments=moments, rng=rng)
