@@ -13,6 +13,8 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
+from nev.cluster.session import LOCAL_ENVIRONMENT
+
 STARTING = "ray::RayTrainWorker.init_train_context"  # a training process that starts, before it meets the others
 STORE, MEMORY = 300 * 2**20, 2**30
 TRAINER, DECODER = "ray::RayTrainWorker", "ray::MapBatches(read_block)"  # as processes call themselves
@@ -101,9 +103,11 @@ def wait_for(what: Callable[[], Any], seconds: float, name: str) -> Any:
 
 def environment(address: str) -> dict[str, str]:
     """What a driver needs to find the cluster."""
+    # What `connect` sets for a Ray of its own, as another test of this process may have had, turns notices off.
+    inherited = {name: value for name, value in os.environ.items() if name not in LOCAL_ENVIRONMENT}
     # Ray looks for notices every 5 s, in which a short run would be over.
     return {
-        **os.environ,
+        **inherited,
         "RAY_ADDRESS": address,
         "HF_HUB_OFFLINE": "1",
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
