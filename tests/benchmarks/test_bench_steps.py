@@ -121,6 +121,7 @@ def test_step_gpu_takes_real_steps() -> None:
     assert mib == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("locked", [True, False])
 def test_what_a_loss_sends_is_counted(locked: bool) -> None:
     found = collectives.traffic("nev", 2, 8, 16, locked)
@@ -156,12 +157,14 @@ def test_step_reports_its_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert written["ratios"] == {"gradcache_memory": 1.1, "gradcache_time": pytest.approx(4 / 3, rel=1e-4)}
 
 
+@pytest.mark.slow
 def test_a_step_in_parts_costs_time_and_memory() -> None:
     seconds, mib = processes.in_own_process(steps.cost, 64, 64, 32)
     assert seconds > 0
     assert 20 < mib < 1500
 
 
+@pytest.mark.slow
 def test_a_loss_costs_time_and_memory() -> None:
     seconds, mib = processes.in_own_process(losses.cost, "nev", 2048, 16)
     assert seconds > 0

@@ -199,6 +199,7 @@ def test_without_shards_the_command_that_makes_them_is_named(
     assert "nev prepare --help" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.name)
 def test_every_benchmark_answers_help(path: Path) -> None:
     done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, timeout=120)

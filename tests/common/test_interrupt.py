@@ -49,6 +49,7 @@ def test_the_status_is_that_of_a_shell(capsys: pytest.CaptureFixture[str]) -> No
     assert (printed.out, printed.err) == ("", "interrupted. The same command goes on.\n")
 
 
+@pytest.mark.slow
 def test_prepare_is_interrupted_and_goes_on(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / "in" / str(number)).mkdir(parents=True)

@@ -56,6 +56,7 @@ def test_vectors_are_those_of_the_towers(make: Make, text: TextTower) -> None:
     assert embedder.text is embedder.base_text
 
 
+@pytest.mark.slow
 def test_a_text_tower_that_was_trained_is_the_checkpoints(make: Make, text: TextTower) -> None:
     location = checkpoint(make(lock="none", train__micro_batch=32, optim__warmup_steps=0), text)
     embedder = Embedder.from_checkpoint(location)
@@ -66,6 +67,7 @@ def test_a_text_tower_that_was_trained_is_the_checkpoints(make: Make, text: Text
     assert embedder.text_fingerprint not in (text.fingerprint, embedder.fingerprint)
 
 
+@pytest.mark.slow
 def test_fingerprints_change_with_what_decides_a_vector(make: Make, text: TextTower) -> None:
     first = Embedder.from_checkpoint(checkpoint(make(name="first"), text))
     other = Embedder.from_checkpoint(checkpoint(make(name="other", optim__lr=2e-3, optim__warmup_steps=1), text))

@@ -111,6 +111,7 @@ def test_metrics_are_the_functions_own(online: Validation) -> None:
     assert found.keys() == list_metric_names(classes, 2)
 
 
+@pytest.mark.slow
 def test_what_training_measures_is_what_an_evaluation_measures(tiny: Make, text: TextTower, tmp_path: Path) -> None:
     """The page and the JSON of a checkpoint come from its own vectors: no picture is embedded."""
     job = prepare_job(tiny(train__steps=2), text)
@@ -153,6 +154,7 @@ def test_labels_that_were_corrected_since_the_training_are_scored(tiny: Make, te
     assert vectors[0].labels.tolist() == labels.to_pylist()
 
 
+@pytest.mark.slow
 def test_a_report_reads_captions_once(
     tiny: Make, text: TextTower, tmp_path: Path, captions_read: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,6 +90,7 @@ def test_scores_are_held_one_tile_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     assert sum(rows * columns for rows, columns in shapes) == 100 * 30
 
 
+@pytest.mark.slow
 def test_memory_stays_below_a_score_matrix() -> None:
     assert run_in_fresh_process(peak_bytes_of_zero_shot, 6000) < 6000 * 6000 * 4 / 20
 

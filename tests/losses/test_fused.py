@@ -127,6 +127,7 @@ def any_shape(
         compare(sides(b, before + b + after, before, dim, scale, dtype, seed, layout), scale, blocks)
 
 
+@pytest.mark.slow
 def test_any_shape_gives_what_the_tiles_give(interpreted: Run) -> None:
     interpreted(any_shape)
 

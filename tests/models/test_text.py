@@ -188,6 +188,7 @@ def test_the_tower_is_frozen(minilm):
     assert {weight.dtype for weight in minilm.model.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_another_process_finds_the_package_and_the_same_fingerprint(minilm):
     code = """
 import sys

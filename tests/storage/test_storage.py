@@ -75,6 +75,7 @@ def assert_same(blocks: list[Block], expected: list[Block]) -> None:
         assert block["valid"].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["500", "503", "drop", "cut", "trickle", "stall"])
 def test_every_row_comes_through_every_fault(
     fault: str, local: Path, s3: Proxy, impatient: None, caplog: pytest.LogCaptureFixture

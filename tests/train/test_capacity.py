@@ -29,6 +29,7 @@ from nev.train.core.parallel import distribute
 from nev.train.core.step import Batch, choose_precision, train_step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sections",
     [
@@ -94,6 +95,7 @@ print(resident("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_process_is_within_15_percent() -> None:
     code = RSS.format(tests=str(Path(__file__).parents[1]))
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -53,6 +53,7 @@ def trained(job: Job, reader: BlockReader, world: int, folder: Path, leave_after
     return on_ranks(work, world, folder)
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_trains_to_the_same_weights(tiny: Make, text: TextTower, tmp_path: Path) -> None:
     found = {}
     for world in (1, 2, 3, 4):  # a step has four blocks: of three ranks one has two
@@ -75,6 +76,7 @@ def test_any_number_of_workers_trains_to_the_same_weights(tiny: Make, text: Text
             )
 
 
+@pytest.mark.slow
 def test_all_leave_after_the_same_step_and_others_go_on(tiny: Make, text: TextTower, tmp_path: Path) -> None:
     settings = {"data__block_rows": 16, "train__steps": 6, "workers": {"min": 1, "max": 4}, "data__val": None}
 
@@ -104,6 +106,7 @@ def _asks(rank: int) -> list[bool]:
     return [agreement.should_stop(), nobody.should_stop()]
 
 
+@pytest.mark.slow
 def test_one_that_is_asked_is_heard_by_all(tmp_path: Path) -> None:
     assert on_ranks(_asks, 2, tmp_path) == [[True, False], [True, False]]
     assert StopConsensus(1, lambda: True, 60).should_stop()

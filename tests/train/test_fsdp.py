@@ -92,6 +92,7 @@ def _trains(rank: int, config: Experiment) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "train"),
     [
@@ -150,6 +151,7 @@ def _goes_on(rank: int, folder: str, fsdp: bool) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [True, False])
 def test_a_checkpoint_is_whole_and_goes_on_bit_for_bit_or_under_ddp(fsdp: bool, tmp_path: Path) -> None:
     folder, exact = str(tmp_path / "run"), {"rtol": 0, "atol": 0}

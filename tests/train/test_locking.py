@@ -138,6 +138,7 @@ def _trains(rank: int, lock: str, train: dict[str, Any]) -> dict[str, Any]:
     return {"found": found, **gather_tensors(model, optimizer).model}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lock", ["none", "image"])
 @pytest.mark.parametrize("train", [{}, {"micro_batch": 4}, {"micro_batch": 6, "fsdp": True}])
 def test_two_processes_train_what_one_does(lock: str, train: dict[str, Any], tmp_path: Path) -> None:
@@ -202,6 +203,7 @@ def test_a_text_tower_that_keeps_few_activations_has_the_same_gradient() -> None
 # Runs
 
 
+@pytest.mark.slow
 def test_without_a_lock_both_towers_learn_and_go_on_bit_for_bit(tiny: Make, text: TextTower) -> None:
     """With the text tower's own dropout."""
     options = {"lock": "none", "train__steps": 6, "train__checkpoint_every": 3, "train__micro_batch": 32}
@@ -234,6 +236,7 @@ def captions(job: Any) -> list[str]:
     return [caption for of_row in read_captions(job.validation.reader.index) for caption in of_row]
 
 
+@pytest.mark.slow
 def test_a_locked_image_side_does_not_move(tiny: Make, text: TextTower) -> None:
     first = tiny(name="first", train__steps=3)
     job = prepare_job(first, text)
@@ -282,6 +285,7 @@ def _one_moves(rank: int) -> str:
     return "nothing"
 
 
+@pytest.mark.slow
 def test_a_locked_tower_that_moves_on_one_rank_stops_all(tmp_path: Path) -> None:
     first, second = on_ranks(_one_moves, WORLD, tmp_path)
     assert first == second
@@ -296,6 +300,7 @@ def test_an_evaluation_keeps_to_the_lock_of_its_checkpoint(tiny: Make, text: Tex
         evaluate_checkpoint(str(latest_checkpoint(job.run)), ["lock=none"], Console(quiet=True))
 
 
+@pytest.mark.slow
 def test_both_towers_train_in_bf16(tiny: Make, text: TextTower) -> None:
     found = []
     for precision in ("fp32", "bf16"):

@@ -20,6 +20,7 @@ def text() -> TextTower:
     return load_text(Experiment.model_fields["text"].default)
 
 
+@pytest.mark.slow
 def test_the_sigmoid_loss_in_parts_trains_and_goes_on_from_its_checkpoint(tiny: Make, text: TextTower) -> None:
     sigmoid = {"loss__kind": "sigmoid", "loss__init_scale": 10, "train__micro_batch": 32}
     config = tiny(name="sigmoid", train__steps=6, train__checkpoint_every=3, **sigmoid)
@@ -34,6 +35,7 @@ def test_the_sigmoid_loss_in_parts_trains_and_goes_on_from_its_checkpoint(tiny: 
         assert reported[step]["loss"] == pytest.approx(expected[step]["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_nested_widths_train_in_parts_too_and_must_end_with_the_texts(tiny: Make, text: TextTower) -> None:
     widths = {32: 0.5, text.width: 1.0}
     found = []

@@ -90,6 +90,7 @@ def test_a_block_has_the_tokens_of_the_captions_whose_vectors_sidecars_give(tmp_
     assert len(chosen) == 3
 
 
+@pytest.mark.slow
 def test_an_online_run_is_the_sidecars_run(tiny: Make, text: TextTower) -> None:
     found = []
     for mode in ("sidecar", "online"):
@@ -102,6 +103,7 @@ def test_an_online_run_is_the_sidecars_run(tiny: Make, text: TextTower) -> None:
             assert found[1][6][name] == pytest.approx(value, abs=0.02), name
 
 
+@pytest.mark.slow
 def test_a_batch_without_any_text_is_a_batch(tmp_path: Path, tiny: Make, text: TextTower) -> None:
     """One of two shards has no caption; blocks are row groups, so that whole batches are without."""
     for name, captions in (("a", True), ("b", False)):

@@ -193,6 +193,7 @@ def test_mlflow_gets_the_weights_of_a_checkpoint_and_where_it_lies(tiny: Make, t
     assert checkpoint.load_model(copied)[0] == checkpoint.load_model(location)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lock", ["text", "none"])
 def test_the_size_of_a_checkpoint_is_foretold(lock: str, tiny: Make) -> None:
     from helpers.training import prepare_job, run_bare, train_reader

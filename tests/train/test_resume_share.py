@@ -76,6 +76,7 @@ def _loads(rank: int, job: Job) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_rank_0_reads_and_every_rank_has_what_one_process_loads(
     fsdp: bool, tiny: Make, text: TextTower, tmp_path: Path

@@ -109,6 +109,7 @@ def test_a_run_whose_weights_are_thrown_away_has_a_loss_that_is_no_number(tiny: 
     assert "non_finite" in watched(config, text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lock", "drifts"), [("none", True), ("text", False)])
 def test_a_text_tower_that_is_trained_hard_drifts(tiny: Make, text: TextTower, lock: str, drifts: bool) -> None:
     config = tiny(lock=lock, optim__lr=1e-2, optim__warmup_steps=0, train__steps=4, train__global_batch=32)

@@ -37,6 +37,7 @@ def _waits(rank: int) -> list[bool]:
     return found
 
 
+@pytest.mark.slow
 def test_a_collective_that_timed_out(tmp_path: Path) -> None:
     assert on_ranks(_waits, 2, tmp_path) == [[True, True], []]
 

@@ -103,6 +103,7 @@ def compiles_anew() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiles_anew")
 @pytest.mark.parametrize(("parts", "backend"), [(None, "aot_eager"), (8, "inductor")])
 def test_a_compiled_tower_gives_the_same_and_is_compiled_once(parts: int | None, backend: str) -> None:

@@ -61,6 +61,7 @@ def test_loss_falls_and_every_metric_is_reported(tiny: Make, text: TextTower) ->
     assert 0 <= last["data_wait_share"] <= 1
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_equals_undisturbed_bit_for_bit(tiny: Make, text: TextTower) -> None:
     dropout = {"vision__trunk_args__drop_path_rate": 0.2, "vision__trunk_args__proj_drop_rate": 0.1}
     whole, halves = tiny(name="whole", **dropout), tiny(name="halves", **dropout)
