@@ -83,12 +83,20 @@ class Machines:
 
 @contextmanager
 def machines(nodes: int = 3, cpus: int = 1) -> Iterator[Machines]:
-    """A cluster for the body of a `with`."""
-    own = Machines(nodes, cpus)
+    """A cluster for the body of a `with`.
+
+    Its nodes must not inherit what `nev.cluster.session.connect` sets for a Ray of its own, as another test of this process
+    may have had: notices would be turned off.
+    """
+    local = {name: os.environ.pop(name) for name in LOCAL_ENVIRONMENT if name in os.environ}
     try:
-        yield own
+        cluster = Machines(nodes, cpus)
+        try:
+            yield cluster
+        finally:
+            cluster.cluster.shutdown()
     finally:
-        own.cluster.shutdown()
+        os.environ.update(local)
 
 
 def wait_for(what: Callable[[], Any], seconds: float, name: str) -> Any:
@@ -103,11 +111,9 @@ def wait_for(what: Callable[[], Any], seconds: float, name: str) -> Any:
 
 def environment(address: str) -> dict[str, str]:
     """What a driver needs to find the cluster."""
-    # What `connect` sets for a Ray of its own, as another test of this process may have had, turns notices off.
-    inherited = {name: value for name, value in os.environ.items() if name not in LOCAL_ENVIRONMENT}
     # Ray looks for notices every 5 s, in which a short run would be over.
     return {
-        **inherited,
+        **os.environ,
         "RAY_ADDRESS": address,
         "HF_HUB_OFFLINE": "1",
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
