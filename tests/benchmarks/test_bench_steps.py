@@ -172,6 +172,7 @@ def test_a_loss_costs_time_and_memory() -> None:
     assert losses.gemm_flops(16) > 1e6
 
 
+@pytest.mark.slow
 def test_the_search_of_the_evaluation_counts_what_it_takes() -> None:
     from benchmarks.contestants.embedding import search
     from benchmarks.contestants.processes import in_own_process

@@ -112,6 +112,7 @@ def test_a_block_has_moved_vectors_and_rows_without_a_caption_have_none(tmp_path
     assert np.array_equal(again["text"], moved["text"]), "a task reads as the driver does"
 
 
+@pytest.mark.slow
 def test_a_run_is_given_what_its_config_says(tiny: Make, text: TextTower) -> None:
     config = tiny(data__permuted_captions=0.25, text__noise=0.1, text__center=True, data__used_rows=0.5)
     reader = train_reader(config, text)

@@ -16,6 +16,7 @@ MUTATIONS, WHOLE, BLOCK = 2400, 600, 64
 KINDS = (("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("WEBP", {"lossless": True}))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_damaged_photographs_never_break_a_block(data_folder: Path, tmp_path: Path) -> None:
     rng = random.Random(6)

@@ -191,6 +191,7 @@ def test_from_s3_to_s3_as_from_a_folder_to_a_folder(kind: str, s3: Proxy, tmp_pa
     assert build_index("s3://bucket/out/set", Columns()).total_rows == made["there"].rows_written
 
 
+@pytest.mark.slow
 def test_s3_is_gone_on_with_and_refused(s3: Proxy, tmp_path: Path) -> None:
     fs, _ = filesystem("s3://bucket")
     target: Any = "s3://bucket/out/set"
@@ -214,6 +215,7 @@ def test_s3_is_gone_on_with_and_refused(s3: Proxy, tmp_path: Path) -> None:
     assert report.shards[0] == "s3://bucket/out/set/00000.parquet"
 
 
+@pytest.mark.slow
 def test_every_first_try_may_fail(s3: Proxy, impatient: None, tmp_path: Path) -> None:
     fs, _ = filesystem("s3://bucket")
     for file in tars(tmp_path / "in").iterdir():

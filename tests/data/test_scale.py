@@ -16,6 +16,7 @@ BATCH, BLOCK = 65_536, 256
 BYTES_A_GROUP = 60  # rows 8, two epochs' orders of 12, and 24 for a moment while a third is drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group_rows", [256, 10_000])
 def test_1_55_billion_rows_are_planned_in_bounded_memory(group_rows: int) -> None:
     rows, groups, peak = run_in_fresh_process(plan_three_epochs, group_rows)

@@ -115,6 +115,7 @@ def contents(report: PrepareReport) -> list[bytes]:
     return [Path(shard).read_bytes() for shard in report.shards]
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     count=st.integers(1, 120),

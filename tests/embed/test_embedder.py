@@ -78,6 +78,7 @@ def test_fingerprints_change_with_what_decides_a_vector(make: Make, text: TextTo
     assert {one.text_fingerprint for one in (first, other, same, darker)} == {text.fingerprint}
 
 
+@pytest.mark.slow
 def test_what_cannot_be_opened_is_named(make: Make, text: TextTower, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         Embedder.from_checkpoint(str(tmp_path))

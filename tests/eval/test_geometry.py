@@ -48,6 +48,7 @@ def test_nearest_holds_one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(tiles) <= 50 * 50
 
 
+@pytest.mark.slow
 @given(n=st.integers(12, 40), extra=st.integers(0, 30), chunk=st.integers(1, 50), seed=st.integers(0, 5))
 def test_equals_plain_formulas_at_any_chunk(n: int, extra: int, chunk: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

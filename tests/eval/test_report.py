@@ -145,6 +145,7 @@ def test_nothing_reaches_beyond_the_screen(tmp_path: Path, width: int) -> None:
     assert reach <= inner <= width
 
 
+@pytest.mark.slow
 @browser
 def test_it_draws_and_it_prints(tmp_path: Path) -> None:
     own = page(tmp_path, result()).as_uri()

@@ -136,6 +136,7 @@ def test_what_training_measures_is_what_an_evaluation_measures(tiny: Make, text:
     assert {"retrieval-search", "zero_shot-classes"} <= report.pictures.keys()
 
 
+@pytest.mark.slow
 def test_labels_that_were_corrected_since_the_training_are_scored(tiny: Make, text: TextTower, tmp_path: Path) -> None:
     val = tmp_path / "val"
     shutil.copytree(tiny().data.val or "", val)

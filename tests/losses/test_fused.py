@@ -136,6 +136,7 @@ def shipped_blocks(dtype: torch.dtype) -> None:
     compare(sides(150, 300, 100, 70, 14.3, dtype, 2, "packed"), 14.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_the_blocks_of_a_gpu(interpreted: Run, dtype: torch.dtype) -> None:
     interpreted(shipped_blocks, dtype)
@@ -221,6 +222,7 @@ def first_use(spoil: float, unlocked: bool) -> list[object]:
         return ["", len(checks), kernel_check._verified]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unlocked", [False, True])
 def test_the_first_gradients_are_compared_with_the_tiles(interpreted: Run, unlocked: bool) -> None:
     assert interpreted(first_use, 1.0, unlocked) == ["", 1, {torch.device("cpu")}]
@@ -274,6 +276,7 @@ def test_parts_that_are_summed_are_bounded() -> None:
     assert len(fused.row_chunks(256, fused.HALF, 1e9)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 @pytest.mark.parametrize("name", ["statistics", "gradient"])

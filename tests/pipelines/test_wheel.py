@@ -66,6 +66,7 @@ def test_the_command_runs_from_another_folder(installed: Path, tmp_path: Path) -
     assert "Example: nev quickstart" in run(installed, tmp_path, "nev", "quickstart", "--help")
 
 
+@pytest.mark.slow
 def test_every_file_that_nev_reads_is_there(installed: Path, tmp_path: Path) -> None:
     location, counts, others = run(installed, tmp_path, "python", "-c", READS).splitlines()
     assert Path(location).is_relative_to(installed), "nev is the wheel's, not the checkout's"

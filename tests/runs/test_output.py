@@ -65,6 +65,7 @@ def bad_row(uid: str) -> Block:
     return {"valid": np.array([True, False]), "uid": np.array(["good", uid], object), "reason": reasons, **place}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["500", "503"])
 def test_checkpoints_are_kept_as_in_a_folder(fault: str, s3: Proxy, impatient: None) -> None:
     s3.rule = lambda method, path, span, before: fault if before == 0 else None
@@ -154,6 +155,7 @@ def test_quarantine_is_written_and_taken_up(fault: str, s3: Proxy, impatient: No
     assert s3.broken[fault] > 8
 
 
+@pytest.mark.slow
 def test_an_output_that_cannot_be_used_is_told_before_any_work(
     s3: Proxy, impatient: None, tiny: Make, tmp_path: Path
 ) -> None:

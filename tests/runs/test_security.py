@@ -104,6 +104,7 @@ def test_a_password_in_a_location_is_refused_and_not_repeated(key: str, tiny: Ma
     assert SECRET not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_secrets_of_the_environment_are_written_nowhere(
     tiny: Make, text: TextTower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +141,7 @@ def test_keys_with_odd_characters_are_taken_as_they_are(s3: Proxy) -> None:
     assert manifest.list_checkpoints(run) == []
 
 
+@pytest.mark.slow
 def test_a_checkpoint_does_not_decide_where_results_go(
     tmp_path: Path, tiny: Make, text: TextTower, monkeypatch: pytest.MonkeyPatch
 ) -> None:

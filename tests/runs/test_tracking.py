@@ -81,6 +81,7 @@ def experiment(**settings: Any) -> Experiment:
     return Experiment.model_validate({**raw, **settings})
 
 
+@pytest.mark.slow
 def test_a_run_holds_parameters_metrics_tags_and_artifacts(uri: str, tmp_path: Path) -> None:
     config = experiment()
     tracker = open_run(uri, f"nev-{tmp_path.name}", config.name, config, {"nev.data_fingerprint": "abc"}, str(tmp_path))

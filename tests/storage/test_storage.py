@@ -106,6 +106,7 @@ def test_every_row_comes_through_every_fault(
         assert any("GetObject" in text and "/bucket/set/train/sub/b.parquet" in text for text in warnings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["500", "503", "403", "drop", "cut"])
 def test_a_failure_for_good_is_bounded_and_names_the_object(
     fault: str, local: Path, s3: Proxy, impatient: None, caplog: pytest.LogCaptureFixture
@@ -243,6 +244,7 @@ def test_requests_are_few(local: Path, s3: Proxy) -> None:
     assert sorted(seen) == [(0, 2)] * 4 + [(2, 4)] * 2
 
 
+@pytest.mark.slow
 def test_open_files_keep_no_row_group(tmp_path: Path, s3: Proxy) -> None:
     fs, path = filesystem(REMOTE)
     rng = np.random.default_rng(0)

@@ -156,6 +156,7 @@ def _splits(rank: int, train: dict[str, Any]) -> dict[str, Any]:
     return {"seen": dict(counted.seen), "nbytes": dict(counted.nbytes)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [{"fsdp": True}, {"fsdp": True, "micro_batch": 8}])
 def test_what_fsdp_says_is_what_it_says(train: dict[str, Any], tmp_path: Path) -> None:
     found = on_ranks(functools.partial(_splits, train=train), 2, tmp_path)[0]

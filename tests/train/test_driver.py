@@ -185,6 +185,7 @@ def test_a_run_that_a_callback_has_ended_starts_no_workers_again(
         launch(monkeypatch, tmp_path, -1, [RayActorError()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "status"), [(StorageError("away"), "FAILED"), (Stopped(), "KILLED"), (None, "FINISHED")]
 )

@@ -175,6 +175,7 @@ def _meets_nan(rank: int) -> bool:
     return all(torch.equal(full_tensor(now), was) for now, was in zip(model.parameters(), before, strict=True))
 
 
+@pytest.mark.slow
 def test_a_step_that_one_rank_spoils_changes_nothing_on_any(tmp_path: Path) -> None:
     assert on_ranks(_meets_nan, WORLD, tmp_path) == [True, True]
 

@@ -154,6 +154,7 @@ def _weights(model: DualEncoder) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
+@pytest.mark.slow
 def test_all_ranks_skip_what_one_of_them_spoils(tmp_path: Path) -> None:
     (first, weights_0), (second, weights_1) = on_ranks(_worker, 2, tmp_path)
     assert first
@@ -204,6 +205,7 @@ def test_what_went_wrong_is_reported_before_too_many_bad_rows_end_the_run(tiny: 
     assert [file.name for file in Path(job.run, "guards").iterdir()] == ["step-00000000.json"]
 
 
+@pytest.mark.slow
 def test_a_run_tells_of_a_skipped_step_and_goes_on_as_it_would_have_in_one_piece(
     tiny: Make, text: TextTower, tmp_path: Path
 ) -> None:
@@ -243,6 +245,7 @@ def test_a_run_tells_of_a_skipped_step_and_goes_on_as_it_would_have_in_one_piece
     assert histories[0]["losses"] == 5
 
 
+@pytest.mark.slow
 def test_a_run_tells_of_a_spike_with_its_place_in_the_plan_and_goes_on(tiny: Make, text: TextTower) -> None:
     config = tiny(name="leaps", train__steps=106, train__log_every=53, train__global_batch=32, optim__lr=1e-5, eval={})
     job, reader = prepare_job(config, text), train_reader(config, text)

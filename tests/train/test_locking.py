@@ -251,6 +251,7 @@ def test_a_locked_image_side_does_not_move(tiny: Make, text: TextTower) -> None:
     assert reported[12]["loss"] < reported[1]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lock", ["image", "text"])
 def test_a_locked_tower_that_moves_voids_the_run(lock: str, tiny: Make, text: TextTower, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"

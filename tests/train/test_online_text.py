@@ -62,6 +62,7 @@ def test_an_encoder_that_wants_more_than_ids_is_refused(text: TextTower) -> None
         refuse_other_vectors(text, lambda sentences: np.roll(make_tokenizer(text)(sentences), 1, axis=0))
 
 
+@pytest.mark.slow
 def test_a_block_has_the_tokens_of_the_captions_whose_vectors_sidecars_give(tmp_path: Path, text: TextTower) -> None:
     rows = rows_of(6)
     sentences = ["a red square", "three of them", "one blue circle", "", " ", "two stars"]
@@ -132,6 +133,7 @@ def test_what_is_cut_is_cut_as_the_tower_cuts_it(text: TextTower) -> None:
         refuse_other_vectors(tower, make_tokenizer(right))
 
 
+@pytest.mark.slow
 def test_kept_texts_are_those_that_are_asked_for(tiny: Make, text: TextTower) -> None:
     config = tiny(lock="none", train__steps=1)
     job = prepare_job(config, text)

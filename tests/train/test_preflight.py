@@ -134,6 +134,7 @@ def test_artifacts_elsewhere_take_no_room_here(tmp_path: Path) -> None:
     assert local_artifacts(uri, "old", str(tmp_path), None) is None
 
 
+@pytest.mark.slow
 def test_each_set_is_indexed_once(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     listed: list[str] = []
     whole = index.list_entries
@@ -172,6 +173,7 @@ def test_a_run_that_goes_on_is_verified_once_and_its_damage_is_reported(
     assert "step-00000004/model.safetensors: damaged" in damage
 
 
+@pytest.mark.slow
 def test_mlflow_gets_the_weights_of_a_checkpoint_and_where_it_lies(tiny: Make, text: TextTower) -> None:
     from helpers.training import prepare_job, run_bare, train_reader
     from mlflow import MlflowClient

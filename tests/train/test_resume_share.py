@@ -114,6 +114,7 @@ def _fails(rank: int, job: Job) -> list[list[str]]:
     return errors
 
 
+@pytest.mark.slow
 def test_an_error_of_one_rank_is_raised_on_all(tiny: Make, text: TextTower, tmp_path: Path) -> None:
     """Damage that came after the verification, and a node that differs from the driver's."""
     job = stopped(tiny, text)
@@ -146,6 +147,7 @@ class HashedBytes:
         monkeypatch.setattr(checkpoint, "hashlib", SimpleNamespace(sha256=hashed))
 
 
+@pytest.mark.slow
 def test_a_start_hashes_every_byte_of_the_checkpoint_once(
     tiny: Make, text: TextTower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +184,7 @@ class Reached(Exception):
     """Training would begin."""
 
 
+@pytest.mark.slow
 def test_checkpoints_that_another_driver_changed_are_verified_again(
     tiny: Make, text: TextTower, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,7 @@ Make = Callable[..., Experiment]
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_loss_falls_and_every_metric_is_reported(tiny: Make, text: TextTower) -> None:
     config = tiny()
     reported = run_bare(prepare_job(config, text), train_reader(config, text))
@@ -118,6 +119,7 @@ def test_invalid_rows_are_left_out_and_counted(tiny: Make, text: TextTower) -> N
     assert (find_resume_point(job.run).step, find_resume_point(job.run).bad_rows) == (3, 18)
 
 
+@pytest.mark.slow
 def test_learned_scale_is_clamped_and_a_fixed_one_stays(tiny: Make, text: TextTower) -> None:
     clamped = tiny(name="clamped", loss__init_scale=50, loss__max_scale=50, train__steps=3)
     assert run_bare(prepare_job(clamped, text), train_reader(clamped, text))[3]["logit_scale"] <= 50 * (1 + 1e-6)
@@ -130,6 +132,7 @@ def test_learned_scale_is_clamped_and_a_fixed_one_stays(tiny: Make, text: TextTo
     )
 
 
+@pytest.mark.slow
 def test_bf16_autocast_trains(tiny: Make, text: TextTower) -> None:
     config = tiny(train__precision="bf16", train__steps=3)
     reported = run_bare(prepare_job(config, text), train_reader(config, text))
@@ -137,6 +140,7 @@ def test_bf16_autocast_trains(tiny: Make, text: TextTower) -> None:
     assert all(value.dtype == torch.float32 for value in weights(prepare_job(config, text).run, 3).values())
 
 
+@pytest.mark.slow
 def test_another_experiment_under_the_same_name_is_refused(tiny: Make, text: TextTower) -> None:
     config = tiny(train__steps=2)
     run_bare(prepare_job(config, text), train_reader(config, text))
@@ -170,6 +174,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_its_checkpoint(tiny: Make
     assert newest is None or all(torch.isfinite(tensor).all() for tensor in checkpoint.load_model(newest)[1].values())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_needs_no_pretrained_weights(tiny: Make, text: TextTower, tmp_path: Path) -> None:
     trunk = build_vision(tiny().vision, 32, text.width).trunk
     file = tmp_path / "trunk.safetensors"
@@ -200,6 +205,7 @@ def test_a_vision_tower_that_cannot_be_is_refused_before_ray_starts(
             prepare_job(tiny(**change), text)
 
 
+@pytest.mark.slow
 def test_a_run_that_knew_fewer_settings_goes_on(tiny: Make, text: TextTower) -> None:
     config = tiny(train__steps=2)
     job = prepare_job(config, text)

@@ -105,6 +105,7 @@ def test_the_copy_is_made_in_the_same_memory_and_the_step_may_go_on() -> None:
     assert torch.equal(again.model["weight"], model.weight)
 
 
+@pytest.mark.slow
 def test_storage_that_refuses_is_asked_again(tmp_path: Path, refuse: Refuse) -> None:
     told = Reports()
     own = AsyncCheckpointWriter(str(tmp_path), 2, None, told)
