@@ -116,7 +116,7 @@ def _pillow_pixels(data: bytes | memoryview, orientation: int, shrink: int) -> P
 def _orientation(image: Image.Image, data: bytes | memoryview) -> int:
     """The orientation of an image that Pillow loads. 1 for a TIFF, which Pillow turns upright itself.
 
-    For a PNG, Pillow searches behind the pixels too, and decodes all of them to get there. So a PNG is asked only if its bytes
+    For a PNG, Pillow searches behind the pixels too, and decodes all of them to get there. So a PNG is searched only if its bytes
     have a mark of an orientation.
     """
     if image.format == "TIFF" or (image.format == "PNG" and not any(mark in bytes(data) for mark in PNG_ORIENTATION)):

@@ -50,7 +50,7 @@ class Index:
     group: int32 [G], number of the row group in its shard.
     rows: int64 [G], number of rows.
     nbytes: int64 [G], size in bytes.
-    columns: column names, as found in the first shard. Only `label` may be None.
+    columns: column names of the first shard. Only `label` may be None.
     fingerprint: sha256, hex.
     """
 
@@ -120,7 +120,7 @@ def _read_footers(
     """The row groups of all shards that hold rows. Raises DataError as `build_index` does."""
 
     def footer(path: str) -> tuple[pa.Schema, NDArray[np.int64]]:
-        """Schema, and rows and bytes of each row group: int64 [row groups, 2]. The footer is much larger, and is not kept."""
+        """Schema, and rows and bytes of each row group: int64 [row groups, 2]. The footer is much larger, and is not stored."""
         with (
             read_errors_as_data_errors(f"{root.rstrip('/')}/{path}", CUT_SHORT),
             open_parquet(fs, f"{base}/{path}", entries[path]) as file,

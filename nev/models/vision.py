@@ -95,7 +95,7 @@ def build_vision(config: Vision, image_size: int, width: int) -> VisionTower:
 
 
 def check_vision(config: Vision, image_size: int, width: int, locked: bool = False) -> None:
-    """Raise the errors of `build_vision`, but in a second: no weight is made, and no hub is asked.
+    """Raise the errors of `build_vision`, but in a second: no weight is made, and no hub is contacted.
 
     locked: the tower will be locked. Then raise ConfigError for parameters that neither `weights` nor `pretrained` brings.
     """

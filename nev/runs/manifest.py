@@ -221,7 +221,7 @@ def _unscored(location: str) -> bool:
 
 
 def remove_checkpoints_after(run: str, step: int) -> None:
-    """Remove the checkpoints of later steps: a run that continues from `step` has found them damaged."""
+    """Remove the checkpoints of later steps: they are damaged, since the run continues from `step`."""
     for newer in list_steps(run):
         if newer > step:
             remove_checkpoint(checkpoint_location(run, newer))

@@ -226,7 +226,7 @@ def measure_activations(vision: VisionTower) -> tuple[list[int], int]:
 
 
 def tower_bytes(vision: VisionTower, rows: int, size: int, bf16: bool) -> tuple[int, int]:
-    """(bytes kept for the backward, peak bytes) of a forward and backward of `rows` images, without the weights."""
+    """(bytes stored for the backward, peak bytes) of a forward and backward of `rows` images, without the weights."""
     with FakeTensorMode():
         _without_memory(vision)
         live = LiveBytes()

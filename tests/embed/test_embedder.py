@@ -44,9 +44,9 @@ def test_vectors_are_those_of_the_towers(make: Make, text: TextTower) -> None:
     with torch.inference_mode():
         vision = load_vision(location, embedder.config, text.width).eval()
         expected = vision(normalise(torch.from_numpy(images), data.mean, data.std)).numpy()
-    found = embedder.make_image_embedder(CPU)(images)
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, expected)
+    vectors = embedder.make_image_embedder(CPU)(images)
+    assert vectors.dtype == np.float32
+    np.testing.assert_array_equal(vectors, expected)
     spec = embedder.encoder_spec()
     assert (spec.mean, spec.std) == (data.mean, data.std)
     assert all(torch.equal(a, b) for a, b in zip(spec.load().parameters(), vision.parameters(), strict=True))
@@ -61,9 +61,9 @@ def test_a_text_tower_that_was_trained_is_the_checkpoints(make: Make, text: Text
     location = checkpoint(make(lock="none", train__micro_batch=32, optim__warmup_steps=0), text)
     embedder = Embedder.from_checkpoint(location)
     assert embedder.base_text.fingerprint == text.fingerprint
-    found = embedder.encode_text(CANARIES)
-    np.testing.assert_array_equal(found, load_text_tower(location, embedder.config).encode(CANARIES))
-    assert np.abs(found - text.encode(CANARIES)).max() > 1e-4
+    vectors = embedder.encode_text(CANARIES)
+    np.testing.assert_array_equal(vectors, load_text_tower(location, embedder.config).encode(CANARIES))
+    assert np.abs(vectors - text.encode(CANARIES)).max() > 1e-4
     assert embedder.text_fingerprint not in (text.fingerprint, embedder.fingerprint)
 
 

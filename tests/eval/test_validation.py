@@ -92,7 +92,7 @@ def test_metrics_are_the_functions_own(online: Validation) -> None:
     valid, labels = np.arange(rows) != 3, np.arange(rows) % classes
     labels[5] = -1
     images, texts = unit(rows), Texts(unit(classes, 2), unit(2 * rows, 3), np.repeat(np.arange(rows), 2))
-    found = score_validation(online, Embedded(images, valid, labels), texts, 10.0, complete=True)
+    metrics = score_validation(online, Embedded(images, valid, labels), texts, 10.0, complete=True)
     labelled = valid & (labels >= 0)
     assert texts.captions is not None
     own = np.repeat(valid, 2)
@@ -103,12 +103,12 @@ def test_metrics_are_the_functions_own(online: Validation) -> None:
         **retrieval(*pairs),
         **mixed_retrieval(*pairs),
     }
-    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-9)
-    assert {"space/anisotropy_images", "space/gap", "space/overlap", "texts/own_r10"} <= found.keys()
-    shares = [name.removesuffix("_low") for name in found if name.endswith("_low")]
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-9)
+    assert {"space/anisotropy_images", "space/gap", "space/overlap", "texts/own_r10"} <= metrics.keys()
+    shares = [name.removesuffix("_low") for name in metrics if name.endswith("_low")]
     assert set(shares) == set(metric_names(classes, True))
-    assert all(found[f"{name}_low"] <= found[name] <= found[f"{name}_high"] for name in shares)
-    assert found.keys() == list_metric_names(classes, 2)
+    assert all(metrics[f"{name}_low"] <= metrics[name] <= metrics[f"{name}_high"] for name in shares)
+    assert metrics.keys() == list_metric_names(classes, 2)
 
 
 @pytest.mark.slow

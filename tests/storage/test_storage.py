@@ -252,9 +252,9 @@ def test_open_files_keep_no_row_group(tmp_path: Path, s3: Proxy) -> None:
         rows = [{**row, "image": rng.bytes(2**16)} for row in rows_of(8, first=100 * number)]
         write_shard(tmp_path / "shard.parquet", rows, [8])
         fs.pipe_file(f"{path}/{number:02}.parquet", (tmp_path / "shard.parquet").read_bytes())
-    smallest, largest, held = run_in_fresh_process(bytes_held_by_open_files)
+    smallest, largest, in_memory = run_in_fresh_process(bytes_held_by_open_files)
     assert smallest > 2**19
-    assert held < 2 * largest
+    assert in_memory < 2 * largest
 
 
 def bytes_held_by_open_files() -> tuple[int, int, int]:

@@ -44,7 +44,7 @@ class Filters(Section):
     min_score: float | None = None
     """Least score."""
     unique: bool = False
-    """Only the first of several rows with the same image bytes is kept."""
+    """Of several rows with the same image bytes only the first stays."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -52,7 +52,7 @@ class ScatterJob(NamedTuple):
     read: the source's reader of a part.
     seed_key: key of the digests.
     buckets: number of buckets.
-    memory_bytes: bytes of rows that are held before they are written.
+    memory_bytes: bytes of rows in memory before they are written.
     limits: of an encoded image.
     filters: conditions on rows.
     allowed_uids: keys of the uids to keep. None: all.

@@ -227,7 +227,7 @@ def render_all(count: int, seed: int, split: str, processes: int = 1) -> Iterato
     if processes == 1:
         yield from map(row, range(count))
         return
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy Arrow's locks, some of them held
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy Arrow's locks, some of them locked
     with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
         yield from pool.map(row, range(count), chunksize=64)
 

@@ -231,7 +231,7 @@ def _remote(pattern: str) -> tuple[list[File], bool]:
 
 def _stat_file(path: Path) -> File:
     stat = path.stat()
-    # Path.resolve would follow links: the name of a file is the path by which it was found.
+    # Path.resolve would follow links: the name of a file is its path as it was listed.
     return File(os.path.abspath(path), stat.st_size, str(stat.st_mtime_ns))  # noqa: PTH100
 
 

@@ -64,7 +64,7 @@ def captions(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
     uid: the path of the file, relative to the common folder of all tables.
     caption: of all lines that name the file, in any table.
 
-    The captions of all tables are held in memory. Raises ConfigError for a table that is not readable or lacks a column.
+    The captions of all tables are in memory at once. Raises ConfigError for a table that is not readable or lacks a column.
     """
     tables = find_files(_refuse_s3(inputs), TABLES)
     root = shared_folder(parent_folder(table.location) for table in tables)

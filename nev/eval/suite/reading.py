@@ -117,7 +117,7 @@ def resolve_input(location: str, root: str) -> str:
 
 
 def blocks(unit: Unit, read: Callable[[Any], Iterable[Row]], view: View) -> Iterator[Block]:
-    """The batches of a unit as blocks of b rows, a block for each variant: the clean one, and the corrupted ones if asked for.
+    """The batches of a unit as blocks of b rows, a block for each variant: the clean one, and the corrupted ones on demand.
 
     image: uint8 [b, S, S, 3], 0 where not valid; valid: bool; label: int64, -1 if unknown; variant: int64, CLEAN or one more
     than the position in `corruption_variants()`; order: int64, of the row in the part; part: int64; facts: str, JSON of
@@ -137,7 +137,7 @@ def blocks(unit: Unit, read: Callable[[Any], Iterable[Row]], view: View) -> Iter
 def read_pictures(reading: Reading, uids: Collection[str]) -> dict[str, Picture]:
     """What the model sees of the rows with these uids: uint8 [S, S, 3] by uid, without pictures that cannot be decoded.
 
-    Parts are read until every row is found.
+    Parts are read until every row is there.
     """
     pictures: dict[str, Picture] = {}
     for unit in reading.units:

@@ -65,7 +65,7 @@ class AsyncCheckpointWriter:
 
     keep_last, keep_best: as `prune_checkpoints` takes them.
     report: called in the writing thread.
-    validated: whether the checkpoint of a step will be validated beside training, and is kept until then.
+    validated: whether the checkpoint of a step will be validated beside training, and stays until then.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ import torch.distributed as dist
 class StopConsensus:
     """All ranks stop after the same step, or none.
 
-    local_stop: whether this rank was asked to stop.
+    local_stop: whether this rank received a stop request.
     timeout_s: the longest wait for another rank.
     Each call is one all-reduce of a byte, none where W = 1. The group is gloo's, so no rank waits for its GPU.
     """
@@ -25,7 +25,7 @@ class StopConsensus:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def should_stop(self) -> bool:
-        """Whether any rank was asked to stop. Every rank calls this, and gets the same answer."""
+        """Whether any rank received a stop request. Every rank calls this, and gets the same answer."""
         if self._group is None:
             return self._local_stop()
         flag = torch.tensor([self._local_stop()], dtype=torch.uint8)

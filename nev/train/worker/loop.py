@@ -49,7 +49,7 @@ def train(
 
     blocks: this rank's share of the stream.
     report: called on rank 0 alone.
-    local_stop: whether this rank was asked to stop. If any rank was, all ranks finish the step, save a checkpoint and return.
+    local_stop: whether this rank received a stop request. If any did, all finish the step, save a checkpoint and return.
     Raises StreamError where a block is not the block that the plan names, TooManyBadRows past `data.max_bad_share`, Diverged past
     `guards.max_skipped`, and TowerMoved where a locked tower has changed.
     """

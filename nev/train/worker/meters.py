@@ -14,7 +14,7 @@ from nev.train.core.step import StepResult
 
 
 class Totals:
-    """Counts of pairs, kept on the device so that no step waits for the device.
+    """Counts of pairs, stored on the device so that no step waits for the device.
 
     bad_rows: of the steps before this start.
     """

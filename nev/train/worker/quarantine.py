@@ -92,7 +92,7 @@ class Quarantine:
     def flush(self, done: int) -> None:
         """Write the rows since the last flush to a file named by step and rank, so a repeated step overwrites its file.
 
-        Rows that storage refuses are kept for the next flush: a full disk must not end the run for a list.
+        Rows that storage refuses wait for the next flush: a full disk must not end the run for a list.
         """
         if not self._rows:
             return
