@@ -42,7 +42,7 @@ PAUSE_S = (1.0, 25.0)  # before each fault
 RESTART = ("worker_killed", "starting_killed", "node_killed", "rank_stopped")  # faults after which a driver says LOST
 RESTART_S = 45.0
 LEFT = Path(tempfile.gettempdir()) / "nev-soak-failed"  # what the drivers of lost runs printed
-LOST = "training goes on from step"  # what a driver prints when processes are there again
+LOST = "training continues from step"  # what a driver prints when processes are there again
 NOTES = (
     "One run after another on a Ray cluster of a head and three nodes of one CPU, all on this machine; each is struck up to "
     "three times, at random moments from its start on. survived: strikes whose run ended well; weights_equal: and with weights, "

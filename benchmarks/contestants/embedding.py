@@ -60,13 +60,13 @@ def bare_forward(checkpoint: str) -> float:
 def _forward(checkpoint: str) -> float:
     import torch
 
+    from nev.embed.embedder import Embedder
     from nev.models.vision import normalise
-    from nev.runs.towers import load_vision, open_checkpoint
 
     torch.set_num_threads(1)
-    opened = open_checkpoint(checkpoint, [])
-    data = opened.config.data
-    vision = load_vision(opened.location, opened.config, opened.text.width).eval()
+    embedder = Embedder.from_checkpoint(checkpoint)
+    data = embedder.config.data
+    vision = embedder.encoder_spec().load().eval()
     images = torch.randint(0, 256, (BATCH, data.image_size, data.image_size, 3), dtype=torch.uint8)
     with torch.inference_mode():
         vision(normalise(images, data.mean, data.std))

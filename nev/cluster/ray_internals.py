@@ -49,7 +49,7 @@ class WorkerGroup(NamedTuple):
 
 OUT_OF_MEMORY_MESSAGE = (
     "a process of this run was killed because the memory of its machine was full. Lower train.micro_batch (`nev "
-    "capacity` computes the memory of a worker), or run fewer other programs there. The same command goes on from the latest "
+    "capacity` computes the memory of a worker), or run fewer other programs there. The same command continues from the latest "
     "checkpoint."
 )
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from nev.cluster.ray_internals import quiet_data_logger, quiet_worker_deaths
 from nev.common.quiet import ENVIRONMENT, quiet
 
+# For Ray's processes of a cluster on this machine.
 # A single machine gets no notice of its preemption, so the process that waits for the notice would only cost time at the start.
 # Without Ray's dashboard nobody reads metrics and task events, which cost 2 % of two cores. With few workers a health check more
 # often than every 2 s is cheap, and finds a dead worker sooner.
@@ -31,18 +34,32 @@ def connect() -> None:
     quiet()
     quiet_worker_deaths()
     address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        os.environ.update(LOCAL_ENVIRONMENT)
     environment = ENVIRONMENT | (REMOTE_ENVIRONMENT if address else {})
-    ray.init(
-        address=address or "local",  # not another cluster that runs on this machine
-        num_cpus=None if address else os.cpu_count(),
-        include_dashboard=None if address else False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": {name: os.environ.get(name, value) for name, value in environment.items()}},
-    )
+    with set_environment({} if address else LOCAL_ENVIRONMENT):
+        ray.init(
+            address=address or "local",  # not another cluster that runs on this machine
+            num_cpus=None if address else os.cpu_count(),
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": {name: os.environ.get(name, value) for name, value in environment.items()}},
+        )
     quiet_data_logger()
+
+
+@contextmanager
+def set_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of the environment for the body of a `with`: processes that start in it inherit them, later ones do not."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def may_grow() -> bool:

@@ -82,7 +82,7 @@ def _results(
             raise TaskDied(
                 f"the process of a task died {MAX_RETRIES + 1} times, {finished} of {len(items)} tasks are done. It needs more "
                 "memory than there is, or a picture crashes its decoder: see Ray's logs (worker-*.err, raylet.out). Finished "
-                "work is kept."
+                "parts are not done again."
             ) from error
 
 

@@ -30,7 +30,7 @@ def main(
 ) -> None:
     """Run an ablation: every arm with every seed. --set overrides the base experiment."""
     console = Console()
-    with report_errors("The same command goes on: finished trials are kept, others continue from their checkpoints."):
+    with report_errors("The same command continues: finished trials are kept, others continue from their checkpoints."):
         from nev.config.file import parse, read_config
         from nev.sweep.config import Sweep
 

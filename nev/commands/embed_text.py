@@ -31,7 +31,7 @@ def main(
 ) -> None:
     """Embed the captions of an experiment's shards with its text encoder, once. Finished shards are skipped."""
     console = Console()
-    with report_errors("The same command goes on with the shards that are left."):
+    with report_errors("The same command continues with the shards that are left."):
         from nev.config.file import load
         from nev.config.paths import with_absolute_paths
 

@@ -20,7 +20,7 @@ DataComp as its downloader writes it, filtered by a DFN and shrunk to 256 pixels
     nev prepare --source datacomp --input shards --metadata metadata --uids dfn.npy --resize 256 \\
         --output data/datacomp/train
 
-From S3 to S3, on the cluster of RAY_ADDRESS, else on all cores here. After an interruption the same command goes on:
+From S3 to S3, on the cluster of RAY_ADDRESS, else on all cores here. After an interruption the same command continues:
 
     nev prepare --source webdataset --input s3://bucket/tars --output s3://bucket/shards/train
 
@@ -129,7 +129,7 @@ def main(
 
     console = Console(stderr=True)
     # The synthetic set is drawn in seconds, and is not resumed.
-    remedy = "with --overwrite starts again" if source == "synthetic" else "goes on from the finished parts"
+    remedy = "with --overwrite starts again" if source == "synthetic" else "continues from the finished parts"
     with report_errors(f"The same command {remedy}."):
         _check_options(source, _given_options(context))
         layout = Layout(rows_per_shard, row_group_rows, overwrite)

@@ -27,7 +27,7 @@ def main(
     """Draw captioned pictures, train a vision encoder into a locked text space, and show what the encoder learnt."""
     console = Console()
     start = time.perf_counter()
-    with report_errors("The same command goes on from the latest checkpoint."):
+    with report_errors("The same command continues from the latest checkpoint."):
         from nev.config.file import load
         from nev.config.paths import with_absolute_paths
 

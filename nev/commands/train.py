@@ -27,7 +27,7 @@ def main(
 ) -> None:
     """Train a vision encoder into the space of a text encoder. The same command continues a run that stopped."""
     console = Console()
-    with report_errors("The same command goes on from the latest checkpoint."):
+    with report_errors("The same command continues from the latest checkpoint."):
         from nev.config.file import load
         from nev.train.experiment import run_experiment, show_summary
 

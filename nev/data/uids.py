@@ -66,7 +66,7 @@ def read_uids(path: Path) -> Keys:
             raise
         raise ConfigError(f"{path}: not readable as a list of uids ({error})") from error
     if not len(keys):
-        raise ConfigError(f"{path}: this list of uids is empty, so no row would be kept")
+        raise ConfigError(f"{path}: this list of uids is empty, so no row would be written")
     keys.sort()
     return keys
 

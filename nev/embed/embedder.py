@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from nev.config.experiment import Experiment
 from nev.embed.images import Embed, EncoderSpec, make_embedder
+from nev.runs.manifest import read_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -43,9 +45,14 @@ class Embedder:
         Raises CheckpointError for a location that is no checkpoint, and for another text tower than the checkpoint was trained
         against. Raises ConfigError for overrides that do not fit.
         """
-        from nev.runs.towers import open_checkpoint
+        from nev.runs.towers import load_base_text, read_experiment
 
-        return cls(*open_checkpoint(location, list(overrides)))
+        location = location.rstrip("/")
+        if "://" not in location:
+            location = str(Path(location).absolute())  # Ray's processes have other working folders
+        manifest = read_manifest(location)
+        config = read_experiment(location, manifest, overrides)
+        return cls(location, manifest, config, load_base_text(location, manifest, config))
 
     @property
     def step(self) -> int:

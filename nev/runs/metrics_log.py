@@ -1,4 +1,4 @@
-"""A run's own record of its metrics. What MLflow had not got when a process died is sent from here when the run goes on.
+"""A run's own record of its metrics. What MLflow had not got when a process died is sent from here when the run continues.
 
 <run>/metrics/step-00000500.jsonl         metrics since the checkpoint before, written just before the checkpoint of step 500
 <run>/metrics/validation-00000500.jsonl   metrics of the checkpoint of step 500, where it was validated beside training

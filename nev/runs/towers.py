@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -14,48 +14,38 @@ from nev.config.paths import with_absolute_paths
 from nev.models.text import TextTower, load_text
 from nev.models.vision import VisionTower, build_vision
 from nev.runs.checkpoint import load_model
-from nev.runs.manifest import CheckpointError, read_manifest
+from nev.runs.manifest import CheckpointError
 
 
-class OpenedCheckpoint(NamedTuple):
-    """A checkpoint that was opened.
+def read_experiment(location: str, manifest: dict[str, Any], overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a checkpoint, with overrides.
 
-    manifest: `state.json`.
-    config: the experiment of the checkpoint, with overrides.
-    text: the text tower before training, on the CPU.
-    """
-
-    location: str
-    manifest: dict[str, Any]
-    config: Experiment
-    text: TextTower
-
-
-def open_checkpoint(location: str, overrides: list[str]) -> OpenedCheckpoint:
-    """Read the manifest of a checkpoint and load its text tower.
-
+    manifest: `state.json` of the checkpoint.
     overrides: `section.key=value`, over the checkpoint's own config.
-    Raises CheckpointError for a location without a checkpoint, and where the text tower of this machine is not that of the run.
+    Raises ConfigError for overrides that do not fit.
     """
-    location = location.rstrip("/")
-    if "://" not in location:
-        location = str(Path(location).absolute())  # Ray's processes have other working folders
-    manifest = read_manifest(location)
     # A checkpoint of somebody else must not switch on that code from the hub runs here.
-    text_settings = {**manifest["config"].get("text", {}), "trust_remote_code": False}
-    config = with_absolute_paths(
-        parse(Experiment, {**manifest["config"], "text": text_settings}, overrides, where=location)
-    )
+    text = {**manifest["config"].get("text", {}), "trust_remote_code": False}
+    raw = {**manifest["config"], "text": text}
+    config = with_absolute_paths(parse(Experiment, raw, list(overrides), where=location))
     if config.lock != (lock := manifest["config"].get("lock", "text")):
         raise ConfigError(
             f"lock: {location} was trained with lock: {lock}, which decides whose weights it holds: leave lock out"
         )
+    return config
+
+
+def load_base_text(location: str, manifest: dict[str, Any], config: Experiment) -> TextTower:
+    """The text tower before training, on the CPU. Raises CheckpointError where this machine has another than the run had.
+
+    manifest: `state.json` of the checkpoint. config: the experiment of the checkpoint.
+    """
     text = load_text(config.text)
     if text.fingerprint != manifest["fingerprints"]["text"]:
         raise CheckpointError(
             f"{location} was trained against another text tower than {config.text.encoder} on this machine"
         )
-    return OpenedCheckpoint(location, manifest, config, text)
+    return text
 
 
 def load_logit_scale(location: str) -> float:

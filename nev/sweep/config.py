@@ -43,7 +43,7 @@ class Asha(Section):
     grace: Positive
     """Samples that every trial sees before ASHA may end it."""
     reduction: int = Field(default=3, ge=2)
-    """Reduction factor x: of the trials that have seen as many samples, the best 1/x goes on."""
+    """Reduction factor x: of the trials that have seen as many samples, the best 1/x continues."""
 
 
 class Sweep(Section):

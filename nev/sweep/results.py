@@ -120,7 +120,7 @@ def load_result(trial: Trial, sweep: Sweep, suite: str) -> TrialResult | None:
         return None
     try:
         result = TrialResult.model_validate_json(content)
-    except ValidationError:  # damaged, or of another version: the trial goes on from its checkpoints
+    except ValidationError:  # damaged, or of another version: the trial continues from its checkpoints
         return None
     result = result.model_copy(update={"arm": trial.arm})  # two arms of the same settings share a run
     if result.ended_early:

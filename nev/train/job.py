@@ -48,7 +48,7 @@ class Job:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The point from which a run goes on.
+    """The point from which a run continues.
 
     step: steps done.
     bad_rows: rows left out so far.

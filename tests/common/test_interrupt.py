@@ -42,11 +42,11 @@ def interrupted(command: list[str], ready: Callable[[], bool], folder: Path) -> 
 
 
 def test_the_status_is_that_of_a_shell(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit) as ended, report_errors("The same command goes on."):
+    with pytest.raises(typer.Exit) as ended, report_errors("The same command continues."):
         raise KeyboardInterrupt
     assert ended.value.exit_code == 130
     printed = capsys.readouterr()
-    assert (printed.out, printed.err) == ("", "interrupted. The same command goes on.\n")
+    assert (printed.out, printed.err) == ("", "interrupted. The same command continues.\n")
 
 
 @pytest.mark.slow
@@ -60,7 +60,7 @@ def test_prepare_is_interrupted_and_goes_on(tmp_path: Path) -> None:
     work = tmp_path / "out" / "_prepare"
     status, _, errors = interrupted(command, lambda: work.exists() and len(list(work.iterdir())) > 1, tmp_path)
     assert status == 130, errors
-    assert errors.endswith("interrupted. The same command goes on from the finished parts.\n")
+    assert errors.endswith("interrupted. The same command continues from the finished parts.\n")
     assert not list((tmp_path / "out").glob("*.parquet"))
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=WAIT_S)
     assert again.returncode == 0, again.stderr
@@ -77,6 +77,6 @@ def test_training_is_interrupted_and_leaves_its_checkpoint(tiny: Callable[..., E
     run = f"{config.output}/{config.name}"
     status, output, errors = interrupted(command, lambda: bool(list_checkpoints(run)), tmp_path)
     assert status == 130, output + errors
-    assert errors.endswith("interrupted. The same command goes on from the latest checkpoint.\n")
+    assert errors.endswith("interrupted. The same command continues from the latest checkpoint.\n")
     assert "Traceback" not in output + errors
     assert list_checkpoints(run)

@@ -1,4 +1,4 @@
-"""A prepare in a folder where another one was begun: what the result depends on decides whether it goes on."""
+"""A prepare in a folder where another one was begun: what the result depends on decides whether it continues."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence

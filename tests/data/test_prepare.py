@@ -83,7 +83,7 @@ def test_no_classes_file_where_labels_are_missing(tmp_path: Path) -> None:
     file = labelled(tmp_path / "a.parquet", [0, 2], ["cat", "dog"])
     out = prepare("--source", "hf-parquet", "--input", file, "--template", "a {}", "--output", tmp_path / "set/train")
     assert "classes:" not in out
-    assert "classes.txt is not written: the rows that were kept do not name every label from 0 to the highest" in out
+    assert "classes.txt is not written: the rows that were written do not name every label from 0 to the highest" in out
     assert not (tmp_path / "set/classes.txt").exists()
 
 

@@ -197,7 +197,7 @@ def test_a_block_that_always_kills_its_process_ends_the_stream(
 
     from nev.data.stream import make_stream
 
-    monkeypatch.setattr("nev.cluster.backpressure.MAX_RETRIES", 1)  # each is the start of another process
+    monkeypatch.setattr("nev.data.stream.MAX_RETRIES", 1)  # each is the start of another process
     fine = reader_over(tmp_path, 52)
     deadly = Deadly(fine.index, 8, fine.limits, fine.seed, fine.augment, KEY, WIDTH)
     plan = Plan(fine.index.rows, 3, global_batch=4, block_rows=4)

@@ -1,4 +1,4 @@
-"""A prepare that is cut off: the same call goes on with it, another is refused, and nobody trains on half of a split."""
+"""A prepare that is cut off: the same call continues with it, another is refused, and nobody trains on half of a split."""
 
 import errno
 import fcntl
@@ -43,7 +43,7 @@ def test_after_a_crash_only_what_is_missing_is_done(after: int, tmp_path: Path, 
     assert (report.rows_in, report.rows_written, len(report.shards)) == (ROWS, ROWS, SHARDS)
     assert contents(output) == undisturbed
     assert told == [
-        f"going on with an unfinished prepare: {what} are done"
+        f"continuing an unfinished prepare: {what} are done"
         for what in [f"{after} of {PARTS} parts" if after < PARTS else f"all parts, {after - PARTS} of {SHARDS} shards"]
         if after
     ]

@@ -13,8 +13,6 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
-from nev.cluster.session import LOCAL_ENVIRONMENT
-
 STARTING = "ray::RayTrainWorker.init_train_context"  # a training process that starts, before it meets the others
 STORE, MEMORY = 300 * 2**20, 2**30
 TRAINER, DECODER = "ray::RayTrainWorker", "ray::MapBatches(read_block)"  # as processes call themselves
@@ -83,20 +81,12 @@ class Machines:
 
 @contextmanager
 def machines(nodes: int = 3, cpus: int = 1) -> Iterator[Machines]:
-    """A cluster for the body of a `with`.
-
-    Its nodes must not inherit what `nev.cluster.session.connect` sets for a Ray of its own, as another test of this process
-    may have had: notices would be turned off.
-    """
-    local = {name: os.environ.pop(name) for name in LOCAL_ENVIRONMENT if name in os.environ}
+    """A cluster for the body of a `with`."""
+    cluster = Machines(nodes, cpus)
     try:
-        cluster = Machines(nodes, cpus)
-        try:
-            yield cluster
-        finally:
-            cluster.cluster.shutdown()
+        yield cluster
     finally:
-        os.environ.update(local)
+        cluster.cluster.shutdown()
 
 
 def wait_for(what: Callable[[], Any], seconds: float, name: str) -> Any:

@@ -82,8 +82,8 @@ def test_a_run_survives_all_of_them(
         run.end()
     assert run.result() == straight, run.said()
     assert run.stopped == [143]  # SIGTERM: it has kept the step that was under way, and the next driver begins there
-    (kept,) = re.findall(r"step (\d+): what was done is kept, and the same command goes on", run.said())
-    assert f"steps {kept} to {STEPS}" in run.said()
+    (saved,) = re.findall(r"step (\d+): a checkpoint is saved, and the same command continues", run.said())
+    assert f"steps {saved} to {STEPS}" in run.said()
 
 
 def test_a_run_waits_for_s3_and_mlflow(

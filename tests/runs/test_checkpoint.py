@@ -234,7 +234,7 @@ def test_damaged_checkpoints_beyond_a_new_one_do_not_push_whole_ones_out(tmp_pat
     save(1)
     damage(save(4), "model.safetensors")
     Path(save(3), "state.json").write_text("{")
-    manifest.remove_checkpoints_after(run, 1)  # the run goes on from step 1
+    manifest.remove_checkpoints_after(run, 1)  # the run continues from step 1
     newest = save(2)
     manifest.prune_checkpoints(run, keep_last=1, keep_best="top1")
     assert manifest.list_checkpoints(run) == [newest]

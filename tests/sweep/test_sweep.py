@@ -234,7 +234,7 @@ def test_a_report_that_holds_no_number_ends_no_sweep() -> None:
 
 
 def test_storage_that_takes_no_result_ends_no_sweep(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ASHA ends a trial early, and the trial's folder cannot be written: that trial has failed, and the sweep goes on."""
+    """ASHA ends a trial early, and the trial's folder cannot be written: that trial has failed, and the sweep continues."""
     wanted = sweep(base, asha={"grace": 64, "reduction": 2}, overrides={"train.eval_every": 1})
     trials = plan_trials(wanted, [])
 

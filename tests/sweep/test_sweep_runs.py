@@ -161,7 +161,7 @@ def test_one_arm_fails_and_one_is_ended_early_on_s3(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_sweep_loses_and_repeats_nothing(ray_cluster: None, base: str, tmp_path: Path) -> None:
-    """SIGKILL to the driver when one trial is finished and the other has a checkpoint; the same command goes on."""
+    """SIGKILL to the driver when one trial is finished and the other has a checkpoint; the same command continues."""
     settings = raw(base, axes={"vision.pool": ["mean"]}, concurrent=1, samples=64 * 40)
     file = tmp_path / "sizes.yaml"
     file.write_text(yaml.safe_dump(settings))

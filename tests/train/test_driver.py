@@ -85,7 +85,7 @@ def test_each_message_has_its_effect_and_no_name_of_a_metric_has_one() -> None:
     assert made.errors == ["a cause"]
     assert shown.getvalue().splitlines()[:2] == ["step 4/9  loss 1.0000", "a [note]"]
     assert "step 5: a machine is taken away" in shown.getvalue()
-    assert "training goes on from step 5" in shown.getvalue()
+    assert "training continues from step 5" in shown.getvalue()
 
 
 def test_a_callback_that_ends_the_process_ends_the_workers_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def test_nested_widths_train_in_parts_too_and_must_end_with_the_texts(tiny: Make
     for part in (None, 32):
         config = tiny(name=f"nested-{part}", loss__matryoshka=widths, train__steps=3, train__micro_batch=part)
         found.append(run_bare(prepare_job(config, text), train_reader(config, text)))
-        run_bare(prepare_job(config, text), train_reader(config, text), iter(()))  # goes on with nothing left
+        run_bare(prepare_job(config, text), train_reader(config, text), iter(()))  # continues with nothing left
     assert found[0][1]["loss"] == pytest.approx(1.5 * math.log(64), rel=0.3)
     assert [found[0][step]["loss"] for step in (1, 2, 3)] == pytest.approx(
         [found[1][step]["loss"] for step in (1, 2, 3)], rel=1e-4

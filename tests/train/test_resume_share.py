@@ -42,7 +42,7 @@ WORLD, STEP = 2, 4
 
 
 def stopped(tiny: Make, text: TextTower, **options: Any) -> Job:
-    """The job of a run that has a checkpoint of step 4 and goes on to step 8."""
+    """The job of a run that has a checkpoint of step 4 and continues to step 8."""
     config = with_absolute_paths(
         tiny(train__steps=8, train__checkpoint_every=2, data__val=None, eval={}, workers__count=WORLD, **options)
     )

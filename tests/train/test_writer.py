@@ -117,7 +117,7 @@ def test_storage_that_refuses_is_asked_again(tmp_path: Path, refuse: Refuse) -> 
     assert len(told.notes) == 1, "it is told once"
     assert "step-00000001/model.safetensors cannot be written" in told.notes[0]
     assert "No space left on device" in told.notes[0]
-    assert "training goes on" in told.notes[0]
+    assert "training continues" in told.notes[0]
 
 
 def test_a_refused_checkpoint_gives_way_to_a_newer_one_and_no_point_is_lost(tmp_path: Path, refuse: Refuse) -> None:
@@ -173,7 +173,7 @@ def test_a_last_checkpoint_that_cannot_be_kept_is_an_error(
     refuse(10**6)
     own.write(snapshot(5))
     with pytest.raises(
-        CheckpointNotSaved, match=r"No space left on device.*The same command goes on from the checkpoint before"
+        CheckpointNotSaved, match=r"No space left on device.*The same command continues from the checkpoint before"
     ) as caught:
         own.close()
     assert caught.value.step == 5

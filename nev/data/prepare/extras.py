@@ -29,7 +29,7 @@ def write_extras(output: str, plan: Record, limits: Limits, note: Callable[[str]
         exists = True
     if plan["labelled"] and not exists:
         note(
-            f"{classes} is not written: the rows that were kept do not name every label from 0 to the highest. "
+            f"{classes} is not written: the rows that were written do not name every label from 0 to the highest. "
             "Scoring by class needs that file: one name a line, in the order of the labels."
         )
     sheet = draw_contact_sheet(shard_location(output, 0), limits)

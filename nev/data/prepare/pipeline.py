@@ -283,7 +283,7 @@ def _note_resumed(state: JobState, source: Source, rows_per_shard: int, progress
         done = f"{parts} of {len(source.parts)} parts are done"
     else:
         return
-    progress.note(f"going on with an unfinished prepare: {done}")
+    progress.note(f"continuing an unfinished prepare: {done}")
 
 
 def _resolve_output(output: str) -> str:

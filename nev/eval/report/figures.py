@@ -229,7 +229,7 @@ FIGURES: dict[str, dict[str, Draw]] = {
     },
     "retrieval": {
         "search: captions drawn at random; the caption's own picture is framed": _drawn_captions,
-        "found: captions whose own picture, framed, ranks best": _ranked_captions(best=True),
+        "found: captions whose own picture (framed) ranks best": _ranked_captions(best=True),
         "missed: captions whose own picture is furthest behind": _ranked_captions(best=False),
     },
     "alignment": {

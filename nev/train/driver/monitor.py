@@ -83,7 +83,7 @@ class TrainMonitor:
                 self._log(step, message.metrics)
             case Started(step, group):
                 if self._started:
-                    self._logger.warn(f"the processes were started again; training goes on from step {step}")
+                    self._logger.warn(f"the processes were started again; training continues from step {step}")
                 self._started, self.workers_left, self._group = True, False, group
             case Left(step):
                 self._warn_left(step)
@@ -113,10 +113,10 @@ class TrainMonitor:
         if self.early_stopped.is_set():
             return
         if self.stop_requested.is_set():
-            self._logger.warn(f"step {step}: what was done is kept, and the same command goes on from here")
+            self._logger.warn(f"step {step}: a checkpoint is saved, and the same command continues from it")
         else:
             self._logger.warn(
-                f"step {step}: a machine is taken away; what was done is kept, and training goes on where there is room"
+                f"step {step}: a machine is taken away; a checkpoint is saved, and training continues where there is room"
             )
 
     def _flush(self) -> None:

@@ -56,7 +56,7 @@ class Prepared(NamedTuple):
     job: what every worker receives.
     reader: reads the blocks of the training set.
     text: the text tower, on the driver's CPU.
-    resume: the point from which training goes on.
+    resume: the point from which training continues.
     damaged: the damage of each checkpoint newer than that point.
     steps: the steps of all checkpoints, the damaged ones included, before they were verified.
     """
@@ -124,7 +124,7 @@ def check_inputs(config: Experiment, text: TextTower, errors: ErrorCollector | N
     with errors:
         refuse_widths(config.loss, text.width)
     with errors:
-        if checkpoint is None:  # a run that goes on needs neither the hub nor a file of weights
+        if checkpoint is None:  # a run that continues needs neither the hub nor a file of weights
             check_vision(config.vision, config.data.image_size, text.width, locked=config.lock == "image")
     with errors:
         training = check_training_set(config, text)

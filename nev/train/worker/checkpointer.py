@@ -112,7 +112,7 @@ class AsyncCheckpointWriter:
                 self._pending.result()
             except REFUSALS as error:
                 raise CheckpointNotSaved(
-                    f"the last checkpoint could not be written: {error} The same command goes on from the checkpoint before.",
+                    f"the last checkpoint could not be written: {error} The same command continues from the checkpoint before.",
                     self._step,
                 ) from error
         finally:
@@ -126,7 +126,7 @@ class AsyncCheckpointWriter:
                 why = attempt.outcome.exception()
                 self._report(
                     Note(
-                        f"step {step}: {why} The write is tried again until the next checkpoint is due; training goes on."
+                        f"step {step}: {why} The write is tried again until the next checkpoint is due; training continues."
                     )
                 )
 

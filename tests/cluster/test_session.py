@@ -1,0 +1,31 @@
+"""The settings of a Ray on this machine reach its processes, and nothing that this process starts later."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from nev.cluster.session import LOCAL_ENVIRONMENT, set_environment
+
+
+def test_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEV_TEST_SET", "before")
+    monkeypatch.delenv("NEV_TEST_UNSET", raising=False)
+    before = dict(os.environ)
+    with pytest.raises(RuntimeError, match="no Ray"), set_environment({"NEV_TEST_SET": "1", "NEV_TEST_UNSET": "2"}):
+        assert (os.environ["NEV_TEST_SET"], os.environ["NEV_TEST_UNSET"]) == ("1", "2")
+        raise RuntimeError("no Ray")
+    assert dict(os.environ) == before
+
+
+@pytest.mark.ray
+def test_settings_reach_rays_processes_alone(ray_cluster: None) -> None:
+    import ray
+
+    @ray.remote
+    def environment() -> dict[str, str | None]:
+        return {name: os.environ.get(name) for name in LOCAL_ENVIRONMENT}
+
+    assert ray.get(environment.remote()) == LOCAL_ENVIRONMENT
+    assert not LOCAL_ENVIRONMENT.keys() & os.environ.keys()
