@@ -165,7 +165,7 @@ class Eval(Section):
     patience: Positive | None = None
     """Validations in a row without a better `best` after which the run ends. null: the run goes to its last step."""
     asynchronous: bool = False
-    """Validation of checkpoints by the driver while training continues, on GPUs that the workers leave free, or on CPUs. false: the
+    """Validation of checkpoints by the driver, beside training, on GPUs that the workers leave free, or on CPUs. false: the
     workers validate, and training waits.
     """
 

@@ -13,9 +13,14 @@ def test_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEV_TEST_SET", "before")
     monkeypatch.delenv("NEV_TEST_UNSET", raising=False)
     before = dict(os.environ)
-    with pytest.raises(RuntimeError, match="no Ray"), set_environment({"NEV_TEST_SET": "1", "NEV_TEST_UNSET": "2"}):
-        assert (os.environ["NEV_TEST_SET"], os.environ["NEV_TEST_UNSET"]) == ("1", "2")
-        raise RuntimeError("no Ray")
+
+    def start() -> None:
+        with set_environment({"NEV_TEST_SET": "1", "NEV_TEST_UNSET": "2"}):
+            assert (os.environ["NEV_TEST_SET"], os.environ["NEV_TEST_UNSET"]) == ("1", "2")
+            raise RuntimeError("no Ray")
+
+    with pytest.raises(RuntimeError, match="no Ray"):
+        start()
     assert dict(os.environ) == before
 
 
