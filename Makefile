@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= quickstart
-# Two test processes; a test file runs in one of them. A Ray takes all cores, so tests on Ray run in one process.
-TWO := -n 2 --dist loadfile
+# Two test processes; tests/conftest.py decides which tests share a process.
+TWO := -n 2 --dist loadgroup --no-loadscope-reorder
 # All threads' stacks, where a process dies of a signal.
 export PYTHONFAULTHANDLER := 1
 export HF_HUB_OFFLINE ?= 1
@@ -34,8 +34,7 @@ check: setup ## Run the quick tests: no Ray, no network, nothing slow.
 	$(BIN)/python -m pytest $(TWO) -m "not ray and not slow"
 
 test: setup ## Run all tests. NEV_DATA=folder adds those that read real data.
-	$(BIN)/python -m pytest $(TWO) -m "not ray"
-	$(BIN)/python -m pytest -m ray
+	$(BIN)/python -m pytest $(TWO)
 
 lint: setup ## ruff format and check, mypy --strict.
 	$(BIN)/ruff format --check .

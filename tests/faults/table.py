@@ -24,6 +24,11 @@ def worker_killed(machines: Machines, run: Run) -> None:
 def starting_killed(machines: Machines, run: Run) -> None:
     """SIGKILL to a training process and, when all are started again, to one that is not ready yet."""
     worker_killed(machines, run)
+    restart_killed(machines, run)
+
+
+def restart_killed(machines: Machines, run: Run) -> None:
+    """SIGKILL to a training process that Ray starts in place of another, before it is ready."""
     wait_for(lambda: machines.processes(STARTING), 60, "processes that start")[-1].kill()
 
 
