@@ -4,15 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= quickstart
-# Two test processes; tests/conftest.py decides which tests share a process.
-TWO := -n 2 --dist loadgroup --no-loadscope-reorder
+# Where the long tests on Ray are, and those that share a trained run with them.
+LONG := tests/faults tests/runs tests/sweep tests/train tests/eval/test_mteb.py tests/eval/test_validator.py
 # All threads' stacks, where a process dies of a signal.
 export PYTHONFAULTHANDLER := 1
 export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart check test lint format docs lock bench soak
+.PHONY: help setup quickstart check test long-tests other-tests lint format docs lock bench soak
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,10 +31,18 @@ quickstart: setup ## Draw pictures, train a vision encoder into MiniLM's space, 
 	$(BIN)/nev quickstart --config $(CONFIG)
 
 check: setup ## Run the quick tests: no Ray, no network, nothing slow.
-	$(BIN)/python -m pytest $(TWO) -m "not ray and not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow"
 
-test: setup ## Run all tests. NEV_DATA=folder adds those that read real data.
-	$(BIN)/python -m pytest $(TWO)
+test: setup ## Run all tests, in two processes. NEV_DATA=folder adds those that read real data.
+	@echo "Two processes run the tests; each prints its results when it is done."
+	@$(MAKE) --jobs 2 --output-sync=recurse --no-print-directory long-tests other-tests
+
+long-tests:
+	$(BIN)/python -m pytest -m ray $(LONG)
+
+other-tests:
+	$(BIN)/python -m pytest -m "not ray"
+	$(BIN)/python -m pytest -m ray $(addprefix --ignore=,$(LONG))
 
 lint: setup ## ruff format and check, mypy --strict.
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""What all tests share: the folder of real data, one Ray cluster a process, and which process runs a test."""
+"""What all tests share: the folder of real data, and one Ray cluster a process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from nev.models.text import TextTower
     from nev.train.experiment import Summary
 
-TESTS = Path(__file__).parent
 settings.register_profile("nev", deadline=None)  # no test fails because the machine is busy
 settings.load_profile("nev")
 
@@ -38,26 +37,6 @@ os.environ |= {
     "AWS_PROFILE": "nev",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
-
-# Tests on Ray that last longest, and those that share `reference_run`. Two processes run the tests (`make test`): one takes these
-# at once, while the other runs the tests without Ray, and then the other tests on Ray.
-LONG_ON_RAY = ("faults/", "sweep/", "runs/", "train/", "eval/test_mteb.py", "eval/test_validator.py")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `--dist loadgroup`: which tests run in the same process (the tests of a file do), and in which order."""
-
-    def place(item: pytest.Item) -> tuple[int, str]:
-        file = item.path.relative_to(TESTS).as_posix()
-        if not item.get_closest_marker("ray"):
-            return 1, file
-        return (0, "ray") if file.startswith(LONG_ON_RAY) else (2, f"{file} on Ray")
-
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(place(item)[1]))
-    items.sort(key=lambda item: place(item)[0])
-
 
 @pytest.fixture(scope="session", autouse=True)
 def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
