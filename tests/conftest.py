@@ -38,6 +38,7 @@ os.environ |= {
     "AWS_EC2_METADATA_DISABLED": "true",
 }
 
+
 @pytest.fixture(scope="session", autouse=True)
 def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test reads or writes the user's cache folder; session fixtures and Ray's workers share this one."""

@@ -114,11 +114,6 @@ class Run:
 
     def result(self) -> Result:
         """What the finished run left."""
-        newest = list_checkpoints(self.folder)[-1]
-        state, weights = checkpoint.load_model(newest)
-        moments, _ = checkpoint.load_training_state(newest)
-        counts = {int(value) for name, value in moments.items() if name.endswith("/step")}
-        assert len(counts) == 1, counts
         uri = self.tracking_uri()
         tracker = Tracker(uri, load_mlflow_run_id(self.folder) or "")
         steps, losses = tracker.history("loss")
@@ -126,19 +121,21 @@ class Run:
         experiment = client.get_experiment_by_name("nev")
         runs = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{self.config['name']}'")
         assert len(steps) == len(set(steps)), "a step that MLflow shows twice"
-        return Result(
-            digest(weights),
-            digest(moments),
-            counts.pop(),
-            state.bad_rows,
-            dict(zip(steps, losses, strict=True)),
-            len(runs),
-        )
+        return read_result(self.folder, dict(zip(steps, losses, strict=True)), len(runs))
 
     def tracking_uri(self) -> str:
         """Where its MLflow is."""
         tracking = self.config.get("tracking")
         return str(tracking["uri"]) if isinstance(tracking, dict) else f"sqlite:///{self.config['output']}/mlflow.db"
+
+
+def read_result(folder: str, curve: dict[int, float], runs: int) -> Result:
+    """The result of a run in `folder`, of its newest checkpoint."""
+    newest = list_checkpoints(folder)[-1]
+    state, weights = checkpoint.load_model(newest)
+    moments, _ = checkpoint.load_training_state(newest)
+    (updates,) = {int(value) for name, value in moments.items() if name.endswith("/step")}
+    return Result(digest(weights), digest(moments), updates, state.bad_rows, curve, runs)
 
 
 def digest(tensors: dict[str, Tensor]) -> str:

@@ -26,7 +26,7 @@ class MlflowServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
+        """Start it."""
         command = [
             *(
                 sys.executable,
@@ -46,6 +46,9 @@ class MlflowServer:
         self._process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
+
+    def wait(self) -> None:
+        """Wait until it answers."""
         wait_for(self._answers, 120, "MLflow's server")
 
     def _answers(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from collections.abc import Iterator
@@ -10,18 +11,26 @@ from typing import TYPE_CHECKING
 
 import pytest
 from helpers.checkpoints import load_checkpoint
+from helpers.gloo import on_ranks
+from helpers.training import prepare_job, run_bare, train_reader
 
+from nev.config.experiment import Experiment
+from nev.config.file import parse
+from nev.data.block import BlockReader
 from nev.runs.manifest import latest_checkpoint
 from nev.runs.metrics_log import read_points
 from nev.storage.files import upload
+from nev.train.job import Job
 
 from .machines import TRAINER, Machines, machines, wait_for
-from .runs import BATCH, STEPS, Result, Run, settings
+from .runs import BATCH, STEPS, Result, Run, read_result, settings
 from .servers import MlflowServer
 from .table import FAULTS, Strike, restart_killed
 
 if TYPE_CHECKING:
     from helpers.s3_server import Proxy
+
+    from nev.models.text import TextTower
 
 AWAY_S = 8.0
 
@@ -36,29 +45,29 @@ def cluster() -> Iterator[Machines]:
 
 
 @pytest.fixture(scope="module")
-def straight(cluster: Machines, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """What the run comes to where nothing happens to it."""
+def straight(pictures: Path, text: TextTower, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """What the run comes to where nothing happens to it: two processes train it without Ray."""
     folder = tmp_path_factory.mktemp("straight")
-    run = Run(settings(pictures, folder), folder, cluster.address)
-    run.start()
-    assert run.finish() == 0, run.said()
-    return run.result()
+    config = parse(Experiment, settings(pictures, folder))
+    job, reader = prepare_job(config, text), train_reader(config, text)
+    ranks = on_ranks(functools.partial(train_rank, job=job, reader=reader, world=2), 2, folder)
+    curve = {step: metrics["loss"] for step, metrics in ranks[0].items() if "loss" in metrics}
+    return read_result(job.run, curve, runs=1)
 
 
-def test_the_undisturbed_run_is_whole(straight: Result) -> None:
-    assert (straight.updates, straight.bad_rows, straight.runs) == (STEPS, 0, 1)
-    assert list(straight.curve) == list(range(1, STEPS + 1))
+def train_rank(rank: int, job: Job, reader: BlockReader, world: int) -> dict[int, dict[str, float]]:
+    return run_bare(job, reader, rank=rank, world=world)
 
 
-# Two steps lie between one line and the next. MLflow is away in the third and the fourth line, S3 in the third.
+# Two steps lie between one line and the next. MLflow is away from the third line to the fifth, S3 in the third.
 STRUCK = [
     ("decoder_killed",),
     ("block_node_killed",),
     ("mlflow_stopped", "s3_away"),
-    ("node_killed", "restart_killed", "mlflow_started"),
-    ("driver_stopped",),
-    ("spot_notice", "driver_killed"),
+    ("node_killed", "mlflow_started", "restart_killed"),
+    ("mlflow_answers", "driver_stopped"),
     ("rank_stopped",),
+    ("spot_notice", "driver_killed"),
 ]
 
 
@@ -67,6 +76,7 @@ def test_a_run_survives_all_of_them(
     s3: Proxy, cluster: Machines, pictures: Path, tmp_path: Path, straight: Result
 ) -> None:
     """S3 holds the shards and the run, and MLflow is a server."""
+    assert (straight.updates, straight.bad_rows, list(straight.curve)) == (STEPS, 0, list(range(1, STEPS + 1)))
     upload(pictures / "train", "s3://bucket/train")
     server = MlflowServer(tmp_path)
 
@@ -81,6 +91,7 @@ def test_a_run_survives_all_of_them(
         "s3_away": s3_away,
         "mlflow_stopped": lambda machines, run: server.stop(),
         "mlflow_started": lambda machines, run: server.start(),
+        "mlflow_answers": lambda machines, run: server.wait(),
     }
     often = {"global_batch": BATCH, "steps": STEPS, "log_every": 1, "checkpoint_every": 2}
     config = settings(pictures, tmp_path, output="s3://bucket/runs", tracking={"uri": server.uri}, train=often)
@@ -88,6 +99,7 @@ def test_a_run_survives_all_of_them(
     run = Run(config, tmp_path, cluster.address)
     try:
         server.start()
+        server.wait()
         run.start()
         for names in STRUCK:
             run.wait_for_step(run.newest() + 2)

@@ -64,12 +64,15 @@ def load_train_state(job: Job, ctx: RankContext) -> tuple[TrainState, ResumePoin
     return make_train_state(load_model(job, ctx, find_resume_point(job.run).step), job, ctx)
 
 
-def run_bare(job: Job, reader: BlockReader, stream: Iterator[Block] | None = None) -> dict[int, dict[str, float]]:
-    """Train in this process from where the job stands; returns the reported metrics by step."""
-    ctx = RankContext(0, 1, CPU, choose_precision(job.config.train.precision, CPU))
+def run_bare(
+    job: Job, reader: BlockReader, stream: Iterator[Block] | None = None, rank: int = 0, world: int = 1
+) -> dict[int, dict[str, float]]:
+    """Train one rank in this process from where the job stands; returns the reported metrics by step."""
+    ctx = RankContext(rank, world, CPU, choose_precision(job.config.train.precision, CPU))
     train_state, start = load_train_state(job, ctx)
     reports = Reports()
-    train(job, ctx, train_state, start, stream or blocks(reader, job.plan, start.step, job.stop_step), reports)
+    own = stream or blocks(reader, job.plan, start.step, job.stop_step, rank, world)
+    train(job, ctx, train_state, start, own, reports)
     return reports.metrics
 
 
