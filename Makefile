@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= quickstart
 # Where the long tests on Ray are, and those that share a trained run with them.
-LONG := tests/faults tests/runs tests/sweep tests/train tests/eval/test_mteb.py tests/eval/test_validator.py
+LONG := tests/eval tests/faults tests/runs tests/sweep tests/train
 # All threads' stacks, where a process dies of a signal.
 export PYTHONFAULTHANDLER := 1
 export HF_HUB_OFFLINE ?= 1

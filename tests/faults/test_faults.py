@@ -66,8 +66,7 @@ STRUCK = [
     ("mlflow_stopped", "s3_away"),
     ("node_killed", "mlflow_started", "restart_killed"),
     ("mlflow_answers", "driver_stopped"),
-    ("rank_stopped",),
-    ("spot_notice", "driver_killed"),
+    ("spot_notice",),
 ]
 
 

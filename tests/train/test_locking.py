@@ -206,14 +206,14 @@ def test_a_text_tower_that_keeps_few_activations_has_the_same_gradient() -> None
 @pytest.mark.slow
 def test_without_a_lock_both_towers_learn_and_go_on_bit_for_bit(tiny: Make, text: TextTower) -> None:
     """With the text tower's own dropout."""
-    options = {"lock": "none", "train__steps": 6, "train__checkpoint_every": 3, "train__micro_batch": 32}
+    options = {"lock": "none", "train__steps": 4, "train__checkpoint_every": 2, "train__micro_batch": 32}
     whole, halves = tiny(name="whole", **options), tiny(name="halves", **options)
     reader, job = train_reader(whole, text), prepare_job(whole, text)
     reported = run_bare(job, reader)
-    run_bare(prepare_job(halves, text, stop_after=3), reader)
+    run_bare(prepare_job(halves, text, stop_after=2), reader)
     rest = run_bare(prepare_job(halves, text), reader)
-    assert rest[6]["loss"] == reported[6]["loss"]
-    one, other = (weights(prepare_job(config, text).run, 6) for config in (whole, halves))
+    assert rest[4]["loss"] == reported[4]["loss"]
+    one, other = (weights(prepare_job(config, text).run, 4) for config in (whole, halves))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 

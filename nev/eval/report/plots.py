@@ -92,10 +92,13 @@ def gallery(
             if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
                 raise ValueError(f"gallery: a picture is uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}")
 
-    text, cell, beneath, margin = 2.3, 1.5, 0.26, 0.12  # inches
+    text, cell, inset, beneath, margin = 2.3, 1.5, 0.06, 0.26, 0.12  # inches
     width = text + cell * max(map(len, results)) + margin
     height = margin + (cell + beneath) * len(queries)
     figure = new_figure(width, height, constrained=False)
+    # One Axes of the whole figure, in inches: an Axes a picture takes most of the time of a page.
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
+    axes.set_axis_off()
     for row, (query, pictures) in enumerate(zip(queries, results, strict=True)):
         upper = height - margin - row * (cell + beneath)
         middle = (upper - cell / 2) / height
@@ -104,10 +107,7 @@ def gallery(
         figure.text(0.18 / width, middle, "\n".join(lines), va="center", ha="left", **style)
         for column, picture in enumerate(pictures):
             left = text + column * cell
-            inset = 0.06
-            box = ((left + inset) / width, (upper - cell + inset) / height)
-            axes = figure.add_axes((*box, (cell - 2 * inset) / width, (cell - 2 * inset) / height))
-            _picture(axes, picture, bool(correct[row][column]))
+            _picture(axes, picture, left + inset, upper - cell + inset, cell - 2 * inset, bool(correct[row][column]))
             score = f"{scores[row][column]:.3f}"
             weight, colour = ("bold", GREEN) if correct[row][column] else ("normal", FAINT)
             centre, base = (left + cell / 2) / width, (upper - cell - 0.08) / height
@@ -115,18 +115,22 @@ def gallery(
     save(figure, path)
 
 
-def _picture(axes: Axes, picture: NDArray[np.uint8], correct: bool) -> None:
-    """Draw the whole picture, its proportions unchanged, in the middle of a square."""
+def _picture(axes: Axes, picture: NDArray[np.uint8], x: float, y: float, size: float, correct: bool) -> None:
+    """Draw the whole picture, its proportions unchanged, in the middle of a square; a frame around it where it is correct.
+
+    x, y: the square's lower left corner. size: its side.
+    """
+    from matplotlib.patches import Rectangle
+
     side = max(picture.shape[:2])
     down, right = (side - picture.shape[0]) // 2, (side - picture.shape[1]) // 2
     square = np.full((side, side, 3), 255, np.uint8)
     square[down : down + picture.shape[0], right : right + picture.shape[1]] = picture
     # Small pictures (32 px of CIFAR) stay crisp when enlarged; large ones are shrunk smoothly.
-    axes.imshow(square, interpolation="nearest" if side < 100 else "antialiased")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set(visible=correct, color=GREEN, linewidth=4)
+    interpolation = "nearest" if side < 100 else "antialiased"
+    axes.imshow(square, interpolation=interpolation, extent=(x, x + size, y, y + size), aspect="auto")
+    if correct:
+        axes.add_patch(Rectangle((x, y), size, size, fill=False, edgecolor=GREEN, linewidth=4))
 
 
 def _finite(name: str, steps: ArrayLike, values: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
