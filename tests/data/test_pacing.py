@@ -131,5 +131,6 @@ def test_block_numbers_leave_a_cpu_to_the_reading(
     taker.join(60)
     time.sleep(1.0)  # while nothing is taken, no more are made than blocks may be under way
     assert list(running.values()) == [1, 1], running
-    assert max(started.values()) <= AHEAD + 1, started
+    made, passed_on = started.values()
+    assert made <= passed_on + AHEAD + 1 < 20, started  # those passed on, those that wait, and one that runs
     assert len(taken) == 4
