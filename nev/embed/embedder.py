@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Embedder:
-    """The two towers of a checkpoint. `from_checkpoint` loads the text tower; the other
-    weights are read when they are first needed. No import of this module loads torch.
+    """The two towers of a checkpoint. No import of this module loads torch.
+
+    `from_checkpoint` loads the text tower. The other weights are read when they are first needed.
 
     location: folder or `s3://` prefix of the checkpoint.
     manifest: `state.json` of the checkpoint.
