@@ -37,12 +37,14 @@ test: setup ## Run all tests, in two processes. NEV_DATA=folder adds those that 
 	@echo "Two processes run the tests; each prints its results when it is done."
 	@$(MAKE) --jobs 2 --output-sync=recurse --no-print-directory long-tests other-tests
 
-long-tests:
+long-tests: setup
 	$(BIN)/python -m pytest -m ray $(LONG)
 
-other-tests:
-	$(BIN)/python -m pytest -m "not ray"
-	$(BIN)/python -m pytest -m ray $(addprefix --ignore=,$(LONG))
+other-tests: setup
+	@failed=0; \
+	$(BIN)/python -m pytest -m "not ray" || failed=1; \
+	$(BIN)/python -m pytest -m ray $(addprefix --ignore=,$(LONG)) || failed=1; \
+	exit $$failed
 
 lint: setup ## ruff format and check, mypy --strict.
 	$(BIN)/ruff format --check .

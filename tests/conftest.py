@@ -65,11 +65,13 @@ def data_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One local Ray of two CPUs for the whole session."""
+    """One Ray on this machine for all tests of this process."""
     import ray
 
-    from nev.cluster.session import connect
+    from nev.cluster.session import LOCAL_ENVIRONMENT, connect
 
+    for name in LOCAL_ENVIRONMENT:  # the user's own settings are not tested
+        os.environ.pop(name, None)
     connect()
     yield
     ray.shutdown()

@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from nev.cluster.ray_internals import quiet_data_logger, quiet_worker_deaths
 from nev.common.quiet import ENVIRONMENT, quiet
 
-# For Ray's processes of a cluster on this machine.
-# A single machine gets no notice of its preemption, so the process that waits for the notice would only cost time at the start.
-# Without Ray's dashboard nobody reads metrics and task events, which cost 2 % of two cores. With few workers a health check more
-# often than every 2 s is cheap, and finds a dead worker sooner.
+# Of Ray's processes on this machine, where the user has not set them. A single machine gets no notice of its preemption, so the
+# process that waits for the notice would only cost time at the start. Without Ray's dashboard nobody reads metrics and task events,
+# which cost 2 % of two cores. With few workers a health check more often than every 2 s is cheap, and finds a dead worker sooner.
 LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -35,7 +34,7 @@ def connect() -> None:
     quiet_worker_deaths()
     address = os.environ.get("RAY_ADDRESS")
     environment = ENVIRONMENT | (REMOTE_ENVIRONMENT if address else {})
-    with set_environment({} if address else LOCAL_ENVIRONMENT):
+    with set_defaults({} if address else LOCAL_ENVIRONMENT):
         ray.init(
             address=address or "local",  # not another cluster that runs on this machine
             num_cpus=None if address else os.cpu_count(),
@@ -48,18 +47,15 @@ def connect() -> None:
 
 
 @contextmanager
-def set_environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set variables of the environment for the body of a `with`: processes that start in it inherit them, later ones do not."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+def set_defaults(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set the variables of the environment that are unset, for the body of a `with` and the processes that start in it."""
+    added = variables.keys() - os.environ.keys()
+    os.environ.update({name: variables[name] for name in added})
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def may_grow() -> bool:

@@ -36,7 +36,7 @@ def read_experiment(location: str, manifest: dict[str, Any], overrides: Sequence
 
 
 def load_base_text(location: str, manifest: dict[str, Any], config: Experiment) -> TextTower:
-    """The text tower before training, on the CPU. Raises CheckpointError where this machine has another than the run had.
+    """The text tower before training, on the CPU. Raises CheckpointError where this machine's text tower is not the run's.
 
     manifest: `state.json` of the checkpoint. config: the experiment of the checkpoint.
     """

@@ -6,17 +6,17 @@ import os
 
 import pytest
 
-from nev.cluster.session import LOCAL_ENVIRONMENT, set_environment
+from nev.cluster.session import LOCAL_ENVIRONMENT, set_defaults
 
 
 def test_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NEV_TEST_SET", "before")
+    monkeypatch.setenv("NEV_TEST_SET", "the user's")
     monkeypatch.delenv("NEV_TEST_UNSET", raising=False)
     before = dict(os.environ)
 
     def start() -> None:
-        with set_environment({"NEV_TEST_SET": "1", "NEV_TEST_UNSET": "2"}):
-            assert (os.environ["NEV_TEST_SET"], os.environ["NEV_TEST_UNSET"]) == ("1", "2")
+        with set_defaults({"NEV_TEST_SET": "1", "NEV_TEST_UNSET": "2"}):
+            assert (os.environ["NEV_TEST_SET"], os.environ["NEV_TEST_UNSET"]) == ("the user's", "2")
             raise RuntimeError("no Ray")
 
     with pytest.raises(RuntimeError, match="no Ray"):

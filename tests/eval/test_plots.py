@@ -103,6 +103,15 @@ def test_gallery_shows_the_pictures_where_they_belong(tmp_path: Path) -> None:
     assert shows(lower[:, second], (255, 255, 255)) == lower[:, second].shape[0] * 225
 
 
+def test_gallery_turns_no_picture_upside_down(tmp_path: Path) -> None:
+    picture = np.zeros((50, 50, 3), np.uint8)
+    picture[:25], picture[25:] = (250, 0, 0), (0, 0, 250)
+    gallery(tmp_path / "g.png", ["a"], [[picture]], [[1]], [[False]])
+    drawn = read(tmp_path / "g.png")
+    red, blue = ((drawn == colour).all(-1).nonzero()[0].mean() for colour in ((250, 0, 0), (0, 0, 250)))
+    assert red < blue
+
+
 def test_gallery_refuses_unequal_lengths_and_other_pictures(tmp_path: Path) -> None:
     row, scores, correct = [noise(8, 8), noise(8, 8)], [0.2, 0.1], [True, False]
     for arguments, message in [

@@ -26,7 +26,7 @@ class MlflowServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it."""
+        """Start the server."""
         command = [
             *(
                 sys.executable,
@@ -48,7 +48,7 @@ class MlflowServer:
         )
 
     def wait(self) -> None:
-        """Wait until it answers."""
+        """Wait until the server answers."""
         wait_for(self._answers, 120, "MLflow's server")
 
     def _answers(self) -> bool:

@@ -58,10 +58,15 @@ def driver_killed(machines: Machines, run: Run) -> None:
 
 def driver_stopped(machines: Machines, run: Run) -> None:
     """SIGTERM to the driver, as a job's manager sends it: the run keeps what it has, ends, and is submitted again."""
+    stop_driver(run)
+    run.start()
+
+
+def stop_driver(run: Run) -> None:
+    """SIGTERM to the driver, whose exit status is kept in `run.stopped`."""
     assert run.driver
     run.driver.terminate()
     run.stopped.append(run.driver.wait(120))
-    run.start()
 
 
 def disk_full(machines: Machines, run: Run) -> None:

@@ -25,7 +25,7 @@ from nev.train.job import Job
 from .machines import TRAINER, Machines, machines, wait_for
 from .runs import BATCH, STEPS, Result, Run, read_result, settings
 from .servers import MlflowServer
-from .table import FAULTS, Strike, restart_killed
+from .table import FAULTS, Strike, restart_killed, stop_driver
 
 if TYPE_CHECKING:
     from helpers.s3_server import Proxy
@@ -59,15 +59,8 @@ def train_rank(rank: int, job: Job, reader: BlockReader, world: int) -> dict[int
     return run_bare(job, reader, rank=rank, world=world)
 
 
-# Two steps lie between one line and the next. MLflow is away from the third line to the fifth, S3 in the third.
-STRUCK = [
-    ("decoder_killed",),
-    ("block_node_killed",),
-    ("mlflow_stopped", "s3_away"),
-    ("node_killed", "mlflow_started", "restart_killed"),
-    ("mlflow_answers", "driver_stopped"),
-    ("spot_notice",),
-]
+# At least two steps lie between one and the next.
+STRUCK = ["decoder_killed", "block_node_killed", "s3_and_mlflow_away", "killed_twice", "driver_stopped", "spot_notice"]
 
 
 @pytest.mark.timeout(900)
@@ -79,19 +72,28 @@ def test_a_run_survives_all_of_them(
     upload(pictures / "train", "s3://bucket/train")
     server = MlflowServer(tmp_path)
 
-    def s3_away(machines: Machines, run: Run) -> None:
+    def s3_and_mlflow_away(machines: Machines, run: Run) -> None:
+        """S3 is back after a while; MLflow stays away."""
+        server.stop()
         s3.rule = lambda method, path, span, before: "503"
         time.sleep(AWAY_S)
         s3.reset()
 
-    strikes: dict[str, Strike] = {
-        **FAULTS,
-        "restart_killed": restart_killed,
-        "s3_away": s3_away,
-        "mlflow_stopped": lambda machines, run: server.stop(),
-        "mlflow_started": lambda machines, run: server.start(),
-        "mlflow_answers": lambda machines, run: server.wait(),
-    }
+    def killed_twice(machines: Machines, run: Run) -> None:
+        """SIGKILL to a node that trains, and to a training process that is started in its place. MLflow is away."""
+        machines.kill(wait_for(lambda: machines.node_with(TRAINER), 60, "a node that trains"))
+        restart_killed(machines, run)
+        machines.add()
+        server.start()
+
+    def driver_stopped(machines: Machines, run: Run) -> None:
+        """SIGTERM to the driver; the next driver finds MLflow."""
+        stop_driver(run)
+        server.wait()
+        run.start()
+
+    own = [s3_and_mlflow_away, killed_twice, driver_stopped]
+    strikes: dict[str, Strike] = FAULTS | {strike.__name__: strike for strike in own}
     often = {"global_batch": BATCH, "steps": STEPS, "log_every": 1, "checkpoint_every": 2}
     config = settings(pictures, tmp_path, output="s3://bucket/runs", tracking={"uri": server.uri}, train=often)
     config["data"] = {**config["data"], "train": "s3://bucket/train"}  # type: ignore[dict-item]
@@ -100,10 +102,9 @@ def test_a_run_survives_all_of_them(
         server.start()
         server.wait()
         run.start()
-        for names in STRUCK:
+        for name in STRUCK:
             run.wait_for_step(run.newest() + 2)
-            for name in names:
-                strikes[name](cluster, run)
+            strikes[name](cluster, run)
         assert run.finish() == 0, run.said()
         assert run.result() == straight, run.said()
     finally:
@@ -125,7 +126,8 @@ def test_workers_come_and_go(cluster: Machines, pictures: Path, tmp_path: Path) 
         "timeout_s": 60,
         "resize_s": 5,
     }
-    train = {"global_batch": BATCH, "steps": 10_000, "log_every": 1, "checkpoint_every": 2}  # not over before we are
+    # Three blocks a step: of two workers one has two.
+    train = {"global_batch": 48, "steps": 10_000, "log_every": 1, "checkpoint_every": 2}  # not over before we are
     run = Run(settings(pictures, tmp_path, workers=elastic, train=train), tmp_path, cluster.address)
 
     def trainers(count: int) -> None:
@@ -134,6 +136,8 @@ def test_workers_come_and_go(cluster: Machines, pictures: Path, tmp_path: Path) 
 
     for node in cluster.nodes()[2:]:
         cluster.kill(node)
+    while len(cluster.nodes()) < 2:
+        cluster.add()
     try:
         run.start()
         run.wait_for_step(2)

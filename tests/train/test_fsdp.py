@@ -207,7 +207,7 @@ def test_a_process_alone_splits_nothing() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_on_ray_of_both_towers_validates_in_lockstep(ray_cluster: None, tiny: Make) -> None:
-    """Three blocks to validate for two ranks; one process scores the checkpoint the same."""
+    """Two ranks validate three blocks; one process computes the same metrics from the checkpoint."""
     options = {"lock": "none", "train__steps": 4, "train__eval_every": 2, "train__micro_batch": 16, "eval__batch": 48}
     config = tiny(name="fsdp", train__fsdp=True, workers__count=2, **options)
     summary = run_experiment(config, Console(quiet=True))

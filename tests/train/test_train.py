@@ -90,7 +90,7 @@ def test_wrong_block_is_refused(tiny: Make, text: TextTower) -> None:
 
 
 def test_too_many_bad_rows_stop_the_run_and_name_the_shard(tiny: Make, text: TextTower) -> None:
-    config = tiny(data__limits__max_bytes=2000)  # most of the pictures are larger
+    config = tiny(workers__count=2, data__limits__max_bytes=2000)  # most of the pictures are larger
     with pytest.raises(TooManyBadRows, match=r"Worst shards: 00000\.parquet \(\d+\).*image has"):
         run_bare(prepare_job(config, text), train_reader(config, text))
     quarantined = list(Path(config.output, "tiny", "quarantine").glob("*.parquet"))
@@ -279,7 +279,7 @@ def curve(summary: Summary) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_on_ray_one_worker_and_two_agree(reference_run: Summary, tiny: Make) -> None:
-    """`tests/faults` starts two workers again and again, and compares the run bit for bit."""
+    """The loss curves of one worker and of two are the same, to rounding."""
     two = run_experiment(tiny(name="two", workers__count=2, **REFERENCE), Console(quiet=True))
     left, right = curve(reference_run), curve(two)
     assert len(left) == len(right) == 30
@@ -291,6 +291,6 @@ def test_on_ray_one_worker_and_two_agree(reference_run: Summary, tiny: Make) -> 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_on_ray_bad_rows_end_the_run_with_their_error(ray_cluster: None, tiny: Make) -> None:
-    config = tiny(data__limits__max_bytes=2000)
+    config = tiny(workers__count=2, data__limits__max_bytes=2000)
     with pytest.raises(TrainingFailed, match=r"Worst shards: 00000\.parquet"):
         run_experiment(config, Console(quiet=True))

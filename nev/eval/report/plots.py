@@ -96,7 +96,7 @@ def gallery(
     width = text + cell * max(map(len, results)) + margin
     height = margin + (cell + beneath) * len(queries)
     figure = new_figure(width, height, constrained=False)
-    # One Axes of the whole figure, in inches: an Axes a picture takes most of the time of a page.
+    # One Axes spans the figure, in inches. An Axes for each picture would take most of a page's drawing time.
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
     axes.set_axis_off()
     for row, (query, pictures) in enumerate(zip(queries, results, strict=True)):
@@ -116,7 +116,7 @@ def gallery(
 
 
 def _picture(axes: Axes, picture: NDArray[np.uint8], x: float, y: float, size: float, correct: bool) -> None:
-    """Draw the whole picture, its proportions unchanged, in the middle of a square; a frame around it where it is correct.
+    """Draw the whole picture, its proportions unchanged, in the middle of a square. A correct picture has a green frame.
 
     x, y: the square's lower left corner. size: its side.
     """

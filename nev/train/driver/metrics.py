@@ -50,9 +50,7 @@ class MetricsLogger:
             self._unreachable = False
         except (MlflowException, OSError):
             if not self._unreachable:
-                self.warn(
-                    f"MLflow at {self._tracker.uri} does not answer; metrics are stored in the run and sent later"
-                )
+                self.warn(f"MLflow at {self._tracker.uri} does not answer; metrics are queued and sent later")
             self._unreachable = True
 
 

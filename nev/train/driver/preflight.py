@@ -28,7 +28,7 @@ from nev.train.job import Job, ResumePoint, make_resume_point, row_bytes
 if TYPE_CHECKING:
     from nev.models.text import TextTower
 
-# A run may go on with these changed: they do not touch what is computed.
+# A run may continue with these changed: they do not touch what is computed.
 FREE_TO_CHANGE = (
     "output",
     "workers",

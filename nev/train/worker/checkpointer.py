@@ -1,4 +1,4 @@
-"""Checkpoints are written while the steps go on: the loop waits for a copy in memory, not for a disk.
+"""Checkpoints are written while the steps continue: the loop waits for a copy in memory, not for a disk.
 
 One checkpoint is written at a time. Where storage refuses it (a full disk, S3 that is away), the write is tried again at growing
 intervals, until it succeeds or the next checkpoint is due.
