@@ -11,8 +11,9 @@ from nev.cluster.ray_internals import quiet_data_logger, quiet_worker_deaths
 from nev.common.quiet import ENVIRONMENT, quiet
 
 # Of Ray's processes on this machine, where the user has not set them. A single machine gets no notice of its preemption, so the
-# process that waits for the notice would only cost time at the start. Without Ray's dashboard nobody reads metrics and task events,
-# which cost 2 % of two cores. With few workers a health check more often than every 2 s is cheap, and finds a dead worker sooner.
+# process that waits for the notice would only cost time at the start. Nobody reads metrics and task events where Ray's dashboard
+# is off, and they cost 2 % of two cores. With few workers a health check more often than every 2 s is cheap, and finds a dead
+# worker sooner.
 LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
