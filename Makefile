@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= quickstart
 # Where the long tests on Ray are, and those that share a trained run with them.
-LONG := tests/eval tests/faults tests/runs tests/sweep tests/train
+LONG := tests/common tests/eval tests/faults tests/runs tests/sweep tests/train
 # All threads' stacks, where a process dies of a signal.
 export PYTHONFAULTHANDLER := 1
 export HF_HUB_OFFLINE ?= 1
@@ -29,6 +29,9 @@ $(VENV)/.done: requirements.lock pyproject.toml
 
 quickstart: setup ## Draw pictures, train a vision encoder into MiniLM's space, show what it learnt.
 	$(BIN)/nev quickstart --config $(CONFIG)
+
+# A thread a process: two processes share the cores.
+check long-tests other-tests: export OMP_NUM_THREADS := 1
 
 check: setup ## Run the quick tests: no Ray, no network, nothing slow.
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow"
