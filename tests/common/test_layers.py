@@ -49,7 +49,7 @@ NEVER: dict[str, tuple[str, ...]] = {
 # What is not imported when a module of the room is, by whatever chain of imports.
 NOT_AT_IMPORT: dict[str, tuple[str, ...]] = {
     "nev.train.driver": ("torch", "torchvision", "timm", "transformers", "sentence_transformers"),
-    "nev.train.worker": ("rich", "mlflow"),
+    "nev.train.worker": ("rich", "mlflow", "matplotlib", "scipy"),
 }
 
 # What one place alone imports.

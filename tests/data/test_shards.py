@@ -116,7 +116,7 @@ def contents(report: PrepareReport) -> list[bytes]:
 
 
 @pytest.mark.slow
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     count=st.integers(1, 120),
     parts=st.integers(1, 7),
@@ -150,7 +150,7 @@ def test_the_result_depends_on_the_rows_and_the_seed_alone(
     assert set(groups[:-1]) <= {4}
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     drawn=st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from([b"1", b"2", b"3"])), min_size=1, max_size=25),
     parts=st.integers(1, 5),

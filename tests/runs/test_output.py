@@ -237,10 +237,10 @@ def curve(summary: Summary) -> tuple[list[int], list[float]]:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_on_s3_stopped_and_resumed_equals_one_in_a_folder(
+def test_a_run_on_s3_equals_one_in_a_folder(
     s3: Proxy, reference_run: Summary, tiny: Make, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its data, its checkpoints and its pictures: all of it is on S3."""
+    """Its data, its checkpoints and its pictures are on S3. `tests/faults` stops such a run and resumes it."""
     monkeypatch.chdir(tmp_path)  # where a folder named "s3:" would come up
     upload(pictures, "s3://bucket/set")
     s3.rule = mixed_faults(seed=1)
@@ -248,12 +248,10 @@ def test_a_run_on_s3_stopped_and_resumed_equals_one_in_a_folder(
     places = {"data__train": "s3://bucket/set/train", "data__val": "s3://bucket/set/val"}
     classes = {"eval__zero_shot__classes": "s3://bucket/set/classes.txt"}
     config = tiny(name="first", output="s3://bucket/runs", tracking__uri=store, **places, **classes, **REFERENCE)
-    stopped = run_experiment(config, Console(quiet=True), stop_after=15)
     remote = run_experiment(config, Console(quiet=True))
     assert {"500", "503", "drop", "cut", "trickle"} <= s3.broken.keys()
     s3.reset()
 
-    assert remote.mlflow_run_id == stopped.mlflow_run_id
     assert curve(remote) == curve(reference_run)
     left, right = weights(reference_run, 30), weights(remote, 30)
     assert left.keys() == right.keys()

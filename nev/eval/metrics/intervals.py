@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import bootstrap
 
 DRAWS = 1000
 BATCH = 50  # draws in memory at a time; a draw has a number for each image
@@ -32,6 +31,8 @@ def interval_from_draws(
     if images == 1:
         whole = metric(np.ones(1))
         return Interval(whole, whole)
+
+    from scipy.stats import bootstrap  # late: half a second of every training process
 
     def measure(rows: NDArray[np.int64]) -> float:
         return metric(np.bincount(rows, minlength=images).astype(np.float64))
@@ -66,6 +67,8 @@ def interval(
     if len(sums) == 1 or np.ptp(values) == 0:
         mean = float(values.mean())
         return Interval(mean, mean)
+
+    from scipy.stats import bootstrap  # late, as above
 
     def share(hit: NDArray[np.float64], queries: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
         return np.asarray(hit.sum(axis) / queries.sum(axis))
