@@ -26,7 +26,7 @@ from rich.console import Console
 
 from nev.common.cli import Overrides, report_errors
 
-EXAMPLE = "--checkpoint runs/cifar10/checkpoints/step-00001170 --suite quick"
+EXAMPLE = "--checkpoint runs/cifar10/checkpoints/step-00001170 --suite quick --data DATA"
 
 
 def main(
@@ -82,4 +82,5 @@ def main(
         if task.reason:
             console.print(f"not run     {task.name}: {task.reason}", highlight=False, soft_wrap=True, markup=False)
     for file in files:
-        console.print(f"{PurePosixPath(file).stem:<11} {file}", highlight=False, soft_wrap=True)
+        label = {".html": "report", ".json": "numbers"}.get(PurePosixPath(file).suffix, PurePosixPath(file).stem)
+        console.print(f"{label:<11} {file}", highlight=False, soft_wrap=True)

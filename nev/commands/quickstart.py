@@ -37,10 +37,10 @@ def main(
         from nev.embed.captions import embed_captions
         from nev.train.experiment import run_experiment, show_summary
 
-        with console.status(f"drawing {train + val:,} captioned pictures for {experiment.data.train}"):
+        with console.status(f"drawing {train + val:,} captioned pictures"):
             drawn = draw_missing_splits(experiment.data, train, val, experiment.seed)
         if drawn:
-            console.print(f"{train + val:,} captioned pictures drawn for {experiment.data.train}", soft_wrap=True)
+            console.print(f"captioned pictures drawn: {train:,} to train on, {val:,} to score on", soft_wrap=True)
         connect()
         splits = [split for split in (experiment.data.train, experiment.data.val) if split]
         embed_captions(splits, experiment.data.columns, experiment.text, console)

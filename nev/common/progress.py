@@ -57,11 +57,14 @@ def count_progress(console: Console, what: str) -> Iterator[Callable[[int], None
     """Yield a function that adds to a count of `what`, for work whose total is not known. The count and its rate are shown."""
     start, total = time.monotonic(), 0
 
+    def print_line(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
     def summary() -> str:
         return f"{total:,} {what}, {total / max(time.monotonic() - start, 1e-9):,.0f}/s"
 
     with console.status("") as status:
-        show = status.update if console.is_terminal else throttle(lambda text: console.print(text, highlight=False))
+        show = status.update if console.is_terminal else throttle(print_line)
 
         def add(count: int) -> None:
             nonlocal total
@@ -70,7 +73,7 @@ def count_progress(console: Console, what: str) -> Iterator[Callable[[int], None
 
         yield add
     if total:
-        console.print(summary(), highlight=False)
+        print_line(summary())
 
 
 def throttle(show: Callable[[str], None], seconds: float = PLAIN_LINE_S) -> Callable[[str], None]:

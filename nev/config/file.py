@@ -124,5 +124,6 @@ def explain_problem(schema: type[BaseModel], problem: Any) -> str:
         if not types:
             return "unknown key"
         schema = types[0]
-    close = difflib.get_close_matches(key, schema.model_fields, n=3) or list(schema.model_fields)
-    return f"unknown key; there is {', '.join(close)}"
+    if close := difflib.get_close_matches(key, schema.model_fields, n=3):
+        return f"unknown key; did you mean {' or '.join(close)}?"
+    return f"unknown key; the keys are {', '.join(schema.model_fields)}"

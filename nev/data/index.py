@@ -89,7 +89,7 @@ def build_index(root: str, columns: Columns) -> Index:
     base = base.rstrip("/")
     with read_errors_as_data_errors(root, damaged=""):
         if not fs.isdir(base):
-            raise DataError(f"{root}: no such folder. Make shards with `nev prepare --help`.")
+            raise DataError(f"{root}: no such folder. `nev prepare` makes the shards of a set.")
         entries = {path[len(base) :].lstrip("/"): entry for path, entry in list_entries(fs, base).items()}
     if any(WORK_FOLDER in path.split("/")[:-1] for path in entries):
         raise DataError(f"{root}: not finished (there is a folder {WORK_FOLDER}): run the same prepare command again.")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -175,4 +176,7 @@ def show_summary(summary: Summary, console: Console) -> None:
 
 def mlflow_hint(uri: str) -> str:
     """How to see the runs of a tracking store: a server's address, or the command that starts one."""
-    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    if uri.startswith("http"):
+        return uri
+    mlflow = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
+    return f"{mlflow} ui --backend-store-uri {uri}"

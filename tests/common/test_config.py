@@ -56,11 +56,11 @@ def test_a_file_comes_back_equal_through_yaml(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dotted", ["sed", "data.imagesize", "data.augment.scales", "eval.zero_shot.klasses"])
 def test_an_unknown_key_is_named_by_its_dotted_path(dotted: str, tmp_path: Path) -> None:
     zero_shot = "eval={zero_shot: {classes: [cat, dog]}}"
-    with pytest.raises(ConfigError, match="unknown key; there is") as caught:
+    with pytest.raises(ConfigError, match="unknown key; did you mean") as caught:
         load(written(tmp_path, SMALL), [zero_shot, f"{dotted}=1"])
     assert f"  {dotted}: " in str(caught.value)
     close = {"sed": "seed", "imagesize": "image_size", "scales": "scale", "klasses": "classes"}
-    assert re.search(rf"there is {close[dotted.split('.')[-1]]}\b", str(caught.value))
+    assert re.search(rf"did you mean {close[dotted.split('.')[-1]]}\b", str(caught.value))
     assert "experiment.yaml" in str(caught.value)
 
 

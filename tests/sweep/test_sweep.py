@@ -138,7 +138,7 @@ def test_a_name_says_what_is_trained(base: str) -> None:
         ({"search": {"optim.lr": {"uniform": [0, 1], "choice": [1]}}, "draws": 2}, "exactly one"),
         ({"reference": {"train.global_batch": 48}}, "not on that axis"),
         ({"asha": {"grace": 640}}, "must be below samples"),
-        ({"metric": "x"}, "there is metrics"),
+        ({"metric": "x"}, "did you mean metrics"),
     ],
 )
 def test_a_sweep_that_makes_no_sense_is_refused(base: str, settings: dict[str, Any], said: str) -> None:

@@ -47,13 +47,14 @@ class StepProgress:
 
     def stop(self) -> None:
         """Remove the bar; without a terminal, print the last line unless it stands there."""
-        self._bar.stop()
-        if not self._console.is_terminal and self._printed != self._line:
+        if self._console.is_terminal:
+            self._bar.stop()
+        elif self._printed != self._line:
             self._print(self._line)
 
     def _print(self, line: str) -> None:
         self._printed = line
-        self._console.print(line, highlight=False)
+        self._console.print(line, highlight=False, soft_wrap=True)
 
 
 def make_bar(console: Console) -> Progress:
