@@ -130,7 +130,7 @@ def test_the_hugging_face_image_struct_is_an_image(tmp_path: Path) -> None:
 
 
 def test_absent_and_empty_folders_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"absent: no such folder\. Make shards with `nev prepare"):
+    with pytest.raises(DataError, match=r"absent: no such folder\. `nev prepare` makes"):
         build_index(str(tmp_path / "absent"), Columns())
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("no shard")
