@@ -27,6 +27,7 @@ from nev.train.driver.launcher import TrainingFailed, run_workers
 from nev.train.driver.metrics import MetricsCallback, MetricsLogger, open_tracking
 from nev.train.driver.monitor import TrainMonitor
 from nev.train.driver.step_progress import StepProgress
+from nev.train.experiment import mlflow_hint
 from nev.train.messages import CheckpointSaved, Failed, Left, Message, Metrics, Note, Started
 
 Make = Callable[..., Experiment]
@@ -219,3 +220,23 @@ def test_storage_that_fails_at_the_start_leaves_no_mlflow_run_that_runs(
     client = MlflowClient(tracking_uri=f"sqlite:///{Path(job.config.output).absolute()}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("nev").experiment_id])
     assert run.info.status == "FAILED"
+
+
+def test_the_last_line_of_a_log_is_whole_and_stands_there_once() -> None:
+    console = Console(file=io.StringIO(), width=20)
+    progress = StepProgress(console, 9, 0)
+    progress.start()
+    progress.update({"loss": 1.0, "images_per_s": 1234.0})
+    progress.show(1)
+    progress.show(9)
+    progress.stop()
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines == [f"step {step}/9  loss 1.0000  1,234 images/s" for step in (1, 9)]
+
+
+def test_the_command_that_starts_mlflow_runs_as_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    command, _, rest = mlflow_hint("sqlite:///mlflow.db").partition(" ")
+    assert Path(command).is_file()
+    assert rest == "ui --backend-store-uri sqlite:///mlflow.db"
+    assert mlflow_hint("http://127.0.0.1:5000") == "http://127.0.0.1:5000"
