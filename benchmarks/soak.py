@@ -112,7 +112,7 @@ def drawn(folder: Path) -> Path:
     from nev.config.model import Text
     from nev.data.index import build_index
     from nev.data.prepare.synthetic import write_synthetic
-    from nev.data.sidecar import sidecar_key, write_sidecar
+    from nev.data.text_sidecar import sidecar_key, write_sidecar
     from nev.models.text import load_text
 
     write_synthetic(folder, train=1024, val=64, seed=0)

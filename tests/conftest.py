@@ -127,7 +127,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from nev.config.model import Text
     from nev.data.index import build_index
     from nev.data.prepare.synthetic import write_synthetic
-    from nev.data.sidecar import sidecar_key, write_sidecar
+    from nev.data.text_sidecar import sidecar_key, write_sidecar
     from nev.models.text import load_text
 
     folder = tmp_path_factory.mktemp("pictures")

@@ -18,8 +18,8 @@ from nev.data.index import build_index
 from nev.data.prepare.pipeline import prepare
 from nev.data.prepare.shards import Layout
 from nev.data.rows import Row
-from nev.data.sidecar import sidecar_key, write_sidecar
 from nev.data.sources import SOURCES, SourceOptions, iterate_rows, make_source
+from nev.data.text_sidecar import sidecar_key, write_sidecar
 
 WIDTH = 384  # of the text vectors, as MiniLM's
 KEY = sidecar_key("benchmark", "caption")

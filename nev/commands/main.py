@@ -12,13 +12,14 @@ from typing import Annotated
 import typer
 
 from nev import __version__
-from nev.commands import ablate, capacity, embed_text, evaluate, prepare, pretrain, quickstart, train
+from nev.commands import ablate, capacity, embed_images, embed_text, evaluate, prepare, pretrain, quickstart, train
 from nev.common.cli import HELP, make_command
 
 # The module of each command, and its group on the help page.
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "prepare": (prepare, "From pictures to a scored encoder, in this order"),
     "embed-text": (embed_text, "From pictures to a scored encoder, in this order"),
+    "embed-images": (embed_images, "From pictures to a scored encoder, in this order"),
     "train": (train, "From pictures to a scored encoder, in this order"),
     "evaluate": (evaluate, "From pictures to a scored encoder, in this order"),
     "ablate": (ablate, "Around a training"),

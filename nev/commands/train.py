@@ -24,6 +24,10 @@ def main(
     stop_after: Annotated[
         int | None, typer.Option(min=1, help="Stop after this step, with a checkpoint. The schedule does not change.")
     ] = None,
+    with_trunk: Annotated[
+        bool,
+        typer.Option("--with-trunk", help="Save a locked trunk's weights with every checkpoint (train.save_trunk)."),
+    ] = False,
 ) -> None:
     """Train a vision encoder into the space of a text encoder. The same command continues a run that stopped."""
     console = Console()
@@ -31,4 +35,5 @@ def main(
         from nev.config.file import load
         from nev.train.experiment import run_experiment, show_summary
 
-        show_summary(run_experiment(load(config, overrides or []), console, stop_after), console)
+        changes = [*(overrides or []), *(["train.save_trunk=true"] if with_trunk else [])]
+        show_summary(run_experiment(load(config, changes), console, stop_after), console)

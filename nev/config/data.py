@@ -82,8 +82,8 @@ class Data(Section):
     """Rows of a block, R: what one task decodes. Shards whose row groups have R rows are read once an epoch."""
     columns: Columns = Columns()
     """Column names of the shards."""
-    augment: Augment = Augment()
-    """Augmentation of training pictures."""
+    augment: Augment | None = Augment()
+    """Augmentation of training pictures. null: none; a picture is resized, and its centre square is cropped, as in evaluation."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     """Mean of red, green and blue for normalisation, in 0 to 1. Default: OpenAI CLIP's."""
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)

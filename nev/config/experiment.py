@@ -64,6 +64,8 @@ class Train(Section):
     """
     compile: bool = False
     """torch.compile of the vision tower."""
+    save_trunk: bool = False
+    """A locked trunk's weights in every checkpoint, too. false: a checkpoint names its trunk by fingerprint."""
     fsdp: bool = False
     """Weights, gradients and moments split over the workers (FSDP2), for a trunk that does not fit on one."""
     log_every: Positive = 10
@@ -242,6 +244,16 @@ class Experiment(Section):
             raise ValueError("loss.kernel: fused needs NVIDIA GPUs (workers.gpus); leave loss.kernel out")
         if self.lock == "image" and not (self.vision.pretrained or self.vision.weights):
             raise ValueError("lock: image would lock random weights: give vision.weights, or vision.pretrained: true")
+        if self.vision.lock and self.lock != "text":
+            raise ValueError(
+                f"vision.lock: trunk trains a head into the space of a locked text tower, and lock: {self.lock} trains the text "
+                "tower: leave lock out, or vision.lock"
+            )
+        if self.vision.views > 1 and self.data.augment is None:
+            raise ValueError(
+                f"vision.views = {self.vision.views} without augmentation would keep one view {self.vision.views} times: give "
+                "data.augment, or leave vision.views out"
+            )
         return self
 
     @model_validator(mode="after")

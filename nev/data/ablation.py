@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +34,7 @@ class AblationReader(BlockReader):
     mean: NDArray[np.float32] | None = None
     noise: float = 0.0
 
-    def read(self, segments: list[Segment], epoch: int, pictures: NDArray[np.uint8] | None = None) -> Block:
+    def read(self, segments: list[Segment], epoch: int, pictures: NDArray[Any] | None = None) -> Block:
         """Read rows as `BlockReader.read` does, and move their text vectors."""
         block = super().read(segments, epoch, pictures)
         if self.mean is not None or self.noise:

@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 from nev.config.data import Augment, Limits
 from nev.data.augment import eval_view, seeded_random, train_view
 from nev.data.decode import BadImage, read_header
+from nev.data.image_sidecar import Features
 from nev.data.index import Index
 from nev.data.plan import Segment
 from nev.data.rows import parse_captions
-from nev.data.sidecar import decode_vectors, misaligned_error, read_uid_column, sidecar_location
+from nev.data.sidecar import decode_vectors, read_uid_column
+from nev.data.text_sidecar import text_sidecars
 from nev.storage.files import filesystem, is_local, open_parquet
 from nev.storage.reading import DataError, read_errors_as_data_errors
 
@@ -45,6 +47,7 @@ class BlockReader:
     text_width: D, width of these vectors.
     tokenizer: makes token ids of captions, which are the text instead of vectors. None: no token ids.
     with_labels: read the class labels.
+    features: what is read of image sidecars in the place of pictures, which are not opened. None: pictures.
     """
 
     index: Index
@@ -56,23 +59,30 @@ class BlockReader:
     text_width: int = 0
     tokenizer: CaptionTokenizer | None = None
     with_labels: bool = False
+    features: Features | None = None
     _files: OrderedDict[str, tuple[Any, pq.FileMetaData]] = field(default_factory=OrderedDict, repr=False)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of the arrays of a row: the picture, and the vector or token ids of its text."""
-        return self.image_size**2 * 3 + (4 * self.tokenizer.width if self.tokenizer else 2 * self.text_width)
+        """Bytes of the arrays of a row: the picture or its features, and the vector or token ids of its text."""
+        return self.allocate(1).nbytes + (4 * self.tokenizer.width if self.tokenizer else 2 * self.text_width)
+
+    def allocate(self, rows: int) -> NDArray[Any]:
+        """Memory for the column `image` of a block of `rows` rows, not initialised."""
+        if self.features:
+            return np.empty((rows, *self.features.shape), np.float16)
+        return allocate_block(rows, self.image_size)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict()}
 
-    def read(self, segments: list[Segment], epoch: int, pictures: NDArray[np.uint8] | None = None) -> Block:
+    def read(self, segments: list[Segment], epoch: int, pictures: NDArray[Any] | None = None) -> Block:
         """Read the rows of the segments, R in all, in order. Raises DataError.
 
-        pictures: memory for the pictures, uint8 [R, S, S, 3], which is overwritten. None: new memory.
+        pictures: memory of `allocate(R)`, which is overwritten. None: new memory.
 
         The block has these columns:
-        image: uint8 [R, S, S, 3], 0 where not valid.
+        image: uint8 [R, S, S, 3], or float16 [R, *features.shape]; 0 where not valid.
         text: float16 [R, D], or int32 [R, T] with -1 after the end; absent for a reader without text.
         valid: bool [R].
         uid: str [R].
@@ -81,10 +91,8 @@ class BlockReader:
         label: int64 [R], -1 where there is none; only with `with_labels`.
         """
         total = sum(segment.stop - segment.start for segment in segments)
-        if pictures is None:
-            pictures = allocate_block(total, self.image_size)
         block: Block = {
-            "image": pictures,
+            "image": self.allocate(total) if pictures is None else pictures,
             "valid": np.ones(total, np.bool_),
             "uid": np.empty(total, object),
             "reason": np.full(total, "", object),
@@ -109,12 +117,21 @@ class BlockReader:
         """Fill views of the block with one segment."""
         shard, group = int(self.index.shard[segment.group]), int(self.index.group[segment.group])
         columns, location = self.index.columns, self.index.location(shard)
-        optional = (columns.label if self.with_labels else None, columns.caption if self.tokenizer else None)
-        names = [name for name in (columns.uid, columns.image, *optional) if name]
-        table = self.read_rows(location, group, names, segment)
         part["shard"][:], part["row_group"][:] = shard, group
         part["row"][:] = np.arange(segment.start, segment.stop)
-        part["uid"][:] = read_uid_column(table[columns.uid])
+        if self.features:
+            self._fill_features(part, shard, group, segment, epoch, self.features)
+        names = [
+            columns.label if self.with_labels else None,
+            columns.caption if self.tokenizer else None,
+            None if self.features else columns.image,
+        ]
+        if any(names):
+            table = self.read_rows(location, group, [name for name in (columns.uid, *names) if name], segment)
+            uids = read_uid_column(table[columns.uid])
+            if self.features and uids != part["uid"].tolist():
+                raise self.features.sidecars(self.index).misaligned(shard)
+            part["uid"][:] = uids
         if self.with_labels and columns.label:
             part["label"][:] = [-1 if label is None else label for label in table[columns.label].to_pylist()]
         if self.tokenizer:
@@ -122,13 +139,35 @@ class BlockReader:
             self._fill_tokens(part, captions, epoch, self.tokenizer)
         elif self.text_key:
             self._fill_vectors(part, shard, group, segment, epoch)
-        for row, value in enumerate(_image_bytes(table[columns.image])):
+        if not self.features:
+            self._fill_pictures(part, _image_bytes(table[columns.image]), epoch)
+        part["image"][~part["valid"]] = 0
+
+    def _fill_pictures(self, part: Block, column: pa.ChunkedArray, epoch: int) -> None:
+        """Fill in the decoded pictures of the rows that are valid so far."""
+        for row, value in enumerate(column):
             try:
                 if part["valid"][row]:
                     self._decode_picture(value, part["uid"][row], epoch, part["image"][row])
             except BadImage as error:
                 part["valid"][row], part["reason"][row] = False, str(error)
-        part["image"][~part["valid"]] = 0
+
+    def _fill_features(
+        self, part: Block, shard: int, group: int, segment: Segment, epoch: int, features: Features
+    ) -> None:
+        """Fill in the uids, and the features of one view of each picture."""
+        location = features.sidecars(self.index).location(shard)
+        table = self.read_rows(location, group, ["uid", "features", "reason"], segment)
+        uids = read_uid_column(table["uid"])
+        part["uid"][:] = uids
+        vectors, starts = decode_vectors(table["features"], features.numbers)
+        has_features = np.diff(starts) > 0
+        view = features.draw_views(self.seed, epoch, uids)
+        chosen = vectors[(starts[:-1] + view)[has_features]]
+        part["image"][has_features] = chosen.reshape(-1, *features.shape)
+        if not has_features.all():
+            part["valid"][:] = has_features
+            part["reason"][:] = table["reason"].to_pylist()
 
     def _fill_tokens(self, part: Block, column: pa.ChunkedArray, epoch: int, tokenizer: CaptionTokenizer) -> None:
         """Fill in the token ids of one caption per row."""
@@ -152,10 +191,11 @@ class BlockReader:
     def _fill_vectors(self, part: Block, shard: int, group: int, segment: Segment, epoch: int) -> None:
         """Fill in the vector of one caption per row."""
         assert self.text_key
-        location = sidecar_location(self.index, shard, self.text_key)
+        sidecars = text_sidecars(self.index, self.text_key, self.text_width)
+        location = sidecars.location(shard)
         table = self.read_rows(location, group, ["uid", "vectors"], segment)
         if read_uid_column(table["uid"]) != part["uid"].tolist():
-            raise misaligned_error(location)
+            raise sidecars.misaligned(shard)
         column = self.text_column(table, "vectors", location, segment)
         vectors, starts = decode_vectors(column, self.text_width)
         counts = np.diff(starts)

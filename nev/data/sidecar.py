@@ -1,16 +1,17 @@
-"""Text sidecars: the vectors of the locked text tower, computed once, row for row beside each shard.
+"""Sidecars: what a locked encoder makes of each row, computed once, row for row beside each shard.
 
-`<root>/_text/<key>/<shard>.parquet` has two columns. `uid` (string) lets the reader compare rows. `vectors` (binary) is float16
-little-endian [captions of the row, D], row-major, empty where the row has no caption. The row groups are those of the shard. The
-key is a hash of the encoder (weights, tokenizer, prefix, pooling, max length) and the caption column. The metadata of the file
-holds the whole key and the fingerprint of the shard, and a sidecar that does not match is refused.
+`<root>/<folder>/<key>/<shard>.parquet` has the column `uid` (string), by which a reader compares rows, and columns of vectors.
+The row groups are those of the shard. The key is a hash of all that the vectors depend on. The metadata of the file holds the
+whole key and the fingerprint of the shard, and a sidecar that does not match is refused. `nev.data.text_sidecar` and
+`nev.data.image_sidecar` say what the vectors are.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -18,31 +19,45 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from nev.data.index import Index
-from nev.data.rows import parse_captions
 from nev.storage.files import PARALLEL_REQUESTS, atomic_file, filesystem, is_damage, join, open_parquet
-from nev.storage.reading import (
-    CUT_SHORT,
-    DataError,
-    read_column,
-    read_errors_as_data_errors,
-    write_errors_as_data_errors,
-)
-
-WRITE_AGAIN = "Delete this file and write it again with `nev embed-text`."
-FOLDER = "_text"
-LAYOUT = 1  # version of the file's layout: another version gives another key
-
-Encode = Callable[[Sequence[str]], NDArray[np.float32]]
+from nev.storage.reading import DataError, read_column, read_errors_as_data_errors, write_errors_as_data_errors
 
 
-def sidecar_key(text_fingerprint: str, caption_column: str) -> str:
-    """The key of the sidecars of one text tower over one caption column: sha256, hex."""
-    return hashlib.sha256(f"{LAYOUT}\n{text_fingerprint}\n{caption_column}".encode()).hexdigest()
+@dataclass(frozen=True)
+class Sidecars:
+    """The sidecars of a set of shards under one key.
 
+    index: the shards.
+    folder: `_text` or `_image`, in the root of the set.
+    key: sha256, hex.
+    metadata: further entries that the metadata of each file must have.
+    command: the command that writes them.
+    """
 
-def sidecar_location(index: Index, shard: int, key: str) -> str:
-    """Path or URL of a shard's sidecar."""
-    return join(index.root, FOLDER, key[:16], index.paths[shard])
+    index: Index
+    folder: str
+    key: str
+    metadata: dict[str, str]
+    command: str
+
+    def location(self, shard: int) -> str:
+        """Path or URL of a shard's sidecar."""
+        return join(self.index.root, self.folder, self.key[:16], self.index.paths[shard])
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a damaged file."""
+        return f"Delete this file and write it again with `{self.command}`."
+
+    def expected(self, shard: int) -> dict[str, str]:
+        """The metadata that the sidecar of a shard must have."""
+        return {"nev.key": self.key, "nev.shard": shard_fingerprint(self.index, shard), **self.metadata}
+
+    def misaligned(self, shard: int) -> DataError:
+        """Make the error for a sidecar whose rows are not those of its shard."""
+        return DataError(
+            f"{self.location(shard)}: its rows are not those of the shard, which changed since. {self.remedy}"
+        )
 
 
 def shard_fingerprint(index: Index, shard: int) -> str:
@@ -57,126 +72,106 @@ def read_uid_column(column: pa.ChunkedArray) -> list[str]:
     return [str(uid) for uid in column.to_pylist()]
 
 
-def write_sidecar(index: Index, shard: int, key: str, width: int, encode: Encode) -> int:
-    """Embed the captions of a shard and write its sidecar, complete or not at all. Returns the number of captions."""
-    uid, caption = index.columns.uid, index.columns.caption
-    source_fs, source_path = filesystem(index.location(shard))
-    with read_errors_as_data_errors(index.location(shard), CUT_SHORT), open_parquet(source_fs, source_path) as source:
-        shard_file = pq.ParquetFile(source, pre_buffer=True)
-        if shard_file.metadata.num_rows != int(index.rows[index.shard_groups(shard)].sum()):
-            raise DataError(f"{index.location(shard)}: the shard changed since it was indexed. Start again.")
-        tables = [shard_file.read_row_group(group, [uid, caption]) for group in range(shard_file.num_row_groups)]
-    uids = [read_uid_column(table[uid]) for table in tables]
-    groups = [[parse_captions(value) for value in table[caption].to_pylist()] for table in tables]
-    distinct = sorted({caption for group in groups for captions in group for caption in captions})
-    vectors = encode(distinct).astype("<f2") if distinct else np.zeros((0, width), "<f2")
-    if vectors.shape != (len(distinct), width):
-        raise ValueError(f"the text tower gave {vectors.shape} for {len(distinct)} captions of width {width}")
-    positions = {caption: position for position, caption in enumerate(distinct)}
+def write_groups(
+    sidecars: Sidecars,
+    shard: int,
+    schema: pa.Schema,
+    groups: Iterable[dict[str, Sequence[object]]],
+    summary: Callable[[], dict[str, str]] = dict,
+) -> None:
+    """Write the sidecar of a shard, complete or not at all.
 
-    metadata = {"nev.key": key, "nev.shard": shard_fingerprint(index, shard), "nev.width": str(width)}
-    schema = pa.schema([("uid", pa.string()), ("vectors", pa.binary())], metadata=metadata)
-    location = sidecar_location(index, shard, key)
+    schema: of the columns; its metadata is written, too.
+    groups: the columns of each row group of the shard, in order.
+    summary: further metadata, computed after the last row group.
+    """
+    schema = schema.with_metadata({**(schema.metadata or {}), **sidecars.expected(shard)})
+    location = sidecars.location(shard)
     with (
         write_errors_as_data_errors(location),
         atomic_file(location) as sink,
-        pq.ParquetWriter(sink, schema, compression="none", write_statistics=False) as writer,
+        pq.ParquetWriter(sink, schema, compression="none", write_statistics=False, use_dictionary=False) as writer,
     ):
-        for names, group in zip(uids, groups, strict=True):
-            rows = [vectors[[positions[caption] for caption in captions]].tobytes() for captions in group]
-            writer.write_table(pa.table({"uid": names, "vectors": rows}, schema), row_group_size=max(1, len(rows)))
-    return sum(len(captions) for group in groups for captions in group)
+        for columns in groups:
+            table = pa.table(columns, schema)
+            writer.write_table(table, row_group_size=max(1, len(table)))
+        writer.add_key_value_metadata(summary())
 
 
-def missing_sidecars(index: Index, key: str) -> list[int]:
-    """Numbers of the shards that have no sidecar under this key yet."""
+def missing_sidecars(sidecars: Sidecars) -> list[int]:
+    """Numbers of the shards that have no sidecar yet."""
 
     def is_absent(shard: int) -> bool:
-        fs, path = filesystem(sidecar_location(index, shard, key))
-        with read_errors_as_data_errors(sidecar_location(index, shard, key), damaged=""):
+        fs, path = filesystem(sidecars.location(shard))
+        with read_errors_as_data_errors(sidecars.location(shard), damaged=""):
             return not fs.exists(path)
 
+    shards = range(len(sidecars.index.paths))
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
-        return [shard for shard, absent in enumerate(pool.map(is_absent, range(len(index.paths)))) if absent]
+        return [shard for shard, absent in zip(shards, pool.map(is_absent, shards), strict=True) if absent]
 
 
-def check_sidecars(index: Index, key: str, width: int, every_row: bool = False) -> None:
-    """Raise DataError for sidecars that are absent, of another encoder or width, or whose rows are not those of the shard.
+def check_sidecars(sidecars: Sidecars, every_row: bool = False) -> list[dict[str, str]]:
+    """Raise DataError for sidecars that do not match, or whose rows are not those of the shard. Returns the metadata of each.
 
-    every_row: compare the uids of all rows. For readers that do not compare uids, because they read whole vector columns.
+    every_row: compare the uids of all rows. For readers that do not compare uids, because they read whole columns of vectors.
     """
-    if missing := missing_sidecars(index, key):
-        raise DataError(
-            f"{index.root}: {len(missing)} of {len(index.paths)} shards have no text sidecar of this encoder "
-            f"(first: {index.paths[missing[0]]}). Write them with `nev embed-text --config CONFIG`, or "
-            "embed the captions in the training loop with text.mode=online, which is slower."
-        )
-
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
-        list(pool.map(lambda shard: _check(index, shard, key, width, every_row), range(len(index.paths))))
+        return list(pool.map(lambda shard: _check(sidecars, shard, every_row), range(len(sidecars.index.paths))))
 
 
-def sidecars_to_write(index: Index, key: str, width: int) -> list[int]:
-    """Numbers of the shards whose sidecar `check_sidecars` would refuse: absent, damaged, or of a shard that has changed."""
+def sidecars_to_write(sidecars: Sidecars, is_enough: Callable[[dict[str, str]], bool] = bool) -> list[int]:
+    """Numbers of the shards whose sidecar `check_sidecars` would refuse: absent, damaged, or of a shard that has changed.
+
+    is_enough: from the metadata of a sidecar to whether it need not be written again.
+    """
 
     def is_unfit(shard: int) -> bool:
         try:
-            _check(index, shard, key, width)
+            return not is_enough(_check(sidecars, shard))
         except DataError as error:
             cause = error.__cause__
             if cause is None or isinstance(cause, FileNotFoundError) or is_damage(cause):
                 return True
             raise  # the storage does not answer, or refuses: the state of the file is not known
-        return False
 
+    shards = range(len(sidecars.index.paths))
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
-        return [shard for shard, unfit in enumerate(pool.map(is_unfit, range(len(index.paths)))) if unfit]
+        return [shard for shard, unfit in zip(shards, pool.map(is_unfit, shards), strict=True) if unfit]
 
 
-def _check(index: Index, shard: int, key: str, width: int, every_row: bool = False) -> None:
-    location = sidecar_location(index, shard, key)
+def read_metadata(location: str, remedy: str) -> tuple[pq.FileMetaData, dict[str, str]]:
+    """The footer of a sidecar, and its metadata as strings. Raises DataError."""
     fs, path = filesystem(location)
-    with read_errors_as_data_errors(location, WRITE_AGAIN), open_parquet(fs, path) as file:
+    with read_errors_as_data_errors(location, remedy), open_parquet(fs, path) as file:
         footer = pq.read_metadata(file)
-    metadata = {name.decode(): value.decode() for name, value in (footer.metadata or {}).items()}
-    expected = {"nev.key": key, "nev.shard": shard_fingerprint(index, shard), "nev.width": str(width)}
-    for name, value in expected.items():
+    return footer, {name.decode(): value.decode() for name, value in (footer.metadata or {}).items()}
+
+
+def _check(sidecars: Sidecars, shard: int, every_row: bool = False) -> dict[str, str]:
+    index, location = sidecars.index, sidecars.location(shard)
+    footer, metadata = read_metadata(location, sidecars.remedy)
+    for name, value in sidecars.expected(shard).items():
         if metadata.get(name) != value:
             raise DataError(
                 f"{location}: {name} is {metadata.get(name)}, this run needs {value}. The shard or the encoder changed: "
-                "write it again with `nev embed-text`."
+                f"write it again with `{sidecars.command}`."
             )
     rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
     groups = index.shard_groups(shard)
     if [rows[group] for group in index.group[groups] if group < len(rows)] != index.rows[groups].tolist():
-        raise misaligned_error(location)
+        raise sidecars.misaligned(shard)
     # The footer of a shard with one row group does not show that the order of its rows changed. With several row groups their
     # sizes mostly show it, and the training reader compares the uids of the rows that it reads.
     if len(rows) == 1 or every_row:
         uids = read_uid_column(read_column(index.location(shard), str(index.columns.uid)))
-        if read_uid_column(read_column(location, "uid", WRITE_AGAIN)) != uids:
-            raise misaligned_error(location)
-
-
-def mean_vector(index: Index, key: str, width: int, captions: int = 100_000) -> NDArray[np.float32]:
-    """The mean of the vectors of the first shards, up to the shard with caption number `captions`: float32 [D]."""
-    total, count = np.zeros(width), 0
-    for shard in range(len(index.paths)):
-        vectors, _ = decode_vectors(read_column(sidecar_location(index, shard, key), "vectors", WRITE_AGAIN), width)
-        total += vectors.sum(0, dtype=np.float64)
-        count += len(vectors)
-        if count >= captions:
-            break
-    return (total / max(1, count)).astype(np.float32)
-
-
-def misaligned_error(location: str) -> DataError:
-    """Make the error for a sidecar whose rows are not those of its shard."""
-    return DataError(f"{location}: its rows are not those of the shard, which changed since. {WRITE_AGAIN}")
+        if read_uid_column(read_column(location, "uid", sidecars.remedy)) != uids:
+            raise sidecars.misaligned(shard)
+    return metadata
 
 
 def decode_vectors(column: pa.ChunkedArray, width: int) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
-    """Decode the `vectors` column: vectors, float16 [captions, D], and the first vector of each row, int64 [rows + 1].
+    """Decode a column of vectors: vectors, float16 [n, width], and the first vector of each row, int64 [rows + 1].
 
     A column of one chunk is not copied.
     """

@@ -19,7 +19,7 @@ from ray.data import DataContext, DataIterator, Dataset
 from ray.train import DataConfig
 
 from nev.cluster.backpressure import MAX_RETRIES, load_from_store, stream_context
-from nev.data.block import Block, BlockReader, allocate_block
+from nev.data.block import Block, BlockReader
 from nev.data.plan import Plan
 
 NUMBERS_PER_TASK = 1000
@@ -51,19 +51,21 @@ def read_block(numbers: Any, source: list[ray.ObjectRef[Any]], first: int) -> Bl
         raise RuntimeError(f"a task got {len(numbers['id'])} block numbers, not one: blocks would not be R rows")
     reader, plan = load_from_store(source[0])
     number = first + int(numbers["id"][0])
-    pictures = _pictures(plan.block_rows, reader.image_size)
-    block: Block = reader.read(plan.segments(number), plan.epoch_of(number), pictures)
+    block: Block = reader.read(plan.segments(number), plan.epoch_of(number), _block_memory(source[0], plan.block_rows))
     block["block"] = np.full(len(block["valid"]), number, np.int64)
     return block
 
 
 @functools.lru_cache(maxsize=1)
-def _pictures(rows: int, size: int) -> NDArray[np.uint8]:
-    """Memory for the pictures of a block, reused for the life of the process: new memory pages would cost 2 to 6 % of the rate.
+def _block_memory(source: ray.ObjectRef[Any], rows: int) -> NDArray[Any]:
+    """Memory for the pictures of a block of a stream, reused by all of its blocks in a process.
+
+    New memory pages would cost 2 to 6 % of the rate.
 
     Reuse is safe, because Ray has copied a block into the object store before the process gets its next task.
     """
-    return allocate_block(rows, size)
+    memory: NDArray[Any] = load_from_store(source)[0].allocate(rows)
+    return memory
 
 
 class RoundRobinSplit(DataConfig):

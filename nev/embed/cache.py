@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nev.data.sidecar import Encode
+from nev.data.text_sidecar import Encode
 from nev.storage.files import join, write_atomic
 from nev.storage.reading import read_bytes, write_errors_as_data_errors
 

@@ -15,7 +15,8 @@ from nev.config.base import ConfigError
 from nev.config.data import Columns
 from nev.config.model import Text
 from nev.data.index import Index, build_index
-from nev.data.sidecar import Encode, sidecar_key, sidecars_to_write, write_sidecar
+from nev.data.sidecar import sidecars_to_write
+from nev.data.text_sidecar import Encode, sidecar_key, text_sidecars, write_sidecar
 from nev.models.text import TextTower, load_text
 
 CPUS_AN_ACTOR = 4
@@ -55,7 +56,7 @@ def embed_captions(
     missing = [
         Place(root, shard)
         for root, index in enumerate(indexes)
-        for shard in sidecars_to_write(index, _key(index, tower), tower.width)
+        for shard in sidecars_to_write(text_sidecars(index, _key(index, tower), tower.width))
     ]
     if not missing:
         return Written(0, 0, 0.0)

@@ -65,7 +65,8 @@ class Embedder:
     def fingerprint(self) -> str:
         """sha256 (hex) of what decides the vector of a decoded picture: weights, vision config, mean and deviation of pixels."""
         config = self.config
-        parts = [self._weights, config.vision.model_dump(mode="json"), config.data.mean, config.data.std]
+        vision = config.vision.model_dump(mode="json", exclude={"weights"})
+        parts = [self._weights, self.manifest["fingerprints"].get("trunk"), vision, config.data.mean, config.data.std]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @cached_property
@@ -90,11 +91,19 @@ class Embedder:
         """Embed sentences in their order: float32 [n, D], rows of unit length. Raises TypeError for a sentence that is no str."""
         return self.text.encode(sentences)
 
-    def encoder_spec(self) -> EncoderSpec:
-        """The vision tower as Ray's tasks load it."""
-        from nev.runs.towers import load_vision
+    def encoder_spec(self, features: tuple[int, ...] | None = None) -> EncoderSpec:
+        """The vision tower as Ray's tasks load it.
 
-        load = partial(load_vision, self.location, self.config, self.base_text.width)
+        features: shape of a picture's features, for the layers behind a locked trunk alone. None: the whole tower.
+        """
+        from nev.runs.towers import load_feature_head, load_vision
+
+        width = self.base_text.width
+        load = (
+            partial(load_feature_head, self.location, self.config, width, features)
+            if features
+            else partial(load_vision, self.location, self.manifest, self.config, width)
+        )
         return EncoderSpec(load, self.config.data.mean, self.config.data.std)
 
     def make_image_embedder(self, device: torch.device) -> Embed:
@@ -102,11 +111,8 @@ class Embedder:
 
         S is `config.data.image_size`. `nev.data.augment.eval_view` makes such a picture of a decoded one.
         """
-        from nev.models.vision import normalise
-
         spec = self.encoder_spec()
-        vision = spec.load().to(device).eval()
-        return make_embedder(vision, lambda images: normalise(images, spec.mean, spec.std), device)
+        return make_embedder(spec.load().to(device).eval(), spec.mean, spec.std, device)
 
     @cached_property
     def logit_scale(self) -> float:

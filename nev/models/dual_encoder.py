@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nev.config.model import Loss
+from nev.models.frozen import FeatureHead
 from nev.models.text_encoder import TextEncoder
 from nev.models.vision import VisionTower
 
@@ -18,14 +19,18 @@ Embedded = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 class DualEncoder(nn.Module):
     """The vision tower, the text tower where it is trained, the logit scale, and the bias of a sigmoid loss.
 
-    vision: the vision tower.
+    vision: the vision tower, or what is trained behind a locked trunk.
     loss: the initial logit scale and bias.
     text: the text tower. None where the batch brings text vectors.
     vision_locked: the vision tower is not trained and stays in eval mode.
     """
 
     def __init__(
-        self, vision: VisionTower, loss: Loss, text: TextEncoder | None = None, vision_locked: bool = False
+        self,
+        vision: VisionTower | FeatureHead,
+        loss: Loss,
+        text: TextEncoder | None = None,
+        vision_locked: bool = False,
     ) -> None:
         super().__init__()
         self.vision, self.text, self.vision_locked = vision, text, vision_locked
@@ -49,7 +54,7 @@ class DualEncoder(nn.Module):
     def forward(self, images: Tensor | None, tokens: Tensor | None) -> Embedded:
         """Embed images and texts. Returns (vectors, scalars).
 
-        images: float [b, 3, S, S]; None: no images.
+        images: float [b, 3, S, S], or features of a locked trunk; None: no images.
         tokens: int [b, T]; None: no texts.
         vectors: unit vectors, float32 [b, D], of the images, then of the texts.
         scalars: the log of the logit scale, then the bias of a sigmoid loss, 0-d each.

@@ -1,115 +1,68 @@
-"""Pooling heads: tokens of a trunk, [b, T, D] -> one vector per image, [b, D].
-
-`nomic` is the head of nomic-embed-vision-v1.5 (arXiv 2406.18587; `NomicMultiHeadAttentionPooling` in the released
-modelling code). It differs from the usual MAP (`AttentionPoolLatent` of timm, Zhai et al. 2022) in two points: the residual
-is the class token instead of the attention's output, and the MLP is gated.
-"""
+"""Heads: the pooled vector of an image, [b, F] -> the text tower's width, [b, D]."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
-import torch
 import torch.nn.functional as F
-from timm.layers.attention_pool import AttentionPoolLatent
-from timm.layers.mlp import SwiGLU
-from timm.layers.weight_init import trunc_normal_tf_
 from torch import Tensor, nn
 
-from nev.config.base import ConfigError
 from nev.config.model import Vision
 
-INIT_STD = 0.02  # `initializer_range` of the released config
 
+def build_head(config: Vision, features: int, width: int) -> nn.Module:
+    """Build the head that `config.head` names, from `features` numbers to `width`.
 
-class NomicPool(nn.Module):
-    """embedding = CLS + MLP(LN(attention(latent, tokens))), with one learned latent as the query.
-
-    The released code adds the single row of the MLP to every token and then reads token 0, which is the same.
-
-    dim: width D of the tokens.
-    heads: number of attention heads; must divide D.
-    hidden: width of the gated SiLU MLP, fc2(fc1_x(y) * silu(fc1_g(y))).
+    Without a name: for a locked trunk `linear`; else a linear layer without bias where the widths differ, nothing where they are
+    equal, as nomic-embed-vision-v1.5 has it.
     """
+    kind = config.head or ("linear" if config.lock else None)
+    if kind == "mlp":
+        return MlpHead(features, config.head_hidden or 4 * width, width, config.dropout)
+    if kind == "swiglu":
+        return SwiGLUHead(features, config.head_hidden or 8 * round(width / 3), width, config.dropout)
+    if kind == "linear":
+        layer = make_linear(features, width, bias=True)
+        return nn.Sequential(nn.Dropout(config.dropout), layer) if config.dropout else layer
+    return nn.Identity() if features == width else make_linear(features, width, bias=False)
 
-    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+
+def make_linear(features: int, width: int, bias: bool) -> nn.Linear:
+    """A linear layer that keeps the length of a random vector, about: weights of deviation 1 / sqrt(features), bias 0."""
+    layer = nn.Linear(features, width, bias=bias)
+    nn.init.normal_(layer.weight, std=features**-0.5)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class MlpHead(nn.Module):
+    """fc2(dropout(gelu(fc1(dropout(x)))))."""
+
+    def __init__(self, features: int, hidden: int, width: int, dropout: float) -> None:
         super().__init__()
-        self.heads = heads
-        self.latent = nn.Parameter(torch.empty(1, 1, dim))
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = SwiGLU(dim, hidden)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=INIT_STD)
-                nn.init.zeros_(module.bias)
-        trunc_normal_tf_(self.latent, std=dim**-0.5)
+        self.dropout = dropout
+        self.fc1 = make_linear(features, hidden, bias=True)
+        self.fc2 = make_linear(hidden, width, bias=True)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[b, T, D] with the class token first -> [b, D]."""
-        rows, count, dim = tokens.shape
-        query = self.q(self.latent).view(1, 1, self.heads, -1).transpose(1, 2).expand(rows, -1, -1, -1)
-        key, value = self.kv(tokens).view(rows, count, 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        pooled = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(rows, dim)
-        embedding: Tensor = tokens[:, 0] + self.mlp(self.norm(self.proj(pooled)))
-        return embedding
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, F] -> [b, D]."""
+        hidden = F.gelu(self.fc1(F.dropout(x, self.dropout, self.training)))
+        vectors: Tensor = self.fc2(F.dropout(hidden, self.dropout, self.training))
+        return vectors
 
 
-class ClsPool(nn.Module):
-    """The class token."""
+class SwiGLUHead(nn.Module):
+    """fc2(dropout(silu(gate(y)) * fc1(y))) with y = dropout(x): the gated layer of Shazeer 2020, arXiv 2002.05202."""
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[b, T, D] with the class token first -> [b, D]."""
-        return tokens[:, 0]
-
-
-class MeanPool(nn.Module):
-    """The mean of the patch tokens. prefix: number of class and register tokens before them, which are left out."""
-
-    def __init__(self, prefix: int) -> None:
+    def __init__(self, features: int, hidden: int, width: int, dropout: float) -> None:
         super().__init__()
-        self.prefix = prefix
+        self.dropout = dropout
+        self.gate = make_linear(features, hidden, bias=True)
+        self.fc1 = make_linear(features, hidden, bias=True)
+        self.fc2 = make_linear(hidden, width, bias=True)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[b, T, D] -> [b, D]."""
-        return tokens[:, self.prefix :].mean(dim=1)
-
-
-def build_head(config: Vision, trunk: Any) -> nn.Module:
-    """Build the head that `config.pool` names, for a timm model `trunk` of width D (`num_features`).
-
-    The number of attention heads defaults to the trunk's. The hidden width defaults to 8/3 D in steps of 8 (2,048 for 768) for
-    `nomic`, and to 4 D for `map`. Raises ConfigError where the trunk has no class token to pool, or the heads do not divide D.
-    """
-    dim = int(trunk.num_features)
-    if config.pool in ("nomic", "cls") and getattr(trunk, "cls_token", None) is None:
-        raise ConfigError(
-            f"vision.pool {config.pool!r} reads the class token, and trunk {config.trunk!r} has none: "
-            "use pool map or mean, or trunk_args {class_token: true} on a ViT"
-        )
-    if config.pool == "cls":
-        return ClsPool()
-    if config.pool == "mean":
-        return MeanPool(int(getattr(trunk, "num_prefix_tokens", 0)))
-    heads = config.pool_heads or _trunk_heads(trunk, dim)
-    if dim % heads:
-        raise ConfigError(f"vision.pool_heads ({heads}) must divide the width of trunk {config.trunk!r} ({dim})")
-    if config.pool == "nomic":
-        return NomicPool(dim, heads, config.pool_hidden or 8 * round(dim / 3))
-    hidden = config.pool_hidden or 4 * dim
-    norm: Any = partial(nn.LayerNorm, eps=1e-6)
-    # timm truncates dim * mlp_ratio: with 0.5 added the result is exactly `hidden`.
-    pool: nn.Module = AttentionPoolLatent(dim, num_heads=heads, mlp_ratio=(hidden + 0.5) / dim, norm_layer=norm)
-    return pool
-
-
-def _trunk_heads(trunk: Any, dim: int) -> int:
-    """Number of attention heads of the trunk's last block; without attention there, heads of width 64, as usual in ViTs."""
-    blocks = getattr(trunk, "blocks", None)
-    heads = (
-        getattr(getattr(blocks[-1], "attn", None), "num_heads", None) if blocks is not None and len(blocks) else None
-    )
-    return int(heads) if heads else max(1, dim // 64)
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, F] -> [b, D]."""
+        x = F.dropout(x, self.dropout, self.training)
+        hidden = F.silu(self.gate(x)) * self.fc1(x)
+        vectors: Tensor = self.fc2(F.dropout(hidden, self.dropout, self.training))
+        return vectors

@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 
 from nev.common.errors import NevError, first_few
 from nev.config.base import ConfigError
-from nev.models.text import TextTower, compute_fingerprint, make_text_encoder, weight_digests
+from nev.models.digests import weight_digests
+from nev.models.text import TextTower, compute_fingerprint, make_text_encoder
 
 if TYPE_CHECKING:
+    from nev.models.frozen import FrozenTrunk
     from nev.models.text import TextTower
 
 
@@ -33,6 +35,10 @@ CANARIES = (
 
 class TextMoved(NevError, RuntimeError):
     """The locked text tower has changed since the start of the run."""
+
+
+class TrunkMoved(NevError, RuntimeError):
+    """The locked trunk has changed since the start of the run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +100,17 @@ def check_locked(tower: TextTower, before: TowerLock) -> None:
         wrong.append(f"canary sentences {rows} have other embeddings (by up to {largest:.3g})")
     if wrong:
         raise TextMoved(f"the text tower {tower.name!r} is locked, but {'; '.join(wrong)}. This run's model is void.")
+
+
+def check_trunk_locked(trunk: FrozenTrunk, fingerprint: str) -> None:
+    """Raise TrunkMoved unless the trunk has its fingerprint of before the run, is in eval mode, and requires no gradient."""
+    wrong = ["its weights changed"] if trunk.fingerprint != fingerprint else []
+    wrong += ["it is in training mode"] if any(module.training for module in trunk.modules()) else []
+    wrong += ["it requires gradients"] if any(weight.requires_grad for weight in trunk.parameters()) else []
+    if wrong:
+        raise TrunkMoved(
+            f"the trunk {trunk.config.trunk!r} is locked, but {'; '.join(wrong)}. This run's model is void."
+        )
 
 
 MAX_DIFFERENCE = 1e-4  # of any number of a unit vector; float noise is 1e-7

@@ -36,7 +36,7 @@ _TOWER = {
     "embeddings.cls_token": "trunk.cls_token",
     "embeddings.pos_embed": "trunk.pos_embed",
     "embeddings.proj.bias": "trunk.patch_embed.proj.bias",
-    "selector.attn.latent": "head.latent",
+    "selector.attn.latent": "pool.latent",
 }
 _HEAD = {
     "attn.Wq": "q",
@@ -101,8 +101,8 @@ def from_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of nev's tower under the released names and shapes. The inverse of `from_released`, bit for bit.
 
-    Raises ValueError, which names missing and unknown keys, if `state` is not of a tower in the released architecture (head
-    `nomic` on an EVA-02 trunk without last norm, no projection).
+    Raises ValueError, which names missing and unknown keys, if `state` is not of a tower in the released architecture (pool
+    `nomic` on an EVA-02 trunk without last norm, no head).
     """
     rest, out = dict(state), dict[str, Tensor]()
     missing: list[str] = []
@@ -138,7 +138,7 @@ def load_released(path: str | Path, tower: nn.Module) -> None:
 
 def _name_pairs(depth: int) -> list[tuple[str, str]]:
     """(released, nev) names of every tensor that both layouts hold in the same shape."""
-    modules = [(f"selector.{a}", f"head.{b}") for a, b in _HEAD.items()]
+    modules = [(f"selector.{a}", f"pool.{b}") for a, b in _HEAD.items()]
     modules += [(f"layers.{n}.{a}", f"trunk.blocks.{n}.{b}") for n in range(depth) for a, b in _BLOCK.items()]
     return [*_TOWER.items(), *((f"{a}.{leaf}", f"{b}.{leaf}") for a, b in modules for leaf in _LEAVES)]
 

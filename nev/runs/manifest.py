@@ -23,7 +23,7 @@ from nev.storage.files import (
     storage_errors_as,
 )
 
-FORMAT = 2
+FORMAT = 3
 READ_BYTES = 2**25  # bytes of one read
 PATIENCE_S = 300.0  # how long a read is retried
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.file import parse
 from nev.config.paths import with_absolute_paths
+from nev.models.frozen import FeatureHead, FrozenTower, FrozenTrunk, build_feature_head, load_frozen_trunk
 from nev.models.text import TextTower, load_text
-from nev.models.vision import VisionTower, build_vision
-from nev.runs.checkpoint import load_model
+from nev.models.vision import build_vision
+from nev.runs.checkpoint import TRUNK_FILE, load_model, load_tensors
 from nev.runs.manifest import CheckpointError
 
 
@@ -54,16 +55,49 @@ def load_logit_scale(location: str) -> float:
     return float(weights["log_scale"].exp())
 
 
-def load_vision(location: str, config: Experiment, text_width: int) -> VisionTower:
-    """The vision tower of a checkpoint, on the CPU, in training mode.
+def load_vision(location: str, manifest: dict[str, Any], config: Experiment, text_width: int) -> nn.Module:
+    """The vision tower of a checkpoint, on the CPU, in training mode: float [b, 3, S, S] to unit vectors, float32 [b, D].
 
-    config: the experiment of the checkpoint. text_width: width D of the text vectors.
+    manifest: `state.json` of the checkpoint. config: the experiment of the checkpoint. text_width: width D of the text vectors.
+    Raises CheckpointError for a locked trunk that the checkpoint does not hold, and that is not to be had here.
     """
+    if config.vision.lock:
+        trunk = load_trunk(location, manifest, config)
+        return FrozenTower(trunk, load_feature_head(location, config, text_width, trunk.shape))
     settings = config.vision.model_copy(update={"pretrained": False, "weights": None})
     vision = build_vision(settings, config.data.image_size, text_width)
     _, weights = load_model(location)
     vision.load_state_dict(_below("vision.", weights))
     return vision
+
+
+def load_trunk(location: str, manifest: dict[str, Any], config: Experiment) -> FrozenTrunk:
+    """The locked trunk of a checkpoint, on the CPU: from the checkpoint where that holds it, else as its config says.
+
+    Raises CheckpointError where it is not to be had here, or is another one.
+    """
+    state, wanted = None, manifest["fingerprints"]["trunk"]
+    if TRUNK_FILE in manifest["sha256"]:
+        state = load_tensors(location, manifest, TRUNK_FILE)
+    hint = "Name it with --set vision.weights=FILE, or train with --with-trunk, which saves it with every checkpoint."
+    try:
+        trunk = load_frozen_trunk(config.vision, config.data.image_size, state)
+    except ConfigError as error:
+        raise CheckpointError(f"{location} needs the locked trunk that it was trained on: {error}. {hint}") from error
+    if trunk.fingerprint != wanted:
+        raise CheckpointError(
+            f"{location} was trained on another trunk (fingerprint {wanted[:12]}) than {config.vision.trunk} on this machine "
+            f"({trunk.fingerprint[:12]}). {hint}"
+        )
+    return trunk
+
+
+def load_feature_head(location: str, config: Experiment, text_width: int, shape: tuple[int, ...]) -> FeatureHead:
+    """The layers behind the locked trunk of a checkpoint, on the CPU. shape: of one picture's features."""
+    head = build_feature_head(config.vision, config.data.image_size, shape, text_width)
+    _, weights = load_model(location)
+    head.load_state_dict(_below("vision.", weights))
+    return head
 
 
 def load_text_tower(location: str, config: Experiment) -> TextTower:

@@ -24,7 +24,9 @@ from nev.config.experiment import Experiment
 from nev.config.model import refuse_widths
 from nev.losses.fused import HALF, PARTIAL_BYTES
 from nev.losses.tiles import GPU_TILE_COLUMNS, GPU_TILE_ROWS, TILE_COLUMNS, TILE_ROWS
+from nev.models.frozen import FeatureHead, build_feature_head, describe_features
 from nev.models.text import TextTower
+from nev.models.trunk import build_trunk
 from nev.models.vision import VisionTower, build_vision
 from nev.train.core.parallel import transformer_blocks
 from nev.train.core.vision_setup import apply_train_options
@@ -106,6 +108,10 @@ def estimate_memory(config: Experiment, text_width: int, bf16: bool = False, gpu
     gpu: the loss has the tile sizes of a GPU.
     Raises ConfigError as `build_vision` does, and for a text tower in the loop.
     """
+    if config.vision.lock and not config.vision.from_sidecars:
+        raise ConfigError(
+            "the memory of a locked trunk in the loop cannot be computed: leave out vision.mode for the memory of the rest"
+        )
     if config.text_online:
         raise ConfigError(
             "the memory of a text tower in the loop cannot be computed: leave out text.mode and lock for the memory of the rest"
@@ -123,8 +129,9 @@ def estimate_memory(config: Experiment, text_width: int, bf16: bool = False, gpu
         blocks, rest = measure_activations(vision)
         gathered = rest + 3 * max(blocks, default=0)
         weights, learned = weights // world, learned // world
-    for_backward, tower = tower_bytes(vision, part, config.data.image_size, bf16)
-    images = local * config.data.image_size**2 * 3
+    picture = picture_shape(config)
+    for_backward, tower = tower_bytes(vision, (part, *picture), bf16)
+    images = local * math.prod(picture) * (FP16 if config.vision.lock else 1)
     levels = max(1, len(config.loss.matryoshka))
     # Texts as gathered (one process has only its own), log-sum-exps of the columns; for the images the embedding, its working
     # copy, the copy times the scale, and the gradient.
@@ -189,8 +196,12 @@ def collectives(config: Experiment, text_width: int) -> list[Collective]:
     ]
 
 
-def compute_shape(config: Experiment, text_width: int) -> VisionTower:
-    """The vision tower on the meta device: shapes without memory."""
+def compute_shape(config: Experiment, text_width: int) -> VisionTower | FeatureHead:
+    """The vision tower, or the layers behind a locked trunk, on the meta device: shapes without memory."""
+    if config.vision.lock:
+        shape = describe_features(config.vision, config.data.image_size)
+        with torch.device("meta"):
+            return build_feature_head(config.vision, config.data.image_size, shape, text_width).train()
     empty = config.vision.model_copy(update={"pretrained": False, "weights": None})
     with torch.device("meta"):
         return build_vision(empty, config.data.image_size, text_width).train()
@@ -199,12 +210,12 @@ def compute_shape(config: Experiment, text_width: int) -> VisionTower:
 def checkpoint_bytes(config: Experiment, text: TextTower) -> int:
     """Bytes of a checkpoint, about: weights in float32, and AdamW's two moments of the trained weights."""
     vision, words = _tower_weights(config, text)
-    return vision * (1 if config.lock == "image" else 3) + 3 * words
+    return vision * (1 if config.lock == "image" else 3) + 3 * words + _trunk_bytes(config)
 
 
 def weight_bytes(config: Experiment, text: TextTower) -> int:
     """Bytes of the weights in a checkpoint, about, in float32."""
-    return sum(_tower_weights(config, text))
+    return sum(_tower_weights(config, text)) + _trunk_bytes(config)
 
 
 def _tower_weights(config: Experiment, text: TextTower) -> tuple[int, int]:
@@ -214,7 +225,16 @@ def _tower_weights(config: Experiment, text: TextTower) -> tuple[int, int]:
     return vision, words
 
 
-def measure_activations(vision: VisionTower) -> tuple[list[int], int]:
+def _trunk_bytes(config: Experiment) -> int:
+    """Bytes of a locked trunk's weights in a checkpoint; 0 where a checkpoint names the trunk by fingerprint."""
+    if not (config.vision.lock and config.train.save_trunk):
+        return 0
+    with torch.device("meta"):
+        trunk = build_trunk(config.vision.model_copy(update={"pretrained": False}), config.data.image_size)
+    return sum(tensor.nbytes for tensor in trunk.parameters())
+
+
+def measure_activations(vision: nn.Module) -> tuple[list[int], int]:
     """(bytes of each block that FSDP gathers in one piece, bytes of the parameters outside of all blocks)."""
     counted: set[nn.Parameter] = set()
     blocks = []
@@ -225,8 +245,18 @@ def measure_activations(vision: VisionTower) -> tuple[list[int], int]:
     return blocks, sum(parameter.nbytes for parameter in vision.parameters() if parameter not in counted)
 
 
-def tower_bytes(vision: VisionTower, rows: int, size: int, bf16: bool) -> tuple[int, int]:
-    """(bytes stored for the backward, peak bytes) of a forward and backward of `rows` images, without the weights."""
+def picture_shape(config: Experiment) -> tuple[int, ...]:
+    """Shape of what the trained tower takes of a picture: its pixels, or the features of a locked trunk."""
+    if config.vision.lock:
+        return describe_features(config.vision, config.data.image_size)
+    return config.data.image_size, config.data.image_size, 3
+
+
+def tower_bytes(vision: nn.Module, shape: tuple[int, ...], bf16: bool) -> tuple[int, int]:
+    """(bytes stored for the backward, peak bytes) of a forward and backward, without the weights.
+
+    shape: of what the tower takes, with the number of pictures first.
+    """
     with FakeTensorMode():
         _without_memory(vision)
         live = LiveBytes()
@@ -234,7 +264,8 @@ def tower_bytes(vision: VisionTower, rows: int, size: int, bf16: bool) -> tuple[
             live.track(tensor)
         weights = live.now
         with live:
-            pixels = torch.empty(rows, size, size, 3).permute(0, 3, 1, 2)
+            pixels = torch.empty(shape)
+            pixels = pixels.permute(0, 3, 1, 2) if isinstance(vision, VisionTower) else pixels
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 vectors = vision(pixels)
             for_backward = live.now - weights

@@ -91,9 +91,20 @@ def run_experiment(
         if lock:
             check_locked(load_text(job.config.text), lock)
             check_locked(prepared.text, lock)
+        prove_trunk_unmoved(job)
         summary, files = summarise_run(job, prepared.text, tracked.tracker, console)
         tracked.complete = tracked.tracker.artifacts(files, summary.checkpoint)
     return summary
+
+
+def prove_trunk_unmoved(job: Job) -> None:
+    """Raise TrunkMoved where the locked trunk of a run, loaded anew, is not the trunk of its start."""
+    if job.features:
+        from nev.models.frozen import load_frozen_trunk
+        from nev.models.lock import check_trunk_locked
+
+        trunk = load_frozen_trunk(job.config.vision, job.config.data.image_size)
+        check_trunk_locked(trunk, job.fingerprints["trunk"])
 
 
 def print_start(prepared: Prepared, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,9 @@ class Job:
     total_steps: length of the learning rate's schedule.
     stop_step: the step at which this start of the run ends; at most `total_steps`.
     validation: None for a run without a validation set.
-    fingerprints: hashes of the data, the plan and the text tower, by those names.
+    features: shape of one picture's features under a locked trunk, (F,) or (T, F); None for a trained trunk.
+    statistics: of these features, float32 [2, F]; None where they are not standardised.
+    fingerprints: hashes of the data, the plan, the text tower and a locked trunk, by the names data, plan, text, trunk.
     canaries: vectors of `nev.models.lock.CANARIES` from the text tower before training, float32 [8, D]; None for a locked
     text tower.
     """
@@ -38,6 +41,8 @@ class Job:
     stop_step: int
     validation: Validation | None
     fingerprints: dict[str, str]
+    features: tuple[int, ...] | None = None
+    statistics: NDArray[np.float32] | None = None
     canaries: NDArray[np.float32] | None = None
 
     def validates(self, step: int) -> bool:
@@ -72,6 +77,8 @@ def make_resume_point(manifest: dict[str, Any]) -> ResumePoint:
 
 
 def row_bytes(job: Job) -> int:
-    """Bytes of one row of a block: its picture, and its vector or tokens."""
+    """Bytes of one row of a block: its picture or its features, and its vector or tokens."""
     text = 4 * job.config.text.max_tokens if job.config.text_online else 2 * job.text_width
+    if job.features and job.config.vision.from_sidecars:
+        return 2 * math.prod(job.features) + text
     return job.config.data.image_size**2 * 3 + text

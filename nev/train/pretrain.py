@@ -28,12 +28,13 @@ from nev.data.block import Block, BlockReader
 from nev.data.index import Index, build_index
 from nev.data.plan import Plan, sequential_blocks
 from nev.eval.validation.task import val_reader
+from nev.models.precision import choose_precision
 from nev.models.vision import VisionTower, build_vision, normalise
 from nev.runs.tracking import open_run, tracking_uri
 from nev.storage.files import join, storage_errors_as, write_atomic
 from nev.storage.reading import DataError, read_column
 from nev.train.core.optim import learning_rate, make_optimizer, set_learning_rate
-from nev.train.core.step import choose_precision, update_parameters
+from nev.train.core.step import update_parameters
 from nev.train.driver.setup import total_steps
 
 Objective = Literal["supervised", "mim"]

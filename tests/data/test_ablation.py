@@ -19,8 +19,10 @@ from nev.config.experiment import Experiment
 from nev.data.ablation import AblationReader, change_texts, draw_normal, normalise_rows, permute_captions
 from nev.data.block import BlockReader
 from nev.data.plan import Segment
-from nev.data.sidecar import decode_vectors, mean_vector, read_column, sidecar_location
+from nev.data.sidecar import decode_vectors
+from nev.data.text_sidecar import mean_vector, text_sidecars
 from nev.models.text import TextTower
+from nev.storage.reading import read_column
 
 Make = Callable[..., Experiment]
 
@@ -77,7 +79,9 @@ def test_a_block_has_the_captions_of_other_rows_of_its_row_group_in_every_epoch(
 def test_collapse_and_corrupt(tmp_path: Path) -> None:
     index = embedded(three_shards(tmp_path))
     key = str(reader_of(index).text_key)
-    columns = [read_column(sidecar_location(index, shard, key), "vectors") for shard in range(len(index.paths))]
+    columns = [
+        read_column(text_sidecars(index, key, WIDTH).location(shard), "vectors") for shard in range(len(index.paths))
+    ]
     everything = np.concatenate([decode_vectors(column, WIDTH)[0] for column in columns]).astype(np.float64)
     mean = mean_vector(index, key, WIDTH)
     assert mean == pytest.approx(everything.mean(0), abs=1e-6)

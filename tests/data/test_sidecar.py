@@ -15,15 +15,8 @@ from helpers.pictures import WIDTH, encode, encoded, photo, rows_of, vector_of, 
 
 from nev.config.data import Columns
 from nev.data.index import Index, build_index
-from nev.data.sidecar import (
-    check_sidecars,
-    decode_vectors,
-    missing_sidecars,
-    sidecar_key,
-    sidecar_location,
-    sidecars_to_write,
-    write_sidecar,
-)
+from nev.data.sidecar import decode_vectors, missing_sidecars, sidecars_to_write
+from nev.data.text_sidecar import check_sidecars, sidecar_key, text_sidecars, write_sidecar
 from nev.storage.reading import DataError
 
 
@@ -40,7 +33,7 @@ def test_sidecars_lie_beside_their_shards_row_for_row(tmp_path: Path) -> None:
     assert write_sidecar(index, 0, KEY, WIDTH, counting) == sum(n % 3 for n in range(9))
     assert len(asked) == len(set(asked)) == 7  # each distinct caption once
     path = tmp_path / "_text" / KEY[:16] / "deep" / "a.parquet"
-    assert sidecar_location(index, 0, KEY) == str(path)
+    assert text_sidecars(index, KEY, WIDTH).location(0) == str(path)
     file = pq.ParquetFile(path)
     assert [file.metadata.row_group(group).num_rows for group in range(3)] == [4, 0, 5]
     table = file.read()
@@ -66,8 +59,10 @@ def test_a_shard_without_any_caption_has_a_sidecar_too(tmp_path: Path) -> None:
 def test_missing_sidecars_are_counted_and_named(tmp_path: Path) -> None:
     index = embedded(three_shards(tmp_path))
     check_sidecars(index, KEY, WIDTH)
-    Path(sidecar_location(index, 1, KEY)).unlink()
-    assert missing_sidecars(index, KEY) == sidecars_to_write(index, KEY, WIDTH) == [1]
+    Path(text_sidecars(index, KEY, WIDTH).location(1)).unlink()
+    assert (
+        missing_sidecars(text_sidecars(index, KEY, WIDTH)) == sidecars_to_write(text_sidecars(index, KEY, WIDTH)) == [1]
+    )
     with pytest.raises(DataError, match=r"1 of 3 shards .* \(first: b\.parquet\)\. Write them with `nev embed-text"):
         check_sidecars(index, KEY, WIDTH)
     with pytest.raises(DataError, match=r"3 of 3 shards have no text sidecar of this encoder"):
@@ -129,14 +124,14 @@ def captions_changed(index: Index, path: Path) -> None:
 )
 def test_a_sidecar_that_does_not_match_is_refused_with_a_remedy(change: Any, message: str, tmp_path: Path) -> None:
     index = embedded(three_shards(tmp_path))
-    path = Path(sidecar_location(index, 0, KEY))
+    path = Path(text_sidecars(index, KEY, WIDTH).location(0))
     change(index, path)
     with pytest.raises(DataError, match=rf"{path.name}:? {message}(.|\n)*write it again"):
         check_sidecars(build_index(str(tmp_path), Columns()), KEY, WIDTH)
     after = build_index(str(tmp_path), Columns())
-    assert sidecars_to_write(after, KEY, WIDTH) == [0]
+    assert sidecars_to_write(text_sidecars(after, KEY, WIDTH)) == [0]
     write_sidecar(after, 0, KEY, WIDTH, encode)
-    assert sidecars_to_write(after, KEY, WIDTH) == []
+    assert sidecars_to_write(text_sidecars(after, KEY, WIDTH)) == []
     check_sidecars(after, KEY, WIDTH)
 
 
@@ -164,10 +159,10 @@ def test_a_sidecar_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Monkey
 
     with pytest.raises(RuntimeError, match="out of memory"):
         write_sidecar(index, 0, KEY, WIDTH, failing)
-    assert missing_sidecars(index, KEY) == [0]
+    assert missing_sidecars(text_sidecars(index, KEY, WIDTH)) == [0]
     with pytest.raises(ValueError, match=r"gave \(6, 8\) for 6 captions of width 4"):
         write_sidecar(index, 0, KEY, WIDTH // 2, encode)
-    assert missing_sidecars(index, KEY) == [0]
+    assert missing_sidecars(text_sidecars(index, KEY, WIDTH)) == [0]
 
     written = pq.ParquetWriter.write_table
     calls = []
@@ -182,7 +177,7 @@ def test_a_sidecar_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(DataError, match=r"cannot be written \(disk full\)"):
         write_sidecar(index, 0, KEY, WIDTH, encode)
     monkeypatch.undo()
-    assert missing_sidecars(index, KEY) == [0]
+    assert missing_sidecars(text_sidecars(index, KEY, WIDTH)) == [0]
     with pytest.raises(DataError, match="no text sidecar"):
         check_sidecars(index, KEY, WIDTH)
     assert write_sidecar(index, 0, KEY, WIDTH, encode) == 6

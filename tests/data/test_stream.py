@@ -16,7 +16,7 @@ from nev.config.data import Augment, Columns, Limits
 from nev.data.block import Block, BlockReader
 from nev.data.index import build_index
 from nev.data.plan import Plan
-from nev.data.sidecar import sidecar_key, write_sidecar
+from nev.data.text_sidecar import sidecar_key, write_sidecar
 
 pytestmark = pytest.mark.ray
 

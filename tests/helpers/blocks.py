@@ -10,11 +10,8 @@ from nev.config.data import Augment, Columns, Limits
 from nev.data.block import Block, BlockReader
 from nev.data.index import Index, build_index
 from nev.data.plan import Segment
-from nev.data.sidecar import (
-    missing_sidecars,
-    sidecar_key,
-    write_sidecar,
-)
+from nev.data.sidecar import missing_sidecars
+from nev.data.text_sidecar import sidecar_key, text_sidecars, write_sidecar
 
 KEY = sidecar_key("tower", "caption")
 SIZE = 16
@@ -23,7 +20,7 @@ SIZE = 16
 def embedded(folder: Path, key: str = KEY) -> Index:
     """The index of a folder, with the sidecars that it lacks written."""
     index = build_index(str(folder), Columns())
-    for shard in missing_sidecars(index, key):
+    for shard in missing_sidecars(text_sidecars(index, key, WIDTH)):
         write_sidecar(index, shard, key, WIDTH, encode)
     return index
 

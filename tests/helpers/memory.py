@@ -10,10 +10,11 @@ from torch.nn.functional import normalize
 from nev.config.experiment import Experiment
 from nev.config.file import parse
 from nev.models.dual_encoder import DualEncoder
+from nev.models.precision import choose_precision
 from nev.models.vision import build_vision
 from nev.train.capacity import LiveBytes
 from nev.train.core.optim import make_optimizer
-from nev.train.core.step import Batch, choose_precision, train_step
+from nev.train.core.step import Batch, train_step
 from nev.train.core.vision_setup import apply_train_options
 
 CPU = torch.device("cpu")

@@ -17,9 +17,10 @@ from nev.losses.contrastive import contrastive_loss
 from nev.losses.gather import start_gather
 from nev.losses.pairwise import LossOutput
 from nev.models.dual_encoder import DualEncoder, Embedded
+from nev.models.precision import Precision
 from nev.models.vision import build_vision
 from nev.train.core.gradcache import backward_in_parts
-from nev.train.core.step import Batch, Precision, train_step
+from nev.train.core.step import Batch, train_step
 
 CPU = torch.device("cpu")
 

@@ -12,9 +12,9 @@ from nev.config.experiment import Experiment
 from nev.data.block import Block, BlockReader
 from nev.data.index import build_index
 from nev.data.plan import Plan
+from nev.models.precision import choose_precision
 from nev.models.text import TextTower
 from nev.runs import checkpoint
-from nev.train.core.step import choose_precision
 from nev.train.driver.preflight import check_inputs
 from nev.train.driver.setup import make_job, make_reader
 from nev.train.job import Job, ResumePoint, find_resume_point

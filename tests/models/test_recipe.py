@@ -17,11 +17,11 @@ from nev.config.experiment import Experiment
 from nev.config.file import load
 from nev.data.block import BlockReader
 from nev.data.index import build_index
-from nev.data.sidecar import write_sidecar
+from nev.data.text_sidecar import write_sidecar
 from nev.eval.validation.task import text_key
+from nev.models.precision import choose_precision
 from nev.models.text import load_text
 from nev.train.core import step as step_module
-from nev.train.core.step import choose_precision
 from nev.train.job import Job
 from nev.train.worker.loop import train
 from nev.train.worker.state import RankContext

@@ -58,9 +58,9 @@ def test_a_feature_map_is_read_row_by_row_whatever_its_memory_order():
         assert torch.equal(tower.tokens(images)[0, 1], grid[0, 0, 1])
 
 
-def test_projection_only_where_the_widths_differ():
-    assert [*build_vision(vit(), 32, 48).projection.parameters()] == []
-    weight, *bias = build_vision(vit(), 32, 24).projection.parameters()
+def test_a_head_only_where_the_widths_differ():
+    assert [*build_vision(vit(), 32, 48).head.parameters()] == []
+    weight, *bias = build_vision(vit(), 32, 24).head.parameters()
     assert weight.shape == (24, 48)
     assert bias == []
 
@@ -86,11 +86,11 @@ def test_final_norm_can_be_taken_off():
 
 
 def test_hidden_width_heads_and_their_defaults():
-    assert build_vision(vit(), 32, 48).head.mlp.fc2.weight.shape == (48, 128)  # 8/3 of the width
-    assert build_vision(vit(pool="map"), 32, 48).head.mlp.fc2.weight.shape == (48, 192)
+    assert build_vision(vit(), 32, 48).pool.mlp.fc2.weight.shape == (48, 128)  # 8/3 of the width
+    assert build_vision(vit(pool="map"), 32, 48).pool.mlp.fc2.weight.shape == (48, 192)
     for pool in ("nomic", "map"):
-        head = build_vision(vit(pool=pool, pool_hidden=77, pool_heads=2), 32, 48).head
-        assert head.mlp.fc2.weight.shape == (48, 77)
+        built = build_vision(vit(pool=pool, pool_hidden=77, pool_heads=2), 32, 48).pool
+        assert built.mlp.fc2.weight.shape == (48, 77)
 
 
 def test_bf16_autocast_still_gives_float32_of_unit_length():
@@ -180,7 +180,7 @@ def test_weights_files_that_are_refused(tmp_path):
         ({"trunk_args": {"patch_size": "8"}}, "cannot be built with trunk_args"),
         ({"trunk_args": {"num_classes": 10}}, "num_classes is set by nev"),
         ({"trunk_args": {"class_token": False}}, "class_token: true"),
-        ({"trunk_args": {"class_token": False}, "pool": "cls"}, "use pool map or mean"),
+        ({"trunk_args": {"class_token": False}, "pool": "cls"}, "use pool map, mean or own"),
         ({"pool_heads": 5}, r"pool_heads \(5\) must divide .* \(48\)"),
         ({"trunk": "vit_tiny_patch16_224.augreg_in22k"}, r"augreg_in21k"),
     ],

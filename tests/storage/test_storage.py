@@ -15,14 +15,8 @@ from nev.config.data import Augment, Columns, Limits
 from nev.data.block import Block, BlockReader
 from nev.data.index import Index, build_index
 from nev.data.plan import Plan, Segment
-from nev.data.sidecar import (
-    check_sidecars,
-    missing_sidecars,
-    sidecar_key,
-    sidecar_location,
-    sidecars_to_write,
-    write_sidecar,
-)
+from nev.data.sidecar import missing_sidecars, sidecars_to_write
+from nev.data.text_sidecar import check_sidecars, sidecar_key, text_sidecars, write_sidecar
 from nev.storage import s3 as s3_module
 from nev.storage.files import filesystem
 from nev.storage.reading import DataError
@@ -48,7 +42,7 @@ def upload(folder: Path) -> None:
 
 def embedded(root: str) -> Index:
     index = build_index(root, Columns())
-    for shard in missing_sidecars(index, KEY):
+    for shard in missing_sidecars(text_sidecars(index, KEY, WIDTH)):
         write_sidecar(index, shard, KEY, WIDTH, encode)
     check_sidecars(index, KEY, WIDTH)
     return index
@@ -98,8 +92,10 @@ def test_every_row_comes_through_every_fault(
     s3.rule = lambda *_: None
     assert s3.broken[fault] > 5
     for shard in range(2):
-        with filesystem(sidecar_location(expected, shard, KEY))[0].open(sidecar_location(expected, shard, KEY)) as own:
-            assert filesystem(REMOTE)[0].cat_file(sidecar_location(index, shard, KEY)) == own.read()
+        with filesystem(text_sidecars(expected, KEY, WIDTH).location(shard))[0].open(
+            text_sidecars(expected, KEY, WIDTH).location(shard)
+        ) as own:
+            assert filesystem(REMOTE)[0].cat_file(text_sidecars(index, KEY, WIDTH).location(shard)) == own.read()
     warnings = [record.getMessage() for record in caplog.records if record.name == "nev.storage"]
     assert bool(warnings) == (fault != "trickle")
     if fault in ("500", "503", "drop"):
@@ -175,16 +171,16 @@ def test_what_is_missing_or_refused_is_named(local: Path, s3: Proxy, impatient: 
     with pytest.raises(DataError, match=r"s3://bucket/set/train cannot be read .*AWS_PROFILE"):
         build_index(REMOTE, Columns())
     with pytest.raises(DataError, match=r"s3://bucket/set/train/_text/.* cannot be read .*AWS_PROFILE"):
-        missing_sidecars(index, KEY)
+        missing_sidecars(text_sidecars(index, KEY, WIDTH))
 
 
 def test_storage_that_refuses_is_no_reason_to_embed_anew(local: Path, s3: Proxy, impatient: None) -> None:
     upload(local)
     index = embedded(REMOTE)
-    assert sidecars_to_write(index, KEY, WIDTH) == []
+    assert sidecars_to_write(text_sidecars(index, KEY, WIDTH)) == []
     s3.rule = lambda method, path, span, before: "403" if "_text" in path else None
     with pytest.raises(DataError, match=r"_text/.* cannot be read .*AWS_PROFILE"):
-        sidecars_to_write(index, KEY, WIDTH)
+        sidecars_to_write(text_sidecars(index, KEY, WIDTH))
 
 
 def test_a_shard_written_anew_under_a_reader_is_noticed(local: Path, s3: Proxy, impatient: None) -> None:
@@ -208,7 +204,7 @@ def test_what_another_process_writes_is_seen(local: Path, s3: Proxy, impatient: 
     s3_module._filesystem.cache_clear()  # what is written now, a filesystem of its own writes
     write_sidecar(index, 0, KEY, WIDTH, encode)
     assert filesystem(REMOTE)[0] is not mine
-    assert mine.exists(sidecar_location(index, 0, KEY).removeprefix("s3://"))
+    assert mine.exists(text_sidecars(index, KEY, WIDTH).location(0).removeprefix("s3://"))
 
 
 def test_no_credentials_and_no_server_are_told(s3: Proxy, impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +272,7 @@ def test_a_sidecar_that_cannot_be_written_is_named_and_leaves_nothing(local: Pat
         write_sidecar(index, 0, KEY, WIDTH, encode)
     assert s3.count("PUT", "/bucket") == 0  # nobody tried to make the bucket
     s3.reset()
-    assert missing_sidecars(index, KEY) == [0, 1]
+    assert missing_sidecars(text_sidecars(index, KEY, WIDTH)) == [0, 1]
 
 
 @pytest.mark.ray

@@ -22,11 +22,12 @@ from nev.commands.main import make_pipeline
 from nev.config.base import ConfigError
 from nev.config.file import to_yaml
 from nev.models.dual_encoder import DualEncoder
+from nev.models.precision import choose_precision
 from nev.models.vision import build_vision
 from nev.train.capacity import STOP, LiveBytes, collectives, compute_shape, estimate_memory, measure_activations
 from nev.train.core.optim import make_optimizer
 from nev.train.core.parallel import distribute
-from nev.train.core.step import Batch, choose_precision, train_step
+from nev.train.core.step import Batch, train_step
 
 
 @pytest.mark.slow

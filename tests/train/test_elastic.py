@@ -17,9 +17,9 @@ from helpers.training import Reports, blocks, load_train_state, prepare_job, tra
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.data.block import Block, BlockReader
+from nev.models.precision import choose_precision
 from nev.models.text import TextTower
 from nev.runs import checkpoint
-from nev.train.core.step import choose_precision
 from nev.train.job import Job, find_resume_point
 from nev.train.worker.batch import BatchBuilder
 from nev.train.worker.collectives import StopConsensus

@@ -31,11 +31,12 @@ from nev.config.base import ConfigError
 from nev.config.model import Vision
 from nev.losses.contrastive import contrastive_loss
 from nev.models.dual_encoder import Embedded
+from nev.models.precision import Precision
 from nev.models.vision import build_vision
 from nev.train.core.gradcache import backward_in_parts, refuse_batch_norm
 from nev.train.core.optim import make_optimizer
 from nev.train.core.rng import rng_state
-from nev.train.core.step import Batch, Precision, train_step
+from nev.train.core.step import Batch, train_step
 
 
 def whole_graph(model: nn.Module, given: Batch, part_rows: int) -> Tensor:
@@ -84,7 +85,7 @@ def test_a_scale_that_is_not_learned_stays() -> None:
     model, given = made(learn_scale=False), batch()
     in_parts(model, given, 8)
     assert model.log_scale.grad is None
-    assert model.vision.projection.weight.grad is not None
+    assert model.vision.head.weight.grad is not None
 
 
 def test_one_part_at_a_time_is_in_memory() -> None:

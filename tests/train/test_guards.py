@@ -22,11 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 from nev.config.experiment import Experiment, Guards
 from nev.data.block import Block
 from nev.models.dual_encoder import DualEncoder
+from nev.models.precision import Precision, choose_precision
 from nev.models.text import TextTower, load_text
 from nev.runs.manifest import latest_checkpoint, read_manifest
 from nev.runs.tracking import Tracker
 from nev.train.core.optim import make_optimizer
-from nev.train.core.step import Batch, Precision, choose_precision, train_step
+from nev.train.core.step import Batch, train_step
 from nev.train.driver.early_stopping import EarlyStopping
 from nev.train.driver.metrics import MetricsLogger
 from nev.train.driver.monitor import TrainMonitor
@@ -126,12 +127,12 @@ def test_a_step_without_a_finite_loss_changes_nothing(part: int | None) -> None:
 def test_a_gradient_that_overflows_changes_nothing_though_the_loss_is_finite() -> None:
     model, config = made().float(), experiment()
     optimizer = make_optimizer(model, config.optim)
-    model.vision.projection.weight.register_hook(lambda gradient: gradient * math.inf)
-    before = model.vision.projection.weight.detach().clone()
+    model.vision.head.weight.register_hook(lambda gradient: gradient * math.inf)
+    before = model.vision.head.weight.detach().clone()
     result = train_step(model, optimizer, batch(torch.float32), config, FP32)
     assert result.loss.isfinite()
     assert not result.grad_norm.isfinite()
-    assert torch.equal(model.vision.projection.weight, before)
+    assert torch.equal(model.vision.head.weight, before)
 
 
 # Two processes

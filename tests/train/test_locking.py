@@ -30,8 +30,9 @@ from nev.eval.validation.texts import read_captions
 from nev.eval.validation.vectors import load_vectors
 from nev.losses.contrastive import contrastive_loss
 from nev.losses.gather import start_gather
+from nev.models.digests import weight_digests
 from nev.models.dual_encoder import DualEncoder, Embedded
-from nev.models.text import TextTower, load_text, weight_digests
+from nev.models.text import TextTower, load_text
 from nev.models.text_encoder import TextEncoder, unlock
 from nev.models.vision import build_vision
 from nev.runs.manifest import latest_checkpoint, read_manifest
@@ -278,7 +279,7 @@ def _one_moves(rank: int) -> str:
     refuse_moved(held, WORLD)
     if rank == 1:
         with torch.no_grad():
-            model.vision.projection.weight[0, 0] += 1
+            model.vision.head.weight[0, 0] += 1
     try:
         refuse_moved(held, WORLD)
     except TowerMoved as error:
@@ -290,7 +291,7 @@ def _one_moves(rank: int) -> str:
 def test_a_locked_tower_that_moves_on_one_rank_stops_all(tmp_path: Path) -> None:
     first, second = on_ranks(_one_moves, WORLD, tmp_path)
     assert first == second
-    assert re.match(r"the vision tower is locked, but 1 of its \d+ weights changed \(projection\.weight\)", first)
+    assert re.match(r"the vision tower is locked, but 1 of its \d+ weights changed \(head\.weight\)", first)
 
 
 def test_an_evaluation_keeps_to_the_lock_of_its_checkpoint(tiny: Make, text: TextTower) -> None:

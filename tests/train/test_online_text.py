@@ -21,11 +21,12 @@ from nev.config.experiment import Experiment
 from nev.data.block import BlockReader
 from nev.data.index import build_index
 from nev.data.plan import Segment
-from nev.data.sidecar import sidecar_key, write_sidecar
+from nev.data.text_sidecar import sidecar_key, write_sidecar
 from nev.eval.validation.texts import read_captions
 from nev.eval.validation.vectors import load_vectors
+from nev.models.digests import weight_digests
 from nev.models.lock import CANARIES, refuse_other_vectors
-from nev.models.text import TextTower, load_text, make_text_encoder, weight_digests
+from nev.models.text import TextTower, load_text, make_text_encoder
 from nev.models.vision import build_vision
 from nev.runs.manifest import latest_checkpoint
 from nev.train.driver.setup import make_tokenizer

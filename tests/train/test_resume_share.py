@@ -22,6 +22,7 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.paths import with_absolute_paths
 from nev.data import stream
+from nev.models.precision import choose_precision
 from nev.models.text import TextTower
 from nev.runs import checkpoint, manifest
 from nev.runs.manifest import Damaged
@@ -29,7 +30,6 @@ from nev.storage.files import filesystem
 from nev.train import experiment
 from nev.train.core.parallel import is_sharded
 from nev.train.core.state_dict import gather_tensors
-from nev.train.core.step import choose_precision
 from nev.train.driver.launcher import make_streams
 from nev.train.driver.preflight import Prepared, prepare
 from nev.train.job import Job, find_resume_point

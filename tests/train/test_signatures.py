@@ -13,10 +13,10 @@ from helpers.training import blocks, load_train_state, prepare_job, train_reader
 from rich.console import Console
 
 from nev.config.experiment import Experiment
+from nev.models.precision import choose_precision
 from nev.models.text import TextTower
 from nev.runs.manifest import latest_checkpoint, read_manifest
 from nev.runs.metrics_log import read_points
-from nev.train.core.step import choose_precision
 from nev.train.driver import alerts as signatures
 from nev.train.driver.alerts import BOUND_POINTS, FLAT_POINTS, FailureAlerts
 from nev.train.experiment import run_experiment

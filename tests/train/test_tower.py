@@ -17,10 +17,11 @@ from nev.config.experiment import Train
 from nev.config.model import Vision
 from nev.losses import tiles
 from nev.models.dual_encoder import DualEncoder
+from nev.models.precision import Precision
 from nev.models.vision import build_vision, normalise
 from nev.train.core.optim import make_optimizer
 from nev.train.core.state_dict import gather_tensors, load_optimizer
-from nev.train.core.step import Batch, Precision, StepResult, train_step
+from nev.train.core.step import Batch, StepResult, train_step
 from nev.train.core.vision_setup import apply_train_options, enable_activation_checkpointing, uncompiled
 
 FP32 = Precision(torch.device("cpu"), torch.float32)

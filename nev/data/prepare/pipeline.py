@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from nev.config.base import ConfigError
 from nev.config.data import Limits
-from nev.data import labels, sidecar
+from nev.data import image_sidecar, labels, text_sidecar
 from nev.data.prepare.extras import write_extras
 from nev.data.prepare.filters import Filters
 from nev.data.prepare.gather import GatherJob, gather, list_runs
@@ -215,8 +215,9 @@ def _plan_shards(
     with write_errors_as_data_errors(output):
         for name in state.shards:
             fs.rm_file(join(path, name))
-        if fs.exists(join(path, sidecar.FOLDER)):
-            fs.rm(join(path, sidecar.FOLDER), recursive=True)
+        for folder in (text_sidecar.FOLDER, image_sidecar.FOLDER):
+            if fs.exists(join(path, folder)):
+                fs.rm(join(path, folder), recursive=True)
     write_json(join(job.work, "plan.json"), plan)
     return plan, order
 

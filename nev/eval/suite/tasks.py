@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from nev.config.base import ConfigError
 from nev.data.decode import Picture
-from nev.data.sidecar import Encode
+from nev.data.text_sidecar import Encode
 from nev.eval.metrics import classification
 from nev.eval.metrics.compression import compressions
 from nev.eval.metrics.intervals import Interval, interval, interval_from_draws

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,9 @@ def embed(
     captions: of each row, where these have been read already.
     """
     encode = embedder.encode_text if embedder.config.text_online else None
-    return embed_set(task, embedder.encoder_spec(), gpus_in_use), load_texts(task, encode, captions)
+    features = task.reader.features
+    tower = embedder.encoder_spec(features.shape if features else None)
+    return embed_set(task, tower, gpus_in_use), load_texts(task, encode, captions)
 
 
 def embed_set(task: Validation, tower: EncoderSpec, gpus_in_use: float = 0.0) -> Embedded:
@@ -51,11 +54,11 @@ def _read_segments(segments: list[Segment], reader: Any) -> Iterator[Block]:
 
 def pictures(task: Validation, rows: Sequence[int]) -> list[Picture]:
     """What the model sees of some rows (positions in index order): uint8 [S, S, 3] each."""
-    index = task.reader.index
+    index, reader = task.reader.index, replace(task.reader, features=None)
     ends = np.cumsum(index.rows)
     views = []
     for row in map(int, rows):
         group = int(np.searchsorted(ends, row, side="right"))
         start = int(row - (ends[group] - index.rows[group]))
-        views.append(task.reader.read([Segment(group, start, start + 1)], 0)["image"][0])
+        views.append(reader.read([Segment(group, start, start + 1)], 0)["image"][0])
     return views

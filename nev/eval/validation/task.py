@@ -14,10 +14,11 @@ from nev.config.base import ConfigError
 from nev.config.data import Columns, Data
 from nev.config.experiment import Experiment, ZeroShot
 from nev.data.block import BlockReader
+from nev.data.image_sidecar import Features, TrunkFacts, check_image_sidecars, image_recipe
 from nev.data.index import Index, build_index
 from nev.data.index_cache import cache_folder
 from nev.data.labels import parse_class_names
-from nev.data.sidecar import check_sidecars, sidecar_key
+from nev.data.text_sidecar import check_sidecars, sidecar_key
 from nev.embed.cache import embed_texts_cached
 from nev.eval.metrics.zeroshot import class_embeddings
 from nev.eval.suite.schema import DataSource, Suite, Task
@@ -99,10 +100,12 @@ def text_key(index: Index, text: TextTower) -> str:
     return sidecar_key(text.fingerprint, index.columns.caption)
 
 
-def make_validation(config: Experiment, text: TextTower) -> Validation:
+def make_validation(config: Experiment, text: TextTower, trunk: TrunkFacts | None = None) -> Validation:
     """Read and check `data.val` for what `config.eval` scores, and embed the class prompts.
 
-    text: the text tower before training. Raises DataError for labels or sidecars that are missing or do not fit.
+    text: the text tower before training.
+    trunk: the locked trunk whose image sidecars are read, if the experiment reads sidecars. None: pictures are read.
+    Raises DataError for labels or sidecars that are missing or do not fit.
     """
     assert config.data.val
     index = build_index(config.data.val, config.data.columns)
@@ -114,8 +117,12 @@ def make_validation(config: Experiment, text: TextTower) -> Validation:
     classes = class_sentences(config.eval.zero_shot, None if config.text_online else text)
     if classes:
         check_labels(index, len(classes.names))
+    features = None
+    if trunk and config.vision.from_sidecars:
+        features = Features(image_recipe(trunk.fingerprint, config.data, config.seed, training=False), trunk.shape, 1)
+        check_image_sidecars(index, features)
     return Validation(
-        reader=val_reader(config.data, index),
+        reader=val_reader(config.data, index, features),
         batch=config.eval.batch,
         classes=classes,
         retrieval=config.eval.retrieval,
@@ -159,9 +166,12 @@ def read_labels(index: Index) -> NDArray[np.int64]:
     return np.concatenate([column.fill_null(-1).to_numpy().astype(np.int64) for column in columns])
 
 
-def val_reader(data: Data, index: Index) -> BlockReader:
-    """The reader of a validation set: the centre view, labels where the set has a label column, no text vectors."""
-    return BlockReader(index, data.image_size, data.limits, seed=0, augment=None, with_labels=True)
+def val_reader(data: Data, index: Index, features: Features | None = None) -> BlockReader:
+    """The reader of a validation set: the centre view, labels where the set has a label column, no text vectors.
+
+    features: what is read of image sidecars in the place of pictures.
+    """
+    return BlockReader(index, data.image_size, data.limits, seed=0, augment=None, with_labels=True, features=features)
 
 
 def class_names(zero_shot: ZeroShot) -> list[str]:

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from nev.data.index import Index
 from nev.data.rows import parse_captions
-from nev.data.sidecar import WRITE_AGAIN, decode_vectors, sidecar_location
+from nev.data.sidecar import decode_vectors
+from nev.data.text_sidecar import text_sidecars
 from nev.storage.reading import read_column
 
 
@@ -37,9 +38,9 @@ def read_caption_vectors(index: Index, key: str, width: int) -> tuple[NDArray[np
 
     Returns float32 [m, D], rows of unit length, and int64 [m], the row that each caption describes.
     """
-    vectors, owner, row = [], [], 0
+    vectors, owner, row, sidecars = [], [], 0, text_sidecars(index, key, width)
     for shard in range(len(index.paths)):
-        column = read_column(sidecar_location(index, shard, key), "vectors", WRITE_AGAIN)
+        column = read_column(sidecars.location(shard), "vectors", sidecars.remedy)
         part, starts = decode_vectors(column, width)
         vectors.append(part.astype(np.float32))
         owner.append(row + np.repeat(np.arange(len(starts) - 1), np.diff(starts)))

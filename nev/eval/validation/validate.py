@@ -7,7 +7,7 @@ import numpy as np
 from nev.common.collectives import gather_on_rank_0
 from nev.data.block import Block
 from nev.data.plan import sequential_blocks
-from nev.data.sidecar import Encode
+from nev.data.text_sidecar import Encode
 from nev.embed.images import Embed
 from nev.eval.suite.vectors import Embedded, Texts
 from nev.eval.validation.scoring import score_validation
@@ -47,7 +47,7 @@ def embed_blocks(task: Validation, embed: Embed, rank: int, world: int, lockstep
     blocks = list(enumerate(sequential_blocks(task.reader.index.rows, task.batch)))
     share = {number: embed_block(task.reader.read(segments, 0), embed) for number, segments in blocks[rank::world]}
     if lockstep and len(share) < -(-len(blocks) // world):  # lower ranks have one block more
-        embed(np.zeros((1, task.reader.image_size, task.reader.image_size, 3), np.uint8))
+        embed(np.zeros_like(task.reader.allocate(1)))
     return share
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nev.data.sidecar import Encode
+from nev.data.text_sidecar import Encode
 from nev.eval.metrics.zeroshot import class_embeddings
 from nev.eval.suite.vectors import Embedded, Texts
 from nev.eval.validation.task import Result, Validation, read_labels

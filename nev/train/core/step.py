@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,7 +17,8 @@ from nev.losses.matryoshka import matryoshka_loss
 from nev.losses.pairwise import LossOutput
 from nev.losses.sigmoid import sigmoid_loss
 from nev.models.dual_encoder import DualEncoder, Embedded
-from nev.models.vision import normalise
+from nev.models.precision import Precision
+from nev.models.vision import as_input
 from nev.train.core.gradcache import backward_in_parts
 from nev.train.core.parallel import clip_gradients, unwrap
 
@@ -27,7 +26,7 @@ from nev.train.core.parallel import clip_gradients, unwrap
 class Batch(NamedTuple):
     """A rank's share of a step.
 
-    images: uint8 [b, S, S, 3].
+    images: uint8 [b, S, S, 3]; or float16 [b, F] or [b, T, F], features of a locked trunk.
     text: unit vectors, float [b, D]. Where the text tower is trained: token ids, int32 [b, T], -1 after the end.
     valid: bool [b]; False for a row that the loss must not see.
     """
@@ -51,25 +50,6 @@ class StepResult(NamedTuple):
     grad_norm: Tensor
 
 
-@dataclass(frozen=True)
-class Precision:
-    """The number format of a forward: float32 (no autocast), or bfloat16 under autocast."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """The context of a forward."""
-        return nullcontext() if self.dtype is torch.float32 else torch.autocast(self.device.type, self.dtype)
-
-
-def choose_precision(setting: str, device: torch.device) -> Precision:
-    """The precision of `train.precision`: "fp32", "bf16", or "auto", which is bfloat16 on a GPU that has it, else float32."""
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    use_bf16 = setting == "bf16" or (setting == "auto" and has_bf16)
-    return Precision(device, torch.bfloat16 if use_bf16 else torch.float32)
-
-
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, config: Experiment, precision: Precision
 ) -> StepResult:
@@ -86,11 +66,11 @@ def train_step(
     part = min(config.train.micro_batch or local, local)
     parts = [slice(start, start + part) for start in range(0, local, part)]
 
-    def pixels(rows: slice) -> Tensor:
-        return normalise(batch.images[rows], config.data.mean, config.data.std)
+    def inputs(rows: slice) -> Tensor:
+        return as_input(batch.images[rows], config.data.mean, config.data.std)
 
     def embed(model: nn.Module, rows: slice) -> Embedded:
-        images, tokens = None if dual.vision_locked else pixels(rows), batch.text[rows] if dual.text else None
+        images, tokens = None if dual.vision_locked else inputs(rows), batch.text[rows] if dual.text else None
         with precision.autocast():
             embedded: Embedded = model(images, tokens)
         return embedded
@@ -106,7 +86,7 @@ def train_step(
         locked_side = start_gather(batch.text, batch.valid)
     elif dual.vision_locked:
         with torch.no_grad(), precision.autocast():
-            images = torch.cat([dual.vision(pixels(rows)) for rows in parts])
+            images = torch.cat([dual.vision(inputs(rows)) for rows in parts])
         locked_side = start_gather(images, batch.valid)
     if len(parts) > 1:
         result = backward_in_parts(model, parts, embed, loss, batch.images.device)

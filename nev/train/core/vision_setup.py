@@ -9,10 +9,11 @@ import torch
 
 from nev.config.base import ConfigError
 from nev.config.experiment import Train
+from nev.models.frozen import FeatureHead
 from nev.models.vision import VisionTower
 
 
-def apply_train_options(vision: VisionTower, config: Train, backend: str = "inductor") -> None:
+def apply_train_options(vision: VisionTower | FeatureHead, config: Train, backend: str = "inductor") -> None:
     """Apply `train.activation_checkpointing`, and `train.compile`, which compiles the tower at its first call.
 
     backend: torch.compile's.
@@ -20,9 +21,9 @@ def apply_train_options(vision: VisionTower, config: Train, backend: str = "indu
     ResNet or RegNet on two cores, nothing for a ViT. Parameters and their names stay. The result stays, to rounding.
     Raises ConfigError for a trunk that timm cannot checkpoint.
     """
-    if not config.fsdp:
+    if isinstance(vision, VisionTower) and not config.fsdp:
         vision.trunk.to(memory_format=torch.channels_last)
-    if config.activation_checkpointing:
+    if isinstance(vision, VisionTower) and config.activation_checkpointing:
         enable_activation_checkpointing(vision)
     if config.compile:
         # Random numbers of eager mode: GradCache embeds a part twice, in two graphs, whose dropout must be the same.
@@ -39,8 +40,8 @@ def enable_activation_checkpointing(vision: VisionTower) -> None:
         vision.trunk.set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:
         raise ConfigError(
-            f"train.activation_checkpointing: timm's {vision.name} does not support it. Choose another trunk, or a smaller "
-            "train.micro_batch."
+            f"train.activation_checkpointing: timm's {vision.config.trunk} does not support it. Choose another trunk, or a "
+            "smaller train.micro_batch."
         ) from error
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from nev.cluster.session import cluster_cpus, cluster_gpus, may_grow
 from nev.common.errors import ErrorCollector
@@ -13,15 +17,16 @@ from nev.config.model import refuse_widths
 from nev.config.paths import with_absolute_paths
 from nev.data.augment import auto_augment
 from nev.data.block import BlockReader
+from nev.data.image_sidecar import TrunkFacts, check_image_sidecars, read_statistics
 from nev.data.index import Index, build_index
 from nev.data.plan import Plan
-from nev.data.sidecar import check_sidecars
+from nev.data.text_sidecar import check_sidecars
 from nev.eval.validation.task import Validation, make_validation, refuse_unknown_metric, text_key
 from nev.runs.folder import check_output, check_space, run_folder
 from nev.runs.manifest import CheckpointError, LatestValid, latest_valid, list_steps
 from nev.runs.metrics_log import load_mlflow_run_id
 from nev.runs.tracking import check_tracking, local_artifacts, tracking_uri
-from nev.train.driver.setup import Inputs, make_job, make_plan, make_reader, make_tokenizer
+from nev.train.driver.setup import Inputs, make_job, make_plan, make_reader, make_tokenizer, training_features
 from nev.train.driver.validator import MAX_WAITING
 from nev.train.job import Job, ResumePoint, make_resume_point, row_bytes
 
@@ -42,6 +47,7 @@ FREE_TO_CHANGE = (
     "train.micro_batch",
     "train.activation_checkpointing",
     "train.compile",
+    "train.save_trunk",
     "train.fsdp",
     "train.log_every",
     "train.checkpoint_every",
@@ -96,7 +102,7 @@ def prepare(config: Experiment, stop_after: int | None = None) -> Prepared:
     inputs = check_inputs(config, text, errors)
     return Prepared(
         job=make_job(config, text, inputs, stop_after),
-        reader=make_reader(config, text, inputs.index),
+        reader=make_reader(config, text, inputs.index, inputs.trunk),
         text=text,
         resume=make_resume_point(inputs.checkpoint.manifest) if inputs.checkpoint else ResumePoint(),
         damaged=inputs.checkpoint.damaged if inputs.checkpoint else [],
@@ -113,32 +119,61 @@ def check_inputs(config: Experiment, text: TextTower, errors: ErrorCollector | N
     from nev.models.vision import check_vision
 
     errors = ErrorCollector() if errors is None else errors
-    checkpoint = training = validation = None
+    checkpoint = training = validation = trunk = statistics = None
     steps: list[int] = []
     if not errors:  # an output that was refused would be reported again
         with errors:
             steps, checkpoint = list_steps(run_folder(config)), latest_valid(run_folder(config))
     with errors:
-        if config.data.augment.auto:
+        if config.data.augment and config.data.augment.auto:
             auto_augment(config.data.augment.auto, config.data.image_size)
     with errors:
         refuse_widths(config.loss, text.width)
     with errors:
-        if checkpoint is None:  # a run that continues needs neither the hub nor a file of weights
+        if config.vision.lock:
+            trunk = check_trunk(config, text.width)
+        elif checkpoint is None:  # a run that continues needs neither the hub nor a file of weights
             check_vision(config.vision, config.data.image_size, text.width, locked=config.lock == "image")
     with errors:
         training = check_training_set(config, text)
     with errors:
+        if trunk and training:
+            statistics = check_features(config, trunk, training[0])
+    with errors:
         check_tokens(config, text)
     with errors:
-        validation = check_validation(config, text)
+        validation = check_validation(config, text, trunk)
     errors.refuse()
     assert training
     index, plan = training
     fingerprints = {"data": index.fingerprint, "plan": plan.fingerprint, "text": text.fingerprint}
+    if trunk:
+        fingerprints["trunk"] = trunk.fingerprint
     if checkpoint:
         refuse_other_run(config, fingerprints, checkpoint)
-    return Inputs(index, plan, fingerprints, validation, checkpoint, steps)
+    return Inputs(index, plan, fingerprints, trunk, statistics, validation, checkpoint, steps)
+
+
+def check_trunk(config: Experiment, text_width: int) -> TrunkFacts:
+    """Load the locked trunk once. Raises ConfigError for a trunk, or for layers behind it, that cannot be built here."""
+    from nev.models.frozen import check_head_memory, load_frozen_trunk
+
+    trunk = load_frozen_trunk(config.vision, config.data.image_size)
+    if not may_grow():
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        check_head_memory(config.vision, config.data.image_size, trunk.shape, text_width, memory)
+    return TrunkFacts(trunk.fingerprint, trunk.shape)
+
+
+def check_features(config: Experiment, trunk: TrunkFacts, index: Index) -> NDArray[np.float32] | None:
+    """Check the image sidecars of the training set. Returns the statistics of the features, where these are standardised.
+
+    Raises DataError for sidecars that are absent or do not fit.
+    """
+    if not (config.vision.from_sidecars or config.vision.standardise):
+        return None
+    metadata = check_image_sidecars(index, training_features(config, trunk))
+    return read_statistics(metadata) if config.vision.standardise else None
 
 
 def check_training_set(config: Experiment, text: TextTower) -> tuple[Index, Plan]:
@@ -158,9 +193,9 @@ def check_tokens(config: Experiment, text: TextTower) -> None:
         refuse_other_vectors(text, make_tokenizer(text))
 
 
-def check_validation(config: Experiment, text: TextTower) -> Validation | None:
+def check_validation(config: Experiment, text: TextTower, trunk: TrunkFacts | None) -> Validation | None:
     """The run's validation. Raises DataError for a set that cannot be used, ConfigError for an unknown `eval.best`."""
-    validation = make_validation(config, text) if config.data.val else None
+    validation = make_validation(config, text, trunk) if config.data.val else None
     if config.eval.best:
         refuse_unknown_metric(config.eval.best, "eval.best", validation)
     return validation
@@ -226,11 +261,13 @@ def refuse_other_run(config: Experiment, fingerprints: dict[str, str], checkpoin
     ]
     # A setting that is younger than the checkpoint has its default there.
     before = parse(Experiment, manifest["config"], [], where=checkpoint.location)
+    # A locked trunk is known by its fingerprint, wherever its weights are.
+    free = (*FREE_TO_CHANGE, "vision.weights", "vision.pretrained") if config.vision.lock else FREE_TO_CHANGE
     here, there = _leaves(config.model_dump(mode="json")), _leaves(before.model_dump(mode="json"))
     differing += [
         f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
         for key in sorted(here.keys() | there.keys())
-        if here.get(key) != there.get(key) and not key.startswith(FREE_TO_CHANGE)
+        if here.get(key) != there.get(key) and not key.startswith(free)
     ]
     if differing:
         listed = "\n  ".join(differing)

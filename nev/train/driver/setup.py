@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from nev.config.experiment import Experiment
 from nev.data.ablation import change_texts, count_used_rows
 from nev.data.block import BlockReader
+from nev.data.image_sidecar import Features, TrunkFacts, image_recipe
 from nev.data.index import Index
 from nev.data.plan import Plan
-from nev.data.sidecar import mean_vector
+from nev.data.text_sidecar import mean_vector
 from nev.data.tokens import CaptionTokenizer
 from nev.eval.validation.task import Validation, text_key
 from nev.runs.folder import run_folder
@@ -22,6 +25,7 @@ from nev.train.job import Job
 if TYPE_CHECKING:
     from nev.models.text import TextTower
 
+TRUNK_LOCKED = ", the trunk is locked"
 TRAINED = {"text": "", "image": ", the text tower alone is trained", "none": ", both towers are trained"}  # by `lock`
 
 
@@ -31,7 +35,9 @@ class Inputs:
 
     index: the row groups of the training set.
     plan: which blocks each step takes.
-    fingerprints: hashes of the data, the plan and the text tower, by those names.
+    fingerprints: as `Job` has them.
+    trunk: a locked trunk; None where the trunk is trained.
+    statistics: of the trunk's features, float32 [2, F]; None where they are not standardised.
     validation: None for a run without a validation set.
     checkpoint: the newest valid checkpoint, every byte verified, with its manifest; None for a new run.
     steps: the steps of all checkpoints, the damaged ones included, before they were verified.
@@ -40,6 +46,8 @@ class Inputs:
     index: Index
     plan: Plan
     fingerprints: dict[str, str]
+    trunk: TrunkFacts | None
+    statistics: NDArray[np.float32] | None
     validation: Validation | None
     checkpoint: LatestValid | None
     steps: list[int]
@@ -66,12 +74,17 @@ def make_job(config: Experiment, text: TextTower, inputs: Inputs, stop_after: in
         stop_step=min(total, stop_after or total),
         validation=inputs.validation,
         fingerprints=inputs.fingerprints,
+        features=inputs.trunk.shape if inputs.trunk else None,
+        statistics=inputs.statistics,
         canaries=None if config.lock == "text" else embed_canaries(text),
     )
 
 
-def make_reader(config: Experiment, text: TextTower, index: Index) -> BlockReader:
-    """The reader of training blocks. With `text.center` every sidecar is read once, for the mean vector."""
+def make_reader(config: Experiment, text: TextTower, index: Index, trunk: TrunkFacts | None = None) -> BlockReader:
+    """The reader of training blocks. With `text.center` every sidecar is read once, for the mean vector.
+
+    trunk: a locked trunk; None where the trunk is trained.
+    """
     reader = BlockReader(
         index=index,
         image_size=config.data.image_size,
@@ -81,12 +94,19 @@ def make_reader(config: Experiment, text: TextTower, index: Index) -> BlockReade
         text_key=None if config.text_online else text_key(index, text),
         text_width=text.width,
         tokenizer=make_tokenizer(text) if config.text_online else None,
+        features=training_features(config, trunk) if trunk and config.vision.from_sidecars else None,
     )
     permuted, noise, center = config.data.permuted_captions, config.text.noise, config.text.center
     if not (permuted or noise or center):
         return reader
     mean = mean_vector(index, text_key(index, text), text.width) if center else None
     return change_texts(reader, permuted, mean, noise)
+
+
+def training_features(config: Experiment, trunk: TrunkFacts) -> Features:
+    """What the image sidecars of the training set hold."""
+    recipe = image_recipe(trunk.fingerprint, config.data, config.seed, training=True)
+    return Features(recipe, trunk.shape, config.vision.views)
 
 
 def make_tokenizer(tower: TextTower) -> CaptionTokenizer:
@@ -115,5 +135,5 @@ def describe_run(job: Job, start_step: int) -> str:
     left = f", {plan.tail_rows:,} rows left over" if plan.tail_rows else ""
     return (
         f"{job.config.name}: {plan.total_rows:,} rows, {plan.steps_per_epoch:,} steps an epoch{left}; "
-        f"{steps}{TRAINED[job.config.lock]}"
+        f"{steps}{TRAINED[job.config.lock]}{TRUNK_LOCKED if job.features else ''}"
     )

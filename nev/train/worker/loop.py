@@ -12,14 +12,16 @@ from nev.common.collectives import first_error
 from nev.common.errors import NevError
 from nev.config.experiment import Experiment
 from nev.data.block import Block
-from nev.embed.images import make_embedder
+from nev.embed.images import forward_rows, make_embedder
 from nev.eval.validation.task import Result
 from nev.eval.validation.validate import validate
+from nev.models.digests import weight_digests
+from nev.models.frozen import FrozenTrunk
 from nev.models.lock import CANARIES
-from nev.models.text import TextTower, make_text_encoder, weight_digests
-from nev.models.vision import normalise
+from nev.models.text import TextTower, make_text_encoder
+from nev.models.vision import as_input
 from nev.train.core.optim import learning_rate, set_learning_rate
-from nev.train.core.step import train_step
+from nev.train.core.step import Batch, train_step
 from nev.train.core.vision_setup import uncompiled
 from nev.train.job import Job, ResumePoint
 from nev.train.messages import Report
@@ -63,6 +65,7 @@ def train(
     encode_text = (
         make_locked_encoder(train_state.tower, config) if train_state.tower and config.lock == "text" else None
     )
+    add_features = make_trunk_encoder(train_state.trunk, config, ctx) if train_state.trunk else None
     max_blocks = plan.max_rank_blocks(ctx.world)
     with Checkpointer(job, ctx, start.step, report) as checkpointer:
         for step in range(start.step, job.stop_step):
@@ -80,6 +83,8 @@ def train(
             batch = builder.batch()
             if encode_text:
                 batch = batch._replace(text=encode_text(batch.text))
+            if add_features:
+                batch = add_features(batch)
             result = train_step(train_state.wrapped, train_state.optimizer, batch, config, ctx.precision)
             totals.add(result, batch_rows)
             guard.record(step, rate, result)
@@ -116,10 +121,11 @@ def train(
 
 
 def locked_towers(train_state: TrainState, config: Experiment) -> dict[str, nn.Module]:
-    """The locked towers of this process, by name. With texts from sidecars only the driver has the text tower."""
+    """The locked towers of this process, by name. What comes from sidecars is computed by none of them: the driver checks it."""
     if config.lock == "image":
-        return {"vision": train_state.model.vision}
-    return {"text": train_state.tower.model} if config.lock == "text" and train_state.tower else {}
+        return {"vision tower": train_state.model.vision}
+    towers: dict[str, nn.Module] = {"trunk": train_state.trunk.trunk} if train_state.trunk else {}
+    return towers | ({"text tower": train_state.tower.model} if config.lock == "text" and train_state.tower else {})
 
 
 def refuse_moved(locked: dict[str, tuple[nn.Module, dict[str, str]]], world: int) -> None:
@@ -134,7 +140,7 @@ def refuse_moved(locked: dict[str, tuple[nn.Module, dict[str, str]]], world: int
         problem = f"{len(changed)} of its {len(before)} weights changed ({', '.join(changed[:3])})" if changed else None
         if problem := first_error(problem, world):
             raise TowerMoved(
-                f"the {name} tower is locked, but {problem} since this process started. The change was not saved: "
+                f"the {name} is locked, but {problem} since this process started. The change was not saved: "
                 "the same command continues from the last checkpoint."
             )
 
@@ -151,6 +157,27 @@ def make_locked_encoder(tower: TextTower, config: Experiment) -> Callable[[Tenso
     return encode
 
 
+def make_trunk_encoder(trunk: FrozenTrunk, config: Experiment, ctx: RankContext) -> Callable[[Batch], Batch]:
+    """A function that replaces the pictures of a batch by their features, float16 [b, ...], as sidecars have them.
+
+    A part of the pictures at a time passes the trunk, without a graph. A row with a feature beyond float16 becomes invalid.
+    """
+    rows = min(forward_rows(ctx.device), config.eval.batch)
+
+    def encode(batch: Batch) -> Batch:
+        with torch.no_grad(), ctx.precision.autocast():
+            parts = [
+                trunk(as_input(batch.images[at : at + rows], config.data.mean, config.data.std))
+                for at in range(0, len(batch.images), rows)
+            ]
+        features = torch.cat(parts)
+        valid = batch.valid & features.isfinite().flatten(1).all(1)
+        features[~valid] = 0
+        return batch._replace(images=features, valid=valid)
+
+    return encode
+
+
 def validate_model(job: Job, ctx: RankContext, train_state: TrainState) -> Result | None:
     """Validate the model in eval mode. Every rank calls this. Returns the result on rank 0, None on the other ranks.
 
@@ -162,14 +189,14 @@ def validate_model(job: Job, ctx: RankContext, train_state: TrainState) -> Resul
     # Rank 0 scores. Where FSDP has split the text tower, every rank embeds the texts with rank 0.
     encode = train_state.tower.encode if train_state.tower and (ctx.rank == 0 or model.text) else None
 
-    def forward(pixels: Tensor) -> Tensor:
+    def forward(images: Tensor) -> Tensor:
         with ctx.precision.autocast():
-            vectors: Tensor = model.vision(pixels)
+            vectors: Tensor = model.vision(train_state.trunk(images) if train_state.trunk else images)
         return vectors
 
     model.eval()
     try:
-        embed = make_embedder(forward, lambda images: normalise(images, config.data.mean, config.data.std), ctx.device)
+        embed = make_embedder(forward, config.data.mean, config.data.std, ctx.device)
         with uncompiled():
             scale = float(model.log_scale.detach().exp())
             drift = None  # comes first: rank 0 scores last, and no rank waits for that

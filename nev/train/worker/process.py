@@ -47,7 +47,7 @@ def train_worker(setting: dict[str, Any]) -> None:
     import torch
 
     from nev.losses.kernel_check import KernelMismatch
-    from nev.train.core.step import choose_precision
+    from nev.models.precision import choose_precision
     from nev.train.worker.checkpointer import CheckpointNotSaved
     from nev.train.worker.guards import Diverged
     from nev.train.worker.loop import TowerMoved, train

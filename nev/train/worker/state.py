@@ -14,9 +14,11 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.losses.fused import unsupported_reason
 from nev.models.dual_encoder import DualEncoder
+from nev.models.frozen import FeatureHead, FrozenTrunk, build_feature_head, load_frozen_trunk
+from nev.models.precision import Precision
 from nev.models.text import TextTower, load_text, make_text_encoder
 from nev.models.text_encoder import unlock
-from nev.models.vision import build_vision
+from nev.models.vision import VisionTower, build_vision
 from nev.runs import checkpoint
 from nev.runs.manifest import (
     PATIENCE_S,
@@ -33,7 +35,6 @@ from nev.train.core.optim import make_optimizer
 from nev.train.core.parallel import broadcast_tensors, distribute
 from nev.train.core.rng import restore_rng, seed_rank
 from nev.train.core.state_dict import load_optimizer, unknown_parameters
-from nev.train.core.step import Precision
 from nev.train.core.vision_setup import apply_train_options
 from nev.train.job import Job, ResumePoint
 
@@ -54,18 +55,21 @@ class TrainState:
 
     wrapped: `model` under DDP; `model` itself under FSDP, and where W = 1. A step calls `wrapped`.
     tower: the text tower where it runs in the loop; None where texts come from sidecars. A trained text tower is part of `model`.
+    trunk: the locked trunk where it runs in the loop; None for a trained trunk, and where features come from sidecars.
     """
 
     model: DualEncoder
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
     tower: TextTower | None = None
+    trunk: FrozenTrunk | None = None
 
 
 class LoadedModel(NamedTuple):
     """A model in host memory, equal on every rank, and the rest of its checkpoint.
 
     tower: the text tower where it runs in the loop, else None.
+    trunk: the locked trunk where it runs in the loop, else None.
     state: None for a new run.
     moments: the optimiser's tensors, on rank 0; empty on the other ranks, and for a new run.
     rng: the random states of all ranks; empty for a new run.
@@ -73,6 +77,7 @@ class LoadedModel(NamedTuple):
 
     model: DualEncoder
     tower: TextTower | None
+    trunk: FrozenTrunk | None
     state: CheckpointState | None
     moments: dict[str, Tensor]
     rng: dict[str, Tensor]
@@ -89,7 +94,8 @@ def load_model(job: Job, ctx: RankContext, start_step: int) -> LoadedModel:
     loaded = error = None
     try:
         model, tower = build_model(job, resumed=start_step > 0)
-        loaded = LoadedModel(model, tower, None, {}, {})
+        trunk = load_job_trunk(job) if job.features and not job.config.vision.from_sidecars else None
+        loaded = LoadedModel(model, tower, trunk, None, {}, {})
         if start_step and ctx.rank == 0:
             loaded = read_checkpoint(loaded, checkpoint_location(job.run, start_step), retry_seconds(job.config))
     except NevError as problem:  # perhaps on this rank alone: the other ranks must not wait for it
@@ -121,8 +127,7 @@ def build_model(job: Job, resumed: bool) -> tuple[DualEncoder, TextTower | None]
     ):
         raise ConfigError(f"loss.kernel: fused cannot run on this node: {reason}. Use loss.kernel: tiles.")
     torch.manual_seed(config.seed)
-    settings = config.vision.model_copy(update={"pretrained": False, "weights": None}) if resumed else config.vision
-    vision = build_vision(settings, config.data.image_size, job.text_width)
+    vision = build_trained_vision(job, resumed)
     apply_train_options(vision, config.train)
     text = make_text_encoder(tower) if tower and config.lock != "text" else None
     if text:
@@ -131,6 +136,25 @@ def build_model(job: Job, resumed: bool) -> tuple[DualEncoder, TextTower | None]
     if config.train.micro_batch is not None or config.train.fsdp:
         refuse_batch_norm(model, "train.fsdp" if config.train.fsdp else "train.micro_batch")
     return model, tower
+
+
+def build_trained_vision(job: Job, resumed: bool) -> VisionTower | FeatureHead:
+    """The vision tower of a job with its first weights; the layers behind a locked trunk, where the trunk is locked."""
+    config = job.config
+    if job.features:
+        return build_feature_head(config.vision, config.data.image_size, job.features, job.text_width, job.statistics)
+    settings = config.vision.model_copy(update={"pretrained": False, "weights": None}) if resumed else config.vision
+    return build_vision(settings, config.data.image_size, job.text_width)
+
+
+def load_job_trunk(job: Job) -> FrozenTrunk:
+    """The locked trunk of a job, on the CPU. Raises ConfigError where this node has another one than the driver."""
+    trunk = load_frozen_trunk(job.config.vision, job.config.data.image_size)
+    if trunk.fingerprint != job.fingerprints["trunk"]:
+        raise ConfigError(
+            f"vision.trunk {job.config.vision.trunk!r}: this node's weights are not the driver's. Install the same everywhere."
+        )
+    return trunk
 
 
 def retry_seconds(config: Experiment) -> float:
@@ -166,9 +190,11 @@ def make_train_state(loaded: LoadedModel, job: Job, ctx: RankContext) -> tuple[T
         tower and config.lock == "text"
     ):  # a trained text tower is the model's: FSDP splits it before it goes to the device
         tower.model.to(ctx.device)
+    if loaded.trunk:
+        loaded.trunk.to(ctx.device)
     wrapped = distribute(model, config.train.fsdp, ctx.world, ctx.device)
     optimizer = make_optimizer(model, config.optim)
-    train_state = TrainState(model, wrapped, optimizer, tower)
+    train_state = TrainState(model, wrapped, optimizer, tower, loaded.trunk)
     if loaded.state is None:
         seed_rank(ctx.rank, config.seed, 0)
         return train_state, ResumePoint()
