@@ -131,9 +131,10 @@ def images_per_s(config: Experiment, device_name: str, warm: int = 3, timed: int
     import torch
 
     from nev.models.dual_encoder import DualEncoder
+    from nev.models.precision import choose_precision
     from nev.models.vision import build_vision
     from nev.train.core.optim import make_optimizer
-    from nev.train.core.step import Batch, choose_precision, train_step
+    from nev.train.core.step import Batch, train_step
     from nev.train.core.vision_setup import apply_train_options
 
     device, batch, size = torch.device(device_name), config.train.global_batch, config.data.image_size

@@ -22,9 +22,9 @@ from nev.config.experiment import Experiment
 
 def bare_loop(config: Experiment, steps: int, own_layers: bool) -> float:
     """Train for `steps` steps on the CPU, with nev's linear layers (`own_layers`) or PyTorch's; images/s after the warm-up."""
+    from nev.models.precision import choose_precision
     from nev.models.vision import build_vision, normalise
     from nev.ops.onednn import Linear1x1
-    from nev.train.core.step import choose_precision
 
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(config.seed)

@@ -19,8 +19,8 @@ from nev.config.experiment import Experiment
 from nev.config.file import load
 from nev.config.paths import with_absolute_paths
 from nev.data.block import Block
+from nev.models.precision import choose_precision
 from nev.models.text import load_text
-from nev.train.core.step import choose_precision
 from nev.train.driver.preflight import check_inputs
 from nev.train.driver.setup import make_job, make_reader
 from nev.train.messages import CheckpointSaved, Metrics, Note

@@ -76,7 +76,7 @@ def _rank(rank: int, way: str, folder: str, rendezvous: str, ready: Any) -> None
     import torch._dynamo
     import torch.distributed as dist
 
-    from nev.train.core.step import choose_precision
+    from nev.models.precision import choose_precision
     from nev.train.worker.state import RankContext, load_model, make_train_state
 
     torch.set_num_threads(1)

@@ -37,9 +37,10 @@ def cost(images: int, batch: int, part: int | None) -> Cost:
 def cost_of(config: Experiment, steps: int) -> Cost:
     """The same of some steps of an experiment, on made-up images."""
     from nev.models.dual_encoder import DualEncoder
+    from nev.models.precision import choose_precision
     from nev.models.vision import build_vision
     from nev.train.core.optim import make_optimizer
-    from nev.train.core.step import Batch, choose_precision, train_step
+    from nev.train.core.step import Batch, train_step
     from nev.train.core.vision_setup import apply_train_options
 
     batch, size, device = config.train.global_batch, config.data.image_size, torch.device("cpu")

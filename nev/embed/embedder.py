@@ -102,7 +102,7 @@ class Embedder:
         load = (
             partial(load_feature_head, self.location, self.config, width, features)
             if features
-            else partial(load_vision, self.location, self.manifest, self.config, width)
+            else partial(load_vision, self.location, self.config, width)
         )
         return EncoderSpec(load, self.config.data.mean, self.config.data.std)
 

@@ -74,7 +74,9 @@ def _create_trunk(config: Vision, image_size: int) -> Any:
         raise ConfigError(f"vision.trunk: timm has no model {name!r}{_suggest(name, timm.list_models())}")
     if reserved := sorted(set(arguments) & set(RESERVED_ARGUMENTS)):
         raise ConfigError(f"vision.trunk_args: {', '.join(reserved)} is set by nev itself; remove it")
-    optional: dict[str, Any] = {"global_pool": "", "img_size": image_size}  # not every model has these arguments
+    optional: dict[str, Any] = {"img_size": image_size}  # not every model has these arguments
+    if config.pool != "own":
+        optional["global_pool"] = ""
     while True:
         try:
             return timm.create_model(name, pretrained=config.pretrained, num_classes=0, **optional, **arguments)

@@ -15,7 +15,7 @@ from nev.models.frozen import FeatureHead, FrozenTower, FrozenTrunk, build_featu
 from nev.models.text import TextTower, load_text
 from nev.models.vision import build_vision
 from nev.runs.checkpoint import TRUNK_FILE, load_model, load_tensors
-from nev.runs.manifest import CheckpointError
+from nev.runs.manifest import CheckpointError, read_manifest
 
 
 def read_experiment(location: str, manifest: dict[str, Any], overrides: Sequence[str] = ()) -> Experiment:
@@ -55,14 +55,14 @@ def load_logit_scale(location: str) -> float:
     return float(weights["log_scale"].exp())
 
 
-def load_vision(location: str, manifest: dict[str, Any], config: Experiment, text_width: int) -> nn.Module:
+def load_vision(location: str, config: Experiment, text_width: int) -> nn.Module:
     """The vision tower of a checkpoint, on the CPU, in training mode: float [b, 3, S, S] to unit vectors, float32 [b, D].
 
-    manifest: `state.json` of the checkpoint. config: the experiment of the checkpoint. text_width: width D of the text vectors.
+    config: the experiment of the checkpoint. text_width: width D of the text vectors.
     Raises CheckpointError for a locked trunk that the checkpoint does not hold, and that is not to be had here.
     """
     if config.vision.lock:
-        trunk = load_trunk(location, manifest, config)
+        trunk = load_trunk(location, config)
         return FrozenTower(trunk, load_feature_head(location, config, text_width, trunk.shape))
     settings = config.vision.model_copy(update={"pretrained": False, "weights": None})
     vision = build_vision(settings, config.data.image_size, text_width)
@@ -71,11 +71,12 @@ def load_vision(location: str, manifest: dict[str, Any], config: Experiment, tex
     return vision
 
 
-def load_trunk(location: str, manifest: dict[str, Any], config: Experiment) -> FrozenTrunk:
+def load_trunk(location: str, config: Experiment) -> FrozenTrunk:
     """The locked trunk of a checkpoint, on the CPU: from the checkpoint where that holds it, else as its config says.
 
     Raises CheckpointError where it is not to be had here, or is another one.
     """
+    manifest = read_manifest(location)
     state, wanted = None, manifest["fingerprints"]["trunk"]
     if TRUNK_FILE in manifest["sha256"]:
         state = load_tensors(location, manifest, TRUNK_FILE)

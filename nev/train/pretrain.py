@@ -132,7 +132,7 @@ class Inpainter(nn.Module):
         patches = getattr(self.trunk, "patch_embed", None)
         if patches is None or not hasattr(patches, "patch_size"):
             raise ConfigError(
-                f"vision.trunk {tower.name!r} has no patches to mask: choose a vision transformer for --objective mim"
+                f"vision.trunk {tower.config.trunk!r} has no patches to mask: choose a vision transformer for --objective mim"
             )
         self.patch = int(patches.patch_size[0])
         self.count = (image_size // self.patch) ** 2

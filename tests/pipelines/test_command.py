@@ -21,6 +21,7 @@ HEAVY = ("torch", "ray", "transformers", "mlflow", "timm", "pyarrow")
 BAD_INPUT = {
     "prepare": ["--source", "webdataset", "--input", "absent", "--output", "out"],
     "embed-text": ["--config", "absent"],
+    "embed-images": ["--config", "absent"],
     "train": ["--config", "absent"],
     "evaluate": ["--checkpoint", "absent", "--mteb", "A", "--suite", "B"],
     "ablate": ["--config", "absent"],
@@ -40,7 +41,7 @@ def test_the_help_page_lists_the_commands_in_the_order_of_use() -> None:
     places = [shown.index(f"│ {name} ") for name in COMMANDS]
     assert places == sorted(places)
     assert list(COMMANDS) == [
-        "prepare", "embed-text", "train", "evaluate", "ablate", "capacity", "pretrain", "quickstart",
+        "prepare", "embed-text", "embed-images", "train", "evaluate", "ablate", "capacity", "pretrain", "quickstart",
     ]  # fmt: skip
     assert "--install-completion" in shown
 

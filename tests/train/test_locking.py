@@ -320,5 +320,5 @@ def test_locks_that_cannot_be_are_refused(tiny: Make, text: TextTower, tmp_path:
     trunk = build_vision(tiny().vision, 32, text.width).trunk.state_dict()
     save_file(trunk, tmp_path / "trunk.safetensors")
     config = tiny(lock="image", vision__weights=str(tmp_path / "trunk.safetensors"))
-    with pytest.raises(ConfigError, match=r"brings the trunk's alone, and the tower has head\..* besides"):
+    with pytest.raises(ConfigError, match=r"brings the trunk's alone, and the tower has pool\..* besides"):
         prepare_job(config, text)
