@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -59,7 +60,5 @@ def write_features(config: Experiment, trunk: FrozenTrunk | None = None) -> list
 
 def merge(blocks: list, embed: Callable) -> dict:
     """The blocks of a row group with their features, as Ray's tasks give them."""
-    import numpy as np
-
     done = [{**block, "vector": embed(block["image"])} for block in blocks]
     return {name: np.concatenate([block[name] for block in done]) for name in done[0] if name != "image"}

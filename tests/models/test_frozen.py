@@ -55,7 +55,9 @@ def locked(file: str, **changes: Any) -> Vision:
         ({"pool": "cls", "keep": "tokens"}, (17, 64)),
     ],
 )
-def test_features_are_half_precision_without_a_graph(weights: str, changes: dict[str, Any], shape: tuple[int, ...]) -> None:
+def test_features_are_half_precision_without_a_graph(
+    weights: str, changes: dict[str, Any], shape: tuple[int, ...]
+) -> None:
     config = locked(weights, **changes)
     trunk = load_frozen_trunk(config, SIZE).train()
     assert trunk.shape == shape == describe_features(config, SIZE)
@@ -72,7 +74,9 @@ def test_a_trunk_and_its_head_are_the_tower_of_the_same_weights(weights: str) ->
         config = locked(weights, **changes)
         trunk = load_frozen_trunk(config, SIZE)
         head = build_feature_head(config, SIZE, trunk.shape, WIDTH)
-        whole = build_vision(config.model_copy(update={"lock": None, "head": config.head or "linear"}), SIZE, WIDTH).eval()
+        whole = build_vision(
+            config.model_copy(update={"lock": None, "head": config.head or "linear"}), SIZE, WIDTH
+        ).eval()
         whole.pool.load_state_dict(head.pool.state_dict())
         whole.head.load_state_dict(head.head.state_dict())
         images = torch.randn(5, 3, SIZE, SIZE)
@@ -180,7 +184,9 @@ def test_weights_of_another_trunk_are_refused(weights: str, tmp_path: Path) -> N
 
 def test_a_head_wider_than_memory_is_refused(weights: str) -> None:
     config = locked(weights, head="mlp", head_hidden=10**9)
-    with pytest.raises(ConfigError, match=r"vision\.head: its weights, .* 1,32\d\.\d GiB, and this machine has 1\.0 GiB"):
+    with pytest.raises(
+        ConfigError, match=r"vision\.head: its weights, .* 1,32\d\.\d GiB, and this machine has 1\.0 GiB"
+    ):
         check_head_memory(config, SIZE, (64,), WIDTH, 2**30)
     check_head_memory(locked(weights), SIZE, (64,), WIDTH, 2**30)
 
