@@ -17,6 +17,7 @@ from helpers.training import load_train_state, prepare_job, run_bare, weights
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from nev.common.errors import NevError
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.paths import with_absolute_paths
@@ -208,10 +209,10 @@ def test_what_is_refused_before_work_starts(frozen: Make, text: TextTower, tmp_p
     shutil.copytree(pictures, tmp_path / "set")
     here = {"data__train": str(tmp_path / "set/train"), "data__val": str(tmp_path / "set/val")}
     nothing = r"shards have no image sidecar of this trunk and view \(first: .*nev embed-images --config CONFIG"
-    refused(DataError, nothing, **here)
+    refused(NevError, nothing, **here)
     write_features(with_absolute_paths(frozen(**here)))
     check_inputs(with_absolute_paths(frozen(**here)), text)
-    refused(DataError, "sidecars of others: .*trunk .* there", **here, vision__weights=save_trunk(tmp_path, 1))
+    refused(NevError, "sidecars of others: .*trunk .* there", **here, vision__weights=save_trunk(tmp_path, 1))
     refused(DataError, r"\"scale\"", **here, data__augment={"scale": [0.1, 1.0]})
     refused(ConfigError, r"this machine has", **here, vision__head="mlp", vision__head_hidden=10**10)
     refused(ConfigError, "no such file of weights", **here, vision__weights="absent.safetensors")
