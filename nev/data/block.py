@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from nev.config.data import Augment, Limits
-from nev.data.augment import eval_view, seeded_random, train_view
+from nev.data.augment import eval_view, seeded_fractions, seeded_random, train_view
 from nev.data.decode import BadImage, read_header
 from nev.data.image_sidecar import Features
 from nev.data.index import Index
@@ -181,12 +181,12 @@ class BlockReader:
         if sentences:
             part["text"][has_text] = tokenizer(sentences)
 
-    def _choose_captions(self, part: Block, counts: NDArray[np.int64], epoch: int) -> list[int]:
+    def _choose_captions(self, part: Block, counts: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
         """The number of the caption of each row, drawn by (seed, epoch, uid) where a row has several captions."""
-        return [
-            int(seeded_random(self.seed, epoch, uid, "caption").random() * count) if count > 1 else 0
-            for uid, count in zip(part["uid"], counts.tolist(), strict=True)
-        ]
+        if not (counts > 1).any():
+            return np.zeros(len(counts), np.int64)
+        fractions = seeded_fractions(self.seed, epoch, part["uid"].tolist(), "caption")
+        return (np.array(fractions) * counts).astype(np.int64)
 
     def _fill_vectors(self, part: Block, shard: int, group: int, segment: Segment, epoch: int) -> None:
         """Fill in the vector of one caption per row."""

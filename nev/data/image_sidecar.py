@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from nev.common.errors import first_few
 from nev.common.hashing import hash_recipe
 from nev.config.data import Data
-from nev.data.augment import seeded_random
+from nev.data.augment import seeded_fractions
 from nev.data.index import Index
 from nev.data.sidecar import Sidecars, check_sidecars, missing_sidecars, read_metadata, write_groups
 from nev.storage.files import filesystem, join
@@ -69,7 +69,7 @@ class Features(NamedTuple):
         """The view of each picture in an epoch, drawn by (seed, epoch, uid): int64 [n]."""
         if self.views == 1:
             return np.zeros(len(uids), np.int64)
-        return np.array([int(seeded_random(seed, epoch, uid, "view").random() * self.views) for uid in uids], np.int64)
+        return (np.array(seeded_fractions(seed, epoch, uids, "view")) * self.views).astype(np.int64)
 
 
 def image_recipe(trunk: str, data: Data, seed: int, training: bool) -> dict[str, Any]:
