@@ -249,6 +249,10 @@ class Experiment(Section):
                 f"vision.lock: trunk trains a head into the space of a locked text tower, and lock: {self.lock} trains the text "
                 "tower: leave lock out, or vision.lock"
             )
+        if self.vision.lock and self.train.activation_checkpointing:
+            raise ValueError(
+                "train.activation_checkpointing saves the trunk's activations, and vision.lock: trunk keeps none"
+            )
         if self.vision.views > 1 and self.data.augment is None:
             raise ValueError(
                 f"vision.views = {self.vision.views} without augmentation would keep one view {self.vision.views} times: give "

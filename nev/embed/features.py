@@ -60,7 +60,7 @@ class FeatureSet:
         return sum(int(self.index.rows[self.index.shard_groups(shard)].sum()) for shard in self.missing)
 
 
-class Embedded(NamedTuple):
+class FeaturesWritten(NamedTuple):
     """The work of a call: sidecars, pictures and views in these, bad pictures by reason, seconds from first shard to last."""
 
     shards: int
@@ -70,7 +70,7 @@ class Embedded(NamedTuple):
     seconds: float
 
 
-def embed_features(config: Experiment, console: Console, gpus: int | None = None) -> Embedded:
+def embed_features(config: Experiment, console: Console, gpus: int | None = None) -> FeaturesWritten:
     """Write the image sidecars that are missing for `data.train` and `data.val`, or no longer fit. Needs a connected Ray.
 
     config: with absolute paths.
@@ -174,13 +174,15 @@ def format_bytes(count: int) -> str:
     return f"{count / 2**10:,.1f} KiB"
 
 
-def write_feature_sets(sets: list[FeatureSet], tower: EncoderSpec, batch: int, gpus: int, console: Console) -> Embedded:
+def write_feature_sets(
+    sets: list[FeatureSet], tower: EncoderSpec, batch: int, gpus: int, console: Console
+) -> FeaturesWritten:
     """Embed the pictures of all shards without a sidecar, and write the sidecars. batch: pictures embedded at a time."""
     work = [(each, shard) for each in sets for shard in each.missing]
     total = sum(each.count_rows() * each.features.views for each in sets)
     bad, done, begin = Counter[str](), 0, time.perf_counter()
     if not work:
-        return Embedded(0, 0, 0, bad, 0.0)
+        return FeaturesWritten(0, 0, 0, bad, 0.0)
     jobs = [EmbedJob(row_groups(each.index, shard), make_read(each, batch)) for each, shard in work]
     with progress(console) as update:
 
@@ -199,7 +201,7 @@ def write_feature_sets(sets: list[FeatureSet], tower: EncoderSpec, batch: int, g
         if not job.units:  # a shard without rows
             write_image_sidecar(each.features.sidecars(each.index), shard, each.features.views, iter(()))
     pictures = sum(each.count_rows() for each in sets)
-    return Embedded(len(work), pictures, total, bad, time.perf_counter() - begin)
+    return FeaturesWritten(len(work), pictures, total, bad, time.perf_counter() - begin)
 
 
 def row_groups(index: Index, shard: int) -> list[Segment]:

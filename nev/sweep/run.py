@@ -24,6 +24,7 @@ from nev.config.paths import with_absolute_paths
 from nev.data.index import build_index
 from nev.embed.cache import hash_values
 from nev.embed.captions import embed_captions
+from nev.embed.features import embed_features
 from nev.eval.suite.schema import METRICS, load_suite
 from nev.eval.validation.scoring import list_metric_names
 from nev.eval.validation.task import Validation, class_names, refuse_unknown_metric
@@ -139,12 +140,12 @@ def with_threads(experiment: Experiment, concurrent: int) -> Experiment:
 
 
 def prepare_shared(trials: Sequence[Trial], console: Console, load: LoadText) -> list[str]:
-    """Do the work that trials share: index each set, and embed its captions.
+    """Do the work that trials share: index each set, embed its captions, and run locked trunks over its pictures.
 
     Returns a hash of each trial's data: its sets, its classes, its text tower.
     """
     known: dict[str, str] = {}
-    hashes = []
+    hashes, embedded = [], set[str]()
     for experiment in (trial.experiment for trial in trials):
         data, key = experiment.data, experiment.model_dump_json(include={"data", "text", "lock", "eval"})
         if key not in known:
@@ -155,6 +156,10 @@ def prepare_shared(trials: Sequence[Trial], console: Console, load: LoadText) ->
             content = (build_index(location, data.columns).fingerprint for location in sets)
             known[key] = hash_values(*content, *classes, load(experiment.text).fingerprint)
         hashes.append(known[key])
+        pictures = experiment.model_dump_json(include={"data", "vision", "seed"})
+        if experiment.vision.from_sidecars and pictures not in embedded:
+            embedded.add(pictures)
+            embed_features(experiment, console)
     return hashes
 
 

@@ -48,7 +48,7 @@ class Capacity:
     optimiser: AdamW's two moments; under FSDP the rank's part.
     gathered: whole tensors under FSDP: the weights outside of all blocks, the weights of two blocks, the gradients of one block.
     activations: of the tower for a micro-batch, at their peak.
-    images: the rank's share of the batch, uint8.
+    images: the rank's share of the batch: uint8, or features of a locked trunk in float16.
     embeddings: of the images and of all texts, with gradients.
     tiles: of the loss.
     alive: the most live bytes. The loss and the tower's backward peak at different times, so this may be less than the sum.
@@ -75,7 +75,7 @@ MEANING = {
     "optimiser": "AdamW's two moments",
     "gathered": "with train.fsdp: tensors that are whole for a while",
     "activations": "kept for the backward of train.micro_batch images",
-    "images": "this worker's share of the batch, uint8",
+    "images": "this worker's share of the batch: pixels in uint8, or features of a locked trunk in float16",
     "embeddings": "of these images and of all texts",
     "tiles": "of the loss",
     "alive": "the most of these at one time",

@@ -172,7 +172,7 @@ def make_trunk_encoder(trunk: FrozenTrunk, config: Experiment, ctx: RankContext)
             ]
         features = torch.cat(parts)
         valid = batch.valid & features.isfinite().flatten(1).all(1)
-        features[~valid] = 0
+        features.masked_fill_(~valid.view(-1, *[1] * (features.ndim - 1)), 0)
         return batch._replace(images=features, valid=valid)
 
     return encode
