@@ -193,7 +193,7 @@ def _embedder(reference: ray.ObjectRef[Any]) -> Embed:
 
     def forward(images: torch.Tensor) -> torch.Tensor:
         with precision.autocast():
-            return torch.cat([vision(part) for part in images.split(forward_rows(device))])
+            return torch.cat([vision(part) for part in torch.split(images, forward_rows(device))])
 
     return make_embedder(forward, tower.mean, tower.std, device)
 

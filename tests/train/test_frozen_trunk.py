@@ -206,7 +206,7 @@ def test_what_is_refused_before_work_starts(frozen: Make, text: TextTower, tmp_p
         with pytest.raises(error, match=message):
             check_inputs(with_absolute_paths(frozen(**settings)), text)
 
-    shutil.copytree(pictures, tmp_path / "set")
+    shutil.copytree(pictures, tmp_path / "set", ignore=shutil.ignore_patterns("_image"))
     here = {"data__train": str(tmp_path / "set/train"), "data__val": str(tmp_path / "set/val")}
     nothing = r"shards have no image sidecar of this trunk and view \(first: .*nev embed-images --config CONFIG"
     refused(NevError, nothing, **here)
