@@ -19,7 +19,7 @@ from nev.losses.contrastive import contrastive_loss
 from nev.models.frozen import FeatureHead
 from nev.models.heads import make_linear
 
-LEARNING_RATES = (1e-3, 3e-3)
+LEARNING_RATES = (5e-3, 2e-2)
 STEPS, WARMUP, LOOK_EVERY = 100, 10, 20
 BATCH = 512
 WEIGHT_DECAY = 0.1
