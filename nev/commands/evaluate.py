@@ -53,7 +53,10 @@ def main(
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option(help="Folder or s3:// prefix for the results (default: evaluation/ in the run's folder)."),
+        typer.Option(
+            help="Folder or s3:// prefix for the results. Default: evaluation/ in the run's folder; of a probe, "
+            "alignment-probe-NAME/ in the config's output."
+        ),
     ] = None,
     alignment_probe: Annotated[
         list[str] | None,

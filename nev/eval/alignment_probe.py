@@ -92,17 +92,16 @@ def probe_alignment(
 def draw_samples(config: Experiment, sample: int) -> tuple[SampleReader, SampleReader]:
     """The rows to fit on and the rows to score, without a common row: readers of both.
 
-    Scored rows are drawn of `data.val`; without one, of the rows of `data.train` that are not fitted on.
+    Scored rows are drawn of `data.val`; without one, or where both are the same set, of the rows of `data.train` that are left.
     Raises ConfigError where there are fewer than 20 rows to fit on, or 11 to score.
     """
     data, wanted = config.data, sample // SCORED_SHARE
     train = build_index(data.train, data.columns)
-    if data.val:
-        val = build_index(data.val, data.columns)
+    val = build_index(data.val, data.columns) if data.val else train
+    if val.fingerprint != train.fingerprint:
         fitted = draw_rows(train.rows, sample, config.seed)
         scored = draw_rows(val.rows, wanted, config.seed)
     else:
-        val = train
         rows = draw_rows(train.rows, sample + wanted, config.seed)
         wanted = min(wanted, len(rows) // (SCORED_SHARE + 1))
         scored, fitted = rows[:wanted], rows[wanted:]
@@ -148,10 +147,13 @@ def probe_trunk(spec: TrunkSpec, config: Experiment, sets: Sequence[SampledSet],
         own, trunk = load_trunk(spec, config)
         fitted, scored, bad = embed_sets(spec, own, trunk, sets, shown)
         result = score_features(spec.label, fitted, scored, config.seed)
+    except (
+        RayError
+    ) as error:  # a process of the cluster has died, or could not load the trunk; Ray adds lines of advice
+        cause = getattr(error, "cause", None) or error
+        return TrunkResult(trunk=spec.label, reason=first_cause(cause).splitlines()[0])
     except NevError as error:
         return TrunkResult(trunk=spec.label, reason=str(error))
-    except RayError as error:  # a process of the cluster has died, or could not load the trunk
-        return TrunkResult(trunk=spec.label, reason=first_cause(error))
     seconds = time.perf_counter() - begin
     about = {
         "pool": own.vision.pool,

@@ -84,9 +84,9 @@ def load_trunk(spec: TrunkSpec, config: Experiment) -> tuple[Experiment, FrozenT
     except NevError as error:
         hint = ". On this command line a file of weights is NAME=FILE" if "pretrained" in str(error) else ""
         raise ConfigError(f"{error}{hint}") from error
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # the code of a model of timm, or of the hub's client: each raises its own
         raise ConfigError(
-            f"pictures of {size} x {size} pixels do not pass the trunk (NAME@SIZE names another size): {error}"
+            f"not usable for pictures of {size} x {size} pixels (NAME@SIZE names another size): {type(error).__name__}: {error}"
         ) from error
     if len(width) != 1:
         raise ConfigError(f"the trunk gives features of shape {list(width)}, not one vector a picture")

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from ray.exceptions import RayTaskError
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -29,6 +30,7 @@ from nev.data.sample import MAX_GROUPS, SampleReader, draw_rows, make_sample_rea
 from nev.data.text_sidecar import write_sidecar
 from nev.embed.features import TOO_LARGE
 from nev.eval.alignment_probe import draw_samples, embed_captions, mean_by_owner, probe_trunk, score_features
+from nev.eval.linear_probe import fit_linear_probe, project
 from nev.eval.metrics.neighbours import mutual_knn, mutual_knn_chance
 from nev.eval.report.alignment_probe import ProbeResult, TrunkResult, draw_probe
 from nev.eval.suite.vectors import Pairs, Texts
@@ -176,6 +178,11 @@ def test_without_a_validation_set_no_scored_row_is_fitted_on(small_set: Index, t
     assert (fit.total, score.total) == (65, 13)
     uids = {uid for reader in (fit, score) for part in reader.blocks(99) for uid in reader.read(part, 0)["uid"]}
     assert len(uids) == 78
+    same = tiny(data__train=small_set.root, data__val=small_set.root)  # a set that is given twice is divided, too
+    assert [reader.drawn[0].tolist() for reader in draw_samples(same, 1000)] == [
+        fit.drawn[0].tolist(),
+        score.drawn[0].tolist(),
+    ]
     with pytest.raises(ConfigError, match="needs at least 20 and 11"):
         draw_samples(config, 30)
 
@@ -254,8 +261,19 @@ def test_a_linear_relation_is_found() -> None:
     assert result.metrics["image_to_text_r10"] > 0.9
     assert result.metrics["mutual_knn"] > 5 * result.metrics["mutual_knn_chance"]
     assert (result.fitted, result.scored, result.width) == (400, 200, 24)
-    again = score_features("a", planted(400, 0, related=True), planted(200, 1, related=True), seed=0)
-    assert again == result
+
+
+def test_a_head_depends_on_its_arguments_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nev.eval.linear_probe.STEPS", 20)
+    pairs, threads = planted(40, 0, related=True), torch.get_num_threads()
+    torch.manual_seed(1)
+    first, other = fit_linear_probe(*pairs, seed=0), fit_linear_probe(*pairs, seed=1)
+    torch.manual_seed(2)
+    again = fit_linear_probe(*pairs, seed=0)
+    assert first[1:] == again[1:]
+    np.testing.assert_array_equal(project(first.head, pairs.images), project(again.head, pairs.images))
+    assert not np.array_equal(project(first.head, pairs.images), project(other.head, pairs.images))
+    assert torch.get_num_threads() == threads
 
 
 def test_unrelated_features_score_as_guessing_does() -> None:
@@ -295,11 +313,13 @@ def test_bad_rows_are_left_out_and_counted() -> None:
 
 def test_a_trunk_that_fails_has_a_reason(tiny: Callable[..., Experiment], tmp_path: Path) -> None:
     save_file({"stem": torch.zeros(2)}, tmp_path / "other.safetensors")
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "whole.safetensors")
     wrong = {
         "vit_tinny_patch16_224": "no model 'vit_tinny_patch16_224'.*vit_tiny_patch16_224",
         f"test_vit={tmp_path / 'absent.pth'}": "no such file of weights",
         f"test_vit={tmp_path / 'other.safetensors'}": "does not fit",
         "test_vit": "could not be fetched.*NAME=FILE",
+        f"test_vit={tmp_path / 'whole.safetensors'}@50": "not usable for pictures of 50 x 50 pixels",
         "local-dir:absent": "could not be fetched",
     }
     for text, reason in wrong.items():
@@ -308,6 +328,19 @@ def test_a_trunk_that_fails_has_a_reason(tiny: Callable[..., Experiment], tmp_pa
         assert np.char.find([result.reason], "Traceback")[0] == -1
         with pytest.raises(ConfigError, match=reason):
             raise ConfigError(result.reason)
+
+
+def test_an_error_in_a_process_of_ray_is_one_line(
+    tiny: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def embed_sets(*_: object) -> None:
+        error = ConfigError("this node has other weights\nFailed to apply UDF transform after 1/1 attempts")
+        raise RayTaskError("embed_unit", "Traceback", error).as_instanceof_cause()  # it is a ConfigError, too
+
+    monkeypatch.setattr("nev.eval.alignment_probe.load_trunk", lambda *_: (None, None))
+    monkeypatch.setattr("nev.eval.alignment_probe.embed_sets", embed_sets)
+    result = probe_trunk(parse_trunk("a"), tiny(), [], Shown(lambda *_: None, 0, 1))
+    assert result.reason == "ConfigError: this node has other weights"
 
 
 def test_the_pace_leaves_the_first_block_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,14 +453,10 @@ def test_the_command_probes_trunks(
     assert "300 pictures of" in done.stderr
     result = json.loads((folder / "alignment-probe.json").read_text())
     vit, absent, resnet = result["trunks"]
-    assert (vit["pool"], vit["width"], vit["image_size"], vit["fitted"], vit["scored"]) == (
-        "cls+mean",
-        128,
-        48,
-        300,
-        60,
-    )
-    assert (resnet["pool"], resnet["image_size"], resnet["mean"]) == ("mean", 32, [0.485, 0.456, 0.406])
+    assert (vit["pool"], vit["width"], vit["image_size"]) == ("cls+mean", 128, 48)
+    assert (vit["fitted"], vit["scored"], vit["bad"]) == (300, 60, {})
+    assert (resnet["pool"], resnet["image_size"], resnet["mean"]) == ("mean", 32, [0.5, 0.5, 0.5])
+    assert config.data.mean != (0.5, 0.5, 0.5)  # the trunk's own is used
     assert absent["reason"]
     for trunk in (vit, resnet):
         assert trunk["metrics"]["text_to_image_r10"] > trunk["metrics"]["text_to_image_r10_chance"]
