@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from scipy.stats import skew
 
 from nev.eval.metrics import neighbours
-from nev.eval.metrics.geometry import geometry, others
-from nev.eval.metrics.neighbours import nearest
+from nev.eval.metrics.geometry import geometry
+from nev.eval.metrics.neighbours import nearest, others
 
 Floats = NDArray[np.float32]
 

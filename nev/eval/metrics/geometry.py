@@ -8,8 +8,8 @@ from scipy.stats import skew
 from sklearn.linear_model import RidgeClassifier
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 
-from nev.eval.metrics.neighbours import nearest
-from nev.eval.metrics.ranks import Floats, Ints, mean_cosine, row_numbers, unit_rows
+from nev.eval.metrics.neighbours import mutual_knn, nearest
+from nev.eval.metrics.ranks import Floats, mean_cosine, row_numbers, unit_rows
 
 FOLDS = 5
 UNIFORMITY_T = 2.0
@@ -54,7 +54,7 @@ def geometry(
     }
     described, first = np.unique(owner, return_index=True)
     if len(described) > k:
-        numbers["space/overlap"] = overlap(images[described], texts[first], k, chunk)
+        numbers["space/overlap"] = mutual_knn(images[described], texts[first], k, chunk)
     return {name: float(value) for name, value in numbers.items()}
 
 
@@ -94,17 +94,3 @@ def hubness(queries: Floats, candidates: Floats, k: int, chunk: int) -> float:
     rows = nearest(queries, candidates, k, chunk).rows
     counts = np.bincount(rows.ravel(), minlength=len(candidates))
     return 0.0 if counts.min() == counts.max() else float(skew(counts))
-
-
-def overlap(images: Floats, texts: Floats, k: int, chunk: int) -> float:
-    """Mean share of the k nearest images of image i that are among the k nearest texts of text i. Both [n, D], n > k."""
-    neighbours = (others(rows, k, chunk) for rows in (images, texts))
-    return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(*neighbours, strict=True)]))
-
-
-def others(rows: Floats, k: int, chunk: int) -> Ints:
-    """The k nearest rows of each row, without the row itself: int64 [n, k]."""
-    near = nearest(rows, rows, k + 1, chunk).rows
-    itself = near == np.arange(len(rows))[:, None]
-    itself[~itself.any(axis=1), -1] = True  # rows equal to it stand in its place: the last of them is dropped
-    return np.asarray(near[~itself].reshape(len(rows), k))
