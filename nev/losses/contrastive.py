@@ -10,7 +10,8 @@ column terms c_j = LSE_i s_ij over the N valid pairs of all ranks (van den Oord 
 
 The forward computes the loss and the gradients, so that no collective runs in the backward. The b x N scores are never in
 memory at once: they are computed twice, a tile at a time (`nev.losses.tiles`, or `nev.losses.fused` on a GPU), in O(N D)
-memory. A row term is computed without communication; a column term needs two all-reduces.
+memory (`tiles` keeps the exponentials of its first few). A row term is computed without communication; a column term needs two
+all-reduces.
 
 Collectives of a call, always in this order, none of them when W = 1:
   1. all_gather  [b, D + 1]  texts in their own dtype; the last column is 1 for valid pairs (`nev.losses.gather`: the gather

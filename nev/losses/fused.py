@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
+from collections import deque
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -103,7 +104,7 @@ def statistics(
         text = torch.where(score == highest, best, many).amin(0)  # of equal scores the first text
         stats.append((row.logsumexp(0), pair.sum(0), highest, text.long()))
     row, pair, highest, text = (torch.cat(chunks) for chunks in zip(*stats, strict=True))
-    return Statistics(row, column, pair, RunningArgmax(highest, text), x.new_zeros(()))
+    return Statistics(row, column, pair, RunningArgmax(highest, text, highest), x.new_zeros(()), deque())
 
 
 def gradient(

@@ -31,7 +31,7 @@ from nev.losses.gather import AsyncGather
 from nev.losses.pairwise import LossAndGrads, LossOutput, PrecomputedGradient, gather_texts, local_share, upcast
 from nev.losses.sigmoid import SOFTPLUS_THRESHOLD
 from nev.losses.tiles import LogSums, RunningArgmax, pairs_in_tile, tile_shape
-from nev.ops.onednn import product
+from nev.ops.onednn import add_product, product
 
 MASKED_SCORE = -1e30  # of an invalid text: its exponential is 0, and 0 times the score is 0 (not NaN, as with -inf)
 
@@ -168,11 +168,10 @@ class GradientAccumulator:
             self._rho[number, rows] += dots.sum(1)
             weights = slope.mul_(level.rows[rows, None]).mul_(level.columns[columns])
             summed_weights = weights if summed_weights is None else summed_weights.add_(weights)
-            self._images[rows, segment] += product(summed_weights, tile_texts[:, segment].T.contiguous())
+            add_product(self._images[rows, segment], summed_weights, tile_texts[:, segment].T)
             if len(self._texts):
                 self._sigma[number, columns] += dots.sum(0)
-                piece = self._x[rows, segment].T.contiguous()
-                self._texts[columns, segment] += product(summed_weights.T.contiguous(), piece)
+                add_product(self._texts[columns, segment], summed_weights.T, self._x[rows, segment].T)
 
     def finish(self, gathering: AsyncGather, mean: Tensor, bias: bool) -> tuple[Tensor | None, ...]:
         """The gradients of image, text, log tau and, with `bias`, of the bias. mean: 1 / N."""
@@ -207,7 +206,7 @@ def _infonce(
     ]
     best = RunningArgmax.start(x)
     for tile in iterate_tiles(x, gathering, levels, [level_sums.shift for level_sums in sums]):
-        best.update(tile.rows, tile.columns, tile.scores[-1])
+        best.update(tile.rows, tile.columns, tile.scores[-1], first + tile.rows.start - tile.columns.start)
         for level_sums, scores in zip(sums, tile.scores, strict=True):
             level_sums.update(tile.rows, tile.columns, scores)
     exact = [level_sums.exact(valid_texts) for level_sums in sums]
@@ -253,7 +252,7 @@ def _sigmoid(
     shifts = [-bias] * len(levels)
     for tile in iterate_tiles(x, gathering, levels, shifts):
         offset = first + tile.rows.start - tile.columns.start
-        best.update(tile.rows, tile.columns, tile.scores[-1])
+        best.update(tile.rows, tile.columns, tile.scores[-1], offset)
         slopes = []
         for level, score in zip(levels, tile.scores, strict=True):
             part = F.softplus(score, threshold=SOFTPLUS_THRESHOLD)

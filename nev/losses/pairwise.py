@@ -78,7 +78,13 @@ def upcast(image: Tensor, texts: AsyncGather) -> Tensor:
     The numbers of an invalid row must not reach a product, not even with weight 0: NaN * 0 is NaN.
     """
     dtype = torch.promote_types(torch.promote_types(image.dtype, texts.local.dtype), torch.float32)
-    return image.to(dtype).masked_fill(~texts.valid[:, None], 0)
+    x = image.to(dtype)
+    return x if all_valid(texts.valid) else x.masked_fill(~texts.valid[:, None], 0)
+
+
+def all_valid(valid: Tensor) -> bool:
+    """Whether all rows are valid. False on a GPU, for whose answer the host would wait."""
+    return valid.device.type == "cpu" and bool(valid.all())
 
 
 def local_share(parts: Tensor, gathering: AsyncGather) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from nev.losses.gather import AsyncGather
 from nev.losses.pairwise import LossAndGrads, LossOutput, PrecomputedGradient, gather_texts, local_share, upcast
 from nev.losses.tiles import RunningArgmax, iterate_tiles, pairs_in_tile
-from nev.ops.onednn import product
+from nev.ops.onednn import add_product
 
 SOFTPLUS_THRESHOLD = 50.0  # softplus(x) is x there, to float64's last digit
 
@@ -68,9 +68,10 @@ def _sigmoid(
     terms, excess = x.new_zeros(len(x)), x.new_zeros(len(x))
     grad = torch.zeros_like(x)
     grad_texts = x.new_zeros(texts.shape) if need_text_grad else None
-    for rows, columns, across, scores in iterate_tiles(scaled, texts, valid_texts, -bias):
-        best.update(rows, columns, scores)
+    for tile in iterate_tiles(scaled, texts, valid_texts, -bias):
+        rows, columns, scores = tile.rows, tile.columns, tile.scores()
         offset = first + rows.start - columns.start
+        best.update(rows, columns, scores, offset)
         part = F.softplus(scores, threshold=SOFTPLUS_THRESHOLD)
         pairs = pairs_in_tile(part, offset)
         pairs.copy_(F.softplus(-pairs_in_tile(scores, offset), threshold=SOFTPLUS_THRESHOLD))
@@ -80,9 +81,9 @@ def _sigmoid(
         weights = scores.sigmoid_()
         pairs_in_tile(weights, offset).sub_(1)
         excess[rows] += weights.sum(1)
-        grad[rows] += product(weights, across)
+        add_product(grad[rows], weights, tile.across)
         if grad_texts is not None:  # invalid images are 0 in x, so their weights add nothing
-            grad_texts[columns] += product(weights.T.contiguous(), scaled[rows].T.contiguous())
+            add_product(grad_texts[columns], weights.T, tile.images.T)
     zero = x.new_zeros(())
     sums = torch.stack([torch.where(valid, terms, zero).sum(), best.correct(first, valid).to(x.dtype)])
     if world > 1:

@@ -1,6 +1,5 @@
 """The losses at nested widths against a loss a width, differentiated by autograd: alone and over 1, 2 and 4 processes."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from torch.nn.functional import normalize
 from nev.losses import matryoshka, tiles
 from nev.losses.contrastive import contrastive_loss
 from nev.losses.matryoshka import matryoshka_loss
-from nev.ops.onednn import product
+from nev.ops.onednn import add_product, product
 
 DIM = 6
 WIDTHS = {2: 0.5, 3: 1.0, DIM: 2.0}
@@ -104,7 +103,7 @@ def test_float32_is_near_float64() -> None:
 
 
 @pytest.fixture
-def multiplied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The multiplications of each product of tiles."""
     counts: list[int] = []
 
@@ -112,12 +111,18 @@ def multiplied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         counts.append(len(rows) * len(weight) * rows.shape[1])
         return product(rows, weight, bias)
 
-    monkeypatch.setattr(matryoshka, "product", counted)
-    monkeypatch.setattr(tiles, "product", counted)
+    def counted_sum(total: Tensor, rows: Tensor, weight: Tensor) -> None:
+        counts.append(len(rows) * len(weight) * rows.shape[1])
+        add_product(total, rows, weight)
+
+    for module in (matryoshka, tiles):
+        monkeypatch.setattr(module, "product", counted)
+        monkeypatch.setattr(module, "add_product", counted_sum)
     return counts
 
 
-def test_all_widths_cost_the_products_of_the_widest(multiplied: list[int]) -> None:
+def test_all_widths_cost_the_products_of_the_widest(multiplied: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "KEPT_TILES", 0)
     image, text = inputs(64, DIM)
     gradients(contrastive_loss(image, text, log_scale_of()).loss, image)
     alone, _ = sum(multiplied), multiplied.clear()

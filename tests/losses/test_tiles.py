@@ -103,6 +103,27 @@ def test_one_shift_is_enough_for_the_scales_of_a_run(slow_walks: list[int]) -> N
     assert not slow_walks
 
 
+@given(
+    captions=st.lists(st.integers(0, 3), min_size=1, max_size=24), shape=st.tuples(st.integers(1, 9), st.integers(1, 9))
+)
+def test_of_equal_scores_the_first_counts_in_any_tiles(captions: list[int], shape: tuple[int, int]) -> None:
+    text = torch.eye(4)[captions]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "TILE_ROWS", shape[0])
+        patch.setattr(tiles, "TILE_COLUMNS", shape[1])
+        got = contrastive_loss(text, text, log_scale_of(dtype=torch.float32))
+    assert got.correct.item() == len(set(captions))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_inputs_are_left_alone(dtype: torch.dtype) -> None:
+    image, text = inputs(dtype=dtype)
+    before = image.detach().clone(), text.clone()
+    contrastive_loss(image, text.requires_grad_(), log_scale_of(dtype=dtype)).loss.backward()
+    assert torch.equal(image, before[0])
+    assert torch.equal(text, before[1])
+
+
 class Watch(TorchDispatchMode):
     """largest: most numbers that a tensor had which an operation gave. products: FLOPs of all matrix products."""
 
@@ -131,12 +152,14 @@ def test_the_matrix_of_scores_is_never_there() -> None:
     assert seen.largest == tiles.TILE_ROWS * tiles.TILE_COLUMNS < n * n / 16
 
 
-def test_three_matrix_products() -> None:
-    n, width = 2048, 32
+@pytest.mark.parametrize("n", [1024, 4096])
+def test_three_matrix_products_less_what_is_kept(n: int) -> None:
+    width = 32
     image, text = inputs(n, width, dtype=torch.float32)
     with Watch() as seen:
         contrastive_loss(image, text, log_scale_of(dtype=torch.float32)).loss.backward()
-    assert seen.products == 3 * 2 * n * n * width + 2 * n * n  # and the sums of the columns
+    kept = min(n * n, tiles.KEPT_TILES * tiles.TILE_ROWS * tiles.TILE_COLUMNS)
+    assert seen.products == (3 * n * n - kept) * 2 * width
 
 
 def test_scale_of_what_underflows() -> None:

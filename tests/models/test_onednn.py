@@ -10,9 +10,18 @@ from torch import nn
 
 from nev.config.model import Vision
 from nev.models.vision import build_vision
-from nev.ops.onednn import LEAST_BATCH, Linear1x1, is_faster, use_onednn
+from nev.ops import onednn
+from nev.ops.onednn import LEAST_BATCH, Linear1x1, add_product, is_faster, product, transposed, use_onednn
 
-pytestmark = pytest.mark.skipif(not is_faster(), reason="no AVX-512 here, or this torch is built without oneDNN")
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_if_faster():
+    """oneDNN is used, whatever processor is here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onednn, "is_faster", lambda: True)
+        yield
 
 
 def pair(inputs: int, outputs: int, bias: bool) -> tuple[nn.Linear, nn.Linear]:
@@ -46,6 +55,36 @@ def test_values_and_gradients_are_those_of_linear(batch, tokens, inputs, outputs
         found.append([out, leaf.grad, *(parameter.grad for parameter in layer.parameters())])
     for expected, value in zip(*found, strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "faster"),
+    [
+        ("AMD EPYC", "AVX512", True),
+        ("Unknown", "AVX512_VNNI", True),
+        ("AMD EPYC", "AVX2", False),
+        ("Intel Xeon", "AVX512", False),
+    ],
+)
+def test_onednn_is_faster_where_mkl_leaves_avx512_unused(name, level, faster, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name})
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: level)
+    assert is_faster.__wrapped__() == faster
+
+
+@pytest.mark.parametrize("faster", [True, False])
+@pytest.mark.parametrize("rows", [2 * LEAST_BATCH, LEAST_BATCH + 1])
+def test_products_through_either_library(rows, faster, monkeypatch):
+    monkeypatch.setattr(onednn, "is_faster", lambda: faster)
+    torch.manual_seed(0)
+    left, weight, bias = torch.randn(rows, 7), torch.randn(5, 7), torch.randn(5)
+    torch.testing.assert_close(product(left, weight, bias), left @ weight.T + bias)
+    whole = torch.ones(rows, 9)
+    add_product(whole[:, 2:7], left, transposed(weight).T)  # a part of a matrix, and a transpose
+    add_product(whole[:, 2:7], left.T.contiguous().T, weight)
+    torch.testing.assert_close(whole[:, 2:7], 1 + 2 * left @ weight.T)
+    assert (whole[:, :2] == 1).all()
+    assert (whole[:, 7:] == 1).all()
 
 
 def test_tokens_are_not_copied():
