@@ -3,7 +3,7 @@
 Contestants take turns, so that a machine that grows warm or busy slows all of them alike, and the order turns round in
 every other round. A figure is the median of its repetitions. A ratio is the median of the ratios within each round, since
 two neighbours in time compare better than two medians. The JSON holds `command`, `date`, `hardware`, `versions`, `figures`
-and `ratios`, beside the `goals`, the raw `repetitions` and the `notes`; it names no path of the machine.
+and `ratios`, beside the `goals` of figures and ratios, the raw `repetitions` and the `notes`; it names no path of the machine.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -40,6 +41,14 @@ class Ratio:
     over: str
     under: str
     goal: float | None = None
+    at_most: bool = False
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the project wants a figure to be: at least `value`, or (`at_most`) at most."""
+
+    value: float
     at_most: bool = False
 
 
@@ -69,15 +78,20 @@ def write(
     notes: Sequence[str] = (),
     folder: Path = RESULTS,
     console: Console | None = None,
+    goals: Mapping[str, Goal] = MappingProxyType({}),
 ) -> Path:
     """Print the table of a benchmark and write `folder/NAME.json`. Returns its path.
 
-    `figures`: name -> repetitions; the name ends in the unit (`..._images_per_s`). Raises ValueError for a figure without
-    repetitions and for a ratio of figures that were not measured in the same rounds.
+    `figures`: name -> repetitions; the name ends in the unit (`..._images_per_s`). `goals`: of figures, by their names. Raises
+    ValueError for a figure without repetitions, for a goal of a figure that was not measured, and for a ratio of figures that
+    were not measured in the same rounds.
     """
     if empty := [key for key, values in figures.items() if not values]:
         raise ValueError(f"figures without a repetition: {', '.join(empty)}")
+    if unknown := [key for key in goals if key not in figures]:
+        raise ValueError(f"goals of no figure: {', '.join(unknown)}")
     quotients = {key: _quotients(key, ratio, figures) for key, ratio in ratios.items()}
+    wanted = {**goals, **{key: Goal(each.goal, each.at_most) for key, each in ratios.items() if each.goal is not None}}
     report = {
         "command": without_paths(command),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -85,7 +99,7 @@ def write(
         "versions": versions(),
         "figures": {key: _rounded(statistics.median(values)) for key, values in figures.items()},
         "ratios": {key: _rounded(statistics.median(values)) for key, values in quotients.items()},
-        "goals": {key: ratio.goal for key, ratio in ratios.items() if ratio.goal is not None},
+        "goals": {key: goal.value for key, goal in wanted.items()},
         "repetitions": {key: [_rounded(value) for value in values] for key, values in {**figures, **quotients}.items()},
         "notes": [without_paths(note) for note in notes],
     }
@@ -93,7 +107,7 @@ def write(
     path = folder / f"{name}.json"
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     console = console or Console()
-    console.print(_table(name, figures, quotients, ratios))
+    console.print(_table(name, figures, quotients, wanted))
     for note in report["notes"]:
         console.print(f"- {note}", highlight=False)
     console.print(f"written to {path}", highlight=False, soft_wrap=True)
@@ -160,18 +174,16 @@ def _rounded(value: float) -> float:
 
 
 def _table(
-    name: str, figures: dict[str, list[float]], quotients: dict[str, list[float]], ratios: dict[str, Ratio]
+    name: str, figures: dict[str, list[float]], quotients: dict[str, list[float]], goals: Mapping[str, Goal]
 ) -> Table:
     table = Table(title=name, title_justify="left")
     table.add_column("figure or ratio")
     for column in ("median", "lowest", "highest", "goal"):
         table.add_column(column, justify="right")
-    for key, values in figures.items():
-        table.add_row(key, *_spread(values), "", end_section=key == list(figures)[-1])
-    for key, values in quotients.items():
-        ratio = ratios[key]
-        bound = "at most" if ratio.at_most else "at least"
-        table.add_row(key, *_spread(values), "" if ratio.goal is None else f"{bound} {ratio.goal:g}")
+    for key, values in [*figures.items(), *quotients.items()]:
+        goal = goals.get(key)
+        shown = f"{'at most' if goal.at_most else 'at least'} {goal.value:g}" if goal else ""
+        table.add_row(key, *_spread(values), shown, end_section=key == list(figures)[-1])
     return table
 
 

@@ -79,12 +79,12 @@ def nev_stream(pictures: Pictures, size: int) -> StreamFigures:
     blocks = stream(0, MANY)
     taken = next(blocks)
     first_s = time.perf_counter() - begin
-    rate = _rate(blocks)
+    images_per_s = rate(blocks)
     blocks.close()  # ends the stream, or its tasks would fail noisily when Ray goes
     assert taken["image"].shape == (BLOCK, size, size, 3)
     ray.shutdown()
     starts = np.median(np.array(pairs), axis=0)
-    return StreamFigures(rate, first_s, float(starts[0]), float(starts[1]))
+    return StreamFigures(images_per_s, first_s, float(starts[0]), float(starts[1]))
 
 
 class _Rows:
@@ -113,7 +113,7 @@ def dataloader(pictures: Pictures, size: int) -> float:
     # One long epoch: an epoch's end, where its workers wait for each other, comes nowhere in the measured time.
     endless = RandomSampler(rows, num_samples=MANY * BLOCK)  # type: ignore[arg-type]
     loader = DataLoader(rows, BLOCK, sampler=endless, num_workers=os.cpu_count() or 1)  # type: ignore[arg-type]
-    return _rate(iter(loader))
+    return rate(iter(loader))
 
 
 def open_clip_stream(pictures: Pictures, size: int) -> float:
@@ -135,7 +135,7 @@ def open_clip_stream(pictures: Pictures, size: int) -> float:
         seed=0,
     )
     data = get_wds_dataset(args, transform, is_train=True, tokenizer=open_clip.get_tokenizer("ViT-B-32"))
-    return _rate(iter(data.dataloader))
+    return rate(iter(data.dataloader))
 
 
 def limit(pictures: Pictures, size: int) -> float:
@@ -175,8 +175,11 @@ def _decode_alone(pictures: Pictures, size: int, barrier: Any, rates: Any) -> No
     rates.put(done * BLOCK / seconds)
 
 
-def _rate(batches: Iterator[Any]) -> float:
-    """images/s of `MEASURED_S`, after `WARM_UP_S` from the first batch on; from batch to batch, so that none counts in part."""
+def rate(batches: Iterator[Any], rows: int = BLOCK) -> float:
+    """Rows/s of `MEASURED_S`, after `WARM_UP_S` from the first batch on; from batch to batch, so that none counts in part.
+
+    rows: of a batch.
+    """
     next(batches)
     begin = time.perf_counter()
     while time.perf_counter() - begin < WARM_UP_S:
@@ -185,7 +188,7 @@ def _rate(batches: Iterator[Any]) -> float:
     while (seconds := time.perf_counter() - begin) < MEASURED_S:
         next(batches)
         taken += 1
-    return taken * BLOCK / seconds
+    return taken * rows / seconds
 
 
 def _encoded(pictures: Pictures) -> list[bytes]:
