@@ -20,10 +20,14 @@ GEMM_S = 2.0
 
 
 class Cost(NamedTuple):
-    """seconds of a forward and backward; mib: most memory above what the inputs take, in MiB."""
+    """seconds of a forward and backward; mib: most memory above what the inputs take, in MiB; gemm_flops: of bare products.
+
+    gemm_flops: FLOP/s, of the same process right before and after; 0 where these were not measured.
+    """
 
     seconds: float
     mib: float
+    gemm_flops: float
 
 
 def pairs(n: int, width: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
@@ -52,16 +56,20 @@ def open_clip_loss(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
 LOSSES = {"nev": nev_loss, "open_clip": open_clip_loss}
 
 
-def cost(name: str, n: int, width: int) -> Cost:
-    """What one forward and backward over n pairs costs, after a small one."""
+def cost(name: str, n: int, width: int, products: bool = False) -> Cost:
+    """What one forward and backward over n pairs costs, after a small one. products: time bare products, too."""
     loss = LOSSES[name]
     torch.autograd.backward(loss(*pairs(256, width)))
     inputs = pairs(n, width)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = resident_mib("VmRSS")
+    rates = [gemm_flops(width)] if products else []
     begin = time.perf_counter()
     torch.autograd.backward(loss(*inputs))
-    return Cost(time.perf_counter() - begin, resident_mib("VmHWM") - before)
+    seconds = time.perf_counter() - begin
+    mib = resident_mib("VmHWM") - before
+    rates += [gemm_flops(width)] if products else []
+    return Cost(seconds, mib, sum(rates) / max(1, len(rates)))
 
 
 def difference(n: int, width: int) -> float:

@@ -216,7 +216,7 @@ def copies(pictures: Pictures, size: int) -> dict[str, float]:
     torch.set_num_threads(1)
     reader, plan = reader_and_plan(pictures, size)
     pool = pa.default_memory_pool()
-    arrow, table_of = [0], reader._table
+    arrow, table_of = [0], reader.read_rows
 
     def counted(*args: Any) -> pa.Table:
         before = pool.bytes_allocated()
@@ -224,10 +224,10 @@ def copies(pictures: Pictures, size: int) -> dict[str, float]:
         arrow[0] += pool.bytes_allocated() - before
         return table
 
-    object.__setattr__(reader, "_table", counted)
+    object.__setattr__(reader, "read_rows", counted)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         reader.read(plan.segments(0), 0)
-    object.__delattr__(reader, "_table")
+    object.__delattr__(reader, "read_rows")
     crop = sum(event.cpu_memory_usage for event in profiled.events() if event.name == "aten::clone")
     connect()
     stream = make_stream(reader, plan, 0, 1).materialize()

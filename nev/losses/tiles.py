@@ -32,7 +32,7 @@ GPU_TILE_ROWS, GPU_TILE_COLUMNS = (
     8192,
     4096,
 )  # 128 MiB: on a GPU a tile costs a dozen kernel launches, whatever its size
-KEPT_TILES = 8  # 16 MiB of exponentials in fp32: all of them up to N = 2,048
+KEPT_TILES = 32  # 64 MiB of exponentials in fp32: all of them up to N = 4,096
 WINDOW_LOW, WINDOW_HIGH = -55.0, 75.0  # e^-87 is the smallest normal float32, and e^88 is nearly the largest float32
 PAIR_MARGIN = 40.0  # distance of the shift below the highest score of a pair
 
