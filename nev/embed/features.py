@@ -12,12 +12,16 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+from ray.exceptions import RayError
 from rich.console import Console
 
+from nev.cluster.ray_internals import first_cause
 from nev.cluster.session import cluster_gpus, may_grow
 from nev.common.errors import NevError
 from nev.common.progress import progress
@@ -34,7 +38,31 @@ from nev.storage.files import filesystem, is_local
 if TYPE_CHECKING:
     from nev.models.frozen import FrozenTrunk
 
+
+class EmbeddingFailed(NevError, RuntimeError):
+    """Pictures could not be embedded on the cluster. The message is the first cause, without Ray's frames."""
+
+
 TOO_LARGE = "a feature is beyond float16, or not a number"
+
+
+@dataclass(frozen=True)
+class RowGroupReader(BlockReader):
+    """A reader that holds the last row group: its parts and views are read once, which counts on S3."""
+
+    _last: dict[tuple[str, int, str], pa.Table] = field(default_factory=dict, repr=False)
+
+    def read_rows(self, location: str, group: int, columns: list[str], segment: Segment) -> pa.Table:
+        """Columns of a segment's rows, as `BlockReader.read_rows` reads them."""
+        key = (location, group, ",".join(columns))
+        if key not in self._last:
+            self._last.clear()
+            whole = Segment(segment.group, 0, int(self.index.rows[segment.group]))
+            self._last[key] = super().read_rows(location, group, columns, whole)
+        return self._last[key].slice(segment.start, segment.stop - segment.start)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_last": {}}
 
 
 @dataclass(frozen=True)
@@ -61,8 +89,12 @@ class FeatureSet:
 
 
 class FeaturesWritten(NamedTuple):
-    """The work of a call: sidecars, pictures and views in these, bad pictures by reason, seconds from first shard to last."""
+    """The work of a call: sidecars, pictures and views in these, bad pictures by reason, seconds from first shard to last.
 
+    trunk: fingerprint of the trunk.
+    """
+
+    trunk: str
     shards: int
     pictures: int
     views: int
@@ -90,11 +122,13 @@ def embed_features(config: Experiment, console: Console, gpus: int | None = None
     trunk = load_frozen_trunk(config.vision, config.data.image_size)
     warn_of_other_pixels(trunk, config, console)
     sets = list_feature_sets(config, trunk.fingerprint, trunk.shape)
-    for each in sets:
-        check_room(each, console)
-    return write_feature_sets(
-        sets, make_spec(config, trunk), config.eval.batch, available if gpus is None else gpus, console
-    )
+    check_room(sets, console)
+    gpus = available if gpus is None else gpus
+    try:
+        return write_feature_sets(sets, make_spec(config, trunk), trunk.fingerprint, config.eval.batch, gpus, console)
+    except RayError as error:  # a process of the cluster has died, or could not load the trunk
+        cause = getattr(error, "cause", None) or error
+        raise EmbeddingFailed(first_cause(cause).splitlines()[0]) from error
 
 
 def list_feature_sets(config: Experiment, trunk: str, shape: tuple[int, ...]) -> list[FeatureSet]:
@@ -105,9 +139,9 @@ def list_feature_sets(config: Experiment, trunk: str, shape: tuple[int, ...]) ->
             continue
         index = build_index(root, data.columns)
         augment = data.augment if training else None
-        recipe = image_recipe(trunk, data, config.seed, training)
+        recipe = image_recipe(trunk, index.columns.image, data, config.seed, training)
         features = Features(recipe, shape, config.vision.views if training else 1)
-        reader = BlockReader(index, data.image_size, data.limits, config.seed, augment)
+        reader = RowGroupReader(index, data.image_size, data.limits, config.seed, augment)
         sets.append(FeatureSet(reader, features, list_missing(index, features)))
     return sets
 
@@ -119,20 +153,10 @@ def list_missing(index: Index, features: Features) -> list[int]:
 
 def make_spec(config: Experiment, trunk: FrozenTrunk) -> EncoderSpec:
     """The trunk as Ray's tasks load it."""
-    load = functools.partial(load_same_trunk, config, trunk.fingerprint)
-    return EncoderSpec(load, config.data.mean, config.data.std, config.train.precision)
+    from nev.models.frozen import load_same_trunk
 
-
-def load_same_trunk(config: Experiment, fingerprint: str) -> FrozenTrunk:
-    """Load the trunk in a process of the cluster. Raises ConfigError for another one than the driver's."""
-    from nev.models.frozen import load_frozen_trunk
-
-    trunk = load_frozen_trunk(config.vision, config.data.image_size)
-    if trunk.fingerprint != fingerprint:
-        raise ConfigError(
-            f"vision.trunk {config.vision.trunk!r}: this node has other weights than the driver. Install the same everywhere."
-        )
-    return trunk
+    load = functools.partial(load_same_trunk, config.vision, config.data.image_size, trunk.fingerprint)
+    return EncoderSpec(load, config.data.mean, config.data.std)
 
 
 def warn_of_other_pixels(trunk: FrozenTrunk, config: Experiment, console: Console) -> None:
@@ -148,22 +172,27 @@ def warn_of_other_pixels(trunk: FrozenTrunk, config: Experiment, console: Consol
             )
 
 
-def check_room(each: FeatureSet, console: Console) -> None:
-    """Print how many bytes the sidecars will take. Raises ConfigError where a local disk has no room for them."""
-    rows, root = each.count_rows(), each.index.root
-    if not rows:
-        return
-    needed = 2 * rows * each.features.views * each.features.numbers
-    shape = " x ".join(map(str, (each.features.views, *each.features.shape)))
-    console.print(
-        f"{root}: {rows:,} pictures of {shape} numbers, {format_bytes(needed)}", highlight=False, soft_wrap=True
-    )
-    fs, path = filesystem(root)
-    if is_local(fs) and needed > (free := shutil.disk_usage(path).free):
-        raise ConfigError(
-            f"{root}: the image sidecars take {format_bytes(needed)}, and the disk has {format_bytes(free)} free. Make room, "
-            "lower vision.views, or set vision.keep=pooled, which keeps one vector a picture."
-        )
+def check_room(sets: list[FeatureSet], console: Console) -> None:
+    """Print how many bytes the sidecars of each set will take. Raises ConfigError where a local disk has no room for them."""
+    needed_on = Counter[int]()
+    for each in sets:
+        rows, root = each.count_rows(), each.index.root
+        if not rows:
+            continue
+        needed = 2 * rows * each.features.views * each.features.numbers
+        shape = " x ".join(map(str, (each.features.views, *each.features.shape)))
+        line = f"{root}: {rows:,} pictures of {shape} numbers, {format_bytes(needed)}"
+        console.print(line, highlight=False, soft_wrap=True)
+        fs, path = filesystem(root)
+        if not is_local(fs):
+            continue
+        disk = Path(path).stat().st_dev
+        needed_on[disk] += needed
+        if needed_on[disk] > (free := shutil.disk_usage(path).free):
+            raise ConfigError(
+                f"{root}: the image sidecars take {format_bytes(needed_on[disk])}, and the disk has {format_bytes(free)} free. "
+                "Make room, lower vision.views, or set vision.keep=pooled, which keeps one vector a picture."
+            )
 
 
 def format_bytes(count: int) -> str:
@@ -175,14 +204,17 @@ def format_bytes(count: int) -> str:
 
 
 def write_feature_sets(
-    sets: list[FeatureSet], tower: EncoderSpec, batch: int, gpus: int, console: Console
+    sets: list[FeatureSet], tower: EncoderSpec, trunk: str, batch: int, gpus: int, console: Console
 ) -> FeaturesWritten:
-    """Embed the pictures of all shards without a sidecar, and write the sidecars. batch: pictures embedded at a time."""
+    """Embed the pictures of all shards without a sidecar, and write the sidecars.
+
+    trunk: fingerprint of the trunk. batch: pictures embedded at a time.
+    """
     work = [(each, shard) for each in sets for shard in each.missing]
     total = sum(each.count_rows() * each.features.views for each in sets)
     bad, done, begin = Counter[str](), 0, time.perf_counter()
     if not work:
-        return FeaturesWritten(0, 0, 0, bad, 0.0)
+        return FeaturesWritten(trunk, 0, 0, 0, bad, 0.0)
     jobs = [EmbedJob(row_groups(each.index, shard), make_read(each, batch)) for each, shard in work]
     with progress(console) as update:
 
@@ -201,7 +233,7 @@ def write_feature_sets(
         if not job.units:  # a shard without rows
             write_image_sidecar(each.features.sidecars(each.index), shard, each.features.views, iter(()))
     pictures = sum(each.count_rows() for each in sets)
-    return FeaturesWritten(len(work), pictures, total, bad, time.perf_counter() - begin)
+    return FeaturesWritten(trunk, len(work), pictures, total, bad, time.perf_counter() - begin)
 
 
 def row_groups(index: Index, shard: int) -> list[Segment]:

@@ -43,13 +43,11 @@ class EncoderSpec:
     load: called once in each process; it must be picklable, as a partial is. Returns a module from normalised pixels, float
     [b, 3, S, S], or from the features of a locked trunk, to vectors, [b, D].
     mean, std: of the pixels, by channel, in units of 1.
-    precision: number format of the forward, as `train.precision` has it.
     """
 
     load: Callable[[], nn.Module]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    precision: str = "fp32"
 
 
 class EmbedJob(NamedTuple):
@@ -169,7 +167,10 @@ def embed_decoded(block: Any, tower: list[Any]) -> Block:
     if "error" in block:
         return dict(block)
     vectors = _embedder(tower[0])(block["image"])
-    return {**{name: column for name, column in block.items() if name != "image"}, "vector": vectors}
+    columns = {name: column for name, column in block.items() if name != "image"}
+    if "valid" in columns:
+        columns["valid"] = columns["valid"] & are_finite(vectors)
+    return {**columns, "vector": vectors}
 
 
 def embed_unit(numbers: Any, source: list[Any], tower: list[Any]) -> Iterator[Block]:
@@ -184,18 +185,10 @@ def _embedder(reference: ray.ObjectRef[Any]) -> Embed:
     import_uninterrupted("nev.models.vision")
     import torch
 
-    from nev.models.precision import choose_precision
-
     tower: EncoderSpec = ray.get(reference)
     torch.set_num_threads(1)
     device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-    vision, precision = tower.load().to(device).eval(), choose_precision(tower.precision, device)
-
-    def forward(images: torch.Tensor) -> torch.Tensor:
-        with precision.autocast():
-            return torch.cat([vision(part) for part in torch.split(images, forward_rows(device))])
-
-    return make_embedder(forward, tower.mean, tower.std, device)
+    return make_embedder(tower.load().to(device).eval(), tower.mean, tower.std, device)
 
 
 def _concatenate(parts: list[Block]) -> Block | NevError:
@@ -207,6 +200,12 @@ def _concatenate(parts: list[Block]) -> Block | NevError:
     return (
         {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "place"} if parts else {}
     )
+
+
+def are_finite(vectors: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether all numbers of a row are finite: bool [n]. A locked trunk's feature beyond float16 makes a vector of NaN."""
+    finite: NDArray[np.bool_] = np.isfinite(vectors).reshape(len(vectors), -1).all(axis=1)
+    return finite
 
 
 def forward_rows(device: torch.device) -> int:
@@ -236,7 +235,8 @@ def make_embedder(
 
     @torch.inference_mode()
     def embed(images: NDArray[Any]) -> NDArray[Any]:
-        vectors: NDArray[Any] = forward(as_input(torch.tensor(images, device=device), mean, std)).cpu().numpy()
+        parts = torch.split(torch.tensor(images, device=device), forward_rows(device))
+        vectors: NDArray[Any] = torch.cat([forward(as_input(part, mean, std)) for part in parts]).cpu().numpy()
         return vectors
 
     return embed

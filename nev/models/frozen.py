@@ -27,7 +27,7 @@ from nev.models.trunk import build_trunk, encode_images, fit_trunk_weights
 from nev.models.weights import read_weights
 from nev.ops.onednn import use_onednn
 
-LEAST_DEVIATION = 1e-6  # of a standardised feature: a number that never changes becomes 0
+LEAST_DEVIATION = 1e-6  # a feature that varies less over the training set is 0 when it is standardised
 
 
 class FrozenTrunk(nn.Module):
@@ -51,8 +51,11 @@ class FrozenTrunk(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """float [b, 3, S, S] -> float16 [b, *shape]. Numbers beyond float16 become infinite."""
-        tokens = encode_images(self.trunk, images, self.config.pool, self.config.trunk)
-        features: Tensor = self.pool(tokens)
+        kind = images.device.type.replace("meta", "cpu")  # autocast knows no meta device, on which shapes are computed
+        # A caller's autocast must not reach the trunk: features are the same in sidecars, in the loop and in evaluation.
+        with torch.autocast(kind, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            tokens = encode_images(self.trunk, images, self.config.pool, self.config.trunk)
+            features: Tensor = self.pool(tokens)
         return features.half()
 
     @cached_property
@@ -72,6 +75,7 @@ class FrozenTrunk(nn.Module):
                 "trunk_args": config.trunk_args,
                 "final_norm": config.final_norm,
                 "image_size": self.image_size,
+                "precision": config.precision,
                 "pool": config.pool if config.keep == "pooled" else "tokens",
             }
         )
@@ -97,7 +101,7 @@ class FeatureHead(nn.Module):
         x = features.float()
         if self.statistics is not None:
             mean, deviation = self.statistics.unbind()
-            x = (x - mean) / deviation.clamp(min=LEAST_DEVIATION)
+            x = torch.where(deviation > LEAST_DEVIATION, (x - mean) / deviation, 0.0)
         return F.normalize(self.head(self.pool(x)).float(), dim=-1)
 
 
@@ -135,6 +139,16 @@ def load_frozen_trunk(
     use_onednn(trunk)
     trunk.to(memory_format=torch.channels_last)
     return FrozenTrunk(trunk, pool, config, image_size).to(device)
+
+
+def load_same_trunk(config: Vision, image_size: int, fingerprint: str) -> FrozenTrunk:
+    """Load the trunk as the driver has it. Raises ConfigError where this node has another one."""
+    trunk = load_frozen_trunk(config, image_size)
+    if trunk.fingerprint != fingerprint:
+        raise ConfigError(
+            f"vision.trunk {config.trunk!r}: this node's weights are not the driver's. Install the same everywhere."
+        )
+    return trunk
 
 
 def build_feature_head(

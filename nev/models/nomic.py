@@ -1,14 +1,14 @@
 """Conversion between the layout of the released nomic-embed-vision-v1.5 and nev's vision tower, in both directions.
 
 The released tower (hub: nomic-ai/nomic-embed-vision-v1.5, arXiv 2406.18587) is timm's `eva02_base_patch14_224` with
-patch_size=16, ref_feat_shape=(14, 14), no last norm, and the head `nomic`: configs/nomic_embed_vision_v1_5.yaml. Names
+patch_size=16, ref_feat_shape=(14, 14), no last norm, and the pool `nomic`: configs/nomic_embed_vision_v1_5.yaml. Names
 and shapes follow its `modeling_hf_nomic_bert.py` (NomicVisionModel) and contrastors' `models/vit/timm_vit.py`:
 
     released                        nev                                  difference
     embeddings.proj.weight          trunk.patch_embed.proj.weight        [D, 3 p p] against a convolution's [D, 3, p, p]
     layers.N.attn.Wqkv              trunk.blocks.N.attn.{q,k,v}_proj     stacked [3 D, D]; the key has a bias too
     layers.N.mlp.fc11, fc12         trunk.blocks.N.mlp.fc1_x, fc1_g      value, gate
-    selector.*                      head.*
+    selector.*                      pool.*
 
 The released tower differs from timm's in two details that change numbers: a key bias (which does not cancel in the softmax
 under rotary embeddings), and eps = 1e-5 of the norm inside the MLP (timm: 1e-6). `match_released` changes a trunk in both.

@@ -16,7 +16,6 @@ from nev.common.errors import first_few
 from nev.config.base import ConfigError
 from nev.config.model import Vision
 from nev.models import nomic
-from nev.models.weights import read_weights
 
 RESERVED_ARGUMENTS = ("num_classes", "global_pool", "img_size", "pretrained")  # set by nev, so refused in trunk_args
 CLASSIFIER_PARTS = ("head", "attn_pool", "fc_norm", "norm_head", "conv_head")  # of timm, after its tokens
@@ -113,16 +112,11 @@ def _list_arguments(model: str, owner: str | None) -> list[str]:
     return list(inspect.signature(getattr(module, owner)).parameters) if owner and hasattr(module, owner) else []
 
 
-def read_trunk_weights(trunk: Any, config: Vision) -> dict[str, Tensor]:
-    """Read the trunk's weights from `config.weights`, by the trunk's names. timm resamples position and patch embeddings.
+def fit_trunk_weights(trunk: Any, state: dict[str, Tensor], config: Vision) -> dict[str, Tensor]:
+    """The tensors of a file by the trunk's names. timm resamples position and patch embeddings.
 
     Raises ConfigError unless every parameter of the trunk is there, and nothing more but the trunk's classifier.
     """
-    return fit_trunk_weights(trunk, read_weights(str(config.weights)), config)
-
-
-def fit_trunk_weights(trunk: Any, state: dict[str, Tensor], config: Vision) -> dict[str, Tensor]:
-    """As `read_trunk_weights`, of tensors that have been read already."""
     if nomic.RELEASED_MARK in state:
         raise ConfigError(
             f"vision.weights {config.weights}: this is a whole tower in nomic-embed-vision's released layout, not a "

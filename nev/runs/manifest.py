@@ -49,7 +49,7 @@ class CheckpointState:
 
     step: number of updates done.
     config: the experiment, as JSON.
-    fingerprints: hashes of the data, the plan and the text tower, by those names.
+    fingerprints: hashes of the data, the plan, the text tower and a locked trunk, by the names data, plan, text, trunk.
     metrics: of the validation at this step; empty without one.
     world_size: number of ranks W.
     bad_rows: rows that could not be used since the run's first step.

@@ -80,7 +80,8 @@ def load_trunk(location: str, config: Experiment) -> FrozenTrunk:
     state, wanted = None, manifest["fingerprints"]["trunk"]
     if TRUNK_FILE in manifest["sha256"]:
         state = load_tensors(location, manifest, TRUNK_FILE)
-    hint = "Name it with --set vision.weights=FILE, or train with --with-trunk, which saves it with every checkpoint."
+    instead = " --set vision.pretrained=false" if config.vision.pretrained else ""
+    hint = f"Name it with{instead} --set vision.weights=FILE, or train with --with-trunk, which saves it with every checkpoint."
     try:
         trunk = load_frozen_trunk(config.vision, config.data.image_size, state)
     except ConfigError as error:

@@ -142,10 +142,10 @@ def with_threads(experiment: Experiment, concurrent: int) -> Experiment:
 def prepare_shared(trials: Sequence[Trial], console: Console, load: LoadText) -> list[str]:
     """Do the work that trials share: index each set, embed its captions, and run locked trunks over its pictures.
 
-    Returns a hash of each trial's data: its sets, its classes, its text tower.
+    Returns a hash of each trial's data: its sets, its classes, its text tower, its locked trunk.
     """
     known: dict[str, str] = {}
-    hashes, embedded = [], set[str]()
+    hashes, trunks = [], dict[str, str]()
     for experiment in (trial.experiment for trial in trials):
         data, key = experiment.data, experiment.model_dump_json(include={"data", "text", "lock", "eval"})
         if key not in known:
@@ -155,12 +155,20 @@ def prepare_shared(trials: Sequence[Trial], console: Console, load: LoadText) ->
             classes = class_names(experiment.eval.zero_shot) if experiment.eval.zero_shot else []
             content = (build_index(location, data.columns).fingerprint for location in sets)
             known[key] = hash_values(*content, *classes, load(experiment.text).fingerprint)
-        hashes.append(known[key])
         pictures = experiment.model_dump_json(include={"data", "vision", "seed"})
-        if experiment.vision.from_sidecars and pictures not in embedded:
-            embedded.add(pictures)
-            embed_features(experiment, console)
+        if experiment.vision.lock and pictures not in trunks:
+            trunks[pictures] = prepare_trunk(experiment, console)
+        hashes.append(hash_values(known[key], trunks[pictures]) if experiment.vision.lock else known[key])
     return hashes
+
+
+def prepare_trunk(experiment: Experiment, console: Console) -> str:
+    """Write the image sidecars that a trial needs. Returns the fingerprint of its locked trunk."""
+    if experiment.vision.from_sidecars or experiment.vision.standardise:
+        return embed_features(experiment, console).trunk
+    from nev.models.frozen import load_frozen_trunk
+
+    return load_frozen_trunk(experiment.vision, experiment.data.image_size).fingerprint
 
 
 def check_trials(sweep: Sweep, trials: Sequence[Trial], load: LoadText) -> None:

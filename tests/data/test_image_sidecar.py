@@ -37,7 +37,7 @@ DATA = Data(train="nowhere", image_size=SIZE, augment=Augment())
 def features(
     trunk: str = "trunk", views: int = VIEWS, seed: int = 3, data: Data = DATA, shape: tuple[int, ...] = SHAPE
 ) -> Features:
-    return Features(image_recipe(trunk, data, seed, training=True), shape, views)
+    return Features(image_recipe(trunk, "image", data, seed, training=True), shape, views)
 
 
 def numbers(uid: str, shape: tuple[int, ...] = SHAPE, views: int = VIEWS) -> np.ndarray:
@@ -232,7 +232,7 @@ def test_a_write_that_fails_leaves_nothing(index: Index) -> None:
 
 
 def test_the_recipe_names_all_that_features_depend_on() -> None:
-    base: dict[str, Any] = {"trunk": "t", "data": DATA, "seed": 1, "training": True}
+    base: dict[str, Any] = {"trunk": "t", "column": "image", "data": DATA, "seed": 1, "training": True}
 
     def key(**changes: Any) -> str:
         return Features(image_recipe(**{**base, **changes}), SHAPE, 1).sidecars(None).key  # type: ignore[arg-type]
@@ -243,6 +243,7 @@ def test_the_recipe_names_all_that_features_depend_on() -> None:
     keys = [
         key(),
         key(trunk="u"),
+        key(column="thumb"),
         key(seed=2),
         key(training=False),
         key(data=data(image_size=8)),

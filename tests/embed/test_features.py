@@ -29,11 +29,10 @@ from nev.embed.features import (
     collect_views,
     embed_features,
     list_feature_sets,
-    load_same_trunk,
     row_groups,
     warn_of_other_pixels,
 )
-from nev.models.frozen import FrozenTrunk
+from nev.models.frozen import FrozenTrunk, load_same_trunk
 from nev.models.vision import normalise
 from nev.storage.files import filesystem
 
@@ -119,8 +118,8 @@ def test_views_stand_side_by_side_and_reasons_are_counted() -> None:
 
 def test_another_node_s_trunk_is_refused(frozen: Make) -> None:
     config = with_absolute_paths(frozen())
-    with pytest.raises(ConfigError, match="this node has other weights than the driver"):
-        load_same_trunk(config, "0" * 64)
+    with pytest.raises(ConfigError, match="this node's weights are not the driver's"):
+        load_same_trunk(config.vision, config.data.image_size, "0" * 64)
 
 
 def test_an_experiment_without_a_locked_trunk_is_refused(tiny: Make) -> None:
@@ -129,12 +128,17 @@ def test_an_experiment_without_a_locked_trunk_is_refused(tiny: Make) -> None:
 
 
 def test_a_full_disk_is_seen_before_work_starts(frozen: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = with_absolute_paths(frozen(data__val=None, eval={}, seed=77, data__augment={"scale": [0.2, 1.0]}))
+    config = with_absolute_paths(
+        frozen(data__val=None, eval={}, seed=77, data__augment={"scale": [0.2, 1.0]}, vision__mode="online")
+    )
     (each,) = list_feature_sets(config, "never written", (17, 64))
     console = Console(record=True, width=200)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 2**20})())
     with pytest.raises(ConfigError, match=r"take 2\.1 MiB, and the disk has 1\.0 MiB free.*vision\.keep=pooled"):
-        check_room(each, console)
+        check_room([each], console)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 3 * 2**20})())
+    with pytest.raises(ConfigError, match=r"take 4\.2 MiB"):
+        check_room([each, each], console)
     assert "1,024 pictures of 1 x 17 x 64 numbers, 2.1 MiB" in console.export_text()
 
 

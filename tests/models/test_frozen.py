@@ -116,6 +116,8 @@ def test_standardised_features_have_mean_0_and_deviation_1(weights: str) -> None
     layers(features)
     torch.testing.assert_close(seen[0].mean(0), torch.zeros(3), atol=1e-3, rtol=0)
     torch.testing.assert_close(seen[0].std(0), torch.tensor([1.0, 1.0, 0.0]), atol=1e-3, rtol=0)
+    assert layers(torch.tensor([[3.0, -70.0, 9.0]]).half()) is not None
+    assert not seen[-1][0, 2], "a feature that never varied in training stays 0"
     loaded = build_feature_head(locked(weights, standardise=True), SIZE, (3,), 3)
     loaded.pool, loaded.head = layers.pool, layers.head
     loaded.load_state_dict(layers.state_dict())
@@ -140,8 +142,9 @@ def test_the_fingerprint_is_that_of_what_decides_the_features(weights: str, tmp_
         fingerprint(pool="map", keep="tokens"),
         fingerprint(size=48),
         fingerprint(final_norm=False),
+        fingerprint(precision="bf16"),
     ]
-    assert len({same, *others}) == 6
+    assert len({same, *others}) == 7
 
 
 def test_a_trunk_that_moved_is_found(weights: str) -> None:
@@ -166,6 +169,7 @@ def test_a_trunk_that_moved_is_found(weights: str) -> None:
         ({"lock": None, "views": 2, "mode": "sidecar"}, "mode, views: for a locked trunk alone"),
         ({"head": "linear", "head_hidden": 8}, "head_hidden is the hidden layer of"),
         ({"lock": None, "dropout": 0.1}, "dropout is the head's"),
+        ({"dropout": 1.0}, "less than 1"),
     ],
 )
 def test_settings_that_cannot_be(weights: str, settings: dict[str, Any], message: str) -> None:

@@ -119,7 +119,9 @@ def make_validation(config: Experiment, text: TextTower, trunk: TrunkFacts | Non
         check_labels(index, len(classes.names))
     features = None
     if trunk and config.vision.from_sidecars:
-        features = Features(image_recipe(trunk.fingerprint, config.data, config.seed, training=False), trunk.shape, 1)
+        features = Features(
+            image_recipe(trunk.fingerprint, index.columns.image, config.data, config.seed, False), trunk.shape, 1
+        )
         check_image_sidecars(index, features, every_row=True)
     return Validation(
         reader=val_reader(config.data, index, features),

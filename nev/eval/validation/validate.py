@@ -8,7 +8,7 @@ from nev.common.collectives import gather_on_rank_0
 from nev.data.block import Block
 from nev.data.plan import sequential_blocks
 from nev.data.text_sidecar import Encode
-from nev.embed.images import Embed
+from nev.embed.images import Embed, are_finite
 from nev.eval.suite.vectors import Embedded, Texts
 from nev.eval.validation.scoring import score_validation
 from nev.eval.validation.task import Result, Validation
@@ -53,7 +53,8 @@ def embed_blocks(task: Validation, embed: Embed, rank: int, world: int, lockstep
 
 def embed_block(block: Block, embed: Embed) -> Embedded:
     """Embed the pictures of a block."""
-    return Embedded(embed(block["image"]), block["valid"], block["label"])
+    vectors = embed(block["image"])
+    return Embedded(vectors, block["valid"] & are_finite(vectors), block["label"])
 
 
 def concatenate(parts: list[Embedded]) -> Embedded:

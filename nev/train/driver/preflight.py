@@ -17,7 +17,7 @@ from nev.config.model import refuse_widths
 from nev.config.paths import with_absolute_paths
 from nev.data.augment import auto_augment
 from nev.data.block import BlockReader
-from nev.data.image_sidecar import TrunkFacts, check_image_sidecars, read_statistics
+from nev.data.image_sidecar import ONLINE, TrunkFacts, check_image_sidecars, read_statistics
 from nev.data.index import Index, build_index
 from nev.data.plan import Plan
 from nev.data.text_sidecar import check_sidecars
@@ -172,7 +172,10 @@ def check_features(config: Experiment, trunk: TrunkFacts, index: Index) -> NDArr
     """
     if not (config.vision.from_sidecars or config.vision.standardise):
         return None
-    metadata = check_image_sidecars(index, training_features(config, trunk))
+    otherwise = (
+        ONLINE if config.vision.from_sidecars else "set vision.standardise=false, which needs no statistics of them"
+    )
+    metadata = check_image_sidecars(index, training_features(config, index, trunk), otherwise=otherwise)
     return read_statistics(metadata) if config.vision.standardise else None
 
 

@@ -94,7 +94,7 @@ def make_reader(config: Experiment, text: TextTower, index: Index, trunk: TrunkF
         text_key=None if config.text_online else text_key(index, text),
         text_width=text.width,
         tokenizer=make_tokenizer(text) if config.text_online else None,
-        features=training_features(config, trunk) if trunk and config.vision.from_sidecars else None,
+        features=training_features(config, index, trunk) if trunk and config.vision.from_sidecars else None,
     )
     permuted, noise, center = config.data.permuted_captions, config.text.noise, config.text.center
     if not (permuted or noise or center):
@@ -103,9 +103,9 @@ def make_reader(config: Experiment, text: TextTower, index: Index, trunk: TrunkF
     return change_texts(reader, permuted, mean, noise)
 
 
-def training_features(config: Experiment, trunk: TrunkFacts) -> Features:
+def training_features(config: Experiment, index: Index, trunk: TrunkFacts) -> Features:
     """What the image sidecars of the training set hold."""
-    recipe = image_recipe(trunk.fingerprint, config.data, config.seed, training=True)
+    recipe = image_recipe(trunk.fingerprint, index.columns.image, config.data, config.seed, training=True)
     return Features(recipe, trunk.shape, config.vision.views)
 
 

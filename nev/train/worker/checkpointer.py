@@ -23,7 +23,6 @@ from torch import Tensor
 from nev.common.errors import NevError
 from nev.eval.validation.task import Result
 from nev.eval.validation.vectors import vectors_file, vectors_to_bytes
-from nev.models.frozen import FrozenTrunk
 from nev.runs import checkpoint
 from nev.runs.manifest import CheckpointError, CheckpointState, prune_checkpoints, remove_checkpoints_after
 from nev.runs.metrics_log import MetricPoint, make_point, write_points
@@ -33,7 +32,7 @@ from nev.train.core.state_dict import Tensors, gather_tensors
 from nev.train.job import Job
 from nev.train.messages import CheckpointSaved, Metrics, Note, Report
 from nev.train.worker.guards import GuardState
-from nev.train.worker.state import RankContext, TrainState, load_job_trunk
+from nev.train.worker.state import RankContext, TrainState
 
 REFUSALS = (StorageError, CheckpointError)
 LAST_S = 600.0  # for how long the write of the last checkpoint is tried again
@@ -152,13 +151,6 @@ class AsyncCheckpointWriter:
         self._report(CheckpointSaved(step, time.perf_counter() - begin))
 
 
-def trunk_to_bytes(trunk: FrozenTrunk) -> bytes:
-    """The weights of a locked trunk as safetensors, by timm's names."""
-    from safetensors.torch import save
-
-    return save({name: tensor.contiguous() for name, tensor in trunk.trunk.state_dict().items()})
-
-
 class Checkpointer:
     """Reports the metrics of a rank, and saves checkpoints. Rank 0 reports and writes; the other ranks give their parts.
 
@@ -170,14 +162,10 @@ class Checkpointer:
         self._job, self._ctx, self._report = job, ctx, report
         self._points: list[MetricPoint] = []
         self._tensors: Tensors | None = None
-        # Saved with every checkpoint.
-        self._beside: dict[str, bytes] = {}
         train = job.config.train
         self._writer = None
         if ctx.rank == 0:
             remove_checkpoints_after(job.run, start_step)
-            if train.save_trunk and job.features:
-                self._beside[checkpoint.TRUNK_FILE] = trunk_to_bytes(load_job_trunk(job))
             validated = job.validates if job.config.eval.asynchronous else lambda step: False
             self._writer = AsyncCheckpointWriter(
                 job.run, train.keep_last, job.config.eval.best, self._report_write, validated
@@ -228,7 +216,7 @@ class Checkpointer:
             bad_rows=bad_rows,
             history=asdict(history),
         )
-        beside = dict(self._beside)
+        beside = dict(train_state.beside)
         if scored and job.validation:
             beside[vectors_file(job.validation)] = vectors_to_bytes(job.validation, scored)
         self.log(step, {"checkpoint_wait_s": time.perf_counter() - begin})

@@ -65,7 +65,7 @@ def train(
     encode_text = (
         make_locked_encoder(train_state.tower, config) if train_state.tower and config.lock == "text" else None
     )
-    add_features = make_trunk_encoder(train_state.trunk, config, ctx) if train_state.trunk else None
+    add_features = make_trunk_encoder(train_state.trunk, config, ctx.device) if train_state.trunk else None
     max_blocks = plan.max_rank_blocks(ctx.world)
     with Checkpointer(job, ctx, start.step, report) as checkpointer:
         for step in range(start.step, job.stop_step):
@@ -157,20 +157,16 @@ def make_locked_encoder(tower: TextTower, config: Experiment) -> Callable[[Tenso
     return encode
 
 
-def make_trunk_encoder(trunk: FrozenTrunk, config: Experiment, ctx: RankContext) -> Callable[[Batch], Batch]:
+def make_trunk_encoder(trunk: FrozenTrunk, config: Experiment, device: torch.device) -> Callable[[Batch], Batch]:
     """A function that replaces the pictures of a batch by their features, float16 [b, ...], as sidecars have them.
 
     A part of the pictures at a time passes the trunk, without a graph. A row with a feature beyond float16 becomes invalid.
     """
-    rows = min(forward_rows(ctx.device), config.eval.batch)
+    rows = min(forward_rows(device), config.eval.batch)
 
     def encode(batch: Batch) -> Batch:
-        with torch.no_grad(), ctx.precision.autocast():
-            parts = [
-                trunk(as_input(batch.images[at : at + rows], config.data.mean, config.data.std))
-                for at in range(0, len(batch.images), rows)
-            ]
-        features = torch.cat(parts)
+        parts = torch.split(batch.images, rows)
+        features = torch.cat([trunk(as_input(part, config.data.mean, config.data.std)) for part in parts])
         valid = batch.valid & features.isfinite().flatten(1).all(1)
         features.masked_fill_(~valid.view(-1, *[1] * (features.ndim - 1)), 0)
         return batch._replace(images=features, valid=valid)
@@ -190,8 +186,9 @@ def validate_model(job: Job, ctx: RankContext, train_state: TrainState) -> Resul
     encode = train_state.tower.encode if train_state.tower and (ctx.rank == 0 or model.text) else None
 
     def forward(images: Tensor) -> Tensor:
+        images = train_state.trunk(images) if train_state.trunk else images
         with ctx.precision.autocast():
-            vectors: Tensor = model.vision(train_state.trunk(images) if train_state.trunk else images)
+            vectors: Tensor = model.vision(images)
         return vectors
 
     model.eval()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.losses.fused import unsupported_reason
 from nev.models.dual_encoder import DualEncoder
-from nev.models.frozen import FeatureHead, FrozenTrunk, build_feature_head, load_frozen_trunk
+from nev.models.frozen import FeatureHead, FrozenTrunk, build_feature_head, load_same_trunk
 from nev.models.precision import Precision
 from nev.models.text import TextTower, load_text, make_text_encoder
 from nev.models.text_encoder import unlock
@@ -56,6 +57,7 @@ class TrainState:
     wrapped: `model` under DDP; `model` itself under FSDP, and where W = 1. A step calls `wrapped`.
     tower: the text tower where it runs in the loop; None where texts come from sidecars. A trained text tower is part of `model`.
     trunk: the locked trunk where it runs in the loop; None for a trained trunk, and where features come from sidecars.
+    beside: files by name that rank 0 saves with every checkpoint.
     """
 
     model: DualEncoder
@@ -63,13 +65,14 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     tower: TextTower | None = None
     trunk: FrozenTrunk | None = None
+    beside: dict[str, bytes] = field(default_factory=dict)
 
 
 class LoadedModel(NamedTuple):
     """A model in host memory, equal on every rank, and the rest of its checkpoint.
 
     tower: the text tower where it runs in the loop, else None.
-    trunk: the locked trunk where it runs in the loop, else None.
+    trunk: the locked trunk where it runs in the loop, and on rank 0 where it is saved; else None.
     state: None for a new run.
     moments: the optimiser's tensors, on rank 0; empty on the other ranks, and for a new run.
     rng: the random states of all ranks; empty for a new run.
@@ -94,7 +97,7 @@ def load_model(job: Job, ctx: RankContext, start_step: int) -> LoadedModel:
     loaded = error = None
     try:
         model, tower = build_model(job, resumed=start_step > 0)
-        trunk = load_job_trunk(job) if job.features and not job.config.vision.from_sidecars else None
+        trunk = load_job_trunk(job) if runs_trunk(job) or (saves_trunk(job) and ctx.rank == 0) else None
         loaded = LoadedModel(model, tower, trunk, None, {}, {})
         if start_step and ctx.rank == 0:
             loaded = read_checkpoint(loaded, checkpoint_location(job.run, start_step), retry_seconds(job.config))
@@ -147,14 +150,24 @@ def build_trained_vision(job: Job, resumed: bool) -> VisionTower | FeatureHead:
     return build_vision(settings, config.data.image_size, job.text_width)
 
 
+def runs_trunk(job: Job) -> bool:
+    """Whether a locked trunk runs in the loop, on every rank."""
+    return job.features is not None and not job.config.vision.from_sidecars
+
+
+def saves_trunk(job: Job) -> bool:
+    """Whether rank 0 saves a locked trunk with every checkpoint."""
+    return job.features is not None and job.config.train.save_trunk
+
+
 def load_job_trunk(job: Job) -> FrozenTrunk:
     """The locked trunk of a job, on the CPU. Raises ConfigError where this node has another one than the driver."""
-    trunk = load_frozen_trunk(job.config.vision, job.config.data.image_size)
-    if trunk.fingerprint != job.fingerprints["trunk"]:
-        raise ConfigError(
-            f"vision.trunk {job.config.vision.trunk!r}: this node's weights are not the driver's. Install the same everywhere."
-        )
-    return trunk
+    return load_same_trunk(job.config.vision, job.config.data.image_size, job.fingerprints["trunk"])
+
+
+def trunk_to_bytes(trunk: FrozenTrunk) -> bytes:
+    """The weights of a locked trunk as safetensors, by timm's names."""
+    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in trunk.trunk.state_dict().items()})
 
 
 def retry_seconds(config: Experiment) -> float:
@@ -190,11 +203,13 @@ def make_train_state(loaded: LoadedModel, job: Job, ctx: RankContext) -> tuple[T
         tower and config.lock == "text"
     ):  # a trained text tower is the model's: FSDP splits it before it goes to the device
         tower.model.to(ctx.device)
-    if loaded.trunk:
-        loaded.trunk.to(ctx.device)
+    beside = {}
+    if loaded.trunk and saves_trunk(job) and ctx.rank == 0:
+        beside[checkpoint.TRUNK_FILE] = trunk_to_bytes(loaded.trunk)
+    trunk = loaded.trunk.to(ctx.device) if loaded.trunk and runs_trunk(job) else None
     wrapped = distribute(model, config.train.fsdp, ctx.world, ctx.device)
     optimizer = make_optimizer(model, config.optim)
-    train_state = TrainState(model, wrapped, optimizer, tower, loaded.trunk)
+    train_state = TrainState(model, wrapped, optimizer, tower, trunk, beside)
     if loaded.state is None:
         seed_rank(ctx.rank, config.seed, 0)
         return train_state, ResumePoint()
