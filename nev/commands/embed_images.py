@@ -37,6 +37,7 @@ def main(
         from nev.config.paths import with_absolute_paths
 
         experiment = with_absolute_paths(load(config, overrides or []))
+        experiment.refuse_trained_trunk()
         from nev.cluster.session import connect
         from nev.embed.features import embed_features
 

@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from nev.config.base import Location, Positive, Section
+from nev.config.base import ConfigError, Location, Positive, Section
 from nev.config.data import Data
 from nev.config.model import Loss, Text, Vision
 
@@ -220,6 +220,13 @@ class Experiment(Section):
     """Training processes and their resources."""
     tracking: Tracking = Tracking()
     """MLflow."""
+
+    def refuse_trained_trunk(self) -> None:
+        """Raise ConfigError for an experiment without image sidecars, since its trunk is trained."""
+        if not self.vision.lock:
+            raise ConfigError(
+                f"{self.name} trains its trunk, so it needs no image sidecars: run `nev train`, or give vision.lock: trunk"
+            )
 
     @property
     def text_online(self) -> bool:

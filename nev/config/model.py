@@ -131,11 +131,11 @@ class Vision(Section):
             )
         if self.pool in WEIGHTED_POOLS and self.keep == "pooled":
             raise ValueError(
-                f"pool: {self.pool} has weights to train, and reads all tokens of the trunk: give `keep: tokens`, or choose "
+                f"the pool `{self.pool}` has weights to train, and reads all tokens of the trunk: give `keep: tokens`, or choose "
                 "`pool: cls`, `mean`, `cls+mean` or `own`, which keep one vector a picture"
             )
         if self.pool == "own" and self.keep == "tokens":
-            raise ValueError("pool: own is computed by the trunk, so no tokens are kept: leave `keep` out")
+            raise ValueError("the pool `own` is computed by the trunk, so no tokens are kept: leave `keep` out")
         if self.views > 1 and self.mode == "online":
             raise ValueError(
                 "views are kept in sidecars, and mode: online draws a new view each epoch: leave `views` out"

@@ -112,8 +112,7 @@ def embed_features(config: Experiment, console: Console, gpus: int | None = None
     """
     from nev.models.frozen import load_frozen_trunk
 
-    if not config.vision.lock:
-        raise ConfigError("image sidecars are for a locked trunk: give vision.lock: trunk, or train without them")
+    config.refuse_trained_trunk()
     available = cluster_gpus()
     if gpus is not None and gpus > available and not may_grow():
         raise ConfigError(
@@ -213,15 +212,21 @@ def write_feature_sets(
     work = [(each, shard) for each in sets for shard in each.missing]
     total = sum(each.count_rows() * each.features.views for each in sets)
     bad, done, begin = Counter[str](), 0, time.perf_counter()
+    first: tuple[float, int] | None = None
     if not work:
         return FeaturesWritten(trunk, 0, 0, 0, bad, 0.0)
     jobs = [EmbedJob(row_groups(each.index, shard), make_read(each, batch)) for each, shard in work]
     with progress(console) as update:
 
         def show(more: int) -> None:
-            nonlocal done
+            nonlocal done, first
             done += more
-            update("pictures embedded", done, total, f"{done / (time.perf_counter() - begin):,.0f} pictures/s")
+            if first is None and more:  # the pace is that without the start of the processes
+                first = time.perf_counter(), done
+            seconds, pictures = (time.perf_counter() - first[0], done - first[1]) if first else (0.0, 0)
+            update(
+                "pictures embedded", done, total, f"{pictures / seconds:,.0f} pictures/s" if pictures else "starting"
+            )
 
         show(0)
         units = embed_units(jobs, tower, batch * sets[0].reader.row_bytes, show, gpus)

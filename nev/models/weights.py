@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.util
 from pathlib import Path
@@ -48,8 +49,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         return _read_package(str(path))
     file = Path(path).expanduser()
     if file.suffix not in SUFFIXES:
+        close = difflib.get_close_matches(str(path), PACKAGES, n=1)
+        hint = f". Did you mean {close[0]}?" if close else ""
         raise ConfigError(
-            f"{path}: weights are read from files that end in {', '.join(SUFFIXES)}, or from the package {', '.join(PACKAGES)}"
+            f"weights {str(path)!r}: read from files that end in {', '.join(SUFFIXES)}, or from the package "
+            f"{', '.join(PACKAGES)}{hint}"
         )
     if not file.is_file():
         raise ConfigError(f"{path}: no such file of weights")
