@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
-from collections.abc import Callable
+import signal
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +16,16 @@ import pytest
 import torch
 from helpers.frozen import load_trunk, make_frozen, save_trunk, write_features
 from helpers.gloo import on_ranks
-from helpers.training import load_train_state, prepare_job, run_bare, weights
+from helpers.training import blocks, load_train_state, prepare_job, run_bare, weights
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from nev.common.errors import NevError
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.paths import with_absolute_paths
+from nev.data.block import Block
 from nev.data.image_sidecar import Features
 from nev.data.index import build_index
 from nev.embed.embedder import Embedder
@@ -119,13 +124,33 @@ DROPOUT = {"vision__head": "mlp", "vision__dropout": 0.3, "vision__views": 3, "v
 VIEWS = {**DROPOUT, "data__augment": {"scale": [0.5, 1.0]}, "train__steps": 20, "train__eval_every": 10}
 
 
-def test_resumed_is_undisturbed_bit_for_bit(frozen: Make, text: TextTower) -> None:
+def _train_and_die(rank: int, config: Experiment, blocks_before: int) -> None:
+    """Train from sidecars until so many blocks are read and a checkpoint is there, then die as by the kernel's hand."""
+    text = load_text(config.text)
+    inputs = check_inputs(config, text)
+    job, reader = make_job(config, text, inputs), make_reader(config, text, inputs.index, inputs.trunk)
+
+    def dying() -> Iterator[Block]:
+        for number, block in enumerate(blocks(reader, job.plan, 0, job.stop_step)):
+            if number == blocks_before:
+                while not latest_checkpoint(job.run):  # it is written beside the steps
+                    time.sleep(0.05)
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield block
+
+    run_bare(job, reader, dying())
+
+
+def test_killed_and_resumed_is_undisturbed_bit_for_bit(frozen: Make, text: TextTower, tmp_path: Path) -> None:
     write_features(frozen(**VIEWS))
     straight, resumed = frozen(name="straight", **VIEWS), frozen(name="resumed", **VIEWS)
     one = bare(straight, text)
-    first = bare(resumed, text, stop_after=10)
-    other = first | bare(resumed, text)
-    assert [one[step]["loss"] for step in range(1, 21)] == [other[step]["loss"] for step in range(1, 21)]
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        on_ranks(functools.partial(_train_and_die, config=with_absolute_paths(resumed), blocks_before=34), 1, tmp_path)
+    assert latest_checkpoint(f"{resumed.output}/resumed")
+    assert not Path(resumed.output, "resumed/checkpoints/step-00000020").exists()
+    other = bare(resumed, text)
+    assert all(other[step]["loss"] == one[step]["loss"] for step in other if "loss" in other[step])
     assert one[20]["retrieval/text_to_image/r10"] == other[20]["retrieval/text_to_image/r10"]
     runs = [weights(f"{config.output}/{config.name}", 20) for config in (straight, resumed)]
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
