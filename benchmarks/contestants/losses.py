@@ -20,6 +20,13 @@ GEMM_S = 2.0
 
 
 class Cost(NamedTuple):
+    """seconds of a step; mib: most memory above what the inputs take, in MiB."""
+
+    seconds: float
+    mib: float
+
+
+class LossCost(NamedTuple):
     """seconds of a forward and backward; mib: most memory above what the inputs take, in MiB; gemm_flops: of bare products.
 
     gemm_flops: FLOP/s, of the same process right before and after; 0 where these were not measured.
@@ -56,7 +63,7 @@ def open_clip_loss(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
 LOSSES = {"nev": nev_loss, "open_clip": open_clip_loss}
 
 
-def cost(name: str, n: int, width: int, products: bool = False) -> Cost:
+def cost(name: str, n: int, width: int, products: bool = False) -> LossCost:
     """What one forward and backward over n pairs costs, after a small one. products: time bare products, too."""
     loss = LOSSES[name]
     torch.autograd.backward(loss(*pairs(256, width)))
@@ -69,7 +76,7 @@ def cost(name: str, n: int, width: int, products: bool = False) -> Cost:
     seconds = time.perf_counter() - begin
     mib = resident_mib("VmHWM") - before
     rates += [gemm_flops(width)] if products else []
-    return Cost(seconds, mib, sum(rates) / max(1, len(rates)))
+    return LossCost(seconds, mib, sum(rates) / max(1, len(rates)))
 
 
 def difference(n: int, width: int) -> float:

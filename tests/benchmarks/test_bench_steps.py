@@ -23,7 +23,7 @@ def test_loss_reports_its_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     def answer(contestant: object, *args: object) -> object:
         if contestant is losses.cost:
-            return losses.Cost(2.0, 10.0, 1e9) if args[0] == "nev" else losses.Cost(8.0, 400.0, 0.0)
+            return losses.LossCost(2.0, 10.0, 1e9) if args[0] == "nev" else losses.LossCost(8.0, 400.0, 0.0)
         return 1e-7
 
     monkeypatch.setattr(processes, "in_own_process", answer)

@@ -97,9 +97,9 @@ def test_every_number_reaches_the_run(
         seen["pixels"].append((tuple(images.shape), mean, std))
         return normalise(images, mean, std)
 
-    normalise = step_module.normalise
+    normalise = step_module.as_input
     monkeypatch.setattr(step_module, "clip_gradients", watched_clip)
-    monkeypatch.setattr(step_module, "normalise", watched_normalise)
+    monkeypatch.setattr(step_module, "as_input", watched_normalise)
 
     me = RankContext(0, 1, CPU, choose_precision(config.train.precision, CPU))
     assert me.precision.dtype is torch.bfloat16

@@ -275,7 +275,7 @@ def test_a_locked_tower_that_moves_voids_the_run(lock: str, tiny: Make, text: Te
 
 def _one_moves(rank: int) -> str:
     model = made("none")
-    held = {"vision": (model.vision, weight_digests(model.vision))}
+    held = {"vision tower": (model.vision, weight_digests(model.vision))}
     refuse_moved(held, WORLD)
     if rank == 1:
         with torch.no_grad():

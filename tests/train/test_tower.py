@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nev.config.base import ConfigError
 from nev.config.experiment import Train
 from nev.config.model import Vision
-from nev.losses import tiles
+from nev.losses import pairwise, tiles
 from nev.models.dual_encoder import DualEncoder
 from nev.models.precision import Precision
 from nev.models.vision import build_vision, normalise
@@ -157,6 +157,8 @@ class Asked(TorchDispatchMode):
 @pytest.mark.parametrize("parts", [None, 8])
 def test_no_step_asks_the_device_for_a_number(parts: int | None, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "is_in_window", lambda shifted, counts: False)  # it asks a CPU alone
+    for module in (tiles, pairwise):
+        monkeypatch.setattr(module, "all_valid", lambda valid: False)  # so does this
     model, given = made(kind=kind).float(), batch(torch.float16)
     config = experiment(micro_batch=parts)
     config = config.model_copy(update={"loss": config.loss.model_copy(update={"kind": kind})})
