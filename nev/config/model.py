@@ -135,10 +135,10 @@ class Vision(Section):
                 "`pool: cls`, `mean`, `cls+mean` or `own`, which keep one vector a picture"
             )
         if self.pool == "own" and self.keep == "tokens":
-            raise ValueError("the pool `own` is computed by the trunk, so no tokens are kept: leave `keep` out")
+            raise ValueError("the pool `own` is computed by the trunk, so no tokens are stored: leave `keep` out")
         if self.views > 1 and self.mode == "online":
             raise ValueError(
-                "views are kept in sidecars, and mode: online draws a new view each epoch: leave `views` out"
+                "views are stored in sidecars, and mode: online draws a new view each epoch: leave `views` out"
             )
         return self
 

@@ -74,18 +74,18 @@ class SampleReader(BlockReader):
 
 
 def make_sample_reader(index: Index, rows: NDArray[np.int64], data: Data) -> SampleReader:
-    """The reader of rows that `draw_rows` has drawn: the evaluation view, without texts. Only shards with such a row are kept."""
+    """The reader of rows that `draw_rows` has drawn: the evaluation view, without texts. Only shards with such a row are in it."""
     shards = np.unique(index.shard[rows[:, 0]])
-    kept = np.flatnonzero(np.isin(index.shard, shards))
+    groups = np.flatnonzero(np.isin(index.shard, shards))
     narrow = replace(
         index,
         paths=tuple(index.paths[shard] for shard in shards.tolist()),
-        shard=np.searchsorted(shards, index.shard[kept]).astype(np.int32),
-        group=index.group[kept],
-        rows=index.rows[kept],
-        nbytes=index.nbytes[kept],
+        shard=np.searchsorted(shards, index.shard[groups]).astype(np.int32),
+        group=index.group[groups],
+        rows=index.rows[groups],
+        nbytes=index.nbytes[groups],
     )
-    drawn = tuple(np.sort(rows[rows[:, 0] == group, 1]) for group in kept)
+    drawn = tuple(np.sort(rows[rows[:, 0] == group, 1]) for group in groups)
     return SampleReader(narrow, data.image_size, data.limits, seed=0, augment=None, drawn=drawn)
 
 

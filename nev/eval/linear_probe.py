@@ -24,7 +24,7 @@ STEPS, WARMUP, LOOK_EVERY = 100, 10, 20
 BATCH = 512
 WEIGHT_DECAY = 0.1
 INIT_SCALE, MAX_SCALE = 20.0, 100.0
-HELD_OUT = 0.1  # share of the fitting rows that choose the learning rate and the step, and are not trained on
+VALIDATION_SHARE = 0.1  # share of the fitting rows that choose the learning rate and the step, and are not trained on
 CHUNK = 4096
 
 
@@ -33,13 +33,13 @@ class LinearProbe(NamedTuple):
 
     head: standardises features, [n, F], and maps these to unit vectors, [n, D].
     learning_rate, steps: the best on the held-out rows.
-    held_out: mean reciprocal rank of the held-out rows, the mean of both ways.
+    validation_score: mean reciprocal rank of the validation rows, the mean of both ways.
     """
 
     head: FeatureHead
     learning_rate: float
     steps: int
-    held_out: float
+    validation_score: float
 
 
 class FittingRows(NamedTuple):
@@ -75,10 +75,14 @@ def fit_linear_probe(features: NDArray[np.floating], texts: Floats, owner: Ints,
         torch.from_numpy(counts),
     )
     order = torch.from_numpy(np.random.default_rng(seed).permutation(count))
-    held, fitted = order[: round(HELD_OUT * count)].sort().values, order[round(HELD_OUT * count) :]
+    validation, fitted = (
+        order[: round(VALIDATION_SHARE * count)].sort().values,
+        order[round(VALIDATION_SHARE * count) :],
+    )
     with one_thread():
         return max(
-            (_train(data, fitted, held, rate, seed) for rate in LEARNING_RATES), key=lambda probe: probe.held_out
+            (_train(data, fitted, validation, rate, seed) for rate in LEARNING_RATES),
+            key=lambda probe: probe.validation_score,
         )
 
 
@@ -104,8 +108,8 @@ def project(head: FeatureHead, features: NDArray[np.floating]) -> Floats:
         return np.asarray(torch.cat([head(rows[at : at + CHUNK]) for at in range(0, len(rows), CHUNK)]).numpy())
 
 
-def _train(data: FittingRows, fitted: Tensor, held: Tensor, rate: float, seed: int) -> LinearProbe:
-    """Train with one learning rate on the rows `fitted`; keep the head of the step that is best on the rows `held`."""
+def _train(data: FittingRows, fitted: Tensor, validation: Tensor, rate: float, seed: int) -> LinearProbe:
+    """Train with one learning rate on the rows `fitted`; keep the head of the step that is best on the rows `validation`."""
     generator = torch.Generator().manual_seed(seed)
     head = _make_head(data.features[fitted], data.texts.shape[1], seed)
     linear = head.head
@@ -127,8 +131,8 @@ def _train(data: FittingRows, fitted: Tensor, held: Tensor, rate: float, seed: i
         with torch.no_grad():
             log_scale.clamp_(max=math.log(MAX_SCALE))
         if step % LOOK_EVERY == 0:
-            score = _score(head, data, held)
-            if score > best.held_out:
+            score = _score(head, data, validation)
+            if score > best.validation_score:
                 best = LinearProbe(copy.deepcopy(head), rate, step, score)
     return best
 

@@ -32,7 +32,7 @@ GPU_TILE_ROWS, GPU_TILE_COLUMNS = (
     8192,
     4096,
 )  # 128 MiB: on a GPU a tile costs a dozen kernel launches, whatever its size
-KEPT_TILES = 32  # 64 MiB of exponentials in fp32: all of them up to N = 4,096
+CACHED_TILES = 32  # 64 MiB of exponentials in fp32: all of them up to N = 4,096
 WINDOW_LOW, WINDOW_HIGH = -55.0, 75.0  # e^-87 is the smallest normal float32, and e^88 is nearly the largest float32
 PAIR_MARGIN = 40.0  # distance of the shift below the highest score of a pair
 
@@ -45,7 +45,7 @@ class Statistics(NamedTuple):
     pair: [b], score of each image with its own text, less `shift`.
     best: the text with the highest score, for each image.
     shift: 0-d. It stays apart, because adding it would lose digits.
-    kept: exponentials of the scores less `shift`, of the first tiles. `gradient` takes them out.
+    exponentials: of the scores less `shift`, [r, c] of each of the first tiles. `gradient` takes them out.
     """
 
     row: Tensor
@@ -53,7 +53,7 @@ class Statistics(NamedTuple):
     pair: Tensor
     best: RunningArgmax
     shift: Tensor
-    kept: deque[Tensor]
+    exponentials: deque[Tensor]
 
 
 @dataclass
@@ -148,19 +148,19 @@ def statistics(x: Tensor, texts: Tensor, valid: Tensor, valid_texts: Tensor, fir
     pairs = (x * texts[first : first + len(x)].to(x.dtype)).sum(1)
     sums = LogSums.start(pairs, len(texts), valid, first)
     best = RunningArgmax.start(x)
-    kept: deque[Tensor] = deque()
+    exponentials: deque[Tensor] = deque()
     for tile in iterate_tiles(x, texts, valid_texts, sums.shift):
         scores = tile.scores()
         best.update(tile.rows, tile.columns, scores, first + tile.rows.start - tile.columns.start)
         sums.update(tile.rows, tile.columns, scores)
-        if sums.one_shift and len(kept) < KEPT_TILES:
-            kept.append(scores)
+        if sums.one_shift and len(exponentials) < CACHED_TILES:
+            exponentials.append(scores)
     if not sums.exact(valid_texts):
-        kept.clear()
+        exponentials.clear()
         sums = sums.with_own_shifts()
         for tile in iterate_tiles(x, texts, valid_texts, sums.shift):
             sums.update(tile.rows, tile.columns, tile.scores())
-    return Statistics(sums.row, sums.column, sums.pair, best, sums.shift, kept)
+    return Statistics(sums.row, sums.column, sums.pair, best, sums.shift, exponentials)
 
 
 @dataclass
@@ -238,7 +238,7 @@ def gradient(
     for tile in iterate_tiles(x, texts, valid_texts, stats.shift):
         rows, columns = tile.rows, tile.columns
         if one_shift:
-            weights = stats.kept.popleft() if stats.kept else tile.scores().exp_()
+            weights = stats.exponentials.popleft() if stats.exponentials else tile.scores().exp_()
             weights.mul_(by_row[rows] + by_column[columns])
         else:
             scores = tile.scores()

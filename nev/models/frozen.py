@@ -34,7 +34,7 @@ class FrozenTrunk(nn.Module):
     """Pixels to features, float16, without a graph, in eval mode whatever `train` says. `load_frozen_trunk` makes one.
 
     trunk: timm model.
-    pool: tokens to one vector; Identity where all tokens are kept.
+    pool: tokens to one vector; Identity where all tokens are features.
     config: the section `vision`.
     image_size: S, side of the pictures, in pixels.
     """
@@ -60,7 +60,7 @@ class FrozenTrunk(nn.Module):
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one picture's features: (F,), or (T, F) where tokens are kept. One picture passes the trunk."""
+        """Shape of one picture's features: (F,), or (T, F) where tokens are features. One picture passes the trunk."""
         first = next(self.trunk.parameters())
         return tuple(self(first.new_zeros(1, 3, self.image_size, self.image_size)).shape[1:])
 

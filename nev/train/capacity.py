@@ -23,7 +23,7 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.model import refuse_widths
 from nev.losses.fused import HALF, PARTIAL_BYTES
-from nev.losses.tiles import GPU_TILE_COLUMNS, GPU_TILE_ROWS, KEPT_TILES, TILE_COLUMNS, TILE_ROWS
+from nev.losses.tiles import GPU_TILE_COLUMNS, GPU_TILE_ROWS, CACHED_TILES, TILE_COLUMNS, TILE_ROWS
 from nev.models.frozen import FeatureHead, build_feature_head, describe_features
 from nev.models.text import TextTower
 from nev.models.trunk import build_trunk
@@ -140,10 +140,10 @@ def estimate_memory(config: Experiment, text_width: int, bf16: bool = False, gpu
     embeddings = texts + 4 * levels * batch * FP32 + (4 + nested) * local * text_width * FP32
     rows, columns = (GPU_TILE_ROWS, GPU_TILE_COLUMNS) if gpu else (TILE_ROWS, TILE_COLUMNS)
     # On a CPU the loss keeps the exponentials of its first tiles.
-    kept = 0 if gpu or nested or config.loss.kind == "sigmoid" else min(KEPT_TILES * rows * columns, local * batch)
+    cached = 0 if gpu or nested or config.loss.kind == "sigmoid" else min(CACHED_TILES * rows * columns, local * batch)
     rows, columns = min(rows, local), min(columns, batch)
     at_once = 2 * levels + 4 if nested else 3 if config.loss.kind == "sigmoid" else 3 if gpu else 1
-    tiles = FP32 * (kept + at_once * rows * columns + 2 * columns * text_width + rows * text_width)
+    tiles = FP32 * (cached + at_once * rows * columns + 2 * columns * text_width + rows * text_width)
     if config.loss.kernel == "fused":
         # The kernels (`nev.losses.fused`): partial sums of the columns, twice; images in two fp16 parts; a contiguous copy of
         # the texts.

@@ -56,10 +56,10 @@ def groups_of(
         yield FeatureRows(names, vectors, ["broken" if uid in bad else "" for uid in names])
 
 
-def write(index: Index, kept: Features, bad: tuple[str, ...] = ()) -> None:
-    for shard in missing_sidecars(kept.sidecars(index)):
+def write(index: Index, stored: Features, bad: tuple[str, ...] = ()) -> None:
+    for shard in missing_sidecars(stored.sidecars(index)):
         write_image_sidecar(
-            kept.sidecars(index), shard, kept.views, groups_of(index, shard, bad, kept.shape, kept.views)
+            stored.sidecars(index), shard, stored.views, groups_of(index, shard, bad, stored.shape, stored.views)
         )
 
 
@@ -95,9 +95,9 @@ def test_the_block_is_that_of_pictures_but_for_the_pictures(index: Index) -> Non
 
 
 def test_a_part_of_a_row_group_and_tokens(index: Index) -> None:
-    kept = features(shape=(4, 2), views=1)
-    write(index, kept)
-    block = reader_of(index, features=kept).read([Segment(2, 1, 4), Segment(0, 0, 2)], 0)
+    stored = features(shape=(4, 2), views=1)
+    write(index, stored)
+    block = reader_of(index, features=stored).read([Segment(2, 1, 4), Segment(0, 0, 2)], 0)
     assert block["image"].shape == (5, 4, 2)
     for uid, row in zip(block["uid"], block["image"], strict=True):
         assert np.array_equal(row, numbers(uid, (4, 2), 1)[0])
@@ -200,8 +200,8 @@ def test_a_shard_that_changed_is_refused(index: Index, tmp_path: Path) -> None:
 
 def test_rows_in_another_order_are_found_when_they_are_read(index: Index, tmp_path: Path) -> None:
     """The footer of a shard with several row groups does not show that rows changed places; the texts' uids do."""
-    kept = features()
-    sidecars = kept.sidecars(index)
+    stored = features()
+    sidecars = stored.sidecars(index)
 
     def turned(shard: int) -> Iterator[FeatureRows]:
         for group in groups_of(index, shard, (), SHAPE, VIEWS):
@@ -210,24 +210,24 @@ def test_rows_in_another_order_are_found_when_they_are_read(index: Index, tmp_pa
     for shard in range(3):
         write_image_sidecar(sidecars, shard, VIEWS, turned(shard))
     with pytest.raises(DataError, match="its rows are not those of the shard"):
-        reader_of(index, features=kept).read(whole(index), 0)
+        reader_of(index, features=stored).read(whole(index), 0)
     with pytest.raises(DataError, match="its rows are not those of the shard"):
-        check_image_sidecars(index, kept, every_row=True)
+        check_image_sidecars(index, stored, every_row=True)
 
 
 def test_a_write_that_fails_leaves_nothing(index: Index) -> None:
-    kept = features()
+    stored = features()
 
     def torn() -> Iterator[FeatureRows]:
         yield next(groups_of(index, 0, (), SHAPE, VIEWS))
         raise RuntimeError("the trunk died")
 
     with pytest.raises(RuntimeError, match="died"):
-        write_image_sidecar(kept.sidecars(index), 0, VIEWS, torn())
+        write_image_sidecar(stored.sidecars(index), 0, VIEWS, torn())
     with pytest.raises(ValueError, match="zip"):  # too few row groups
-        write_image_sidecar(kept.sidecars(index), 0, VIEWS, iter(()))
-    assert missing_sidecars(kept.sidecars(index)) == [0, 1, 2]
-    folder = Path(kept.sidecars(index).location(0)).parent
+        write_image_sidecar(stored.sidecars(index), 0, VIEWS, iter(()))
+    assert missing_sidecars(stored.sidecars(index)) == [0, 1, 2]
+    folder = Path(stored.sidecars(index).location(0)).parent
     assert not folder.exists() or not [*folder.iterdir()]
 
 

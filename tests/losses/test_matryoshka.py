@@ -122,7 +122,7 @@ def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_all_widths_cost_the_products_of_the_widest(multiplied: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "KEPT_TILES", 0)
+    monkeypatch.setattr(tiles, "CACHED_TILES", 0)
     image, text = inputs(64, DIM)
     gradients(contrastive_loss(image, text, log_scale_of()).loss, image)
     alone, _ = sum(multiplied), multiplied.clear()

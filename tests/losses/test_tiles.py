@@ -158,8 +158,8 @@ def test_three_matrix_products_less_what_is_kept(n: int) -> None:
     image, text = inputs(n, width, dtype=torch.float32)
     with Watch() as seen:
         contrastive_loss(image, text, log_scale_of(dtype=torch.float32)).loss.backward()
-    kept = min(n * n, tiles.KEPT_TILES * tiles.TILE_ROWS * tiles.TILE_COLUMNS)
-    assert seen.products == (3 * n * n - kept) * 2 * width
+    cached = min(n * n, tiles.CACHED_TILES * tiles.TILE_ROWS * tiles.TILE_COLUMNS)
+    assert seen.products == (3 * n * n - cached) * 2 * width
 
 
 def test_scale_of_what_underflows() -> None:

@@ -165,7 +165,7 @@ def test_a_trunk_that_moved_is_found(weights: str) -> None:
         ({"weights": None}, "lock: trunk would lock random weights"),
         ({"pool": "map"}, "reads all tokens of the trunk: give `keep: tokens`"),
         ({"pool": "own", "keep": "tokens"}, "the pool `own` is computed by the trunk"),
-        ({"mode": "online", "views": 2}, "views are kept in sidecars"),
+        ({"mode": "online", "views": 2}, "views are stored in sidecars"),
         ({"lock": None, "views": 2, "mode": "sidecar"}, "mode, views: for a locked trunk alone"),
         ({"head": "linear", "head_hidden": 8}, "head_hidden is the hidden layer of"),
         ({"lock": None, "dropout": 0.1}, "dropout is the head's"),
