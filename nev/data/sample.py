@@ -74,7 +74,7 @@ class SampleReader(BlockReader):
 
 
 def make_sample_reader(index: Index, rows: NDArray[np.int64], data: Data) -> SampleReader:
-    """The reader of rows that `draw_rows` has drawn: the evaluation view, without texts. Only shards with such a row are in it."""
+    """The reader of rows that `draw_rows` has drawn: the evaluation view, without texts, of the shards with such a row."""
     shards = np.unique(index.shard[rows[:, 0]])
     groups = np.flatnonzero(np.isin(index.shard, shards))
     narrow = replace(

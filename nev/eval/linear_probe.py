@@ -32,7 +32,7 @@ class LinearProbe(NamedTuple):
     """A trained head, and how it was chosen.
 
     head: standardises features, [n, F], and maps these to unit vectors, [n, D].
-    learning_rate, steps: the best on the held-out rows.
+    learning_rate, steps: the best on the validation rows.
     validation_score: mean reciprocal rank of the validation rows, the mean of both ways.
     """
 
@@ -61,7 +61,7 @@ def fit_linear_probe(features: NDArray[np.floating], texts: Floats, owner: Ints,
 
     features: float16 or float32 [n, F]. texts: unit, float32 [m, D]. owner: int64 [m], ascending, the row that text j describes;
     every row has a text.
-    Of `LEARNING_RATES` and every 20th step the best on a held-out tenth of the rows is kept. The result depends on the arguments
+    Of `LEARNING_RATES` and every 20th step the best on a tenth of the rows, which is not fitted, is chosen. The result depends on the arguments
     and the seed alone: one thread computes. Raises ValueError for fewer than 20 rows.
     """
     count = len(features)

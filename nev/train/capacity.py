@@ -23,7 +23,7 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.model import refuse_widths
 from nev.losses.fused import HALF, PARTIAL_BYTES
-from nev.losses.tiles import GPU_TILE_COLUMNS, GPU_TILE_ROWS, CACHED_TILES, TILE_COLUMNS, TILE_ROWS
+from nev.losses.tiles import CACHED_TILES, GPU_TILE_COLUMNS, GPU_TILE_ROWS, TILE_COLUMNS, TILE_ROWS
 from nev.models.frozen import FeatureHead, build_feature_head, describe_features
 from nev.models.text import TextTower
 from nev.models.trunk import build_trunk
