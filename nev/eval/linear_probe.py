@@ -61,8 +61,8 @@ def fit_linear_probe(features: NDArray[np.floating], texts: Floats, owner: Ints,
 
     features: float16 or float32 [n, F]. texts: unit, float32 [m, D]. owner: int64 [m], ascending, the row that text j describes;
     every row has a text.
-    Of `LEARNING_RATES` and every 20th step the best on a tenth of the rows, which is not fitted, is chosen. The result depends on the arguments
-    and the seed alone: one thread computes. Raises ValueError for fewer than 20 rows.
+    Of `LEARNING_RATES` and every 20th step the best on a tenth of the rows, which is not fitted, is chosen. The result depends on
+    the arguments and the seed alone: one thread computes. Raises ValueError for fewer than 20 rows.
     """
     count = len(features)
     if count < 20:

@@ -31,7 +31,7 @@ class TrunkResult(Section):
     image_size: in pixels. mean, std: of the pixels.
     fitted, scored: pictures that the head was fitted on, and scored on.
     bad: pictures that could not be used, by reason.
-    learning_rate, steps: of the head, chosen on held-out fitting pictures.
+    learning_rate, steps: of the head, chosen on a tenth of the fitting pictures.
     metrics: `text_to_image_r10`, `..._low`, `..._high`, `..._chance` and so on, `mutual_knn`, `mutual_knn_chance`; in [0, 1].
     pictures_per_second: embedded, without the start of the processes. seconds: of all work for this trunk.
     reason: why the trunk could not be scored; None where it was.
