@@ -9,12 +9,9 @@ nev embed-images --config eyes_in_minutes --gpus 8
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
 from rich.console import Console
 
-from nev.common.cli import ConfigFile, Overrides, report_errors
+from nev.common.cli import ConfigFile, Gpus, Overrides, report_errors
 
 EXAMPLE = "--config flickr8k_photos"
 SHOWN = 5  # reasons of bad pictures
@@ -23,12 +20,7 @@ SHOWN = 5  # reasons of bad pictures
 def main(
     config: ConfigFile,
     overrides: Overrides = None,
-    gpus: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="GPUs to request from the cluster, which may start nodes. Default: the GPUs that are up."
-        ),
-    ] = None,
+    gpus: Gpus = None,
 ) -> None:
     """Run an experiment's locked trunk over its pictures, once. Finished shards are skipped."""
     console = Console()

@@ -9,12 +9,9 @@ nev embed-text --config nomic_embed_vision_v1_5 --gpus 8
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
 from rich.console import Console
 
-from nev.common.cli import ConfigFile, Overrides, report_errors
+from nev.common.cli import ConfigFile, Gpus, Overrides, report_errors
 
 EXAMPLE = "--config cifar10"
 
@@ -22,12 +19,7 @@ EXAMPLE = "--config cifar10"
 def main(
     config: ConfigFile,
     overrides: Overrides = None,
-    gpus: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="GPUs to request from the cluster, which may start nodes. Default: the GPUs that are up."
-        ),
-    ] = None,
+    gpus: Gpus = None,
 ) -> None:
     """Embed the captions of an experiment's shards with its text encoder, once. Finished shards are skipped."""
     console = Console()

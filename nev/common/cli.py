@@ -1,4 +1,4 @@
-"""What all commands share: the report of errors, and the options `--config` and `--set`."""
+"""What all commands share: the report of errors, and the options `--config`, `--set` and `--gpus`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ ConfigFile = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override one setting: section.key=value. May be repeated.")
 ]
-
+Gpus = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus", min=1, help="GPUs to request from the cluster, which may start nodes. Default: the GPUs that are up."
+    ),
+]
 
 HELP = {"help_option_names": ["-h", "--help"]}
 

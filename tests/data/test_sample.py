@@ -7,13 +7,13 @@ from collections import Counter
 import numpy as np
 import pytest
 from helpers.arrays import unit
-from helpers.pictures import WIDTH, encode, rows_of, write_shard
+from helpers.pictures import WIDTH, encode
+from helpers.samples import make_small_set, sample_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nev.config.data import Columns, Data
-from nev.data.index import Index, build_index
-from nev.data.sample import MAX_GROUPS, SampleReader, draw_rows, make_sample_reader, read_caption_vectors, read_captions
+from nev.data.index import Index
+from nev.data.sample import MAX_GROUPS, draw_rows, read_caption_vectors, read_captions
 from nev.data.text_sidecar import write_sidecar
 from nev.storage.reading import DataError
 
@@ -46,23 +46,7 @@ def test_a_large_set_is_sampled_from_few_row_groups() -> None:
 
 @pytest.fixture(scope="module")
 def small_set(tmp_path_factory: pytest.TempPathFactory) -> Index:
-    """Three shards with 78 rows; every third row has two captions, row 7 none."""
-    folder = tmp_path_factory.mktemp("small")
-    rows = rows_of(78)
-    for number, row in enumerate(rows):
-        row["caption"] = [f"caption {number}"] * (number != 7) + [f"more of {number}"] * (number % 3 == 0)
-    write_shard(folder / "0.parquet", rows[:20], [8, 12])
-    write_shard(folder / "1.parquet", rows[20:68], [48])
-    write_shard(folder / "2.parquet", rows[68:], [10])
-    return build_index(str(folder), Columns())
-
-
-def sample_of(index: Index, rows: list[int]) -> SampleReader:
-    """The reader of rows that are numbered through the set."""
-    ends = np.cumsum(index.rows)
-    groups = np.searchsorted(ends, rows, side="right")
-    places = np.stack([groups, np.array(rows) - (ends - index.rows)[groups]], axis=1)
-    return make_sample_reader(index, places, Data(train="unused", image_size=16))
+    return make_small_set(tmp_path_factory.mktemp("small"))
 
 
 def test_a_sample_has_the_rows_that_were_drawn(small_set: Index) -> None:

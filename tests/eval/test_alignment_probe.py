@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers.pictures import rows_of, write_shard
+from helpers.samples import make_small_set, sample_of
 from PIL import Image
 from ray.exceptions import RayTaskError
 from safetensors.torch import save_file
@@ -18,11 +18,9 @@ from typer.testing import CliRunner
 
 from nev.commands.main import app
 from nev.config.base import ConfigError
-from nev.config.data import Columns, Data
 from nev.config.experiment import Experiment
 from nev.config.file import to_yaml
-from nev.data.index import Index, build_index
-from nev.data.sample import SampleReader, make_sample_reader
+from nev.data.index import Index
 from nev.eval.alignment_probe import draw_samples, embed_captions, probe_trunk
 from nev.eval.report.alignment_probe import ProbeResult, TrunkResult, draw_probe
 from nev.eval.trunk_features import Shown
@@ -34,23 +32,7 @@ KEY = "0" * 64
 
 @pytest.fixture(scope="module")
 def small_set(tmp_path_factory: pytest.TempPathFactory) -> Index:
-    """Three shards with 78 rows; every third row has two captions, row 7 none."""
-    folder = tmp_path_factory.mktemp("small")
-    rows = rows_of(78)
-    for number, row in enumerate(rows):
-        row["caption"] = [f"caption {number}"] * (number != 7) + [f"more of {number}"] * (number % 3 == 0)
-    write_shard(folder / "0.parquet", rows[:20], [8, 12])
-    write_shard(folder / "1.parquet", rows[20:68], [48])
-    write_shard(folder / "2.parquet", rows[68:], [10])
-    return build_index(str(folder), Columns())
-
-
-def sample_of(index: Index, rows: list[int]) -> SampleReader:
-    """The reader of rows that are numbered through the set."""
-    ends = np.cumsum(index.rows)
-    groups = np.searchsorted(ends, rows, side="right")
-    places = np.stack([groups, np.array(rows) - (ends - index.rows)[groups]], axis=1)
-    return make_sample_reader(index, places, Data(train="unused", image_size=16))
+    return make_small_set(tmp_path_factory.mktemp("small"))
 
 
 def test_without_a_validation_set_no_scored_row_is_fitted_on(small_set: Index, tiny: Callable[..., Experiment]) -> None:
