@@ -224,10 +224,12 @@ def make_embedder(
     mean: Sequence[float],
     std: Sequence[float],
     device: torch.device,
+    rows: int | None = None,
 ) -> Embed:
     """Wrap a tower: uint8 [n, S, S, 3], or features of a locked trunk, in; its vectors out, without a graph.
 
     mean, std: of the pixels, by channel, in units of 1.
+    rows: pictures of one forward. None: as many as are fast on the device.
     """
     import torch
 
@@ -235,7 +237,7 @@ def make_embedder(
 
     @torch.inference_mode()
     def embed(images: NDArray[Any]) -> NDArray[Any]:
-        parts = torch.split(torch.tensor(images, device=device), forward_rows(device))
+        parts = torch.split(torch.tensor(images, device=device), rows or forward_rows(device))
         vectors: NDArray[Any] = torch.cat([forward(as_input(part, mean, std)) for part in parts]).cpu().numpy()
         return vectors
 

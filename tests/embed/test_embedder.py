@@ -15,6 +15,7 @@ from helpers.training import CPU, prepare_job, run_bare, train_reader
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.embed.embedder import Embedder
+from nev.embed.images import make_embedder
 from nev.models.lock import CANARIES
 from nev.models.text import TextTower
 from nev.models.vision import normalise
@@ -92,3 +93,18 @@ def test_what_cannot_be_opened_is_named(make: Make, text: TextTower, tmp_path: P
 def test_importing_it_loads_no_torch() -> None:
     code = "import sys, nev.embed.embedder; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("rows", "forwards"), [(None, [16, 16, 8]), (64, [40])])
+def test_few_pictures_pass_a_cpu_at_a_time_but_for_fsdp(rows: int | None, forwards: list[int]) -> None:
+    """Under FSDP a block is one forward on every rank, whatever its size: a forward is a collective."""
+    seen = []
+
+    def forward(pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(pixels))
+        return pixels.mean((2, 3))
+
+    images = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
+    vectors = make_embedder(forward, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), CPU, rows)(images)
+    assert seen == forwards
+    np.testing.assert_allclose(vectors, images.mean((1, 2)) / 255, rtol=1e-5)

@@ -193,7 +193,9 @@ def validate_model(job: Job, ctx: RankContext, train_state: TrainState) -> Resul
 
     model.eval()
     try:
-        embed = make_embedder(forward, config.data.mean, config.data.std, ctx.device)
+        # A forward of FSDP is a collective: one for each block, whatever the number of its pictures.
+        rows = config.eval.batch if config.train.fsdp else None
+        embed = make_embedder(forward, config.data.mean, config.data.std, ctx.device, rows)
         with uncompiled():
             scale = float(model.log_scale.detach().exp())
             drift = None  # comes first: rank 0 scores last, and no rank waits for that
