@@ -9,15 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["Experiment", "__version__", "load_config", "run_experiment"]
+__all__ = ["Experiment", "Model", "__version__", "load", "load_config", "run_experiment"]
 
 if TYPE_CHECKING:
     from nev.config.experiment import Experiment
     from nev.config.file import load as load_config
+    from nev.inference.load import load
+    from nev.inference.model import Model
     from nev.train.experiment import run_experiment
 else:  # hidden from type checkers, for which a module with __getattr__ has every name
     _HOMES = {
         "Experiment": ("nev.config.experiment", "Experiment"),
+        "Model": ("nev.inference.model", "Model"),
+        "load": ("nev.inference.load", "load"),
         "load_config": ("nev.config.file", "load"),
         "run_experiment": ("nev.train.experiment", "run_experiment"),
     }

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nev.config.experiment import Experiment
-from nev.embed.images import Embed, EncoderSpec, make_embedder
+from nev.embed.images import EncoderSpec
+from nev.inference.forward import Embed, make_embedder
 from nev.runs.manifest import read_manifest
 
 if TYPE_CHECKING:

@@ -24,14 +24,13 @@ from nev.cluster.session import cluster_gpus
 from nev.common.errors import NevError
 from nev.common.imports import import_uninterrupted
 from nev.data.block import Block
+from nev.inference.forward import Embed, make_embedder
 from nev.storage.reading import DataError
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 BLOCKS_AHEAD = 8
-CPU_ROWS, GPU_ROWS = 16, 4096
 # Size of a block of vectors: about one batch of pictures, so that progress is reported after each batch.
 VECTOR_BYTES = 256 * 2**10
 
@@ -206,39 +205,3 @@ def are_finite(vectors: NDArray[Any]) -> NDArray[np.bool_]:
     """Whether all numbers of a row are finite: bool [n]. A locked trunk's feature beyond float16 makes a vector of NaN."""
     finite: NDArray[np.bool_] = np.isfinite(vectors).reshape(len(vectors), -1).all(axis=1)
     return finite
-
-
-def forward_rows(device: torch.device) -> int:
-    """Pictures of one forward without a graph: few on a CPU, so that activations stay in the cache; on a GPU all at once.
-
-    EfficientNet-Lite0 at 224 px on one core of an Intel server: 42 pictures/s at 16, 22 at 256.
-    """
-    return CPU_ROWS if device.type == "cpu" else GPU_ROWS
-
-
-Embed = Callable[[NDArray[Any]], NDArray[Any]]
-
-
-def make_embedder(
-    forward: Callable[[torch.Tensor], torch.Tensor],
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device,
-    rows: int | None = None,
-) -> Embed:
-    """Wrap a tower: uint8 [n, S, S, 3], or features of a locked trunk, in; its vectors out, without a graph.
-
-    mean, std: of the pixels, by channel, in units of 1.
-    rows: pictures of one forward. None: as many as are fast on the device.
-    """
-    import torch
-
-    from nev.models.vision import as_input
-
-    @torch.inference_mode()
-    def embed(images: NDArray[Any]) -> NDArray[Any]:
-        parts = torch.split(torch.tensor(images, device=device), rows or forward_rows(device))
-        vectors: NDArray[Any] = torch.cat([forward(as_input(part, mean, std)) for part in parts]).cpu().numpy()
-        return vectors
-
-    return embed

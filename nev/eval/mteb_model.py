@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,10 +14,10 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 
 from nev.config.base import ConfigError
-from nev.data.augment import eval_view
-from nev.data.block import allocate_block
-from nev.data.decode import Encoded, Picture, to_rgb
-from nev.embed.images import Embed
+from nev.config.data import Limits
+from nev.data.decode import BadImage
+from nev.inference.forward import Embed
+from nev.inference.pictures import read_square
 
 if TYPE_CHECKING:
     from mteb.types import PromptType
@@ -103,16 +102,12 @@ class MtebModel(AbsEncoder):
 
 
 def views(images: Sequence[Any], size: int) -> NDArray[np.uint8]:
-    """What the model sees of Pillow images of any size and mode: uint8 [n, S, S, 3]."""
-    block = allocate_block(len(images), size)
-    for image, out in zip(images, block, strict=True):
-        pixels = np.array(to_rgb(image))
-        eval_view(Encoded(image.height, image.width, "", partial(_as_is, pixels)), out)
-    return block
-
-
-def _as_is(pixels: Picture, shrink: int) -> Picture:
-    return pixels
+    """What the model sees of Pillow images of any size and mode: uint8 [n, S, S, 3]. Raises BadImage."""
+    squares = [read_square(image, size, Limits()) for image in images]
+    for square in squares:
+        if square.reason:
+            raise BadImage(square.reason)
+    return np.stack([square.pixels for square in squares])
 
 
 def run_mteb(model: MtebModel, names: Sequence[str]) -> dict[str, float]:

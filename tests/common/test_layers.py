@@ -16,6 +16,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("nev.config", "nev.cluster", "nev.losses"),
     ("nev.models", "nev.storage"),
     ("nev.runs", "nev.data"),
+    ("nev.inference",),
     ("nev.embed",),
     ("nev.eval.metrics",),
     ("nev.eval.suite",),
@@ -37,7 +38,7 @@ LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 # What a room never imports, late imports included.
 NEVER: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("nev.losses", "nev.models", "nev.ops", "nev.runs"), ("ray", "nev.cluster")),
+    **dict.fromkeys(("nev.losses", "nev.models", "nev.ops", "nev.runs", "nev.inference"), ("ray", "nev.cluster")),
     "nev.train.core": ("ray", "nev.cluster", "nev.runs", "nev.data", "nev.eval"),
     "nev.data": ("nev.models",),
     "nev.eval.metrics": ("nev.config", "nev.storage", "nev.data", "nev.runs", "nev.embed", "pathlib", "os", "json"),

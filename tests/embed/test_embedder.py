@@ -15,7 +15,7 @@ from helpers.training import CPU, prepare_job, run_bare, train_reader
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.embed.embedder import Embedder
-from nev.embed.images import make_embedder
+from nev.inference.forward import make_embedder
 from nev.models.lock import CANARIES
 from nev.models.text import TextTower
 from nev.models.vision import normalise

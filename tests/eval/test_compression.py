@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nev.eval.metrics.compression import compressions, quantise, truncate
+from nev.eval.metrics.compression import compressions, quantise
 from nev.eval.metrics.retrieval import retrieval
+from nev.ops.vectors import truncate
 
 
 def unit(seed: int, rows: int, width: int) -> np.ndarray:

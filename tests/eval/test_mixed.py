@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nev.eval.metrics.mixed_retrieval import choose_queries, mixed_retrieval, shift_means, text_retrieval
+from nev.eval.metrics.mixed_retrieval import choose_queries, mixed_retrieval, text_retrieval
 from nev.eval.metrics.ranks import Floats
+from nev.ops.vectors import shift_mean
 
 
 def unit(rows: object) -> Floats:
@@ -49,7 +50,7 @@ def test_a_gap_hides_images_and_the_shift_brings_them_back() -> None:
 def test_shifted_images_are_centred_on_the_texts() -> None:
     rng = np.random.default_rng(1)
     images, texts = unit(rng.normal(size=(50, 8)) + 2), unit(rng.normal(size=(60, 8)))
-    moved = shift_means(images, texts)
+    moved = shift_mean(images, images.mean(0), texts.mean(0))
     np.testing.assert_allclose(np.linalg.norm(moved, axis=1), 1, atol=1e-6)
     before = np.linalg.norm(images.mean(0) - texts.mean(0))
     assert np.linalg.norm(moved.mean(0) - texts.mean(0)) < before / 3

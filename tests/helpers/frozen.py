@@ -14,7 +14,7 @@ from nev.config.experiment import Experiment
 from nev.config.model import Vision
 from nev.data.image_sidecar import write_image_sidecar
 from nev.embed.features import FeatureSet, collect_views, list_feature_sets, make_read, row_groups
-from nev.embed.images import make_embedder
+from nev.inference.forward import make_embedder
 from nev.models.frozen import FrozenTrunk, load_frozen_trunk
 from nev.models.trunk import build_trunk
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nev.eval.metrics.ranks import Floats
+from nev.ops.vectors import scale_to_unit, truncate
 
 PRECISIONS = {"float32": 32, "int8": 8, "binary": 1}  # bits for a number
 NARROWEST = 32
@@ -39,24 +39,13 @@ def compressions(left: Floats, right: Floats, score: Callable[[Floats, Floats], 
         width = width // 2 if width // 2 >= NARROWEST else 0
 
 
-def truncate(rows: Floats, width: int) -> Floats:
-    """The first `width` numbers of each row, scaled to unit length (Matryoshka, arXiv 2205.13147)."""
-    return _unit(rows[:, :width])
-
-
 def quantise(rows: Floats, precision: str) -> Floats:
     """Unit rows rounded to `precision`, as floats of unit length: their products are the cosines of the rounded rows.
 
     A row that is rounded to zeros becomes a row of equal numbers.
     """
     if precision == "int8":
-        return _unit(np.round(rows * (127 / np.abs(rows).max())))
+        return scale_to_unit(np.round(rows * (127 / np.abs(rows).max())))
     if precision == "binary":
-        return _unit(np.where(rows > 0, 1.0, -1.0))
+        return scale_to_unit(np.where(rows > 0, 1.0, -1.0))
     return rows
-
-
-def _unit(rows: NDArray[np.floating]) -> Floats:
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    filled = np.where(length > 0, rows, 1.0)
-    return np.asarray(filled / np.linalg.norm(filled, axis=1, keepdims=True), np.float32)

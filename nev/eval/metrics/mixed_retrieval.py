@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nev.eval.metrics.neighbours import nearest
-from nev.eval.metrics.ranks import Floats, Ints, best_ranks, row_numbers, unit_rows
+from nev.eval.metrics.ranks import Ints, best_ranks, row_numbers, unit_rows
+from nev.ops.vectors import shift_mean
 
 
 def mixed_retrieval(
@@ -31,7 +32,7 @@ def mixed_retrieval(
     queries = choose_queries(owner)
     rest = np.delete(texts, queries, axis=0)
     numbers = {"mixed/images_in_list": len(images) / (len(images) + len(rest))}
-    for name, pictures in (("", images), ("_shifted", shift_means(images, texts))):
+    for name, pictures in (("", images), ("_shifted", shift_mean(images, images.mean(0), texts.mean(0)))):
         candidates = np.concatenate([pictures, rest])
         best = nearest(texts[queries], candidates, k, chunk).rows
         ranks = best_ranks(texts[queries], candidates, np.arange(len(queries)), owner[queries], chunk)
@@ -64,9 +65,3 @@ def choose_queries(owner: Ints) -> Ints:
     """Positions of the texts that are queries: int64."""
     _, first, counts = np.unique(owner, return_index=True, return_counts=True)
     return first[counts > 1] if (counts > 1).any() else first[::2]
-
-
-def shift_means(images: Floats, texts: Floats) -> Floats:
-    """Images moved so that their centroid is that of the texts, then scaled to unit length."""
-    moved = images - images.mean(0) + texts.mean(0)
-    return np.asarray(moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-12), np.float32)

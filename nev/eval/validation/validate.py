@@ -8,11 +8,12 @@ from nev.common.collectives import gather_on_rank_0
 from nev.data.block import Block
 from nev.data.plan import sequential_blocks
 from nev.data.text_sidecar import Encode
-from nev.embed.images import Embed, are_finite
+from nev.embed.images import are_finite
 from nev.eval.suite.vectors import Embedded, Texts
 from nev.eval.validation.scoring import score_validation
 from nev.eval.validation.task import Result, Validation
 from nev.eval.validation.vectors import load_texts
+from nev.inference.forward import Embed
 
 
 def validate(

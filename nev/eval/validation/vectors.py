@@ -13,6 +13,7 @@ from nev.eval.metrics.zeroshot import class_embeddings
 from nev.eval.suite.vectors import Embedded, Texts
 from nev.eval.validation.task import Result, Validation, read_labels
 from nev.eval.validation.texts import read_caption_vectors, read_captions
+from nev.runs.checkpoint import MEANS, VECTORS
 from nev.storage.files import join
 from nev.storage.reading import read_bytes
 
@@ -46,15 +47,21 @@ def vectors_file(task: Validation) -> str:
     if not task.text_key:
         prompts = task.classes and (task.classes.names, task.classes.templates)
         digest = hashlib.sha256(json.dumps([digest, prompts, task.retrieval]).encode()).hexdigest()
-    return f"validation-{digest[:16]}.safetensors"
+    return f"{VECTORS}{digest[:16]}.safetensors"
 
 
 def vectors_to_bytes(task: Validation, result: Result) -> bytes:
-    """The vectors as safetensors. Vectors of texts are included where no sidecar holds them."""
+    """The vectors as safetensors. Vectors of texts are included where no sidecar holds them.
+
+    Where captions were scored, the means of the pictures' and of the captions' vectors are included, for ranked lists.
+    """
     from safetensors.numpy import save
 
+    embedded, captions, means = result.embedded, result.texts.captions, {}
+    if captions is not None and embedded.valid.any():
+        means[MEANS] = np.stack([embedded.images[embedded.valid].mean(axis=0), captions.mean(axis=0)])
     texts = {} if task.text_key else {k: v for k, v in result.texts._asdict().items() if v is not None}
-    return save(result.embedded._asdict() | texts)
+    return save(embedded._asdict() | texts | means)
 
 
 def load_vectors(checkpoint: str, task: Validation) -> tuple[Embedded, Texts] | None:
@@ -65,6 +72,7 @@ def load_vectors(checkpoint: str, task: Validation) -> tuple[Embedded, Texts] | 
     if content is None:
         return None
     tensors = load(content)
+    tensors.pop(MEANS, None)
     embedded = Embedded(**{name: tensors.pop(name) for name in Embedded._fields})
     embedded = embedded._replace(labels=read_labels(task.reader.index))  # as the set has them now
     return embedded, load_texts(task, None) if task.text_key else Texts(**tensors)

@@ -12,9 +12,9 @@ from nev.common.collectives import first_error
 from nev.common.errors import NevError
 from nev.config.experiment import Experiment
 from nev.data.block import Block
-from nev.embed.images import forward_rows, make_embedder
 from nev.eval.validation.task import Result
 from nev.eval.validation.validate import validate
+from nev.inference.forward import forward_rows, make_embedder
 from nev.models.digests import weight_digests
 from nev.models.frozen import FrozenTrunk
 from nev.models.lock import CANARIES

@@ -1,0 +1,102 @@
+"""The schema of `nev.json`, which every exported model has: all that decides a vector, but the weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from nev import __version__
+from nev.common.errors import NevError
+from nev.config.base import ConfigError, Positive, Section
+from nev.config.data import Limits
+from nev.config.file import parse
+from nev.config.model import Text, Vision
+
+SPEC_FILE = "nev.json"
+FORMAT = 1
+
+
+class ModelError(NevError, ValueError):
+    """A model that cannot be opened. The message says what is missing or wrong, where, and what to do."""
+
+
+class Calibration(Section):
+    """The means of a validation set's vectors, by which lists of pictures and texts are ranked (Liang et al. 2022)."""
+
+    image_mean: tuple[float, ...]
+    """Mean of the pictures' unit vectors."""
+    text_mean: tuple[float, ...]
+    """Mean of the captions' unit vectors."""
+
+
+class Training(Section):
+    """Where the weights come from."""
+
+    step: int
+    """Updates that the model has seen."""
+    data: str | None = None
+    """Fingerprint of the training set."""
+    global_batch: int | None = None
+    """Pairs of a step."""
+    metrics: dict[str, float] = Field(default={})
+    """Scores on the validation set, with the ends of their 95 % intervals."""
+    settings: dict[str, Any] = Field(default={})
+    """Loss, optimiser and augmentation."""
+
+
+class ModelSpec(Section):
+    """A trained pair of towers."""
+
+    format: int = FORMAT
+    """Version of this schema."""
+    nev: str = __version__
+    """Version of nev that wrote the model."""
+    name: str
+    """Name of the model."""
+    vision: Vision
+    """Vision tower."""
+    image_size: Positive
+    """Side S of the square that the vision tower sees, in pixels."""
+    mean: tuple[float, float, float]
+    """Mean of red, green and blue for normalisation, in 0 to 1."""
+    std: tuple[float, float, float]
+    """Standard deviation of red, green and blue for normalisation, in 0 to 1."""
+    limits: Limits = Limits()
+    """Limits of one encoded image."""
+    width: Positive
+    """Width D of an embedding."""
+    text: Text
+    """Text tower. An encoder `text` lies in the folder of that name, beside this file."""
+    text_fingerprint: str | None = None
+    """Fingerprint of the text tower. null: not known, as for released weights."""
+    weights: dict[str, dict[str, str]] = Field(default={})
+    """Files of the vision tower's weights: beginnings of names in the file, and what they are in `ImageEncoder`."""
+    prompts: dict[str, str]
+    """Text put before a `query`, and before a `document`."""
+    logit_scale: float = Field(gt=0)
+    """1 / temperature."""
+    calibration: Calibration | None = None
+    """Means for lists of pictures and texts. null: the model was not validated."""
+    training: Training | None = None
+    """Origin of the weights. null: not known, as for released weights."""
+
+
+def read_spec(folder: Path) -> ModelSpec:
+    """Read `nev.json`. Raises ModelError where it is damaged, or of another version of nev."""
+    file = folder / SPEC_FILE
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        version = raw.get("format")
+    except (ValueError, AttributeError, OSError) as error:
+        raise ModelError(f"{file}: damaged ({error}). Copy or export the model again.") from error
+    if version != FORMAT:
+        raise ModelError(
+            f"{file}: format {version}, and nev {__version__} reads format {FORMAT}: install the nev that wrote it"
+        )
+    try:
+        return parse(ModelSpec, raw, where=str(file))
+    except ConfigError as error:
+        raise ModelError(str(error)) from error

@@ -1,0 +1,1 @@
+"""A trained model, opened from wherever it lies, and called on pictures and sentences. No Ray."""

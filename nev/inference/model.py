@@ -1,0 +1,277 @@
+"""A trained model that one can call: pictures and sentences to vectors of one space, similarity, classes, ranked lists."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from nev.config.model_spec import ModelSpec
+from nev.data.decode import BadImage
+from nev.inference.forward import make_embedder
+from nev.inference.output import as_vectors, check_output, finish
+from nev.inference.pictures import Square, is_one, read_squares
+from nev.models.image_encoder import ImageEncoder
+from nev.ops.vectors import Floats, scale_to_unit, shift_mean
+
+if TYPE_CHECKING:
+    from nev.models.text import TextTower
+
+Precision = Literal["float32", "float16", "int8", "binary"]
+Kind = Literal["query", "document"]
+LONG = 512  # items from which a terminal shows progress
+
+
+class Scored(NamedTuple):
+    """A label and its probability."""
+
+    label: str
+    score: float
+
+
+class Ranked(NamedTuple):
+    """An item of a ranked list.
+
+    kind: "image" or "text". position: its place among the images, or among the texts. score: cosine, after calibration.
+    """
+
+    kind: str
+    position: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Model:
+    """Two towers of one space. `nev.load` opens one.
+
+    location: where the model was opened.
+    spec: all that decides a vector, but the weights.
+    vision: normalised pixels to unit vectors, in eval mode, on `device`.
+    load_text: loads the text tower, on the CPU. Called once, when a sentence is first embedded.
+    device: where both towers compute.
+    """
+
+    location: str
+    spec: ModelSpec
+    vision: ImageEncoder
+    load_text: Callable[[], TextTower]
+    device: torch.device
+
+    @property
+    def width(self) -> int:
+        """Width D of an embedding."""
+        return self.spec.width
+
+    @cached_property
+    def text(self) -> TextTower:
+        """The text tower, on `device`."""
+        tower = self.load_text()
+        tower.model.to(self.device)
+        return tower
+
+    def __repr__(self) -> str:
+        vision, text = self.spec.vision.trunk, self.spec.text.encoder
+        return f"nev.Model({self.spec.name!r}: {vision} into the space of {text}, {self.width} wide, on {self.device})"
+
+    @overload
+    def encode_image(
+        self, images: Any, *, bad: Literal["raise"] = "raise", batch_size: int = 32, width: int | None = None,
+        precision: Precision = "float32", output: Literal["numpy", "torch"] = "numpy", progress: bool | None = None,
+    ) -> Any: ...  # fmt: skip
+
+    @overload
+    def encode_image(
+        self, images: Any, *, bad: Literal["mask"], batch_size: int = 32, width: int | None = None,
+        precision: Precision = "float32", output: Literal["numpy", "torch"] = "numpy", progress: bool | None = None,
+    ) -> tuple[Any, NDArray[np.bool_]]: ...  # fmt: skip
+
+    def encode_image(
+        self,
+        images: Any,
+        *,
+        bad: Literal["raise", "mask"] = "raise",
+        batch_size: int = 32,
+        width: int | None = None,
+        precision: Precision = "float32",
+        output: Literal["numpy", "torch"] = "numpy",
+        progress: bool | None = None,
+    ) -> Any:
+        """Embed pictures: [n, D] in their order, rows of unit length; one picture gives [D].
+
+        images: a picture or an iterable of pictures: paths, bytes of files, Pillow images, uint8 arrays [h, w, 3] in RGB.
+        bad: for pictures that cannot be used: `raise` BadImage, or `mask`, which returns (vectors, valid) with rows of zeros and
+            bool [n], and warns with the reasons.
+        batch_size: pictures of a forward.
+        width: numbers of a vector: the first so many, scaled to unit length again (Matryoshka). None: all D.
+        precision: `float32`, `float16`, `int8` (compare by cosine) or `binary` (bits in uint8, compare by Hamming distance).
+        output: `numpy`, or `torch` on the CPU.
+        progress: a bar on stderr. None: for long lists on a terminal.
+        Raises TypeError for what is no picture, ValueError for a wrong width or precision.
+        """
+        check_output(self.width, width, precision, output)
+        one = is_one(images)
+        embed = make_embedder(self.vision, self.spec.mean, self.spec.std, self.device, batch_size)
+        parts, reasons, count = list[Floats](), Counter[str](), 0
+        valid: list[bool] = []
+        with _progress("pictures", None if one else _length(images), progress) as advance:
+            for squares in read_squares(
+                [images] if one else images, self.spec.image_size, self.spec.limits, batch_size
+            ):
+                for square in squares:
+                    if square.reason and bad == "raise":
+                        raise BadImage(f"picture {count}: {square.reason}. With bad='mask' such pictures are left out.")
+                    count += 1
+                reasons.update(square.reason for square in squares if square.reason)
+                valid += [not square.reason for square in squares]
+                parts.append(_embed_squares(squares, embed, self.width))
+                advance(len(squares))
+        vectors = finish(
+            np.concatenate(parts or [np.zeros((0, self.width), np.float32)]), width, precision, output, one
+        )
+        if bad == "raise":
+            return vectors
+        if reasons:
+            listed = "; ".join(f"{number} x {reason}" for reason, number in reasons.most_common(5))
+            warnings.warn(f"{reasons.total()} of {count} pictures cannot be used: {listed}", stacklevel=2)
+        return vectors, np.array(valid, bool)
+
+    def encode_text(
+        self,
+        texts: str | Sequence[str],
+        *,
+        kind: Kind = "query",
+        batch_size: int = 64,
+        width: int | None = None,
+        precision: Precision = "float32",
+        output: Literal["numpy", "torch"] = "numpy",
+        progress: bool | None = None,
+    ) -> Any:
+        """Embed sentences: [n, D] in their order, rows of unit length; one sentence gives [D].
+
+        kind: `query` or `document`, for encoders that tell them apart by a prefix; the prefix is added here.
+        Other arguments and errors as `encode_image`. Raises TypeError for a sentence that is no str.
+        """
+        check_output(self.width, width, precision, output)
+        if kind not in self.spec.prompts:
+            raise ValueError(f"kind {kind!r}: it is {' or '.join(self.spec.prompts)}")
+        one = isinstance(texts, str)
+        sentences = [texts] if isinstance(texts, str) else list(texts)
+        tower = replace(self.text, prefix=self.spec.prompts[kind])
+        with _progress("sentences", len(sentences), progress) as advance:
+            done = 0
+
+            def report(count: int) -> None:
+                nonlocal done
+                advance(count - done)
+                done = count
+
+            vectors = tower.encode(sentences, batch_size, report)
+        return finish(vectors, width, precision, output, one)
+
+    def similarity(self, left: ArrayLike, right: ArrayLike) -> Floats:
+        """Cosines of two sets of vectors, [n, D] and [m, D] (or one vector, [D]): float32 [n, m]. int8 vectors are fine, too.
+
+        Raises ValueError for vectors of different widths, and for binary ones.
+        """
+        rows = [np.atleast_2d(np.asarray(side)) for side in (left, right)]
+        for side in rows:
+            if side.dtype == np.uint8:
+                raise ValueError("binary vectors have no cosine: compare them by Hamming distance")
+            if side.dtype.kind not in "fi":
+                raise TypeError(f"similarity compares vectors, and this is an array of {side.dtype}: encode it first")
+        if rows[0].shape[1] != rows[1].shape[1]:
+            raise ValueError(f"vectors of {rows[0].shape[1]} and of {rows[1].shape[1]} numbers cannot be compared")
+        a, b = (scale_to_unit(side.astype(np.float32)) for side in rows)
+        return np.asarray(a @ b.T, np.float32)
+
+    def classify(
+        self, images: Any, labels: Sequence[str], *, templates: Sequence[str] = ("a photo of a {}.",), top: int = 5
+    ) -> Any:
+        """Zero-shot classification (Radford et al. 2021): the most probable labels of each picture, best first.
+
+        images: as `encode_image`. labels: names of the classes. templates: sentences with one `{}` for the name.
+        top: labels a picture. Returns a list of `Scored` for one picture, a list of such lists for several.
+        Raises ValueError for no label, a label twice, and a template without exactly one `{}`.
+        """
+        names = [labels] if isinstance(labels, str) else list(labels)
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"labels: at least one, and each once, not {names[:8]}")
+        for template in templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"a template needs exactly one '{{}}' for the class name: {template!r}")
+        sentences = [template.replace("{}", name) for name in names for template in templates]
+        classes = self.encode_text(sentences).reshape(len(names), len(templates), -1).mean(axis=1)
+        logits = self.spec.logit_scale * self.similarity(self.encode_image(images), classes)
+        odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+        shares = odds / odds.sum(axis=1, keepdims=True)
+        scored = [[Scored(names[i], float(row[i])) for i in np.argsort(-row, kind="stable")[:top]] for row in shares]
+        return scored[0] if is_one(images) else scored
+
+    def rank(
+        self,
+        query: Any,
+        *,
+        images: Any = (),
+        texts: Sequence[str] | ArrayLike = (),
+        top: int = 10,
+        calibrated: bool = True,
+    ) -> list[Ranked]:
+        """Rank pictures and sentences in one list for a query, best first.
+
+        query: a sentence (str), a picture in another form than a path in a str, or a vector of this model, float [D].
+        images: pictures as in `encode_image`, or their vectors, float [n, D].
+        texts: sentences, which are embedded as documents, or their vectors, float [m, D].
+        top: length of the list.
+        calibrated: move pictures by the distance between the means of both modalities, which the model knows from validation: the
+            modality gap would put all texts before all pictures (Liang et al. 2022). A model without the means ranks by cosine.
+        """
+        asked = as_vectors(query)
+        if asked is None:
+            asked = self.encode_text([query]) if isinstance(query, str) else self.encode_image([query])
+        pictures, sentences = as_vectors(images), as_vectors(texts)
+        pictures = self.encode_image(images) if pictures is None else pictures
+        sentences = self.encode_text(texts, kind="document") if sentences is None else sentences  # type: ignore[arg-type]
+        pictures, sentences = (np.asarray(rows, np.float32).reshape(-1, self.width) for rows in (pictures, sentences))
+        means = self.spec.calibration
+        if calibrated and means:
+            image_mean, text_mean = (np.asarray(mean, np.float32) for mean in (means.image_mean, means.text_mean))
+            pictures = shift_mean(pictures, image_mean, text_mean)
+            if not isinstance(query, str) and as_vectors(query) is None:  # a picture, too
+                asked = shift_mean(asked, image_mean, text_mean)
+        cosines = self.similarity(asked, np.concatenate([pictures, sentences]))[0]
+        places = [("image", n) for n in range(len(pictures))] + [("text", n) for n in range(len(sentences))]
+        return [Ranked(*places[n], float(cosines[n])) for n in np.argsort(-cosines, kind="stable")[:top]]
+
+
+def _embed_squares(squares: list[Square], embed: Callable[[NDArray[Any]], NDArray[Any]], width: int) -> Floats:
+    good = [n for n, square in enumerate(squares) if not square.reason]
+    out = np.zeros((len(squares), width), np.float32)
+    if good:
+        out[good] = embed(np.stack([squares[n].pixels for n in good]))
+    return out
+
+
+def _length(items: Iterable[Any]) -> int | None:
+    try:
+        return len(items)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+@contextmanager
+def _progress(what: str, total: int | None, wanted: bool | None) -> Iterator[Callable[[int], object]]:
+    """Yield a function that advances a bar on stderr, if there is to be one."""
+    from tqdm.auto import tqdm
+
+    show = wanted if wanted is not None else (total is None or total >= LONG) and sys.stderr.isatty()
+    with tqdm(total=total, unit=f" {what}", disable=not show, leave=False) as bar:
+        yield bar.update

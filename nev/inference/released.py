@@ -1,0 +1,110 @@
+"""The released nomic-embed-vision, as its folder lies on the hub.
+
+The folder is recognised by the names of its tensors: its config.json has the `model_type` of the text model. Sizes are read from
+the tensors, so a model of another size in the same layout opens, too.
+"""
+
+from __future__ import annotations
+
+import json
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from nev.config.base import ConfigError
+from nev.config.model import Text, Vision
+from nev.config.model_spec import ModelError, ModelSpec
+from nev.models.image_encoder import ImageEncoder, build_image_encoder
+from nev.models.nomic import RELEASED_MARK, from_released
+from nev.models.prompts import list_prompts
+from nev.models.weights import read_weights
+
+FILES = ("model.safetensors", "pytorch_model.bin")
+TRUNK = "eva02_base_patch14_224"  # timm's architecture, of which all sizes are arguments
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+LOGIT_SCALE = 100.0  # not in the released files; CLIP's bound, where training ends up
+
+
+def find_released(folder: Path) -> Path | None:
+    """The file of weights in the released layout; None for a folder without one. Only names of tensors are read."""
+    for file in (folder / name for name in FILES):
+        if file.is_file() and RELEASED_MARK in _tensor_names(file):
+            return file
+    return None
+
+
+def _tensor_names(file: Path) -> set[str]:
+    try:
+        if file.suffix == ".safetensors":
+            with safetensors.safe_open(file, "pt") as tensors:
+                return set(tensors.keys())
+        return set(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+    except Exception as error:  # safetensors, pickle, zip and I/O each raise their own
+        raise ModelError(f"{file}: not readable as weights ({error}). Copy or download the model again.") from error
+
+
+def read_released(file: Path, name: str) -> tuple[ModelSpec, ImageEncoder]:
+    """Read released weights: what they are, and the encoder, on the CPU. name: of the model, which tells v1 from v1.5.
+
+    Raises ModelError where tensors are missing, or do not fit one another.
+    """
+    weights = read_weights(file)
+    try:
+        spec = describe_released(weights, file.parent, name)
+        encoder = build_image_encoder(spec.vision, spec.image_size, spec.width)
+        encoder.load_state_dict(from_released(weights))
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{file} is not a whole nomic-embed-vision: {error}") from error
+    return spec, encoder
+
+
+def describe_released(weights: dict[str, Tensor], folder: Path, name: str) -> ModelSpec:
+    """What released weights are, by the shapes of the tensors, config.json and preprocessor_config.json."""
+    config, pixels = _read_json(folder / "config.json"), _read_json(folder / "preprocessor_config.json")
+    width = weights["embeddings.cls_token"].shape[-1]
+    depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("layers."))
+    patch = isqrt(weights["embeddings.proj.weight"].shape[1] // 3)
+    side = isqrt(weights["embeddings.pos_embed"].shape[1] - 1)
+    heads = int(config.get("n_head") or config.get("num_attention_heads") or max(1, width // 64))
+    hidden = weights["layers.0.mlp.fc11.weight"].shape[0]
+    vision = Vision(
+        trunk=TRUNK,
+        trunk_args={
+            "patch_size": patch,
+            "embed_dim": width,
+            "depth": depth,
+            "num_heads": heads,
+            "mlp_ratio": hidden / width,
+            "ref_feat_shape": [side, side],
+        },
+        final_norm=False,
+        pool="nomic",
+        pool_heads=heads,
+        pool_hidden=weights["selector.mlp.fc11.weight"].shape[0],
+    )
+    first = name.endswith("v1")
+    encoder = "nomic-ai/nomic-embed-text-v1" if first else "nomic-ai/nomic-embed-text-v1.5"
+    text = Text(encoder=encoder, prefix="search_query: ", pooling="mean", layer_norm=not first)
+    return ModelSpec(
+        name=name,
+        vision=vision,
+        image_size=side * patch,
+        mean=tuple(pixels.get("image_mean") or CLIP_MEAN),
+        std=tuple(pixels.get("image_std") or CLIP_STD),
+        width=width,
+        text=text,
+        prompts=list_prompts(text.prefix),
+        logit_scale=LOGIT_SCALE,
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ConfigError(f"{file}: damaged ({error})") from error
+    return raw if isinstance(raw, dict) else {}
