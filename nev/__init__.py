@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from nev.common.imports import when_imported
+
 __version__ = "0.1.0"
 __all__ = ["Experiment", "Model", "__version__", "load", "load_config", "run_experiment"]
 
@@ -34,3 +36,14 @@ else:  # hidden from type checkers, for which a module with __getattr__ has ever
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})
+
+
+def _register_with_transformers() -> None:
+    """Let transformers' Auto classes open what `nev export --format hf` writes, without remote code."""
+    from nev.export.hf_model import register
+
+    register()
+
+
+# Not now: transformers takes seconds to import, and most uses of nev need no model of transformers.
+when_imported("transformers.models.auto.modeling_auto", _register_with_transformers)

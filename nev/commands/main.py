@@ -12,7 +12,18 @@ from typing import Annotated
 import typer
 
 from nev import __version__
-from nev.commands import ablate, capacity, embed_images, embed_text, evaluate, prepare, pretrain, quickstart, train
+from nev.commands import (
+    ablate,
+    capacity,
+    embed_images,
+    embed_text,
+    evaluate,
+    export,
+    prepare,
+    pretrain,
+    quickstart,
+    train,
+)
 from nev.common.cli import HELP, make_command
 
 # The module of each command, and its group on the help page.
@@ -22,6 +33,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "embed-images": (embed_images, "From pictures to a scored encoder, in this order"),
     "train": (train, "From pictures to a scored encoder, in this order"),
     "evaluate": (evaluate, "From pictures to a scored encoder, in this order"),
+    "export": (export, "From pictures to a scored encoder, in this order"),
     "ablate": (ablate, "Around a training"),
     "capacity": (capacity, "Around a training"),
     "pretrain": (pretrain, "Around a training"),

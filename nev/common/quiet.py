@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Ray Train must not change the working folder, and progress bars of libraries would break nev's live line. After the loss of a
 # node Ray Train still counts the node for up to 20 s and waits for workers there: 15 s instead of the default of 60 s. A process
@@ -28,3 +30,19 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(ray|mlflow|timm|transformers)")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' bars and reports off the console while a model is loaded or saved; nev checks what is missing itself."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -248,8 +248,13 @@ class Model:
             if not isinstance(query, str) and as_vectors(query) is None:  # a picture, too
                 asked = shift_mean(asked, image_mean, text_mean)
         cosines = self.similarity(asked, np.concatenate([pictures, sentences]))[0]
-        places = [("image", n) for n in range(len(pictures))] + [("text", n) for n in range(len(sentences))]
-        return [Ranked(*places[n], float(cosines[n])) for n in np.argsort(-cosines, kind="stable")[:top]]
+        count = len(pictures)
+        return [
+            Ranked("image", int(n), float(cosines[n]))
+            if n < count
+            else Ranked("text", int(n) - count, float(cosines[n]))
+            for n in np.argsort(-cosines, kind="stable")[:top]
+        ]
 
 
 def _embed_squares(squares: list[Square], embed: Callable[[NDArray[Any]], NDArray[Any]], width: int) -> Floats:

@@ -57,7 +57,7 @@ class ImageEncoder(nn.Module):
         with torch.autocast(images.device.type.replace("meta", "cpu"), torch.bfloat16, enabled=self.bf16):
             features = encode_images(self.trunk, images, self.pool_name, self.name)
             features = self.pool(features) if self.pool_first else features
-        features = features.half().float()  # as sidecars store them
+        features = features.half().to(images.dtype)  # as sidecars store them
         if self.statistics is not None:
             mean, deviation = self.statistics.unbind()
             features = torch.where(deviation > LEAST_DEVIATION, (features - mean) / deviation, 0.0)
@@ -70,7 +70,12 @@ def build_image_encoder(config: Vision, image_size: int, width: int) -> ImageEnc
     image_size: S, side of the pictures, in pixels. width: D, of the embedding.
     Raises ConfigError as `build_trunk` and `build_pool`.
     """
-    trunk = build_trunk(config.model_copy(update={"pretrained": False, "weights": None}), image_size)
+    return assemble_image_encoder(config.model_copy(update={"pretrained": False}), image_size, width)
+
+
+def assemble_image_encoder(config: Any, image_size: int, width: int) -> ImageEncoder:
+    """As `build_image_encoder`, for the fields of the section `vision` in any object. `pretrained` must be false."""
+    trunk = build_trunk(config, image_size)
     pool, features = build_pool(config, trunk)
     statistics = None
     if config.lock and config.standardise:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from nev.common.hashing import hash_recipe
+from nev.common.quiet import quiet_transformers
 from nev.config.base import ConfigError
 from nev.config.model import Text
 from nev.models.digests import weight_digests
@@ -201,9 +202,10 @@ def _find_encoder(encoder: str) -> str:
 
 def _from_pretrained(auto: Any, source: str, config: Text, more: dict[str, Any]) -> Any:
     try:
-        return auto.from_pretrained(
-            source, revision=config.revision, trust_remote_code=config.trust_remote_code, **more
-        )
+        with quiet_transformers():
+            return auto.from_pretrained(
+                source, revision=config.revision, trust_remote_code=config.trust_remote_code, **more
+            )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(
             f"text.encoder {config.encoder!r} cannot be loaded: {error}\nGive a local folder, a hub name that this "

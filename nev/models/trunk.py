@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nev.common.errors import first_few
 from nev.config.base import ConfigError
 from nev.config.model import Vision
-from nev.models import nomic
+from nev.models.nomic import RELEASED_MARK, match_released
 
 RESERVED_ARGUMENTS = ("num_classes", "global_pool", "img_size", "pretrained")  # set by nev, so refused in trunk_args
 CLASSIFIER_PARTS = ("head", "attn_pool", "fc_norm", "norm_head", "conv_head")  # of timm, after its tokens
@@ -25,7 +25,7 @@ def build_trunk(config: Vision, image_size: int) -> Any:
     """Build the timm model that `config` describes, with random weights or timm's (`pretrained`, from the hub).
 
     Parts behind the tokens are removed, but for the pool `own`, which needs them. With the pool `nomic` an EVA-02 trunk is
-    changed to the released blocks (`nomic.match_released`).
+    changed to the released blocks (`match_released`).
 
     Raises ConfigError for an unknown trunk or trunk argument (with close matches).
     """
@@ -41,7 +41,7 @@ def build_trunk(config: Vision, image_size: int) -> Any:
             raise ConfigError(f"vision.final_norm: false, but trunk {config.trunk!r} has no last norm: leave it true")
         trunk.norm = nn.Identity()
     if config.pool == "nomic":
-        nomic.match_released(trunk)
+        match_released(trunk)
     return trunk
 
 
@@ -117,7 +117,7 @@ def fit_trunk_weights(trunk: Any, state: dict[str, Tensor], config: Vision) -> d
 
     Raises ConfigError unless every parameter of the trunk is there, and nothing more but the trunk's classifier.
     """
-    if nomic.RELEASED_MARK in state:
+    if RELEASED_MARK in state:
         raise ConfigError(
             f"vision.weights {config.weights}: this is a whole tower in nomic-embed-vision's released layout, not a "
             "trunk. Build the tower without weights and use nev.models.nomic.load_released"

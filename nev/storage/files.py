@@ -167,6 +167,26 @@ def output_folder(location: str) -> Iterator[Path]:
         upload(Path(folder), location)
 
 
+@contextmanager
+def whole_folder(location: str) -> Iterator[Path]:
+    """A local folder to write files in, which is moved to `location` at the end, or dropped after an error.
+
+    location: where nothing is yet, or an empty folder. On S3 the files are uploaded at the end.
+    """
+    fs, path = filesystem(location)
+    home = path.rstrip("/").rpartition("/")[0]
+    if is_local(fs):
+        make_folder(fs, home)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=home if is_local(fs) else None) as temporary:
+        folder = Path(temporary, "folder")
+        folder.mkdir()
+        yield folder
+        if is_local(fs):
+            folder.replace(path)
+        else:
+            upload(folder, location)
+
+
 def upload(source: Path, location: str) -> None:
     """Upload a local file to `location` on S3, or the files of a local folder below `location`, by the same names."""
     fs, path = filesystem(location)

@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("nev.train.worker",),
     ("nev.train.driver",),  # hands the worker's function to Ray Train
     ("nev.train",),
-    ("nev.sweep",),
+    ("nev.sweep", "nev.export"),
     ("nev",),
     ("nev.commands",),
     ("pipelines", "nev.__main__"),

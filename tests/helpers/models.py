@@ -16,7 +16,8 @@ from nev.models.dual_encoder import DualEncoder
 from nev.models.frozen import build_feature_head, load_frozen_trunk
 from nev.models.text import load_text, make_text_encoder
 from nev.models.vision import build_vision
-from nev.runs.checkpoint import MEANS, save as save_checkpoint
+from nev.runs.checkpoint import MEANS
+from nev.runs.checkpoint import save as save_checkpoint
 from nev.runs.manifest import CheckpointState
 
 SIZE, WIDTH = 32, 48  # pixels of a picture, numbers of an embedding
@@ -49,7 +50,7 @@ def make_experiment(folder: Path, vision: dict[str, Any] | None = None, **sectio
     raw = {
         "name": "small",
         "output": str(folder / "runs"),
-        "data": {"train": "train", "image_size": SIZE, "block_rows": 8},
+        "data": {"train": "train", "image_size": SIZE, "block_rows": 8, "augment": None},
         "text": {"encoder": str(write_bert(folder / "encoder")), "max_tokens": 24},
         "vision": {"trunk": "vit_tiny_patch16_224", "trunk_args": TINY_VIT, **(vision or {})},
         "optim": {"lr": 1e-3},

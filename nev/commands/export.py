@@ -1,0 +1,48 @@
+"""`nev export`: write a model in the form of another tool."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from nev.common.cli import report_errors
+
+EXAMPLE = "--checkpoint runs/quickstart --format sentence-transformers --output quickstart-st"
+
+
+def main(
+    checkpoint: Annotated[
+        str,
+        typer.Option(
+            "--checkpoint",
+            help="A run (its best checkpoint), a checkpoint, an exported folder or released weights: a folder, s3://..., or a "
+            "name on the hub.",
+        ),
+    ],
+    form: Annotated[
+        str, typer.Option("--format", help="hf, sentence-transformers, onnx, mlflow, or nomic (the released layout).")
+    ],
+    output: Annotated[str, typer.Option("--output", help="A new folder, or s3://BUCKET/PREFIX.")],
+    text: Annotated[bool, typer.Option("--text/--no-text", help="Write the text encoder, too.")] = True,
+    license: Annotated[
+        str | None, typer.Option("--license", help="Licence of the weights for the model card, such as apache-2.0.")
+    ] = None,
+) -> None:
+    """Export a model. What was written is opened by its consumer, and its vectors are compared with the model's."""
+    with report_errors("Nothing was written."):
+        from nev.export.export import export
+        from nev.export.parts import Options
+        from nev.inference.load import load
+
+        done = export(load(checkpoint, device="cpu"), form, output, Options(text, license))
+        console, table = Console(), Table()
+        for column in ("opened by", "compared", "difference", "1 - cosine"):
+            table.add_column(column)
+        for check in done.checks:
+            table.add_row(check.consumer, check.what, f"{check.difference:.1e}", f"{check.gap:.1e}")
+        console.print(table)
+        size = f"{done.bytes / 2**20:,.1f} MiB, {done.seconds:.0f} s"
+        console.print(f"{form:<11} {done.location} ({size})", highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,88 @@
+"""The single file `modeling_nev.py` of an export: nev's own source of the vision tower, for those who have no nev.
+
+The file is put together from the source that this process runs, so the file and nev cannot differ.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Sequence
+from types import ModuleType
+
+from nev.export import hf_model
+from nev.models import frozen, heads, image_encoder, nomic, pools, trunk
+
+HEADER = '''"""A vision tower that nev trained, as a model of transformers. Needs torch, timm and transformers.
+
+Put together from the source of nev {version} (Apache-2.0). With nev installed, `import nev` replaces this file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import sys
+from collections.abc import Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, Self
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers.attention_pool import AttentionPoolLatent
+from timm.layers.mlp import SwiGLU
+from timm.layers.weight_init import trunc_normal_tf_
+from timm.models.eva import EvaBlock
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+Vision = Any  # the section `vision` of config.json
+
+
+class ConfigError(ValueError):
+    """A config that cannot be built."""
+'''
+
+PARTS: Sequence[tuple[ModuleType, Sequence[str]]] = (
+    (nomic, ("MLP_NORM_EPS", "match_released")),
+    (
+        trunk,
+        (
+            "RESERVED_ARGUMENTS",
+            "CLASSIFIER_PARTS",
+            "build_trunk",
+            "encode_images",
+            "_create_trunk",
+            "_suggest",
+            "_list_arguments",
+        ),
+    ),
+    (pools, ("INIT_STD", "NomicPool", "ClsPool", "MeanPool", "ClsMeanPool", "build_pool", "_trunk_heads")),
+    (heads, ("build_head", "make_linear", "MlpHead", "SwiGLUHead")),
+    (frozen, ("LEAST_DEVIATION",)),
+    (image_encoder, ("ImageEncoder", "assemble_image_encoder")),
+    (hf_model, ("NevVisionConfig", "NevVisionModel")),
+)
+
+
+def make_modeling_file(version: str) -> str:
+    """The text of `modeling_nev.py`. version: of nev."""
+    parts = [part for module, names in PARTS for part in _read_parts(module, names)]
+    return "\n\n".join([HEADER.replace("{version}", version), *parts]) + "\n"
+
+
+def _read_parts(module: ModuleType, names: Sequence[str]) -> list[str]:
+    """The source of names at the top of a module, in the order of `names`."""
+    source = inspect.getsource(module)
+    found = {}
+    for node in ast.parse(source).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node]
+        for target in targets:
+            name = target.id if isinstance(target, ast.Name) else getattr(target, "name", "")
+            if name in names:
+                found[name] = ast.get_source_segment(source, node) or ""
+    return [found[name] + "\n" if name[0].islower() or name[0] == "_" else found[name] for name in names]
