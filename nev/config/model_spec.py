@@ -17,6 +17,7 @@ from nev.config.model import Text, Vision
 
 SPEC_FILE = "nev.json"
 FORMAT = 1
+BESIDE = "./"  # beginning of an encoder's name that is a folder beside nev.json, and no name on the hub
 
 
 class ModelError(NevError, ValueError):
@@ -69,7 +70,7 @@ class ModelSpec(Section):
     width: Positive
     """Width D of an embedding."""
     text: Text
-    """Text tower. An encoder `text` lies in the folder of that name, beside this file."""
+    """Text tower. An encoder `./text` lies in the folder `text` beside this file."""
     text_fingerprint: str | None = None
     """Fingerprint of the text tower. null: not known, as for released weights."""
     weights: dict[str, dict[str, str]] = Field(default={})

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nev.config.model_spec import SPEC_FILE, ModelSpec
+from nev.config.model_spec import BESIDE, SPEC_FILE, ModelSpec
 from nev.inference.forward import make_embedder
 from nev.inference.model import Model
 from nev.ops.vectors import Floats
@@ -113,7 +113,7 @@ def write_spec(model: Model, folder: Path, weights: dict[str, dict[str, str]], t
     )
     if vision.lock and not vision.weights:  # timm's own, by the trunk's name
         vision = vision.model_copy(update={"weights": vision.trunk})
-    text = spec.text.model_copy(update={"encoder": text_folder, "revision": None} if text_folder else {})
+    text = spec.text.model_copy(update={"encoder": BESIDE + text_folder, "revision": None} if text_folder else {})
     changes = {
         "vision": vision if vision.lock else vision.model_copy(update={"weights": None}),
         "text": text.model_copy(update={"trust_remote_code": False}),

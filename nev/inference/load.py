@@ -17,7 +17,7 @@ from torch import Tensor
 from nev.common.errors import first_few
 from nev.config.base import ConfigError
 from nev.config.model import Text
-from nev.config.model_spec import SPEC_FILE, ModelError, ModelSpec, read_spec
+from nev.config.model_spec import BESIDE, SPEC_FILE, ModelError, ModelSpec, read_spec
 from nev.inference.checkpoints import ChooseText, Opened, find_checkpoint, read_checkpoint
 from nev.inference.model import Model
 from nev.inference.released import find_released, read_released
@@ -25,7 +25,7 @@ from nev.models.image_encoder import ImageEncoder, build_image_encoder
 from nev.models.text import TextTower, load_text
 from nev.models.weights import read_weights
 from nev.ops.onednn import use_onednn
-from nev.storage.files import filesystem, is_local, local_copy, storage_errors_as
+from nev.storage.files import filesystem, is_local, list_files, local_copy, storage_errors_as
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "pytorch_model.bin", "*.txt", "*.model"]  # no code is fetched
@@ -51,6 +51,7 @@ def load(
     Raises ModelError, CheckpointError or StorageError for what is no model, is damaged, or cannot be read.
     """
     where = os.fspath(location)
+    where = where.rstrip("/") or where
     place = torch.device(device) if device else choose_device()
     spec, encoder, load_tower = _open(where, revision, partial(_choose_text, text, trust_remote_code))
     use_onednn(encoder)
@@ -80,6 +81,9 @@ def _open(where: str, revision: str | None, choose: ChooseText) -> Opened:
         if fs.exists(f"{path}/checkpoints"):
             return read_checkpoint(find_checkpoint(where), choose)
     if not is_local(fs):
+        with storage_errors_as(where, "listed"):
+            if not list_files(where):
+                raise ModelError(f"{where}: nothing is there")
         with local_copy(where) as folder:
             spec, encoder, load_tower = _open_folder(folder, where, choose)
             tower = load_tower()  # now, since the copy is removed
@@ -117,8 +121,8 @@ def _open_folder(folder: Path, where: str, choose: ChooseText) -> Opened:
     else:
         raise ModelError(f"{where} is no model of nev: {_describe(folder)}")
     text = choose(spec.text)
-    if text.encoder == spec.text.encoder and (folder / text.encoder).is_dir():
-        text = text.model_copy(update={"encoder": str(folder / text.encoder)})
+    if text.encoder.startswith(BESIDE) and text.encoder == spec.text.encoder:
+        text = text.model_copy(update={"encoder": str(_inside(folder, text.encoder))})
     return spec, encoder, partial(_load_text, text, spec)
 
 
@@ -146,9 +150,7 @@ def read_exported(folder: Path, spec: ModelSpec) -> ImageEncoder:
     encoder, state = build_image_encoder(spec.vision, spec.image_size, spec.width), dict[str, Tensor]()
     try:
         for file, names in spec.weights.items():
-            if not (folder / file).resolve().is_relative_to(folder.resolve()):
-                raise ModelError(f"{folder / SPEC_FILE}: {file!r} leads out of its folder")
-            for name, tensor in read_weights(folder / file).items():
+            for name, tensor in read_weights(_inside(folder, file)).items():
                 prefix = max((prefix for prefix in names if name.startswith(prefix)), key=len, default=None)
                 if prefix is None:
                     raise ModelError(f"{folder / file}: unknown tensor {name!r}")
@@ -159,12 +161,20 @@ def read_exported(folder: Path, spec: ModelSpec) -> ImageEncoder:
     return encoder
 
 
+def _inside(folder: Path, name: str) -> Path:
+    """A file or folder that nev.json names. Raises ModelError for a name that leads out of the folder."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ModelError(f"{folder / SPEC_FILE}: {name!r} leads out of its folder")
+    return path
+
+
 def _load_text(text: Text, spec: ModelSpec) -> TextTower:
     """The text tower of an exported or released model. Raises ModelError where it is another one than the model's."""
     try:
         tower = load_text(text)
     except ConfigError as error:
-        raise ModelError(f"{error}. nev.load(..., text=...) names another place of the same encoder") from error
+        raise ModelError(f"{error}. Another place of the same encoder: nev.load(..., text=...)") from error
     if tower.width != spec.width or spec.text_fingerprint not in (None, tower.fingerprint):
         raise ModelError(
             f"{text.encoder} is not the text encoder that {spec.name} was trained against: its vectors would not be in the same "

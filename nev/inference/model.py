@@ -108,8 +108,8 @@ class Model:
         """Embed pictures: [n, D] in their order, rows of unit length; one picture gives [D].
 
         images: a picture or an iterable of pictures: paths, bytes of files, Pillow images, uint8 arrays [h, w, 3] in RGB.
-        bad: for pictures that cannot be used: `raise` BadImage, or `mask`, which returns (vectors, valid) with rows of zeros and
-            bool [n], and warns with the reasons.
+        bad: for pictures that cannot be used: `raise` BadImage, or `mask`, which returns (vectors, valid), bool [n], with rows
+            of zeros for them, and warns with the reasons.
         batch_size: pictures of a forward.
         width: numbers of a vector: the first so many, scaled to unit length again (Matryoshka). None: all D.
         precision: `float32`, `float16`, `int8` (compare by cosine) or `binary` (bits in uint8, compare by Hamming distance).
@@ -128,7 +128,7 @@ class Model:
             ):
                 for square in squares:
                     if square.reason and bad == "raise":
-                        raise BadImage(f"picture {count}: {square.reason}. With bad='mask' such pictures are left out.")
+                        raise BadImage(f"picture {count}: {square.reason} (with bad='mask' such pictures are left out)")
                     count += 1
                 reasons.update(square.reason for square in squares if square.reason)
                 valid += [not square.reason for square in squares]
@@ -165,7 +165,8 @@ class Model:
             raise ValueError(f"kind {kind!r}: it is {' or '.join(self.spec.prompts)}")
         one = isinstance(texts, str)
         sentences = [texts] if isinstance(texts, str) else list(texts)
-        tower = replace(self.text, prefix=self.spec.prompts[kind])
+        # Training cuts captions short; vectors that people have are cut where the encoder ends.
+        tower = replace(self.text, prefix=self.spec.prompts[kind], max_tokens=self.text.longest)
         with _progress("sentences", len(sentences), progress) as advance:
             done = 0
 

@@ -128,7 +128,7 @@ def _from_array(pixels: NDArray[Any], limits: Limits, number: int) -> Picture:
     if pixels.shape[0] * pixels.shape[1] > limits.max_pixels:
         raise BadImage(f"image is {shape}, more than limits.max_pixels ({limits.max_pixels:,})")
     if pixels.shape[2] == 3:
-        return np.ascontiguousarray(pixels)
+        return np.require(pixels, requirements=["C", "W"])  # a copy where torch would warn of the memory
     from PIL import Image
 
     return np.array(to_rgb(Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)))
