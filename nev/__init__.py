@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from nev.common.imports import when_imported
+from nev.common.version import __version__
 
-__version__ = "0.1.0"
 __all__ = ["Experiment", "Model", "__version__", "load", "load_config", "run_experiment"]
 
 if TYPE_CHECKING:

