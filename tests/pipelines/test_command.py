@@ -24,6 +24,7 @@ BAD_INPUT = {
     "embed-images": ["--config", "absent"],
     "train": ["--config", "absent"],
     "evaluate": ["--checkpoint", "absent", "--mteb", "A", "--suite", "B"],
+    "export": ["--checkpoint", "/absent", "--format", "hf", "--output", "out"],
     "ablate": ["--config", "absent"],
     "capacity": ["--config", "absent"],
     "pretrain": ["--config", "absent", "--objective", "mim"],
@@ -41,7 +42,7 @@ def test_the_help_page_lists_the_commands_in_the_order_of_use() -> None:
     places = [shown.index(f"│ {name} ") for name in COMMANDS]
     assert places == sorted(places)
     assert list(COMMANDS) == [
-        "prepare", "embed-text", "embed-images", "train", "evaluate", "ablate", "capacity", "pretrain", "quickstart",
+        "prepare", "embed-text", "embed-images", "train", "evaluate", "export", "ablate", "capacity", "pretrain", "quickstart",
     ]  # fmt: skip
     assert "--install-completion" in shown
 
