@@ -164,7 +164,7 @@ class Model:
         if kind not in self.spec.prompts:
             raise ValueError(f"kind {kind!r}: it is {' or '.join(self.spec.prompts)}")
         one = isinstance(texts, str)
-        sentences = [texts] if isinstance(texts, str) else list(texts)
+        sentences = [texts] if isinstance(texts, str) else _as_list(texts)
         # Training cuts captions short; vectors that people have are cut where the encoder ends.
         tower = replace(self.text, prefix=self.spec.prompts[kind], max_tokens=self.text.longest)
         with _progress("sentences", len(sentences), progress) as advance:
@@ -264,6 +264,14 @@ def _embed_squares(squares: list[Square], embed: Callable[[NDArray[Any]], NDArra
     if good:
         out[good] = embed(np.stack([squares[n].pixels for n in good]))
     return out
+
+
+def _as_list(texts: Any) -> list[str]:
+    if isinstance(texts, bytes) or hasattr(texts, "getexif") or not isinstance(texts, Iterable):
+        raise TypeError(
+            f"a sentence or a list of sentences is needed, not {type(texts).__name__}; pictures go to encode_image"
+        )
+    return list(texts)
 
 
 def _length(items: Iterable[Any]) -> int | None:

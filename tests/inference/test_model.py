@@ -119,6 +119,9 @@ def test_a_text_is_never_a_path(model: Model, tmp_path: Path) -> None:
     ranked = model.rank(str(file), texts=texts)
     assert ranked[0] == Ranked("text", 0, ranked[0].score)
     assert ranked[0].score == pytest.approx(1, abs=1e-6)
+    for other in (photo(0), b"bytes", 5):
+        with pytest.raises(TypeError, match="pictures go to encode_image"):
+            model.encode_text(other)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="not str"):
         model.encode_text(["a dog", photo(0)])  # type: ignore[list-item]
 
