@@ -118,31 +118,28 @@ class Model:
         Raises TypeError for what is no picture, ValueError for a wrong width or precision.
         """
         check_output(self.width, width, precision, output)
-        one = is_one(images)
-        embed = make_embedder(self.vision, self.spec.mean, self.spec.std, self.device, batch_size)
-        parts, reasons, count = list[Floats](), Counter[str](), 0
-        valid: list[bool] = []
-        with _progress("pictures", None if one else _length(images), progress) as advance:
-            for squares in read_squares(
-                [images] if one else images, self.spec.image_size, self.spec.limits, batch_size
-            ):
+        if bad not in ("raise", "mask"):
+            raise ValueError(f"bad {bad!r}: it is raise or mask")
+        one, spec = is_one(images), self.spec
+        items = [images] if one else images
+        embed = make_embedder(self.vision, spec.mean, spec.std, self.device, batch_size)
+        parts, reasons = [np.zeros((0, self.width), np.float32)], list[str]()
+        with _progress("pictures", _length(items), progress) as advance:
+            for squares in read_squares(items, spec.image_size, spec.limits, batch_size):
                 for square in squares:
                     if square.reason and bad == "raise":
-                        raise BadImage(f"picture {count}: {square.reason} (with bad='mask' such pictures are left out)")
-                    count += 1
-                reasons.update(square.reason for square in squares if square.reason)
-                valid += [not square.reason for square in squares]
+                        number = len(reasons)
+                        raise BadImage(f"picture {number}: {square.reason} (bad='mask' would leave such pictures out)")
+                    reasons.append(square.reason)
                 parts.append(_embed_squares(squares, embed, self.width))
                 advance(len(squares))
-        vectors = finish(
-            np.concatenate(parts or [np.zeros((0, self.width), np.float32)]), width, precision, output, one
-        )
+        vectors = finish(np.concatenate(parts), width, precision, output, one)
         if bad == "raise":
             return vectors
-        if reasons:
-            listed = "; ".join(f"{number} x {reason}" for reason, number in reasons.most_common(5))
-            warnings.warn(f"{reasons.total()} of {count} pictures cannot be used: {listed}", stacklevel=2)
-        return vectors, np.array(valid, bool)
+        if counts := Counter(filter(None, reasons)):
+            listed = "; ".join(f"{number} x {reason}" for reason, number in counts.most_common(5))
+            warnings.warn(f"{counts.total()} of {len(reasons)} pictures cannot be used: {listed}", stacklevel=2)
+        return vectors, np.array([not reason for reason in reasons], bool)
 
     def encode_text(
         self,

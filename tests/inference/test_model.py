@@ -98,6 +98,8 @@ def test_bad_pictures(model: Model, photos: list[Image.Image], tmp_path: Path) -
     ):
         with pytest.raises(BadImage, match=f"picture 1: .*{message}"):
             model.encode_image([photos[0], item])
+    with pytest.raises(ValueError, match="bad 'skip': it is raise or mask"):
+        model.encode_image(photos, bad="skip")  # type: ignore[call-overload]
     with pytest.raises(BadImage, match=r"Sentences go to encode_text"):
         model.encode_image("a photo of a dog")
 
