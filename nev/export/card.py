@@ -25,8 +25,11 @@ METRICS = {
 }
 
 
-def write_card(model: Model, folder: Path, form: str, options: Options) -> None:
-    """Write README.md for a format of export, with metadata as the Hugging Face hub reads it."""
+def write_card(model: Model, folder: Path, form: str, options: Options, plain: bool = True) -> None:
+    """Write README.md for a format of export, with metadata as the Hugging Face hub reads it.
+
+    plain: whether the format's consumer opens the folder without nev.
+    """
     spec = model.spec
     metrics = spec.training.metrics if spec.training else {}
     results = [
@@ -50,7 +53,7 @@ def write_card(model: Model, folder: Path, form: str, options: Options) -> None:
         tags=["nev", "image-text", "locked-text-tuning", "embeddings"],
         eval_results=results or None,
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{render_card(spec, form, options)}")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{render_card(spec, form, options, plain)}")
     card.save(folder / "README.md")
 
 
@@ -60,7 +63,7 @@ def _base_models(spec: ModelSpec) -> list[str]:
     return [name for name in names if name.count("/") == 1 and not name.startswith((".", "/", "~"))]
 
 
-def render_card(spec: ModelSpec, form: str, options: Options) -> str:
+def render_card(spec: ModelSpec, form: str, options: Options, plain: bool = True) -> str:
     """The text of the card. Locations of the training's data and folders are not part of it."""
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("nev.export.templates").joinpath("card.md").read_text(encoding="utf-8"))
@@ -75,6 +78,7 @@ def render_card(spec: ModelSpec, form: str, options: Options) -> str:
         spec=spec,
         form=form,
         options=options,
+        plain=plain,
         training=training,
         rows=rows,
         version=__version__,

@@ -18,6 +18,7 @@ from nev.export.parts import (
     Options,
     compare,
     embed_squares,
+    make_image_processor,
     normalise_squares,
     picture_limit,
     sample_pictures,
@@ -46,8 +47,6 @@ def write(model: Model, folder: Path, options: Options) -> list[Check]:
 
 def write_vision(model: Model, folder: Path) -> None:
     """Write the vision tower: config, weights, image processor, and the code for those without nev."""
-    from transformers import CLIPImageProcessor
-
     folder.mkdir(parents=True, exist_ok=True)
     spec = model.spec
     vision = {**spec.vision.model_dump(mode="json"), "pretrained": False, "weights": None}
@@ -56,12 +55,5 @@ def write_vision(model: Model, folder: Path) -> None:
     config.save_pretrained(folder)
     state = {f"encoder.{name}": tensor.contiguous().cpu() for name, tensor in model.vision.state_dict().items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-    # The nearest of transformers: it resizes before it crops, and nev crops before it resizes.
-    processor = CLIPImageProcessor(
-        size={"shortest_edge": spec.image_size},
-        crop_size={"height": spec.image_size, "width": spec.image_size},
-        image_mean=list(spec.mean),
-        image_std=list(spec.std),
-    )
-    processor.save_pretrained(folder)
+    make_image_processor(spec).save_pretrained(folder)
     (folder / "modeling_nev.py").write_text(make_modeling_file(__version__), encoding="utf-8")

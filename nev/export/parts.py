@@ -102,6 +102,19 @@ def normalise_squares(model: Model, squares: NDArray[np.uint8]) -> Floats:
     return np.ascontiguousarray(((squares / np.float32(255) - mean) / std).transpose(0, 3, 1, 2), np.float32)
 
 
+def make_image_processor(spec: ModelSpec) -> Any:
+    """The image processor of transformers that shows the tower the same pixels as nev does.
+
+    Only Perceiver's cuts the centre square out *before* it resizes, as the evaluation view does. The numbers are the model's own.
+    """
+    from transformers import PerceiverImageProcessor
+
+    side = {"height": spec.image_size, "width": spec.image_size}
+    return PerceiverImageProcessor(
+        size=side, crop_size=side, image_mean=list(spec.mean), image_std=list(spec.std), do_convert_rgb=True
+    )
+
+
 def write_spec(model: Model, folder: Path, weights: dict[str, dict[str, str]], text_folder: str | None) -> ModelSpec:
     """Write `nev.json`: the model without the paths of this machine.
 
