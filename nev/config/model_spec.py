@@ -101,3 +101,11 @@ def read_spec(folder: Path) -> ModelSpec:
         return parse(ModelSpec, raw, where=str(file))
     except ConfigError as error:
         raise ModelError(str(error)) from error
+
+
+def find_inside(folder: Path, name: str) -> Path:
+    """A file or folder that nev.json names. Raises ModelError for a name that leads out of the folder."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ModelError(f"{folder / SPEC_FILE}: {name!r} leads out of its folder")
+    return path

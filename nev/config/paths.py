@@ -33,7 +33,7 @@ def with_absolute_paths(config: Experiment) -> Experiment:
 
     data = config.data.model_copy(update={"train": absolute(config.data.train), "val": absolute(config.data.val)})
     vision = config.vision
-    if vision.weights and Path(vision.weights).suffix:  # else the name of a package
+    if vision.weights and (Path(vision.weights).suffix or Path(vision.weights).expanduser().is_dir()):  # no package
         vision = vision.model_copy(update={"weights": absolute(vision.weights)})
     text, evaluation = config.text, config.eval
     if Path(text.encoder).expanduser().is_dir():  # else the name of a package, or a name on the hub

@@ -126,12 +126,20 @@ def write_spec(model: Model, folder: Path, weights: dict[str, dict[str, str]], t
     )
     if vision.lock and not vision.weights:  # timm's own, by the trunk's name
         vision = vision.model_copy(update={"weights": vision.trunk})
-    text = spec.text.model_copy(update={"encoder": BESIDE + text_folder, "revision": None} if text_folder else {})
+    text = spec.text
+    if text_folder:
+        text = text.model_copy(update={"encoder": BESIDE + text_folder, "revision": None})
+    elif (
+        text.encoder.startswith((".", "/", "~")) or Path(text.encoder).is_dir()
+    ):  # `nev.load(..., text=...)` says where
+        text = text.model_copy(update={"encoder": PurePath(text.encoder).name})
+    # A text tower that was trained is not the one that its name brings.
+    trained = spec.training is not None and spec.training.settings.get("lock", "text") != "text"
     changes = {
         "vision": vision if vision.lock else vision.model_copy(update={"weights": None}),
         "text": text.model_copy(update={"trust_remote_code": False}),
         "weights": weights,
-        "text_fingerprint": model.text.fingerprint if text_folder else spec.text_fingerprint,
+        "text_fingerprint": model.text.fingerprint if text_folder or trained else spec.text_fingerprint,
     }
     written = spec.model_copy(update=changes)
     raw = json.dumps(written.model_dump(mode="json"), indent=1)

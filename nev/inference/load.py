@@ -12,18 +12,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from nev.common.errors import first_few
 from nev.config.base import ConfigError
 from nev.config.model import Text
-from nev.config.model_spec import BESIDE, SPEC_FILE, ModelError, ModelSpec, read_spec
+from nev.config.model_spec import BESIDE, SPEC_FILE, ModelError, ModelSpec, find_inside, read_spec
 from nev.inference.checkpoints import ChooseText, Opened, find_checkpoint, read_checkpoint
 from nev.inference.model import Model
 from nev.inference.released import find_released, read_released
 from nev.models.image_encoder import ImageEncoder, build_image_encoder
 from nev.models.text import TextTower, load_text
-from nev.models.weights import read_weights
+from nev.models.tower_weights import read_exported_weights
 from nev.ops.onednn import use_onednn
 from nev.storage.files import filesystem, is_local, list_files, local_copy, storage_errors_as
 
@@ -122,7 +121,7 @@ def _open_folder(folder: Path, where: str, choose: ChooseText) -> Opened:
         raise ModelError(f"{where} is no model of nev: {_describe(folder)}")
     text = choose(spec.text)
     if text.encoder.startswith(BESIDE) and text.encoder == spec.text.encoder:
-        text = text.model_copy(update={"encoder": str(_inside(folder, text.encoder))})
+        text = text.model_copy(update={"encoder": str(find_inside(folder, text.encoder))})
     return spec, encoder, partial(_load_text, text, spec)
 
 
@@ -147,26 +146,12 @@ def read_exported(folder: Path, spec: ModelSpec) -> ImageEncoder:
             f"{folder} has no PyTorch weights: it is an export for another runtime. Its README says how to call it; `nev export "
             "--format hf` writes what nev.load opens"
         )
-    encoder, state = build_image_encoder(spec.vision, spec.image_size, spec.width), dict[str, Tensor]()
+    encoder = build_image_encoder(spec.vision, spec.image_size, spec.width)
     try:
-        for file, names in spec.weights.items():
-            for name, tensor in read_weights(_inside(folder, file)).items():
-                prefix = max((prefix for prefix in names if name.startswith(prefix)), key=len, default=None)
-                if prefix is None:
-                    raise ModelError(f"{folder / file}: unknown tensor {name!r}")
-                state[names[prefix] + name.removeprefix(prefix)] = tensor
-        encoder.load_state_dict(state)
+        encoder.load_state_dict(read_exported_weights(folder, spec.weights))
     except (ConfigError, RuntimeError) as error:
         raise ModelError(f"{folder} is not whole: {error}. Copy or export the model again.") from error
     return encoder
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """A file or folder that nev.json names. Raises ModelError for a name that leads out of the folder."""
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ModelError(f"{folder / SPEC_FILE}: {name!r} leads out of its folder")
-    return path
 
 
 def _load_text(text: Text, spec: ModelSpec) -> TextTower:

@@ -21,17 +21,29 @@ from nev.config.model_spec import ModelError, ModelSpec
 from nev.models.image_encoder import ImageEncoder, build_image_encoder
 from nev.models.nomic import RELEASED_MARK, from_released
 from nev.models.prompts import list_prompts
-from nev.models.weights import read_weights
+from nev.models.weights import FOLDER_FILES, read_weights
 
-FILES = ("model.safetensors", "pytorch_model.bin")
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 TRUNK = "eva02_base_patch14_224"  # timm's architecture, of which all sizes are arguments
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# What nev's tower computes. A config.json that says something else is of another model, even where the tensors fit.
+COMPUTED: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("swiglu",),
+    "prenorm": (True,),
+    "layer_norm_epsilon": (1e-6,),
+    "use_rotary_pos_emb": (True,),
+    "rotary_emb_fraction": (0,),
+    "use_rms_norm": (False, None),
+    "parallel_block": (False,),
+    "causal": (False,),
+    "global_pool": (None,),
+}
 LOGIT_SCALE = 100.0  # not in the released files; CLIP's bound, where training ends up
 
 
 def find_released(folder: Path) -> Path | None:
     """The file of weights in the released layout; None for a folder without one. Only names of tensors are read."""
-    for file in (folder / name for name in FILES):
+    for file in (folder / name for name in FOLDER_FILES):
         if file.is_file() and RELEASED_MARK in _tensor_names(file):
             return file
     return None
@@ -50,27 +62,29 @@ def _tensor_names(file: Path) -> set[str]:
 def read_released(file: Path, name: str) -> tuple[ModelSpec, ImageEncoder]:
     """Read released weights: what they are, and the encoder, on the CPU. name: of the model, which tells v1 from v1.5.
 
-    Raises ModelError where tensors are missing, or do not fit one another.
+    Raises ModelError where tensors or config.json are missing, do not fit one another, or are of another model.
     """
-    weights = read_weights(file)
     try:
+        weights = read_weights(file)
+        state = from_released(weights)
         spec = describe_released(weights, file.parent, name)
         encoder = build_image_encoder(spec.vision, spec.image_size, spec.width)
-        encoder.load_state_dict(from_released(weights))
-    except (ValueError, RuntimeError, KeyError) as error:
+        encoder.load_state_dict(state)
+    except (ValueError, RuntimeError, LookupError, ArithmeticError) as error:
         raise ModelError(f"{file} is not a whole nomic-embed-vision: {error}") from error
     return spec, encoder
 
 
 def describe_released(weights: dict[str, Tensor], folder: Path, name: str) -> ModelSpec:
     """What released weights are, by the shapes of the tensors, config.json and preprocessor_config.json."""
-    config, pixels = _read_json(folder / "config.json"), _read_json(folder / "preprocessor_config.json")
+    config, pixels = _read_json(folder / CONFIG), _read_json(folder / PROCESSOR)
     width = weights["embeddings.cls_token"].shape[-1]
     depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("layers."))
     patch = isqrt(weights["embeddings.proj.weight"].shape[1] // 3)
     side = isqrt(weights["embeddings.pos_embed"].shape[1] - 1)
-    heads = int(config.get("n_head") or config.get("num_attention_heads") or max(1, width // 64))
     hidden = weights["layers.0.mlp.fc11.weight"].shape[0]
+    _check_config(config, {"n_embd": width, "n_layer": depth, "patch_size": patch, "img_size": side * patch})
+    heads, reference, ratio = int(config["n_head"]), config.get("ref_feat_shape") or side, hidden / width
     vision = Vision(
         trunk=TRUNK,
         trunk_args={
@@ -78,8 +92,8 @@ def describe_released(weights: dict[str, Tensor], folder: Path, name: str) -> Mo
             "embed_dim": width,
             "depth": depth,
             "num_heads": heads,
-            "mlp_ratio": hidden / width,
-            "ref_feat_shape": [side, side],
+            "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,  # timm rounds down
+            "ref_feat_shape": [reference] * 2 if isinstance(reference, int) else list(reference),
         },
         final_norm=False,
         pool="nomic",
@@ -100,6 +114,18 @@ def describe_released(weights: dict[str, Tensor], folder: Path, name: str) -> Mo
         prompts=list_prompts(text.prefix),
         logit_scale=LOGIT_SCALE,
     )
+
+
+def _check_config(config: dict[str, Any], sizes: dict[str, int]) -> None:
+    """Raise ConfigError for a config.json that is absent, or that is not of these weights. sizes: of the tensors."""
+    if "n_head" not in config:
+        raise ConfigError(f"{CONFIG} with n_head is missing, and the tensors do not tell the number of attention heads")
+    wrong = [
+        f"{key} {config[key]!r}" for key, allowed in COMPUTED.items() if key in config and config[key] not in allowed
+    ]
+    wrong += [f"{key} {config[key]!r} for {size}" for key, size in sizes.items() if config.get(key, size) != size]
+    if wrong:
+        raise ConfigError(f"its {CONFIG} has {', '.join(wrong)}: it is of another model than the weights")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

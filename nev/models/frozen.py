@@ -23,8 +23,8 @@ from nev.config.model import Vision
 from nev.models.digests import weight_digests
 from nev.models.heads import build_head
 from nev.models.pools import build_pool
+from nev.models.tower_weights import TRUNK, cut_prefix, read_tower_file
 from nev.models.trunk import build_trunk, encode_images, fit_trunk_weights
-from nev.models.weights import read_weights
 from nev.ops.onednn import use_onednn
 
 LEAST_DEVIATION = 1e-6  # a feature that varies less over the training set is 0 when it is standardised
@@ -130,10 +130,8 @@ def load_frozen_trunk(
     trunk = build_trunk(settings, image_size)
     pool = build_pool(config, trunk)[0] if config.keep == "pooled" else nn.Identity()
     if state is None and config.weights:
-        state = read_weights(config.weights)
-        if any(name.startswith("vision.trunk.") for name in state):  # the model of a checkpoint of nev
-            prefix = "vision.trunk."
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        weights = read_tower_file(config.weights)
+        state = cut_prefix(TRUNK, weights.state) if weights.whole else weights.state
     if state is not None:
         trunk.load_state_dict(fit_trunk_weights(trunk, state, config))
     use_onednn(trunk)
@@ -174,6 +172,21 @@ def build_feature_head(
     head = FeatureHead(pool, build_head(config, features, width), made, width)
     use_onednn(head)
     return head
+
+
+def read_head_weights(config: Vision, image_size: int, shape: Sequence[int], width: int) -> dict[str, Tensor] | None:
+    """Weights of the layers behind a locked trunk from the whole tower in `config.weights`, with the statistics of its features.
+
+    None where `weights` has a trunk alone, or other layers behind it than `build_feature_head` builds.
+    """
+    weights = read_tower_file(config.weights) if config.weights else None
+    if weights is None or not weights.whole:
+        return None
+    with torch.device("meta"):
+        head = build_feature_head(config, image_size, shape, width)
+    state = {name: tensor for name, tensor in weights.state.items() if not name.startswith(TRUNK)}
+    there, here = ({name: tensor.shape for name, tensor in side.items()} for side in (state, head.state_dict()))
+    return state if there == here else None
 
 
 def describe_features(config: Vision, image_size: int) -> tuple[int, ...]:

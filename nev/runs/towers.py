@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.file import parse
 from nev.config.paths import with_absolute_paths
 from nev.models.frozen import FeatureHead, FrozenTower, FrozenTrunk, build_feature_head, load_frozen_trunk
 from nev.models.text import TextTower, load_text
+from nev.models.tower_weights import cut_prefix
 from nev.models.vision import VisionTower, build_vision
 from nev.runs.checkpoint import TRUNK_FILE, load_model, load_tensors
 from nev.runs.manifest import CheckpointError, read_manifest
@@ -67,7 +66,7 @@ def load_vision(location: str, config: Experiment, text_width: int) -> VisionTow
     settings = config.vision.model_copy(update={"pretrained": False, "weights": None})
     vision = build_vision(settings, config.data.image_size, text_width)
     _, weights = load_model(location)
-    vision.load_state_dict(_below("vision.", weights))
+    vision.load_state_dict(cut_prefix("vision.", weights))
     return vision
 
 
@@ -98,7 +97,7 @@ def load_feature_head(location: str, config: Experiment, text_width: int, shape:
     """The layers behind the locked trunk of a checkpoint, on the CPU. shape: of one picture's features."""
     head = build_feature_head(config.vision, config.data.image_size, shape, text_width)
     _, weights = load_model(location)
-    head.load_state_dict(_below("vision.", weights))
+    head.load_state_dict(cut_prefix("vision.", weights))
     return head
 
 
@@ -110,9 +109,5 @@ def load_text_tower(location: str, config: Experiment) -> TextTower:
     tower = load_text(config.text)
     if config.lock != "text":
         _, weights = load_model(location)
-        tower.model.load_state_dict(_below("text.model.", weights))
+        tower.model.load_state_dict(cut_prefix("text.model.", weights))
     return tower
-
-
-def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -211,8 +211,9 @@ def hash_trial(experiment: Experiment, data: str) -> str:
     """sha256 of everything that a trial's result depends on: its settings, its data, and its initial weights."""
     content = experiment.model_dump(mode="json", exclude=IRRELEVANT_SETTINGS)
     if weights := experiment.vision.weights:
-        file = Path(weights).expanduser()
-        content["weights"] = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else weights
+        place = Path(weights).expanduser()
+        files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
+        content["weights"] = "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files) or weights
     return hashlib.sha256(json.dumps([content, data], sort_keys=True).encode()).hexdigest()
 
 

@@ -27,6 +27,7 @@ class Job:
     validation: None for a run without a validation set.
     features: shape of one picture's features under a locked trunk, (F,) or (T, F); None for a trained trunk.
     statistics: of these features, float32 [2, F]; None where they are not standardised.
+    head_given: the head behind a locked trunk starts from `vision.weights`, which has a whole tower that fits; else it is random.
     fingerprints: hashes of the data, the plan, the text tower and a locked trunk, by the names data, plan, text, trunk.
     canaries: vectors of `nev.models.lock.CANARIES` from the text tower before training, float32 [8, D]; None for a locked
     text tower.
@@ -43,6 +44,7 @@ class Job:
     fingerprints: dict[str, str]
     features: tuple[int, ...] | None = None
     statistics: NDArray[np.float32] | None = None
+    head_given: bool = False
     canaries: NDArray[np.float32] | None = None
 
     def validates(self, step: int) -> bool:

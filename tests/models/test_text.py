@@ -11,14 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from helpers.nomic import (
+    WORDS,
+    TextSizes,
+    layer_norm_unit,
+    native_text_config,
+    text_by_hand,
+    write_released_text,
+    write_tokenizer,
+)
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
-from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer
-from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel
 
 from nev.config.base import ConfigError
 from nev.config.model import Text
@@ -26,8 +29,7 @@ from nev.models import text as text_module
 from nev.models.lock import CANARIES, TextMoved, check_locked, embed_canaries, take_lock
 from nev.models.text import MINILM, load_text, text_width
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "search", "_", "query", ":", "a", "red", "dog", "on", "snow", "cat", "."]
-DIM, HEADS, LAYERS, HIDDEN = 24, 2, 2, 40
+SIZES = TextSizes(hidden=40)
 
 
 @pytest.fixture(autouse=True)
@@ -42,87 +44,23 @@ def minilm():
     return load_text(Text())
 
 
-def write_tokenizer(folder):
-    tokenizer = Tokenizer(WordPiece({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.normalizer = BertNormalizer()
-    tokenizer.pre_tokenizer = BertPreTokenizer()
-    tokenizer.post_processor = TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def nomic_folder(tmp_path_factory):
     """A tiny encoder in the files and names of nomic-embed-text-v1.5, its pointer to remote code included."""
     folder = tmp_path_factory.mktemp("nomic_text")
-    write_tokenizer(folder)
-    config = {
-        "model_type": "nomic_bert",
-        "architectures": ["NomicBertModel"],
-        "auto_map": {"AutoModel": "modeling_hf_nomic_bert.NomicBertModel"},  # no such file: running it would fail
-        "vocab_size": len(WORDS),
-        "hidden_size": DIM,
-        "num_attention_heads": HEADS,
-        "num_hidden_layers": LAYERS,
-        "intermediate_size": HIDDEN,
-        "max_position_embeddings": 128,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    shapes = {
-        "embeddings.word_embeddings.weight": (len(WORDS), DIM),
-        "embeddings.token_type_embeddings.weight": (2, DIM),
-        "emb_ln.weight": (DIM,),
-        "emb_ln.bias": (DIM,),
-    }
-    for layer in (f"encoder.layers.{n}" for n in range(LAYERS)):
-        shapes |= {f"{layer}.attn.Wqkv.weight": (3 * DIM, DIM), f"{layer}.attn.out_proj.weight": (DIM, DIM)}
-        shapes |= {f"{layer}.mlp.{part}.weight": (HIDDEN, DIM) for part in ("fc11", "fc12")}
-        shapes |= {f"{layer}.mlp.fc2.weight": (DIM, HIDDEN)}
-        shapes |= {f"{layer}.{norm}.{leaf}": (DIM,) for norm in ("norm1", "norm2") for leaf in ("weight", "bias")}
-    draw = torch.Generator().manual_seed(0)
-    weights = {name: torch.randn(shape, generator=draw) * 0.4 for name, shape in shapes.items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_released_text(folder, SIZES, native_text_config(SIZES))
     return folder
-
-
-def nomic_by_hand(w, ids):
-    """One text's token ids -> mean of its last states, [DIM], as the released `NomicBertModel` computes them."""
-
-    def norm(x, name):
-        return F.layer_norm(x, (DIM,), w[f"{name}.weight"], w[f"{name}.bias"], 1e-12)
-
-    inverse = 1000.0 ** -(torch.arange(0, DIM // HEADS, 2, dtype=torch.float64) / (DIM // HEADS))
-    angle = (torch.arange(len(ids), dtype=torch.float64)[:, None] * inverse).repeat(1, 2)
-
-    def rotary(x):
-        low, high = x.chunk(2, -1)
-        return x * angle.cos() + torch.cat([-high, low], -1) * angle.sin()
-
-    x = w["embeddings.word_embeddings.weight"][ids] + w["embeddings.token_type_embeddings.weight"][0]
-    x = norm(x, "emb_ln")
-    for layer in (f"encoder.layers.{n}" for n in range(LAYERS)):
-        qkv = (x @ w[f"{layer}.attn.Wqkv.weight"].T).chunk(3, -1)
-        q, k, v = (part.view(len(ids), HEADS, -1).transpose(0, 1) for part in qkv)
-        scores = rotary(q) @ rotary(k).transpose(1, 2) / math.sqrt(DIM // HEADS)
-        mixed = (scores.softmax(-1) @ v).transpose(0, 1).reshape(len(ids), DIM)
-        x = norm(x + mixed @ w[f"{layer}.attn.out_proj.weight"].T, f"{layer}.norm1")
-        gated = (x @ w[f"{layer}.mlp.fc11.weight"].T) * F.silu(x @ w[f"{layer}.mlp.fc12.weight"].T)
-        x = norm(x + gated @ w[f"{layer}.mlp.fc2.weight"].T, f"{layer}.norm2")
-    return x.mean(0)
 
 
 def test_nomic_text_prefix_mean_layer_norm_by_hand(nomic_folder):
     config = Text(encoder=str(nomic_folder), prefix="search_query: ", layer_norm=True)
     tower = load_text(config)
-    assert tower.width == text_width(config) == DIM
+    assert tower.width == text_width(config) == SIZES.dim
     out = tower.encode(["a red dog on snow.", "cat", ""])
-    weights = {name: tensor.double() for name, tensor in load_file(nomic_folder / "model.safetensors").items()}
+    weights = load_file(nomic_folder / "model.safetensors")
     for row, words in zip(out, ["a red dog on snow .", "cat", ""], strict=True):
-        sentence = f"[CLS] search _ query : {words} [SEP]".split()
-        mean = nomic_by_hand(weights, torch.tensor([WORDS.index(word) for word in sentence]))
-        centred = mean - mean.mean()
-        scaled = centred / (centred.square().mean() + 1e-5).sqrt()
-        np.testing.assert_allclose(row, scaled / scaled.norm(), rtol=0, atol=1e-6)
+        mean = text_by_hand(weights, f"[CLS] search _ query : {words} [SEP]", SIZES)
+        np.testing.assert_allclose(row, layer_norm_unit(mean), rtol=0, atol=1e-6)
 
 
 def test_each_part_of_the_recipe_changes_the_vectors(nomic_folder):

@@ -120,6 +120,7 @@ def check_inputs(config: Experiment, text: TextTower, errors: ErrorCollector | N
 
     errors = ErrorCollector() if errors is None else errors
     checkpoint = training = validation = trunk = statistics = None
+    head_given = False
     steps: list[int] = []
     if not errors:  # an output that was refused would be reported again
         with errors:
@@ -132,6 +133,7 @@ def check_inputs(config: Experiment, text: TextTower, errors: ErrorCollector | N
     with errors:
         if config.vision.lock:
             trunk = check_trunk(config, text.width)
+            head_given = checkpoint is None and brings_head(config, trunk, text.width)
         elif checkpoint is None:  # a run that continues needs neither the hub nor a file of weights
             check_vision(config.vision, config.data.image_size, text.width, locked=config.lock == "image")
     with errors:
@@ -151,7 +153,7 @@ def check_inputs(config: Experiment, text: TextTower, errors: ErrorCollector | N
         fingerprints["trunk"] = trunk.fingerprint
     if checkpoint:
         refuse_other_run(config, fingerprints, checkpoint)
-    return Inputs(index, plan, fingerprints, trunk, statistics, validation, checkpoint, steps)
+    return Inputs(index, plan, fingerprints, trunk, statistics, head_given, validation, checkpoint, steps)
 
 
 def check_trunk(config: Experiment, text_width: int) -> TrunkFacts:
@@ -163,6 +165,13 @@ def check_trunk(config: Experiment, text_width: int) -> TrunkFacts:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         check_head_memory(config.vision, config.data.image_size, trunk.shape, text_width, memory)
     return TrunkFacts(trunk.fingerprint, trunk.shape)
+
+
+def brings_head(config: Experiment, trunk: TrunkFacts, text_width: int) -> bool:
+    """Whether `vision.weights` holds a whole tower whose head fits behind the locked trunk."""
+    from nev.models.frozen import read_head_weights
+
+    return read_head_weights(config.vision, config.data.image_size, trunk.shape, text_width) is not None
 
 
 def check_features(config: Experiment, trunk: TrunkFacts, index: Index) -> NDArray[np.float32] | None:

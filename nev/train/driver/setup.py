@@ -25,7 +25,7 @@ from nev.train.job import Job
 if TYPE_CHECKING:
     from nev.models.text import TextTower
 
-TRUNK_LOCKED = ", the trunk is locked"
+TRUNK_LOCKED, HEAD_GIVEN = ", the trunk is locked", ", its head starts from vision.weights"
 TRAINED = {"text": "", "image": ", the text tower alone is trained", "none": ", both towers are trained"}  # by `lock`
 
 
@@ -38,6 +38,7 @@ class Inputs:
     fingerprints: as `Job` has them.
     trunk: a locked trunk; None where the trunk is trained.
     statistics: of the trunk's features, float32 [2, F]; None where they are not standardised.
+    head_given: as `Job` has it.
     validation: None for a run without a validation set.
     checkpoint: the newest valid checkpoint, every byte verified, with its manifest; None for a new run.
     steps: the steps of all checkpoints, the damaged ones included, before they were verified.
@@ -48,6 +49,7 @@ class Inputs:
     fingerprints: dict[str, str]
     trunk: TrunkFacts | None
     statistics: NDArray[np.float32] | None
+    head_given: bool
     validation: Validation | None
     checkpoint: LatestValid | None
     steps: list[int]
@@ -76,6 +78,7 @@ def make_job(config: Experiment, text: TextTower, inputs: Inputs, stop_after: in
         fingerprints=inputs.fingerprints,
         features=inputs.trunk.shape if inputs.trunk else None,
         statistics=inputs.statistics,
+        head_given=inputs.head_given,
         canaries=None if config.lock == "text" else embed_canaries(text),
     )
 
@@ -135,5 +138,5 @@ def describe_run(job: Job, start_step: int) -> str:
     left = f", {plan.tail_rows:,} rows left over" if plan.tail_rows else ""
     return (
         f"{job.config.name}: {plan.total_rows:,} rows, {plan.steps_per_epoch:,} steps an epoch{left}; "
-        f"{steps}{TRAINED[job.config.lock]}{TRUNK_LOCKED if job.features else ''}"
+        f"{steps}{TRAINED[job.config.lock]}{TRUNK_LOCKED if job.features else ''}{HEAD_GIVEN if job.head_given else ''}"
     )

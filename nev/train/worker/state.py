@@ -15,7 +15,7 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.losses.fused import unsupported_reason
 from nev.models.dual_encoder import DualEncoder
-from nev.models.frozen import FeatureHead, FrozenTrunk, build_feature_head, load_same_trunk
+from nev.models.frozen import FeatureHead, FrozenTrunk, build_feature_head, load_same_trunk, read_head_weights
 from nev.models.precision import Precision
 from nev.models.text import TextTower, load_text, make_text_encoder
 from nev.models.text_encoder import unlock
@@ -145,7 +145,17 @@ def build_trained_vision(job: Job, resumed: bool) -> VisionTower | FeatureHead:
     """The vision tower of a job with its first weights; the layers behind a locked trunk, where the trunk is locked."""
     config = job.config
     if job.features:
-        return build_feature_head(config.vision, config.data.image_size, job.features, job.text_width, job.statistics)
+        place = (config.vision, config.data.image_size, job.features, job.text_width)
+        head = build_feature_head(*place, job.statistics)
+        if job.head_given and not resumed:
+            weights = read_head_weights(*place)
+            if weights is None:
+                raise ConfigError(
+                    f"vision.weights {config.vision.weights}: on this node it has no head that fits, and the driver's has. "
+                    "Install the same everywhere."
+                )
+            head.load_state_dict(weights)
+        return head
     settings = config.vision.model_copy(update={"pretrained": False, "weights": None}) if resumed else config.vision
     return build_vision(settings, config.data.image_size, job.text_width)
 
