@@ -44,5 +44,8 @@ def main(
         for check in done.checks:
             table.add_row(check.consumer, check.what, f"{check.difference:.1e}", f"{check.gap:.1e}")
         console.print(table)
+        for check in done.checks:
+            if check.left_out:
+                console.print(f"left out    {check}", highlight=False, soft_wrap=True, markup=False)
         size = f"{done.bytes / 2**20:,.1f} MiB, {done.seconds:.0f} s"
         console.print(f"{form:<11} {done.location} ({size})", highlight=False, soft_wrap=True, markup=False)

@@ -26,7 +26,7 @@ def quiet() -> None:
     """Let libraries log errors only. Of MLflow critical errors only, since nev reports MLflow's exceptions itself."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    for name in ("ray", "alembic", "httpx", "transformers"):
+    for name in ("ray", "alembic", "httpx", "transformers", "onnxscript"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(ray|mlflow|timm|transformers)")

@@ -66,7 +66,7 @@ def export(model: Model, name: str, location: str, options: Options) -> Exported
     began = time.perf_counter()
     with storage_errors_as(location, "written"), whole_folder(location) as folder, quiet_transformers():
         checks: list[Check] = importlib.import_module(form.module).write(model, folder, options)
-        if bad := [check for check in checks if not check.passed]:
+        if bad := [check for check in checks if not (check.passed or check.left_out)]:
             raise ModelError(
                 f"format {name}: the vectors are not the model's: {'; '.join(map(str, bad))}. Nothing was written."
             )

@@ -42,6 +42,7 @@ class Check(NamedTuple):
     consumer: the tool. what: the part that was compared.
     difference: largest difference of any number of a unit vector. gap: largest 1 - cosine.
     limit: of `gap` where `by_cosine`, else of `difference`.
+    left_out: what was compared did not pass, and is not part of the export.
     """
 
     consumer: str
@@ -50,6 +51,7 @@ class Check(NamedTuple):
     gap: float
     limit: float
     by_cosine: bool = False
+    left_out: bool = False
 
     @property
     def passed(self) -> bool:

@@ -1,0 +1,83 @@
+"""`reader.py` of an export: it sees the pixels that nev sees, and refuses what is no picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.models import SIZE
+from helpers.pictures import encoded, photo
+from PIL import Image
+
+from nev.config.data import Limits
+from nev.export.templates import reader
+from nev.inference.pictures import read_square
+
+
+def png(mode: str, **options: Any) -> bytes:
+    return encoded(photo(5, 70, 45).convert(mode), "PNG", **options)
+
+
+PICTURES: dict[str, Callable[[], bytes]] = {
+    "colour": lambda: png("RGB"),
+    "grey": lambda: png("L"),
+    "palette": lambda: png("P"),
+    "palette, clear": lambda: png("P", transparency=3),
+    "grey, clear": lambda: encoded(Image.merge("LA", photo(6, 50, 70).split()[:2]), "PNG"),
+    "16 bits": lambda: encoded(Image.fromarray(np.arange(60 * 50, dtype=np.uint16).reshape(60, 50) * 20), "PNG"),
+    "one bit": lambda: png("1"),
+    "CMYK": lambda: encoded(photo(7, 64, 48).convert("CMYK"), "TIFF"),
+    "as large as the square": lambda: encoded(photo(8, SIZE, SIZE), "PNG"),
+    "smaller": lambda: encoded(photo(9, 9, 12), "PNG"),
+    "torn EXIF": lambda: encoded(photo(10, 50, 40), "PNG", exif=b"Exif\0\0II*\0\xff\xff"),
+}
+IMAGE = {"size": SIZE, "max_bytes": 2**20, "max_pixels": 10**6}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_the_reader_sees_the_pixels_that_nev_sees(name: str) -> None:
+    data = PICTURES[name]()
+    expected = read_square(data, SIZE, Limits())
+    assert not expected.reason
+    assert abs(reader.read_square(data, IMAGE).astype(int) - expected.pixels).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF"])
+def test_the_reader_turns_pictures_as_nev_does(orientation: int, form: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(photo(11, 70, 44), form, exif=exif, **({"quality": 95} if form == "JPEG" else {}))
+    difference = abs(reader.read_square(data, IMAGE).astype(int) - read_square(data, SIZE, Limits()).pixels)
+    assert difference.max() <= (4 if form == "JPEG" else 1)  # two builds of libjpeg
+
+
+def test_real_photographs_are_read_alike(data_folder: Path) -> None:
+    files = sorted((data_folder / "imagenet_sample").glob("*.JPEG"))[:24]
+    config = {**IMAGE, "size": 224, "max_bytes": 2**25, "max_pixels": 10**8}
+    for file in files:
+        difference = abs(reader.read_square(file, config).astype(int) - read_square(file, 224, Limits()).pixels)
+        assert difference.mean() < 0.5
+        assert difference.max() <= 8
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (b"no picture", "not a picture"),
+        (b"", "not a picture"),
+        (encoded(photo(0), "EPS"), "not a picture"),
+        (encoded(photo(0), "PNG")[:60], "not a picture"),
+        (encoded(Image.new("1", (2000, 501)), "PNG"), "2000x501 pixels, more than 1,000,000"),
+        (b"x" * (2**20 + 1), "1,048,577 bytes, more than 1,048,576"),
+        (Image.new("F", (9, 9)), "no fixed white"),
+        ("/nowhere/photo.jpg", "No such file"),
+        (7, "not a picture"),
+    ],
+)
+def test_the_reader_refuses_what_is_no_picture(source: Any, message: str) -> None:
+    with pytest.raises(reader.BadImage, match=message):
+        reader.read_square(source, IMAGE)
