@@ -104,8 +104,10 @@ def read_spec(folder: Path) -> ModelSpec:
 
 
 def find_inside(folder: Path, name: str) -> Path:
-    """A file or folder that nev.json names. Raises ModelError for a name that leads out of the folder."""
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    """A file or folder that nev.json names. Raises ModelError for a name that leads out of the folder.
+
+    Links are followed: all files in the cache of the hub are links.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ModelError(f"{folder / SPEC_FILE}: {name!r} leads out of its folder")
-    return path
+    return folder / name

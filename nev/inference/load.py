@@ -7,7 +7,6 @@ caller allows that of the text encoder.
 from __future__ import annotations
 
 import os
-import re
 from functools import partial
 from pathlib import Path
 
@@ -25,9 +24,7 @@ from nev.models.text import TextTower, load_text
 from nev.models.tower_weights import read_exported_weights
 from nev.ops.onednn import use_onednn
 from nev.storage.files import filesystem, is_local, list_files, local_copy, storage_errors_as
-
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = ["*.json", "*.safetensors", "pytorch_model.bin", "*.txt", "*.model"]  # no code is fetched
+from nev.storage.hub import HUB_NAME, fetch_model
 
 
 def load(
@@ -93,20 +90,7 @@ def _open(where: str, revision: str | None, choose: ChooseText) -> Opened:
         raise ModelError(f"{where} is a file: give the folder that it lies in")
     if not HUB_NAME.fullmatch(where):
         raise ModelError(f"{where}: no such folder")
-    return _open_folder(_fetch(where, revision), where, choose)
-
-
-def _fetch(name: str, revision: str | None) -> Path:
-    """The files of a model on the hub, from the cache where they have been fetched before."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ModelError(
-            f"{name}: there is no such folder, and it cannot be fetched from the hub ({str(error).splitlines()[0]})"
-        ) from error
+    return _open_folder(fetch_model(where, revision), where, choose)
 
 
 def _open_folder(folder: Path, where: str, choose: ChooseText) -> Opened:

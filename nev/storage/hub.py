@@ -1,0 +1,72 @@
+"""The Hugging Face hub: the files of a model, and what the hub's errors mean.
+
+HF_ENDPOINT names another hub, HF_TOKEN or `hf auth login` the user, HF_HUB_OFFLINE=1 leaves the cache alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nev.config.model_spec import ModelError
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+FILES = ["*.json", "*.safetensors", "pytorch_model.bin", "*.txt", "*.model"]  # no code is fetched
+LOG_IN = "`hf auth login`, or HF_TOKEN"
+
+
+def fetch_model(name: str, revision: str | None) -> Path:
+    """The folder of a model's files in the cache, with what has changed on the hub. Without the hub: what the cache has.
+
+    revision: branch, tag or commit. None: the default branch.
+    Raises ModelError for what is neither on the hub nor in the cache.
+    """
+    from huggingface_hub import snapshot_download
+
+    with hub_errors_as(f"{name}: there is no such folder, and it cannot be fetched from the hub", name):
+        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+
+
+@contextmanager
+def hub_errors_as(what: str, name: str) -> Iterator[None]:
+    """Turn an error of the hub into a ModelError, which says what is wrong and what to do.
+
+    what: begins the message. name: of the model. The body calls huggingface_hub, and nothing else.
+    """
+    try:
+        yield
+    except Exception as error:  # huggingface_hub, httpx, hf_xet and I/O each raise their own
+        raise ModelError(f"{what}: {explain(error, name)}") from error
+
+
+def explain(error: BaseException, name: str) -> str:
+    """What an error of the hub means for a model, and what to do."""
+    from huggingface_hub import constants, errors
+
+    cause, status = error.__cause__, getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.IncompleteSnapshotError) and cause:
+        return f"the copy in the cache is not whole, and {explain(cause, name)}"
+    if isinstance(error, errors.LocalEntryNotFoundError) and cause:
+        return explain(cause, name)
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, so the hub is not asked"
+    if isinstance(error, errors.GatedRepoError):
+        return f"its files are gated: accept the terms at {constants.ENDPOINT}/{name}, and log in ({LOG_IN})"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "it has no such revision"
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return f"nobody is logged in: {LOG_IN}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"the hub has no such model, or none that you may see: check the name, and for a private one log in ({LOG_IN})"
+    if status == 401:
+        return f"the token is not valid: {LOG_IN}"
+    if status == 403:
+        return f"the token has no right to do this: take one with write access to {name.partition('/')[0]} ({LOG_IN})"
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if status is not None or isinstance(error, ValueError):
+        return f"the hub refuses: {said}"
+    return (
+        f"{constants.ENDPOINT} cannot be reached, or does not answer as the hub does ({type(error).__name__}: {said})"
+    )
