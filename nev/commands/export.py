@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nev.common.cli import report_errors
+from nev.config.model_spec import ModelError
 
 EXAMPLE = "--checkpoint runs/quickstart --format sentence-transformers --output quickstart-st"
 
@@ -30,14 +31,25 @@ def main(
     license: Annotated[
         str | None, typer.Option("--license", help="Licence of the weights for the model card, such as apache-2.0.")
     ] = None,
+    push: Annotated[
+        str | None, typer.Option("--push", help="Upload the folder to the Hugging Face hub, too: OWNER/NAME.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: a new repository is private.")] = False,
 ) -> None:
     """Export a model. What was written is opened by its consumer, and its vectors are compared with the model's."""
     with report_errors("Nothing was written."):
+        from nev.export.push import check_push
+        from nev.export.push import push as push_folder
+
+        if push:
+            check_push(push, private)
+        elif private:
+            raise ModelError("--private is for --push OWNER/NAME: give both, or neither")
         from nev.export.export import export
         from nev.export.parts import Options
         from nev.inference.load import load
 
-        done = export(load(checkpoint, device="cpu"), form, output, Options(text, license))
+        done = export(load(checkpoint, device="cpu"), form, output, Options(text, license, push))
         console, table = Console(), Table()
         for column in ("opened by", "compared", "difference", "1 - cosine"):
             table.add_column(column)
@@ -49,3 +61,7 @@ def main(
                 console.print(f"left out    {check}", highlight=False, soft_wrap=True, markup=False)
         size = f"{done.bytes / 2**20:,.1f} MiB, {done.seconds:.0f} s"
         console.print(f"{form:<11} {done.location} ({size})", highlight=False, soft_wrap=True, markup=False)
+    if push:
+        with report_errors(f"{done.location} is written, and not pushed."):
+            url = push_folder(done.location, push, private)
+            console.print(f"{'pushed':<11} {url}", highlight=False, soft_wrap=True, markup=False)

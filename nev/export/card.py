@@ -82,5 +82,6 @@ def render_card(spec: ModelSpec, form: str, options: Options, plain: bool = True
         training=training,
         rows=rows,
         version=__version__,
+        place=options.hub or "PATH",
         encoder=Path(spec.text.encoder).name if spec.text.encoder.startswith(("/", ".", "~")) else spec.text.encoder,
     )

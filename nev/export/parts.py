@@ -16,15 +16,11 @@ from nev.inference.model import Model
 from nev.ops.vectors import Floats
 
 TEXT_FOLDER = "text"
-SENTENCES = (
-    "a photo of a dog",
-    "two red circles above a blue square",
-    "",
-    "Zwei Kinder spielen im Schnee, 1999.",
-    "longer than any text encoder here reads, " * 90,
-)
+SENTENCES = ("a photo of a dog", "two red circles above a blue square", "", "Zwei Kinder spielen im Schnee, 1999.")
 FP32 = 1e-5  # largest difference of any number of a unit vector
-FROZEN = 1e-4  # the same behind a locked trunk: rounded to float16, a feature that moves by 1e-7 can move by 5e-4
+FROZEN = (
+    1e-4  # the same behind a locked trunk: its features are rounded to float16, so noise of 1e-7 can move one by 5e-4
+)
 FP16, INT8 = 1e-5, 0.02  # largest 1 - cosine
 
 
@@ -34,10 +30,12 @@ class Options:
 
     text: the text tower is written, too. False: the export names it.
     license: SPDX name of the weights' licence, for the model card; None where it is not known.
+    hub: OWNER/NAME of the repository on the hub that the folder is for, for the model card; None for no hub.
     """
 
     text: bool = True
     license: str | None = None
+    hub: str | None = None
 
 
 class Check(NamedTuple):
