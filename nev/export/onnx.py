@@ -159,7 +159,7 @@ def _make_tokenizer(model: Model) -> Tokenizer:
     """The text tower's tokenizer, which cuts at the longest text and pads to the longest of a batch by itself."""
     given = model.text.tokenizer
     tokenizer: Tokenizer = Tokenizer.from_str(given.backend_tokenizer.to_str())
-    tokenizer.enable_truncation(model.text.max_tokens, direction=given.truncation_side)
+    tokenizer.enable_truncation(model.text.longest, direction=given.truncation_side)
     tokenizer.enable_padding(
         direction=given.padding_side,
         pad_id=given.pad_token_id,
@@ -188,13 +188,15 @@ def _write_preprocessing(model: Model, folder: Path) -> None:
         "max_bytes": spec.limits.max_bytes,
         "max_pixels": spec.limits.max_pixels,
     }
-    text = {"tokenizer": TOKENIZER, "max_tokens": spec.text.max_tokens, "prompts": spec.prompts}
+    text = None
+    if files[TEXT_FOLDER]:
+        text = {"tokenizer": TOKENIZER, "max_tokens": model.text.longest, "prompts": spec.prompts}
     raw = {
         "name": spec.name,
         "width": spec.width,
         "logit_scale": spec.logit_scale,
         "image": image,
-        "text": text if files[TEXT_FOLDER] else None,
+        "text": text,
         "files": files,
     }
     (folder / PREPROCESSING).write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")

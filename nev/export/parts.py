@@ -16,11 +16,15 @@ from nev.inference.model import Model
 from nev.ops.vectors import Floats
 
 TEXT_FOLDER = "text"
-SENTENCES = ("a photo of a dog", "two red circles above a blue square", "", "Zwei Kinder spielen im Schnee, 1999.")
-FP32 = 1e-5  # largest difference of any number of a unit vector
-FROZEN = (
-    1e-4  # the same behind a locked trunk: its features are rounded to float16, so noise of 1e-7 can move one by 5e-4
+SENTENCES = (
+    "a photo of a dog",
+    "two red circles above a blue square",
+    "",
+    "Zwei Kinder spielen im Schnee, 1999.",
+    "longer than any text encoder here reads, " * 90,
 )
+FP32 = 1e-5  # largest difference of any number of a unit vector
+FROZEN = 1e-4  # the same behind a locked trunk: rounded to float16, a feature that moves by 1e-7 can move by 5e-4
 FP16, INT8 = 1e-5, 0.02  # largest 1 - cosine
 
 

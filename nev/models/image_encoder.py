@@ -70,7 +70,10 @@ def build_image_encoder(config: Vision, image_size: int, width: int) -> ImageEnc
     image_size: S, side of the pictures, in pixels. width: D, of the embedding.
     Raises ConfigError as `build_trunk` and `build_pool`.
     """
-    return assemble_image_encoder(config.model_copy(update={"pretrained": False}), image_size, width)
+    encoder = assemble_image_encoder(config.model_copy(update={"pretrained": False}), image_size, width)
+    if config.lock:  # as `load_frozen_trunk`: another order in memory would round features otherwise
+        encoder.trunk.to(memory_format=torch.channels_last)
+    return encoder
 
 
 def assemble_image_encoder(config: Any, image_size: int, width: int) -> ImageEncoder:
