@@ -99,7 +99,9 @@ class Model:
             raise ValueError(
                 f"{self.folder}: {tower} is not here in {self.precision!r}, but in {list(files)}; see README.md"
             )
-        return onnxruntime.InferenceSession(str(self.folder / files[self.precision]), providers=self.providers)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors alone: a CPU that computes float16 in float32 would be a warning a layer
+        return onnxruntime.InferenceSession(str(self.folder / files[self.precision]), options, self.providers)
 
 
 def read_square(source: Any, config: dict[str, Any]) -> Any:
