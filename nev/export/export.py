@@ -11,7 +11,7 @@ import time
 from typing import NamedTuple
 
 from nev.common.quiet import quiet_transformers
-from nev.config.model_spec import ModelError
+from nev.config.model_spec import SPEC_FILE, ModelError
 from nev.export.parts import Check, Options
 from nev.inference.model import Model
 from nev.storage.files import list_files, storage_errors_as, whole_folder
@@ -70,5 +70,8 @@ def export(model: Model, name: str, location: str, options: Options) -> Exported
             raise ModelError(
                 f"format {name}: the vectors are not the model's: {'; '.join(map(str, bad))}. Nothing was written."
             )
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        for file in files:  # transformers writes weights that their owner alone can read
+            file.chmod((folder / SPEC_FILE).stat().st_mode)
+        size = sum(file.stat().st_size for file in files)
     return Exported(location, size, checks, time.perf_counter() - began)

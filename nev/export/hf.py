@@ -17,6 +17,7 @@ from nev.export.parts import (
     Check,
     Options,
     compare,
+    describe_vision,
     embed_squares,
     make_image_processor,
     normalise_squares,
@@ -49,7 +50,7 @@ def write_vision(model: Model, folder: Path) -> None:
     """Write the vision tower: config, weights, image processor, and the code for those without nev."""
     folder.mkdir(parents=True, exist_ok=True)
     spec = model.spec
-    vision = {**spec.vision.model_dump(mode="json"), "pretrained": False, "weights": None}
+    vision = describe_vision(model).model_dump(mode="json")
     config = NevVisionConfig(vision, spec.image_size, spec.width, auto_map=AUTO_MAP, architectures=["NevVisionModel"])
     config.dtype = "float32"
     config.save_pretrained(folder)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from nev.config.model import Vision
 from nev.config.model_spec import BESIDE, SPEC_FILE, ModelSpec
 from nev.inference.forward import make_embedder
 from nev.inference.model import Model
@@ -123,28 +124,30 @@ def make_image_processor(spec: ModelSpec) -> Any:
     )
 
 
+def describe_vision(model: Model) -> Vision:
+    """The section `vision` of an export: without paths of this machine, and without a trunk that a hub would have to bring."""
+    vision, trunk = model.spec.vision, model.vision.trunk
+    name = str(trunk.pretrained_cfg["architecture"]) if ":" in vision.trunk else vision.trunk
+    # A locked trunk needs to name weights. timm's own go by the trunk's name.
+    weights = (vision.weights and PurePath(vision.weights).name) or name if vision.lock else None
+    return vision.model_copy(update={"trunk": name, "pretrained": False, "weights": weights})
+
+
 def write_spec(model: Model, folder: Path, weights: dict[str, dict[str, str]], text_folder: str | None) -> ModelSpec:
     """Write `nev.json`: the model without the paths of this machine.
 
     weights: as `ModelSpec.weights`. text_folder: where the text tower lies in `folder`; None where it is not written.
     """
     spec = model.spec
-    vision = spec.vision.model_copy(
-        update={"pretrained": False, "weights": spec.vision.weights and PurePath(spec.vision.weights).name}
-    )
-    if vision.lock and not vision.weights:  # timm's own, by the trunk's name
-        vision = vision.model_copy(update={"weights": vision.trunk})
     text = spec.text
     if text_folder:
         text = text.model_copy(update={"encoder": BESIDE + text_folder, "revision": None})
-    elif (
-        text.encoder.startswith((".", "/", "~")) or Path(text.encoder).is_dir()
-    ):  # `nev.load(..., text=...)` says where
-        text = text.model_copy(update={"encoder": PurePath(text.encoder).name})
+    elif text.encoder.startswith((".", "/", "~")) or Path(text.encoder).is_dir():
+        text = text.model_copy(update={"encoder": PurePath(text.encoder).name})  # `nev.load(..., text=...)` says where
     # A text tower that was trained is not the one that its name brings.
     trained = spec.training is not None and spec.training.settings.get("lock", "text") != "text"
     changes = {
-        "vision": vision if vision.lock else vision.model_copy(update={"weights": None}),
+        "vision": describe_vision(model),
         "text": text.model_copy(update={"trust_remote_code": False}),
         "weights": weights,
         "text_fingerprint": model.text.fingerprint if text_folder or trained else spec.text_fingerprint,

@@ -100,7 +100,9 @@ def test_the_card(tmp_path: Path) -> None:
     assert "d" * 64 in text  # the fingerprint of the data
     for heading in ("Use", "Recipe", "Data", "Evaluation", "Licence", "Intended use, and limits"):
         assert f"\n## {heading}\n" in text
-    for file in (tmp_path / "hf").rglob("*.*"):
+    files = [file for file in (tmp_path / "hf").rglob("*.*") if file.is_file()]
+    assert {file.stat().st_mode & 0o044 for file in files} == {(tmp_path / "hf" / "nev.json").stat().st_mode & 0o044}
+    for file in files:
         if file.suffix in (".json", ".md", ".py"):
             assert str(tmp_path) not in file.read_text(), file  # no path of this machine
 
