@@ -15,6 +15,7 @@ from hypothesis import settings
 from nev.config.experiment import Experiment
 
 if TYPE_CHECKING:
+    from helpers.quickstart import Quickstart
     from helpers.s3_server import Proxy
 
     from nev.models.text import TextTower
@@ -177,6 +178,14 @@ def reference_run(ray_cluster: None, pictures: Path, tmp_path_factory: pytest.Te
 def trained(reference_run: Summary) -> str:
     """The checkpoint of `reference_run`."""
     return reference_run.checkpoint
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
+    """The quickstart's command, run from nothing at a small size."""
+    from helpers.quickstart import run_quickstart
+
+    return run_quickstart(tmp_path_factory.mktemp("quickstart"))
 
 
 @pytest.fixture(scope="session")

