@@ -35,16 +35,35 @@ def main(
         str | None, typer.Option("--push", help="Upload the folder to the Hugging Face hub, too: OWNER/NAME.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="With --push: a new repository is private.")] = False,
+    register: Annotated[
+        str | None,
+        typer.Option(
+            "--register", help="With --format mlflow: name under which MLflow's registry takes the model, too."
+        ),
+    ] = None,
+    tracking_uri: Annotated[
+        str | None,
+        typer.Option(
+            "--tracking-uri",
+            envvar="MLFLOW_TRACKING_URI",
+            help="With --register: MLflow's address, http://HOST:5000 or sqlite:///FILE.",
+        ),
+    ] = None,
 ) -> None:
     """Export a model. What was written is opened by its consumer, and its vectors are compared with the model's."""
     with report_errors("Nothing was written."):
         from nev.export.push import check_push
         from nev.export.push import push as push_folder
+        from nev.export.registry import check_register
+        from nev.export.registry import register as register_folder
 
         if push:
             check_push(push, private)
         elif private:
             raise ModelError("--private is for --push OWNER/NAME: give both, or neither")
+        if register and form != "mlflow":
+            raise ModelError(f"--register is for --format mlflow, not {form}")
+        registry = check_register(register, tracking_uri) if register else ""
         from nev.export.export import export
         from nev.export.parts import Options
         from nev.inference.load import load
@@ -65,3 +84,7 @@ def main(
         with report_errors(f"{done.location} is written, and not pushed."):
             url = push_folder(done.location, push, private)
             console.print(f"{'pushed':<11} {url}", highlight=False, soft_wrap=True, markup=False)
+    if register:
+        with report_errors(f"{done.location} is written, and not registered."):
+            model = register_folder(done.location, register, registry)
+            console.print(f"{'registered':<11} {model}", highlight=False, soft_wrap=True, markup=False)

@@ -60,7 +60,8 @@ def write(model: Model, folder: Path, options: Options) -> list[Check]:
 
     The float32 graphs must agree. Another form that does not is left out, which the checks and README.md say.
     """
-    checks = write_runtime(model, folder, options, tuple(FILES), importlib.util.find_spec("openvino") is not None)
+    openvino = importlib.util.find_spec("openvino") is not None
+    checks, _ = write_runtime(model, folder, options, tuple(FILES), openvino)
     write_spec(model, folder, {}, TEXT_FOLDER if options.text else None)
     write_card(model, folder, "onnx", options)
     with (folder / "README.md").open("a", encoding="utf-8") as card:
@@ -70,10 +71,11 @@ def write(model: Model, folder: Path, options: Options) -> list[Check]:
 
 def write_runtime(
     model: Model, folder: Path, options: Options, precisions: tuple[str, ...], openvino: bool
-) -> list[Check]:
+) -> tuple[list[Check], dict[str, Floats]]:
     """Write the graphs and what `reader.py` needs, and compare what they compute.
 
     precisions: some of FILES, `fp32` first. openvino: that package's form, too.
+    Returns the comparisons, and for each tower the vectors that the float32 graph must give of the samples.
     """
     vision = copy_vision(model)
     ours, checks = _embed_samples(model, vision, options)
@@ -95,7 +97,7 @@ def write_runtime(
             check = compare("openvino", f"{tower}, fp32", _run_openvino(folder, tower), vectors, limit)
             checks.append(_leave_out(check, folder / OPENVINO, tower))
     _write_preprocessing(model, folder)  # without what was left out
-    return checks
+    return checks, ours
 
 
 def _embed_samples(model: Model, vision: ImageEncoder, options: Options) -> tuple[dict[str, Floats], list[Check]]:

@@ -100,9 +100,7 @@ class Model:
                 f"{self.folder}: {tower} is not here in {self.precision!r}, but in {list(files)}; see README.md"
             )
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = (
-            3  # errors alone: a CPU that computes float16 in float32 would be a warning a layer
-        )
+        options.log_severity_level = 3  # errors alone: float16 on a CPU would give warnings
         return onnxruntime.InferenceSession(str(self.folder / files[self.precision]), options, self.providers)
 
 
