@@ -10,14 +10,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import make_experiment, write_bert, write_checkpoint
-from helpers.nomic import (
-    TextSizes,
-    VisionSizes,
-    released_text_config,
-    released_vision_config,
-    write_released_text,
-    write_released_vision,
-)
+from helpers.nomic import VisionSizes, released_vision_config, write_released_vision
+from helpers.nomic_text import TextSizes, released_text_config, write_released_text
 from helpers.processes import run_python
 from safetensors.torch import load_file
 

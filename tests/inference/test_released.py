@@ -11,18 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.nomic import (
-    TextSizes,
-    VisionSizes,
-    layer_norm_unit,
-    released_forward,
-    released_shapes,
-    released_text_config,
-    released_vision_config,
-    text_by_hand,
-    write_released_text,
-    write_released_vision,
-)
+from helpers.nomic import VisionSizes, released_forward, released_shapes, released_vision_config, write_released_vision
+from helpers.nomic_text import TextSizes, layer_norm_unit, released_text_config, text_by_hand, write_released_text
 from safetensors.torch import save_file
 
 import nev

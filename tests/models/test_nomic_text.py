@@ -9,17 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.nomic import (
+from helpers.nomic import VisionSizes, random_released, write_released_vision
+from helpers.nomic_text import (
     WORDS,
     TextSizes,
-    VisionSizes,
     layer_norm_unit,
     native_text_config,
-    random_released,
     released_text_config,
     text_by_hand,
     write_released_text,
-    write_released_vision,
 )
 from safetensors.torch import load_file, save_file
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.nomic import (
+from helpers.nomic_text import (
     WORDS,
     TextSizes,
     layer_norm_unit,
