@@ -27,11 +27,11 @@ REMOTE_ENVIRONMENT = {"NEV_CLUSTER": "1"}
 
 def connect() -> None:
     """Join the cluster of `RAY_ADDRESS` (set inside a submitted job), or start one here. Ray's messages stay in its logs."""
+    quiet()  # before the import of Ray, which asks for ipywidgets in a notebook
     import ray
 
     if ray.is_initialized():
         return
-    quiet()
     quiet_worker_deaths()
     address = os.environ.get("RAY_ADDRESS")
     environment = ENVIRONMENT | (REMOTE_ENVIRONMENT if address else {})

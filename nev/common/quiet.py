@@ -26,10 +26,11 @@ def quiet() -> None:
     """Let libraries log errors only. Of MLflow critical errors only, since nev reports MLflow's exceptions itself."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    for name in ("ray", "alembic", "httpx", "transformers", "onnxscript"):
+    for name in ("ray", "ray.widgets", "alembic", "httpx", "transformers", "onnxscript"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(ray|mlflow|timm|transformers)")
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm, in a notebook without ipywidgets
 
 
 @contextmanager

@@ -61,6 +61,7 @@ def test_the_quickstart_shows_the_run_of_the_command(shown: Shown, quickstart: Q
     assert any("transformers, pictures: difference" in value for value in values)
     assert values.count("True") == 2, "the export gives the same vectors of pictures and of sentences"
     assert finds_pictures(values)
+    assert not [output["text"] for output in outputs if output["output_type"] == "stream"], "libraries keep quiet"
 
 
 @pytest.mark.ray
