@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import time
 from typing import NamedTuple
 
@@ -38,6 +39,9 @@ FORMATS = {
 }
 
 
+DEFAULTS = Options()
+
+
 class Exported(NamedTuple):
     """What was written.
 
@@ -50,12 +54,12 @@ class Exported(NamedTuple):
     seconds: float
 
 
-def export(model: Model, name: str, location: str, options: Options) -> Exported:
+def export(model: Model, name: str, location: str | os.PathLike[str], options: Options = DEFAULTS) -> Exported:
     """Write a model to `location`, a folder or S3 prefix, in the form `name` (one of FORMATS).
 
     Raises ModelError for an unknown form, for a location that is not empty, and where the consumer's vectors are not the model's.
     """
-    form = FORMATS.get(name)
+    location, form = os.fspath(location), FORMATS.get(name)
     if form is None:
         raise ModelError(f"format {name!r}: it is one of {', '.join(FORMATS)}")
     if missing := [package for package in form.needs if importlib.util.find_spec(package) is None]:

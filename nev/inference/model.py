@@ -117,7 +117,7 @@ class Model:
         progress: a bar on stderr. None: for long lists on a terminal.
         Raises TypeError for what is no picture, ValueError for a wrong width or precision.
         """
-        check_output(self.width, width, precision, output)
+        check_output(self.width, width, precision, output, batch_size)
         if bad not in ("raise", "mask"):
             raise ValueError(f"bad {bad!r}: it is raise or mask")
         one, spec = is_one(images), self.spec
@@ -157,7 +157,7 @@ class Model:
         kind: `query` or `document`, for encoders that tell them apart by a prefix; the prefix is added here.
         Other arguments and errors as `encode_image`. Raises TypeError for a sentence that is no str.
         """
-        check_output(self.width, width, precision, output)
+        check_output(self.width, width, precision, output, batch_size)
         if kind not in self.spec.prompts:
             raise ValueError(f"kind {kind!r}: it is {' or '.join(self.spec.prompts)}")
         one = isinstance(texts, str)
@@ -225,7 +225,8 @@ class Model:
     ) -> list[Ranked]:
         """Rank pictures and sentences in one list for a query, best first.
 
-        query: a sentence (str), a picture in another form than a path in a str, or a vector of this model, float [D].
+        query: a sentence (str), a picture in another form than a path in a str, or a vector of this model, float [D], which is
+            taken as it is, as a sentence's.
         images: pictures as in `encode_image`, or their vectors, float [n, D].
         texts: sentences, which are embedded as documents, or their vectors, float [m, D].
         top: length of the list.
@@ -235,6 +236,8 @@ class Model:
         asked = as_vectors(query)
         if asked is None:
             asked = self.encode_text([query]) if isinstance(query, str) else self.encode_image([query])
+        if asked.shape != (1, self.width):
+            raise ValueError(f"rank takes one query of {self.width} numbers, not an array of {list(asked.shape)}")
         pictures, sentences = as_vectors(images), as_vectors(texts)
         pictures = self.encode_image(images) if pictures is None else pictures
         sentences = self.encode_text(texts, kind="document") if sentences is None else sentences  # type: ignore[arg-type]

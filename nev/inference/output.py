@@ -10,8 +10,10 @@ import torch
 from nev.ops.vectors import PRECISIONS, Floats, round_to, truncate
 
 
-def check_output(total: int, width: int | None, precision: str, output: str) -> None:
-    """Raise ValueError for a form that vectors of `total` numbers cannot have."""
+def check_output(total: int, width: int | None, precision: str, output: str, batch_size: int) -> None:
+    """Raise ValueError for a form that vectors of `total` numbers cannot have, and for an empty batch."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: at least 1")
     if width is not None and not 0 < width <= total:
         raise ValueError(f"width {width}: the model's vectors have {total} numbers")
     if precision not in PRECISIONS:

@@ -167,6 +167,9 @@ def test_width_precision_and_output(model: Model, photos: list[Image.Image]) -> 
     tensor = model.encode_text("a dog", output="torch")
     assert isinstance(tensor, torch.Tensor)
     assert tensor.shape == (WIDTH,)
+    for encode in (model.encode_image, model.encode_text):
+        with pytest.raises(ValueError, match="batch_size 0"):
+            encode([], batch_size=0)
     for wrong in ({"width": 0}, {"width": WIDTH + 1}, {"precision": "int4"}, {"output": "jax"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             model.encode_image(photos, **wrong)  # type: ignore[call-overload]
@@ -222,6 +225,9 @@ def test_one_list_of_pictures_and_texts(model: Model, photos: list[Image.Image])
     assert [item.kind for item in model.rank(photos[0], images=photos, top=1)] == ["image"]
     assert model.rank(model.encode_image(photos[2]), images=photos, calibrated=False)[0].position == 2
     assert model.rank("a dog") == []
+    for wrong in (model.encode_image(photos), model.encode_image(photos[0], width=12)):
+        with pytest.raises(ValueError, match="rank takes one query of 48 numbers"):
+            model.rank(wrong, texts=texts)
 
 
 def test_calibration_closes_the_gap(model: Model) -> None:
