@@ -93,8 +93,8 @@ def measure_recall(trained: Path, folder: Path, console: Console) -> dict[str, l
 
     model, seconds = exported.load_trained(trained)
     with console.status("recall of the trained model"):
-        found = exported.recall(model, trained, folder)
-    return {"load_s": [seconds], **{f"recall_at_10_{form}": [value] for form, value in found.items()}}
+        recalls = exported.recall(model, trained, folder)
+    return {"load_s": [seconds], **{f"recall_at_10_{form}": [value] for form, value in recalls.items()}}
 
 
 app = make_command(main, 'make bench NAME=export ARGS="--trained runs/quickstart"')

@@ -78,11 +78,11 @@ def make_modeling_file(version: str) -> str:
 def _read_parts(module: ModuleType, names: Sequence[str]) -> list[str]:
     """The source of names at the top of a module, in the order of `names`."""
     source = inspect.getsource(module)
-    found = {}
+    sources = {}
     for node in ast.parse(source).body:
         targets = node.targets if isinstance(node, ast.Assign) else [node]
         for target in targets:
             name = target.id if isinstance(target, ast.Name) else getattr(target, "name", "")
             if name in names:
-                found[name] = ast.get_source_segment(source, node) or ""
-    return [found[name] + "\n" if name[0].islower() or name[0] == "_" else found[name] for name in names]
+                sources[name] = ast.get_source_segment(source, node) or ""
+    return [sources[name] + "\n" if name[0].islower() or name[0] == "_" else sources[name] for name in names]

@@ -40,8 +40,8 @@ def load(
     location: a run (its best checkpoint), a checkpoint, a folder that `nev export` has written, a folder of the released
         nomic-embed-vision, each here or on `s3://`, or a name on the Hugging Face hub.
     device: `cpu`, `cuda`, `mps`, ... None: a GPU where there is one.
-    text: the text encoder, where it is not found as the model names it: a folder, a name on the hub, or a pip package. It has to
-        be the same encoder.
+    text: another place of the text encoder than the model names: a folder, a name on the hub, or a pip package. It has to be the
+        same encoder.
     revision: branch, tag or commit on the hub.
     trust_remote_code: permission to run Python code from the text encoder's repository. Read that code first.
     Raises ModelError, CheckpointError or StorageError for what is no model, is damaged, or cannot be read.

@@ -233,11 +233,13 @@ class Model:
         calibrated: move pictures by the distance between the means of both modalities, which the model knows from validation: the
             modality gap would put all texts before all pictures (Liang et al. 2022). A model without the means ranks by cosine.
         """
-        asked = as_vectors(query)
-        if asked is None:
-            asked = self.encode_text([query]) if isinstance(query, str) else self.encode_image([query])
-        if asked.shape != (1, self.width):
-            raise ValueError(f"rank takes one query of {self.width} numbers, not an array of {list(asked.shape)}")
+        query_vector = as_vectors(query)
+        if query_vector is None:
+            query_vector = self.encode_text([query]) if isinstance(query, str) else self.encode_image([query])
+        if query_vector.shape != (1, self.width):
+            raise ValueError(
+                f"rank takes one query of {self.width} numbers, not an array of {list(query_vector.shape)}"
+            )
         pictures, sentences = as_vectors(images), as_vectors(texts)
         pictures = self.encode_image(images) if pictures is None else pictures
         sentences = self.encode_text(texts, kind="document") if sentences is None else sentences  # type: ignore[arg-type]
@@ -247,8 +249,8 @@ class Model:
             image_mean, text_mean = (np.asarray(mean, np.float32) for mean in (means.image_mean, means.text_mean))
             pictures = shift_mean(pictures, image_mean, text_mean)
             if not isinstance(query, str) and as_vectors(query) is None:  # a picture, too
-                asked = shift_mean(asked, image_mean, text_mean)
-        cosines = self.similarity(asked, np.concatenate([pictures, sentences]))[0]
+                query_vector = shift_mean(query_vector, image_mean, text_mean)
+        cosines = self.similarity(query_vector, np.concatenate([pictures, sentences]))[0]
         count = len(pictures)
         return [
             Ranked("image", int(n), float(cosines[n]))

@@ -23,7 +23,7 @@ def check_output(total: int, width: int | None, precision: str, output: str, bat
 
 
 def finish(rows: Floats, width: int | None, precision: str, output: str, one: bool) -> Any:
-    """Vectors in the form that was asked for. one: give the only row, [D], and not [1, D].
+    """Vectors in the form that the caller chose. one: give the only row, [D], and not [1, D].
 
     rows: float32 [n, D], of unit length, or zeros for a bad picture; these stay zeros.
     """

@@ -51,7 +51,7 @@ def explain(error: BaseException, name: str) -> str:
     if isinstance(error, errors.LocalEntryNotFoundError) and cause:
         return explain(cause, name)
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, so the hub is not asked"
+        return "HF_HUB_OFFLINE is set, so the hub is not contacted"
     if isinstance(error, errors.GatedRepoError):
         return f"its files are gated: accept the terms at {constants.ENDPOINT}/{name}, and log in ({LOG_IN})"
     if isinstance(error, errors.RevisionNotFoundError):

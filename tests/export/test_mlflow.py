@@ -80,10 +80,10 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def test_what_is_written(case: Case) -> None:
-    found = {str(file.relative_to(case.folder)) for file in case.folder.rglob("*") if file.is_file()}
-    assert {"MLmodel", "mlflow_model.py", "requirements.txt", "README.md", "nev.json", "input_example.json"} <= found
-    assert {f"artifacts/onnx/{name}" for name in ("reader.py", "vision/model.onnx", "text/model_int8.onnx")} <= found
-    assert not [name for name in found if name.endswith((".pkl", ".lock", "pyproject.toml"))]
+    results = {str(file.relative_to(case.folder)) for file in case.folder.rglob("*") if file.is_file()}
+    assert {"MLmodel", "mlflow_model.py", "requirements.txt", "README.md", "nev.json", "input_example.json"} <= results
+    assert {f"artifacts/onnx/{name}" for name in ("reader.py", "vision/model.onnx", "text/model_int8.onnx")} <= results
+    assert not [name for name in results if name.endswith((".pkl", ".lock", "pyproject.toml"))]
     pinned = (case.folder / "requirements.txt").read_text().split()
     assert sorted(line.partition("==")[0] for line in pinned) == [
         *("mlflow", "numpy", "onnxruntime", "pandas", "pillow", "tokenizers"),
@@ -124,10 +124,10 @@ def make_rows() -> dict[str, Any]:
     }
 
 
-def check_vectors(case: Case, found: Any) -> None:
-    assert found.shape == (6, WIDTH)
-    assert 1 - (found[[1, 4]] * case.pictures).sum(axis=1).min() < 1e-4
-    assert abs(found[[0, 2, 3, 5]] - case.model.encode_text(TEXTS)).max() < 1e-5
+def check_vectors(case: Case, results: Any) -> None:
+    assert results.shape == (6, WIDTH)
+    assert 1 - (results[[1, 4]] * case.pictures).sum(axis=1).min() < 1e-4
+    assert abs(results[[0, 2, 3, 5]] - case.model.encode_text(TEXTS)).max() < 1e-5
 
 
 def test_a_fresh_process_loads_the_folder_without_nev_and_torch(case: Case) -> None:
@@ -150,8 +150,8 @@ def test_bytes_in_a_table(case: Case) -> None:
     import mlflow
 
     model = mlflow.pyfunc.load_model(str(case.folder))
-    found = model.predict(pd.DataFrame({"image": PICTURES}))
-    assert 1 - (found * case.pictures).sum(axis=1).min() < 1e-4
+    results = model.predict(pd.DataFrame({"image": PICTURES}))
+    assert 1 - (results * case.pictures).sum(axis=1).min() < 1e-4
 
 
 class Server(NamedTuple):

@@ -74,9 +74,9 @@ def test_without_nev_json_it_is_a_released_folder(tmp_path: Path) -> None:
     model = nev.load(write_checkpoint(make_experiment(tmp_path, EVA)))
     export(model, "nomic", str(tmp_path / "out"), Options())
     (tmp_path / "out" / "nev.json").unlink()
-    found = nev.load(tmp_path / "out")
-    np.testing.assert_allclose(found.encode_image(SQUARES), model.encode_image(SQUARES), rtol=0, atol=1e-6)
-    assert found.spec.vision.trunk_args["ref_feat_shape"] == [7, 7]
+    loaded = nev.load(tmp_path / "out")
+    np.testing.assert_allclose(loaded.encode_image(SQUARES), model.encode_image(SQUARES), rtol=0, atol=1e-6)
+    assert loaded.spec.vision.trunk_args["ref_feat_shape"] == [7, 7]
 
 
 @pytest.mark.slow

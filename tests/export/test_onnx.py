@@ -72,11 +72,11 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def test_what_is_written_and_how_near_it_is(case: Case) -> None:
-    found = {str(file.relative_to(case.folder)) for file in case.folder.rglob("*") if file.is_file()}
+    results = {str(file.relative_to(case.folder)) for file in case.folder.rglob("*") if file.is_file()}
     graphs = {f"{tower}/{file}" for tower in ("vision", "text") for file in onnx_format.FILES.values()}
     for graph in graphs:
         onnx.checker.check_model(case.folder / graph, full_check=True)
-    assert graphs | {"README.md", "nev.json", "preprocessing.json", "reader.py", "tokenizer.json"} <= found
+    assert graphs | {"README.md", "nev.json", "preprocessing.json", "reader.py", "tokenizer.json"} <= results
     gaps = {check.what: check for check in case.done.checks if check.consumer == "onnxruntime"}
     for tower in ("vision", "text"):
         assert gaps[f"{tower}, fp32"].difference <= 1e-5
@@ -101,11 +101,11 @@ def test_the_callers_model_is_untouched(case: Case) -> None:
 def test_pictures_in_another_batch_than_the_examples(case: Case, precision: str, batch: int) -> None:
     session = onnxruntime.InferenceSession(case.folder / "vision" / onnx_format.FILES[precision])
     squares = sample_pictures(SIZE, batch)
-    found = session.run(None, {"pixel_values": normalise_squares(case.model, squares)})[0]
+    results = session.run(None, {"pixel_values": normalise_squares(case.model, squares)})[0]
     expected = embed_squares(case.model, squares)
-    assert found.dtype == np.float32
-    assert abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-6
-    assert 1 - (found * expected).sum(axis=1).min() < {"fp32": 1e-6, "fp16": 1e-5, "int8": 0.02}[precision]
+    assert results.dtype == np.float32
+    assert abs(np.linalg.norm(results, axis=1) - 1).max() < 1e-6
+    assert 1 - (results * expected).sum(axis=1).min() < {"fp32": 1e-6, "fp16": 1e-5, "int8": 0.02}[precision]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
@@ -114,11 +114,11 @@ def test_texts_of_another_length_than_the_examples(case: Case, precision: str, l
     session = onnxruntime.InferenceSession(case.folder / "text" / onnx_format.FILES[precision])
     ids = np.random.default_rng(length).integers(1000, 20000, (5, length))
     mask = (np.arange(length) < np.array([[length], [1], [2], [length - 1], [3]])).astype(np.int64)
-    found = session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
+    results = session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
     tower = onnx_graph.TextGraph(case.model.text.model, "mean", layer_norm=True)
     with torch.inference_mode():
         expected = tower(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
-    assert 1 - (found * expected).sum(axis=1).min() < {"fp32": 1e-6, "fp16": 1e-5, "int8": 0.02}[precision]
+    assert 1 - (results * expected).sum(axis=1).min() < {"fp32": 1e-6, "fp16": 1e-5, "int8": 0.02}[precision]
 
 
 def test_the_reader_needs_neither_nev_nor_torch(case: Case, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ from reader import Model
 model = Model(sys.argv[1])
 paths = [sys.argv[2] + "/" + name for name in ("tall.png", "turned.jpg", "clear.png")]
 np.savez(
-    sys.argv[2] + "/found.npz",
+    sys.argv[2] + "/results.npz",
     paths=model.encode_image(paths, batch_size=2),
     bytes=model.encode_image([open(path, "rb").read() for path in paths]),
     opened=model.encode_image([Image.open(path) for path in paths]),
@@ -154,20 +154,20 @@ np.savez(
 """
     without = ["nev", "torch", "timm", "transformers", "sentence_transformers", "simplejpeg"]
     run_python(code, case.folder, tmp_path, json.dumps(texts), without=without)
-    found = np.load(tmp_path / "found.npz")
+    results = np.load(tmp_path / "results.npz")
     expected = case.model.encode_image(list(pictures.values()))
     for form in ("paths", "bytes", "opened"):
-        assert 1 - (found[form] * expected).sum(axis=1).min() < 1e-4
-    assert abs(found["one"] - found["paths"][:1]).max() < 1e-6
-    assert abs(found["texts"] - case.model.encode_text(texts)).max() < 1e-5
-    assert abs(found["documents"] - case.model.encode_text(["a dog"], kind="document")).max() < 1e-5
-    assert found["none"].shape == (0, WIDTH)
+        assert 1 - (results[form] * expected).sum(axis=1).min() < 1e-4
+    assert abs(results["one"] - results["paths"][:1]).max() < 1e-6
+    assert abs(results["texts"] - case.model.encode_text(texts)).max() < 1e-5
+    assert abs(results["documents"] - case.model.encode_text(["a dog"], kind="document")).max() < 1e-5
+    assert results["none"].shape == (0, WIDTH)
 
 
 def test_real_photographs_give_the_same_vectors(case: Case, data_folder: Path) -> None:
     files = sorted((data_folder / "imagenet_sample").glob("*.JPEG"))[:24]
-    found, expected = reader.Model(case.folder).encode_image(files), case.model.encode_image(files)
-    assert 1 - (found * expected).sum(axis=1).min() < 1e-3
+    results, expected = reader.Model(case.folder).encode_image(files), case.model.encode_image(files)
+    assert 1 - (results * expected).sum(axis=1).min() < 1e-3
 
 
 def test_a_text_is_a_text(case: Case) -> None:
@@ -191,9 +191,9 @@ def test_a_form_that_is_too_far_is_left_out_and_named(tmp_path: Path, monkeypatc
     monkeypatch.setattr(onnx_graph, "ONE_FILE", 1000)
     done = write(make_model(tmp_path), tmp_path / "out", text=False)
     assert [check.what for check in done.checks if check.left_out] == ["vision, int8"]
-    found = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*.onnx*")}
+    results = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*.onnx*")}
     graphs = {"vision/model.onnx", "vision/model_fp16.onnx"}
-    assert found == graphs | {f"{graph}.data" for graph in graphs}
+    assert results == graphs | {f"{graph}.data" for graph in graphs}
     assert (tmp_path / "out/vision/model.onnx").stat().st_size < (
         tmp_path / "out/vision/model.onnx.data"
     ).stat().st_size
@@ -240,5 +240,5 @@ def test_openvino_reads_and_computes_the_same(tmp_path: Path) -> None:
         tmp_path / "out/openvino/vision.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
     squares = sample_pictures(SIZE, 3)
-    found = compiled(normalise_squares(model, squares))["embedding"]
-    assert abs(found - embed_squares(model, squares)).max() <= 1e-5
+    results = compiled(normalise_squares(model, squares))["embedding"]
+    assert abs(results - embed_squares(model, squares)).max() <= 1e-5

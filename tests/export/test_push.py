@@ -72,7 +72,7 @@ def test_the_files_of_the_folder_and_nothing_else_in_one_commit(hub: Hub, tmp_pa
     assert there == {**files, ".gitattributes": repo.commits[0][1][".gitattributes"]}
     assert shown == f"checked {hub.url}/ada/small/commit/{sha}\n[]\n"
     assert not repo.private
-    assert len([each for each in hub.asked if each.startswith("PUT /lfs/")]) == 2
+    assert len([each for each in hub.requests if each.startswith("PUT /lfs/")]) == 2
 
 
 def test_a_second_push_replaces_the_first(hub: Hub, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_second_push_replaces_the_first(hub: Hub, tmp_path: Path) -> None:
     repo = hub.repos["lab/small"]
     assert repo.private
     hub.repos["lab/small"].commits[-1][1]["LICENSE"] = b"of the owner"
-    uploads = len([each for each in hub.asked if each.startswith("PUT")])
+    uploads = len([each for each in hub.requests if each.startswith("PUT")])
     (tmp_path / "out" / "old.json").unlink()
     (tmp_path / "out" / "nev.json").write_bytes(b'{"format": 1}')
     assert run_push(hub, tmp_path, "lab/small", private=True).startswith("checked")
@@ -92,7 +92,7 @@ def test_a_second_push_replaces_the_first(hub: Hub, tmp_path: Path) -> None:
     assert there["LICENSE"] == b"of the owner"
     assert "old.json" in repo.commits[-2][1]
     assert (
-        len([each for each in hub.asked if each.startswith("PUT")]) == uploads
+        len([each for each in hub.requests if each.startswith("PUT")]) == uploads
     )  # unchanged tensors do not travel again
 
 
@@ -111,15 +111,15 @@ def test_what_is_refused_before_an_export(hub: Hub, name: str, token: str | None
     write_folder(tmp_path / "out")
     assert run_push(hub, tmp_path, name, token=token).startswith(message)
     assert not hub.repos
-    assert not [each for each in hub.asked if "create" in each]
+    assert not [each for each in hub.requests if "create" in each]
 
 
 def test_a_hub_that_is_not_there(hub: Hub, tmp_path: Path) -> None:
     shown = run_push(hub, tmp_path, "ada/small", HF_ENDPOINT="http://127.0.0.1:9")
     assert shown.startswith("push ada/small: http://127.0.0.1:9 cannot be reached, or does not answer")
     shown = run_push(hub, tmp_path, "ada/small", HF_HUB_OFFLINE="1")
-    assert shown == "push ada/small: HF_HUB_OFFLINE is set, so the hub is not asked\n"
-    assert not hub.asked
+    assert shown == "push ada/small: HF_HUB_OFFLINE is set, so the hub is not contacted\n"
+    assert not hub.requests
 
 
 def test_a_private_model_is_not_shown_in_a_public_repository(hub: Hub, tmp_path: Path) -> None:
@@ -166,18 +166,18 @@ def run_command(*arguments: object, environment: dict[str, str]) -> subprocess.C
 
 
 def test_the_command_stops_before_it_works(hub: Hub, tmp_path: Path) -> None:
-    asked = ("--checkpoint", tmp_path / "absent", "--format", "hf", "--output", tmp_path / "out")
-    done = run_command(*asked, "--push", "ada/small", environment=hub.environment(tmp_path / "home", "hf_wrong"))
+    arguments = ("--checkpoint", tmp_path / "absent", "--format", "hf", "--output", tmp_path / "out")
+    done = run_command(*arguments, "--push", "ada/small", environment=hub.environment(tmp_path / "home", "hf_wrong"))
     assert done.returncode == 2
     assert done.stderr.startswith("error: push ada/small: the token is not valid")
-    done = run_command(*asked, "--private", environment={})
+    done = run_command(*arguments, "--private", environment={})
     assert (done.returncode, done.stderr) == (2, "error: --private is for --push OWNER/NAME: give both, or neither\n")
 
 
 @pytest.mark.slow
 def test_a_pushed_model_opens_by_its_name(hub: Hub, tmp_path: Path) -> None:
     location = write_checkpoint(make_experiment(tmp_path))
-    asked = (
+    arguments = (
         "--checkpoint",
         location,
         "--format",
@@ -188,7 +188,7 @@ def test_a_pushed_model_opens_by_its_name(hub: Hub, tmp_path: Path) -> None:
         "ada/small",
         "--private",
     )
-    done = run_command(*asked, environment=hub.environment(tmp_path / "home"))
+    done = run_command(*arguments, environment=hub.environment(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     repo = hub.repos["ada/small"]
     assert done.stdout.splitlines()[-1].split() == ["pushed", f"{hub.url}/ada/small/commit/{repo.commits[-1][0]}"]
@@ -213,4 +213,4 @@ def test_a_pushed_model_opens_by_its_name(hub: Hub, tmp_path: Path) -> None:
         texts = model.encode_text(["a dog in the snow"])
         np.testing.assert_allclose(np.load(tmp_path / "texts.npy"), texts, rtol=0, atol=1e-6)
         (tmp_path / "pictures.npy").unlink()
-    assert not [each for each in hub.asked if each.endswith(".py")]  # no code is fetched
+    assert not [each for each in hub.requests if each.endswith(".py")]  # no code is fetched

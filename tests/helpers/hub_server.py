@@ -46,9 +46,9 @@ class Repo:
 
 @dataclass
 class Hub:
-    """What the stand-in holds, and what it was asked.
+    """What the stand-in holds, and the requests that reached it.
 
-    tokens: user and role (`read` or `write`) by token. asked: methods and paths of all requests.
+    tokens: user and role (`read` or `write`) by token. requests: methods and paths of all requests.
     """
 
     url: str = ""
@@ -57,12 +57,12 @@ class Hub:
         default_factory=lambda: {"hf_write": ("ada", "write"), "hf_read": ("ada", "read")}
     )
     large: dict[str, bytes] = field(default_factory=dict)
-    asked: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
 
     def environment(self, home: Path, token: str | None = "hf_write", **more: str) -> dict[str, str]:
         """Environment of a process that uses this hub. home: its cache and login."""
-        found = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        return {**found, "HF_TOKEN": token or "", **more}
+        environment = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        return {**environment, "HF_TOKEN": token or "", **more}
 
 
 @contextmanager
@@ -108,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
     def route(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = urlsplit(self.path).path
-        self.hub.asked.append(f"{self.command} {path}")
+        self.hub.requests.append(f"{self.command} {path}")
         if "Authorization" in self.headers and not self.user:
             self.refuse(401, "Invalid credentials in Authorization header")
             return
@@ -159,14 +159,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer({"type": "user", "name": name, "orgs": orgs, "auth": {"accessToken": {"role": role}}})
 
     def create(self) -> None:
-        asked = json.loads(self.body)
-        name = f"{asked['organization']}/{asked['name']}"
+        body = json.loads(self.body)
+        name = f"{body['organization']}/{body['name']}"
         if not self.may_write(name):
             return
         if name in self.hub.repos:
             self.answer({"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}, 409)
             return
-        self.hub.repos[name] = Repo(private=asked.get("visibility") == "private")
+        self.hub.repos[name] = Repo(private=body.get("visibility") == "private")
         self.hub.repos[name].commit({".gitattributes": b"*.safetensors filter=lfs\n"})
         self.answer({"url": f"{self.hub.url}/{name}"})
 
@@ -178,19 +178,19 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, name: str, revision: str | None = None) -> None:
         if (repo := self.find(name)) is None:
             return
-        found = repo.files(revision or "main")
-        if found is None:
+        snapshot = repo.files(revision or "main")
+        if snapshot is None:
             self.refuse(404, "Invalid rev id", "RevisionNotFound")
             return
-        siblings = [{"rfilename": path} for path in found[1]]
-        self.answer({"id": name, "sha": found[0], "private": repo.private, "siblings": siblings, "tags": []})
+        siblings = [{"rfilename": path} for path in snapshot[1]]
+        self.answer({"id": name, "sha": snapshot[0], "private": repo.private, "siblings": siblings, "tags": []})
 
     def tree(self, name: str, revision: str) -> None:
         repo = self.find(name)
-        if repo is None or (found := repo.files(revision)) is None:
+        if repo is None or (snapshot := repo.files(revision)) is None:
             return
         listed = []
-        for path, data in found[1].items():
+        for path, data in snapshot[1].items():
             entry: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": blob_id(data)}
             if path.endswith(LARGE):
                 entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
@@ -245,20 +245,22 @@ class _Handler(BaseHTTPRequestHandler):
     def resolve(self, name: str, revision: str, path: str) -> None:
         if (repo := self.find(name)) is None:
             return
-        found = repo.files(revision)
-        if found is None:
+        snapshot = repo.files(revision)
+        if snapshot is None:
             self.refuse(404, "Invalid rev id", "RevisionNotFound")
         elif repo.gated:
             self.refuse(403, "Access to this model is restricted", "GatedRepo")
-        elif path not in found[1]:
+        elif path not in snapshot[1]:
             self.refuse(404, "Entry not found", "EntryNotFound")
         elif path.endswith(LARGE):
-            oid = hashlib.sha256(found[1][path]).hexdigest()
-            size = str(len(found[1][path]))
+            oid = hashlib.sha256(snapshot[1][path]).hexdigest()
+            size = str(len(snapshot[1][path]))
             place = f"{self.hub.url.replace('127.0.0.1', 'localhost')}/cdn/{oid}"  # another host, which gets no token
-            self.answer(b"", 302, Location=place, X_Repo_Commit=found[0], X_Linked_Etag=f'"{oid}"', X_Linked_Size=size)
+            self.answer(
+                b"", 302, Location=place, X_Repo_Commit=snapshot[0], X_Linked_Etag=f'"{oid}"', X_Linked_Size=size
+            )
         else:
-            self.answer(found[1][path], X_Repo_Commit=found[0], ETag=f'"{blob_id(found[1][path])}"')
+            self.answer(snapshot[1][path], X_Repo_Commit=snapshot[0], ETag=f'"{blob_id(snapshot[1][path])}"')
 
     def cdn(self, oid: str) -> None:
         assert "Authorization" not in self.headers

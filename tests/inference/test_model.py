@@ -132,11 +132,11 @@ def test_kinds_of_text(model: Model) -> None:
     assert list_prompts("search_query: ") == {"query": "search_query: ", "document": "search_document: "}
     assert list_prompts("passage: ") == {"query": "query: ", "document": "passage: "}
     assert list_prompts("") == {"query": "", "document": ""}
-    asked = Model(model.location, model.spec.model_copy(update={"prompts": list_prompts("search_query: ")}), model.vision,
+    prompted = Model(model.location, model.spec.model_copy(update={"prompts": list_prompts("search_query: ")}), model.vision,
                   model.load_text, model.device)  # fmt: skip
     for kind, prefix in (("query", "search_query: "), ("document", "search_document: ")):
         np.testing.assert_allclose(
-            asked.encode_text("a dog", kind=kind),
+            prompted.encode_text("a dog", kind=kind),
             model.encode_text(f"{prefix}a dog"),
             atol=1e-6,  # type: ignore[arg-type]
         )

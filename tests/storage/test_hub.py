@@ -63,11 +63,11 @@ def fetch(
 @pytest.mark.slow
 def test_data_is_fetched_and_code_is_not_and_the_cache_needs_no_hub(hub: Hub, tmp_path: Path) -> None:
     assert json.loads(fetch(hub, tmp_path)) == WANTED
-    assert not [each for each in hub.asked if "modeling" in each or ".onnx" in each or ".pkl" in each]
-    count = len(hub.asked)
+    assert not [each for each in hub.requests if "modeling" in each or ".onnx" in each or ".pkl" in each]
+    count = len(hub.requests)
     assert json.loads(fetch(hub, tmp_path, HF_HUB_OFFLINE="1")) == WANTED
     assert json.loads(fetch(hub, tmp_path, HF_ENDPOINT="http://127.0.0.1:9")) == WANTED
-    assert len(hub.asked) == count
+    assert len(hub.requests) == count
 
 
 @pytest.mark.slow
@@ -83,14 +83,14 @@ def test_a_half_copy_in_the_cache_is_not_taken_for_whole(hub: Hub, tmp_path: Pat
     fetch(hub, tmp_path)
     (copy,) = tmp_path.rglob("snapshots/*/model.safetensors")
     copy.unlink()
-    wrong = f"{HERE}the copy in the cache is not whole, and HF_HUB_OFFLINE is set, so the hub is not asked"
+    wrong = f"{HERE}the copy in the cache is not whole, and HF_HUB_OFFLINE is set, so the hub is not contacted"
     assert fetch(hub, tmp_path, HF_HUB_OFFLINE="1") == wrong
 
 
 def test_a_hub_that_does_not_answer(hub: Hub, tmp_path: Path) -> None:
     gone = f"{HERE}http://127.0.0.1:9 cannot be reached, or does not answer"
     assert fetch(hub, tmp_path, HF_ENDPOINT="http://127.0.0.1:9").startswith(gone)
-    assert fetch(hub, tmp_path, HF_HUB_OFFLINE="1") == f"{HERE}HF_HUB_OFFLINE is set, so the hub is not asked"
+    assert fetch(hub, tmp_path, HF_HUB_OFFLINE="1") == f"{HERE}HF_HUB_OFFLINE is set, so the hub is not contacted"
 
 
 @pytest.mark.slow

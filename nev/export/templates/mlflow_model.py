@@ -24,9 +24,9 @@ class EmbeddingModel(PythonModel):
     def load_context(self, context: Any) -> None:
         """Open the folder of the graphs. Which precision: `model_config` of mlflow.pyfunc.load_model."""
         folder = context.artifacts["onnx"]
-        found: Any = importlib.util.spec_from_file_location("nev_reader", f"{folder}/reader.py")
-        self.reader = importlib.util.module_from_spec(found)
-        found.loader.exec_module(self.reader)
+        spec: Any = importlib.util.spec_from_file_location("nev_reader", f"{folder}/reader.py")
+        self.reader = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.reader)
         self.model = self.reader.Model(folder, context.model_config["precision"])
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
