@@ -1,5 +1,5 @@
-"""A check of the fused kernels against the tiles, once a process: no GPU has run the kernels yet, and a wrong gradient does not
-show in the loss.
+"""A check of the fused kernels against the tiles, once a process: a compiler makes them anew for each GPU, and a wrong gradient
+does not show in the loss.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from nev.losses.gather import AsyncGather
 from nev.losses.tiles import Statistics
 
 # Largest difference: of a log-sum-exp, as a share of (the largest score + 4); of a gradient, as a share of its largest number.
-TOLERANCE = 1e-5
+# Tensor cores cut sums off where others round: 1.6e-5 of a gradient on an H200, for 65,536 pairs.
+TOLERANCE = 1e-4
 TF32_TOLERANCE = 5e-3  # where `torch.set_float32_matmul_precision` allows TF32, which has 11 bits
 
 _verified: set[torch.device] = set()

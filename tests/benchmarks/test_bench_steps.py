@@ -50,29 +50,31 @@ def test_loss_gpu_reports_its_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyP
     answers = {"kernels": (0.5, 100.0), "tiles": (2.0, 400.0)}
     monkeypatch.setattr(loss_gpu, "require_gpu", lambda: None)
     monkeypatch.setattr(loss_gpu, "cost", lambda way, n, width: answers[way])
-    monkeypatch.setattr(loss_gpu, "difference", lambda n, width: 1e-6 * n)
+    monkeypatch.setattr(loss_gpu, "gradient_error", lambda way, n, width: 1e-6 * n)
     loss_gpu.main(width=64, rows=[2048, 1024], repetitions=2, results=tmp_path)
     written = json.loads((tmp_path / "loss_gpu.json").read_text())
     assert written["ratios"] == {f"{kind}_vs_tiles_{n}": 0.25 for n in (2048, 1024) for kind in ("time", "memory")}
     assert written["figures"]["kernels_2048_ms"] == 500
     assert written["figures"]["tiles_1024_tflop_per_s"] == pytest.approx(6 * 1024**2 * 64 / 2e12, rel=1e-3)
-    assert written["figures"]["gradient_difference"] == pytest.approx(1.024e-3)
+    assert written["figures"]["kernels_gradient_error"] == pytest.approx(1.024e-3)
 
 
-def test_loss_gpu_compares_two_ways_on_the_same_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
+def test_loss_gpu_holds_either_way_against_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
 
     class Walks:
         """What the kernels would be: the tiles."""
 
         def __getattr__(self, name: str) -> object:
-            asked.append(True)
+            calls.append(name)
             return getattr(tiles, name)
 
     monkeypatch.setattr(contrastive, "fused", Walks())
     monkeypatch.setattr(loss_gpu, "pairs", losses.pairs)
-    assert loss_gpu.difference(64, 16) == 0
-    assert asked == [True, True], "statistics and gradient, by the kernels alone"
+    assert 1e-9 < loss_gpu.gradient_error("tiles", 64, 16) < 1e-6
+    assert calls == []
+    assert 1e-9 < loss_gpu.gradient_error("kernels", 64, 16) < 1e-6
+    assert calls == ["statistics", "gradient"], "of the images; float64 is the tiles'"
 
 
 def test_loss_gpu_says_what_it_lacks() -> None:

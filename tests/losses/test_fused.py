@@ -14,6 +14,7 @@ from helpers.losses import gradients, inputs, log_scale_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
 
 from nev.losses import contrastive, fused, kernel_check, tiles
@@ -24,7 +25,8 @@ BLOCKS = (
     fused.BlockSizes(16, 4, 16, 4, 4, 2),
     fused.BlockSizes(8, 16, 2, 16, 4, 2),
 )
-GPU_SHARED = 99 * 1024  # bytes that the smallest of the GPUs (8.6, 8.9, 12.0) lets a program have
+# Bytes that a program may have: 80 stands for the smallest of the GPUs (8.6, 8.9, 12.0).
+GPU_SHARED = {80: 99 * 1024, 90: 227 * 1024}
 
 Run = Callable[..., Any]
 
@@ -61,13 +63,13 @@ def sides(b: int, n: int, first: int, dim: int, scale: float, dtype: torch.dtype
     return x, texts, valid, valid_texts, first
 
 
-def compare(given: Any, scale: float, blocks: fused.BlockSizes | None = None) -> None:
+def compare(given: Any, scale: float, blocks: fused.BlockSizes | None = None, rounding: float = 4e-7) -> None:
     """The kernels in float32 beside the tiles in float64.
 
     Scores up to `scale` have errors in proportion; so have log-sum-exps, the logarithms of weights, which are at most 2.
     """
     x, texts, valid, valid_texts, first = given
-    close = {"rtol": 0, "atol": 4e-7 * (scale + 4)}
+    close = {"rtol": 0, "atol": rounding * (scale + 4)}
     exact = x.double(), texts.double(), valid, valid_texts, first
     found, want = fused.statistics(*given, blocks), tiles.statistics(*exact)
     torch.testing.assert_close(found.row[valid].double(), (want.row + want.shift)[valid], **close)
@@ -289,7 +291,11 @@ def test_the_kernels_compile_for_gpus_and_fit_them(
     from nev.losses import kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    blocks = fused.HALF if dtype == "fp16" else fused.SINGLE
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10))
+    with FakeTensorMode():
+        rows = torch.empty(1, device="cuda")
+        blocks = fused.choose_blocks(rows, rows.half() if dtype == "fp16" else rows)
+    assert blocks == {("fp16", 80): fused.HALF, ("fp16", 90): fused.WIDE}.get((dtype, capability), fused.SINGLE)
     parts = 2 if dtype == "fp16" else 1
     fixed = {"PARTS": parts, "PRECISION": "tf32x3", "BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns}
     fixed |= {"BLOCK_K": blocks.depth, "BLOCK_D": blocks.dims}
@@ -305,7 +311,7 @@ def test_the_kernels_compile_for_gpus_and_fit_them(
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=blocks.options())
     assert ("mma.sync" if capability == 80 else "wgmma.mma_async") in made.asm["ptx"], "tensor cores"
     assert "cp.async" in made.asm["ptx"]
-    assert made.metadata.shared <= GPU_SHARED
+    assert made.metadata.shared <= GPU_SHARED[capability]
 
 
 @pytest.mark.skipif(
@@ -318,7 +324,7 @@ def test_on_a_gpu(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
         *tensors, first = sides(*shape, 30.0, dtype, seed, "packed" if seed == 2 else "plain")
         given = (*(tensor.cuda() for tensor in tensors), first)
         assert fused.unsupported_reason(given[0].device) is None
-        compare(given, 30.0)
+        compare(given, 30.0, rounding=1e-6)  # tensor cores cut sums off, where others round: 4.1e-7 on an H200
         once, again = (fused.statistics(*given) for _ in range(2))
         assert torch.equal(once.row, again.row)
         assert torch.equal(once.column, again.column)
