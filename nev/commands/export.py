@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -10,6 +10,9 @@ from rich.table import Table
 
 from nev.common.cli import report_errors
 from nev.config.model_spec import ModelError
+
+if TYPE_CHECKING:
+    from nev.export.export import Exported
 
 EXAMPLE = "--checkpoint runs/quickstart --format sentence-transformers --output quickstart-st"
 
@@ -28,6 +31,21 @@ def main(
     ],
     output: Annotated[str, typer.Option("--output", help="A new folder, or s3://BUCKET/PREFIX.")],
     text: Annotated[bool, typer.Option("--text/--no-text", help="Write the text encoder, too.")] = True,
+    text_encoder: Annotated[
+        str | None,
+        typer.Option(
+            "--text-encoder", help="Another place of the same text encoder: a folder, a hub name, or a pip package."
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch, tag or commit of a checkpoint on the hub.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code", help="Run Python code from the text encoder's repository. Read that code first."
+        ),
+    ] = False,
     license: Annotated[
         str | None, typer.Option("--license", help="Licence of the weights for the model card, such as apache-2.0.")
     ] = None,
@@ -52,39 +70,64 @@ def main(
 ) -> None:
     """Export a model. What was written is opened by its consumer, and its vectors are compared with the model's."""
     with report_errors("Nothing was written."):
-        from nev.export.push import check_push
-        from nev.export.push import push as push_folder
-        from nev.export.registry import check_register
-        from nev.export.registry import register as register_folder
-
-        if push:
-            check_push(push, private)
-        elif private:
-            raise ModelError("--private is for --push OWNER/NAME: give both, or neither")
-        if register and form != "mlflow":
-            raise ModelError(f"--register is for --format mlflow, not {form}")
-        registry = check_register(register, tracking_uri) if register else ""
+        registry = check_options(form, output, push, private, register, tracking_uri)
         from nev.export.export import export
         from nev.export.parts import Options
         from nev.inference.load import load
 
-        done = export(load(checkpoint, device="cpu"), form, output, Options(text, license, push))
-        console, table = Console(), Table()
-        for column in ("opened by", "compared", "difference", "1 - cosine"):
-            table.add_column(column)
-        for check in done.checks:
-            table.add_row(check.consumer, check.what, f"{check.difference:.1e}", f"{check.gap:.1e}")
-        console.print(table)
-        for check in done.checks:
-            if check.left_out:
-                console.print(f"left out    {check}", highlight=False, soft_wrap=True, markup=False)
-        size = f"{done.bytes / 2**20:,.1f} MiB, {done.seconds:.0f} s"
-        console.print(f"{form:<11} {done.location} ({size})", highlight=False, soft_wrap=True, markup=False)
+        model = load(
+            checkpoint, device="cpu", text=text_encoder, revision=revision, trust_remote_code=trust_remote_code
+        )
+        exported = export(model, form, output, Options(text, license, push))
+    show(form, exported)
     if push:
-        with report_errors(f"{done.location} is written, and not pushed."):
-            url = push_folder(done.location, push, private)
-            console.print(f"{'pushed':<11} {url}", highlight=False, soft_wrap=True, markup=False)
+        with report_errors(f"{output} is written, and not pushed."):
+            from nev.export.push import push as push_folder
+
+            print_line("pushed", push_folder(output, push, private))
     if register:
-        with report_errors(f"{done.location} is written, and not registered."):
-            model = register_folder(done.location, register, registry)
-            console.print(f"{'registered':<11} {model}", highlight=False, soft_wrap=True, markup=False)
+        with report_errors(f"{output} is written, and not registered."):
+            from nev.export.registry import register as register_folder
+
+            print_line("registered", register_folder(output, register, registry))
+
+
+def check_options(
+    form: str, output: str, push: str | None, private: bool, register: str | None, tracking_uri: str | None
+) -> str:
+    """Check what can be checked before a model is opened. Returns the address of the registry, or "" for none."""
+    from nev.export.export import check_export
+
+    check_export(form, output)
+    if push:
+        from nev.export.push import check_push
+
+        check_push(push, private)
+    elif private:
+        raise ModelError("--private is for --push OWNER/NAME: give both, or neither")
+    if not register:
+        return ""
+    if form != "mlflow":
+        raise ModelError(f"--register is for --format mlflow, not {form}")
+    from nev.export.registry import check_register
+
+    return check_register(register, tracking_uri)
+
+
+def show(form: str, exported: Exported) -> None:
+    """Print the comparisons, and where the folder lies."""
+    table = Table()
+    for column in ("opened by", "compared", "difference", "1 - cosine"):
+        table.add_column(column)
+    for check in exported.checks:
+        table.add_row(check.consumer, check.what, f"{check.difference:.1e}", f"{check.gap:.1e}")
+    Console().print(table)
+    for check in exported.checks:
+        if check.left_out:
+            print_line("left out", str(check))
+    print_line(form, f"{exported.location} ({exported.bytes / 2**20:,.1f} MiB, {exported.seconds:.0f} s)")
+
+
+def print_line(what: str, value: str) -> None:
+    """Print one line of the summary."""
+    Console().print(f"{what:<11} {value}", highlight=False, soft_wrap=True, markup=False)

@@ -50,3 +50,8 @@ def first_few(names: Sequence[str]) -> str:
     """Up to four names, and the number of further names, for a message."""
     more = len(names) - MAX_NAMES
     return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something, for a message; the error's name where none does."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

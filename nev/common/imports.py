@@ -44,22 +44,27 @@ class _Waiting(importlib.abc.MetaPathFinder):
         if fullname != self.module:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:  # a look at the module is no import yet
+            sys.meta_path.insert(0, self)
         if spec and spec.loader:
-            spec.loader = _ThenCall(spec.loader, self.action)
+            spec.loader = _ThenCall(spec.loader, self)
         return spec
 
 
 class _ThenCall(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader, action: Callable[[], object]) -> None:
-        self.loader, self.action = loader, action
+    def __init__(self, loader: importlib.abc.Loader, waiting: _Waiting) -> None:
+        self.loader, self.waiting = loader, waiting
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        self.action()
+        if self.waiting in sys.meta_path:
+            sys.meta_path.remove(self.waiting)
+            self.waiting.action()
 
     def __getattr__(self, name: str) -> object:  # resources and sources are the real loader's affair
         return getattr(self.loader, name)

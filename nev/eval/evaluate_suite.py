@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rich.console import Console
 from rich.markup import escape
 
-from nev.common.errors import NevError
+from nev.common.errors import NevError, first_line
 from nev.config.base import ConfigError
 from nev.embed.embedder import Embedder
 from nev.runs.metrics_log import MetricPoint, load_mlflow_run_id, read_points
@@ -206,7 +206,7 @@ def track(result: SuiteResult, embedder: Embedder, files: list[str], console: Co
             tracker.artifact(file, "evaluation")
     except (NevError, MlflowException, OSError) as error:
         console.print(
-            f"[yellow]not logged to MLflow ({escape(str(error).splitlines()[0])}); the results lie in {files[0]}[/]",
+            f"[yellow]not logged to MLflow ({escape(first_line(error))}); the results lie in {files[0]}[/]",
             highlight=False,
             soft_wrap=True,
         )

@@ -13,6 +13,7 @@ import numpy as np
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 
+from nev.common.errors import first_line
 from nev.config.base import ConfigError
 from nev.config.data import Limits
 from nev.data.decode import BadImage
@@ -128,7 +129,7 @@ def run_mteb(model: MtebModel, names: Sequence[str]) -> dict[str, float]:
         scores = mteb.evaluate(encoder, tasks, cache=None, co2_tracker=False, show_progress_bar=False)
     except (OSError, DatasetNotFoundError) as error:  # bases of the errors of the hub and of requests
         raise ConfigError(
-            f"--mteb: the data of {', '.join(names)} cannot be had ({str(error).splitlines()[0]}). It comes from the hub, which "
+            f"--mteb: the data of {', '.join(names)} cannot be had ({first_line(error)}). It comes from the hub, which "
             "this machine has to reach (HF_HUB_OFFLINE must not be set)."
         ) from error
     return {result.task_name: float(result.get_score()) for result in scores.task_results}

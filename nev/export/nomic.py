@@ -32,14 +32,14 @@ from nev.models.nomic import to_released
 from nev.models.nomic_text import MLP_MULTIPLE, MODEL_TYPE
 
 WEIGHTS = "model.safetensors"
-CODE = "nomic-ai/nomic-bert-2048--"  # repository on the hub that has the released code
+RELEASED_CODE = "nomic-ai/nomic-bert-2048--"  # repository on the hub that has the released code
 # The released config.json, but for sizes. The released code has no defaults for most of these.
 RELEASED: dict[str, Any] = {
     "model_type": MODEL_TYPE,
     "architectures": ["NomicVisionModel"],
     "auto_map": {
-        "AutoConfig": f"{CODE}configuration_hf_nomic_bert.NomicBertConfig",
-        "AutoModel": f"{CODE}modeling_hf_nomic_bert.NomicVisionModel",
+        "AutoConfig": f"{RELEASED_CODE}configuration_hf_nomic_bert.NomicBertConfig",
+        "AutoModel": f"{RELEASED_CODE}modeling_hf_nomic_bert.NomicVisionModel",
     },
     "activation_function": "swiglu",
     "attn_pdrop": 0.0,

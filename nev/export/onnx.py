@@ -130,24 +130,24 @@ def _compare_tower(folder: Path, tower: str, ours: Floats, limit: float, precisi
 
 
 def _run_reader(folder: Path, tower: str, precision: str) -> Any:
-    one = reader.Model(folder, precision)
-    return (one.encode_text if tower == TEXT_FOLDER else one.encode_image)(_samples(one, tower))
+    model = reader.Model(folder, precision)
+    return (model.encode_text if tower == TEXT_FOLDER else model.encode_image)(_samples(model, tower))
 
 
 def _run_openvino(folder: Path, tower: str) -> Any:
     """Write a graph in OpenVINO's form, and run it. (`ovc`, its usual tool, would report its use over the network.)"""
     import openvino
 
-    core, file, one = openvino.Core(), folder / OPENVINO / f"{tower}.xml", reader.Model(folder)
+    core, file, model = openvino.Core(), folder / OPENVINO / f"{tower}.xml", reader.Model(folder)
     file.parent.mkdir(exist_ok=True)
     openvino.save_model(core.read_model(folder / tower / FILES["fp32"]), file, compress_to_fp16=False)
     compiled = core.compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return compiled((one.read_tokens if tower == TEXT_FOLDER else one.read_pixels)(_samples(one, tower)))[OUTPUT]
+    return compiled((model.read_tokens if tower == TEXT_FOLDER else model.read_pixels)(_samples(model, tower)))[OUTPUT]
 
 
-def _samples(one: reader.Model, tower: str) -> list[Any]:
+def _samples(model: reader.Model, tower: str) -> list[Any]:
     """What `_embed_samples` embeds, as a user gives it."""
-    pictures = sample_pictures(one.config["image"]["size"])
+    pictures = sample_pictures(model.config["image"]["size"])
     return list(TEXTS) if tower == TEXT_FOLDER else [Image.fromarray(square) for square in pictures]
 
 
@@ -162,14 +162,14 @@ def _leave_out(check: Check, folder: Path, name: str) -> Check:
 
 def _make_tokenizer(model: Model) -> Tokenizer:
     """The text tower's tokenizer, which cuts at the longest text and pads to the longest of a batch by itself."""
-    given = model.text.tokenizer
-    tokenizer: Tokenizer = Tokenizer.from_str(given.backend_tokenizer.to_str())
-    tokenizer.enable_truncation(model.text.longest, direction=given.truncation_side)
+    source = model.text.tokenizer
+    tokenizer: Tokenizer = Tokenizer.from_str(source.backend_tokenizer.to_str())
+    tokenizer.enable_truncation(model.text.longest, direction=source.truncation_side)
     tokenizer.enable_padding(
-        direction=given.padding_side,
-        pad_id=given.pad_token_id,
-        pad_token=given.pad_token,
-        pad_type_id=given.pad_token_type_id,
+        direction=source.padding_side,
+        pad_id=source.pad_token_id,
+        pad_token=source.pad_token,
+        pad_type_id=source.pad_token_type_id,
     )
     return tokenizer
 

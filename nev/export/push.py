@@ -12,8 +12,8 @@ from nev.config.model_spec import SPEC_FILE, ModelError
 from nev.storage.files import local_copy
 from nev.storage.hub import HUB_NAME, LOG_IN, hub_errors_as
 
-KEPT = (".gitattributes", "LICENSE")  # files that people add on the hub, which a push leaves alone
-STARTED = (*KEPT, "README.md")  # what a repository has that was made on the web
+UNTOUCHED = (".gitattributes", "LICENSE")  # files that people add on the hub, which a push leaves alone
+STARTED = (*UNTOUCHED, "README.md")  # what a repository has that was made on the web
 
 
 def check_push(name: str, private: bool) -> None:
@@ -64,8 +64,8 @@ def push(location: str, name: str, private: bool) -> str:
     with local_copy(location) as folder, hub_errors_as(failed, name):
         files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
         hub.create_repo(name, private=private or None, exist_ok=True)
-        old = [file for file in hub.list_repo_files(name) if file not in files and file not in KEPT]
-        done = hub.create_commit(
+        old = [file for file in hub.list_repo_files(name) if file not in files and file not in UNTOUCHED]
+        commit = hub.create_commit(
             name,
             [
                 *(CommitOperationAdd(path, str(file)) for path, file in files.items()),
@@ -73,4 +73,4 @@ def push(location: str, name: str, private: bool) -> str:
             ],
             commit_message="nev export",
         )
-    return str(done.commit_url)
+    return str(commit.commit_url)

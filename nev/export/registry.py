@@ -9,12 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nev.common.errors import first_line
 from nev.config.model_spec import ModelError
 from nev.storage.files import local_copy
 
 EXPERIMENT = "nev export"  # of MLflow, to which the models belong
 NAME = re.compile(r"[^/:'\"%]+")  # what MLflow takes as the name of a model
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+# Through another database's address, MLflow would leave the files in the working folder of this machine.
+ADDRESSES = ("http://", "https://", "sqlite:///")
 
 
 def check_register(name: str, uri: str | None) -> str:
@@ -25,6 +28,11 @@ def check_register(name: str, uri: str | None) -> str:
     """
     if not uri:
         raise ModelError(f"register {name}: give MLflow's address by --tracking-uri, or in MLFLOW_TRACKING_URI")
+    if not uri.startswith(ADDRESSES):
+        kind = uri.partition(":")[0]
+        raise ModelError(
+            f"register {name}: --tracking-uri {kind}:... is no MLflow server: give http://HOST:PORT, or sqlite:///FILE"
+        )
     if not NAME.fullmatch(name):
         raise ModelError(f"register {name!r}: a name has no slash, colon, quote or percent sign")
     with _errors_as(f"register {name}", uri) as client:
@@ -66,12 +74,15 @@ def _errors_as(failed: str, uri: str) -> Iterator[Any]:
     import mlflow
     from mlflow.exceptions import MlflowException
 
+    retries = os.environ.get(RETRIES)
     os.environ.setdefault(RETRIES, "1")  # not four minutes
     before: Any = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
     mlflow.set_tracking_uri(uri)  # a client with a URI of its own would still look up logged models at MLflow's
     try:
         yield mlflow.MlflowClient()
     except (MlflowException, OSError, ImportError) as error:  # ImportError: of boto3, for artifacts on S3
-        raise ModelError(f"{failed}: MLflow at {uri}: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{failed}: MLflow at {uri}: {first_line(error)}") from error
     finally:
         mlflow.set_tracking_uri(before)
+        if retries is None:
+            del os.environ[RETRIES]

@@ -48,7 +48,7 @@ from nev.inference.load import load
 from nev.inference.model import Model
 
 CONSUMER = "sentence-transformers"
-CODE = "modeling_nev.py"
+MODELING_FILE = "modeling_nev.py"
 TEXT, PICTURES = "text_0_Transformer", "image_0_Transformer"  # as the router names the folders of its first modules
 
 
@@ -82,7 +82,9 @@ def write(model: Model, folder: Path, options: Options) -> list[Check]:
         )
         whole.save_pretrained(str(folder), create_model_card=False)
         if not pictures.plain:
-            shutil.copy(Path(scratch) / "nev" / CODE, folder / CODE)  # transformers looks for code in the folder itself
+            shutil.copy(
+                Path(scratch) / "nev" / MODELING_FILE, folder / MODELING_FILE
+            )  # transformers looks for code in the folder itself
     described = replace(model, spec=pictures.spec, load_text=lambda: model.text)
     write_spec(described, folder, pictures.weights, TEXT)
     write_card(model, folder, "sentence-transformers", options, plain=pictures.plain)

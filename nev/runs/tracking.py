@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 from pydantic import BaseModel
 from tenacity import RetryError, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
+from nev.common.errors import first_line
 from nev.config.base import ConfigError
 from nev.config.experiment import Tracking
 from nev.config.file import flatten
@@ -49,7 +50,7 @@ def check_tracking(uri: str) -> None:
         _client(uri).search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
         raise ConfigError(
-            f"tracking.uri: MLflow at {uri} does not answer ({str(error).splitlines()[0]}). Start it (mlflow server), or give "
+            f"tracking.uri: MLflow at {uri} does not answer ({first_line(error)}). Start it (mlflow server), or give "
             "another URI with --set tracking.uri=..."
         ) from error
     finally:

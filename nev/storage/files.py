@@ -168,30 +168,41 @@ def output_folder(location: str) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(location: str) -> Iterator[Path]:
+def whole_folder(location: str, last: str) -> Iterator[Path]:
     """A local folder to write files in, which is moved to `location` at the end, or dropped after an error.
 
-    location: where nothing is yet, or an empty folder. On S3 the files are uploaded at the end.
+    location: where nothing is yet, or an empty folder; a link to a folder is followed. On S3 the files are uploaded at the end.
+    last: the file that comes last, where the files have to come one by one: on S3, and into a folder that exists.
     """
     fs, path = filesystem(location)
-    home = path.rstrip("/").rpartition("/")[0]
-    if is_local(fs):
-        make_folder(fs, home)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=home if is_local(fs) else None) as temporary:
+    if not is_local(fs):
+        with tempfile.TemporaryDirectory(prefix="nev-") as temporary:
+            yield Path(temporary)
+            upload(Path(temporary), location, last)
+        return
+    target = Path(path).resolve()
+    there = target.is_dir()
+    make_folder(fs, str(target.parent))
+    # Inside a folder that exists: it may be a disk of its own, as in a container.
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=target if there else target.parent) as temporary:
         folder = Path(temporary, "folder")
         folder.mkdir()
         yield folder
-        if is_local(fs):
-            folder.replace(path)
+        if there:
+            for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == last):
+                entry.replace(target / entry.name)
         else:
-            upload(folder, location)
+            folder.replace(target)
 
 
-def upload(source: Path, location: str) -> None:
-    """Upload a local file to `location` on S3, or the files of a local folder below `location`, by the same names."""
+def upload(source: Path, location: str, last: str = "") -> None:
+    """Upload a local file to `location` on S3, or the files of a local folder below `location`, by the same names.
+
+    last: the file of the folder that comes last.
+    """
     fs, path = filesystem(location)
     files = [file for file in sorted(source.rglob("*")) if file.is_file()] if source.is_dir() else [source]
-    for file in files:
+    for file in sorted(files, key=lambda file: file == source / last):
         name = "" if file == source else f"/{file.relative_to(source).as_posix()}"
         with storage_errors_as(f"{location}{name}", "written"):
             fs.put_file(str(file), f"{path}{name}")

@@ -5,16 +5,20 @@ HF_ENDPOINT names another hub, HF_TOKEN or `hf auth login` the user, HF_HUB_OFFL
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nev.common.errors import first_line
 from nev.config.model_spec import ModelError
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-FILES = ["*.json", "*.safetensors", "pytorch_model.bin", "*.txt", "*.model"]  # no code is fetched
+FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # no code is fetched
+PICKLE = "pytorch_model.bin"  # read with weights_only, and fetched where there is nothing else
 LOG_IN = "`hf auth login`, or HF_TOKEN"
+NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # of the disk, not of the network
 
 
 def fetch_model(name: str, revision: str | None) -> Path:
@@ -26,7 +30,10 @@ def fetch_model(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     with hub_errors_as(f"{name}: there is no such folder, and it cannot be fetched from the hub", name):
-        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+        if not any(folder.rglob("*.safetensors")):
+            snapshot_download(name, revision=revision, allow_patterns=[PICKLE])
+        return folder
 
 
 @contextmanager
@@ -64,9 +71,9 @@ def explain(error: BaseException, name: str) -> str:
         return f"the token is not valid: {LOG_IN}"
     if status == 403:
         return f"the token has no right to do this: take one with write access to {name.partition('/')[0]} ({LOG_IN})"
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    message = first_line(error)
+    if isinstance(error, OSError) and error.errno in NO_PLACE:
+        return f"the cache {constants.HF_HUB_CACHE} cannot be written ({message}): make room there, or set HF_HOME"
     if status is not None or isinstance(error, ValueError):
-        return f"the hub refuses: {said}"
-    return (
-        f"{constants.ENDPOINT} cannot be reached, or does not answer as the hub does ({type(error).__name__}: {said})"
-    )
+        return f"the hub refuses: {message}"
+    return f"{constants.ENDPOINT} cannot be reached, or does not answer as the hub does ({type(error).__name__}: {message})"

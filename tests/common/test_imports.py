@@ -34,7 +34,8 @@ from nev.common.imports import when_imported
 calls = []
 when_imported("wave", lambda: calls.append(sys.modules["wave"].WAVE_FORMAT_PCM))
 when_imported("colorsys", lambda: calls.append("colorsys"))
-import json
+import importlib.util, json
+assert importlib.util.find_spec("wave").name == "wave"
 assert calls == []
 import wave, wave
 assert calls == [1], calls

