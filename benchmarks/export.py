@@ -32,9 +32,9 @@ NOTES = (
     "recall_at_10: of the trained model on its own validation set, text to image, as a share, with the vectors of torch, and "
     "with those of the int8 graphs of both towers.",
     "load_s: nev.load of the trained model, libraries imported, with its first picture.",
-    "top1_*, gap_*: the photographs of --photos, each class one photograph, through every consumer's own pre-processing of an "
-    "export: zero-shot top 1 among the names of all photographs (`a photo of a NAME`), and 1 - cosine to nev's own vector, mean "
-    "and largest. clip: the processor that resizes before it cuts, which an export does not have.",
+    "*_mb: size of an export. *_open_s: time until its consumer has opened the folder, libraries imported. *_top1, *_gap: the "
+    "photographs of --photos, each a class, through each consumer's own pre-processing: zero-shot top 1 among all their names "
+    "(`a photo of a NAME`), and 1 - cosine to nev's own vector. clip_processor: it resizes before it cuts, and no export has it.",
 )
 
 

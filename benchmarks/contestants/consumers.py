@@ -1,11 +1,13 @@
-"""Photographs through the pre-processing of each tool that opens an export: how far its vectors lie from nev's own, and top 1."""
+"""Exports of a trained model, each by the tool that opens it: size, time to open, and photographs through its pre-processing."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -15,29 +17,39 @@ from transformers import AutoImageProcessor, AutoModel, CLIPImageProcessor
 
 import nev
 from nev.export.export import export
-from nev.export.parts import Options
+from nev.export.mlflow import make_rows
 from nev.export.templates import reader
 from nev.inference.model import Model
 from nev.ops.vectors import Floats
 
 PROMPT = "a photo of a {}"
 Photos = list[Image.Image]
+Embed = Callable[[Photos], NDArray[Any]]  # photographs to unit vectors, float32 [n, D]
 
 
 def measure(trained: Path, photos: Path, folder: Path) -> dict[str, list[float]]:
-    """Figures of every consumer. trained: a run. photos: a folder of ID_NAME.JPEG, a class each. folder: for the exports."""
+    """Figures of every export. trained: a run. photos: a folder of ID_NAME.JPEG, a class each. folder: for the exports."""
     model = nev.load(trained, device="cpu")
+    figures = dict[str, list[float]]()
+    consumers = dict[str, Embed]()
+    for form, openers in FORMS.items():
+        exported = export(model, form, folder / form)
+        figures[f"{form}_mb"] = [exported.bytes / 1e6]
+        for name, opener in openers.items():
+            start = time.perf_counter()
+            consumers[name] = opener(folder / form, model)
+            figures[f"{name}_open_s"] = [time.perf_counter() - start]
     files = sorted(photos.glob("*_*.JPEG"))
     upright = [ImageOps.exif_transpose(Image.open(file)).convert("RGB") for file in files]
     names = [file.stem.partition("_")[2].replace("_", " ") for file in files]
     labels = np.asarray(model.encode_text([PROMPT.format(name) for name in names]))
     ours = np.asarray(model.encode_image(files))
-    figures = {"photos": [float(len(files))], "top1_nev": [top1(ours, labels)]}
-    for name, embed in open_consumers(model, folder).items():
+    figures |= {"photos": [float(len(files))], "nev_top1": [top1(ours, labels)]}
+    for name, embed in consumers.items():
         theirs = embed(upright)
         gaps = 1 - (theirs * ours).sum(axis=1)
-        figures |= {f"top1_{name}": [top1(theirs, labels)]}
-        figures |= {f"gap_mean_{name}": [float(gaps.mean())], f"gap_max_{name}": [float(gaps.max())]}
+        figures |= {f"{name}_top1": [top1(theirs, labels)]}
+        figures |= {f"{name}_gap_mean": [float(gaps.mean())], f"{name}_gap_max": [float(gaps.max())]}
     return figures
 
 
@@ -46,31 +58,59 @@ def top1(images: Floats, labels: Floats) -> float:
     return float(((images @ labels.T).argmax(axis=1) == np.arange(len(images))).mean())
 
 
-def open_consumers(model: Model, folder: Path) -> dict[str, Callable[[Photos], NDArray[Any]]]:
-    """Export to `folder`, and open each export by its consumer: name -> photographs to unit vectors, float32 [n, D]."""
-    for form in ("hf", "sentence-transformers", "onnx"):
-        export(model, form, folder / form, Options(text=form == "sentence-transformers"))
-    tower: Any = AutoModel.from_pretrained(folder / "hf").eval()
-    size, mean, std = model.spec.image_size, model.spec.mean, model.spec.std
+def open_transformers(folder: Path, model: Model) -> Embed:
+    """The vision tower with the processor of the export."""
+    return _by_processor(folder, AutoImageProcessor.from_pretrained(folder))
+
+
+def open_clip_processor(folder: Path, model: Model) -> Embed:
+    """The vision tower with CLIP's processor, which resizes before it cuts: what an export does not have."""
+    size, mean, std = model.spec.image_size, list(model.spec.mean), list(model.spec.std)
     square = {"height": size, "width": size}
-    clip = CLIPImageProcessor(
-        size={"shortest_edge": size}, crop_size=square, image_mean=list(mean), image_std=list(std)
+    return _by_processor(
+        folder, CLIPImageProcessor(size={"shortest_edge": size}, crop_size=square, image_mean=mean, image_std=std)
     )
-    router = SentenceTransformer(str(folder / "sentence-transformers"), device="cpu")
 
-    def by_transformers(processor: Any) -> Callable[[Photos], NDArray[Any]]:
-        @torch.inference_mode()
-        def embed(photos: Photos) -> NDArray[Any]:
-            parts = [photos[start : start + 16] for start in range(0, len(photos), 16)]
-            vectors = [tower(**processor(part, return_tensors="pt")).pooler_output for part in parts]
-            return np.asarray(torch.cat(vectors).numpy())
 
-        return embed
+def _by_processor(folder: Path, processor: Any) -> Embed:
+    tower: Any = AutoModel.from_pretrained(folder).eval()
 
-    return {
-        "transformers": by_transformers(AutoImageProcessor.from_pretrained(folder / "hf")),
-        "sentence_transformers": lambda photos: np.asarray(router.encode(photos, modality="image")),
-        "onnx": lambda photos: np.asarray(reader.Model(folder / "onnx").encode_image(photos)),
-        "onnx_int8": lambda photos: np.asarray(reader.Model(folder / "onnx", "int8").encode_image(photos)),
-        "clip": by_transformers(clip),
-    }
+    @torch.inference_mode()
+    def embed(photos: Photos) -> NDArray[Any]:
+        parts = [photos[start : start + 16] for start in range(0, len(photos), 16)]
+        vectors = [tower(**processor(part, return_tensors="pt")).pooler_output for part in parts]
+        return np.asarray(torch.cat(vectors).numpy())
+
+    return embed
+
+
+def open_sentence_transformers(folder: Path, model: Model) -> Embed:
+    """Both towers."""
+    router = SentenceTransformer(str(folder), device="cpu")
+    return lambda photos: np.asarray(router.encode(photos, modality="image"))
+
+
+def open_reader(folder: Path, precision: str) -> Embed:
+    """Both towers, by the folder's own reader."""
+    opened = reader.Model(folder, precision)
+    opened.encode_image([Image.new("RGB", (8, 8))])  # towers are loaded when they are first used
+    opened.encode_text(["a"])
+    return lambda photos: np.asarray(opened.encode_image(photos))
+
+
+def open_mlflow(folder: Path, model: Model) -> Embed:
+    """Both towers, as MLflow serves them."""
+    opened = mlflow.pyfunc.load_model(str(folder))
+    return lambda photos: np.concatenate([opened.predict(make_rows([np.asarray(photo)], ())) for photo in photos])
+
+
+FORMS: dict[str, dict[str, Callable[[Path, Model], Embed]]] = {
+    "hf": {"transformers": open_transformers, "clip_processor": open_clip_processor},
+    "sentence-transformers": {"sentence_transformers": open_sentence_transformers},
+    "onnx": {
+        "onnxruntime": lambda folder, model: open_reader(folder, "fp32"),
+        "onnxruntime_fp16": lambda folder, model: open_reader(folder, "fp16"),
+        "onnxruntime_int8": lambda folder, model: open_reader(folder, "int8"),
+    },
+    "mlflow": {"mlflow": open_mlflow},
+}
