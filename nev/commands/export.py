@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +15,7 @@ from nev.config.model_spec import ModelError
 if TYPE_CHECKING:
     from nev.export.export import Exported
 
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # as the hub names licences
 EXAMPLE = "--checkpoint runs/quickstart --format sentence-transformers --output quickstart-st"
 
 
@@ -70,7 +72,7 @@ def main(
 ) -> None:
     """Export a model. What was written is opened by its consumer, and its vectors are compared with the model's."""
     with report_errors("Nothing was written."):
-        registry = check_options(form, output, push, private, register, tracking_uri)
+        registry = check_options(form, output, text, license, push, private, register, tracking_uri)
         from nev.export.export import export
         from nev.export.parts import Options
         from nev.inference.load import load
@@ -93,12 +95,23 @@ def main(
 
 
 def check_options(
-    form: str, output: str, push: str | None, private: bool, register: str | None, tracking_uri: str | None
+    form: str,
+    output: str,
+    text: bool,
+    license: str | None,
+    push: str | None,
+    private: bool,
+    register: str | None,
+    tracking_uri: str | None,
 ) -> str:
     """Check what can be checked before a model is opened. Returns the address of the registry, or "" for none."""
-    from nev.export.export import check_export
+    from nev.export.formats import check_export
 
-    check_export(form, output)
+    check_export(form, output, text)
+    if license and not LICENSE.fullmatch(license):
+        raise ModelError(
+            f"--license {license!r}: the hub takes an identifier such as apache-2.0, mit, cc-by-4.0 or other"
+        )
     if push:
         from nev.export.push import check_push
 

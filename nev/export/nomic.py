@@ -95,7 +95,8 @@ def write(model: Model, folder: Path, options: Options) -> list[Check]:
         tensors = to_released(model.vision.state_dict())
     except ValueError as error:
         raise ModelError(
-            f"format nomic cannot hold {model.spec.name}: {error}\nThe format hf holds every tower."
+            f"format nomic holds EVA-02 towers with nomic's pool alone, and {model.spec.name} is another: give the format hf. "
+            f"{error}"
         ) from error
     config = describe_sizes(model.vision, tensors)
     save_file(

@@ -70,10 +70,8 @@ class Pictures(NamedTuple):
 def write(model: Model, folder: Path, options: Options) -> list[Check]:
     """Write the folder, and compare what sentence-transformers and nev compute from it.
 
-    Raises ModelError without the text tower, and for a text encoder with code of its own.
+    Raises ModelError for a text encoder with code of its own.
     """
-    if not options.text:
-        raise ModelError("format sentence-transformers has both towers in one folder: leave out --no-text, or give hf")
     with TemporaryDirectory() as scratch:
         pictures = _make_pictures(model, Path(scratch))
         router = Router({"text": _make_texts(model, Path(scratch)), "image": pictures.modules}, allow_empty_key=False)

@@ -16,12 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import mlflow
 import numpy as np
 import pandas as pd
 import pytest
 from helpers.models import SIZE, WIDTH, make_experiment, write_checkpoint
 from helpers.pictures import encoded, photo
 from helpers.processes import run_python
+from mlflow.exceptions import MlflowException
 from PIL import Image
 
 import nev
@@ -262,6 +264,14 @@ def test_limits_of_the_model_hold_in_the_table(case: Case) -> None:
     for form in (PICTURES[0], in_base64(PICTURES[0]), in_base64(PICTURES[0] * 9)):
         with pytest.raises(mlflow.MlflowException, match=r"row 0, image: .*more than [\d,]+"):
             model.predict(pd.DataFrame({"image": [form]}))
+
+
+def test_a_table_without_a_known_column_is_refused(case: Case) -> None:
+    """Not answered with no vectors: MLflow takes unknown columns away before the model sees them."""
+    model = mlflow.pyfunc.load_model(str(case.folder))
+    for rows in (pd.DataFrame({"txt": ["a dog"]}), ["a dog"]):
+        with pytest.raises(MlflowException, match="a row has `image` or `text`"):
+            model.predict(rows)
 
 
 def test_what_is_refused_before_an_export(tmp_path: Path) -> None:

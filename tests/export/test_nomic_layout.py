@@ -128,7 +128,7 @@ def test_a_text_tower_that_was_trained_is_not_the_one_of_its_name(tmp_path: Path
     [
         (
             {},
-            r"not a tower in nomic-embed-vision's architecture\n  missing: trunk\.blocks(?s:.*)The format hf holds every tower",
+            r"is another: give the format hf\. (?s:.*)not a tower in nomic-embed-vision's architecture\n  missing: trunk\.blocks",
         ),
         ({**EVA, "final_norm": True}, r"unknown: trunk\.norm\.weight, trunk\.norm\.bias"),
         ({**EVA, "head": "linear"}, r"unknown: head\.weight, head\.bias"),

@@ -39,6 +39,9 @@ class EmbeddingModel(PythonModel):
         width = settings["width"]
         if not 0 < width <= self.model.width:
             raise refuse(f"width {width}: the model's vectors have {self.model.width} numbers")
+        if not {"image", "text"} & set(model_input.columns):
+            columns = ", ".join(map(str, model_input.columns)) or "none that it knows"
+            raise refuse(f"the input has the columns {columns}: a row has `image` or `text`")
         pictures, texts = dict[int, Any](), dict[int, str]()
         for number, row in enumerate(model_input.to_dict("records")):
             filled = {name: row[name] for name in ("image", "text") if not is_missing(row.get(name))}
