@@ -17,11 +17,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from nev.config.model_spec import ModelSpec
 from nev.data.decode import BadImage
-from nev.inference.forward import make_embedder
-from nev.inference.output import as_vectors, check_output, finish
-from nev.inference.pictures import Square, is_one, read_squares
+from nev.inference.forward import Embed, make_embedder
+from nev.inference.output import as_vectors, check_output, finish, to_numpy
+from nev.inference.pictures import Square, is_single, read_squares
 from nev.models.image_encoder import ImageEncoder
-from nev.ops.vectors import Floats, scale_to_unit, shift_mean
+from nev.ops.vectors import Floats, are_usable, scale_to_unit, shift_mean
 
 if TYPE_CHECKING:
     from nev.models.text import TextTower
@@ -120,20 +120,21 @@ class Model:
         check_output(self.width, width, precision, output, batch_size)
         if bad not in ("raise", "mask"):
             raise ValueError(f"bad {bad!r}: it is raise or mask")
-        one, spec = is_one(images), self.spec
-        items = [images] if one else images
+        single, spec = is_single(images), self.spec
+        items = [images] if single else images
         embed = make_embedder(self.vision, spec.mean, spec.std, self.device, batch_size)
         parts, reasons = [np.zeros((0, self.width), np.float32)], list[str]()
         with _progress("pictures", _length(items), progress) as advance:
             for squares in read_squares(items, spec.image_size, spec.limits, batch_size):
-                for square in squares:
-                    if square.reason and bad == "raise":
-                        number = len(reasons)
-                        raise BadImage(f"picture {number}: {square.reason} (bad='mask' would leave such pictures out)")
-                    reasons.append(square.reason)
-                parts.append(_embed_squares(squares, embed, self.width))
+                if bad == "raise":
+                    _raise_first([square.reason for square in squares], len(reasons))
+                vectors, new = _embed_squares(squares, embed, self.width)
+                if bad == "raise":
+                    _raise_first(new, len(reasons))
+                parts.append(vectors)
+                reasons += new
                 advance(len(squares))
-        vectors = finish(np.concatenate(parts), width, precision, output, one)
+        vectors = finish(np.concatenate(parts), width, precision, output, single)
         if bad == "raise":
             return vectors
         if counts := Counter(filter(None, reasons)):
@@ -160,7 +161,7 @@ class Model:
         check_output(self.width, width, precision, output, batch_size)
         if kind not in self.spec.prompts:
             raise ValueError(f"kind {kind!r}: it is {' or '.join(self.spec.prompts)}")
-        one = isinstance(texts, str)
+        single = isinstance(texts, str)
         sentences = [texts] if isinstance(texts, str) else _as_list(texts)
         # Training cuts captions short; vectors that people have are cut where the encoder ends.
         tower = replace(self.text, prefix=self.spec.prompts[kind], max_tokens=self.text.longest)
@@ -173,19 +174,22 @@ class Model:
                 done = count
 
             vectors = tower.encode(sentences, batch_size, report)
-        return finish(vectors, width, precision, output, one)
+        return finish(vectors, width, precision, output, single)
 
     def similarity(self, left: ArrayLike, right: ArrayLike) -> Floats:
         """Cosines of two sets of vectors, [n, D] and [m, D] (or one vector, [D]): float32 [n, m]. int8 vectors are fine, too.
 
-        Raises ValueError for vectors of different widths, and for binary ones.
+        A row of zeros, which stands for a bad picture, has the cosine 0; a row with NaN has NaN.
+        Raises ValueError for vectors of different widths, and for binary ones; TypeError for what is no vector.
         """
-        rows = [np.atleast_2d(np.asarray(side)) for side in (left, right)]
+        rows = [np.atleast_2d(to_numpy(side)) for side in (left, right)]
         for side in rows:
             if side.dtype == np.uint8:
                 raise ValueError("binary vectors have no cosine: compare them by Hamming distance")
             if side.dtype.kind not in "fi":
                 raise TypeError(f"similarity compares vectors, and this is an array of {side.dtype}: encode it first")
+            if side.ndim != 2:
+                raise ValueError(f"similarity compares vectors, [n, D], and this is an array {list(side.shape)}")
         if rows[0].shape[1] != rows[1].shape[1]:
             raise ValueError(f"vectors of {rows[0].shape[1]} and of {rows[1].shape[1]} numbers cannot be compared")
         a, b = (scale_to_unit(side.astype(np.float32)) for side in rows)
@@ -212,7 +216,7 @@ class Model:
         odds = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares = odds / odds.sum(axis=1, keepdims=True)
         scored = [[Scored(names[i], float(row[i])) for i in np.argsort(-row, kind="stable")[:top]] for row in shares]
-        return scored[0] if is_one(images) else scored
+        return scored[0] if is_single(images) else scored
 
     def rank(
         self,
@@ -232,40 +236,56 @@ class Model:
         top: length of the list.
         calibrated: move pictures by the distance between the means of both modalities, which the model knows from validation: the
             modality gap would put all texts before all pictures (Liang et al. 2022). A model without the means ranks by cosine.
+        Vectors of zeros, which `bad="mask"` gives for bad pictures, and vectors with NaN are left out of the list.
+        Raises BadImage for a bad picture, ValueError for vectors of another model.
         """
-        query_vector = as_vectors(query)
+        query_vector, pictures, sentences = (
+            as_vectors(items, what, self.width)
+            for items, what in ((query, "query"), (images, "images"), (texts, "texts"))
+        )
+        query_is_picture = query_vector is None and not isinstance(query, str)
         if query_vector is None:
-            query_vector = self.encode_text([query]) if isinstance(query, str) else self.encode_image([query])
-        if query_vector.shape != (1, self.width):
+            query_vector = self.encode_image([query]) if query_is_picture else self.encode_text([query])
+        if len(query_vector) != 1 or not are_usable(query_vector).all():
             raise ValueError(
-                f"rank takes one query of {self.width} numbers, not an array of {list(query_vector.shape)}"
+                f"rank takes one query of {self.width} numbers, finite and not all 0; this is {list(query_vector.shape)}"
             )
-        pictures, sentences = as_vectors(images), as_vectors(texts)
-        pictures = self.encode_image(images) if pictures is None else pictures
-        sentences = self.encode_text(texts, kind="document") if sentences is None else sentences  # type: ignore[arg-type]
-        pictures, sentences = (np.asarray(rows, np.float32).reshape(-1, self.width) for rows in (pictures, sentences))
+        pictures = np.atleast_2d(self.encode_image(images)) if pictures is None else pictures
+        if sentences is None:
+            sentences = np.atleast_2d(self.encode_text(texts, kind="document"))  # type: ignore[arg-type]
         means = self.spec.calibration
         if calibrated and means:
             image_mean, text_mean = (np.asarray(mean, np.float32) for mean in (means.image_mean, means.text_mean))
             pictures = shift_mean(pictures, image_mean, text_mean)
-            if not isinstance(query, str) and as_vectors(query) is None:  # a picture, too
-                query_vector = shift_mean(query_vector, image_mean, text_mean)
-        cosines = self.similarity(query_vector, np.concatenate([pictures, sentences]))[0]
-        count = len(pictures)
+            query_vector = shift_mean(query_vector, image_mean, text_mean) if query_is_picture else query_vector
+        rows, count = np.concatenate([pictures, sentences]), len(pictures)
+        cosines = self.similarity(query_vector, rows)[0]
+        order = np.argsort(-cosines, kind="stable")
         return [
             Ranked("image", int(n), float(cosines[n]))
             if n < count
             else Ranked("text", int(n) - count, float(cosines[n]))
-            for n in np.argsort(-cosines, kind="stable")[:top]
+            for n in order[are_usable(rows)[order]][:top]
         ]
 
 
-def _embed_squares(squares: list[Square], embed: Callable[[NDArray[Any]], NDArray[Any]], width: int) -> Floats:
-    good = [n for n, square in enumerate(squares) if not square.reason]
+def _embed_squares(squares: list[Square], embed: Embed, width: int) -> tuple[Floats, list[str]]:
+    """Vectors, zeros for bad pictures; and why pictures are bad, else empty."""
+    reasons = [square.reason for square in squares]
+    good = [n for n, reason in enumerate(reasons) if not reason]
     out = np.zeros((len(squares), width), np.float32)
     if good:
         out[good] = embed(np.stack([squares[n].pixels for n in good]))
-    return out
+        for n in np.flatnonzero(~np.isfinite(out).all(axis=1)):
+            out[n], reasons[n] = 0, "the model gives no finite vector for it"
+    return out, reasons
+
+
+def _raise_first(reasons: Sequence[str], start: int) -> None:
+    """Raise BadImage for the first bad picture. start: number of the first picture."""
+    for number, reason in enumerate(reasons, start):
+        if reason:
+            raise BadImage(f"picture {number}: {reason} (bad='mask' would leave such pictures out)")
 
 
 def _as_list(texts: Any) -> list[str]:

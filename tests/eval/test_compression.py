@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nev.eval.metrics.compression import compressions, quantise
+from nev.eval.metrics.compression import compressions, cut, quantise
 from nev.eval.metrics.retrieval import retrieval
 from nev.ops.vectors import truncate
 
@@ -46,7 +46,8 @@ def test_a_cut_row_is_unit_and_has_the_first_numbers() -> None:
 def test_a_row_that_loses_its_length_stays_usable() -> None:
     rows = np.zeros((2, 64), np.float32)
     rows[0, 63] = rows[1, 0] = 1  # the first has nothing in its first half
-    assert np.linalg.norm(truncate(rows, 32), axis=1) == pytest.approx([1, 1])
+    assert np.linalg.norm(cut(rows, 32), axis=1) == pytest.approx([1, 1])
+    assert np.linalg.norm(quantise(rows * [[1e-9], [1]], "int8"), axis=1) == pytest.approx([1, 1])
 
 
 def test_every_width_and_precision_with_its_bytes() -> None:

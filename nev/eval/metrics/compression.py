@@ -34,9 +34,14 @@ def compressions(left: Floats, right: Floats, score: Callable[[Floats, Floats], 
     width = left.shape[1]
     while width:
         for precision, bits in PRECISIONS.items():
-            sides = (quantise(truncate(side, width), precision) for side in (left, right))
+            sides = (quantise(cut(side, width), precision) for side in (left, right))
             yield Compressed(width, precision, -(-width * bits // 8), score(*sides))
         width = width // 2 if width // 2 >= NARROWEST else 0
+
+
+def cut(rows: Floats, width: int) -> Floats:
+    """The first `width` numbers of unit rows, scaled to unit length. A row of zeros there becomes a row of equal numbers."""
+    return _fill(truncate(rows, width))
 
 
 def quantise(rows: Floats, precision: str) -> Floats:
@@ -45,7 +50,12 @@ def quantise(rows: Floats, precision: str) -> Floats:
     A row that is rounded to zeros becomes a row of equal numbers.
     """
     if precision == "int8":
-        return scale_to_unit(np.round(rows * (127 / np.abs(rows).max())))
+        return _fill(scale_to_unit(np.round(rows * (127 / np.abs(rows).max()))))
     if precision == "binary":
         return scale_to_unit(np.where(rows > 0, 1.0, -1.0))
     return rows
+
+
+def _fill(rows: Floats) -> Floats:
+    """Rows of zeros as unit rows of equal numbers: scores are computed from unit vectors."""
+    return np.where((rows == 0).all(axis=1, keepdims=True), np.float32(rows.shape[1] ** -0.5), rows)
