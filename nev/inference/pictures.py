@@ -165,7 +165,7 @@ def _from_array(image: Any, limits: Limits, number: int) -> Picture:
     if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (1,), (3,), (4,)):
         shape = "x".join(map(str, pixels.shape))
         raise TypeError(f"picture {number} is an array of {shape}: give [height, width, 3], red, green and blue")
-    _check_size(*pixels.shape[:2], limits)
+    _check_size(pixels.shape[0], pixels.shape[1], limits)
     if pixels.shape[2:] == (3,):
         return np.array(pixels)
     if pixels.shape[2:] != (4,):

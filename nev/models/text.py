@@ -150,7 +150,10 @@ def load_text(config: Text, device: str | torch.device = "cpu") -> TextTower:
 
 def text_width(config: Text) -> int:
     """Width of the tower's embeddings, from its config.json alone (no weights are read)."""
-    return int(_read_config(_find_encoder(config.encoder), config).hidden_size)
+    width = getattr(_read_config(_find_encoder(config.encoder), config), "hidden_size", None)
+    if width is None:
+        raise ConfigError(f"text.encoder {config.encoder!r} is no text encoder: its config.json has no hidden_size")
+    return int(width)
 
 
 def _read_config(source: str, config: Text) -> Any:
@@ -236,12 +239,18 @@ def _check_modules(config: Text, source: str) -> None:
 
 
 def _read_published(config: Text, source: str, file: str) -> Any:
-    """Read a JSON file of the encoder. None where there is none, or the hub does not answer."""
+    """Read a JSON file of the encoder. None where there is none, or the hub does not answer.
+
+    Raises ConfigError for a damaged file.
+    """
     from transformers.utils.hub import cached_file
 
     quiet = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
     path = cached_file(source, file, revision=config.revision, **quiet)
-    return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+    except ValueError as error:
+        raise ConfigError(f"text.encoder {config.encoder!r}: {file} is damaged ({error})") from error
 
 
 def make_text_encoder(tower: TextTower) -> TextEncoder:
