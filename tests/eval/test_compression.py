@@ -29,7 +29,7 @@ def test_bits_score_as_hamming_distance(seed: int, width: int) -> None:
 @given(st.integers(0, 2**32 - 1))
 def test_bytes_score_as_products_of_bytes(seed: int) -> None:
     queries, rows = unit(seed, 5, 64), unit(seed + 1, 20, 64)
-    sides = [np.round(side * (127 / np.abs(side).max())).astype(np.int8) for side in (queries, rows)]
+    sides = [np.round(127 * side / np.abs(side).max(axis=1, keepdims=True)).astype(np.int8) for side in (queries, rows)]
     products = sides[0].astype(np.int64) @ sides[1].astype(np.int64).T
     lengths = [np.linalg.norm(side.astype(np.float64), axis=1) for side in sides]
     expected = products / lengths[0][:, None] / lengths[1]

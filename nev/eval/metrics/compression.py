@@ -1,7 +1,7 @@
 """Search with smaller vectors: fewer numbers, stored as bytes or bits.
 
 Images and texts are cut, scaled to unit length, and rounded.
-int8: numbers times 127 / the largest number of the set, one scale for the whole set; the score is the cosine of the bytes.
+int8: each vector times 127 / its largest number (`nev.ops.vectors.round_to`); the score is the cosine of the bytes.
 binary: signs; the score is the share of equal bits less the share of different bits. Bits tie often, and of tied candidates the
 right ones rank last here (`nev.eval.metrics.ranks`), where an index would choose at random.
 """
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nev.eval.metrics.ranks import Floats
-from nev.ops.vectors import scale_to_unit, truncate
+from nev.ops.vectors import round_to, scale_to_unit, truncate
 
 PRECISIONS = {"float32": 32, "int8": 8, "binary": 1}  # bits for a number
 NARROWEST = 32
@@ -40,22 +40,17 @@ def compressions(left: Floats, right: Floats, score: Callable[[Floats, Floats], 
 
 
 def cut(rows: Floats, width: int) -> Floats:
-    """The first `width` numbers of unit rows, scaled to unit length. A row of zeros there becomes a row of equal numbers."""
-    return _fill(truncate(rows, width))
+    """The first `width` numbers of unit rows, scaled to unit length.
+
+    A row of zeros there becomes a row of equal numbers, since scores are computed from unit vectors.
+    """
+    short = truncate(rows, width)
+    return np.where((short == 0).all(axis=1, keepdims=True), np.float32(width**-0.5), short)
 
 
 def quantise(rows: Floats, precision: str) -> Floats:
-    """Unit rows rounded to `precision`, as floats of unit length: their products are the cosines of the rounded rows.
-
-    A row that is rounded to zeros becomes a row of equal numbers.
-    """
-    if precision == "int8":
-        return _fill(scale_to_unit(np.round(rows * (127 / np.abs(rows).max()))))
+    """Unit rows rounded to `precision`, as floats of unit length: their products are the cosines of the rounded rows."""
+    stored = round_to(rows, precision)
     if precision == "binary":
-        return scale_to_unit(np.where(rows > 0, 1.0, -1.0))
-    return rows
-
-
-def _fill(rows: Floats) -> Floats:
-    """Rows of zeros as unit rows of equal numbers: scores are computed from unit vectors."""
-    return np.where((rows == 0).all(axis=1, keepdims=True), np.float32(rows.shape[1] ** -0.5), rows)
+        stored = np.unpackbits(stored, axis=1, count=rows.shape[1]) * np.float32(2) - 1
+    return rows if precision == "float32" else scale_to_unit(stored.astype(np.float32))
