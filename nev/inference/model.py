@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack, overload
 
 import numpy as np
 import torch
@@ -18,17 +16,18 @@ from numpy.typing import ArrayLike, NDArray
 from nev.config.model_spec import ModelSpec
 from nev.data.decode import BadImage
 from nev.inference.forward import Embed, make_embedder
-from nev.inference.output import as_vectors, check_output, finish, to_numpy
+from nev.inference.output import Form, Numpy, Torch, VectorFormat, as_vectors, check_output, finish, to_numpy
 from nev.inference.pictures import Square, is_single, read_squares
+from nev.inference.progress import count_items, show_progress
 from nev.models.image_encoder import ImageEncoder
 from nev.ops.vectors import Floats, are_usable, scale_to_unit, shift_mean
 
 if TYPE_CHECKING:
     from nev.models.text import TextTower
 
-Precision = Literal["float32", "float16", "int8", "binary"]
 Kind = Literal["query", "document"]
-LONG = 512  # items from which a terminal shows progress
+Raise = Literal["raise"]
+Mask = Literal["mask"]
 
 
 class Scored(NamedTuple):
@@ -84,25 +83,33 @@ class Model:
 
     @overload
     def encode_image(
-        self, images: Any, *, bad: Literal["raise"] = "raise", batch_size: int = 32, width: int | None = None,
-        precision: Precision = "float32", output: Literal["numpy", "torch"] = "numpy", progress: bool | None = None,
-    ) -> Any: ...  # fmt: skip
+        self, images: Any, *, bad: Raise = "raise", output: Numpy = "numpy", **form: Unpack[Form]
+    ) -> NDArray[Any]: ...
 
     @overload
     def encode_image(
-        self, images: Any, *, bad: Literal["mask"], batch_size: int = 32, width: int | None = None,
-        precision: Precision = "float32", output: Literal["numpy", "torch"] = "numpy", progress: bool | None = None,
-    ) -> tuple[Any, NDArray[np.bool_]]: ...  # fmt: skip
+        self, images: Any, *, bad: Raise = "raise", output: Torch, **form: Unpack[Form]
+    ) -> torch.Tensor: ...
+
+    @overload
+    def encode_image(
+        self, images: Any, *, bad: Mask, output: Numpy = "numpy", **form: Unpack[Form]
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]: ...
+
+    @overload
+    def encode_image(
+        self, images: Any, *, bad: Mask, output: Torch, **form: Unpack[Form]
+    ) -> tuple[torch.Tensor, NDArray[np.bool_]]: ...
 
     def encode_image(
         self,
         images: Any,
         *,
-        bad: Literal["raise", "mask"] = "raise",
+        bad: Raise | Mask = "raise",
         batch_size: int = 32,
         width: int | None = None,
-        precision: Precision = "float32",
-        output: Literal["numpy", "torch"] = "numpy",
+        precision: VectorFormat = "float32",
+        output: Numpy | Torch = "numpy",
         progress: bool | None = None,
     ) -> Any:
         """Embed pictures: [n, D] in their order, rows of unit length; one picture gives [D].
@@ -114,7 +121,7 @@ class Model:
         width: numbers of a vector: the first so many, scaled to unit length again (Matryoshka). None: all D.
         precision: `float32`, `float16`, `int8` (compare by cosine) or `binary` (bits in uint8, compare by Hamming distance).
         output: `numpy`, or `torch` on the CPU.
-        progress: a bar on stderr. None: for long lists on a terminal.
+        progress: a bar on stderr. None: on a terminal, for 512 pictures or more, and for iterables of unknown length.
         Raises TypeError for what is no picture, ValueError for a wrong width or precision.
         """
         check_output(self.width, width, precision, output, batch_size)
@@ -124,11 +131,12 @@ class Model:
         items = [images] if single else images
         embed = make_embedder(self.vision, spec.mean, spec.std, self.device, batch_size)
         parts, reasons = [np.zeros((0, self.width), np.float32)], list[str]()
-        with _progress("pictures", _length(items), progress) as advance:
+        with show_progress("pictures", count_items(items), progress) as advance:
             for squares in read_squares(items, spec.image_size, spec.limits, batch_size):
                 if bad == "raise":
                     _raise_first([square.reason for square in squares], len(reasons))
-                vectors, new = _embed_squares(squares, embed, self.width)
+                with torch.autocast(self.device.type, enabled=False):  # a caller's autocast must not reach the tower
+                    vectors, new = _embed_squares(squares, embed, self.width)
                 if bad == "raise":
                     _raise_first(new, len(reasons))
                 parts.append(vectors)
@@ -142,6 +150,16 @@ class Model:
             warnings.warn(f"{counts.total()} of {len(reasons)} pictures cannot be used: {listed}", stacklevel=2)
         return vectors, np.array([not reason for reason in reasons], bool)
 
+    @overload
+    def encode_text(
+        self, texts: str | Sequence[str], *, kind: Kind = "query", output: Numpy = "numpy", **form: Unpack[Form]
+    ) -> NDArray[Any]: ...
+
+    @overload
+    def encode_text(
+        self, texts: str | Sequence[str], *, kind: Kind = "query", output: Torch, **form: Unpack[Form]
+    ) -> torch.Tensor: ...
+
     def encode_text(
         self,
         texts: str | Sequence[str],
@@ -149,14 +167,16 @@ class Model:
         kind: Kind = "query",
         batch_size: int = 64,
         width: int | None = None,
-        precision: Precision = "float32",
-        output: Literal["numpy", "torch"] = "numpy",
+        precision: VectorFormat = "float32",
+        output: Numpy | Torch = "numpy",
         progress: bool | None = None,
     ) -> Any:
         """Embed sentences: [n, D] in their order, rows of unit length; one sentence gives [D].
 
         kind: `query` or `document`, for encoders that tell them apart by a prefix; the prefix is added here.
-        Other arguments and errors as `encode_image`. Raises TypeError for a sentence that is no str.
+        batch_size: most sentences of a forward. Long sentences have smaller batches (`nev.models.text.BATCH_TOKENS`).
+        Other arguments and errors as `encode_image`. Raises TypeError for a sentence that is no str, ValueError for half a
+        character in a str.
         """
         check_output(self.width, width, precision, output, batch_size)
         if kind not in self.spec.prompts:
@@ -165,7 +185,7 @@ class Model:
         sentences = [texts] if isinstance(texts, str) else _as_list(texts)
         # Training cuts captions short; vectors that people have are cut where the encoder ends.
         tower = replace(self.text, prefix=self.spec.prompts[kind], max_tokens=self.text.longest)
-        with _progress("sentences", len(sentences), progress) as advance:
+        with show_progress("sentences", len(sentences), progress) as advance:
             done = 0
 
             def report(count: int) -> None:
@@ -197,14 +217,18 @@ class Model:
 
     def classify(
         self, images: Any, labels: Sequence[str], *, templates: Sequence[str] = ("a photo of a {}.",), top: int = 5
-    ) -> Any:
+    ) -> list[Any]:
         """Zero-shot classification (Radford et al. 2021): the most probable labels of each picture, best first.
 
         images: as `encode_image`. labels: names of the classes. templates: sentences with one `{}` for the name.
         top: labels a picture. Returns a list of `Scored` for one picture, a list of such lists for several.
-        Raises ValueError for no label, a label twice, and a template without exactly one `{}`.
+        Raises ValueError for no label, a label twice, no template, a template without exactly one `{}`, and `top` below 1.
         """
+        _check_top(top)
         names = [labels] if isinstance(labels, str) else list(labels)
+        templates = [templates] if isinstance(templates, str) else list(templates)
+        if not templates:
+            raise ValueError("templates: at least one sentence with a {} for the class name")
         if not names or len(set(names)) < len(names):
             raise ValueError(f"labels: at least one, and each once, not {names[:8]}")
         for template in templates:
@@ -237,8 +261,9 @@ class Model:
         calibrated: move pictures by the distance between the means of both modalities, which the model knows from validation: the
             modality gap would put all texts before all pictures (Liang et al. 2022). A model without the means ranks by cosine.
         Vectors of zeros, which `bad="mask"` gives for bad pictures, and vectors with NaN are left out of the list.
-        Raises BadImage for a bad picture, ValueError for vectors of another model.
+        Raises BadImage for a bad picture, ValueError for vectors of another model, and for `top` below 1.
         """
+        _check_top(top)
         query_vector, pictures, sentences = (
             as_vectors(items, what, self.width)
             for items, what in ((query, "query"), (images, "images"), (texts, "texts"))
@@ -252,7 +277,7 @@ class Model:
             )
         pictures = np.atleast_2d(self.encode_image(images)) if pictures is None else pictures
         if sentences is None:
-            sentences = np.atleast_2d(self.encode_text(texts, kind="document"))  # type: ignore[arg-type]
+            sentences = np.atleast_2d(self.encode_text(texts, kind="document"))  # type: ignore[call-overload]
         means = self.spec.calibration
         if calibrated and means:
             image_mean, text_mean = (np.asarray(mean, np.float32) for mean in (means.image_mean, means.text_mean))
@@ -288,26 +313,14 @@ def _raise_first(reasons: Sequence[str], start: int) -> None:
             raise BadImage(f"picture {number}: {reason} (bad='mask' would leave such pictures out)")
 
 
+def _check_top(top: int) -> None:
+    if top < 1:
+        raise ValueError(f"top {top}: at least 1")
+
+
 def _as_list(texts: Any) -> list[str]:
     if isinstance(texts, bytes) or hasattr(texts, "getexif") or not isinstance(texts, Iterable):
         raise TypeError(
             f"a sentence or a list of sentences is needed, not {type(texts).__name__}; pictures go to encode_image"
         )
     return list(texts)
-
-
-def _length(items: Iterable[Any]) -> int | None:
-    try:
-        return len(items)  # type: ignore[arg-type]
-    except TypeError:
-        return None
-
-
-@contextmanager
-def _progress(what: str, total: int | None, wanted: bool | None) -> Iterator[Callable[[int], object]]:
-    """Yield a function that advances a bar on stderr, if there is to be one."""
-    from tqdm.auto import tqdm
-
-    show = wanted if wanted is not None else (total is None or total >= LONG) and sys.stderr.isatty()
-    with tqdm(total=total, unit=f" {what}", disable=not show, leave=False) as bar:
-        yield bar.update

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from nev.ops.vectors import PRECISIONS, Floats, round_to, truncate
+
+VectorFormat = Literal["float32", "float16", "int8", "binary"]
+Numpy = Literal["numpy"]
+Torch = Literal["torch"]
+
+
+class Form(TypedDict, total=False):
+    """Arguments that do not change the type of what `encode_image` and `encode_text` return."""
+
+    batch_size: int
+    width: int | None
+    precision: VectorFormat
+    progress: bool | None
 
 
 def check_output(total: int, width: int | None, precision: str, output: str, batch_size: int) -> None:

@@ -194,3 +194,26 @@ def test_similarity_takes_every_tensor_of_torch(model: Model) -> None:
     np.testing.assert_allclose(model.similarity(graph.bfloat16(), rows), expected, atol=1e-2)
     with pytest.raises(ValueError, match=r"similarity compares vectors, \[n, D\]"):
         model.similarity(rows[None], rows)
+
+
+def test_a_callers_autocast_does_not_reach_the_towers(model: Model) -> None:
+    photos = [photo(seed) for seed in range(3)]
+    pictures, sentences = model.encode_image(photos), model.encode_text(["a dog"])
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_array_equal(model.encode_image(photos), pictures)
+        np.testing.assert_array_equal(model.encode_text(["a dog"]), sentences)
+
+
+def test_arguments_that_make_no_list(model: Model) -> None:
+    for call in (
+        lambda: model.classify(photo(0), ["dog", "cat"], top=-1),
+        lambda: model.rank("a dog", texts=["a cat"], top=0),
+    ):
+        with pytest.raises(ValueError, match=r"top (-1|0): at least 1"):
+            call()
+    with pytest.raises(ValueError, match="templates: at least one"):
+        model.classify(photo(0), ["dog", "cat"], templates=())
+    (best,) = model.classify(photo(0), ["dog", "cat"], templates="a {}", top=1)
+    assert best == model.classify(photo(0), ["dog", "cat"], templates=["a {}"], top=1)[0]
+    with pytest.raises(ValueError, match=r"text 1 has half a character at position 2 .*cut JSON"):
+        model.encode_text(["a dog", "a \ud83d dog"])
