@@ -114,7 +114,7 @@ class Model:
     ) -> Any:
         """Embed pictures: [n, D] in their order, rows of unit length; one picture gives [D].
 
-        images: a picture or an iterable of pictures: paths, bytes of files, Pillow images, uint8 arrays [h, w, 3] in RGB.
+        images: a picture, or an iterable of pictures: paths, bytes of files, open files, Pillow images, uint8 arrays [h, w, 3].
         bad: for pictures that cannot be used: `raise` BadImage, or `mask`, which returns (vectors, valid), bool [n], with rows
             of zeros for them, and warns with the reasons.
         batch_size: pictures of a forward.

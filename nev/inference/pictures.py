@@ -13,10 +13,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nev.config.data import Limits
 from nev.data.augment import eval_view
@@ -26,7 +25,6 @@ from nev.data.orientation import apply_orientation, read_orientation
 if TYPE_CHECKING:
     from PIL import Image
 
-Input: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]"
 THREADS = min(8, os.cpu_count() or 1)  # that decode; a forward takes the rest of the time
 Buffer = bytes | bytearray | memoryview
 FORMS = "a path, the bytes of a file, a file open for reading, a Pillow image, or a uint8 array [height, width, 3]"
