@@ -11,6 +11,7 @@ from nev.common.errors import NevError
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Deviation = Annotated[float, Field(gt=0.0)]
 
 
 def _without_password(location: str) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from nev.config.base import Location, Positive, Section, Share
+from nev.config.base import Deviation, Location, Positive, Section, Share
 
 
 class Columns(Section):
@@ -86,7 +86,7 @@ class Data(Section):
     """Augmentation of training pictures. null: none; a picture is resized, and its centre square is cropped, as in evaluation."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     """Mean of red, green and blue for normalisation, in 0 to 1. Default: OpenAI CLIP's."""
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    std: tuple[Deviation, Deviation, Deviation] = (0.26862954, 0.26130258, 0.27577711)
     """Standard deviation of red, green and blue for normalisation, in 0 to 1. Default: OpenAI CLIP's."""
     limits: Limits = Limits()
     """Limits of one encoded image."""

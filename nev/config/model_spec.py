@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nev.common.errors import NevError
 from nev.common.version import __version__
-from nev.config.base import ConfigError, Positive, Section
+from nev.config.base import ConfigError, Deviation, Positive, Section
 from nev.config.data import Limits
 from nev.config.file import parse
 from nev.config.model import Text, Vision
@@ -63,7 +63,7 @@ class ModelSpec(Section):
     """Side S of the square that the vision tower sees, in pixels."""
     mean: tuple[float, float, float]
     """Mean of red, green and blue for normalisation, in 0 to 1."""
-    std: tuple[float, float, float]
+    std: tuple[Deviation, Deviation, Deviation]
     """Standard deviation of red, green and blue for normalisation, in 0 to 1."""
     limits: Limits = Limits()
     """Limits of one encoded image."""
@@ -84,9 +84,18 @@ class ModelSpec(Section):
     training: Training | None = None
     """Origin of the weights. null: not known, as for released weights."""
 
+    @model_validator(mode="after")
+    def _means_of_this_width(self) -> Self:
+        means = self.calibration
+        if means and not len(means.image_mean) == len(means.text_mean) == self.width:
+            raise ValueError(
+                f"calibration: means of {len(means.image_mean)} and {len(means.text_mean)} numbers, and width is {self.width}"
+            )
+        return self
+
 
 def read_spec(folder: Path) -> ModelSpec:
-    """Read `nev.json`. Raises ModelError where it is damaged, or of another version of nev."""
+    """Read `nev.json`. Raises ModelError where it is damaged, of another version of nev, or names a trunk outside of timm."""
     file = folder / SPEC_FILE
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -98,9 +107,15 @@ def read_spec(folder: Path) -> ModelSpec:
             f"{file}: format {version}, and nev {__version__} reads format {FORMAT}: install the nev that wrote it"
         )
     try:
-        return parse(ModelSpec, raw, where=str(file))
+        spec = parse(ModelSpec, raw, where=str(file))
     except ConfigError as error:
         raise ModelError(str(error)) from error
+    if ":" in spec.vision.trunk:  # timm would ask a hub for such a trunk, or read another folder
+        raise ModelError(
+            f"{file}: vision.trunk is {spec.vision.trunk!r}. An export names an architecture of timm, and brings the weights: "
+            "export the model again"
+        )
+    return spec
 
 
 def find_inside(folder: Path, name: str) -> Path:

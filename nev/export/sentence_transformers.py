@@ -185,7 +185,7 @@ def _check(model: Model, folder: Path, plain: bool) -> list[Check]:
     checks = [compare(CONSUMER, "pictures", vectors, pictures, *_limit(model, plain))]
     for kind in model.spec.prompts:
         vectors = opened.encode(list(SENTENCES), prompt_name=kind, modality="text")
-        checks.append(compare(CONSUMER, f"{kind} texts", vectors, model.encode_text(SENTENCES, kind=kind), FP32))  # type: ignore[arg-type]
+        checks.append(compare(CONSUMER, f"{kind} texts", vectors, model.encode_text(SENTENCES, kind=kind), FP32))  # type: ignore[call-overload]
     again = load(folder, device="cpu")
     checks.append(compare("nev.load", "pictures", embed_squares(again, squares), pictures, picture_limit(model)))
     texts = again.encode_text(SENTENCES), model.encode_text(SENTENCES)

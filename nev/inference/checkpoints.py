@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from nev.config.experiment import Experiment
-from nev.config.model import Text
 from nev.config.model_spec import Calibration, ModelError, ModelSpec, Training
-from nev.models.image_encoder import ImageEncoder, make_image_encoder
+from nev.inference.folders import ChooseText, Opened
+from nev.models.image_encoder import make_image_encoder
 from nev.models.prompts import list_prompts
-from nev.models.text import TextTower, text_width
-from nev.runs.checkpoint import read_means
-from nev.runs.manifest import best_checkpoint, latest_checkpoint, read_manifest, read_metrics
-from nev.runs.towers import load_base_text, load_logit_scale, load_text_tower, load_vision, read_experiment
-
-ChooseText = Callable[[Text], Text]
-# What a model is, its vision tower on the CPU, and a function that loads its text tower.
-Opened = tuple[ModelSpec, ImageEncoder, Callable[[], TextTower]]
+from nev.models.text import text_width
+from nev.runs.checkpoint import load_model, read_means
+from nev.runs.manifest import Damaged, best_checkpoint, latest_checkpoint, read_manifest, read_metrics
+from nev.runs.towers import TEXT, load_same_text_tower, load_vision, read_experiment
 
 
 def find_checkpoint(run: str) -> str:
@@ -39,17 +34,29 @@ def read_checkpoint(location: str, choose: ChooseText) -> Opened:
     config = read_experiment(location, manifest)
     config = config.model_copy(update={"text": choose(config.text)})
     width = text_width(config.text)
-    encoder = make_image_encoder(load_vision(location, config, width))
+    _, weights = load_model(location)
+    encoder = make_image_encoder(load_vision(location, config, width, weights))
     return (
-        describe_checkpoint(location, manifest, config, width),
+        describe_checkpoint(location, manifest, config, width, float(weights["log_scale"].exp())),
         encoder,
-        partial(_load_text, location, manifest, config),
+        # Not all weights: those of the vision tower would stay in memory twice.
+        partial(
+            load_same_text_tower,
+            location,
+            manifest,
+            config,
+            {name: tensor for name, tensor in weights.items() if name.startswith(TEXT)},
+        ),
     )
 
 
-def describe_checkpoint(location: str, manifest: dict[str, Any], config: Experiment, width: int) -> ModelSpec:
-    """What the model of a checkpoint is. manifest: `state.json`. width: D, of the embedding."""
+def describe_checkpoint(
+    location: str, manifest: dict[str, Any], config: Experiment, width: int, logit_scale: float
+) -> ModelSpec:
+    """What the model of a checkpoint is. manifest: `state.json`. width: D, of the embedding. logit_scale: 1 / temperature."""
     means = read_means(location)
+    if means is not None and means.shape != (2, width):
+        raise Damaged(f"{location}: the means of its validation are {list(means.shape)}, and its vectors {width} wide")
     return ModelSpec(
         name=config.name,
         vision=config.vision,
@@ -61,7 +68,7 @@ def describe_checkpoint(location: str, manifest: dict[str, Any], config: Experim
         text=config.text,
         text_fingerprint=manifest["fingerprints"]["text"] if config.lock == "text" else None,
         prompts=list_prompts(config.text.prefix),
-        logit_scale=load_logit_scale(location),
+        logit_scale=logit_scale,
         calibration=None if means is None else Calibration(image_mean=tuple(means[0]), text_mean=tuple(means[1])),
         training=Training(
             step=manifest["step"],
@@ -75,9 +82,3 @@ def describe_checkpoint(location: str, manifest: dict[str, Any], config: Experim
             },
         ),
     )
-
-
-def _load_text(location: str, manifest: dict[str, Any], config: Experiment) -> TextTower:
-    if config.lock == "text":
-        return load_base_text(location, manifest, config)
-    return load_text_tower(location, config)

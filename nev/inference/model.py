@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack, overload
 
 import numpy as np
 import torch
@@ -17,18 +15,19 @@ from numpy.typing import ArrayLike, NDArray
 
 from nev.config.model_spec import ModelSpec
 from nev.data.decode import BadImage
-from nev.inference.forward import make_embedder
-from nev.inference.output import as_vectors, check_output, finish
-from nev.inference.pictures import Square, is_one, read_squares
+from nev.inference.forward import Embed, make_embedder
+from nev.inference.output import Form, Numpy, Torch, VectorFormat, as_vectors, check_output, finish, to_numpy
+from nev.inference.pictures import Square, is_single, read_squares
+from nev.inference.progress import count_items, show_progress
 from nev.models.image_encoder import ImageEncoder
-from nev.ops.vectors import Floats, scale_to_unit, shift_mean
+from nev.ops.vectors import Floats, are_usable, scale_to_unit, shift_mean
 
 if TYPE_CHECKING:
     from nev.models.text import TextTower
 
-Precision = Literal["float32", "float16", "int8", "binary"]
 Kind = Literal["query", "document"]
-LONG = 512  # items from which a terminal shows progress
+Raise = Literal["raise"]
+Mask = Literal["mask"]
 
 
 class Scored(NamedTuple):
@@ -84,62 +83,82 @@ class Model:
 
     @overload
     def encode_image(
-        self, images: Any, *, bad: Literal["raise"] = "raise", batch_size: int = 32, width: int | None = None,
-        precision: Precision = "float32", output: Literal["numpy", "torch"] = "numpy", progress: bool | None = None,
-    ) -> Any: ...  # fmt: skip
+        self, images: Any, *, bad: Raise = "raise", output: Numpy = "numpy", **form: Unpack[Form]
+    ) -> NDArray[Any]: ...
 
     @overload
     def encode_image(
-        self, images: Any, *, bad: Literal["mask"], batch_size: int = 32, width: int | None = None,
-        precision: Precision = "float32", output: Literal["numpy", "torch"] = "numpy", progress: bool | None = None,
-    ) -> tuple[Any, NDArray[np.bool_]]: ...  # fmt: skip
+        self, images: Any, *, bad: Raise = "raise", output: Torch, **form: Unpack[Form]
+    ) -> torch.Tensor: ...
+
+    @overload
+    def encode_image(
+        self, images: Any, *, bad: Mask, output: Numpy = "numpy", **form: Unpack[Form]
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]: ...
+
+    @overload
+    def encode_image(
+        self, images: Any, *, bad: Mask, output: Torch, **form: Unpack[Form]
+    ) -> tuple[torch.Tensor, NDArray[np.bool_]]: ...
 
     def encode_image(
         self,
         images: Any,
         *,
-        bad: Literal["raise", "mask"] = "raise",
+        bad: Raise | Mask = "raise",
         batch_size: int = 32,
         width: int | None = None,
-        precision: Precision = "float32",
-        output: Literal["numpy", "torch"] = "numpy",
+        precision: VectorFormat = "float32",
+        output: Numpy | Torch = "numpy",
         progress: bool | None = None,
     ) -> Any:
         """Embed pictures: [n, D] in their order, rows of unit length; one picture gives [D].
 
-        images: a picture or an iterable of pictures: paths, bytes of files, Pillow images, uint8 arrays [h, w, 3] in RGB.
+        images: a picture, or an iterable of pictures: paths, bytes of files, open files, Pillow images, uint8 arrays [h, w, 3].
         bad: for pictures that cannot be used: `raise` BadImage, or `mask`, which returns (vectors, valid), bool [n], with rows
             of zeros for them, and warns with the reasons.
         batch_size: pictures of a forward.
         width: numbers of a vector: the first so many, scaled to unit length again (Matryoshka). None: all D.
         precision: `float32`, `float16`, `int8` (compare by cosine) or `binary` (bits in uint8, compare by Hamming distance).
         output: `numpy`, or `torch` on the CPU.
-        progress: a bar on stderr. None: for long lists on a terminal.
+        progress: a bar on stderr. None: on a terminal, for 512 pictures or more, and for iterables of unknown length.
         Raises TypeError for what is no picture, ValueError for a wrong width or precision.
         """
         check_output(self.width, width, precision, output, batch_size)
         if bad not in ("raise", "mask"):
             raise ValueError(f"bad {bad!r}: it is raise or mask")
-        one, spec = is_one(images), self.spec
-        items = [images] if one else images
+        single, spec = is_single(images), self.spec
+        items = [images] if single else images
         embed = make_embedder(self.vision, spec.mean, spec.std, self.device, batch_size)
         parts, reasons = [np.zeros((0, self.width), np.float32)], list[str]()
-        with _progress("pictures", _length(items), progress) as advance:
+        with show_progress("pictures", count_items(items), progress) as advance:
             for squares in read_squares(items, spec.image_size, spec.limits, batch_size):
-                for square in squares:
-                    if square.reason and bad == "raise":
-                        number = len(reasons)
-                        raise BadImage(f"picture {number}: {square.reason} (bad='mask' would leave such pictures out)")
-                    reasons.append(square.reason)
-                parts.append(_embed_squares(squares, embed, self.width))
+                if bad == "raise":
+                    _raise_first([square.reason for square in squares], len(reasons))
+                with torch.autocast(self.device.type, enabled=False):  # a caller's autocast must not reach the tower
+                    vectors, new = _embed_squares(squares, embed, self.width)
+                if bad == "raise":
+                    _raise_first(new, len(reasons))
+                parts.append(vectors)
+                reasons += new
                 advance(len(squares))
-        vectors = finish(np.concatenate(parts), width, precision, output, one)
+        vectors = finish(np.concatenate(parts), width, precision, output, single)
         if bad == "raise":
             return vectors
         if counts := Counter(filter(None, reasons)):
             listed = "; ".join(f"{number} x {reason}" for reason, number in counts.most_common(5))
             warnings.warn(f"{counts.total()} of {len(reasons)} pictures cannot be used: {listed}", stacklevel=2)
         return vectors, np.array([not reason for reason in reasons], bool)
+
+    @overload
+    def encode_text(
+        self, texts: str | Sequence[str], *, kind: Kind = "query", output: Numpy = "numpy", **form: Unpack[Form]
+    ) -> NDArray[Any]: ...
+
+    @overload
+    def encode_text(
+        self, texts: str | Sequence[str], *, kind: Kind = "query", output: Torch, **form: Unpack[Form]
+    ) -> torch.Tensor: ...
 
     def encode_text(
         self,
@@ -148,23 +167,25 @@ class Model:
         kind: Kind = "query",
         batch_size: int = 64,
         width: int | None = None,
-        precision: Precision = "float32",
-        output: Literal["numpy", "torch"] = "numpy",
+        precision: VectorFormat = "float32",
+        output: Numpy | Torch = "numpy",
         progress: bool | None = None,
     ) -> Any:
         """Embed sentences: [n, D] in their order, rows of unit length; one sentence gives [D].
 
         kind: `query` or `document`, for encoders that tell them apart by a prefix; the prefix is added here.
-        Other arguments and errors as `encode_image`. Raises TypeError for a sentence that is no str.
+        batch_size: most sentences of a forward. Long sentences have smaller batches (`nev.models.text.BATCH_TOKENS`).
+        Other arguments and errors as `encode_image`. Raises TypeError for a sentence that is no str, ValueError for half a
+        character in a str.
         """
         check_output(self.width, width, precision, output, batch_size)
         if kind not in self.spec.prompts:
             raise ValueError(f"kind {kind!r}: it is {' or '.join(self.spec.prompts)}")
-        one = isinstance(texts, str)
+        single = isinstance(texts, str)
         sentences = [texts] if isinstance(texts, str) else _as_list(texts)
         # Training cuts captions short; vectors that people have are cut where the encoder ends.
         tower = replace(self.text, prefix=self.spec.prompts[kind], max_tokens=self.text.longest)
-        with _progress("sentences", len(sentences), progress) as advance:
+        with show_progress("sentences", len(sentences), progress) as advance:
             done = 0
 
             def report(count: int) -> None:
@@ -173,19 +194,22 @@ class Model:
                 done = count
 
             vectors = tower.encode(sentences, batch_size, report)
-        return finish(vectors, width, precision, output, one)
+        return finish(vectors, width, precision, output, single)
 
     def similarity(self, left: ArrayLike, right: ArrayLike) -> Floats:
         """Cosines of two sets of vectors, [n, D] and [m, D] (or one vector, [D]): float32 [n, m]. int8 vectors are fine, too.
 
-        Raises ValueError for vectors of different widths, and for binary ones.
+        A row of zeros, which stands for a bad picture, has the cosine 0; a row with NaN has NaN.
+        Raises ValueError for vectors of different widths, and for binary ones; TypeError for what is no vector.
         """
-        rows = [np.atleast_2d(np.asarray(side)) for side in (left, right)]
+        rows = [np.atleast_2d(to_numpy(side)) for side in (left, right)]
         for side in rows:
             if side.dtype == np.uint8:
                 raise ValueError("binary vectors have no cosine: compare them by Hamming distance")
             if side.dtype.kind not in "fi":
                 raise TypeError(f"similarity compares vectors, and this is an array of {side.dtype}: encode it first")
+            if side.ndim != 2:
+                raise ValueError(f"similarity compares vectors, [n, D], and this is an array {list(side.shape)}")
         if rows[0].shape[1] != rows[1].shape[1]:
             raise ValueError(f"vectors of {rows[0].shape[1]} and of {rows[1].shape[1]} numbers cannot be compared")
         a, b = (scale_to_unit(side.astype(np.float32)) for side in rows)
@@ -193,14 +217,18 @@ class Model:
 
     def classify(
         self, images: Any, labels: Sequence[str], *, templates: Sequence[str] = ("a photo of a {}.",), top: int = 5
-    ) -> Any:
+    ) -> list[Any]:
         """Zero-shot classification (Radford et al. 2021): the most probable labels of each picture, best first.
 
         images: as `encode_image`. labels: names of the classes. templates: sentences with one `{}` for the name.
         top: labels a picture. Returns a list of `Scored` for one picture, a list of such lists for several.
-        Raises ValueError for no label, a label twice, and a template without exactly one `{}`.
+        Raises ValueError for no label, a label twice, no template, a template without exactly one `{}`, and `top` below 1.
         """
+        _check_top(top)
         names = [labels] if isinstance(labels, str) else list(labels)
+        templates = [templates] if isinstance(templates, str) else list(templates)
+        if not templates:
+            raise ValueError("templates: at least one sentence with a {} for the class name")
         if not names or len(set(names)) < len(names):
             raise ValueError(f"labels: at least one, and each once, not {names[:8]}")
         for template in templates:
@@ -212,7 +240,7 @@ class Model:
         odds = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares = odds / odds.sum(axis=1, keepdims=True)
         scored = [[Scored(names[i], float(row[i])) for i in np.argsort(-row, kind="stable")[:top]] for row in shares]
-        return scored[0] if is_one(images) else scored
+        return scored[0] if is_single(images) else scored
 
     def rank(
         self,
@@ -232,40 +260,62 @@ class Model:
         top: length of the list.
         calibrated: move pictures by the distance between the means of both modalities, which the model knows from validation: the
             modality gap would put all texts before all pictures (Liang et al. 2022). A model without the means ranks by cosine.
+        Vectors of zeros, which `bad="mask"` gives for bad pictures, and vectors with NaN are left out of the list.
+        Raises BadImage for a bad picture, ValueError for vectors of another model, and for `top` below 1.
         """
-        query_vector = as_vectors(query)
+        _check_top(top)
+        query_vector, pictures, sentences = (
+            as_vectors(items, what, self.width)
+            for items, what in ((query, "query"), (images, "images"), (texts, "texts"))
+        )
+        query_is_picture = query_vector is None and not isinstance(query, str)
         if query_vector is None:
-            query_vector = self.encode_text([query]) if isinstance(query, str) else self.encode_image([query])
-        if query_vector.shape != (1, self.width):
+            query_vector = self.encode_image([query]) if query_is_picture else self.encode_text([query])
+        if len(query_vector) != 1 or not are_usable(query_vector).all():
             raise ValueError(
-                f"rank takes one query of {self.width} numbers, not an array of {list(query_vector.shape)}"
+                f"rank takes one query of {self.width} numbers, finite and not all 0; this is {list(query_vector.shape)}"
             )
-        pictures, sentences = as_vectors(images), as_vectors(texts)
-        pictures = self.encode_image(images) if pictures is None else pictures
-        sentences = self.encode_text(texts, kind="document") if sentences is None else sentences  # type: ignore[arg-type]
-        pictures, sentences = (np.asarray(rows, np.float32).reshape(-1, self.width) for rows in (pictures, sentences))
+        pictures = np.atleast_2d(self.encode_image(images)) if pictures is None else pictures
+        if sentences is None:
+            sentences = np.atleast_2d(self.encode_text(texts, kind="document"))  # type: ignore[call-overload]
         means = self.spec.calibration
         if calibrated and means:
             image_mean, text_mean = (np.asarray(mean, np.float32) for mean in (means.image_mean, means.text_mean))
             pictures = shift_mean(pictures, image_mean, text_mean)
-            if not isinstance(query, str) and as_vectors(query) is None:  # a picture, too
-                query_vector = shift_mean(query_vector, image_mean, text_mean)
-        cosines = self.similarity(query_vector, np.concatenate([pictures, sentences]))[0]
-        count = len(pictures)
+            query_vector = shift_mean(query_vector, image_mean, text_mean) if query_is_picture else query_vector
+        rows, count = np.concatenate([pictures, sentences]), len(pictures)
+        cosines = self.similarity(query_vector, rows)[0]
+        order = np.argsort(-cosines, kind="stable")
         return [
             Ranked("image", int(n), float(cosines[n]))
             if n < count
             else Ranked("text", int(n) - count, float(cosines[n]))
-            for n in np.argsort(-cosines, kind="stable")[:top]
+            for n in order[are_usable(rows)[order]][:top]
         ]
 
 
-def _embed_squares(squares: list[Square], embed: Callable[[NDArray[Any]], NDArray[Any]], width: int) -> Floats:
-    good = [n for n, square in enumerate(squares) if not square.reason]
+def _embed_squares(squares: list[Square], embed: Embed, width: int) -> tuple[Floats, list[str]]:
+    """Vectors, zeros for bad pictures; and why pictures are bad, else empty."""
+    reasons = [square.reason for square in squares]
+    good = [n for n, reason in enumerate(reasons) if not reason]
     out = np.zeros((len(squares), width), np.float32)
     if good:
         out[good] = embed(np.stack([squares[n].pixels for n in good]))
-    return out
+        for n in np.flatnonzero(~np.isfinite(out).all(axis=1)):
+            out[n], reasons[n] = 0, "the model gives no finite vector for it"
+    return out, reasons
+
+
+def _raise_first(reasons: Sequence[str], start: int) -> None:
+    """Raise BadImage for the first bad picture. start: number of the first picture."""
+    for number, reason in enumerate(reasons, start):
+        if reason:
+            raise BadImage(f"picture {number}: {reason} (bad='mask' would leave such pictures out)")
+
+
+def _check_top(top: int) -> None:
+    if top < 1:
+        raise ValueError(f"top {top}: at least 1")
 
 
 def _as_list(texts: Any) -> list[str]:
@@ -274,20 +324,3 @@ def _as_list(texts: Any) -> list[str]:
             f"a sentence or a list of sentences is needed, not {type(texts).__name__}; pictures go to encode_image"
         )
     return list(texts)
-
-
-def _length(items: Iterable[Any]) -> int | None:
-    try:
-        return len(items)  # type: ignore[arg-type]
-    except TypeError:
-        return None
-
-
-@contextmanager
-def _progress(what: str, total: int | None, wanted: bool | None) -> Iterator[Callable[[int], object]]:
-    """Yield a function that advances a bar on stderr, if there is to be one."""
-    from tqdm.auto import tqdm
-
-    show = wanted if wanted is not None else (total is None or total >= LONG) and sys.stderr.isatty()
-    with tqdm(total=total, unit=f" {what}", disable=not show, leave=False) as bar:
-        yield bar.update

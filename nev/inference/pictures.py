@@ -1,17 +1,21 @@
-"""Pictures as people have them, to what a vision tower sees: files, bytes, Pillow images and arrays to uint8 squares."""
+"""Pictures as people have them, to what a vision tower sees: files, bytes, Pillow images and arrays to uint8 squares.
+
+Paths and bytes are decoded by threads. Pillow images, arrays and open files belong to the caller, who may close or change them as
+soon as the next picture is taken: the caller's thread reads them, one after another.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nev.config.data import Limits
 from nev.data.augment import eval_view
@@ -21,8 +25,9 @@ from nev.data.orientation import apply_orientation, read_orientation
 if TYPE_CHECKING:
     from PIL import Image
 
-Input: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]"
 THREADS = min(8, os.cpu_count() or 1)  # that decode; a forward takes the rest of the time
+Buffer = bytes | bytearray | memoryview
+FORMS = "a path, the bytes of a file, a file open for reading, a Pillow image, or a uint8 array [height, width, 3]"
 
 
 class Square(NamedTuple):
@@ -32,12 +37,16 @@ class Square(NamedTuple):
     reason: str
 
 
-def is_one(images: object) -> bool:
-    """Whether this is one picture, and not several."""
+def is_single(images: object) -> bool:
+    """Whether this is one picture, and not several. Raises TypeError for what is neither."""
+    if isinstance(images, str | os.PathLike | Buffer) or hasattr(images, "getexif") or hasattr(images, "read"):
+        return True
     shape = getattr(images, "shape", None)
-    if shape is not None:
-        return len(shape) in (2, 3)
-    return isinstance(images, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(images, "getexif")
+    if shape is not None and len(shape) in (2, 3):
+        return True
+    if not isinstance(images, Iterable) or shape == ():
+        raise TypeError(f"{type(images).__name__} is no picture and no list of pictures. A picture is {FORMS}")
+    return False
 
 
 def read_squares(images: Iterable[Any], size: int, limits: Limits, batch: int) -> Iterator[list[Square]]:
@@ -46,12 +55,12 @@ def read_squares(images: Iterable[Any], size: int, limits: Limits, batch: int) -
     size: S, side of the square, in pixels. batch: pictures of a batch.
     Raises TypeError for what is no picture.
     """
-    rest, pending = iter(images), list[list[Future[Square]]]()
-    number = 0
+    rest, pending = iter(enumerate(images)), list[list[Future[Square]]]()
     with ThreadPoolExecutor(THREADS) as pool:
-        while chunk := list(islice(rest, batch)):
-            pending.append([pool.submit(read_square, item, size, limits, number + n) for n, item in enumerate(chunk)])
-            number += len(chunk)
+        while futures := [
+            pool.submit(_make_square, _take(image, limits, number), size) for number, image in islice(rest, batch)
+        ]:
+            pending.append(futures)
             if len(pending) > 1:
                 yield [future.result() for future in pending.pop(0)]
         for futures in pending:
@@ -63,51 +72,81 @@ def read_square(image: Any, size: int, limits: Limits, number: int = 0) -> Squar
 
     Raises TypeError for what is no picture.
     """
+    return _make_square(_take(image, limits, number), size)
+
+
+def _make_square(read: Callable[[], Encoded], size: int) -> Square:
     out: Picture = np.zeros((size, size, 3), np.uint8)
     try:
-        eval_view(_open(image, limits, number), out)
+        eval_view(read(), out)
     except BadImage as error:
         out[:] = 0
-        return Square(out, f"{error}: {os.fspath(image)}" if isinstance(image, str | os.PathLike) else str(error))
+        return Square(out, str(error))
     return Square(out, "")
 
 
-def _open(image: Any, limits: Limits, number: int) -> Encoded:
-    """Raises BadImage, and TypeError for what is no picture."""
-    if isinstance(image, bytes | bytearray | memoryview):
-        return read_header(bytes(image), limits)
-    if isinstance(image, str | os.PathLike):
-        return read_header(_read_file(image, limits), limits)
-    if hasattr(image, "getexif"):
-        return _decoded(_from_pillow(image, limits))
-    if hasattr(image, "shape"):
-        return _decoded(_from_array(np.asarray(image), limits, number))
-    raise TypeError(
-        f"picture {number} is {type(image).__name__}, not a picture: give a path, the bytes of a file, a Pillow image, or a "
-        "uint8 array [height, width, 3]"
-    )
+def _take(image: Any, limits: Limits, number: int) -> Callable[[], Encoded]:
+    """A function that opens the picture, for another thread: it holds nothing that the caller may close or change.
+
+    The function raises BadImage. Raises TypeError for what is no picture.
+    """
+    try:
+        if isinstance(image, str | os.PathLike):
+            return partial(_open_file, image, limits)
+        if isinstance(image, Buffer):
+            return partial(read_header, bytes(image), limits)
+        if hasattr(image, "getexif"):
+            return partial(_as_encoded, _from_pillow(image, limits))
+        if hasattr(image, "shape"):
+            return partial(_as_encoded, _from_array(image, limits, number))
+        if hasattr(image, "read"):
+            return partial(read_header, _from_stream(image, limits, number), limits)
+    except BadImage as error:
+        return partial(_refuse, str(error))
+    raise TypeError(f"picture {number} is {type(image).__name__}, not a picture: give {FORMS}")
 
 
-def _read_file(path: str | os.PathLike[str], limits: Limits) -> bytes:
-    file, text = Path(path).expanduser(), os.fspath(path)
-    if "://" in text:
+def _refuse(reason: str) -> Encoded:
+    raise BadImage(reason)
+
+
+def _open_file(path: str | os.PathLike[str], limits: Limits) -> Encoded:
+    try:
+        return read_header(_read_file(os.fsdecode(path), limits), limits)
+    except BadImage as error:
+        raise BadImage(f"{error}: {os.fsdecode(path)}") from error
+
+
+def _read_file(path: str, limits: Limits) -> bytes:
+    if "://" in path:
         raise BadImage("pictures are not fetched from URLs: download the picture, and give its path or its bytes")
     try:
-        if file.stat().st_size > limits.max_bytes:
-            raise BadImage(
-                f"the file has {file.stat().st_size:,} bytes, more than limits.max_bytes ({limits.max_bytes:,})"
-            )
-        return file.read_bytes()
+        file = Path(path).expanduser()
+        if not stat.S_ISREG(file.stat().st_mode):  # a pipe would wait for its writer, a device may never end
+            raise BadImage("not a regular file")
+        with file.open("rb") as stream:
+            return stream.read(limits.max_bytes + 1)  # read_header refuses what is longer
     except FileNotFoundError:
-        hint = " (a sentence? Sentences go to encode_text)" if " " in text and not file.suffix else ""
+        hint = " (a sentence? Sentences go to encode_text)" if " " in path and not Path(path).suffix else ""
         raise BadImage(f"no such file{hint}") from None
-    except (OSError, ValueError) as error:
+    except BadImage:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the home of an unknown user, ~name
         raise BadImage(f"cannot be read ({error})") from error
 
 
+def _from_stream(stream: Any, limits: Limits, number: int) -> bytes:
+    try:
+        data = stream.read(limits.max_bytes + 1)
+    except (OSError, ValueError) as error:
+        raise BadImage(f"cannot be read ({error})") from error
+    if not isinstance(data, bytes):
+        raise TypeError(f"picture {number} is an open file that gives {type(data).__name__}: open it in mode 'rb'")
+    return data
+
+
 def _from_pillow(image: Image.Image, limits: Limits) -> Picture:
-    if image.width * image.height > limits.max_pixels:
-        raise BadImage(f"image is {image.width}x{image.height}, more than limits.max_pixels ({limits.max_pixels:,})")
+    _check_size(image.height, image.width, limits)
     try:
         upright = 1 if image.format == "TIFF" else read_orientation(image.getexif)  # Pillow turns a TIFF itself
         return apply_orientation(np.array(to_rgb(image)), upright)
@@ -117,24 +156,31 @@ def _from_pillow(image: Image.Image, limits: Limits) -> Picture:
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
-def _from_array(pixels: NDArray[Any], limits: Limits, number: int) -> Picture:
-    shape = "x".join(map(str, pixels.shape))
+def _from_array(image: Any, limits: Limits, number: int) -> Picture:
+    pixels = np.asarray(image.cpu() if hasattr(image, "cpu") else image)
     if pixels.dtype != np.uint8:
         raise TypeError(f"picture {number} is an array of {pixels.dtype}: give uint8, 0 to 255, [height, width, 3]")
-    if pixels.ndim == 2:
-        pixels = np.repeat(pixels[..., None], 3, axis=2)
-    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or 0 in pixels.shape:
+    if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (1,), (3,), (4,)):
+        shape = "x".join(map(str, pixels.shape))
         raise TypeError(f"picture {number} is an array of {shape}: give [height, width, 3], red, green and blue")
-    if pixels.shape[0] * pixels.shape[1] > limits.max_pixels:
-        raise BadImage(f"image is {shape}, more than limits.max_pixels ({limits.max_pixels:,})")
-    if pixels.shape[2] == 3:
-        return np.require(pixels, requirements=["C", "W"])  # a copy where torch would warn of the memory
+    _check_size(pixels.shape[0], pixels.shape[1], limits)
+    if pixels.shape[2:] == (3,):
+        return np.array(pixels)
+    if pixels.shape[2:] != (4,):
+        return np.repeat(pixels.reshape(*pixels.shape[:2], 1), 3, axis=2)
     from PIL import Image
 
-    return np.array(to_rgb(Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)))
+    return np.array(to_rgb(Image.fromarray(pixels)))
 
 
-def _decoded(pixels: Picture) -> Encoded:
+def _check_size(height: int, width: int, limits: Limits) -> None:
+    if not height or not width:
+        raise BadImage(f"image is {width}x{height}: it has no pixels")
+    if height * width > limits.max_pixels:
+        raise BadImage(f"image is {width}x{height}, more than limits.max_pixels ({limits.max_pixels:,})")
+
+
+def _as_encoded(pixels: Picture) -> Encoded:
     height, width, _ = pixels.shape
     return Encoded(height, width, "", partial(_at_full_size, pixels))
 

@@ -7,12 +7,14 @@ the tensors, so a model of another size in the same layout opens, too.
 from __future__ import annotations
 
 import json
+import re
 from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
+import yaml
 from torch import Tensor
 
 from nev.config.base import ConfigError
@@ -23,7 +25,8 @@ from nev.models.nomic import RELEASED_MARK, from_released
 from nev.models.prompts import list_prompts
 from nev.models.weights import FOLDER_FILES, read_weights
 
-CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+CONFIG, PROCESSOR, CARD = "config.json", "preprocessor_config.json", "README.md"
+FIRST, LATEST = "nomic-embed-vision-v1", "nomic-embed-vision-v1.5"  # the published models
 TRUNK = "eva02_base_patch14_224"  # timm's architecture, of which all sizes are arguments
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # What nev's tower computes. A config.json that says something else is of another model, even where the tensors fit.
@@ -60,7 +63,7 @@ def _tensor_names(file: Path) -> set[str]:
 
 
 def read_released(file: Path, name: str) -> tuple[ModelSpec, ImageEncoder]:
-    """Read released weights: what they are, and the encoder, on the CPU. name: of the model, which tells v1 from v1.5.
+    """Read released weights: what they are, and the encoder, on the CPU. name: of the model, as `find_version` takes it.
 
     Raises ModelError where tensors or config.json are missing, do not fit one another, or are of another model.
     """
@@ -70,13 +73,16 @@ def read_released(file: Path, name: str) -> tuple[ModelSpec, ImageEncoder]:
         spec = describe_released(weights, file.parent, name)
         encoder = build_image_encoder(spec.vision, spec.image_size, spec.width)
         encoder.load_state_dict(state)
-    except (ValueError, RuntimeError, LookupError, ArithmeticError) as error:
+    except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:
         raise ModelError(f"{file} is not a whole nomic-embed-vision: {error}") from error
     return spec, encoder
 
 
 def describe_released(weights: dict[str, Tensor], folder: Path, name: str) -> ModelSpec:
-    """What released weights are, by the shapes of the tensors, config.json and preprocessor_config.json."""
+    """What released weights are, by the shapes of the tensors, config.json and preprocessor_config.json.
+
+    name: of the model. Where neither the name nor the folder tells the version, LATEST is assumed.
+    """
     config, pixels = _read_json(folder / CONFIG), _read_json(folder / PROCESSOR)
     width = weights["embeddings.cls_token"].shape[-1]
     depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("layers."))
@@ -100,7 +106,7 @@ def describe_released(weights: dict[str, Tensor], folder: Path, name: str) -> Mo
         pool_heads=heads,
         pool_hidden=weights["selector.mlp.fc11.weight"].shape[0],
     )
-    first = name.endswith("v1")
+    first = find_version(folder, name) == FIRST
     encoder = "nomic-ai/nomic-embed-text-v1" if first else "nomic-ai/nomic-embed-text-v1.5"
     text = Text(encoder=encoder, prefix="search_query: ", pooling="mean", layer_norm=not first)
     return ModelSpec(
@@ -114,6 +120,36 @@ def describe_released(weights: dict[str, Tensor], folder: Path, name: str) -> Mo
         prompts=list_prompts(text.prefix),
         logit_scale=LOGIT_SCALE,
     )
+
+
+def find_version(folder: Path, name: str) -> str | None:
+    """The published model that a folder is a copy of: FIRST or LATEST; None where nothing tells.
+
+    Tensors and config.json of both are alike. A name tells them apart: of the folder, on the hub, in the hub's cache, as
+    `_name_or_path` in config.json, as `base_model` or heading of the model card.
+    name: of the model, `nomic-embed-vision-v1` or `OWNER/nomic-embed-vision-v1`.
+    """
+    cached = [part for part in folder.parts if part.startswith("models--")]
+    for text in (name, *cached, _read_json(folder / CONFIG).get("_name_or_path"), *_read_card(folder / CARD)):
+        last = re.split("/|--", str(text).rstrip("/"))[-1]
+        if last in (FIRST, LATEST):
+            return last
+    return None
+
+
+def _read_card(file: Path) -> list[str]:
+    """The base models and the first heading of a model card. Empty where there is no card."""
+    if not file.is_file():
+        return []
+    card = file.read_text(encoding="utf-8", errors="replace")
+    front = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+    try:
+        facts = yaml.safe_load(front[1]) if front else None
+    except yaml.YAMLError:
+        facts = None
+    base = facts.get("base_model") if isinstance(facts, dict) else None
+    heading = re.search(r"^# +([\w.-]+)", card[front.end() if front else 0 :], re.MULTILINE)
+    return [*map(str, base if isinstance(base, list) else [base]), *([heading[1]] if heading else [])]
 
 
 def _check_config(config: dict[str, Any], sizes: dict[str, int]) -> None:

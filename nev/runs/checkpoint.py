@@ -106,15 +106,22 @@ def load_training_state(location: str, verified: bool = False) -> tuple[dict[str
 def read_means(location: str) -> NDArray[np.float32] | None:
     """The means of a validation's unit vectors, of the pictures and of the captions: float32 [2, D].
 
-    None for a checkpoint without a validation of captions in or beside training.
+    None for a checkpoint without a validation of captions in or beside training. Raises Damaged for a file that is cut.
     """
     with storage_errors_as(location, "listed"):
         names = [name for name in list_files(location) if name.startswith(VECTORS) and name.endswith(".safetensors")]
     for name in names:
-        with local_copy(join(location, name)) as file, safetensors.safe_open(file, "numpy") as tensors:
-            if MEANS in tensors.keys():  # noqa: SIM118  (no mapping)
-                means: NDArray[np.float32] = tensors.get_tensor(MEANS)
-                return means
+        with local_copy(join(location, name)) as file:
+            try:
+                with safetensors.safe_open(file, "numpy") as tensors:
+                    if MEANS in tensors.keys():  # noqa: SIM118  (no mapping)
+                        means: NDArray[np.float32] = tensors.get_tensor(MEANS)
+                        return means
+            except safetensors.SafetensorError as error:
+                raise Damaged(
+                    f"{join(location, name)}: damaged ({error}). Put it back from a copy, or remove it: the model then ranks "
+                    "pictures and texts by plain cosine"
+                ) from error
     return None
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor, nn
+
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.file import parse
@@ -15,6 +17,8 @@ from nev.models.tower_weights import cut_prefix
 from nev.models.vision import VisionTower, build_vision
 from nev.runs.checkpoint import TRUNK_FILE, load_model, load_tensors
 from nev.runs.manifest import CheckpointError, read_manifest
+
+TEXT = "text.model."  # the names of a trained text model's tensors begin so
 
 
 def read_experiment(location: str, manifest: dict[str, Any], overrides: Sequence[str] = ()) -> Experiment:
@@ -54,19 +58,22 @@ def load_logit_scale(location: str) -> float:
     return float(weights["log_scale"].exp())
 
 
-def load_vision(location: str, config: Experiment, text_width: int) -> VisionTower | FrozenTower:
+def load_vision(
+    location: str, config: Experiment, text_width: int, weights: dict[str, Tensor] | None = None
+) -> VisionTower | FrozenTower:
     """The vision tower of a checkpoint, on the CPU, in training mode: float [b, 3, S, S] to unit vectors, float32 [b, D].
 
     config: the experiment of the checkpoint. text_width: width D of the text vectors.
-    Raises CheckpointError for a locked trunk that the checkpoint does not hold, and that is not to be had here.
+    weights: the model's tensors in the checkpoint. None: they are read.
+    Raises CheckpointError for weights that do not fit, and for a locked trunk that the checkpoint does not hold, and that is not
+    to be had here.
     """
     if config.vision.lock:
         trunk = load_trunk(location, config)
-        return FrozenTower(trunk, load_feature_head(location, config, text_width, trunk.shape))
+        return FrozenTower(trunk, load_feature_head(location, config, text_width, trunk.shape, weights))
     settings = config.vision.model_copy(update={"pretrained": False, "weights": None})
     vision = build_vision(settings, config.data.image_size, text_width)
-    _, weights = load_model(location)
-    vision.load_state_dict(cut_prefix("vision.", weights))
+    _fill(vision, "vision.", location, config, weights)
     return vision
 
 
@@ -93,11 +100,19 @@ def load_trunk(location: str, config: Experiment) -> FrozenTrunk:
     return trunk
 
 
-def load_feature_head(location: str, config: Experiment, text_width: int, shape: tuple[int, ...]) -> FeatureHead:
-    """The layers behind the locked trunk of a checkpoint, on the CPU. shape: of one picture's features."""
+def load_feature_head(
+    location: str,
+    config: Experiment,
+    text_width: int,
+    shape: tuple[int, ...],
+    weights: dict[str, Tensor] | None = None,
+) -> FeatureHead:
+    """The layers behind the locked trunk of a checkpoint, on the CPU.
+
+    shape: of one picture's features. weights: as `load_vision`.
+    """
     head = build_feature_head(config.vision, config.data.image_size, shape, text_width)
-    _, weights = load_model(location)
-    head.load_state_dict(cut_prefix("vision.", weights))
+    _fill(head, "vision.", location, config, weights)
     return head
 
 
@@ -108,6 +123,30 @@ def load_text_tower(location: str, config: Experiment) -> TextTower:
     """
     tower = load_text(config.text)
     if config.lock != "text":
-        _, weights = load_model(location)
-        tower.model.load_state_dict(cut_prefix("text.model.", weights))
+        _fill(tower.model, TEXT, location, config, None)
     return tower
+
+
+def load_same_text_tower(
+    location: str, manifest: dict[str, Any], config: Experiment, weights: dict[str, Tensor]
+) -> TextTower:
+    """As `load_text_tower`, but the encoder is compared with the run's first. Raises CheckpointError where it is another one.
+
+    manifest: `state.json` of the checkpoint. config: the experiment of the checkpoint. weights: the text model's trained tensors.
+    """
+    tower = load_base_text(location, manifest, config)
+    if config.lock != "text":
+        _fill(tower.model, TEXT, location, config, weights)
+    return tower
+
+
+def _fill(module: nn.Module, prefix: str, location: str, config: Experiment, weights: dict[str, Tensor] | None) -> None:
+    """Load the tensors below `prefix` into a module. Raises CheckpointError where they do not fit."""
+    weights = load_model(location)[1] if weights is None else weights
+    try:
+        module.load_state_dict(cut_prefix(prefix, weights))
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{location} does not fit its config with the text encoder {config.text.encoder}. Is that the encoder that it was "
+            f"trained against? {error}"
+        ) from error

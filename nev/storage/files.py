@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
@@ -129,9 +129,10 @@ def list_entries(fs: Any, path: str) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
-def local_copy(location: str) -> Iterator[Path]:
+def local_copy(location: str, only: Sequence[str] | None = None) -> Iterator[Path]:
     """A local path to a file or folder: the path itself where it is local, else a copy that is removed at the end.
 
+    only: files of the folder to copy, relative to `location`. None: all.
     Raises StorageError, also for an S3 key that would be copied outside its folder.
     """
     fs, path = filesystem(location)
@@ -141,7 +142,7 @@ def local_copy(location: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="nev-") as folder:
         copy = Path(folder, path.rsplit("/", 1)[-1])
         with storage_errors_as(location, "listed"):
-            names = list_files(location)
+            names = list_files(location) if only is None else only
         for name in names or [""]:
             if name and any(part in ("", ".", "..") for part in name.split("/")):
                 raise StorageError(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nev.eval.metrics.compression import compressions, quantise
+from nev.eval.metrics.compression import compressions, cut, quantise
 from nev.eval.metrics.retrieval import retrieval
 from nev.ops.vectors import truncate
 
@@ -29,7 +29,7 @@ def test_bits_score_as_hamming_distance(seed: int, width: int) -> None:
 @given(st.integers(0, 2**32 - 1))
 def test_bytes_score_as_products_of_bytes(seed: int) -> None:
     queries, rows = unit(seed, 5, 64), unit(seed + 1, 20, 64)
-    sides = [np.round(side * (127 / np.abs(side).max())).astype(np.int8) for side in (queries, rows)]
+    sides = [np.round(127 * side / np.abs(side).max(axis=1, keepdims=True)).astype(np.int8) for side in (queries, rows)]
     products = sides[0].astype(np.int64) @ sides[1].astype(np.int64).T
     lengths = [np.linalg.norm(side.astype(np.float64), axis=1) for side in sides]
     expected = products / lengths[0][:, None] / lengths[1]
@@ -46,7 +46,8 @@ def test_a_cut_row_is_unit_and_has_the_first_numbers() -> None:
 def test_a_row_that_loses_its_length_stays_usable() -> None:
     rows = np.zeros((2, 64), np.float32)
     rows[0, 63] = rows[1, 0] = 1  # the first has nothing in its first half
-    assert np.linalg.norm(truncate(rows, 32), axis=1) == pytest.approx([1, 1])
+    assert np.linalg.norm(cut(rows, 32), axis=1) == pytest.approx([1, 1])
+    assert np.linalg.norm(quantise(rows * [[1e-9], [1]], "int8"), axis=1) == pytest.approx([1, 1])
 
 
 def test_every_width_and_precision_with_its_bytes() -> None:

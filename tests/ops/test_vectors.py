@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nev.ops.vectors import PRECISIONS, round_to, scale_to_unit, shift_mean, truncate
+from nev.ops.vectors import PRECISIONS, are_usable, round_to, scale_to_unit, shift_mean, truncate
 
 ROWS = scale_to_unit(np.random.default_rng(0).normal(size=(50, 96)))
 
@@ -22,11 +22,17 @@ def test_bytes_and_what_they_keep(precision: str, size: int, least: float) -> No
     assert cosines.min() >= least - 1e-6
 
 
-def test_rows_of_zeros_stay_finite() -> None:
+def test_rows_without_a_direction_get_none() -> None:
     zeros = np.zeros((2, 8), np.float32)
     for precision in PRECISIONS:
         assert not round_to(zeros, precision).any()
-    assert np.linalg.norm(truncate(zeros, 4), axis=1) == pytest.approx([1, 1])
+    rows = np.array([[0, 0, 0, 0], [1, np.nan, 0, 0], [np.inf, 1, 0, 0], [3, 0, 4, 0]], np.float32)
+    mean = np.full(4, 0.5, np.float32)
+    for scaled in (scale_to_unit(rows), truncate(rows, 3), shift_mean(rows, mean, -mean)):
+        assert not scaled[0].any()
+        assert np.isnan(scaled[1:3]).any(axis=1).all()
+        assert np.linalg.norm(scaled[3]) == pytest.approx(1)
+    assert are_usable(rows).tolist() == [False, False, False, True]
 
 
 def test_the_shift_takes_one_mean_to_the_other() -> None:
