@@ -2,7 +2,7 @@
 
 Both end with a page of tables and pictures, NAME.html, and the numbers as JSON.
 
-nev evaluate --checkpoint runs/cifar10/checkpoints/step-00001170
+nev evaluate --checkpoint runs/cifar10
 nev evaluate --checkpoint runs/cifar10/checkpoints/step-00001170 --set data.val=data/other/val
 nev evaluate --checkpoint s3://BUCKET/runs/cifar10/checkpoints/step-00001170
 
@@ -37,7 +37,8 @@ EXAMPLE = "--checkpoint runs/cifar10/checkpoints/step-00001170 --suite quick --d
 
 def main(
     checkpoint: Annotated[
-        str | None, typer.Option(help="Checkpoint: runs/NAME/checkpoints/step-..., or s3://...")
+        str | None,
+        typer.Option(help="A run (its best checkpoint), or a checkpoint: runs/NAME/checkpoints/step-..., or s3://..."),
     ] = None,
     overrides: Overrides = None,
     suite: Annotated[
@@ -103,7 +104,9 @@ def main(
         from nev.eval.evaluate import evaluate_checkpoint, evaluate_mteb
         from nev.eval.evaluate_suite import evaluate_suite
         from nev.eval.report.tables import metrics_table, suite_table
+        from nev.inference.checkpoints import choose_checkpoint
 
+        checkpoint = choose_checkpoint(checkpoint)
         if suite:
             result, files = evaluate_suite(
                 checkpoint, suite, Console(stderr=True), overrides or [], data, output, against or ()

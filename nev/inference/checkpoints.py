@@ -14,6 +14,7 @@ from nev.models.text import text_width
 from nev.runs.checkpoint import load_model, read_means
 from nev.runs.manifest import Damaged, best_checkpoint, latest_checkpoint, read_manifest, read_metrics
 from nev.runs.towers import TEXT, load_same_text_tower, load_vision, read_experiment
+from nev.storage.files import filesystem
 
 
 def find_checkpoint(run: str) -> str:
@@ -23,6 +24,13 @@ def find_checkpoint(run: str) -> str:
         raise ModelError(f"{run} is a run without a whole checkpoint: train it further, or give another run")
     metric = (read_manifest(newest)["config"].get("eval") or {}).get("best")
     return (best_checkpoint(run, metric) if metric else None) or newest
+
+
+def choose_checkpoint(location: str) -> str:
+    """The checkpoint itself, or that of a run that counts (`find_checkpoint`)."""
+    fs, path = filesystem(location.rstrip("/"))
+    is_run = not fs.exists(f"{path}/state.json") and fs.exists(f"{path}/checkpoints")
+    return find_checkpoint(location) if is_run else location
 
 
 def read_checkpoint(location: str, choose: ChooseText) -> Opened:

@@ -114,6 +114,8 @@ def _describe(names: Iterable[str]) -> str:
     files = sorted(names)
     if not files:
         return "the folder is empty"
+    if steps := [name for name in files if name.startswith("step-")]:
+        return f"it has {first_few(steps)}: give one of these checkpoints, or the run above"
     if "config.json" in files and "modules.json" in files:
         return "it is a sentence-transformers model without nev.json. A text encoder goes into an experiment, as text.encoder"
     if "config.json" in files:

@@ -50,7 +50,8 @@ def load(
     where = where.rstrip("/") or where
     place = choose_device(device)
     with _as_model_error():
-        spec, encoder, load_tower = _open(where, revision, partial(_choose_text, text, trust_remote_code))
+        choose = partial(_choose_text, text, trust_remote_code)
+        spec, encoder, load_tower = _open(where, revision, choose, trust_remote_code)
     use_onednn(encoder)
     return Model(where, spec, encoder.to(place), partial(_load_tower, load_tower), place)
 
@@ -74,7 +75,8 @@ def _as_model_error() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        hint = ". Another place of the same encoder: nev.load(..., text=...)" if str(error).startswith("text.") else ""
+        elsewhere = ". Another place of the same encoder: nev.load(..., text=...), or nev export --text-encoder"
+        hint = elsewhere if str(error).startswith("text.") else ""
         raise ModelError(f"{error}{hint}") from error
 
 
@@ -89,7 +91,8 @@ def _choose_text(encoder: str | None, trust: bool, text: Text) -> Text:
     return text.model_copy(update={**changes, "trust_remote_code": trust})
 
 
-def _open(where: str, revision: str | None, choose: ChooseText) -> Opened:
+def _open(where: str, revision: str | None, choose: ChooseText, code: bool) -> Opened:
+    """code: whether the Python code of a text encoder in a model on the hub is fetched, too."""
     if not where.strip() or ("://" in where and not where.startswith("s3://")):
         raise ModelError(f"{where!r}: give a folder, s3://BUCKET/PREFIX, or a name on the Hugging Face hub")
     fs, path = filesystem(where)
@@ -110,4 +113,4 @@ def _open(where: str, revision: str | None, choose: ChooseText) -> Opened:
         raise ModelError(f"{where} is a file: give the folder that it lies in")
     if not HUB_NAME.fullmatch(where):
         raise ModelError(f"{where}: no such folder")
-    return open_folder(fetch_model(where, revision), where, choose)
+    return open_folder(fetch_model(where, revision, code), where, choose)

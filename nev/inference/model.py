@@ -19,6 +19,7 @@ from nev.inference.forward import Embed, make_embedder
 from nev.inference.output import Form, Numpy, Torch, VectorFormat, as_vectors, check_output, finish, to_numpy
 from nev.inference.pictures import Square, is_single, read_squares
 from nev.inference.progress import count_items, show_progress
+from nev.inference.ranking import Ranked, rank_vectors
 from nev.models.image_encoder import ImageEncoder
 from nev.ops.vectors import Floats, are_usable, scale_to_unit, shift_mean
 
@@ -34,17 +35,6 @@ class Scored(NamedTuple):
     """A label and its probability."""
 
     label: str
-    score: float
-
-
-class Ranked(NamedTuple):
-    """An item of a ranked list.
-
-    kind: "image" or "text". position: its place among the images, or among the texts. score: cosine, after calibration.
-    """
-
-    kind: str
-    position: int
     score: float
 
 
@@ -283,15 +273,7 @@ class Model:
             image_mean, text_mean = (np.asarray(mean, np.float32) for mean in (means.image_mean, means.text_mean))
             pictures = shift_mean(pictures, image_mean, text_mean)
             query_vector = shift_mean(query_vector, image_mean, text_mean) if query_is_picture else query_vector
-        rows, count = np.concatenate([pictures, sentences]), len(pictures)
-        cosines = self.similarity(query_vector, rows)[0]
-        order = np.argsort(-cosines, kind="stable")
-        return [
-            Ranked("image", int(n), float(cosines[n]))
-            if n < count
-            else Ranked("text", int(n) - count, float(cosines[n]))
-            for n in order[are_usable(rows)[order]][:top]
-        ]
+        return rank_vectors(query_vector, pictures, sentences, top)
 
 
 def _embed_squares(squares: list[Square], embed: Embed, width: int) -> tuple[Floats, list[str]]:

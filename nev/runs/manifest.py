@@ -74,7 +74,8 @@ def read_manifest(location: str) -> dict[str, Any]:
         runs = (location, location.rstrip("/").rpartition("/checkpoints")[0])
         near = [checkpoint for run in runs if run for checkpoint in list_checkpoints(run)]
         hint = f"Found: {', '.join(near)}." if near else "Checkpoints lie in RUN/checkpoints/step-..."
-        raise CheckpointError(f"{location}: not a checkpoint (there is no state.json in it). {hint}") from None
+        reason = "not a checkpoint (there is no state.json in it)" if fs.exists(path) else "there is no such folder"
+        raise CheckpointError(f"{location}: {reason}. {hint}") from None
     except ValueError as error:
         raise Damaged(f"{location}/state.json: damaged ({error})") from error
     except storage_errors() as error:

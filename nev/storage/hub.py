@@ -15,22 +15,23 @@ from nev.common.errors import first_line
 from nev.config.model_spec import ModelError
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # no code is fetched
+FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]
+CODE = "*.py"  # fetched where the caller trusts it
 PICKLE = "pytorch_model.bin"  # read with weights_only, and fetched where there is nothing else
 LOG_IN = "`hf auth login`, or HF_TOKEN"
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # of the disk, not of the network
 
 
-def fetch_model(name: str, revision: str | None) -> Path:
+def fetch_model(name: str, revision: str | None, code: bool = False) -> Path:
     """The folder of a model's files in the cache, with what has changed on the hub. Without the hub: what the cache has.
 
-    revision: branch, tag or commit. None: the default branch.
+    revision: branch, tag or commit. None: the default branch. code: fetch Python code, too.
     Raises ModelError for what is neither on the hub nor in the cache.
     """
     from huggingface_hub import snapshot_download
 
     with hub_errors_as(f"{name}: there is no such folder, and it cannot be fetched from the hub", name):
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*FILES, CODE] if code else FILES))
         if not any(folder.rglob("*.safetensors")):
             snapshot_download(name, revision=revision, allow_patterns=[PICKLE])
         return folder

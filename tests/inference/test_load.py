@@ -18,6 +18,7 @@ from nev.config.model_spec import ModelError
 from nev.embed.embedder import Embedder
 from nev.export.export import export
 from nev.export.parts import Options, sample_pictures
+from nev.inference.checkpoints import choose_checkpoint
 from nev.runs.manifest import CheckpointError
 from nev.storage.files import upload
 
@@ -76,6 +77,14 @@ def test_a_run_gives_its_best_checkpoint(tmp_path: Path) -> None:
     again = nev.load(str(run))
     assert again.spec.training is not None
     assert again.spec.training.step == 3
+
+
+def test_a_run_stands_for_its_checkpoint_that_counts(checkpoint: str, tmp_path: Path) -> None:
+    run = checkpoint.partition("/checkpoints/")[0]
+    assert choose_checkpoint(run) == choose_checkpoint(f"{run}/") == choose_checkpoint(checkpoint) == checkpoint
+    assert choose_checkpoint(str(tmp_path / "nothing")) == str(
+        tmp_path / "nothing"
+    )  # whoever reads it says what is wrong
 
 
 def test_an_exported_folder_is_the_checkpoint_wherever_it_is(checkpoint: str, exported: Path, tmp_path: Path) -> None:
@@ -151,6 +160,7 @@ def test_what_is_no_model_is_named(exported: Path, checkpoint: str, tmp_path: Pa
         shutil.copytree(exported, tmp_path / name)
         return tmp_path / name
 
+    refused(Path(checkpoint).parent, r"it has step-00000001: give one of these checkpoints, or the run above")
     (damaged("half") / "model.safetensors").unlink()
     refused(tmp_path / "half", "is not whole: .*no such file of weights")
     content = (damaged("cut") / "model.safetensors").read_bytes()

@@ -25,7 +25,7 @@ FILES = {
     "pickle.pkl": b"no",
     "pytorch_model.bin": b"the same as model.safetensors, before",
 }
-WANTED = ["model.safetensors", "nev.json", "text/tokenizer.json", "vocab.txt"]
+WANTED = ["README.md", "model.safetensors", "nev.json", "text/tokenizer.json", "vocab.txt"]
 HERE = "ada/small: there is no such folder, and it cannot be fetched from the hub: "
 CODE = """
 import hashlib
