@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,3 +82,11 @@ def test_real_photographs_are_read_alike(data_folder: Path) -> None:
 def test_the_reader_refuses_what_is_no_picture(source: Any, message: str) -> None:
     with pytest.raises(reader.BadImage, match=message):
         reader.read_square(source, IMAGE)
+
+
+def test_a_bad_picture_is_named_by_its_place_in_the_list(tmp_path: Path) -> None:
+    numbers = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    (tmp_path / "preprocessing.json").write_text(json.dumps({"width": 8, "image": {**IMAGE, **numbers}}))
+    model = reader.Model(tmp_path)
+    with pytest.raises(reader.BadImage, match="picture 5: not a picture"):
+        model.read_pixels([photo(0), b"no picture"], first=4)

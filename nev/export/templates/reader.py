@@ -48,9 +48,10 @@ class Model:
         self.width: int = self.config["width"]
 
     def encode_image(self, images: Any, batch_size: int = 16) -> Any:
-        """Embed pictures: paths, bytes of files or Pillow images -> float32 [n, D]. Raises BadImage."""
+        """Embed pictures: paths, bytes of files or Pillow images -> float32 [n, D]. Raises BadImage with its number."""
         given = [images] if isinstance(images, str | os.PathLike | bytes | Image.Image) else list(images)
-        parts = (self.read_pixels(given[start : start + batch_size]) for start in range(0, len(given), batch_size))
+        starts = range(0, len(given), batch_size)
+        parts = (self.read_pixels(given[start : start + batch_size], start) for start in starts)
         return self._run(self._vision, parts)
 
     def encode_text(self, texts: str | Iterable[str], kind: str = "query", batch_size: int = 64) -> Any:
@@ -61,11 +62,17 @@ class Model:
         )
         return self._run(self._text, parts)
 
-    def read_pixels(self, images: Iterable[Any]) -> dict[str, Any]:
-        """What the vision graph takes: pixel_values, float32 [b, 3, S, S]. Raises BadImage."""
+    def read_pixels(self, images: Iterable[Any], first: int = 0) -> dict[str, Any]:
+        """What the vision graph takes: pixel_values, float32 [b, 3, S, S]. first: number of the first picture, for BadImage."""
         config = self.config["image"]
         mean, std = (np.array(config[name], np.float32) for name in ("mean", "std"))
-        squares = np.stack([read_square(image, config) for image in images])
+        pixels = []
+        for number, image in enumerate(images, first):
+            try:
+                pixels.append(read_square(image, config))
+            except BadImage as error:
+                raise BadImage(f"picture {number}: {error}") from error
+        squares = np.stack(pixels)
         return {"pixel_values": np.ascontiguousarray(((squares / np.float32(255) - mean) / std).transpose(0, 3, 1, 2))}
 
     def read_tokens(self, texts: Iterable[str], kind: str = "query") -> dict[str, Any]:
