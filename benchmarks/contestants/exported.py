@@ -80,19 +80,25 @@ def picture_runners(model: Model, folder: Path) -> dict[str, Run]:
         rows = torch.from_numpy(pixels[:batch])
         return _per_second(lambda: model.vision(rows), seconds, batch)
 
+    part = reader.Model(folder).config["image"]["batch"]  # pictures of a forward that reader.py makes
+
+    def run_session(session: onnxruntime.InferenceSession, batch: int) -> None:
+        for start in range(0, batch, part):
+            session.run(None, {"pixel_values": pixels[start : min(start + part, batch)]})
+
     runners: dict[str, Run] = {"torch": run_torch}
     for name, precision in FORMS.items():
         session = _open(folder, "vision", precision)
         runners[name] = lambda seconds, batch, session=session: _per_second(
-            lambda: session.run(None, {"pixel_values": pixels[:batch]}), seconds, batch
+            lambda: run_session(session, batch), seconds, batch
         )
     return runners
 
 
 def sentence_runners(model: Model, folder: Path) -> dict[str, Run]:
     """What embeds sentences, by its name. folder: where `picture_runners` wrote the graphs of this model."""
-    encoder, one = make_text_encoder(model.text), reader.Model(folder)
-    tokens = one.read_tokens([SENTENCE] * 32)
+    encoder = make_text_encoder(model.text)
+    tokens = reader.Model(folder).read_tokens([SENTENCE] * 32)
 
     def run_torch(seconds: float, batch: int) -> float:
         ids = torch.from_numpy(tokens["input_ids"][:batch])

@@ -47,11 +47,14 @@ class Model:
         self.config = json.loads((self.folder / "preprocessing.json").read_text(encoding="utf-8"))
         self.width: int = self.config["width"]
 
-    def encode_image(self, images: Any, batch_size: int = 16) -> Any:
-        """Embed pictures: paths, bytes of files or Pillow images -> float32 [n, D]. Raises BadImage with its number."""
+    def encode_image(self, images: Any, batch_size: int | None = None) -> Any:
+        """Embed pictures: paths, bytes of files or Pillow images -> float32 [n, D]. Raises BadImage with its number.
+
+        batch_size: pictures of a forward. None: as many as are fast on a CPU.
+        """
         given = [images] if isinstance(images, str | os.PathLike | bytes | Image.Image) else list(images)
-        starts = range(0, len(given), batch_size)
-        parts = (self.read_pixels(given[start : start + batch_size], start) for start in starts)
+        size = batch_size or self.config["image"]["batch"]
+        parts = (self.read_pixels(given[start : start + size], start) for start in range(0, len(given), size))
         return self._run(self._vision, parts)
 
     def encode_text(self, texts: str | Iterable[str], kind: str = "query", batch_size: int = 64) -> Any:
