@@ -94,7 +94,7 @@ def compare(given: Any, scale: float, blocks: fused.BlockSizes | None = None) ->
     assert (got_texts[~valid_texts] == 0).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     b=st.integers(1, 20),
     before=st.integers(0, 20),
