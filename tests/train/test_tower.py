@@ -9,6 +9,7 @@ import torch
 from helpers.steps import CLOSE, ROWS, SIZE, WIDTH, against, batch, embed, experiment, gradients, in_parts, made
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -100,7 +101,8 @@ def test_a_trunk_that_cannot_be_checkpointed_is_named() -> None:
 def compiles_anew() -> Iterator[None]:
     torch._dynamo.reset()
     counters.clear()
-    yield
+    with inductor.patch({"cpp.simdlen": 1, "compile_threads": 1}):
+        yield
     torch._dynamo.reset()
 
 
