@@ -53,7 +53,7 @@ def test_the_status_is_that_of_a_shell(capsys: pytest.CaptureFixture[str]) -> No
 def test_prepare_is_interrupted_and_goes_on(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / "in" / str(number)).mkdir(parents=True)
-        for picture in range(4000):
+        for picture in range(3000):
             (tmp_path / "in" / str(number) / f"{picture}.jpg").write_bytes(b"%d %d" % (number, picture))
     command = [sys.executable, str(ROOT / "pipelines/prepare.py"), "--source", "folder-classes", "--input", "in"]
     command += ["--template", "a {}", "--output", "out"]

@@ -69,7 +69,7 @@ def assert_block(block: Block, number: int, reader: BlockReader, plan: Plan) -> 
         assert name in ("uid", "reason") or block[name].dtype == column.dtype, name
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [2, 3])
 def test_rank_r_gets_the_blocks_that_the_plan_gives_it(
     world: int, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import skew
@@ -49,6 +49,7 @@ def test_nearest_holds_one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@settings(max_examples=40)
 @given(n=st.integers(12, 40), extra=st.integers(0, 30), chunk=st.integers(1, 50), seed=st.integers(0, 5))
 def test_equals_plain_formulas_at_any_chunk(n: int, extra: int, chunk: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -31,7 +31,7 @@ from nev.eval.validation.scoring import list_metric_names, score_validation
 from nev.eval.validation.task import Validation, make_suite, make_validation, metric_names
 from nev.eval.validation.validate import validate
 from nev.eval.validation.vectors import load_texts, load_vectors
-from nev.models.text import TextTower
+from nev.models.text import TextTower, load_text
 from nev.runs.manifest import latest_checkpoint, read_manifest
 from nev.storage.reading import DataError
 
@@ -157,9 +157,15 @@ def test_labels_that_were_corrected_since_the_training_are_scored(tiny: Make, te
 
 @pytest.mark.slow
 def test_a_report_reads_captions_once(
-    tiny: Make, text: TextTower, tmp_path: Path, captions_read: Counter[str], monkeypatch: pytest.MonkeyPatch
+    tiny: Make,
+    small_text: dict[str, object],
+    tmp_path: Path,
+    captions_read: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    job = prepare_job(tiny(train__steps=1, lock="none", train__micro_batch=32), text)
+    config = tiny(train__steps=1, lock="none", train__micro_batch=32, **small_text)
+    text = load_text(config.text)
+    job = prepare_job(config, text)
     run_bare(job, train_reader(job.config, text))
     newest = latest_checkpoint(job.run)
     assert newest

@@ -6,24 +6,17 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers.tiny import REFERENCE
-from rich.console import Console
 
-from nev.config.experiment import Experiment
-from nev.runs.manifest import best_checkpoint, list_checkpoints, pending_validation, prune_checkpoints, read_manifest
+from nev.runs.manifest import best_checkpoint, list_checkpoints, pending_validation, prune_checkpoints
 from nev.runs.metrics_log import read_points
 from nev.storage.files import StorageError
 from nev.train.driver import validator
 from nev.train.driver.validator import ValidationOutcome, Validator
-from nev.train.experiment import Summary, run_experiment
-
-Make = Callable[..., Experiment]
 
 
 def job(run: Path, every: int = 10) -> Any:
@@ -228,44 +221,3 @@ def test_no_checkpoint_is_removed_before_it_is_validated(tmp_path: Path) -> None
     checkpoint(tmp_path, 35)
     prune_checkpoints(str(tmp_path), 1, "top1", validates)
     assert steps(list_checkpoints(str(tmp_path))) == [20, 35]
-
-
-def exact(metrics: dict[str, float]) -> dict[str, float]:
-    """The metrics that float noise in the vectors does not move. A fitted temperature is known to 1e-3."""
-    return {name: value for name, value in metrics.items() if "fitted" not in name and "calibration" not in name}
-
-
-@pytest.mark.ray
-def test_a_run_scores_and_chooses_as_one_that_validates_in_its_loop(
-    reference_run: Summary, tiny: Make, tmp_path: Path
-) -> None:
-    config = tiny(name="beside", eval__asynchronous=True, **REFERENCE)
-    beside = run_experiment(config, Console(quiet=True))
-    assert exact(beside.metrics) == pytest.approx(exact(reference_run.metrics), abs=1e-5)
-    assert beside.metrics == pytest.approx(reference_run.metrics, rel=0.05, abs=0.02)
-    assert beside.checkpoint.rsplit("/", 1)[1] == reference_run.checkpoint.rsplit("/", 1)[1]
-    runs = [summary.checkpoint.rsplit("/checkpoints/", 1)[0] for summary in (reference_run, beside)]
-
-    def read_scores(run: str) -> dict[int, float]:
-        points = read_points(run, 30)
-        return {point.step: point.metrics["zero_shot/top1"] for point in points if "zero_shot/top1" in point.metrics}
-
-    in_loop, scores = map(read_scores, runs)
-    assert scores == pytest.approx(in_loop, abs=1e-5)
-    assert set(in_loop) == {10, 20, 30}
-    for location in list_checkpoints(runs[1]):
-        assert read_manifest(location)["metrics"] == {}  # not in the loop
-    files = [read_manifest(f"{run}/checkpoints/step-00000030")["sha256"] for run in runs]
-    assert files[0]["model.safetensors"] == files[1]["model.safetensors"]
-    from mlflow import MlflowClient
-
-    history = MlflowClient(tracking_uri=beside.tracking_uri).get_metric_history(beside.mlflow_run_id, "zero_shot/top1")
-    assert sorted(point.step for point in history) == [10, 20, 30]
-
-    # As if the driver had died before it came to the last one: the next start scores it, and trains nothing.
-    file = tmp_path / "runs/beside/checkpoints/step-00000030/validation.json"
-    before = json.loads(file.read_text())
-    file.unlink()
-    again = run_experiment(config, Console(quiet=True))
-    assert exact(again.metrics) == pytest.approx(exact(beside.metrics), abs=1e-5)
-    assert exact(json.loads(file.read_text())) == pytest.approx(exact(before), abs=1e-5)

@@ -41,20 +41,25 @@ METRICS["retrieval/text_to_image/r10_high"] = 0.621
 LOAD = """
 import numpy as np, torch
 from transformers import AutoImageProcessor, AutoModel
-root, trust, *towers = sys.argv[1:]
-for tower in towers:
-    folder = f"{root}/{tower}/hf"
-    model = AutoModel.from_pretrained(folder, trust_remote_code=trust == "trust")
-    with torch.no_grad():
-        vectors = model(pixel_values=torch.from_numpy(np.load(f"{root}/{tower}/pixels.npy"))).pooler_output.numpy()
-    size = AutoImageProcessor.from_pretrained(folder).crop_size
-    print(np.abs(vectors - np.load(f"{root}/{tower}/expected.npy")).max(), size.height, model.training)
+root, *towers = sys.argv[1:]
+for trust in (True, False):
+    if not trust:
+        del sys.modules["nev"]
+        import nev
+    for tower in towers:
+        folder = f"{root}/{tower}/hf"
+        model = AutoModel.from_pretrained(folder, trust_remote_code=trust)
+        assert type(model).__module__.startswith("transformers_modules." if trust else "nev.")
+        with torch.no_grad():
+            vectors = model(pixel_values=torch.from_numpy(np.load(f"{root}/{tower}/pixels.npy"))).pooler_output.numpy()
+        size = AutoImageProcessor.from_pretrained(folder).crop_size
+        print(np.abs(vectors - np.load(f"{root}/{tower}/expected.npy")).max(), size.height, model.training)
 """
 
 
 @pytest.mark.slow
 def test_a_fresh_process_computes_the_same(tmp_path: Path) -> None:
-    """With nev and no flag, and without nev by the single file and the flag."""
+    """Without nev by the single file and the flag; then with nev, imported where transformers is already, and no flag."""
     squares, limits = sample_pictures(32), []
     for tower, vision in TOWERS.items():
         model = nev.load(write_checkpoint(make_experiment(tmp_path / tower, vision)))
@@ -67,12 +72,11 @@ def test_a_fresh_process_computes_the_same(tmp_path: Path) -> None:
         np.testing.assert_array_equal(nev.load(folder).encode_image(squares), model.encode_image(squares))
         limits.append(picture_limit(model))
     environment = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    for code, without, trust in (("import nev\n" + LOAD, (), "no"), (LOAD, ("nev",), "trust")):
-        lines = run_python(code, tmp_path, trust, *TOWERS, without=without, environment=environment).splitlines()
-        for line, limit in zip(lines, limits, strict=True):
-            difference, size, training = line.split()
-            assert float(difference) <= limit
-            assert (size, training) == ("32", "False")
+    lines = run_python(LOAD, tmp_path, *TOWERS, without=("nev",), environment=environment).splitlines()
+    for line, limit in zip(lines, limits * 2, strict=True):
+        difference, size, training = line.split()
+        assert float(difference) <= limit
+        assert (size, training) == ("32", "False")
 
 
 def test_the_single_file_is_whole() -> None:

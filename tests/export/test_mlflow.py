@@ -25,8 +25,10 @@ from helpers.pictures import encoded, photo
 from helpers.processes import run_python
 from mlflow.exceptions import MlflowException
 from PIL import Image
+from typer.testing import CliRunner
 
 import nev
+from nev.commands.main import app
 from nev.config.model_spec import ModelError
 from nev.export.registry import check_register, register
 from nev.inference.model import Model
@@ -66,19 +68,13 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     (root / "project/uv.lock").write_text('version = 1\nrequires-python = ">=3.11"\n')
     registry = f"sqlite:///{root}/registry/mlflow.db"
     (root / "registry").mkdir()
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "nev", "export", "--checkpoint", checkpoint, "--format", "mlflow"),
-            *("--output", root / "out", "--register", "small", "--tracking-uri", registry),
-        ],
-        cwd=root / "project",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    arguments = ("export", "--checkpoint", checkpoint, "--format", "mlflow", "--output", root / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root / "project")
+        done = CliRunner().invoke(app, [*map(str, arguments), "--register", "small", "--tracking-uri", registry])
+    assert done.exit_code == 0, done.output
     assert {file.name for file in (root / "project").iterdir()} == {"pyproject.toml", "uv.lock"}
-    return Case(nev.load(checkpoint, device="cpu"), root / "out", registry, done.stdout)
+    return Case(nev.load(checkpoint, device="cpu"), root / "out", registry, done.output)
 
 
 def test_what_is_written(case: Case) -> None:
@@ -102,19 +98,12 @@ def test_what_is_written(case: Case) -> None:
 
 
 LOAD = """
-import json, os
-import mlflow, numpy as np, pandas as pd
-rows = json.loads(sys.argv[2])
-model = mlflow.pyfunc.load_model(sys.argv[1], model_config=json.loads(sys.argv[3]))
-print(json.dumps(model.predict(pd.DataFrame(rows), params=json.loads(sys.argv[4])).tolist()))
+import json
+import mlflow, pandas as pd
+for rows, config, params in json.loads(sys.argv[2]):
+    model = mlflow.pyfunc.load_model(sys.argv[1], model_config=config)
+    print(json.dumps(model.predict(pd.DataFrame(rows), params=params).tolist()))
 """
-
-
-def predict(where: object, rows: dict[str, Any], config: Any = None, params: Any = None, **environment: str) -> Any:
-    printed = run_python(
-        LOAD, where, json.dumps(rows), json.dumps(config), json.dumps(params), without=BLOCKED, environment=environment
-    )
-    return np.array(json.loads(printed.splitlines()[-1]))
 
 
 def make_rows() -> dict[str, Any]:
@@ -133,19 +122,22 @@ def check_vectors(case: Case, results: Any) -> None:
 
 
 def test_a_fresh_process_loads_the_folder_without_nev_and_torch(case: Case) -> None:
-    check_vectors(case, predict(case.folder, make_rows()))
-
-
-def test_the_registry_gives_the_same_model(case: Case) -> None:
-    check_vectors(case, predict("models:/small/1", make_rows(), MLFLOW_TRACKING_URI=case.registry))
-    assert register(str(case.folder), "small", case.registry) == "models:/small/2"
-
-
-def test_precision_kind_and_width(case: Case) -> None:
-    quantised = predict(case.folder, make_rows(), config={"precision": "int8"})
+    """Also in another precision, for another kind of text, and at another width."""
+    requests = [
+        (make_rows(), None, None),
+        (make_rows(), {"precision": "int8"}, None),
+        ({"text": TEXTS}, None, {"kind": "document", "width": 16}),
+    ]
+    printed = run_python(LOAD, case.folder, json.dumps(requests), without=BLOCKED)
+    plain, quantised, narrow = (np.array(json.loads(line)) for line in printed.splitlines()[-3:])
+    check_vectors(case, plain)
     assert 1e-9 < 1 - (quantised[[1, 4]] * case.pictures).sum(axis=1).min() < 0.02
-    narrow = predict(case.folder, {"text": TEXTS}, params={"kind": "document", "width": 16})
     assert abs(narrow - case.model.encode_text(TEXTS, kind="document", width=16)).max() < 1e-5
+
+
+def test_the_registry_counts_versions(case: Case) -> None:
+    """What it gives under the first version is what the server below answers with."""
+    assert register(str(case.folder), "small", case.registry) == "models:/small/2"
 
 
 def test_bytes_in_a_table(case: Case) -> None:
@@ -286,8 +278,7 @@ def test_what_is_refused_before_an_export(tmp_path: Path) -> None:
     assert "secret" not in str(raised.value)
     with pytest.raises(ModelError, match=r"register small: MLflow at http://127\.0\.0\.1:9: "):
         check_register("small", "http://127.0.0.1:9")
-    code = "from nev.commands.main import app\napp(['export', *sys.argv[1:]])"
-    with pytest.raises(AssertionError, match="--register is for --format mlflow, not onnx"):
-        run_python(
-            code, "--checkpoint", tmp_path, "--format", "onnx", "--output", tmp_path / "x", "--register", "small"
-        )
+    arguments = ("export", "--checkpoint", tmp_path, "--format", "onnx", "--output", tmp_path / "x")
+    done = CliRunner().invoke(app, [*map(str, arguments), "--register", "small"])
+    assert done.exit_code == 2
+    assert "--register is for --format mlflow, not onnx" in done.output

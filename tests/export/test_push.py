@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -96,20 +97,33 @@ def test_a_second_push_replaces_the_first(hub: Hub, tmp_path: Path) -> None:
     )  # unchanged tensors do not travel again
 
 
-@pytest.mark.parametrize(
-    ("name", "token", "message"),
-    [
-        ("ada/small", "hf_wrong", "push ada/small: the token is not valid: `hf auth login`, or HF_TOKEN"),
-        ("ada/small", None, "push ada/small: nobody is logged in: `hf auth login`, or HF_TOKEN"),
-        ("ada/small", "hf_read", "push ada/small: this token may only read: take one with write access"),
-        ("bob/small", "hf_write", "push bob/small: this token is of ada, who may write to ada, lab"),
-        ("small", "hf_write", "push 'small': a repository on the hub is named OWNER/NAME"),
-        ("ada/..", "hf_write", "push ada/..: the hub refuses: "),
-    ],
-)
-def test_what_is_refused_before_an_export(hub: Hub, name: str, token: str | None, message: str, tmp_path: Path) -> None:
-    write_folder(tmp_path / "out")
-    assert run_push(hub, tmp_path, name, token=token).startswith(message)
+REFUSED = [
+    ("ada/small", "hf_wrong", "push ada/small: the token is not valid: `hf auth login`, or HF_TOKEN"),
+    ("ada/small", None, "push ada/small: nobody is logged in: `hf auth login`, or HF_TOKEN"),
+    ("ada/small", "hf_read", "push ada/small: this token may only read: take one with write access"),
+    ("bob/small", "hf_write", "push bob/small: this token is of ada, who may write to ada, lab"),
+    ("small", "hf_write", "push 'small': a repository on the hub is named OWNER/NAME"),
+    ("ada/..", "hf_write", "push ada/..: the hub refuses: "),
+]
+
+
+def test_what_is_refused_before_an_export(hub: Hub, tmp_path: Path) -> None:
+    code = (
+        "import json, os\n"
+        "from nev.config.model_spec import ModelError\n"
+        "from nev.export.push import check_push\n"
+        "for name, token in json.loads(sys.argv[1]):\n"
+        "    os.environ['HF_TOKEN'] = token or ''\n"
+        "    try:\n"
+        "        check_push(name, False)\n"
+        "        print('not refused')\n"
+        "    except ModelError as error:\n"
+        "        print(json.dumps(str(error)))\n"
+    )
+    requests = json.dumps([(name, token) for name, token, _ in REFUSED])
+    shown = run_python(code, requests, environment=hub.environment(tmp_path / "home", None)).splitlines()
+    for line, (_, _, message) in zip(shown, REFUSED, strict=True):
+        assert json.loads(line).startswith(message)
     assert not hub.repos
     assert not [each for each in hub.requests if "create" in each]
 
@@ -201,16 +215,13 @@ def test_a_pushed_model_opens_by_its_name(hub: Hub, tmp_path: Path) -> None:
         "np.save(sys.argv[2], model.encode_image(np.load(sys.argv[1])))\n"
         "np.save(sys.argv[3], model.encode_text(['a dog in the snow']))"
     )
-    model, home = nev.load(location), tmp_path / "another home"
-    for online in (True, False):  # then from the cache
-        more = {} if online else {"HF_HUB_OFFLINE": "1"}
-        run_python(
-            code,
-            *(tmp_path / name for name in ("squares.npy", "pictures.npy", "texts.npy")),
-            environment=hub.environment(home, **more),
-        )
-        np.testing.assert_allclose(np.load(tmp_path / "pictures.npy"), model.encode_image(SQUARES), rtol=0, atol=1e-6)
-        texts = model.encode_text(["a dog in the snow"])
-        np.testing.assert_allclose(np.load(tmp_path / "texts.npy"), texts, rtol=0, atol=1e-6)
-        (tmp_path / "pictures.npy").unlink()
+    run_python(
+        code,
+        *(tmp_path / name for name in ("squares.npy", "pictures.npy", "texts.npy")),
+        environment=hub.environment(tmp_path / "another home"),
+    )
+    model = nev.load(location)
+    np.testing.assert_allclose(np.load(tmp_path / "pictures.npy"), model.encode_image(SQUARES), rtol=0, atol=1e-6)
+    texts = model.encode_text(["a dog in the snow"])
+    np.testing.assert_allclose(np.load(tmp_path / "texts.npy"), texts, rtol=0, atol=1e-6)
     assert not [each for each in hub.requests if each.endswith(".py")]  # no code is fetched

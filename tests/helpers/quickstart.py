@@ -27,6 +27,7 @@ def run_quickstart(folder: Path, pictures: int = 256, steps: int = 10) -> Quicks
         "eval.zero_shot.classes": folder / "pictures" / "classes.txt",
         "train.steps": steps,
         "train.eval_every": steps,
+        "workers.count": 1,
     }
     command = [sys.executable, str(ROOT / "pipelines/quickstart.py"), "--config", str(ROOT / "configs/quickstart.yaml")]
     command += ["--train", str(pictures), "--val", "64"]

@@ -40,9 +40,10 @@ VALID = torch.arange(ROWS) % 7 != 3
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}  # the goal is 1e-6 in float64
 
 
-def made(learn_scale: bool = True, kind: str = "softmax") -> DualEncoder:
+def made(learn_scale: bool = True, kind: str = "softmax", **trunk: Any) -> DualEncoder:
+    """trunk: arguments in the place of those of `TRUNK`."""
     torch.manual_seed(1)
-    vision = build_vision(Vision(trunk="vit_tiny_patch16_224", trunk_args=TRUNK, pool="map"), SIZE, WIDTH)
+    vision = build_vision(Vision(trunk="vit_tiny_patch16_224", trunk_args={**TRUNK, **trunk}, pool="map"), SIZE, WIDTH)
     return DualEncoder(vision, Loss(kind=kind, init_scale=10.0, learn_scale=learn_scale)).double().train()
 
 

@@ -96,7 +96,7 @@ def compare(given: Any, scale: float, blocks: fused.BlockSizes | None = None, ro
     assert (got_texts[~valid_texts] == 0).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     b=st.integers(1, 20),
     before=st.integers(0, 20),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import shutil
 import socket
 import subprocess
@@ -98,18 +99,17 @@ def where():
     import nev
     return pathlib.Path(nev.__file__).parents[1], os.environ.get("SENT_ALONG")
 files = [path for path in pathlib.Path().rglob("*") if path.is_file()]
-print("top", *sorted({path.parts[0] for path in files}))
-print("bytes", sum(path.stat().st_size for path in files))
-print("here", os.getcwd())
-print("job", *where())
-print("task", *ray.get(ray.remote(where).remote()))
+print("probe: top", *sorted({path.parts[0] for path in files}))
+print("probe: bytes", sum(path.stat().st_size for path in files))
+print("probe: here", os.getcwd())
+print("probe: job", *where())
+print("probe: task", *ray.get(ray.remote(where).remote()))
 """
 
 
-def test_a_job_runs_the_uploaded_code(server: JobServer) -> None:
-    done = server.submit("probe", "python", "-c", PROBE)
-    assert done.returncode == 0, done.stdout + done.stderr
-    seen = dict(line.split(" ", 1) for line in server.log("probe").splitlines() if " " in line)
+def check_uploaded(server: JobServer, log: str) -> None:
+    """A job runs the uploaded code, and so do its tasks."""
+    seen = dict(line.split(" ", 2)[1:] for line in log.splitlines() if line.startswith("probe: "))
     top = set(seen["top"].split())
     assert {"nev", "pipelines", "configs"} <= top
     assert not top & {".git", ".venv", "data", "runs", "tests", "docs", "notebooks"}
@@ -130,7 +130,7 @@ def test_no_token_no_job(server: JobServer) -> None:
     assert "token is invalid" in done.stdout + done.stderr
 
 
-def test_a_job_trains_to_the_end(server: JobServer, pictures: Path, tmp_path: Path) -> None:
+def test_a_job_runs_the_uploaded_code_and_trains_to_the_end(server: JobServer, pictures: Path, tmp_path: Path) -> None:
     changes = {
         "name": "job",
         "output": tmp_path / "runs",
@@ -144,8 +144,10 @@ def test_a_job_trains_to_the_end(server: JobServer, pictures: Path, tmp_path: Pa
         "workers.count": 1,
     }
     options = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
-    done = server.submit("train", "python", "pipelines/train.py", "--config", "configs/quickstart.yaml", *options)
+    command = shlex.join(["python", "pipelines/train.py", "--config", "configs/quickstart.yaml", *options])
+    done = server.submit("train", "bash", "-c", f"python -c {shlex.quote(PROBE)} && {command}")
     assert done.returncode == 0, done.stdout + done.stderr
+    check_uploaded(server, server.log("train"))
 
     newest = latest_checkpoint(str(tmp_path / "runs" / "job"))
     assert newest is not None

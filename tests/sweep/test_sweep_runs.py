@@ -1,19 +1,15 @@
-"""Real sweeps on Ray Tune that fail, end early, are killed and go on; the suite and the MLflow runs of one."""
+"""A real sweep on Ray Tune whose arms fail and end early; the suite and the MLflow runs of one."""
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from helpers.sweeps import raw, sweep
+from helpers.sweeps import read_runs, sweep
 from mlflow import MlflowClient
 from PIL import Image
 from ray.util import placement_group_table
@@ -21,11 +17,8 @@ from rich.console import Console
 
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
-from nev.config.file import parse
-from nev.runs.manifest import latest_checkpoint
 from nev.runs.tracking import open_run
 from nev.storage.files import filesystem
-from nev.sweep.config import Sweep
 from nev.sweep.mlflow_runs import open_parent, publish
 from nev.sweep.report import read_sweep
 from nev.sweep.results import Outcome, TrialResult
@@ -83,14 +76,6 @@ def suite_of_colours(folder: Path) -> dict[str, Any]:
     return {"about": "Two colours", "root": "${WHERE_COLOURS_LIE}", "tasks": [task]}
 
 
-def runs_of(uri: str) -> tuple[list[Any], list[Any]]:
-    """The parents and the children that MLflow has."""
-    client = MlflowClient(tracking_uri=uri)
-    runs = client.search_runs([client.get_experiment_by_name("nev").experiment_id])
-    parents = [run for run in runs if run.data.tags.get("nev.kind") == "sweep"]
-    return parents, [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
-
-
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
@@ -136,7 +121,7 @@ def test_one_arm_fails_and_one_is_ended_early_on_s3(
     for chatter in ("run_trial", "Traceback", "tune.py", "─"):
         assert chatter not in printed.out + printed.err, chatter
 
-    parents, children = runs_of(done.tracking_uri)
+    parents, children = read_runs(done.tracking_uri)
     assert len(parents) == 1
     assert sorted((run.data.tags.get("nev.arm.arm", ""), run.info.status) for run in children) == [
         ("dull", "KILLED"),
@@ -155,52 +140,3 @@ def test_one_arm_fails_and_one_is_ended_early_on_s3(
     assert place.replace(".md", ".png") in done.files
     assert "**Failed** (1)" in said
     assert "**Ended early by ASHA** (1)" in said
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_killed_sweep_loses_and_repeats_nothing(ray_cluster: None, base: str, tmp_path: Path) -> None:
-    """SIGKILL to the driver when one trial is finished and the other has a checkpoint; the same command continues."""
-    settings = raw(base, axes={"vision.pool": ["mean"]}, concurrent=1, samples=64 * 40)
-    file = tmp_path / "sizes.yaml"
-    file.write_text(yaml.safe_dump(settings))
-    wanted, overrides = parse(Sweep, settings), ["train.checkpoint_every=4"]
-    runs = tmp_path / "runs"
-    command = [sys.executable, str(ROOT / "pipelines/ablate.py"), "--config", str(file), "--set", *overrides]
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        deadline = time.monotonic() + 240
-        while not (
-            list(runs.glob("*-seed_0-*/result.json")) and list(runs.glob("*-seed_1-*/checkpoints/*/state.json"))
-        ):
-            assert driver.poll() is None, driver.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    finally:
-        driver.kill()
-        driver.wait(30)
-    (first,), (second,) = runs.glob("*-seed_0-*"), runs.glob("*-seed_1-*")
-    assert int(str(latest_checkpoint(str(second)))[-8:]) < 40
-    finished = (first / "result.json").stat().st_mtime_ns
-
-    done = run_sweep(wanted, overrides, Console(quiet=True))
-    assert done.outcome.all_finished
-    assert (first / "result.json").stat().st_mtime_ns == finished, "what is finished is not done again"
-    parents, children = runs_of(done.tracking_uri)
-    assert len(parents) == 1
-    assert [run.info.status for run in (*parents, *children)] == ["FINISHED"] * 3
-    client = MlflowClient(tracking_uri=done.tracking_uri)
-    for run in children:
-        steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss")]
-        assert steps == list(range(1, 41)), "no step is missing, and none is twice"
-    again = run_sweep(wanted, overrides, Console(quiet=True))
-    assert again.outcome.results == done.outcome.results
-    assert len(runs_of(done.tracking_uri)[1]) == 2
-    rows = json.loads(Path(next(name for name in done.files if name.endswith(".json"))).read_text())
-    assert [row["name"] for row in rows] == [first.name, second.name]
-    remembered = read_sweep(done.tracking_uri, "sizes")
-    assert remembered.sweep == wanted
-    assert remembered.results == done.outcome.results
-    with pytest.raises(ConfigError, match="no sweep is called 'other'"):
-        read_sweep(done.tracking_uri, "other")

@@ -206,10 +206,12 @@ def test_a_process_alone_splits_nothing() -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_on_ray_of_both_towers_validates_in_lockstep(ray_cluster: None, tiny: Make) -> None:
+def test_a_run_on_ray_of_both_towers_validates_in_lockstep(
+    ray_cluster: None, tiny: Make, small_text: dict[str, object]
+) -> None:
     """Two ranks validate three blocks; one process computes the same metrics from the checkpoint."""
     options = {"lock": "none", "train__steps": 4, "train__eval_every": 2, "train__micro_batch": 16, "eval__batch": 48}
-    config = tiny(name="fsdp", train__fsdp=True, workers__count=2, **options)
+    config = tiny(name="fsdp", train__fsdp=True, workers__count=2, **options, **small_text)
     summary = run_experiment(config, Console(quiet=True))
     steps, losses = Tracker(summary.tracking_uri, summary.mlflow_run_id).history("loss")
     assert steps == [1, 2, 3, 4]

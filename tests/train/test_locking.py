@@ -205,10 +205,11 @@ def test_a_text_tower_that_keeps_few_activations_has_the_same_gradient() -> None
 
 
 @pytest.mark.slow
-def test_without_a_lock_both_towers_learn_and_go_on_bit_for_bit(tiny: Make, text: TextTower) -> None:
+def test_without_a_lock_both_towers_learn_and_go_on_bit_for_bit(tiny: Make, small_text: dict[str, object]) -> None:
     """With the text tower's own dropout."""
-    options = {"lock": "none", "train__steps": 4, "train__checkpoint_every": 2, "train__micro_batch": 32}
+    options = {**small_text, "lock": "none", "train__steps": 4, "train__checkpoint_every": 2, "train__micro_batch": 32}
     whole, halves = tiny(name="whole", **options), tiny(name="halves", **options)
+    text = load_text(whole.text)
     reader, job = train_reader(whole, text), prepare_job(whole, text)
     reported = run_bare(job, reader)
     run_bare(prepare_job(halves, text, stop_after=2), reader)
@@ -223,7 +224,8 @@ def test_without_a_lock_both_towers_learn_and_go_on_bit_for_bit(tiny: Make, text
     tower = load_text_tower(newest, whole)
     assert tower.fingerprint != text.fingerprint
     moved = weight_digests(tower.model)
-    assert sum(moved[name] != digest for name, digest in weight_digests(text.model).items()) > 90
+    still = {name for name, digest in weight_digests(text.model).items() if moved[name] == digest}
+    assert not {name for name in still if "position_ids" not in name}
     assert job.validation
     embedded, texts = load_vectors(newest, job.validation) or pytest.fail("not kept")
     metrics = dict(read_manifest(newest)["metrics"])
@@ -238,12 +240,13 @@ def captions(job: Any) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_locked_image_side_does_not_move(tiny: Make, text: TextTower) -> None:
-    first = tiny(name="first", train__steps=3)
+def test_a_locked_image_side_does_not_move(tiny: Make, small_text: dict[str, object]) -> None:
+    first = tiny(name="first", train__steps=3, **small_text)
+    text = load_text(first.text)
     job = prepare_job(first, text)
     run_bare(job, train_reader(first, text))
     file = f"{latest_checkpoint(job.run)}/model.safetensors"
-    config = tiny(name="second", lock="image", vision__weights=file, train__steps=12, optim__lr=1e-4)
+    config = tiny(name="second", lock="image", vision__weights=file, train__steps=12, **small_text)
     reported = run_bare(prepare_job(config, text), train_reader(config, text))
     before, after = weights(job.run, 3), weights(prepare_job(config, text).run, 12)
     vision = {name for name in after if name.startswith("vision.")}
@@ -303,10 +306,12 @@ def test_an_evaluation_keeps_to_the_lock_of_its_checkpoint(tiny: Make, text: Tex
 
 
 @pytest.mark.slow
-def test_both_towers_train_in_bf16(tiny: Make, text: TextTower) -> None:
+def test_both_towers_train_in_bf16(tiny: Make, small_text: dict[str, object]) -> None:
     found = []
+    options = {**small_text, "lock": "none", "train__steps": 3, "eval": {}, "data__val": None}
     for precision in ("fp32", "bf16"):
-        config = tiny(name=precision, lock="none", train__steps=3, train__precision=precision, eval={}, data__val=None)
+        config = tiny(name=precision, train__precision=precision, **options)
+        text = load_text(config.text)
         found.append(run_bare(prepare_job(config, text), train_reader(config, text)))
     for step in (1, 2, 3):
         assert found[1][step]["loss"] == pytest.approx(found[0][step]["loss"], rel=0.05)

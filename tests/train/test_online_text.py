@@ -135,8 +135,9 @@ def test_what_is_cut_is_cut_as_the_tower_cuts_it(text: TextTower) -> None:
 
 
 @pytest.mark.slow
-def test_kept_texts_are_those_that_are_asked_for(tiny: Make, text: TextTower) -> None:
-    config = tiny(lock="none", train__steps=1)
+def test_kept_texts_are_those_that_are_asked_for(tiny: Make, small_text: dict[str, object]) -> None:
+    config = tiny(lock="none", train__steps=1, **small_text)
+    text = load_text(config.text)
     job = prepare_job(config, text)
     run_bare(job, train_reader(config, text))
     newest = latest_checkpoint(job.run)

@@ -197,10 +197,10 @@ def test_mlflow_gets_the_weights_of_a_checkpoint_and_where_it_lies(tiny: Make, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lock", ["text", "none"])
-def test_the_size_of_a_checkpoint_is_foretold(lock: str, tiny: Make) -> None:
+def test_the_size_of_a_checkpoint_is_foretold(lock: str, tiny: Make, small_text: dict[str, object]) -> None:
     from helpers.training import prepare_job, run_bare, train_reader
 
-    config = tiny(lock=lock, train__steps=1)
+    config = tiny(lock=lock, train__steps=1, **small_text)
     text = load_text(config.text)
     job = prepare_job(config, text)
     run_bare(job, train_reader(config, text))
