@@ -26,6 +26,7 @@ from nev.export.onnx_graph import OUTPUT, copy_vision, write_float16, write_int8
 from nev.export.parts import (
     FP16,
     FP32,
+    FROZEN_FP16,
     INT8,
     SENTENCES,
     TEXT_FOLDER,
@@ -45,10 +46,7 @@ from nev.ops.vectors import Floats
 VISION, OPENVINO = "vision", "openvino"
 TOKENIZER, PREPROCESSING = "tokenizer.json", "preprocessing.json"
 FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_int8.onnx"}
-SMALLER: dict[str, tuple[Callable[[Path, Path], None], float]] = {
-    "fp16": (write_float16, FP16),
-    "int8": (write_int8, INT8),
-}
+SMALLER: dict[str, Callable[[Path, Path], None]] = {"fp16": write_float16, "int8": write_int8}
 # Without the empty text: int8 moves it further than any text that says something (all-MiniLM-L6-v2: 1 - cosine of 0.022, and
 # of 0.007 for 200 captions of Flickr8k, 0.012 at most).
 TEXTS = tuple(text for text in SENTENCES if text)
@@ -90,14 +88,14 @@ def write_runtime(
         _make_tokenizer(model).save(str(folder / TOKENIZER))
     for precision in precisions[1:]:
         for tower in ours:
-            SMALLER[precision][0](folder / tower / FILES["fp32"], folder / tower / FILES[precision])
+            SMALLER[precision](folder / tower / FILES["fp32"], folder / tower / FILES[precision])
     shutil.copy(reader.__file__, folder / "reader.py")
     _write_preprocessing(model, folder)
     for tower, vectors in ours.items():
-        limit = picture_limit(model) if tower == VISION else FP32
-        checks += _compare_tower(folder, tower, vectors, limit, precisions)
+        limits = _find_limits(model, tower)
+        checks += _compare_tower(folder, tower, vectors, {precision: limits[precision] for precision in precisions})
         if openvino:
-            check = compare("openvino", f"{tower}, fp32", _run_openvino(folder, tower), vectors, limit)
+            check = compare("openvino", f"{tower}, fp32", _run_openvino(folder, tower), vectors, limits["fp32"])
             checks.append(_leave_out(check, folder / OPENVINO, tower))
     _write_preprocessing(model, folder)  # without what was left out
     return checks, ours
@@ -119,15 +117,22 @@ def _embed_samples(model: Model, vision: ImageEncoder, options: Options) -> tupl
     return ours, checks
 
 
-def _compare_tower(folder: Path, tower: str, ours: Floats, limit: float, precisions: tuple[str, ...]) -> list[Check]:
-    """Compare what `reader.py` computes with the model's vectors. limit: largest difference of the float32 graph."""
+def _find_limits(model: Model, tower: str) -> dict[str, float]:
+    """For each precision the limit of a comparison: of the largest difference for fp32, of 1 - cosine for the others."""
+    if tower == VISION:
+        return {"fp32": picture_limit(model), "fp16": FROZEN_FP16 if model.spec.vision.lock else FP16, "int8": INT8}
+    return {"fp32": FP32, "fp16": FP16, "int8": INT8}
+
+
+def _compare_tower(folder: Path, tower: str, ours: Floats, limits: dict[str, float]) -> list[Check]:
+    """Compare what `reader.py` computes with the model's vectors, in each precision of `limits` (`_find_limits`)."""
     checks = []
-    for precision in precisions:
+    for precision, limit in limits.items():
         what, theirs = f"{tower}, {precision}", _run_reader(folder, tower, precision)
         if precision == "fp32":
             checks.append(compare("onnxruntime", what, theirs, ours, limit))
         else:
-            check = compare("onnxruntime", what, theirs, ours, SMALLER[precision][1], by_cosine=True)
+            check = compare("onnxruntime", what, theirs, ours, limit, by_cosine=True)
             checks.append(_leave_out(check, folder / tower, FILES[precision]))
     return checks
 

@@ -27,6 +27,7 @@ SENTENCES = (
 FP32 = 1e-5  # largest difference of any number of a unit vector
 FROZEN = 1e-4  # the same behind a locked trunk: rounded to float16, a feature that moves by 1e-7 can move by 5e-4
 FP16, INT8 = 1e-5, 0.02  # largest 1 - cosine
+FROZEN_FP16 = 1e-4  # the same as FP16 behind a locked trunk, for the reason of FROZEN
 
 
 @dataclass(frozen=True)

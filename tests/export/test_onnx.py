@@ -188,7 +188,7 @@ def test_nev_refuses_the_folder_with_the_way_out(case: Case) -> None:
 
 def test_a_form_that_is_too_far_is_left_out_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder without the text tower, and with weights beside the graph, as for a tower of more than 2 GB."""
-    monkeypatch.setitem(onnx_format.SMALLER, "int8", (onnx_graph.write_int8, 1e-12))
+    monkeypatch.setattr(onnx_format, "INT8", 1e-12)
     monkeypatch.setattr(onnx_graph, "ONE_FILE", 1000)
     done = write(make_model(tmp_path), tmp_path / "out", text=False)
     assert [check.what for check in done.checks if check.left_out] == ["vision, int8"]
