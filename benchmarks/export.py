@@ -28,8 +28,8 @@ NOTES = (
     "eager, float32, in inference mode.",
     "eva02: the architecture of the released nomic-embed-vision (configs/nomic_embed_vision_v1_5.yaml, EVA02-B/16, 224 px), "
     "random weights. vit: the quickstart's tower (48 px), random weights. minilm: all-MiniLM-L6-v2, sentences of 16 tokens.",
-    "b1, b32: pictures or sentences at once. torch takes 32 in one forward, ONNX Runtime pictures in the parts that reader.py "
-    "makes (4 at 224 px, 32 at 48 px). onnx is float32, int8 is dynamic quantisation by channel.",
+    "b1, b32: pictures or sentences at once. torch takes 32 in one forward, ONNX Runtime the parts that reader.py makes: 4 "
+    "pictures at 224 px, 32 at 48 px, 32 sentences; with int8 one row. onnx is float32, int8 is dynamic quantisation by channel.",
     "recall_at_10: of the trained model on its own validation set, text to image, as a share, with the vectors of torch, and "
     "with those of the int8 graphs of both towers.",
     "load_s: nev.load of the trained model, libraries imported, with its first picture.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,6 +36,7 @@ SENTENCE = (
     "a small dog runs over the wet grass after a red and yellow ball"  # 16 tokens of MiniLM, with the special ones
 )
 FORMS = {"onnx": "fp32", "int8": "int8"}
+PARTS = {"onnx": 0, "int8": 1}  # rows of a forward, as reader.py makes them; 0: its usual batch
 Run = Callable[[float, int], float]
 
 
@@ -80,19 +82,18 @@ def picture_runners(model: Model, folder: Path) -> dict[str, Run]:
         rows = torch.from_numpy(pixels[:batch])
         return _per_second(lambda: model.vision(rows), seconds, batch)
 
-    part = reader.Model(folder).config["image"]["batch"]  # pictures of a forward that reader.py makes
-
-    def run_session(session: onnxruntime.InferenceSession, batch: int) -> None:
-        for start in range(0, batch, part):
-            session.run(None, {"pixel_values": pixels[start : min(start + part, batch)]})
-
     runners: dict[str, Run] = {"torch": run_torch}
+    usual = reader.Model(folder).config["image"]["batch"]
     for name, precision in FORMS.items():
-        session = _open(folder, "vision", precision)
-        runners[name] = lambda seconds, batch, session=session: _per_second(
-            lambda: run_session(session, batch), seconds, batch
-        )
+        run = partial(_run_parts, _open(folder, "vision", precision), {"pixel_values": pixels}, PARTS[name] or usual)
+        runners[name] = lambda seconds, batch, run=run: _per_second(lambda: run(batch), seconds, batch)
     return runners
+
+
+def _run_parts(session: onnxruntime.InferenceSession, inputs: dict[str, Any], part: int, batch: int) -> None:
+    """Embed the first `batch` rows of the inputs, `part` rows a forward."""
+    for start in range(0, batch, part):
+        session.run(None, {name: rows[start : min(start + part, batch)] for name, rows in inputs.items()})
 
 
 def sentence_runners(model: Model, folder: Path) -> dict[str, Run]:
@@ -106,10 +107,8 @@ def sentence_runners(model: Model, folder: Path) -> dict[str, Run]:
 
     runners: dict[str, Run] = {"torch": run_torch}
     for name, precision in FORMS.items():
-        session = _open(folder, "text", precision)
-        runners[name] = lambda seconds, batch, session=session: _per_second(
-            lambda: session.run(None, {key: ids[:batch] for key, ids in tokens.items()}), seconds, batch
-        )
+        run = partial(_run_parts, _open(folder, "text", precision), tokens, PARTS[name] or 64)
+        runners[name] = lambda seconds, batch, run=run: _per_second(lambda: run(batch), seconds, batch)
     return runners
 
 

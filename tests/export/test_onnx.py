@@ -186,6 +186,18 @@ def test_nev_refuses_the_folder_with_the_way_out(case: Case) -> None:
         nev.load(case.folder)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_vector_does_not_depend_on_what_is_embedded_beside_it(case: Case, precision: str) -> None:
+    """A dynamic scale belongs to a whole forward, padding included (onnxruntime's issues 8625, 10111)."""
+    model, texts = reader.Model(case.folder, precision), list(SENTENCES[:2])
+    pictures = [Image.fromarray(square) for square in sample_pictures(32, 3)]
+    for encode, items in ((model.encode_text, texts), (model.encode_image, pictures)):
+        alone = np.concatenate([encode([item]) for item in items])
+        np.testing.assert_allclose(encode(items), alone, atol=1e-6)
+        moved = abs(encode(items, batch_size=len(items)) - alone).max()
+        assert moved > 1e-5 if precision == "int8" else moved <= 1e-6
+
+
 def test_a_form_that_is_too_far_is_left_out_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder without the text tower, and with weights beside the graph, as for a tower of more than 2 GB."""
     monkeypatch.setattr(onnx_format, "INT8", 1e-12)

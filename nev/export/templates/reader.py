@@ -50,20 +50,26 @@ class Model:
     def encode_image(self, images: Any, batch_size: int | None = None) -> Any:
         """Embed pictures: paths, bytes of files or Pillow images -> float32 [n, D]. Raises BadImage with its number.
 
-        batch_size: pictures of a forward. None: as many as are fast on a CPU.
+        batch_size: pictures of a forward. None: as many as are fast on a CPU; with int8 one.
         """
         given = [images] if isinstance(images, str | os.PathLike | bytes | Image.Image) else list(images)
-        size = batch_size or self.config["image"]["batch"]
+        size = batch_size or self._usual_batch(self.config["image"]["batch"])
         parts = (self.read_pixels(given[start : start + size], start) for start in range(0, len(given), size))
         return self._run(self._vision, parts)
 
-    def encode_text(self, texts: str | Iterable[str], kind: str = "query", batch_size: int = 64) -> Any:
-        """Embed sentences as a `query` or a `document` -> float32 [n, D]. A text is never taken for a path or URL."""
+    def encode_text(self, texts: str | Iterable[str], kind: str = "query", batch_size: int | None = None) -> Any:
+        """Embed sentences as a `query` or a `document` -> float32 [n, D]. A text is never taken for a path or URL.
+
+        batch_size: sentences of a forward. None: 64; with int8 one.
+        """
         given = [texts] if isinstance(texts, str) else list(texts)
-        parts = (
-            self.read_tokens(given[start : start + batch_size], kind) for start in range(0, len(given), batch_size)
-        )
+        size = batch_size or self._usual_batch(64)
+        parts = (self.read_tokens(given[start : start + size], kind) for start in range(0, len(given), size))
         return self._run(self._text, parts)
+
+    def _usual_batch(self, fast: int) -> int:
+        """Dynamic int8 has one scale for all rows of a forward: beside other rows, the vector of a row would be another."""
+        return 1 if self.precision == "int8" else fast
 
     def read_pixels(self, images: Iterable[Any], first: int = 0) -> dict[str, Any]:
         """What the vision graph takes: pixel_values, float32 [b, 3, S, S]. first: number of the first picture, for BadImage."""
