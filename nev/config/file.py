@@ -33,7 +33,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
     shipped = shipped_configs()
     if not Path(path).exists() and str(path) in shipped:
         return read_yaml(shipped[str(path)])
-    return read_yaml(path, f"Give a file, or one of the shipped {', '.join(shipped)}.")
+    beside = [str(file) for file in Path(path).parent.glob("*.yaml")] if Path(path).parent.is_dir() else []
+    close = difflib.get_close_matches(str(path), [*beside, *shipped], n=2, cutoff=0.8)
+    hint = f"Did you mean {' or '.join(close)}? " if close else ""
+    return read_yaml(path, f"{hint}Give a file, or one of the shipped {', '.join(shipped)}.")
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -141,6 +141,8 @@ def test_what_is_no_yaml_mapping_is_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ConfigError, match=message):
             read_yaml(tmp_path / name)
+    with pytest.raises(ConfigError, match=r"quikstart: no such file\. Did you mean quickstart\? Give a file"):
+        load("quikstart")
     with pytest.raises(ConfigError, match="no such file"):
         read_yaml(tmp_path / "absent.yaml")
     with pytest.raises(ConfigError, match="not readable"):
