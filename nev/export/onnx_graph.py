@@ -16,6 +16,7 @@ from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_floa
 from torch import Tensor, nn
 
 from nev.config.model_spec import ModelError
+from nev.export.rotary import simplify_rotary
 from nev.inference.model import Model
 from nev.models.image_encoder import ImageEncoder
 from nev.models.text_encoder import pool_tokens
@@ -54,6 +55,7 @@ def copy_vision(model: Model) -> ImageEncoder:
     """The vision tower in float32 on the CPU, with plain layers: a copy, for the caller's model must not change."""
     tower: ImageEncoder = _plain_copy(model.vision)
     tower.bf16 = False  # no runtime of ONNX on a CPU has bfloat16
+    simplify_rotary(tower.trunk)
     return tower
 
 
