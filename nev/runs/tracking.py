@@ -25,7 +25,8 @@ RESUME_FILES = (
 )  # of a checkpoint, twice the weights: only a resumed run needs them
 MAX_METRICS_A_CALL = 1000  # MLflow's limit for log_batch
 PATIENCE_S = 60.0  # for how long the end of a run waits for a server that does not answer
-TIMEOUT, PROBE_S = "MLFLOW_HTTP_REQUEST_TIMEOUT", "5"  # for the check; MLflow's default, two minutes, is for files
+# For the check: a server that has just started may take seconds. MLflow's default, two minutes, is for files.
+TIMEOUT, PROBE_S = "MLFLOW_HTTP_REQUEST_TIMEOUT", "20"
 
 
 def tracking_uri(config: Tracking, output: str) -> str:
