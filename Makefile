@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= quickstart
 # Tests on Ray of the first process: those of faults, those that share a trained run, and a sweep, so that both take as long.
-LONG := tests/eval tests/faults tests/runs tests/sweep/test_sweep_runs.py tests/train
+LONG := tests/common tests/eval tests/faults tests/runs tests/sweep/test_sweep_runs.py tests/train
 # All threads' stacks, where a process dies of a signal.
 export PYTHONFAULTHANDLER := 1
 export HF_HUB_OFFLINE ?= 1

@@ -60,7 +60,7 @@ def one_step(config: Experiment, live: LiveBytes | None = None) -> None:
 def real() -> Experiment:
     return experiment(
         batch=64,
-        vision={"trunk": "vit_small_patch16_224", "trunk_args": {"depth": 6}, "pool": "map"},
-        data={"train": "nowhere", "image_size": 160, "block_rows": 16},
+        vision={"trunk": "vit_small_patch16_224", "pool": "map"},
+        data={"train": "nowhere", "image_size": 224, "block_rows": 16},
         train={"micro_batch": 32},
     )
