@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nev.eval.metrics.compression import compressions, cut, quantise
 from nev.eval.metrics.retrieval import retrieval
-from nev.ops.vectors import truncate
+from nev.ops.vectors import round_to, truncate
 
 
 def unit(seed: int, rows: int, width: int) -> np.ndarray:
@@ -29,7 +29,9 @@ def test_bits_score_as_hamming_distance(seed: int, width: int) -> None:
 @given(st.integers(0, 2**32 - 1))
 def test_bytes_score_as_products_of_bytes(seed: int) -> None:
     queries, rows = unit(seed, 5, 64), unit(seed + 1, 20, 64)
-    sides = [np.round(127 * side / np.abs(side).max(axis=1, keepdims=True)).astype(np.int8) for side in (queries, rows)]
+    sides = [round_to(side, "int8") for side in (queries, rows)]
+    for side, stored in zip((queries, rows), sides, strict=True):  # half a byte, and the rounding of float32
+        assert abs(127 * side / np.abs(side).max(axis=1, keepdims=True) - stored).max() <= 0.5 + 1e-4
     products = sides[0].astype(np.int64) @ sides[1].astype(np.int64).T
     lengths = [np.linalg.norm(side.astype(np.float64), axis=1) for side in sides]
     expected = products / lengths[0][:, None] / lengths[1]
