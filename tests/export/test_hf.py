@@ -15,6 +15,7 @@ from helpers.processes import run_python
 from huggingface_hub import ModelCard
 
 import nev
+from nev.commands.export import check_options
 from nev.config.model import Text, Vision
 from nev.config.model_spec import ModelError, ModelSpec
 from nev.export.card import list_base_models
@@ -178,3 +179,10 @@ def test_vectors_that_are_not_finite_never_pass() -> None:
     assert not compare("tool", "pictures", broken, ours, 1e-5).passed
     assert not compare("tool", "pictures", ours[:1], ours, 1e-5).passed
     assert Check("tool", "texts", 1.0, 1e-6, 1e-5, by_cosine=True).passed
+
+
+def test_a_licence_is_an_identifier(tmp_path: Path) -> None:
+    """The hub would refuse the card after the whole export."""
+    with pytest.raises(ModelError, match=r"--license 'My own': the hub takes an identifier"):
+        check_options("hf", str(tmp_path / "out"), True, "My own", None, False, None, None)
+    assert check_options("hf", str(tmp_path / "out"), True, "cc-by-4.0", None, False, None, None) == ""
