@@ -69,6 +69,8 @@ class ModelSpec(Section):
     """Limits of one encoded image."""
     width: Positive
     """Width D of an embedding."""
+    vision_fingerprint: str | None = None
+    """Fingerprint of the vision tower and its pre-processing. null: computed when the model is opened."""
     text: Text
     """Text tower. An encoder `./text` lies in the folder `text` beside this file."""
     text_fingerprint: str | None = None

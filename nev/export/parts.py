@@ -149,6 +149,7 @@ def write_spec(model: Model, folder: Path, weights: dict[str, dict[str, str]], t
     trained = spec.training is not None and spec.training.settings.get("lock", "text") != "text"
     changes = {
         "vision": describe_vision(model),
+        "vision_fingerprint": model.fingerprint,
         "text": text.model_copy(update={"trust_remote_code": False}),
         "weights": weights,
         "text_fingerprint": model.text.fingerprint if text_folder or trained else spec.text_fingerprint,

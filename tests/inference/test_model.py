@@ -255,3 +255,17 @@ def test_progress_is_shown_when_asked(
     assert capfd.readouterr().err == ""
     model.encode_image(photos, progress=True)
     assert "pictures" in capfd.readouterr().err
+
+
+def test_the_fingerprints_name_what_decides_a_vector(model: Model, tmp_path: Path) -> None:
+    other = write_checkpoint(make_experiment(tmp_path), seed=1)
+    again, changed = nev.load(model.location), nev.load(other)
+    darker = replace(again, spec=again.spec.model_copy(update={"mean": (0.1, 0.1, 0.1)}))
+    assert model.fingerprint == again.fingerprint
+    assert len({model.fingerprint, changed.fingerprint, darker.fingerprint}) == 3
+    assert model.text_fingerprint == changed.text_fingerprint
+    prompts = {**again.spec.prompts, "document": "passage: "}
+    assert (
+        replace(again, spec=again.spec.model_copy(update={"prompts": prompts})).text_fingerprint
+        != again.text_fingerprint
+    )
