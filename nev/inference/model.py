@@ -16,10 +16,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from nev.config.model_spec import ModelSpec
-from nev.data.decode import BadImage
+from nev.inference.batches import embed_pictures
 from nev.inference.forward import Embed, make_embedder
 from nev.inference.output import Form, Numpy, Torch, VectorFormat, as_vectors, check_output, finish, to_numpy
-from nev.inference.pictures import Square, is_single, read_squares
+from nev.inference.pictures import is_single
 from nev.inference.progress import count_items, show_progress
 from nev.inference.ranking import Ranked, rank_vectors
 from nev.models.digests import weight_digests
@@ -97,6 +97,15 @@ class Model:
         vision, text = self.spec.vision.trunk, self.spec.text.encoder
         return f"nev.Model({self.spec.name!r}: {vision} into the space of {text}, {self.width} wide, on {self.device})"
 
+    def _embedder(self, batch_size: int) -> Embed:
+        embed = make_embedder(self.vision, self.spec.mean, self.spec.std, self.device, batch_size)
+
+        def without_autocast(images: NDArray[Any]) -> NDArray[Any]:
+            with torch.autocast(self.device.type, enabled=False):  # a caller's autocast must not reach the tower
+                return embed(images)
+
+        return without_autocast
+
     @overload
     def encode_image(
         self, images: Any, *, bad: Raise = "raise", output: Numpy = "numpy", **form: Unpack[Form]
@@ -143,22 +152,13 @@ class Model:
         check_output(self.width, width, precision, output, batch_size)
         if bad not in ("raise", "mask"):
             raise ValueError(f"bad {bad!r}: it is raise or mask")
-        single, spec = is_single(images), self.spec
+        single = is_single(images)
         items = [images] if single else images
-        embed = make_embedder(self.vision, spec.mean, spec.std, self.device, batch_size)
-        parts, reasons = [np.zeros((0, self.width), np.float32)], list[str]()
         with show_progress("pictures", count_items(items), progress) as advance:
-            for squares in read_squares(items, spec.image_size, spec.limits, batch_size):
-                if bad == "raise":
-                    _raise_first([square.reason for square in squares], len(reasons))
-                with torch.autocast(self.device.type, enabled=False):  # a caller's autocast must not reach the tower
-                    vectors, new = _embed_squares(squares, embed, self.width)
-                if bad == "raise":
-                    _raise_first(new, len(reasons))
-                parts.append(vectors)
-                reasons += new
-                advance(len(squares))
-        vectors = finish(np.concatenate(parts), width, precision, output, single)
+            rows, reasons = embed_pictures(
+                items, self.spec, self._embedder(batch_size), batch_size, bad == "raise", advance
+            )
+        vectors = finish(rows, width, precision, output, single)
         if bad == "raise":
             return vectors
         if counts := Counter(filter(None, reasons)):
@@ -299,25 +299,6 @@ class Model:
             pictures = shift_mean(pictures, image_mean, text_mean)
             query_vector = shift_mean(query_vector, image_mean, text_mean) if query_is_picture else query_vector
         return rank_vectors(query_vector, pictures, sentences, top)
-
-
-def _embed_squares(squares: list[Square], embed: Embed, width: int) -> tuple[Floats, list[str]]:
-    """Vectors, zeros for bad pictures; and why pictures are bad, else empty."""
-    reasons = [square.reason for square in squares]
-    good = [n for n, reason in enumerate(reasons) if not reason]
-    out = np.zeros((len(squares), width), np.float32)
-    if good:
-        out[good] = embed(np.stack([squares[n].pixels for n in good]))
-        for n in np.flatnonzero(~np.isfinite(out).all(axis=1)):
-            out[n], reasons[n] = 0, "the model gives no finite vector for it"
-    return out, reasons
-
-
-def _raise_first(reasons: Sequence[str], start: int) -> None:
-    """Raise BadImage for the first bad picture. start: number of the first picture."""
-    for number, reason in enumerate(reasons, start):
-        if reason:
-            raise BadImage(f"picture {number}: {reason} (bad='mask' would leave such pictures out)")
 
 
 def _check_top(top: int) -> None:
