@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("nev.train.driver",),  # hands the worker's function to Ray Train
     ("nev.train",),
     ("nev.sweep", "nev.export"),
+    ("nev.demo",),
     ("nev",),
     ("nev.commands",),
     ("pipelines", "nev.__main__"),
