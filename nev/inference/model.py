@@ -152,7 +152,7 @@ class Model:
                 if bad == "raise":
                     _raise_first([square.reason for square in squares], len(reasons))
                 with torch.autocast(self.device.type, enabled=False):  # a caller's autocast must not reach the tower
-                    vectors, new = _embed_squares(squares, embed, self.width)
+                    vectors, new = encode_squares(squares, embed, self.width)
                 if bad == "raise":
                     _raise_first(new, len(reasons))
                 parts.append(vectors)
@@ -301,7 +301,7 @@ class Model:
         return rank_vectors(query_vector, pictures, sentences, top)
 
 
-def _embed_squares(squares: list[Square], embed: Embed, width: int) -> tuple[Floats, list[str]]:
+def encode_squares(squares: list[Square], embed: Embed, width: int) -> tuple[Floats, list[str]]:
     """Vectors, zeros for bad pictures; and why pictures are bad, else empty."""
     reasons = [square.reason for square in squares]
     good = [n for n, reason in enumerate(reasons) if not reason]
