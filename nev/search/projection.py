@@ -28,16 +28,16 @@ class Projection:
 
 
 def fit_projection(vectors: NDArray[np.floating]) -> Projection:
-    """The map of vectors, [n, D], by PCA. Vectors are scaled to unit length. The same vectors, in any order, give the same map."""
+    """The map of vectors, [n, D], by PCA of their unit vectors. Their order does not matter; fewer than three span no plane."""
     rows = scale_to_unit(vectors)
     width = rows.shape[1]
-    mean = rows.mean(axis=0) if len(rows) else np.zeros(width, np.float32)
-    _, lengths, axes = np.linalg.svd(rows - mean, full_matrices=False)
-    axes, lengths = axes[:2], lengths[:2] if len(rows) > 1 else lengths[:2] * 0
-    total = float(np.square(rows - mean).sum())
-    shares = [float(length**2) / total if total else 0.0 for length in lengths]
-    # The sign of an axis is arbitrary: the largest number of each is positive.
-    signs = np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(axis=1)])
-    missing = 2 - len(axes)
-    full = np.concatenate([axes * signs[:, None], np.zeros((missing, width), np.float32)])
-    return Projection(mean, np.asarray(full, np.float32), (*shares, 0.0, 0.0)[:2])
+    if len(rows) < 2:
+        return Projection(rows.sum(axis=0), np.zeros((2, width), np.float32), (0.0, 0.0))
+    mean = rows.mean(axis=0)
+    _, lengths, directions = np.linalg.svd(rows - mean, full_matrices=False)
+    axes, variances = np.zeros((2, width), np.float32), np.zeros(2)
+    axes[: len(directions[:2])], variances[: len(lengths[:2])] = directions[:2], lengths[:2] ** 2
+    # The sign of an axis is arbitrary: its largest number is positive.
+    signs = np.sign(axes[[0, 1], np.abs(axes).argmax(axis=1)])
+    first, second = variances / max(float(np.square(lengths).sum()), 1e-12)
+    return Projection(mean, axes * signs[:, None], (float(first), float(second)))
