@@ -17,7 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("nev.models", "nev.storage"),
     ("nev.runs", "nev.data"),
     ("nev.inference",),
-    ("nev.embed",),
+    ("nev.embed", "nev.search"),
     ("nev.eval.metrics",),
     ("nev.eval.suite",),
     ("nev.eval.validation",),
@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("nev.train.worker",),
     ("nev.train.driver",),  # hands the worker's function to Ray Train
     ("nev.train",),
-    ("nev.sweep", "nev.export"),
+    ("nev.sweep", "nev.export", "nev.serve"),
     ("nev",),
     ("nev.commands",),
     ("pipelines", "nev.__main__"),
@@ -43,6 +43,7 @@ NEVER: dict[str, tuple[str, ...]] = {
     "nev.data": ("nev.models",),
     "nev.eval.metrics": ("nev.config", "nev.storage", "nev.data", "nev.runs", "nev.embed", "pathlib", "os", "json"),
     "nev.train.worker": ("rich", "mlflow", "nev.runs.tracking", "nev.common.progress", "nev.common.cli"),
+    "nev.serve": ("nev.embed", "nev.eval", "nev.train", "nev.export"),
     "nev": ("tests", "helpers", "benchmarks"),
     "pipelines": ("tests", "helpers", "benchmarks"),
 }
@@ -58,6 +59,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "nev.storage": ("fsspec", "s3fs", "botocore", "aiobotocore"),
     "nev.cluster.ray_internals": ("ray._private", "ray._raylet", "ray.train.v2._internal"),
     "nev.cluster.backpressure": ("ray.data._internal",),
+    "nev.serve.replicas": ("ray.serve",),
 }
 
 

@@ -1,0 +1,254 @@
+"""`/search`, `/thumbnails` and `/map`: what the index of a server answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from nev.ops.vectors import Floats, scale_to_unit
+from nev.search.index import Hit, Index
+from nev.search.ranking import move_images, read_means
+from nev.search.store import SearchError
+from nev.serve.errors import ApiError, describe_errors
+from nev.serve.items import Picture
+from nev.serve.service import Service, until_gone
+from nev.serve.waiting import Waiting
+
+T = TypeVar("T")
+Kind = Literal["image", "text"]
+QueryKind = Literal["image", "text", "both"]
+Value = str | int | float | bool | None
+THREADS = 4  # searches at once; a store computes outside of Python's lock
+
+
+class SearchQuestion(BaseModel):
+    """What is searched for: words, a picture, an item of the index, or several of them, whose vectors are then averaged."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    text: str | None = None
+    """Words. They are never taken for an address or a path."""
+    image: str | None = None
+    """A picture as a data URL; an http or https address where the server allows them."""
+    uid: str | None = None
+    """An item of the index, for more like it. The item itself is no hit."""
+    top: int = Field(default=20, ge=1)
+    """Most hits."""
+    offset: int = Field(default=0, ge=0)
+    """Hits that are left out at the beginning, for the next page."""
+    kind: Kind | None = None
+    """Hits of one kind. null: both in one list."""
+    where: dict[str, Value] | None = None
+    """Columns, and the values that hits have in them."""
+    min_score: float | None = Field(default=None, allow_inf_nan=False)
+    """Least score of a hit."""
+    min_percentile: float | None = Field(default=None, ge=0, le=100)
+    """Least percentile of a hit."""
+    calibrated: bool = True
+    """Whether pictures are moved to where the texts are. Without it, all texts come before all pictures."""
+    hybrid: bool = False
+    """Whether the full text is searched for the words, too."""
+
+
+class FoundItem(BaseModel):
+    """A hit. score: cosine, after calibration. percentile: of the score within the index's items of this kind, for this query."""
+
+    uid: str
+    kind: Kind
+    score: float
+    percentile: float | None
+    text: str | None
+    source: str | None
+    thumbnail: bool
+
+
+class QuerySummary(BaseModel):
+    """What was searched for. position: of the query on the map; null where there is no map."""
+
+    kind: QueryKind
+    position: tuple[float, float] | None
+
+
+class SearchAnswer(BaseModel):
+    """Hits, best first. calibrated: whether pictures were moved, which needs an index with the means of a validation."""
+
+    hits: list[FoundItem]
+    offset: int
+    top: int
+    calibrated: bool
+    query: QuerySummary
+    milliseconds: float
+
+
+class Searcher:
+    """An index as routes call it: in threads, and no more at once than may wait."""
+
+    def __init__(self, service: Service, index: Index | None) -> None:
+        self.service, self._index = service, index
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="nev-search")
+        self._waiting = Waiting("search", service.settings.max_waiting, service.meters)
+
+    async def call(self, work: Callable[[Index], T]) -> T:
+        """Run work on the index, in a thread. Raises ApiError: 404 without an index, 422 for what the index refuses."""
+        if self._index is None:
+            raise ApiError(404, "this server has no index: nev serve --index", code="no_index")
+        with self._waiting.admit(1):
+            start = time.perf_counter()
+            try:
+                return await asyncio.get_running_loop().run_in_executor(self._threads, work, self._index)
+            except SearchError as error:
+                raise ApiError(422, str(error), code="search_refused") from error
+            finally:
+                self._waiting.note_seconds((time.perf_counter() - start) / THREADS)
+
+    async def search(self, question: SearchQuestion) -> SearchAnswer:
+        """Answer a question."""
+        start = time.perf_counter()
+        self._check(question)
+        await self.call(lambda index: None)  # without an index nothing is embedded
+        vector, kind = await self._make_query(question)
+        hits, calibrated = await self.call(partial(_search, question, vector, kind))
+        milliseconds = round(1000 * (time.perf_counter() - start), 1)
+        return SearchAnswer(
+            hits=[_describe(hit) for hit in hits],
+            offset=question.offset,
+            top=question.top,
+            calibrated=calibrated,
+            query=QuerySummary(kind=kind, position=None),
+            milliseconds=milliseconds,
+        )
+
+    def _check(self, question: SearchQuestion) -> None:
+        if question.text is None and question.image is None and question.uid is None:
+            raise ApiError(422, "give text, image or uid: what is to be searched for", "text", "no_query")
+        if question.hybrid and question.text is None:
+            raise ApiError(422, "hybrid: the full text is searched for the words of `text`", "hybrid", "no_query")
+        most = self.service.settings.max_top
+        if question.offset + question.top > most:
+            raise ApiError(422, f"offset + top: a list ends after {most:,} hits", "top", "too_many")
+
+    async def _make_query(self, question: SearchQuestion) -> tuple[Floats, QueryKind]:
+        """The vector of a question, [D], and what it was made of. A picture's is moved already where it is one of several."""
+        given: list[str | Picture] = [] if question.text is None else [question.text]
+        given += [] if question.image is None else [Picture(question.image)]
+        embedded = await self.service.embed(given) if given else None
+        parts: list[tuple[Floats, Kind]] = [
+            (vector, "image" if type(item) is Picture else "text")
+            for item, vector in zip(given, embedded.vectors if embedded else (), strict=True)
+        ]
+        if question.uid is not None:
+            parts.append(await self.call(partial(_read_item, question.uid)))
+        if len(parts) == 1:
+            return parts[0]
+        return await self.call(partial(_average, parts, question.calibrated)), "both"
+
+
+def _search(question: SearchQuestion, vector: Floats, kind: QueryKind, index: Index) -> tuple[list[Hit], bool]:
+    """Hits without the item that was searched for, and whether they are calibrated."""
+    more = question.uid is not None
+    hits = index.search(
+        vector,
+        "image" if kind == "image" else "text",
+        top=question.offset + question.top + 1 if more else question.top,
+        offset=0 if more else question.offset,
+        kind=question.kind,
+        where=question.where,
+        words=question.text if question.hybrid else None,
+        min_score=question.min_score,
+        min_percentile=question.min_percentile,
+        calibrated=question.calibrated,
+    )
+    if more:
+        hits = [hit for hit in hits if hit.uid != question.uid][question.offset : question.offset + question.top]
+    return hits, question.calibrated and index.calibration is not None
+
+
+def _read_item(uid: str, index: Index) -> tuple[Floats, Kind]:
+    """The vector and the kind of an item."""
+    vector = index.vector(uid)
+    if vector is None:
+        raise ApiError(404, f"the index has no item {uid!r}", "uid", "no_item")
+    kinds = index.store.read([uid], ["uid", "kind"])["kind"].to_pylist()
+    return vector, "image" if kinds == ["image"] else "text"
+
+
+def _average(parts: list[tuple[Floats, Kind]], calibrated: bool, index: Index) -> Floats:
+    """The mean of several vectors, [D], of unit length, pictures' moved to where the texts are."""
+    means = read_means(index.calibration) if calibrated and index.calibration else None
+    rows = [move_images(vector[None], means if kind == "image" else None) for vector, kind in parts]
+    mean: Floats = np.concatenate(rows).mean(axis=0, keepdims=True)
+    return np.asarray(scale_to_unit(mean)[0])
+
+
+def _describe(hit: Hit) -> FoundItem:
+    return FoundItem(
+        uid=hit.uid,
+        kind=hit.kind,
+        score=hit.score,
+        percentile=hit.percentile,
+        text=hit.text,
+        source=hit.source,
+        thumbnail=hit.kind == "image",
+    )
+
+
+def make_router(service: Service, index: Index | None) -> APIRouter:
+    """The routes over an index. Without an index they answer 404."""
+    router = APIRouter(tags=["search"])
+    searcher = Searcher(service, index)
+    errors = describe_errors(401, 404, 413, 422, 429, 500, 503)
+
+    @router.post("/search", response_model=SearchAnswer, responses=errors)
+    async def search(request: Request, question: SearchQuestion) -> Any:
+        """Search for words, a picture, an item, or several of them."""
+        return await until_gone(request, searcher.search(question))
+
+    @router.get("/search", response_model=SearchAnswer, responses=errors)
+    async def search_words(
+        request: Request,
+        q: str | None = None,
+        uid: str | None = None,
+        top: Annotated[int, Query(ge=1)] = 20,
+        offset: Annotated[int, Query(ge=0)] = 0,
+        kind: Kind | None = None,
+        calibrated: bool = True,
+        min_score: Annotated[float | None, Query(allow_inf_nan=False)] = None,
+        min_percentile: Annotated[float | None, Query(ge=0, le=100)] = None,
+        hybrid: bool = False,
+    ) -> Any:
+        """Search for words or an item, by an address that can be shared."""
+        question = SearchQuestion(
+            text=q,
+            uid=uid,
+            top=top,
+            offset=offset,
+            kind=kind,
+            calibrated=calibrated,
+            min_score=min_score,
+            min_percentile=min_percentile,
+            hybrid=hybrid,
+        )
+        return await until_gone(request, searcher.search(question))
+
+    @router.get(
+        "/thumbnails/{uid:path}",
+        response_class=Response,
+        responses={200: {"content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}}, **errors},
+    )
+    async def read_thumbnail(uid: str) -> Response:
+        """The thumbnail of a picture of the index."""
+        data = await searcher.call(lambda index: index.thumbnail(uid))
+        if data is None:
+            raise ApiError(404, f"no thumbnail of {uid!r}", "uid", "no_thumbnail")
+        headers = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
+        return Response(data, media_type="image/jpeg", headers=headers)
+
+    return router
