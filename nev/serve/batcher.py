@@ -93,6 +93,7 @@ class Batcher(Generic[Item, Result]):
         """
         try:
             async with asyncio.timeout(HUNG_SECONDS), self._probing:
+                self._check_alive()
                 if self._suspect or time.monotonic() - self._last_success > FRESH_SECONDS:
                     await self._put([item], first=True)
                     self._suspect = False
@@ -101,9 +102,14 @@ class Batcher(Generic[Item, Result]):
         except ItemFailed as error:
             raise ApiError(503, f"the model fails at {self.kind}s: {error}", code="unhealthy") from error
 
-    async def _put(self, items: Sequence[Item], first: bool) -> list[Result]:
+    def _check_alive(self) -> None:
         if self._task is None or self._task.done():
-            raise ApiError(503, "the server is not ready, or about to end", code="not_ready")
+            raise ApiError(
+                503, f"{self.kind}s are not answered: the server is about to end, or its log says why", code="not_ready"
+            )
+
+    async def _put(self, items: Sequence[Item], first: bool) -> list[Result]:
+        self._check_alive()
         job: _Job[Item, Result] = _Job(items, asyncio.get_running_loop().create_future())
         (self._jobs.appendleft if first else self._jobs.append)(job)
         self._wake.set()

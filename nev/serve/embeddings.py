@@ -15,6 +15,7 @@ from nev.ops.vectors import Floats, truncate
 from nev.serve.errors import ApiError, describe_errors
 from nev.serve.items import TextOrItems, list_items
 from nev.serve.service import Embedded, Service, until_gone
+from nev.serve.strict_json import StrictRoute
 
 Encoding = Literal["float", "base64"]
 Dimensions = Annotated[int, Field(ge=1)]
@@ -86,7 +87,7 @@ class ModelList(BaseModel):
 
 def make_router(service: Service) -> APIRouter:
     """The routes under `/v1`."""
-    router = APIRouter(prefix="/v1", tags=["embeddings"])
+    router = APIRouter(prefix="/v1", tags=["embeddings"], route_class=StrictRoute)
     started = int(time.time())
     errors = describe_errors(400, 401, 404, 413, 422, 429, 500, 503)
 

@@ -37,8 +37,11 @@ class ErrorAnswer(BaseModel):
     error: ErrorDetails
 
 
-class ApiError(Exception):
-    """A request that is refused. status: of HTTP. Other arguments: as `ErrorDetails`; headers: of the answer."""
+class ApiError(HTTPException):
+    """A request that is refused. status: of HTTP. Other arguments: as `ErrorDetails`; headers: of the answer.
+
+    An HTTPException, since FastAPI would turn any other that comes up while it reads a body into a 400.
+    """
 
     def __init__(
         self,
@@ -48,15 +51,14 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = dict(headers or {})
+        super().__init__(status, message, dict(headers or {}))
+        self.param, self.code = param, code
 
     def make_answer(self) -> JSONResponse:
         """The answer to the request."""
-        kind = TYPES.get(self.status, REFUSED)
-        details = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return JSONResponse({"error": details}, self.status, self.headers)
+        kind = TYPES.get(self.status_code, REFUSED)
+        details = {"message": self.detail, "type": kind, "param": self.param, "code": self.code}
+        return JSONResponse({"error": details}, self.status_code, self.headers)
 
 
 def describe_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -67,12 +69,10 @@ def describe_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def add_error_handlers(app: FastAPI) -> None:
     """Give every error of the application OpenAI's form."""
 
-    @app.exception_handler(ApiError)
-    async def answer_api_error(request: Request, error: ApiError) -> JSONResponse:
-        return error.make_answer()
-
     @app.exception_handler(HTTPException)
     async def answer_http_error(request: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(error, ApiError):
+            return error.make_answer()
         message = f"{error.detail}: {request.method} {request.url.path}"
         return ApiError(error.status_code, message, headers=error.headers).make_answer()
 
@@ -90,10 +90,6 @@ def _describe_validation(error: RequestValidationError) -> ApiError:
     """One message for the errors of pydantic, the first few of them."""
     errors = error.errors()
     first = errors[0]
-    if first["type"] == "json_invalid":
-        return ApiError(
-            422, f"the body is no JSON: {first['ctx']['error']}, at character {first['loc'][-1]}", code="no_json"
-        )
     if first["loc"] == ("body",):
         return ApiError(422, "the body has to be a JSON object, with Content-Type: application/json", code="no_json")
     places: dict[str, str | None] = {}  # of each message the first

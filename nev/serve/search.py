@@ -20,6 +20,7 @@ from nev.search.store import SearchError
 from nev.serve.errors import ApiError, describe_errors
 from nev.serve.items import Picture
 from nev.serve.service import Service, until_gone
+from nev.serve.strict_json import StrictRoute
 from nev.serve.waiting import Waiting
 
 T = TypeVar("T")
@@ -202,7 +203,7 @@ def _describe(hit: Hit) -> FoundItem:
 
 def make_router(service: Service, index: Index | None) -> APIRouter:
     """The routes over an index. Without an index they answer 404."""
-    router = APIRouter(tags=["search"])
+    router = APIRouter(tags=["search"], route_class=StrictRoute)
     searcher = Searcher(service, index)
     errors = describe_errors(401, 404, 413, 422, 429, 500, 503)
 

@@ -69,10 +69,16 @@ def describe_address(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run_server(app: FastAPI, taken: socket.socket, when_ready: Callable[[], object]) -> None:
+def run_server(
+    app: FastAPI,
+    taken: socket.socket,
+    when_ready: Callable[[], object],
+    when_made: Callable[[Any], object] = lambda server: None,
+) -> None:
     """Answer until SIGTERM or Ctrl-C, after which no new request is taken, and those that came are answered.
 
     taken: of `bind`. when_ready: called once, when requests are answered.
+    when_made: called once with uvicorn's server, whose `should_exit` ends it from another thread.
     """
     import uvicorn
 
@@ -94,4 +100,6 @@ def run_server(app: FastAPI, taken: socket.socket, when_ready: Callable[[], obje
         "timeout_graceful_shutdown": GRACE_SECONDS,
         "backlog": BACKLOG,
     }
-    Server(uvicorn.Config(app, **options)).run([taken])
+    server = Server(uvicorn.Config(app, **options))
+    when_made(server)
+    server.run([taken])
