@@ -16,7 +16,9 @@ import os
 from typing import Any
 
 from aiobotocore.session import AioSession
+from botocore.configprovider import ConfiguredEndpointProvider
 from botocore.exceptions import HTTPClientError
+from botocore.session import Session
 from s3fs import S3FileSystem
 
 from nev.config.base import ConfigError
@@ -24,6 +26,7 @@ from nev.config.base import ConfigError
 REQUEST_TRIES = 6
 BODY_TRIES = 3
 CONNECT_SECONDS = 10
+RENEWED = ("iam-role", "container-role", "assume-role-with-web-identity")  # origins of keys, as botocore names them
 SILENT_SECONDS = 20  # time without a byte after which a connection counts as lost
 
 log = logging.getLogger("nev.storage")
@@ -94,3 +97,32 @@ def _log_lost_bodies() -> None:
 
     s3fs_log.setLevel(logging.DEBUG)
     s3fs_log.addFilter(warn)
+
+
+def object_store_options() -> dict[str, str]:
+    """What a library in Rust (LanceDB) needs to find the same S3 as this module: keys as `object_store` names them.
+
+    Keys of a role (machine, container, web identity) expire, and such a library renews them itself: none are handed over.
+    """
+    session = Session()
+    options = {"region": session.get_config_variable("region"), "endpoint": _endpoint(session)}
+    credentials = session.get_credentials()
+    if credentials and credentials.method not in RENEWED:
+        keys = credentials.get_frozen_credentials()
+        options |= {
+            "aws_access_key_id": keys.access_key,
+            "aws_secret_access_key": keys.secret_key,
+            "aws_session_token": keys.token,
+        }
+    if (options["endpoint"] or "").startswith("http://"):
+        options["allow_http"] = "true"
+    return {name: value for name, value in options.items() if value}
+
+
+def _endpoint(session: Session) -> str | None:
+    """The address of S3 from the environment or the profile, as botocore's clients find it. None: Amazon's."""
+    if session.get_config_variable("ignore_configured_endpoint_urls"):
+        return None
+    provider = ConfiguredEndpointProvider(session.full_config, session.get_scoped_config(), client_name="s3")
+    endpoint: str | None = provider.provide()
+    return endpoint

@@ -38,7 +38,9 @@ LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 # What a room never imports, late imports included.
 NEVER: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("nev.losses", "nev.models", "nev.ops", "nev.runs", "nev.inference"), ("ray", "nev.cluster")),
+    **dict.fromkeys(
+        ("nev.losses", "nev.models", "nev.ops", "nev.runs", "nev.inference", "nev.search"), ("ray", "nev.cluster")
+    ),
     "nev.train.core": ("ray", "nev.cluster", "nev.runs", "nev.data", "nev.eval"),
     "nev.data": ("nev.models",),
     "nev.eval.metrics": ("nev.config", "nev.storage", "nev.data", "nev.runs", "nev.embed", "pathlib", "os", "json"),
@@ -57,6 +59,8 @@ NOT_AT_IMPORT: dict[str, tuple[str, ...]] = {
 # What one place alone imports.
 ONLY: dict[str, tuple[str, ...]] = {
     "nev.storage": ("fsspec", "s3fs", "botocore", "aiobotocore"),
+    "nev.search.lance": ("lancedb",),
+    "nev.search.postgres": ("psycopg", "pgvector"),
     "nev.cluster.ray_internals": ("ray._private", "ray._raylet", "ray.train.v2._internal"),
     "nev.cluster.backpressure": ("ray.data._internal",),
     "nev.serve.replicas": ("ray.serve",),
