@@ -13,7 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from nev.common.version import __version__
 from nev.config.model_spec import ModelError
 from nev.search.index import Index
-from nev.serve import embeddings, search
+from nev.serve import embeddings, search, space_map
 from nev.serve.engine import Engine
 from nev.serve.errors import add_error_handlers, describe_errors
 from nev.serve.guard import Guard
@@ -29,7 +29,7 @@ def make_app(engine: Engine, index: Index | None = None, settings: Settings | No
     Raises ModelError for an index whose vectors are of another space than the model's.
     """
     settings = settings or Settings()
-    if index:
+    if index is not None:
         check_index(engine, index)
     meters = make_meters()
     service = Service(engine, settings, meters)
@@ -51,7 +51,9 @@ def make_app(engine: Engine, index: Index | None = None, settings: Settings | No
     app.add_middleware(Guard, settings=settings, meters=meters)
     add_error_handlers(app)
     app.include_router(embeddings.make_router(service))
-    app.include_router(search.make_router(service, index))
+    searcher, maker = search.Searcher(service, index), space_map.MapMaker()
+    app.include_router(search.make_router(searcher, maker.place))
+    app.include_router(space_map.make_router(searcher, maker))
     add_operations(app, service)
     # The page: `from nev.serve.page import add_page` and `add_page(app)`, in this place.
     if settings.token:

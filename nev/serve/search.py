@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
@@ -72,10 +72,10 @@ class FoundItem(BaseModel):
 
 
 class QuerySummary(BaseModel):
-    """What was searched for. position: of the query on the map; null where there is no map."""
+    """What was searched for. position: of the query on the map, where pictures are not moved."""
 
     kind: QueryKind
-    position: tuple[float, float] | None
+    position: tuple[float, float]
 
 
 class SearchAnswer(BaseModel):
@@ -89,45 +89,60 @@ class SearchAnswer(BaseModel):
     milliseconds: float
 
 
+class Part(NamedTuple):
+    """One of the things that are searched for. vector: float32 [D], of unit length, not calibrated."""
+
+    kind: Kind
+    vector: Floats
+
+
+Place = Callable[[Floats, Index], tuple[float, float]]
+
+
 class Searcher:
     """An index as routes call it: in threads, and no more at once than may wait."""
 
     def __init__(self, service: Service, index: Index | None) -> None:
-        self.service, self._index = service, index
+        self.service, self.index = service, index
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="nev-search")
         self._waiting = Waiting("search", service.settings.max_waiting, service.meters)
 
     async def call(self, work: Callable[[Index], T]) -> T:
         """Run work on the index, in a thread. Raises ApiError: 404 without an index, 422 for what the index refuses."""
-        if self._index is None:
-            raise ApiError(404, "this server has no index: nev serve --index", code="no_index")
+        index = self._open_index()
         with self._waiting.admit(1):
             start = time.perf_counter()
             try:
-                return await asyncio.get_running_loop().run_in_executor(self._threads, work, self._index)
+                return await asyncio.get_running_loop().run_in_executor(self._threads, work, index)
             except SearchError as error:
                 raise ApiError(422, str(error), code="search_refused") from error
             finally:
                 self._waiting.note_seconds((time.perf_counter() - start) / THREADS)
 
-    async def search(self, question: SearchQuestion) -> SearchAnswer:
-        """Answer a question."""
+    async def search(self, question: SearchQuestion, place: Place) -> SearchAnswer:
+        """Answer a question. place: the position of a vector on the map."""
         start = time.perf_counter()
         self._check(question)
-        await self.call(lambda index: None)  # without an index nothing is embedded
-        vector, kind = await self._make_query(question)
-        hits, calibrated = await self.call(partial(_search, question, vector, kind))
+        parts = await self._embed(question)
+        kind = parts[0].kind if len(parts) == 1 else "both"
+        hits, calibrated, position = await self.call(partial(_search, question, parts, place))
         milliseconds = round(1000 * (time.perf_counter() - start), 1)
         return SearchAnswer(
             hits=[_describe(hit) for hit in hits],
             offset=question.offset,
             top=question.top,
             calibrated=calibrated,
-            query=QuerySummary(kind=kind, position=None),
+            query=QuerySummary(kind=kind, position=position),
             milliseconds=milliseconds,
         )
 
+    def _open_index(self) -> Index:
+        if self.index is None:
+            raise ApiError(404, "this server has no index: nev serve --index", code="no_index")
+        return self.index
+
     def _check(self, question: SearchQuestion) -> None:
+        self._open_index()
         if question.text is None and question.image is None and question.uid is None:
             raise ApiError(422, "give text, image or uid: what is to be searched for", "text", "no_query")
         if question.hybrid and question.text is None:
@@ -136,29 +151,39 @@ class Searcher:
         if question.offset + question.top > most:
             raise ApiError(422, f"offset + top: a list ends after {most:,} hits", "top", "too_many")
 
-    async def _make_query(self, question: SearchQuestion) -> tuple[Floats, QueryKind]:
-        """The vector of a question, [D], and what it was made of. A picture's is moved already where it is one of several."""
+    async def _embed(self, question: SearchQuestion) -> list[Part]:
+        """The vectors that a question is made of."""
         given: list[str | Picture] = [] if question.text is None else [question.text]
         given += [] if question.image is None else [Picture(question.image)]
-        embedded = await self.service.embed(given) if given else None
-        parts: list[tuple[Floats, Kind]] = [
-            (vector, "image" if type(item) is Picture else "text")
-            for item, vector in zip(given, embedded.vectors if embedded else (), strict=True)
-        ]
-        if question.uid is not None:
-            parts.append(await self.call(partial(_read_item, question.uid)))
-        if len(parts) == 1:
-            return parts[0]
-        return await self.call(partial(_average, parts, question.calibrated)), "both"
+        parts = [] if question.uid is None else [await self.call(partial(_read_item, question.uid))]
+        if given:
+            embedded = await self.service.embed(given)
+            for item, vector in zip(given, embedded.vectors, strict=True):
+                parts.append(Part("image" if type(item) is Picture else "text", vector))
+        return parts
 
 
-def _search(question: SearchQuestion, vector: Floats, kind: QueryKind, index: Index) -> tuple[list[Hit], bool]:
-    """Hits without the item that was searched for, and whether they are calibrated."""
+def _search(
+    question: SearchQuestion, parts: list[Part], place: Place, index: Index
+) -> tuple[list[Hit], bool, tuple[float, float]]:
+    """Hits without the item that was searched for, whether they are calibrated, and the query's position on the map."""
+    calibration = index.calibration if question.calibrated else None
+    means = read_means(calibration) if calibration else None
+    if len(parts) == 1:
+        query, kind = parts[0].vector, parts[0].kind
+    else:  # pictures are moved to where the texts are before the mean
+        query, kind = (
+            average(
+                [move_images(part.vector[None], means)[0] if part.kind == "image" else part.vector for part in parts]
+            ),
+            "text",
+        )
+    end = question.offset + question.top
     more = question.uid is not None
     hits = index.search(
-        vector,
-        "image" if kind == "image" else "text",
-        top=question.offset + question.top + 1 if more else question.top,
+        query,
+        kind,
+        top=end + 1 if more else question.top,
         offset=0 if more else question.offset,
         kind=question.kind,
         where=question.where,
@@ -168,25 +193,22 @@ def _search(question: SearchQuestion, vector: Floats, kind: QueryKind, index: In
         calibrated=question.calibrated,
     )
     if more:
-        hits = [hit for hit in hits if hit.uid != question.uid][question.offset : question.offset + question.top]
-    return hits, question.calibrated and index.calibration is not None
+        hits = [hit for hit in hits if hit.uid != question.uid][question.offset : end]
+    return hits, means is not None, place(average([part.vector for part in parts]), index)
 
 
-def _read_item(uid: str, index: Index) -> tuple[Floats, Kind]:
+def _read_item(uid: str, index: Index) -> Part:
     """The vector and the kind of an item."""
     vector = index.vector(uid)
     if vector is None:
         raise ApiError(404, f"the index has no item {uid!r}", "uid", "no_item")
     kinds = index.store.read([uid], ["uid", "kind"])["kind"].to_pylist()
-    return vector, "image" if kinds == ["image"] else "text"
+    return Part("image" if kinds == ["image"] else "text", vector)
 
 
-def _average(parts: list[tuple[Floats, Kind]], calibrated: bool, index: Index) -> Floats:
-    """The mean of several vectors, [D], of unit length, pictures' moved to where the texts are."""
-    means = read_means(index.calibration) if calibrated and index.calibration else None
-    rows = [move_images(vector[None], means if kind == "image" else None) for vector, kind in parts]
-    mean: Floats = np.concatenate(rows).mean(axis=0, keepdims=True)
-    return np.asarray(scale_to_unit(mean)[0])
+def average(vectors: list[Floats]) -> Floats:
+    """The mean of vectors, [D], of unit length."""
+    return np.asarray(scale_to_unit(np.mean(vectors, axis=0, keepdims=True))[0])
 
 
 def _describe(hit: Hit) -> FoundItem:
@@ -201,16 +223,15 @@ def _describe(hit: Hit) -> FoundItem:
     )
 
 
-def make_router(service: Service, index: Index | None) -> APIRouter:
-    """The routes over an index. Without an index they answer 404."""
+def make_router(searcher: Searcher, place: Place) -> APIRouter:
+    """The routes over an index. Without an index they answer 404. place: the position of a vector on the map."""
     router = APIRouter(tags=["search"], route_class=StrictRoute)
-    searcher = Searcher(service, index)
     errors = describe_errors(401, 404, 413, 422, 429, 500, 503)
 
     @router.post("/search", response_model=SearchAnswer, responses=errors)
     async def search(request: Request, question: SearchQuestion) -> Any:
         """Search for words, a picture, an item, or several of them."""
-        return await until_gone(request, searcher.search(question))
+        return await until_gone(request, searcher.search(question, place))
 
     @router.get("/search", response_model=SearchAnswer, responses=errors)
     async def search_words(
@@ -237,7 +258,7 @@ def make_router(service: Service, index: Index | None) -> APIRouter:
             min_percentile=min_percentile,
             hybrid=hybrid,
         )
-        return await until_gone(request, searcher.search(question))
+        return await until_gone(request, searcher.search(question, place))
 
     @router.get(
         "/thumbnails/{uid:path}",

@@ -31,7 +31,7 @@ def vector_of(value: object) -> NDArray[np.float32]:
 
 @dataclass
 class Forwards:
-    """What a counting engine was called with. open: closed, it keeps every forward waiting. poison: texts that break a forward."""
+    """What a counting engine was called with. open: cleared, every forward waits. poison: texts that break a forward."""
 
     texts: list[list[Sentence]] = field(default_factory=list)
     pictures: list[int] = field(default_factory=list)
