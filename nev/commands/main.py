@@ -22,6 +22,7 @@ from nev.commands import (
     prepare,
     pretrain,
     quickstart,
+    serve,
     train,
 )
 from nev.common.cli import HELP, make_command
@@ -34,6 +35,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "train": (train, "From pictures to a scored encoder, in this order"),
     "evaluate": (evaluate, "From pictures to a scored encoder, in this order"),
     "export": (export, "From pictures to a scored encoder, in this order"),
+    "serve": (serve, "From pictures to a scored encoder, in this order"),
     "ablate": (ablate, "Around a training"),
     "capacity": (capacity, "Around a training"),
     "pretrain": (pretrain, "Around a training"),

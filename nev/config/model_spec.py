@@ -75,6 +75,8 @@ class ModelSpec(Section):
     """Text tower. An encoder `./text` lies in the folder `text` beside this file."""
     text_fingerprint: str | None = None
     """Fingerprint of the text tower. null: not known, as for released weights."""
+    document_fingerprint: str | None = None
+    """Fingerprint of the text tower as it embeds documents (`nev.Model.text_fingerprint`). null: computed from the text tower."""
     weights: dict[str, dict[str, str]] = Field(default={})
     """Files of the vision tower's weights: beginnings of names in the file, and what they are in `ImageEncoder`."""
     prompts: dict[str, str]

@@ -213,7 +213,7 @@ def embed_batch(
     batch: list[Decoded], job: PartJob, model: Model, embed: Embed, bad: list[dict[str, str | None]]
 ) -> pa.Table:
     """The vectors of the rows that can be used, as a table; the others are added to `bad`."""
-    from nev.inference.model import encode_squares
+    from nev.inference.batches import encode_squares
     from nev.inference.output import finish
 
     vectors, reasons = encode_squares([row.square for row in batch], embed, model.width)

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
 
 from nev.export.card import write_card
 from nev.export.onnx_graph import OUTPUT, copy_vision, write_float16, write_int8, write_text_graph, write_vision_graph
@@ -40,6 +39,7 @@ from nev.export.parts import (
 )
 from nev.export.templates import reader
 from nev.inference.model import Model
+from nev.inference.tokenizer import make_tokenizer
 from nev.models.image_encoder import ImageEncoder
 from nev.ops.vectors import Floats
 
@@ -85,7 +85,7 @@ def write_runtime(
     write_vision_graph(vision, model.spec.image_size, folder / VISION / FILES["fp32"])
     if options.text:
         write_text_graph(model, folder / TEXT_FOLDER / FILES["fp32"])
-        _make_tokenizer(model).save(str(folder / TOKENIZER))
+        make_tokenizer(model.text).save(str(folder / TOKENIZER))
     for precision in precisions[1:]:
         for tower in ours:
             SMALLER[precision](folder / tower / FILES["fp32"], folder / tower / FILES[precision])
@@ -166,20 +166,6 @@ def _leave_out(check: Check, folder: Path, name: str) -> Check:
     for file in folder.glob(f"{name}*"):
         file.unlink()
     return check._replace(left_out=True)
-
-
-def _make_tokenizer(model: Model) -> Tokenizer:
-    """The text tower's tokenizer, which cuts at the longest text and pads to the longest of a batch by itself."""
-    source = model.text.tokenizer
-    tokenizer: Tokenizer = Tokenizer.from_str(source.backend_tokenizer.to_str())
-    tokenizer.enable_truncation(model.text.longest, direction=source.truncation_side)
-    tokenizer.enable_padding(
-        direction=source.padding_side,
-        pad_id=source.pad_token_id,
-        pad_token=source.pad_token,
-        pad_type_id=source.pad_token_type_id,
-    )
-    return tokenizer
 
 
 def _write_preprocessing(model: Model, folder: Path) -> None:

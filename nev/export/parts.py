@@ -153,6 +153,7 @@ def write_spec(model: Model, folder: Path, weights: dict[str, dict[str, str]], t
         "text": text.model_copy(update={"trust_remote_code": False}),
         "weights": weights,
         "text_fingerprint": model.text.fingerprint if text_folder or trained else spec.text_fingerprint,
+        "document_fingerprint": model.text_fingerprint if text_folder or trained else spec.document_fingerprint,
     }
     written = spec.model_copy(update=changes)
     raw = json.dumps(written.model_dump(mode="json"), indent=1)

@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("nev.train.worker",),
     ("nev.train.driver",),  # hands the worker's function to Ray Train
     ("nev.train",),
-    ("nev.sweep", "nev.export"),
+    ("nev.sweep", "nev.export", "nev.serve"),
     ("nev.demo",),
     ("nev",),
     ("nev.commands",),
@@ -46,6 +46,7 @@ NEVER: dict[str, tuple[str, ...]] = {
     "nev.data": ("nev.models",),
     "nev.eval.metrics": ("nev.config", "nev.storage", "nev.data", "nev.runs", "nev.embed", "pathlib", "os", "json"),
     "nev.train.worker": ("rich", "mlflow", "nev.runs.tracking", "nev.common.progress", "nev.common.cli"),
+    "nev.serve": ("nev.embed", "nev.eval", "nev.train", "nev.export"),
     "nev": ("tests", "helpers", "benchmarks"),
     "pipelines": ("tests", "helpers", "benchmarks"),
 }
@@ -63,6 +64,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "nev.search": ("psycopg", "pgvector"),
     "nev.cluster.ray_internals": ("ray._private", "ray._raylet", "ray.train.v2._internal"),
     "nev.cluster.backpressure": ("ray.data._internal",),
+    "nev.serve.replicas": ("ray.serve",),
 }
 
 

@@ -1,0 +1,276 @@
+"""`/search`, `/thumbnails` and `/map`: what the index of a server answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from nev.ops.vectors import Floats, scale_to_unit
+from nev.search.index import Hit, Index
+from nev.search.ranking import move_images, read_means
+from nev.search.store import SearchError
+from nev.serve.errors import ApiError, describe_errors
+from nev.serve.items import Picture
+from nev.serve.service import Service, until_gone
+from nev.serve.strict_json import StrictRoute
+from nev.serve.waiting import Waiting
+
+T = TypeVar("T")
+Kind = Literal["image", "text"]
+QueryKind = Literal["image", "text", "both"]
+Value = str | int | float | bool | None
+THREADS = 4  # searches at once; a store computes outside of Python's lock
+
+
+class SearchQuestion(BaseModel):
+    """What is searched for: words, a picture, an item of the index, or several of them, whose vectors are then averaged."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    text: str | None = None
+    """Words. They are never taken for an address or a path."""
+    image: str | None = None
+    """A picture as a data URL; an http or https address where the server allows them."""
+    uid: str | None = None
+    """An item of the index, for more like it. The item itself is no hit."""
+    top: int = Field(default=20, ge=1)
+    """Most hits."""
+    offset: int = Field(default=0, ge=0)
+    """Hits that are left out at the beginning, for the next page."""
+    kind: Kind | None = None
+    """Hits of one kind. null: both in one list."""
+    where: dict[str, Value] | None = None
+    """Columns, and the values that hits have in them."""
+    min_score: float | None = Field(default=None, allow_inf_nan=False)
+    """Least score of a hit."""
+    min_percentile: float | None = Field(default=None, ge=0, le=100)
+    """Least percentile of a hit."""
+    calibrated: bool = True
+    """Whether pictures are moved to where the texts are. Without it, all texts come before all pictures."""
+    hybrid: bool = False
+    """Whether the full text is searched for the words, too."""
+
+
+class FoundItem(BaseModel):
+    """A hit. score: cosine, after calibration. percentile: of the score within the index's items of this kind, for this query."""
+
+    uid: str
+    kind: Kind
+    score: float
+    percentile: float | None
+    text: str | None
+    source: str | None
+    thumbnail: bool
+
+
+class QuerySummary(BaseModel):
+    """What was searched for. position: of the query on the map, where pictures are not moved."""
+
+    kind: QueryKind
+    position: tuple[float, float]
+
+
+class SearchAnswer(BaseModel):
+    """Hits, best first. calibrated: whether pictures were moved, which needs an index with the means of a validation."""
+
+    hits: list[FoundItem]
+    offset: int
+    top: int
+    calibrated: bool
+    query: QuerySummary
+    milliseconds: float
+
+
+class Part(NamedTuple):
+    """One of the things that are searched for. vector: float32 [D], of unit length, not calibrated."""
+
+    kind: Kind
+    vector: Floats
+
+
+Place = Callable[[Floats, Index], tuple[float, float]]
+
+
+class Searcher:
+    """An index as routes call it: in threads, and no more at once than may wait."""
+
+    def __init__(self, service: Service, index: Index | None) -> None:
+        self.service, self.index = service, index
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="nev-search")
+        self._waiting = Waiting("search", service.settings.max_waiting, service.meters)
+
+    async def call(self, work: Callable[[Index], T]) -> T:
+        """Run work on the index, in a thread. Raises ApiError: 404 without an index, 422 for what the index refuses."""
+        index = self._open_index()
+        with self._waiting.admit(1):
+            start = time.perf_counter()
+            try:
+                return await asyncio.get_running_loop().run_in_executor(self._threads, work, index)
+            except SearchError as error:
+                raise ApiError(422, str(error), code="search_refused") from error
+            finally:
+                self._waiting.note_seconds((time.perf_counter() - start) / THREADS)
+
+    async def search(self, question: SearchQuestion, place: Place) -> SearchAnswer:
+        """Answer a question. place: the position of a vector on the map."""
+        start = time.perf_counter()
+        self._check(question)
+        parts = await self._embed(question)
+        kind = parts[0].kind if len(parts) == 1 else "both"
+        hits, calibrated, position = await self.call(partial(_search, question, parts, place))
+        milliseconds = round(1000 * (time.perf_counter() - start), 1)
+        return SearchAnswer(
+            hits=[_describe(hit) for hit in hits],
+            offset=question.offset,
+            top=question.top,
+            calibrated=calibrated,
+            query=QuerySummary(kind=kind, position=position),
+            milliseconds=milliseconds,
+        )
+
+    def _open_index(self) -> Index:
+        if self.index is None:
+            raise ApiError(404, "this server has no index: nev serve --index", code="no_index")
+        return self.index
+
+    def _check(self, question: SearchQuestion) -> None:
+        self._open_index()
+        if question.text is None and question.image is None and question.uid is None:
+            raise ApiError(422, "give text, image or uid: what is to be searched for", "text", "no_query")
+        if question.hybrid and question.text is None:
+            raise ApiError(422, "hybrid: the full text is searched for the words of `text`", "hybrid", "no_query")
+        most = self.service.settings.max_top
+        if question.offset + question.top > most:
+            raise ApiError(422, f"offset + top: a list ends after {most:,} hits", "top", "too_many")
+
+    async def _embed(self, question: SearchQuestion) -> list[Part]:
+        """The vectors that a question is made of."""
+        given: list[str | Picture] = [] if question.text is None else [question.text]
+        given += [] if question.image is None else [Picture(question.image)]
+        parts = [] if question.uid is None else [await self.call(partial(_read_item, question.uid))]
+        if given:
+            embedded = await self.service.embed(given)
+            for item, vector in zip(given, embedded.vectors, strict=True):
+                parts.append(Part("image" if type(item) is Picture else "text", vector))
+        return parts
+
+
+def _search(
+    question: SearchQuestion, parts: list[Part], place: Place, index: Index
+) -> tuple[list[Hit], bool, tuple[float, float]]:
+    """Hits without the item that was searched for, whether they are calibrated, and the query's position on the map."""
+    calibration = index.calibration if question.calibrated else None
+    means = read_means(calibration) if calibration else None
+    if len(parts) == 1:
+        query, kind = parts[0].vector, parts[0].kind
+    else:  # pictures are moved to where the texts are before the mean
+        query, kind = (
+            average(
+                [move_images(part.vector[None], means)[0] if part.kind == "image" else part.vector for part in parts]
+            ),
+            "text",
+        )
+    end = question.offset + question.top
+    more = question.uid is not None
+    hits = index.search(
+        query,
+        kind,
+        top=end + 1 if more else question.top,
+        offset=0 if more else question.offset,
+        kind=question.kind,
+        where=question.where,
+        words=question.text if question.hybrid else None,
+        min_score=question.min_score,
+        min_percentile=question.min_percentile,
+        calibrated=question.calibrated,
+    )
+    if more:
+        hits = [hit for hit in hits if hit.uid != question.uid][question.offset : end]
+    return hits, means is not None, place(average([part.vector for part in parts]), index)
+
+
+def _read_item(uid: str, index: Index) -> Part:
+    """The vector and the kind of an item."""
+    vector = index.vector(uid)
+    if vector is None:
+        raise ApiError(404, f"the index has no item {uid!r}", "uid", "no_item")
+    kinds = index.store.read([uid], ["uid", "kind"])["kind"].to_pylist()
+    return Part("image" if kinds == ["image"] else "text", vector)
+
+
+def average(vectors: list[Floats]) -> Floats:
+    """The mean of vectors, [D], of unit length."""
+    return np.asarray(scale_to_unit(np.mean(vectors, axis=0, keepdims=True))[0])
+
+
+def _describe(hit: Hit) -> FoundItem:
+    return FoundItem(
+        uid=hit.uid,
+        kind=hit.kind,
+        score=hit.score,
+        percentile=hit.percentile,
+        text=hit.text,
+        source=hit.source,
+        thumbnail=hit.kind == "image",
+    )
+
+
+def make_router(searcher: Searcher, place: Place) -> APIRouter:
+    """The routes over an index. Without an index they answer 404. place: the position of a vector on the map."""
+    router = APIRouter(tags=["search"], route_class=StrictRoute)
+    errors = describe_errors(401, 404, 413, 422, 429, 500, 503)
+
+    @router.post("/search", response_model=SearchAnswer, responses=errors)
+    async def search(request: Request, question: SearchQuestion) -> Any:
+        """Search for words, a picture, an item, or several of them."""
+        return await until_gone(request, searcher.search(question, place))
+
+    @router.get("/search", response_model=SearchAnswer, responses=errors)
+    async def search_words(
+        request: Request,
+        q: str | None = None,
+        uid: str | None = None,
+        top: Annotated[int, Query(ge=1)] = 20,
+        offset: Annotated[int, Query(ge=0)] = 0,
+        kind: Kind | None = None,
+        calibrated: bool = True,
+        min_score: Annotated[float | None, Query(allow_inf_nan=False)] = None,
+        min_percentile: Annotated[float | None, Query(ge=0, le=100)] = None,
+        hybrid: bool = False,
+    ) -> Any:
+        """Search for words or an item, by an address that can be shared."""
+        question = SearchQuestion(
+            text=q,
+            uid=uid,
+            top=top,
+            offset=offset,
+            kind=kind,
+            calibrated=calibrated,
+            min_score=min_score,
+            min_percentile=min_percentile,
+            hybrid=hybrid,
+        )
+        return await until_gone(request, searcher.search(question, place))
+
+    @router.get(
+        "/thumbnails/{uid:path}",
+        response_class=Response,
+        responses={200: {"content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}}, **errors},
+    )
+    async def read_thumbnail(uid: str) -> Response:
+        """The thumbnail of a picture of the index."""
+        data = await searcher.call(lambda index: index.thumbnail(uid))
+        if data is None:
+            raise ApiError(404, f"no thumbnail of {uid!r}", "uid", "no_thumbnail")
+        headers = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
+        return Response(data, media_type="image/jpeg", headers=headers)
+
+    return router
