@@ -77,7 +77,8 @@ def main(
         int, Corpus("--thumbnails", min=0, help="Longest side of a JPEG beside each vector, in pixels; 0: none.")
     ] = 0,
     batch_size: Annotated[
-        int | None, Corpus("--batch-size", min=1, help="Pictures of a forward. Default: on a CPU 16 of 224 pixels, on a GPU 256.")
+        int | None,
+        Corpus("--batch-size", min=1, help="Pictures of a forward. Default: on a CPU 16 of 224 pixels, on a GPU 256."),
     ] = None,
     limit: Annotated[int | None, Corpus("--limit", min=1, help="Take only the first rows of the input.")] = None,
     prune: Annotated[

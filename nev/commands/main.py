@@ -15,6 +15,7 @@ from nev import __version__
 from nev.commands import (
     ablate,
     capacity,
+    demo,
     embed_images,
     embed_text,
     evaluate,
@@ -39,6 +40,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "ablate": (ablate, "Around a training"),
     "capacity": (capacity, "Around a training"),
     "pretrain": (pretrain, "Around a training"),
+    "demo": (demo, "All of the above on one laptop, from nothing"),
     "quickstart": (quickstart, "All of the above on one laptop, from nothing"),
 }
 
