@@ -27,8 +27,6 @@ from nev.config.file import parse
 if TYPE_CHECKING:
     from collections import Counter
 
-    from nev.config.data import Limits
-    from nev.data.sources import Source
     from nev.embed.corpus import CorpusOptions, CorpusReport
 
 EXAMPLE = "--model runs/quickstart --input photos --output vectors"
@@ -121,17 +119,22 @@ def main(
         if config is not None:
             embed_sidecars(config, overrides or [], gpus, console)
             return
+        from nev.data.sources import refuse_inside
         from nev.embed.corpus import CorpusOptions
 
+        absolute = [absolute_input(each) for each in inputs or []]
+        output = absolute_output(str(output))
+        refuse_inside(output, absolute)
+        kind = choose_kind(source, given, absolute, bool(metadata), console)
         columns = {"uid": uid, "image": image, "caption": caption}
         settings: dict[str, object] = {"columns": columns, "metadata": metadata or (), "captioned": False}
         settings["tar_in_uid"] = tar_in_uid
         options = CorpusOptions(
-            output=absolute_output(str(output)),
-            inputs=[absolute_input(each) for each in inputs or []],
+            output=output,
+            inputs=absolute,
             width=width,
             precision=precision,
-            captions=captions,
+            captions=captions and kind != "folder",
             thumbnail=thumbnails,
             batch_size=batch_size,
             limit=limit,
@@ -139,7 +142,7 @@ def main(
             prune=prune,
         )
         failed = embed_vectors(
-            (str(model), text_encoder, revision, trust_remote_code), source, given, settings, options, console
+            (str(model), text_encoder, revision, trust_remote_code), kind, settings, options, console
         )
     if failed:
         raise typer.Exit(2)
@@ -176,43 +179,39 @@ def absolute_input(location: str) -> str:
     return location.rstrip("/") if "://" in location else os.path.abspath(location)  # noqa: PTH100
 
 
-def open_source(
-    kind: str | None, given: set[str], settings: dict[str, object], inputs: list[str], limits: Limits, console: Console
-) -> Source:
-    """The source of the input. kind: by its files where it is None. Raises ConfigError for options of other sources."""
-    from nev.data.sources import SOURCES, SourceOptions
+def choose_kind(kind: str | None, given: set[str], inputs: list[str], metadata: bool, console: Console) -> str:
+    """The source that reads the input: `kind`, else by its files. Raises ConfigError for options of other sources."""
     from nev.data.sources.recognise import recognise_source
-    from nev.embed.corpus import PART_BYTES
 
     if kind is None:
-        kind, unread = recognise_source(inputs, bool(settings["metadata"]))
+        kind, unread = recognise_source(inputs, metadata)
         others = ", ".join(f"{count:,} {suffix}" for suffix, count in unread.most_common(SHOWN))
         console.print(f"--source {kind}{f'; not read: {others}' if others else ''}", highlight=False, soft_wrap=True)
     if unfit := sorted(given & set().union(*TAKES.values()) - TAKES[kind]):
         raise ConfigError(f"--source {kind} has no use for {', '.join(unfit)}")
-    return SOURCES[kind](
-        inputs, parse(SourceOptions, {**settings, "limits": limits, "part_bytes": PART_BYTES}, where="options")
-    )
+    return kind
 
 
 def embed_vectors(
     place: tuple[str, str | None, str | None, bool],
-    kind: str | None,
-    given: set[str],
+    kind: str,
     settings: dict[str, object],
     options: CorpusOptions,
     console: Console,
 ) -> bool:
-    """Write vector files, and print what was done. Returns whether parts could not be read. place: arguments of `nev.load`."""
-    from nev.cluster.session import connect
-    from nev.data.sources import refuse_inside
-    from nev.embed.corpus import embed_corpus, open_model
+    """Write vector files, and print what was done. Returns whether parts could not be read.
 
-    refuse_inside(options.output, options.inputs)
-    model, there = open_model(*place, with_text=options.captions)
-    source = open_source(kind, given, settings, options.inputs, model.spec.limits, console)
+    place: arguments of `nev.load`. settings: of the source.
+    """
+    from nev.cluster.session import connect
+    from nev.data.sources import SOURCES, SourceOptions
+    from nev.embed.corpus import PART_BYTES, embed_corpus, open_model
+
+    model, same_model = open_model(*place, with_text=options.captions)
+    settings |= {"limits": model.spec.limits, "part_bytes": PART_BYTES}
+    source = SOURCES[kind](options.inputs, parse(SourceOptions, settings, where="options"))
     connect()
-    report = embed_corpus(model, there, source, options, console)
+    report = embed_corpus(model, same_model, source, options, console)
     show_report(report, options.output, console)
     return bool(report.unreadable)
 

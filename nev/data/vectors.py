@@ -104,13 +104,16 @@ def open_writer(location: str, schema: pa.Schema, folder: str | None = None) -> 
         yield writer
 
 
-def list_vector_files(folder: str) -> list[str]:
-    """The vector files of a folder, or the one file that `folder` is. Raises DataError where there is none."""
+def list_vector_files(folder: str, may_be_empty: bool = False) -> list[str]:
+    """The vector files of a folder, or the one file that `folder` is. Raises DataError where there is none.
+
+    may_be_empty: an empty or absent folder gives an empty list.
+    """
     if folder.endswith(".parquet"):
         return [folder]
     with read_errors_as_data_errors(folder, ""):
         names = [name for name in list_files(folder) if name.endswith(".parquet") and not name.startswith(("_", "."))]
-    if not names:
+    if not names and not may_be_empty:
         raise DataError(f"{folder}: no vector files in this folder. `nev embed-images --model MODEL` writes them.")
     return [join(folder, name) for name in names]
 

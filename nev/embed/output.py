@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from nev.common.errors import first_few
 from nev.config.base import ConfigError, Section
 from nev.data.vectors import VectorSpec, list_vector_files, read_spec
-from nev.storage.files import PARALLEL_REQUESTS, filesystem, is_damage, is_local, join, list_files, open_parquet
+from nev.storage.files import PARALLEL_REQUESTS, filesystem, is_damage, is_local, join, open_parquet
 from nev.storage.reading import DataError, read_errors_as_data_errors, write_errors_as_data_errors
 
 PART_KEY = "nev.part"  # of the metadata
@@ -64,11 +64,7 @@ def find_finished(output: str, spec: VectorSpec, settings: dict[str, Any]) -> di
 
     Raises ConfigError for files of another model, or of other settings.
     """
-    with read_errors_as_data_errors(output, ""):
-        names = [name for name in list_files(output) if name.endswith(".parquet")]
-    if not any(not name.startswith(("_", ".")) for name in names):
-        return {}
-    locations = list_vector_files(output)
+    locations = list_vector_files(output, may_be_empty=True)
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         files = dict(zip(locations, pool.map(_read_finished, locations), strict=True))
     parts = {}
@@ -79,10 +75,8 @@ def find_finished(output: str, spec: VectorSpec, settings: dict[str, Any]) -> di
             raise ConfigError(f"{location}: not of `nev embed-images --model`. Give another --output.")
         there = {**file.spec.model_dump(mode="json"), **file.part.settings}
         here = {**spec.model_dump(mode="json"), **settings}
-        if differing := [name for name in here.keys() | there.keys() if here.get(name) != there.get(name)]:
-            pairs = [
-                f"{name} {_short(there.get(name))} there, {_short(here.get(name))} here" for name in sorted(differing)
-            ]
+        if differing := [name for name in {**here, **there} if here.get(name) != there.get(name)]:
+            pairs = [f"{name} {_short(there.get(name))} there, {_short(here.get(name))} here" for name in differing]
             raise ConfigError(
                 f"{output}: has vectors of another model, or made with other options ({first_few(pairs)}). Give another "
                 "--output, or delete this one."
@@ -100,14 +94,15 @@ def _read_finished(location: str) -> Finished | None:
     fs, path = filesystem(location)
     try:
         with read_errors_as_data_errors(location, ""), open_parquet(fs, path) as file:
-            schema = pq.read_schema(file)
+            footer = pq.ParquetFile(file)
+            schema, metadata = footer.schema_arrow, footer.metadata.metadata or {}
     except DataError as error:
         if is_damage(error.__cause__):
             return None
         raise
-    raw = (schema.metadata or {}).get(PART_KEY.encode())
+    raw = metadata.get(PART_KEY.encode())
     try:
-        return Finished(read_spec(schema, location), raw and PartSpec.model_validate_json(raw))
+        return Finished(read_spec(schema, location), PartSpec.model_validate_json(raw) if raw else None)
     except ValidationError as error:
         raise DataError(f"{location}: its metadata cannot be read ({error}). Delete it.") from error
 
