@@ -69,6 +69,11 @@ class ExactStore:
         """Columns that `where` may name."""
         return dict.fromkeys(("uid", "kind", "text", "source"), (str,))
 
+    @property
+    def takes_texts(self) -> bool:
+        """Whether nev can write texts."""
+        return True
+
     def read_spec(self) -> StoreSpec | None:
         """What nev has recorded."""
         content = self._load()

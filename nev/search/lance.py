@@ -82,6 +82,11 @@ class LanceStore:
         """Columns that `where` may name, and the types of their values."""
         return {field.name: types for field in self._open().schema if (types := _python_types(field.type))}
 
+    @property
+    def takes_texts(self) -> bool:
+        """Whether nev can write texts: uids are strings."""
+        return self._key() == self.columns.uid
+
     def read_spec(self) -> StoreSpec | None:
         """What nev has recorded."""
         for field in self._table.schema if self._table is not None else ():
@@ -206,10 +211,10 @@ class LanceStore:
         from lancedb.expr import col, lit
 
         wanted = tuple(columns or item_schema(1).names)
-        parts = []
+        has_key, parts = self._key() in self._open().schema.names, []
         for start in range(0, max(len(uids), 1), CHUNK):
             chunk = list(uids[start : start + CHUNK])
-            condition = col(self._key()).isin([lit(uid) for uid in chunk]) if chunk else lit(False)
+            condition = col(self._key()).isin([lit(uid) for uid in chunk]) if chunk and has_key else lit(False)
             if self._key() != self.columns.uid and (numbers := [int(uid) for uid in chunk if _is_integer(uid)]):
                 condition = condition | col(self.columns.uid).isin([lit(number) for number in numbers])
             with self._errors("be read"):

@@ -102,6 +102,11 @@ class PostgresStore:
         """Columns that `where` may name, and the types of their values."""
         return self._table.filters
 
+    @property
+    def takes_texts(self) -> bool:
+        """Whether nev can write texts: uids are strings."""
+        return self._known is None or not self._known.has_own_key
+
     def read_spec(self) -> StoreSpec | None:
         """What nev has recorded, in the table `nev_index` of the same schema."""
         if self._known is None:
@@ -160,11 +165,9 @@ class PostgresStore:
 
         A row of the other kind is never written: the number of rows is then too small, which raises SearchError.
         """
-        table, kinds = self._table, set(items["kind"].to_pylist())
-        if TEXT in kinds and table.has_own_key:
-            raise SearchError(
-                f"{self.name}: texts have numbers as uids here, which the program of the table gives: add texts by it"
-            )
+        table = self._table
+        if not self.takes_texts and TEXT in items["kind"].to_pylist():
+            raise SearchError(f"{self.name} takes no texts: its column {self.columns.uid} holds no strings")
         names = items.column_names
         theirs = [sql.Identifier(table.key if name == "uid" else getattr(self.columns, name)) for name in names]
         parts = {

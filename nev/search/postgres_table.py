@@ -92,8 +92,9 @@ class PostgresTable:
         column = self.field(self.columns.vector)
         if column.type not in ("vector", "halfvec"):
             raise SearchError(
-                f"table {self.name}: column {column.name} is {column.form}, and no vector or halfvec of pgvector. Name the column "
-                "of vectors (--vector-column), or convert this one: ALTER TABLE ... ALTER COLUMN ... TYPE vector(WIDTH) USING ..."
+                f"table {self.name}: column {column.name} is {column.form}, and no vector or halfvec of pgvector. Name the "
+                "column of vectors (--vector-column), or convert this one: ALTER TABLE ... ALTER COLUMN ... TYPE vector(WIDTH) "
+                "USING ..."
             )
         return column
 

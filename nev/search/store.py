@@ -101,6 +101,10 @@ class VectorStore(Protocol):
     def filters(self) -> Mapping[str, tuple[type, ...]]:
         """Columns that `where` may name, and the types of their values."""
 
+    @property
+    def takes_texts(self) -> bool:
+        """Whether nev can write texts: uids are strings. Pictures have a column for theirs where they are not."""
+
     def read_spec(self) -> StoreSpec | None:
         """What nev has recorded. None: the table is new, or made by another program."""
 
