@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nev.config.data import Limits
-from nev.inference.model import Kind
 from nev.ops.vectors import Floats
+
+if TYPE_CHECKING:
+    from nev.inference.model import Kind  # imports torch, which ONNX Runtime does without
 
 CANARY = "a photo of a dog"
 

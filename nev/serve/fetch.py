@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from aiohttp.abc import ResolveResult
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
+UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that has been given out for the public
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 CHUNK = 65_536
 
@@ -38,6 +39,8 @@ def is_public(address: str) -> bool:
         inner = ip.ipv4_mapped or (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else None)
         if inner:
             return is_public(str(inner))
+        if ip not in UNICAST:
+            return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved and not ip.is_unspecified
 
 

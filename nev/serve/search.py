@@ -27,6 +27,7 @@ T = TypeVar("T")
 Kind = Literal["image", "text"]
 QueryKind = Literal["image", "text", "both"]
 Value = str | int | float | bool | None
+Pair = Annotated[list[float], Field(min_length=2, max_length=2)]  # no tuple: OpenAPI documents of tuples differ
 THREADS = 4  # searches at once; a store computes outside of Python's lock
 
 
@@ -75,7 +76,7 @@ class QuerySummary(BaseModel):
     """What was searched for. position: of the query on the map, where pictures are not moved."""
 
     kind: QueryKind
-    position: tuple[float, float]
+    position: Pair
 
 
 class SearchAnswer(BaseModel):
@@ -96,7 +97,7 @@ class Part(NamedTuple):
     vector: Floats
 
 
-Place = Callable[[Floats, Index], tuple[float, float]]
+Place = Callable[[Floats, Index], list[float]]
 
 
 class Searcher:
@@ -165,7 +166,7 @@ class Searcher:
 
 def _search(
     question: SearchQuestion, parts: list[Part], place: Place, index: Index
-) -> tuple[list[Hit], bool, tuple[float, float]]:
+) -> tuple[list[Hit], bool, list[float]]:
     """Hits without the item that was searched for, whether they are calibrated, and the query's position on the map."""
     calibration = index.calibration if question.calibrated else None
     means = read_means(calibration) if calibration else None

@@ -7,14 +7,13 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from fastapi import Request
 from numpy.typing import NDArray
 
 from nev.data.decode import BadImage
-from nev.inference.model import Kind
 from nev.inference.pictures import read_square
 from nev.ops.vectors import Floats
 from nev.serve.batcher import Batcher, ItemFailed
@@ -24,6 +23,9 @@ from nev.serve.fetch import fetch_picture
 from nev.serve.items import Picture, decode_data_url, is_web, refuse_item
 from nev.serve.metrics import Meters
 from nev.serve.settings import Settings
+
+if TYPE_CHECKING:
+    from nev.inference.model import Kind
 
 T = TypeVar("T")
 FETCHES = 8  # pictures that are fetched from the web at once

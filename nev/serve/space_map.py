@@ -15,7 +15,7 @@ from nev.search.index import Index
 from nev.search.projection import Projection, fit_projection
 from nev.search.store import SearchError, read_unit_vectors
 from nev.serve.errors import describe_errors
-from nev.serve.search import Kind, Searcher
+from nev.serve.search import Kind, Pair, Searcher
 
 POINTS = 1000  # of each kind
 LETTERS = 120  # of a point's text
@@ -24,11 +24,11 @@ LETTERS = 120  # of a point's text
 class SpaceMap(BaseModel):
     """Items of both kinds on a plane (PCA). explained: the share of the variance along each axis. texts: their beginnings."""
 
-    points: list[tuple[float, float]]
+    points: list[Pair]
     uids: list[str]
     kinds: list[Kind]
     texts: list[str | None]
-    explained: tuple[float, float]
+    explained: Pair
 
 
 class IndexInfo(BaseModel):
@@ -83,10 +83,10 @@ class MapMaker:
         """The map."""
         return self._draw(index).drawn
 
-    def place(self, vector: Floats, index: Index) -> tuple[float, float]:
+    def place(self, vector: Floats, index: Index) -> list[float]:
         """The position of a vector, [D], on the map."""
-        x, y = self._draw(index).projection.project(vector[None])[0]
-        return float(x), float(y)
+        position: list[float] = self._draw(index).projection.project(vector[None])[0].tolist()
+        return position
 
     def _draw(self, index: Index) -> _Drawn:
         with self._lock:
@@ -106,7 +106,7 @@ def draw_map(index: Index) -> _Drawn:
         uids=[uid for _, sample in samples for uid in sample["uid"].to_pylist()],
         kinds=[kind for kind, sample in samples for _ in range(sample.num_rows)],
         texts=[text and text[:LETTERS] for _, sample in samples for text in sample["text"].to_pylist()],
-        explained=projection.explained,
+        explained=list(projection.explained),
     )
     return _Drawn(projection, drawn)
 
