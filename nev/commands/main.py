@@ -45,6 +45,11 @@ SEARCH = "From an encoder to a search, in this order"
 AROUND = "Around a training"
 LAPTOP = "All of the above on one laptop, from nothing"
 
+TRAINING = "From pictures to a scored encoder, in this order"
+SEARCH = "From an encoder to a search, in this order"
+AROUND = "Around a training"
+LAPTOP = "All of the above on one laptop, from nothing"
+
 # The module of each command, and its group on the help page.
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "prepare": (prepare, TRAINING),
