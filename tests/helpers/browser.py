@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -66,3 +67,11 @@ def open_page(browser: Browser, url: str, **options: Any) -> Iterator[tuple[Page
     context.close()
     assert [line for line in watch.complaints if not any(part in line for part in watch.expected)] == []
     assert [address for address in watch.requests if not address.startswith((url, "data:", "blob:"))] == []
+
+
+def wait_until(page: Page, condition: str, seconds: float = 20) -> None:
+    """Wait until an expression of JavaScript is true. Playwright's `wait_for_function` needs `eval`, which a strict policy forbids."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(f"Boolean({condition})"):
+        assert time.monotonic() < end, f"never true: {condition}"
+        page.wait_for_timeout(15)

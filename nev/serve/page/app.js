@@ -36,11 +36,16 @@ let state = readAddress();
 let picture = null; // {url, name}, a data URL: in memory alone
 const entries = new Map(); // what each entry of the history showed: the back button asks nothing again
 const known = new Map(); // items that were seen, by uid
-const entry = () => entries.get(history.state?.key) ?? {};
 const lists = () => entry().lists ?? [];
 const hits = () => lists().flatMap((list) => list.hits);
 const isCalibrated = () => state.calibrated === "1" && info.calibration;
 const hasQuery = () => Boolean(state.q || state.uid || picture);
+
+function entry() {
+	const key = history.state?.key;
+	if (!entries.has(key)) entries.set(key, {});
+	return entries.get(key);
+}
 
 function readAddress() {
 	const given = new URLSearchParams(location.search);
@@ -55,18 +60,21 @@ function addressOf(state) {
 
 function go(change, newPicture = picture) {
 	const next = { ...state, ...change };
-	const isSame = (a, b) => newPicture === picture && addressOf(a) === addressOf(b);
-	const kept = isSame({ ...state, view: next.view }, next) && !isSame(state, next) ? lists() : null;
-	const way = isSame(state, next) ? "replaceState" : "pushState";
+	const isSame = (a) => newPicture === picture && addressOf(a) === addressOf(next);
+	const isOtherView = !isSame(state) && isSame({ ...state, view: next.view });
+	const way = isSame(state) ? "replaceState" : "pushState";
+	const kept = isOtherView ? entry().lists : null;
 	remember();
 	[state, picture] = [next, newPicture];
-	const key = `${performance.timeOrigin + performance.now()}`;
-	history[way]({ key, picture: Boolean(picture) }, "", addressOf(state));
-	entries.set(key, { picture, lists: kept });
+	history[way]({ key: performance.timeOrigin + performance.now(), picture: Boolean(picture) }, "", addressOf(state));
+	Object.assign(entry(), { picture, lists: kept });
 	show();
 }
 
-const findLike = (uid) => go({ q: "", uid }, null);
+function findLike(item) {
+	known.set(item.uid, item);
+	go({ q: "", uid: item.uid }, null);
+}
 
 function remember() {
 	entry().scroll = scrollY;
@@ -105,7 +113,7 @@ async function call(address, content, signal) {
 			if (used === token() && !(await askToken())) throw new Error("This service asks for a token.");
 		} else if (answer.status === 429 && tries++ < 4) {
 			const seconds = Math.min(Number(answer.headers.get("Retry-After")) || 1, 60);
-			announce(`The service is busy. Next try in ${seconds} s.`);
+			if (signal) announce(`The service is busy. Next try in ${seconds} s.`);
 			await new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
 			signal?.throwIfAborted();
 		} else {
@@ -126,7 +134,7 @@ function thumbnail(uid, properties) {
 		call(address)
 			.then((answer) => answer.blob())
 			.then((blob) => (image.src = URL.createObjectURL(blob)))
-			.catch(() => (image.title = "No thumbnail"));
+			.catch(() => (image.alt = "No thumbnail"));
 	}
 	return image;
 }
@@ -137,13 +145,13 @@ let running = new AbortController();
 
 // Without an index: sentences beside a picture.
 async function compare(signal) {
-	const sentences = state.q.split(";").filter((one) => one.trim());
+	const sentences = state.q.split(/\s*;\s*/).filter(Boolean);
 	if (!picture || !sentences.length) throw new Error("Choose a picture, and type sentences with ; between them.");
 	const input = [{ image: picture.url }, ...sentences.map((text) => ({ text }))];
 	const { data } = await (await call("v1/embeddings", { model: info.model, input }, signal)).json();
 	const cosine = (n) => data[n + 1].embedding.reduce((sum, number, i) => sum + number * data[0].embedding[i], 0);
 	const hits = sentences.map((text, n) => ({ uid: text, kind: "text", text, score: cosine(n) }));
-	return { hits: hits.sort((a, b) => b.score - a.score), complete: true };
+	return { kind: "text", hits: hits.sort((a, b) => b.score - a.score), complete: true };
 }
 
 async function ask(kind, offset, signal) {
@@ -179,7 +187,9 @@ async function attend(task, again) {
 	try {
 		await task(signal);
 	} catch (error) {
-		if (!signal.aborted) refuse(error.message, again);
+		if (signal.aborted) return;
+		refuse(error.message, again);
+		if (!lists()[0]) $("lists").replaceChildren();
 	}
 	if (!signal.aborted) document.body.classList.remove("busy");
 }
@@ -224,7 +234,7 @@ function inWords({ kind, percentile }) {
 function makeCard(item) {
 	const { uid, kind, score, source } = item;
 	const name = nameOf(item);
-	const like = () => findLike(uid);
+	const like = () => findLike(item);
 	const similar = button("More like this", like, { className: "similar", tabIndex: -1 });
 	similar.ariaLabel = `More like this: ${name.slice(0, 120)}`;
 	similar.onfocus = () => (rove(similar), select(uid));
@@ -246,9 +256,8 @@ function showLists() {
 	$("lists").replaceChildren(
 		...lists().map((list) => {
 			const place = make("ol", { className: list.kind }, ...list.hits.map(makeCard));
-			const again = button("More", () => more(list, place, again), { className: "more", hidden: list.complete });
-			const title = list.kind && NOUNS[list.kind][1];
-			if (title) again.ariaLabel = `More ${title}`;
+			const title = NOUNS[list.kind]?.[1] ?? "hits";
+			const again = button(`More ${title}`, () => more(list, place, again), { className: "more", hidden: list.complete });
 			return make("section", {}, lists().length > 1 ? make("h2", {}, title) : null, place, again);
 		}),
 	);
@@ -262,7 +271,6 @@ function sumUp() {
 	if (shown.length) announce(`${range} ${shown.length} hits: ${parts.join(" and ")}`);
 	else announce(state.cut === "0" ? "No hit." : "No hit. The cut-off may be too high.");
 	$("hint").hidden = !shown.length || isCalibrated() || state.show !== "together" || !info.calibration;
-	$("hint").textContent = "Without the calibration, texts crowd out the pictures.";
 	$("cut").disabled = shown.length > 0 && shown.every((hit) => hit.percentile == null);
 	rove();
 	showChip();
@@ -276,20 +284,20 @@ function showChip() {
 	if ($("chip").hidden) return;
 	const item = known.get(uid) ?? { uid, kind: lists()[0]?.query?.kind };
 	const name = picture?.name ?? `Like ${nameOf(item)}`;
-	const seen = item.kind === "image" ? thumbnail(uid) : mark("text");
-	const image = picture ? make("img", { src: picture.url, alt: "" }) : seen;
+	let image = mark("text");
+	if (picture) image = make("img", { src: picture.url, alt: "" });
+	else if (item.kind === "image") image = thumbnail(uid);
 	const away = button("×", () => (go({ uid: "" }, null), $("words").focus()), { ariaLabel: "Remove", className: "quiet" });
 	$("chip").replaceChildren(image, make("span", { title: name }, name), away);
 }
 
 function show() {
-	const { q, uid, view, calibrated, hybrid, cut } = state;
+	const { q, uid, view, cut } = state;
 	document.title = `${q || (uid ? "More like this" : picture ? "A picture" : "Search")} · nev`;
 	document.body.dataset.view = view;
 	$("words").value = q;
 	for (const radio of all("[name=show]")) radio.checked = radio.value === state.show;
-	$("calibrated").checked = calibrated === "1";
-	$("hybrid").checked = hybrid === "1";
+	for (const name of ["calibrated", "hybrid"]) $(name).checked = state[name] === "1";
 	$("calibrated").parentElement.hidden = !info.calibration;
 	$("hybrid").parentElement.hidden = !info.index?.hybrid;
 	$("cut").value = CUTS.indexOf(Number(cut));
@@ -321,9 +329,15 @@ function showCut() {
 
 // Pictures
 
-// Large files, and forms that the service may not know, are drawn as JPEG. A model sees a few hundred pixels.
-async function prepare(file) {
-	if (/jpeg|png|webp|gif/.test(file.type) && file.size < 2e6) return file;
+const readUrl = (file) =>
+	new Promise((resolve, reject) => {
+		const reader = new FileReader();
+		Object.assign(reader, { onload: () => resolve(reader.result), onerror: () => reject(reader.error) });
+		reader.readAsDataURL(file);
+	});
+
+// Large files, and forms that the service may not know, are drawn anew. A model sees a few hundred pixels.
+async function redraw(file) {
 	const image = await createImageBitmap(file).catch(() => {
 		throw new Error(`This browser cannot read ${file.name}.`);
 	});
@@ -331,19 +345,16 @@ async function prepare(file) {
 	const [width, height] = [image.width, image.height].map((side) => Math.max(1, Math.round(share * side)));
 	const canvas = make("canvas", { width, height });
 	canvas.getContext("2d").drawImage(image, 0, 0, width, height);
-	return new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.95));
+	return canvas.toDataURL("image/webp", 0.95);
 }
 
 async function take(files) {
 	const file = [...files].find((file) => file.type.startsWith("image/"));
 	if (!file) return refuse(files[0] ? `${files[0].name} is no picture.` : "A link is no picture: save it, and drop the file.");
 	try {
-		const reader = new FileReader();
-		const blob = await prepare(file);
-		await new Promise((resolve, reject) => {
-			Object.assign(reader, { onload: resolve, onerror: () => reject(reader.error) }).readAsDataURL(blob);
-		});
-		go({ uid: "", q: $("words").value.trim() }, { url: reader.result, name: file.name });
+		const isPlain = /jpeg|png|webp|gif/.test(file.type) && file.size < 2e6;
+		const url = await (isPlain ? readUrl : redraw)(file);
+		go({ uid: "", q: $("words").value.trim() }, { url, name: file.name });
 	} catch (error) {
 		refuse(error.message);
 	}
@@ -576,7 +587,7 @@ function showPoint() {
 
 function showTable() {
 	const rows = [...points.values()].reverse().map((item) => {
-		const like = button(nameOf(item).slice(0, 120), () => findLike(item.uid), { className: "link" });
+		const like = button(nameOf(item).slice(0, 120), () => findLike(item), { className: "link" });
 		like.onfocus = () => select(item.uid);
 		const cells = [item.rank ?? "", NOUNS[item.kind][0], like];
 		return make("tr", {}, ...cells.map((cell) => make("td", {}, cell)));
@@ -635,13 +646,13 @@ canvas.onpointerup = canvas.onpointercancel = (event) => {
 	if (moved > 4 || event.type !== "pointerup") return;
 	// A mouse selects before it clicks; a finger selects with the first touch.
 	const uid = nearby(event);
-	if (!select(uid) && uid) findLike(uid);
+	if (!select(uid) && uid) findLike(points.get(uid));
 };
 canvas.onpointerleave = (event) => event.pointerType === "mouse" && select(null);
 canvas.onwheel = (event) => {
 	if (view.k === 1 && event.deltaY > 0) return; // the page scrolls
 	event.preventDefault();
-	zoom(Math.exp(-event.deltaY * (event.deltaMode ? 0.05 : 0.002)), [event.offsetX, event.offsetY]);
+	zoom(Math.exp(-event.deltaY / 500), [event.offsetX, event.offsetY]);
 };
 canvas.onkeydown = (event) => {
 	const { key } = event;
@@ -674,6 +685,7 @@ for (const link of $("views").children) {
 		go({ view: link.dataset.view });
 	};
 }
+all(".skip")[0].onclick = (event) => (event.preventDefault(), $("results").focus());
 for (const one of all(".choose")) one.onclick = () => $("file").click();
 $("file").onchange = () => take($("file").files);
 $("file").onclick = () => ($("file").value = "");
@@ -694,9 +706,7 @@ const start = () =>
 		$("search").hidden = false;
 		$("views").hidden = $("options").hidden = !index;
 		$("no-index").hidden = Boolean(index);
-		const key = `${performance.timeOrigin}`;
-		history.replaceState({ ...history.state, key }, "");
-		entries.set(key, {});
+		history.replaceState({ ...history.state, key: performance.timeOrigin }, "");
 		show();
 		if (!hasQuery()) $("words").focus();
 	}, start);
