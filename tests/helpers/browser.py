@@ -70,7 +70,7 @@ def open_page(browser: Browser, url: str, **options: Any) -> Iterator[tuple[Page
 
 
 def wait_until(page: Page, condition: str, seconds: float = 20) -> None:
-    """Wait until an expression of JavaScript is true. Playwright's `wait_for_function` needs `eval`, which a strict policy forbids."""
+    """Wait until an expression of JavaScript is true. Playwright's `wait_for_function` uses `eval`, which the page forbids."""
     end = time.monotonic() + seconds
     while not page.evaluate(f"Boolean({condition})"):
         assert time.monotonic() < end, f"never true: {condition}"

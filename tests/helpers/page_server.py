@@ -1,4 +1,4 @@
-"""The API that the page speaks to, over drawn pictures and made-up vectors with a modality gap, on a free port of this machine."""
+"""The API that the page speaks to, over drawn pictures and made-up vectors with a modality gap, on a free local port."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ def make_vector(words: str, modality: str, noise: str, spread: float = 0.5) -> F
     return scale_to_unit((total + spread * jitter + 1.5 * DIRECTIONS[modality])[None])[0]
 
 
+@cache
 def draw_picture(number: int) -> tuple[bytes, str]:
     """A JPEG that is not in the index, and its caption."""
     row = render(number, 7, "val")
@@ -190,7 +192,7 @@ def rank(items: Items, body: dict[str, Any], faults: Faults) -> dict[str, Any]:
     scores = (vectors @ query.T)[:, 0]
     percentiles = np.zeros(len(scores))
     for own in (items.is_image, ~items.is_image):
-        percentiles[own] = 100 * (scores[own][:, None] > scores[own][None]).mean(axis=1)
+        percentiles[own] = 100 * (scores[own][:, None] >= scores[own][None]).mean(axis=1)
     order = [
         int(n)
         for n in np.argsort(-scores, kind="stable")
@@ -218,7 +220,10 @@ def rank(items: Items, body: dict[str, Any], faults: Faults) -> dict[str, Any]:
         "offset": body["offset"],
         "top": body["top"],
         "calibrated": calibrated,
-        "query": {"kind": "both" if len(parts) > 1 else next(iter(parts)), "position": items.place(query, calibrated)[0]},
+        "query": {
+            "kind": "both" if len(parts) > 1 else next(iter(parts)),
+            "position": items.place(query, calibrated)[0],
+        },
         "milliseconds": 3.2,
     }
 
