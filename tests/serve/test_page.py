@@ -362,7 +362,6 @@ def test_a_view_that_is_chosen_before_the_answer(page: Page, items: Items) -> No
     page.unroute("**/search")
     page.get_by_role("link", name="Map").click()
     page.wait_for_selector(".hit")
-    late[0].continue_()
     assert shown(page) == expected(items, text="red")
 
 
