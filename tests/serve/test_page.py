@@ -481,6 +481,8 @@ def test_the_last_search_wins(page: Page, items: Items) -> None:
 
 
 def test_nothing_is_found(page: Page) -> None:
+    visit(page, "/?q=red+ring&show=image&cut=99.9")
+    assert read_summary(page) == "All 1 hit: 1 picture and 0 texts"
     visit(page, "/?q=red+ring+nowhere&hybrid=1&cut=99.9")
     assert read_summary(page) == "No hit. The cut-off may be too high."
 

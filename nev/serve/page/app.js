@@ -268,7 +268,7 @@ function sumUp() {
 	const list = hits();
 	const parts = Object.keys(NOUNS).map((kind) => count(list.filter((hit) => hit.kind === kind).length, kind));
 	const range = lists().every((list) => list.complete) ? "All" : "The first";
-	if (list.length) announce(`${range} ${list.length} hits: ${parts.join(" and ")}`);
+	if (list.length) announce(`${range} ${list.length} hit${list[1] ? "s" : ""}: ${parts.join(" and ")}`);
 	else announce(state.cut === "0" ? "No hit." : "No hit. The cut-off may be too high.");
 	$("hint").hidden = !list.length || isCalibrated() || state.show !== "together" || !info.calibration;
 	$("cut").disabled = list.length > 0 && list.every((hit) => hit.percentile == null);
