@@ -55,7 +55,8 @@ class Faults:
     """What a test sets, and what reached the server.
 
     answers: status and headers of the next answers of /search, in the place of hits. token: what the API asks for.
-    queries: bodies of /search. indexed: whether an index is open. calibration: whether the model has means.
+    indexed: whether an index is open. calibration: whether the model has means. hybrid: whether there is full text.
+    positions: whether hits have places on the map. queries: bodies of /search.
     """
 
     answers: list[tuple[int, dict[str, str]]] = field(default_factory=list)

@@ -28,12 +28,12 @@ def visit(page: Page, address: str) -> None:
     settle(page)
 
 
-def shown(page: Page, within: str = "#lists") -> list[str]:
+def read_hits(page: Page, within: str = "#lists") -> list[str]:
     """Names of the hits, in their order."""
     return page.locator(f"{within} .hit .similar").evaluate_all("all => all.map((one) => one.ariaLabel.slice(16))")
 
 
-def summary(page: Page) -> str:
+def read_summary(page: Page) -> str:
     return page.locator("#summary").inner_text()
 
 

@@ -19,11 +19,11 @@ from helpers.page_steps import (
     assert_no_barrier,
     drop,
     paste,
+    read_hits,
+    read_summary,
     search,
     settle,
-    shown,
     state_of_map,
-    summary,
     visit,
     wait_for_map,
 )
@@ -54,7 +54,7 @@ def served(items: Items) -> Iterator[tuple[str, Faults]]:
 @pytest.fixture
 def faults(served: tuple[str, Faults]) -> Faults:
     """What the server does in this test, at its defaults."""
-    served[1].__dict__.update(Faults().__dict__)
+    vars(served[1]).update(vars(Faults()))
     return served[1]
 
 
@@ -80,7 +80,7 @@ def watch(opened: tuple[Page, Watch]) -> Watch:
     return opened[1]
 
 
-def expected(items: Items, top: int = PAGE, **query: Any) -> list[str]:
+def rank_names(items: Items, top: int = PAGE, **query: Any) -> list[str]:
     """Names of the hits that the ranking has for a query."""
     empty = {"text": None, "image": None, "uid": None, "kind": None, "min_percentile": None, "hybrid": False}
     body = {**empty, "calibrated": True, "offset": 0, "top": top, **query}
@@ -110,15 +110,15 @@ def test_the_files_are_small_and_their_headers_strict(served: tuple[str, Faults]
 def test_words_give_a_grid_in_order(page: Page, items: Items, faults: Faults) -> None:
     visit(page, "/")
     assert page.evaluate("document.activeElement.id") == "words"
-    assert summary(page).startswith("Type words")
+    assert read_summary(page).startswith("Type words")
     search(page, "red ring")
-    assert shown(page) == expected(items, text="red ring")
+    assert read_hits(page) == rank_names(items, text="red ring")
     first = page.locator(".hit").first
     best = rank(items, {**faults.queries[0]}, Faults())["hits"][0]
     assert f"{best['score']:.3f}" in first.inner_text()
     assert "top of the" in first.inner_text()
     assert "top 2 % of" in page.locator("#lists").inner_text()
-    assert re.fullmatch(r"The first 24 hits: \d+ pictures and \d+ texts", summary(page))
+    assert re.fullmatch(r"The first 24 hits: \d+ pictures and \d+ texts", read_summary(page))
     assert page.title() == "red ring · nev"
     assert page.url.endswith("/?q=red+ring")
 
@@ -132,14 +132,14 @@ def test_a_picture_is_dropped_and_words_are_added(page: Page, items: Items, faul
     assert sent_picture(faults) == data
     assert page.locator("#chip").inner_text().startswith("drop.jpg")
     url = faults.queries[-1]["image"]
-    assert shown(page) == expected(items, image=url)
+    assert read_hits(page) == rank_names(items, image=url)
     search(page, "ring")
-    assert shown(page) == expected(items, image=url, text="ring") != expected(items, image=url)
+    assert read_hits(page) == rank_names(items, image=url, text="ring") != rank_names(items, image=url)
     page.get_by_role("button", name="Remove").click()
     settle(page)
-    assert shown(page) == expected(items, text="ring")
+    assert read_hits(page) == rank_names(items, text="ring")
     page.go_back()
-    assert shown(page) == expected(items, image=url, text="ring")
+    assert read_hits(page) == rank_names(items, image=url, text="ring")
     assert len(faults.queries) == 3, "the back button asks nothing"
     page.reload()
     settle(page)
@@ -177,16 +177,16 @@ def test_what_is_no_picture_is_refused(page: Page, faults: Faults) -> None:
 
 def test_the_calibration_is_a_switch(page: Page, items: Items) -> None:
     visit(page, "/?q=red+ring")
-    assert "0 pictures" not in summary(page)
+    assert "0 pictures" not in read_summary(page)
     page.get_by_role("switch", name="Calibrated").click()
     settle(page)
-    assert shown(page) == expected(items, text="red ring", calibrated=False)
-    assert summary(page) == "The first 24 hits: 0 pictures and 24 texts"
+    assert read_hits(page) == rank_names(items, text="red ring", calibrated=False)
+    assert read_summary(page) == "The first 24 hits: 0 pictures and 24 texts"
     assert "crowd out" in page.locator("#hint").inner_text()
     page.get_by_role("switch", name="Calibrated").click()
     settle(page)
     assert page.locator("#hint").is_hidden()
-    assert shown(page) == expected(items, text="red ring")
+    assert read_hits(page) == rank_names(items, text="red ring")
 
 
 def test_without_means_there_is_no_switch(page: Page, faults: Faults) -> None:
@@ -201,16 +201,16 @@ def test_hits_of_one_kind_and_hits_apart(page: Page, items: Items) -> None:
     for label, kind in (("Pictures", "image"), ("Texts", "text")):
         page.get_by_text(label, exact=True).click()
         settle(page)
-        assert shown(page) == expected(items, text="red ring", kind=kind)
+        assert read_hits(page) == rank_names(items, text="red ring", kind=kind)
     page.get_by_text("Apart", exact=True).click()
     settle(page)
     sections = [f"#lists section:nth-child({n})" for n in (1, 2)]
     for section, kind in zip(sections, ("image", "text"), strict=True):
-        assert shown(page, section) == expected(items, text="red ring", kind=kind)
+        assert read_hits(page, section) == rank_names(items, text="red ring", kind=kind)
     page.get_by_role("button", name="More texts").click()
     settle(page)
-    assert shown(page, sections[1]) == expected(items, text="red ring", kind="text", top=2 * PAGE)
-    assert len(shown(page, sections[0])) == PAGE
+    assert read_hits(page, sections[1]) == rank_names(items, text="red ring", kind="text", top=2 * PAGE)
+    assert len(read_hits(page, sections[0])) == PAGE
 
 
 def test_more_until_the_end(page: Page, items: Items) -> None:
@@ -219,8 +219,8 @@ def test_more_until_the_end(page: Page, items: Items) -> None:
         page.get_by_role("button", name="More hits").click()
         settle(page)
         assert page.evaluate("document.activeElement.className") == "similar", "the first new hit has the focus"
-    assert shown(page) == expected(items, text="red ring", top=200)
-    assert summary(page) == f"All {PICTURES + TEXTS} hits: {PICTURES} pictures and {TEXTS} texts"
+    assert read_hits(page) == rank_names(items, text="red ring", top=200)
+    assert read_summary(page) == f"All {PICTURES + TEXTS} hits: {PICTURES} pictures and {TEXTS} texts"
 
 
 def test_the_cut_off_is_a_percentile(page: Page, items: Items, faults: Faults) -> None:
@@ -230,17 +230,29 @@ def test_the_cut_off_is_a_percentile(page: Page, items: Items, faults: Faults) -
         settle(page)
     assert page.locator("#cut-words").inner_text() == "the top 10 %"
     assert faults.queries[-1]["min_percentile"] == 90
-    assert shown(page) == expected(items, text="red ring", min_percentile=90)
-    assert summary(page).startswith("All ")
+    assert read_hits(page) == rank_names(items, text="red ring", min_percentile=90)
+    assert read_summary(page).startswith("All ")
     assert page.url.endswith("cut=90")
+
+
+def test_few_items_have_no_percentiles(page: Page) -> None:
+    def strip(route: Any) -> None:
+        answer = route.fetch().json()
+        route.fulfill(json={**answer, "hits": [{**hit, "percentile": None} for hit in answer["hits"]]})
+
+    page.route("**/search", strip)
+    visit(page, "/?q=red+ring")
+    assert page.locator("#cut").is_disabled()
+    assert page.locator("#cut-words").inner_text() == "all (too few items)"
+    assert " % of" not in page.locator("#lists").inner_text()
 
 
 def test_full_text_where_the_index_has_it(page: Page, items: Items) -> None:
     visit(page, "/?q=red+ring")
     page.get_by_role("switch", name="Full text").click()
     settle(page)
-    assert shown(page) == expected(items, text="red ring", hybrid=True)
-    assert len(shown(page)) < PAGE
+    assert read_hits(page) == rank_names(items, text="red ring", hybrid=True)
+    assert len(read_hits(page)) < PAGE
 
 
 def test_more_like_a_hit_and_back(page: Page, items: Items, faults: Faults) -> None:
@@ -256,16 +268,16 @@ def test_more_like_a_hit_and_back(page: Page, items: Items, faults: Faults) -> N
     settle(page)
     uid = items.uids[items.texts.index(name)]
     assert faults.queries[-1]["uid"] == uid
-    assert shown(page) == expected(items, uid=uid)
+    assert read_hits(page) == rank_names(items, uid=uid)
     assert page.locator("#chip").inner_text().startswith(f"Like {name}")
     assert page.evaluate("scrollY") == 0
     search(page, "blue")
-    assert shown(page) == expected(items, uid=uid, text="blue")
+    assert read_hits(page) == rank_names(items, uid=uid, text="blue")
     asked = len(faults.queries)
     page.go_back()
     page.go_back()
     wait_until(page, "document.querySelector('#words').value === 'red ring'")
-    assert shown(page) == expected(items, text="red ring", top=2 * PAGE)
+    assert read_hits(page) == rank_names(items, text="red ring", top=2 * PAGE)
     assert abs(page.evaluate("scrollY") - height) < 2, "the list is where it was left"
     assert len(faults.queries) == asked, "the back button asks nothing"
 
@@ -296,7 +308,7 @@ def test_the_whole_way_by_keyboard(page: Page, faults: Faults) -> None:
     assert places == [0, 1, 1 + columns, columns, PAGE - 1, PAGE - 1, 0]
     assert page.locator(".similar[tabindex='0']").count() == 1, "one stop of the Tab key"
     keyboard.press("ArrowRight")
-    name = shown(page)[1]
+    name = read_hits(page)[1]
     keyboard.press("Tab")
     keyboard.press("Shift+Tab")
     assert at() == 1
@@ -323,22 +335,22 @@ def test_the_whole_way_by_keyboard(page: Page, faults: Faults) -> None:
 def test_a_link_shows_what_its_sender_saw(page: Page, items: Items, faults: Faults) -> None:
     uid = items.uids[PICTURES + 5]
     visit(page, f"/?uid={uid}&show=image&calibrated=0&cut=50&view=map")
-    names = shown(page)
-    assert names == expected(items, uid=uid, kind="image", calibrated=False, min_percentile=50)
+    names = read_hits(page)
+    assert names == rank_names(items, uid=uid, kind="image", calibrated=False, min_percentile=50)
     page.reload()
     settle(page)
-    assert shown(page) == names
+    assert read_hits(page) == names
     assert page.get_by_role("radio", name="Pictures").is_checked()
     assert not page.get_by_role("switch", name="Calibrated").is_checked()
     assert page.locator("#cut-words").inner_text() == "the top 50 %"
     assert page.locator("#canvas").is_visible()
     page.get_by_role("link", name="Hits", exact=True).click()
-    assert shown(page) == names
+    assert read_hits(page) == names
     assert len(faults.queries) == 2, "another view asks nothing"
     page.go_back()
     assert page.locator("#canvas").is_visible()
     visit(page, "/?q=red&show=everything&cut=7&view=globe")
-    assert shown(page) == expected(items, text="red")
+    assert read_hits(page) == rank_names(items, text="red")
 
 
 def test_back_after_a_reload(page: Page, items: Items) -> None:
@@ -349,7 +361,7 @@ def test_back_after_a_reload(page: Page, items: Items) -> None:
     page.go_back()
     wait_until(page, "document.querySelector('#words').value === 'red'")
     settle(page)
-    assert shown(page) == expected(items, text="red")
+    assert read_hits(page) == rank_names(items, text="red")
 
 
 def test_a_view_that_is_chosen_before_the_answer(page: Page, items: Items) -> None:
@@ -362,12 +374,12 @@ def test_a_view_that_is_chosen_before_the_answer(page: Page, items: Items) -> No
     page.unroute("**/search")
     page.get_by_role("link", name="Map").click()
     page.wait_for_selector(".hit")
-    assert shown(page) == expected(items, text="red")
+    assert read_hits(page) == rank_names(items, text="red")
 
 
 def test_texts_are_never_markup(page: Page, items: Items) -> None:
     visit(page, "/?q=red+ring&view=map")
-    number = next(n for n, name in enumerate(shown(page)) if name.startswith(SCRIPT[:90]))
+    number = next(n for n, name in enumerate(read_hits(page)) if name.startswith(SCRIPT[:90]))
     assert SCRIPT in page.locator("#lists .words").nth(number).inner_text()
     page.locator("#lists .similar").nth(number).focus()
     assert page.locator("#point .words").inner_text().startswith(SCRIPT)
@@ -388,7 +400,7 @@ def test_uids_are_any_words(page: Page, items: Items) -> None:
     page.evaluate("(uid) => location.assign('/?' + new URLSearchParams({uid}))", ODD_UID)
     page.wait_for_selector(".hit")
     settle(page)
-    assert shown(page) == expected(items, uid=ODD_UID)
+    assert read_hits(page) == rank_names(items, uid=ODD_UID)
     wait_until(page, "document.querySelector('#chip img').naturalWidth > 0")
 
 
@@ -414,14 +426,14 @@ def test_a_token_is_asked_for(page: Page, watch: Watch, items: Items, faults: Fa
     page.get_by_role("button", name="Continue").click()
     page.wait_for_selector(".hit")
     settle(page)
-    assert shown(page) == expected(items, text="red ring")
+    assert read_hits(page) == rank_names(items, text="red ring")
     wait_until(page, "[...document.querySelectorAll('.hit img')].every((one) => one.naturalWidth > 0)")
     assert page.locator(".hit img").first.get_attribute("src").startswith("blob:")  # type: ignore[union-attr]
     assert page.evaluate("[sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
     assert "opens" not in page.url
     page.reload()
     settle(page)
-    assert shown(page) == expected(items, text="red ring")
+    assert read_hits(page) == rank_names(items, text="red ring")
 
 
 def test_errors_are_shown_and_tried_again(page: Page, watch: Watch, items: Items, faults: Faults) -> None:
@@ -439,7 +451,7 @@ def test_errors_are_shown_and_tried_again(page: Page, watch: Watch, items: Items
     page.keyboard.press("Enter")
     wait_until(page, "document.querySelector('#summary').textContent.includes('busy. Next try in 1 s')")
     settle(page)
-    assert shown(page) == expected(items, text="blue")
+    assert read_hits(page) == rank_names(items, text="blue")
     page.route("**/search", lambda route: route.abort())
     search(page, "green")
     assert "cannot be reached" in page.get_by_role("alert").inner_text()
@@ -465,12 +477,14 @@ def test_the_last_search_wins(page: Page, items: Items) -> None:
     assert len(late) == 1
     late[0].continue_()
     page.wait_for_timeout(200)
-    assert shown(page) == expected(items, text="blue")
+    assert read_hits(page) == rank_names(items, text="blue")
 
 
 def test_nothing_is_found(page: Page) -> None:
+    visit(page, "/?q=red+ring&show=image&cut=99.9")
+    assert read_summary(page) == "All 1 hit: 1 picture and 0 texts"
     visit(page, "/?q=red+ring+nowhere&hybrid=1&cut=99.9")
-    assert summary(page) == "No hit. The cut-off may be too high."
+    assert read_summary(page) == "No hit. The cut-off may be too high."
 
 
 def test_the_map_lights_up_a_search(page: Page, items: Items, faults: Faults) -> None:
@@ -582,7 +596,7 @@ def test_without_an_index_sentences_are_compared_with_a_picture(page: Page, faul
     scores = [float(text) for text in page.locator(".score").all_inner_texts()]
     assert len(scores) == 3
     assert scores == sorted(scores, reverse=True)
-    assert shown(page)[0] == "a red star"
+    assert read_hits(page)[0] == "a red star"
 
 
 @pytest.mark.parametrize("view", ["/", "/?q=red+ring", "/?q=red+ring&show=apart&calibrated=0", "/?q=red+ring&view=map"])

@@ -35,7 +35,7 @@ let info = null;
 let state = readAddress();
 let picture = null; // {url, name}, a data URL: in memory alone
 const entries = new Map(); // what each entry of the history showed: the back button asks nothing again
-const known = new Map(); // items that were seen, by uid
+const items = new Map(); // by uid
 const lists = () => entry().lists ?? [];
 const hits = () => lists().flatMap((list) => list.hits);
 const isCalibrated = () => state.calibrated === "1" && info.calibration;
@@ -48,14 +48,14 @@ function entry() {
 }
 
 function readAddress() {
-	const given = new URLSearchParams(location.search);
-	const read = ([name, values]) => [name, values.includes(given.get(name)) ? given.get(name) : values[0]];
-	return { q: given.get("q") ?? "", uid: given.get("uid") ?? "", ...Object.fromEntries(Object.entries(CHOICES).map(read)) };
+	const query = new URLSearchParams(location.search);
+	const read = ([name, values]) => [name, values.includes(query.get(name)) ? query.get(name) : values[0]];
+	return { q: query.get("q") ?? "", uid: query.get("uid") ?? "", ...Object.fromEntries(Object.entries(CHOICES).map(read)) };
 }
 
 function addressOf(state) {
-	const given = Object.entries(state).filter(([name, value]) => value !== (CHOICES[name]?.[0] ?? ""));
-	return location.pathname + (given.length ? `?${new URLSearchParams(given)}` : "");
+	const parts = Object.entries(state).filter(([name, value]) => value !== (CHOICES[name]?.[0] ?? ""));
+	return location.pathname + (parts.length ? `?${new URLSearchParams(parts)}` : "");
 }
 
 function go(change, newPicture = picture) {
@@ -63,16 +63,16 @@ function go(change, newPicture = picture) {
 	const isSame = (a) => newPicture === picture && addressOf(a) === addressOf(next);
 	const isOtherView = !isSame(state) && isSame({ ...state, view: next.view });
 	const way = isSame(state) ? "replaceState" : "pushState";
-	const kept = isOtherView ? entry().lists : null;
+	const known = isOtherView ? entry().lists : null;
 	remember();
 	[state, picture] = [next, newPicture];
 	history[way]({ key: performance.timeOrigin + performance.now(), picture: Boolean(picture) }, "", addressOf(state));
-	Object.assign(entry(), { picture, lists: kept });
+	Object.assign(entry(), { picture, lists: known });
 	show();
 }
 
 function findLike(item) {
-	known.set(item.uid, item);
+	items.set(item.uid, item);
 	go({ q: "", uid: item.uid }, null);
 }
 
@@ -83,21 +83,21 @@ function remember() {
 // The service
 
 const token = () => sessionStorage.getItem("nev-token") ?? "";
-let asking = null;
+let dialog = null;
 
 function askToken() {
-	asking ??= new Promise((resolve) => {
+	dialog ??= new Promise((resolve) => {
 		$("refused").textContent = token() ? "The service refused this token." : "";
 		$("secret").value = $("token").returnValue = "";
 		$("token").onclose = () => {
-			asking = null;
-			const given = $("token").returnValue && $("secret").value.trim();
-			if (given) sessionStorage.setItem("nev-token", given);
-			resolve(Boolean(given));
+			dialog = null;
+			const secret = $("token").returnValue && $("secret").value.trim();
+			if (secret) sessionStorage.setItem("nev-token", secret);
+			resolve(Boolean(secret));
 		};
 		$("token").showModal();
 	});
-	return asking;
+	return dialog;
 }
 
 async function call(address, content, signal) {
@@ -127,7 +127,7 @@ async function call(address, content, signal) {
 function thumbnail(uid, properties) {
 	const image = make("img", { alt: "", draggable: false, ...properties });
 	const address = `thumbnails/${encodeURIComponent(uid)}`;
-	if (known.get(uid)?.thumbnail === false) return image;
+	if (items.get(uid)?.thumbnail === false) return image;
 	if (!token()) image.src = address;
 	else {
 		image.onload = () => URL.revokeObjectURL(image.src);
@@ -172,7 +172,7 @@ async function ask(kind, offset, signal) {
 		signal,
 	);
 	const { hits, query } = await answer.json();
-	for (const hit of hits) known.set(hit.uid, hit);
+	for (const hit of hits) items.set(hit.uid, hit);
 	return { kind, hits, query, complete: hits.length < PAGE };
 }
 
@@ -265,13 +265,14 @@ function showLists() {
 }
 
 function sumUp() {
-	const shown = hits();
-	const parts = Object.keys(NOUNS).map((kind) => count(shown.filter((hit) => hit.kind === kind).length, kind));
+	const list = hits();
+	const parts = Object.keys(NOUNS).map((kind) => count(list.filter((hit) => hit.kind === kind).length, kind));
 	const range = lists().every((list) => list.complete) ? "All" : "The first";
-	if (shown.length) announce(`${range} ${shown.length} hits: ${parts.join(" and ")}`);
+	if (list.length) announce(`${range} ${list.length} hit${list[1] ? "s" : ""}: ${parts.join(" and ")}`);
 	else announce(state.cut === "0" ? "No hit." : "No hit. The cut-off may be too high.");
-	$("hint").hidden = !shown.length || isCalibrated() || state.show !== "together" || !info.calibration;
-	$("cut").disabled = shown.length > 0 && shown.every((hit) => hit.percentile == null);
+	$("hint").hidden = !list.length || isCalibrated() || state.show !== "together" || !info.calibration;
+	$("cut").disabled = list.length > 0 && list.every((hit) => hit.percentile == null);
+	if ($("cut").disabled) $("cut-words").textContent = "all (too few items)";
 	rove();
 	showChip();
 	drawMap(true);
@@ -282,7 +283,7 @@ function showChip() {
 	const { uid } = state;
 	$("chip").hidden = !picture && !uid;
 	if ($("chip").hidden) return;
-	const item = known.get(uid) ?? { uid, kind: lists()[0]?.query?.kind };
+	const item = items.get(uid) ?? { uid, kind: lists()[0]?.query?.kind };
 	const name = picture?.name ?? `Like ${nameOf(item)}`;
 	let image = mark("text");
 	if (picture) image = make("img", { src: picture.url, alt: "" });
@@ -387,8 +388,8 @@ addEventListener("paste", (event) => {
 const buttons = (within = $("lists")) => all(".similar", within);
 
 // One hit is a stop of the Tab key: the hit that had the focus last, else the first.
-function rove(current = buttons().find((one) => !one.tabIndex) ?? buttons()[0]) {
-	if ($("lists").contains(current)) for (const one of buttons()) one.tabIndex = one === current ? 0 : -1;
+function rove(current = buttons().find((node) => !node.tabIndex) ?? buttons()[0]) {
+	if ($("lists").contains(current)) for (const node of buttons()) node.tabIndex = node === current ? 0 : -1;
 }
 
 // The hit that a key leads to. Up and down stay in a list; up from the first row leads to the words.
@@ -398,8 +399,8 @@ function neighbour(from, key) {
 	const [dx, dy] = MOVES[key];
 	if (dx) return buttons()[buttons().indexOf(from) + dx] ?? from;
 	const list = buttons(from.closest("ol"));
-	const top = (one) => one.parentElement.offsetTop;
-	const columns = list.filter((one) => top(one) === top(list[0])).length;
+	const top = (node) => node.parentElement.offsetTop;
+	const columns = list.filter((node) => top(node) === top(list[0])).length;
 	return list[list.indexOf(from) + dy * columns] ?? (dy < 0 ? $("words") : from);
 }
 
@@ -431,7 +432,7 @@ const SHAPES = {
 	query: new Path2D("M0-13 3-4 13-4 5 2 8 12 0 6-8 12-5 2-13-4-3-4z"),
 };
 const maps = {}; // by calibration
-let shown = null; // of `maps`: {uids, kinds, texts, explained, points, scale}
+let plane = null; // of `maps`: {uids, kinds, texts, explained, points, scale}
 let points = new Map(); // by uid: {uid, kind, text, at, rank}
 let view = { k: 1, x: 0, y: 0 };
 let selected = null; // uid
@@ -447,7 +448,7 @@ async function openMap() {
 		return refuse(error.message, openMap);
 	}
 	if (wanted !== isCalibrated()) return;
-	const [before, after] = [shown, maps[wanted]];
+	const [before, after] = [plane, maps[wanted]];
 	const start = matchMedia("(prefers-reduced-motion: reduce)").matches ? 0 : performance.now();
 	// The eye follows the points from their places without calibration to those with it.
 	const step = (now) => {
@@ -455,7 +456,7 @@ async function openMap() {
 		const t = before ? Math.min((now - start) / 700, 1) : 1;
 		const mix = (a, b) => a + (b - a) * t * t * (3 - 2 * t);
 		const place = ([x, y], n) => [mix(before.points[n][0], x), mix(before.points[n][1], y)];
-		shown = t < 1 ? { ...after, points: after.points.map(place) } : after;
+		plane = t < 1 ? { ...after, points: after.points.map(place) } : after;
 		drawMap(t === 1);
 		if (t < 1) requestAnimationFrame(step);
 	};
@@ -483,10 +484,10 @@ function toPixels(at) {
 
 // The sample, and above it the hits, the best on top.
 function gather() {
-	const { uids, kinds, texts } = shown;
-	points = new Map(uids.map((uid, n) => [uid, { uid, kind: kinds[n], text: texts[n], at: shown.points[n] }]));
+	const { uids, kinds, texts } = plane;
+	points = new Map(uids.map((uid, n) => [uid, { uid, kind: kinds[n], text: texts[n], at: plane.points[n] }]));
 	for (const [n, hit] of [...hits().entries()].reverse()) {
-		const at = points.get(hit.uid)?.at ?? (hit.position && shown.scale(hit.position));
+		const at = points.get(hit.uid)?.at ?? (hit.position && plane.scale(hit.position));
 		points.delete(hit.uid);
 		if (at) points.set(hit.uid, { ...hit, at, rank: n + 1 });
 	}
@@ -494,7 +495,7 @@ function gather() {
 
 // isNew: other points or hits than before, so that the legend and the table change, too.
 function drawMap(isNew) {
-	if (!shown || !canvas.clientWidth) return;
+	if (!plane || !canvas.clientWidth) return;
 	gather();
 	if (isNew) showLegend();
 	paint();
@@ -506,7 +507,7 @@ function paint() {
 	const colourOf = (node) => getComputedStyle(node).backgroundColor;
 	const ground = colourOf(canvas);
 	const ink = getComputedStyle(canvas).color;
-	const colours = Object.fromEntries(all("#legend .mark").map((one) => [one.classList[1], colourOf(one)]));
+	const colours = Object.fromEntries(all("#legend .mark").map((node) => [node.classList[1], colourOf(node)]));
 	const stamp = (shape, [x, y], size, rim) => {
 		brush.save();
 		brush.translate(x, y);
@@ -520,7 +521,7 @@ function paint() {
 	canvas.height = canvas.clientHeight * devicePixelRatio;
 	brush.scale(devicePixelRatio, devicePixelRatio);
 	const query = lists()[0]?.query?.position;
-	const star = query && toPixels(shown.scale(query));
+	const star = query && toPixels(plane.scale(query));
 	const lit = [...points.values()].filter((point) => point.rank);
 	const size = Math.min(Math.sqrt(view.k), 2) * (points.size > 800 ? 0.8 : 1);
 	for (const { kind, at, rank } of points.values()) {
@@ -555,8 +556,8 @@ function paint() {
 }
 
 function showLegend() {
-	const share = Math.round(100 * (shown.explained[0] + shown.explained[1]));
-	const number = (kind) => shown.kinds.filter((one) => one === kind).length;
+	const share = Math.round(100 * (plane.explained[0] + plane.explained[1]));
+	const number = (kind) => plane.kinds.filter((other) => other === kind).length;
 	$("legend").replaceChildren(
 		...Object.keys(NOUNS).map((kind) => make("span", {}, mark(kind), count(number(kind), kind))),
 		`★ the query. These two directions hold ${share} % of the differences.`,
@@ -565,7 +566,7 @@ function showLegend() {
 
 // Returns whether another point is selected than before.
 function select(uid) {
-	if (!shown || selected === uid) return false;
+	if (!plane || selected === uid) return false;
 	selected = uid;
 	drawMap();
 	return true;
@@ -657,13 +658,13 @@ canvas.onwheel = (event) => {
 canvas.onkeydown = (event) => {
 	const { key } = event;
 	const move = MOVES[key];
-	if (!shown || isChord(event)) return;
+	if (!plane || isChord(event)) return;
 	if (move) pan(-60 * move[0], -60 * move[1]);
 	else if ("+=-0".includes(key)) zoom({ "-": 0.67, 0: 0 }[key] ?? 1.5);
 	else return;
 	event.preventDefault();
 };
-for (const one of all(".zoom button")) one.onclick = () => zoom(Number(one.value));
+for (const node of all(".zoom button")) node.onclick = () => zoom(Number(node.value));
 $("table").ontoggle = () => drawMap(true);
 new ResizeObserver(() => drawMap()).observe(canvas);
 matchMedia("(prefers-color-scheme: dark)").onchange = () => drawMap();
@@ -686,7 +687,7 @@ for (const link of $("views").children) {
 	};
 }
 all(".skip")[0].onclick = (event) => (event.preventDefault(), $("results").focus());
-for (const one of all(".choose")) one.onclick = () => $("file").click();
+for (const node of all(".choose")) node.onclick = () => $("file").click();
 $("file").onchange = () => take($("file").files);
 $("file").onclick = () => ($("file").value = "");
 
