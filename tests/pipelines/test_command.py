@@ -43,8 +43,8 @@ def test_the_help_page_lists_the_commands_in_the_order_of_use() -> None:
     places = [shown.index(f"│ {name} ") for name in COMMANDS]
     assert places == sorted(places)
     assert list(COMMANDS) == [
-        "prepare", "embed-text", "embed-images", "train", "evaluate", "export",
-        "filter", "ablate", "capacity", "pretrain", "quickstart",
+        "prepare", "embed-text", "embed-images", "train", "evaluate", "export", "index", "serve",
+        "filter", "ablate", "capacity", "pretrain", "quickstart", "demo",
     ]  # fmt: skip
     assert "--install-completion" in shown
 
