@@ -219,20 +219,22 @@ def embed_vectors(
 def show_report(report: CorpusReport, output: str, console: Console) -> None:
     """Print what was done, and what was not."""
 
+    from nev.data.prepare.order import DUPLICATE_UID
+
     def line(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     if report.pruned:
         line(f"{report.pruned:,} vector files of other input deleted")
-    rate = f", {report.pictures / report.seconds:,.0f} pictures/s" if report.pictures else ""
+    rate = f", {report.pictures / report.seconds:,.0f} pictures/s" if report.pictures > report.seconds else ""
     line(f"{report.written:,} vector files written, {report.pictures:,} pictures{rate}; {report.skipped:,} were there")
     bad = f", {report.bad.total():,} pictures cannot be used (listed in {output}/_bad)" if report.bad else ""
     line(f"{output}: {report.total:,} vectors{bad}")
     show_bad(report.bad, console)
-    if report.repeated:
+    if repeated := report.repeated + report.bad.get(DUPLICATE_UID, 0):
         line(
-            f"{report.repeated:,} vectors have the uid of another vector; an index has one row a uid. For tars whose keys repeat "
-            "from tar to tar: --tar-in-uid"
+            f"{repeated:,} pictures have the uid of another picture, and an index has one row a uid. If keys repeat from tar to "
+            "tar for different pictures, use --tar-in-uid, and another --output."
         )
     if report.unreadable:
         line(f"{len(report.unreadable):,} parts could not be read. The same command tries them again. The first:")

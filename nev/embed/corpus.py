@@ -29,7 +29,7 @@ from nev.data.sources import Part, Source, take_first
 from nev.data.uids import Keys, hash_uids
 from nev.data.vectors import Precision, VectorSpec, list_vector_files, read_vectors
 from nev.embed.features import EmbeddingFailed
-from nev.embed.output import PartSpec, count_bad, find_finished, refuse_stale, remove_unfinished
+from nev.embed.output import PartSpec, count_bad, find_finished, prune_stale, remove_unfinished
 from nev.embed.part import PROGRESS_S, ModelPlace, PartJob, embed_part
 from nev.storage.files import PARALLEL_REQUESTS
 
@@ -137,7 +137,7 @@ def embed_corpus(
     with exclusive_lock(options.output, "embed-images"):
         finished = find_finished(options.output, job.spec, job.settings)
         stamps = {part.stamp for part in source.parts}
-        pruned = refuse_stale(options.output, finished.keys() - stamps, options.prune)
+        pruned = prune_stale(options.output, finished.keys() - stamps, options.prune)
         remove_unfinished(options.output)
         missing = [part for part in source.parts if part.stamp not in finished]
         there = [part for stamp, part in finished.items() if stamp in stamps]

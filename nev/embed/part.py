@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from nev.config.data import Limits
 from nev.config.model_spec import ModelError
+from nev.data.prepare.order import DUPLICATE_UID
 from nev.data.rows import Row, find_fault, parse_captions
 from nev.data.sources import Part
 from nev.data.vectors import VectorSpec, make_schema, make_table, open_writer
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from nev.inference.model import Model
 
 BAD_SCHEMA = pa.schema([("uid", pa.string()), ("source", pa.string()), ("reason", pa.string())])
-DUPLICATE_UID = "uid of an earlier row of this part"
 GROUP_ROWS, GROUP_BYTES = 4096, 64 * 2**20  # of a row group: it is written when it has one of them
 CPU_BATCH, GPU_BATCH = 16, 256  # pictures of a forward: on a CPU of 224 pixels a side, of smaller ones more
 PROGRESS_S = 0.5
