@@ -7,16 +7,19 @@ its pictures that cannot be used. The metadata of a vector file say what it was 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from nev.common.errors import first_few
 from nev.config.base import ConfigError, Section
-from nev.data.vectors import VectorSpec, list_vector_files, read_spec
+from nev.data.rows import MAX_REASONS
+from nev.data.uids import Keys, hash_uids
+from nev.data.vectors import VectorSpec, list_vector_files, read_spec, read_vectors
 from nev.storage.files import PARALLEL_REQUESTS, filesystem, is_damage, is_local, join, open_parquet
 from nev.storage.reading import DataError, read_errors_as_data_errors, write_errors_as_data_errors
 
@@ -129,9 +132,21 @@ def remove_unfinished(output: str) -> None:
             fs.rm(folder, recursive=True)
 
 
-def count_bad(parts: Iterable[PartSpec]) -> Counter[str]:
-    """Pictures that cannot be used, by reason."""
+def count_reasons(*counts: Mapping[str, int]) -> dict[str, int]:
+    """The sum of counts by reason. Reasons beyond MAX_REASONS, which may have numbers of the picture in them, are one."""
     total = Counter[str]()
-    for part in parts:
-        total.update(part.bad)
-    return total
+    for each in counts:
+        for reason, count in each.items():
+            total[reason if reason in total or len(total) < MAX_REASONS else "other reasons"] += count
+    return dict(total)
+
+
+def count_repeated_uids(output: str) -> int:
+    """Vectors in the folder whose uid another vector has. Takes 32 bytes of memory a vector."""
+
+    def read_keys(location: str) -> Keys:
+        return hash_uids(read_vectors(location, ["uid"])["uid"].to_pylist())
+
+    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+        keys = np.concatenate(list(pool.map(read_keys, list_vector_files(output))))
+    return len(keys) - len(np.unique(keys))

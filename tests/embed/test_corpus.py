@@ -27,9 +27,10 @@ from nev.config.base import ConfigError
 from nev.config.model_spec import ModelError
 from nev.data.sources import SOURCES, Part, Source, SourceOptions
 from nev.data.vectors import as_array, iterate_vectors, list_vector_files, read_spec, read_vectors
-from nev.embed.corpus import CorpusOptions, make_job, open_model, threads_beside_gpu
-from nev.embed.output import PartSpec, find_finished, prune_stale
-from nev.embed.part import ModelPlace, PartJob, choose_batch, embed_part, load_same_model
+from nev.embed.corpus import CorpusOptions, make_job, threads_beside_gpu
+from nev.embed.output import PartSpec, count_reasons, find_finished, prune_stale
+from nev.embed.part import PartJob, choose_batch, embed_part
+from nev.embed.same_model import ModelPlace, load_same_model, open_model
 from nev.inference.model import Model
 from nev.storage.files import filesystem, list_files
 from nev.storage.reading import DataError
@@ -274,12 +275,14 @@ def test_bad_rows_are_listed_with_their_reason(opened: Opened, tmp_path: Path) -
         "status.json": {"status": "failed_to_download"},
         "x.jpg": encoded(photo(3)),
         "x.json": {"uid": "k0"},
+        "again.jpg": encoded(photo(4)),
+        "again.json": {"uid": "lone"},
         "half.jpg": encoded(photo(3)),
         "half.json": '{"uid": "\\ud83d"}',
     }
     source = write_tar(tmp_path / "tars", **more)
     record = run(source, job_for(opened, source, tmp_path / "out"))
-    assert record.rows == 6
+    assert record.rows == 7  # six, and the picture whose uid a row without a picture had
     assert record.bad.keys() == {
         *(key for key in record.bad if key.startswith("JPEG: ")),
         "image is 9000x9000, more than limits.max_pixels",
@@ -468,6 +471,13 @@ def test_a_wider_vector_than_the_model_s_is_refused(opened: Opened, tmp_path: Pa
     source = write_tar(tmp_path / "tars")
     with pytest.raises(ConfigError, match="--width 49: the model's vectors have 48 numbers"):
         job_for(opened, source, tmp_path / "out", width=49)
+
+
+def test_reasons_without_end_are_one() -> None:
+    many = {f"image is {n}x1": 1 for n in range(200)}
+    total = count_reasons({"empty": 2}, many, {"empty": 3, "new": 4})
+    assert (total["empty"], total["other reasons"], len(total)) == (5, 105, 101)
+    assert sum(total.values()) == 209
 
 
 def test_small_pictures_have_large_batches() -> None:
