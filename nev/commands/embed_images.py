@@ -124,10 +124,11 @@ def main(
 
         absolute = [absolute_input(each) for each in inputs or []]
         output = absolute_output(str(output))
-        refuse_inside(output, absolute)
-        kind = choose_kind(source, given, absolute, bool(metadata), console)
+        tables = [absolute_input(each) for each in metadata or []]
+        refuse_inside(output, [*absolute, *tables])
+        kind = choose_kind(source, given, absolute, bool(tables), console)
         columns = {"uid": uid, "image": image, "caption": caption}
-        settings: dict[str, object] = {"columns": columns, "metadata": metadata or (), "captioned": False}
+        settings: dict[str, object] = {"columns": columns, "metadata": tables, "captioned": False}
         settings["tar_in_uid"] = tar_in_uid
         options = CorpusOptions(
             output=output,
@@ -166,7 +167,7 @@ def absolute_output(output: str) -> str:
     """The output as an absolute path, or the URL. Raises ConfigError for what is no folder."""
     from nev.config.paths import refuse_lost_output
 
-    refuse_lost_output(output)
+    refuse_lost_output(output, "--output")
     if output.endswith(".parquet"):
         raise ConfigError(f"--output {output}: many files are written, so give the name of a folder")
     if output.startswith("s3://") and len(output.rstrip("/").split("/")) < 4:
@@ -205,7 +206,8 @@ def embed_vectors(
     """
     from nev.cluster.session import connect
     from nev.data.sources import SOURCES, SourceOptions
-    from nev.embed.corpus import PART_BYTES, embed_corpus, open_model
+    from nev.embed.corpus import PART_BYTES, embed_corpus
+    from nev.embed.same_model import open_model
 
     model, same_model = open_model(*place, with_text=options.captions)
     settings |= {"limits": model.spec.limits, "part_bytes": PART_BYTES}
@@ -218,21 +220,22 @@ def embed_vectors(
 
 def show_report(report: CorpusReport, output: str, console: Console) -> None:
     """Print what was done, and what was not."""
+    from nev.data.prepare.order import DUPLICATE_UID
 
     def line(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     if report.pruned:
         line(f"{report.pruned:,} vector files of other input deleted")
-    rate = f", {report.pictures / report.seconds:,.0f} pictures/s" if report.pictures else ""
+    rate = f", {report.pictures / report.seconds:,.0f} pictures/s" if report.pictures > report.seconds else ""
     line(f"{report.written:,} vector files written, {report.pictures:,} pictures{rate}; {report.skipped:,} were there")
     bad = f", {report.bad.total():,} pictures cannot be used (listed in {output}/_bad)" if report.bad else ""
     line(f"{output}: {report.total:,} vectors{bad}")
     show_bad(report.bad, console)
-    if report.repeated:
+    if repeated := report.repeated + report.bad.get(DUPLICATE_UID, 0):
         line(
-            f"{report.repeated:,} vectors have the uid of another vector; an index has one row a uid. For tars whose keys repeat "
-            "from tar to tar: --tar-in-uid"
+            f"{repeated:,} pictures have the uid of another picture, and an index has one row a uid. If keys repeat from tar to "
+            "tar for different pictures, use --tar-in-uid, and another --output."
         )
     if report.unreadable:
         line(f"{len(report.unreadable):,} parts could not be read. The same command tries them again. The first:")

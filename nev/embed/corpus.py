@@ -11,11 +11,8 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from ray.exceptions import RayError
 from rich.console import Console
 
@@ -26,12 +23,19 @@ from nev.common.progress import progress
 from nev.config.base import ConfigError
 from nev.data.prepare.job_state import exclusive_lock
 from nev.data.sources import Part, Source, take_first
-from nev.data.uids import Keys, hash_uids
-from nev.data.vectors import Precision, VectorSpec, list_vector_files, read_vectors
+from nev.data.vectors import Precision, VectorSpec
 from nev.embed.features import EmbeddingFailed
-from nev.embed.output import PartSpec, count_bad, find_finished, refuse_stale, remove_unfinished
-from nev.embed.part import PROGRESS_S, ModelPlace, PartJob, embed_part
-from nev.storage.files import PARALLEL_REQUESTS
+from nev.embed.output import (
+    PartSpec,
+    count_reasons,
+    count_repeated_uids,
+    find_finished,
+    prune_stale,
+    remove_unfinished,
+)
+from nev.embed.part import PROGRESS_S, PartJob, embed_part
+from nev.embed.same_model import ModelPlace
+from nev.runs.folder import check_writable
 
 if TYPE_CHECKING:
     from nev.inference.model import Model
@@ -137,12 +141,13 @@ def embed_corpus(
     with exclusive_lock(options.output, "embed-images"):
         finished = find_finished(options.output, job.spec, job.settings)
         stamps = {part.stamp for part in source.parts}
-        pruned = refuse_stale(options.output, finished.keys() - stamps, options.prune)
+        pruned = prune_stale(options.output, finished.keys() - stamps, options.prune)
         remove_unfinished(options.output)
         missing = [part for part in source.parts if part.stamp not in finished]
         there = [part for stamp, part in finished.items() if stamp in stamps]
         result = WriteResult([], [], 0.0)
         if missing:
+            check_writable(options.output, f"--output {options.output}")
             result = write_parts(job, missing, len(there), gpus, weight_bytes(model, options.captions), console)
         remove_unfinished(options.output)
         repeated = count_repeated_uids(options.output) if result.parts else 0
@@ -153,34 +158,11 @@ def embed_corpus(
         pruned=pruned,
         pictures=sum(part.rows for part in result.parts),
         total=sum(part.rows for part in parts),
-        bad=count_bad(parts),
+        bad=Counter(count_reasons(*(part.bad for part in parts))),
         unreadable=result.unreadable,
         repeated=repeated,
         seconds=result.seconds,
     )
-
-
-def open_model(
-    location: str, text: str | None, revision: str | None, trust_remote_code: bool, with_text: bool
-) -> tuple[Model, ModelPlace]:
-    """Open a model on the CPU, and say where tasks open the same: of a run, the checkpoint. Arguments of `nev.load`.
-
-    with_text: whether tasks embed texts, too. Raises ModelError as `nev.load` does.
-    """
-    from nev.inference.checkpoints import choose_checkpoint
-    from nev.inference.load import load
-
-    location = choose_checkpoint(_absolute(location))
-    text = text and _absolute(text)
-    model = load(location, device="cpu", text=text, revision=revision, trust_remote_code=trust_remote_code)
-    text_fingerprint = model.text_fingerprint if with_text else None
-    return model, ModelPlace(location, text, revision, trust_remote_code, model.fingerprint, text_fingerprint)
-
-
-def _absolute(location: str) -> str:
-    """A local path as an absolute path, for processes in other folders. Another place, or a name on a hub, as it is."""
-    path = Path(location).expanduser()
-    return str(path.absolute()) if path.exists() else location
 
 
 def make_job(model: Model, place: ModelPlace, source: Source, options: CorpusOptions) -> PartJob:
@@ -299,14 +281,3 @@ def weight_bytes(model: Model, with_text: bool) -> int:
     """Bytes of the weights that a task loads."""
     modules = [model.vision, *([model.text.model] if with_text else [])]
     return sum(tensor.nbytes for module in modules for tensor in module.state_dict().values())
-
-
-def count_repeated_uids(output: str) -> int:
-    """Vectors in the folder whose uid another vector has. Takes 32 bytes of memory a vector."""
-
-    def read_keys(location: str) -> Keys:
-        return hash_uids(read_vectors(location, ["uid"])["uid"].to_pylist())
-
-    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
-        keys = np.concatenate(list(pool.map(read_keys, list_vector_files(output))))
-    return len(keys) - len(np.unique(keys))

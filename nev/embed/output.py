@@ -7,16 +7,19 @@ its pictures that cannot be used. The metadata of a vector file say what it was 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from nev.common.errors import first_few
 from nev.config.base import ConfigError, Section
-from nev.data.vectors import VectorSpec, list_vector_files, read_spec
+from nev.data.rows import MAX_REASONS
+from nev.data.uids import Keys, hash_uids
+from nev.data.vectors import VectorSpec, list_vector_files, read_spec, read_vectors
 from nev.storage.files import PARALLEL_REQUESTS, filesystem, is_damage, is_local, join, open_parquet
 from nev.storage.reading import DataError, read_errors_as_data_errors, write_errors_as_data_errors
 
@@ -35,13 +38,6 @@ class PartSpec(Section):
     """Rows with a vector."""
     bad: dict[str, int]
     """Rows without one, by reason."""
-
-
-class Finished(NamedTuple):
-    """A vector file. part: None for one that `nev embed-images --model` has not written."""
-
-    spec: VectorSpec
-    part: PartSpec | None
 
 
 def part_location(output: str, stamp: str) -> str:
@@ -64,33 +60,19 @@ def find_finished(output: str, spec: VectorSpec, settings: dict[str, Any]) -> di
 
     Raises ConfigError for files of another model, or of other settings.
     """
-    locations = list_vector_files(output, may_be_empty=True)
+    here = {**spec.model_dump(mode="json"), **settings}
+
+    def read(location: str) -> PartSpec | None:
+        part = _read_part(output, location, here)
+        return part and part.model_copy(update={"settings": settings})  # one of these for all parts
+
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
-        files = dict(zip(locations, pool.map(_read_finished, locations), strict=True))
-    parts = {}
-    for location, file in files.items():
-        if file is None:
-            continue
-        if file.part is None:
-            raise ConfigError(f"{location}: not of `nev embed-images --model`. Give another --output.")
-        there = {**file.spec.model_dump(mode="json"), **file.part.settings}
-        here = {**spec.model_dump(mode="json"), **settings}
-        if differing := [name for name in {**here, **there} if here.get(name) != there.get(name)]:
-            pairs = [f"{name} {_short(there.get(name))} there, {_short(here.get(name))} here" for name in differing]
-            raise ConfigError(
-                f"{output}: has vectors of another model, or made with other options ({first_few(pairs)}). Give another "
-                "--output, or delete this one."
-            )
-        parts[file.part.stamp] = file.part
-    return parts
+        parts = pool.map(read, list_vector_files(output, may_be_empty=True))
+        return {part.stamp: part for part in parts if part}
 
 
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:20]}..."
-
-
-def _read_finished(location: str) -> Finished | None:
+def _read_part(output: str, location: str, here: dict[str, Any]) -> PartSpec | None:
+    """The part that a vector file holds. None for a damaged file. here: what this command would write in the metadata."""
     fs, path = filesystem(location)
     try:
         with read_errors_as_data_errors(location, ""), open_parquet(fs, path) as file:
@@ -100,14 +82,30 @@ def _read_finished(location: str) -> Finished | None:
         if is_damage(error.__cause__):
             return None
         raise
-    raw = metadata.get(PART_KEY.encode())
+    spec, raw = read_spec(schema, location), metadata.get(PART_KEY.encode())
+    if not raw:
+        raise ConfigError(f"{location}: not of `nev embed-images --model`. Give another --output.")
     try:
-        return Finished(read_spec(schema, location), PartSpec.model_validate_json(raw) if raw else None)
+        part = PartSpec.model_validate_json(raw)
     except ValidationError as error:
         raise DataError(f"{location}: its metadata cannot be read ({error}). Delete it.") from error
+    there = {**spec.model_dump(mode="json"), **part.settings}
+    differing = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    if differing:
+        pairs = [f"{name} {_short(there.get(name))} there, {_short(here.get(name))} here" for name in differing]
+        raise ConfigError(
+            f"{output}: has vectors of another model, or made with other options ({first_few(pairs)}). Give another --output, or "
+            "delete this one."
+        )
+    return part
 
 
-def refuse_stale(output: str, stale: Iterable[str], prune: bool) -> int:
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:20]}..."
+
+
+def prune_stale(output: str, stale: Iterable[str], prune: bool) -> int:
     """Delete the files of parts whose input has changed or is gone, if `prune`; else raise ConfigError. Returns their number."""
     stamps = sorted(stale)
     if not stamps:
@@ -134,9 +132,21 @@ def remove_unfinished(output: str) -> None:
             fs.rm(folder, recursive=True)
 
 
-def count_bad(parts: Iterable[PartSpec]) -> Counter[str]:
-    """Pictures that cannot be used, by reason."""
+def count_reasons(*counts: Mapping[str, int]) -> dict[str, int]:
+    """The sum of counts by reason. Reasons beyond MAX_REASONS, which may have numbers of the picture in them, are one."""
     total = Counter[str]()
-    for part in parts:
-        total.update(part.bad)
-    return total
+    for each in counts:
+        for reason, count in each.items():
+            total[reason if reason in total or len(total) < MAX_REASONS else "other reasons"] += count
+    return dict(total)
+
+
+def count_repeated_uids(output: str) -> int:
+    """Vectors in the folder whose uid another vector has. Takes 32 bytes of memory a vector."""
+
+    def read_keys(location: str) -> Keys:
+        return hash_uids(read_vectors(location, ["uid"])["uid"].to_pylist())
+
+    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+        keys = np.concatenate(list(pool.map(read_keys, list_vector_files(output))))
+    return len(keys) - len(np.unique(keys))

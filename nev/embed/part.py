@@ -20,11 +20,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nev.config.data import Limits
-from nev.config.model_spec import ModelError
+from nev.data.prepare.order import DUPLICATE_UID
 from nev.data.rows import Row, find_fault, parse_captions
 from nev.data.sources import Part
 from nev.data.vectors import VectorSpec, make_schema, make_table, open_writer
-from nev.embed.output import PART_KEY, PartSpec, bad_location, part_location, writing_folder
+from nev.embed.output import PART_KEY, PartSpec, bad_location, count_reasons, part_location, writing_folder
+from nev.embed.same_model import ModelPlace, load_same_model
 from nev.embed.thumbnails import make_views
 from nev.inference.forward import Embed, make_embedder
 from nev.inference.pictures import Square
@@ -36,26 +37,9 @@ if TYPE_CHECKING:
     from nev.inference.model import Model
 
 BAD_SCHEMA = pa.schema([("uid", pa.string()), ("source", pa.string()), ("reason", pa.string())])
-DUPLICATE_UID = "uid of an earlier row of this part"
 GROUP_ROWS, GROUP_BYTES = 4096, 64 * 2**20  # of a row group: it is written when it has one of them
 CPU_BATCH, GPU_BATCH = 16, 256  # pictures of a forward: on a CPU of 224 pixels a side, of smaller ones more
 PROGRESS_S = 0.5
-
-
-class ModelPlace(NamedTuple):
-    """A model as each process opens it.
-
-    location, text, revision, trust_remote_code: arguments of `nev.load`.
-    fingerprint: of the vision tower.
-    text_fingerprint: of the text tower. None: no text is embedded.
-    """
-
-    location: str
-    text: str | None
-    revision: str | None
-    trust_remote_code: bool
-    fingerprint: str
-    text_fingerprint: str | None
 
 
 class PartJob(NamedTuple):
@@ -130,8 +114,8 @@ def embed_part(part: Part, job: PartJob, device: str, threads: int) -> Iterator[
                 unreported, reported_at = 0, time.monotonic()
         write_group(writer, waiting)
         write_bad(bad_location(job.output, part.stamp), bad)
-        reasons = Counter(str(row["reason"]) for row in bad)
-        record = PartSpec(stamp=part.stamp, settings=job.settings, rows=rows, bad=dict(reasons))
+        reasons = count_reasons(Counter(str(row["reason"]) for row in bad))
+        record = PartSpec(stamp=part.stamp, settings=job.settings, rows=rows, bad=reasons)
         writer.add_key_value_metadata({PART_KEY: record.model_dump_json()})
     yield unreported
     yield record
@@ -143,26 +127,6 @@ def choose_batch(device: str, size: int) -> int:
     On a CPU the activations should stay in the cache, and the fixed cost of a forward should be small beside the pictures.
     """
     return GPU_BATCH if device != "cpu" else min(GPU_BATCH, max(CPU_BATCH, CPU_BATCH * 224**2 // size**2))
-
-
-@functools.lru_cache(maxsize=1)
-def load_same_model(place: ModelPlace, device: str) -> Model:
-    """The model, opened once in a process. Raises ModelError where it is not the model that the command has opened."""
-    from nev.inference.load import load
-
-    model = load(
-        place.location,
-        device=device,
-        text=place.text,
-        revision=place.revision,
-        trust_remote_code=place.trust_remote_code,
-    )
-    if model.fingerprint != place.fingerprint or place.text_fingerprint not in (None, model.text_fingerprint):
-        raise ModelError(
-            f"{place.location}: this process opens another model than the command did. Put the same model on every node, or on "
-            "s3://, do not change it meanwhile, and run the same command again."
-        )
-    return model
 
 
 def decode_batches(
@@ -200,12 +164,13 @@ def decode_row(row: Row, size: int, limits: Limits, thumbnail: int) -> Decoded:
 
 
 def refuse_repeated(batch: list[Decoded], seen: set[str]) -> list[Decoded]:
-    """The rows, of which those with an earlier row's uid cannot be used. seen: uids of earlier rows; the new ones are added."""
+    """The rows, of which those with the uid of an earlier row that can be used cannot. seen: such uids; new ones are added."""
     checked = []
     for row in batch:
         repeated = not row.square.reason and row.uid in seen
         checked.append(row._replace(square=row.square._replace(reason=DUPLICATE_UID)) if repeated else row)
-        seen.add(row.uid)
+        if not row.square.reason:
+            seen.add(row.uid)
     return checked
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,15 +20,17 @@ from helpers.tars import tar_of
 from PIL import Image
 from typer.testing import CliRunner
 
+from nev.cluster.tasks import ray_run_streaming
 from nev.commands.embed_images import check_options
 from nev.commands.main import app
 from nev.config.base import ConfigError
 from nev.config.model_spec import ModelError
 from nev.data.sources import SOURCES, Part, Source, SourceOptions
 from nev.data.vectors import as_array, iterate_vectors, list_vector_files, read_spec, read_vectors
-from nev.embed.corpus import CorpusOptions, make_job, open_model
-from nev.embed.output import PartSpec, find_finished, refuse_stale
-from nev.embed.part import ModelPlace, PartJob, choose_batch, embed_part, load_same_model
+from nev.embed.corpus import CorpusOptions, make_job, threads_beside_gpu
+from nev.embed.output import PartSpec, count_reasons, find_finished, prune_stale
+from nev.embed.part import PartJob, choose_batch, embed_part
+from nev.embed.same_model import ModelPlace, load_same_model, open_model
 from nev.inference.model import Model
 from nev.storage.files import filesystem, list_files
 from nev.storage.reading import DataError
@@ -175,6 +180,27 @@ def test_on_s3_the_same_command_continues(
         assert s3.count("PUT") == 0
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_task_whose_process_dies_runs_again_from_its_start(ray_cluster: None, tmp_path: Path) -> None:
+    def die_once(mark: Path) -> Iterator[str]:
+        yield "begun"
+        if not mark.exists():
+            mark.touch()
+            os._exit(1)
+        yield "done"
+
+    results = list(ray_run_streaming(die_once, [tmp_path / "mark"], task_bytes=2**20))
+    assert (results[0], results[-1]) == ("begun", "done")
+
+
+def test_processes_that_share_a_gpu_share_the_cpus_of_their_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"NodeID": "other", "Resources": {"CPU": 4.0}}, {"NodeID": "mine", "Resources": {"CPU": 26.0, "GPU": 4.0}}]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "mine"))
+    assert threads_beside_gpu() == 3
+
+
 def read_rows(location: str) -> list[dict[str, Any]]:
     fs, path = filesystem(location)
     rows: list[dict[str, Any]] = pq.read_table(path, filesystem=fs).to_pylist()
@@ -249,18 +275,20 @@ def test_bad_rows_are_listed_with_their_reason(opened: Opened, tmp_path: Path) -
         "status.json": {"status": "failed_to_download"},
         "x.jpg": encoded(photo(3)),
         "x.json": {"uid": "k0"},
+        "again.jpg": encoded(photo(4)),
+        "again.json": {"uid": "lone"},
         "half.jpg": encoded(photo(3)),
         "half.json": '{"uid": "\\ud83d"}',
     }
     source = write_tar(tmp_path / "tars", **more)
     record = run(source, job_for(opened, source, tmp_path / "out"))
-    assert record.rows == 6
+    assert record.rows == 7  # six, and the picture whose uid a row without a picture had
     assert record.bad.keys() == {
         *(key for key in record.bad if key.startswith("JPEG: ")),
         "image is 9000x9000, more than limits.max_pixels",
         "no image member",
         "status failed_to_download",
-        "uid of an earlier row of this part",
+        "duplicate uid",
         "uid, caption or class name with half a surrogate pair",
     }
     assert len(record.bad) == 6
@@ -327,9 +355,9 @@ def test_files_of_changed_input_are_deleted_only_when_it_is_said(opened: Opened,
     run(source, job)
     output, stamp = str(tmp_path / "out"), source.parts[0].stamp
     with pytest.raises(ConfigError, match=rf"1 vector files are of input that has changed.*part-{stamp}.*--prune"):
-        refuse_stale(output, [stamp], prune=False)
-    assert refuse_stale(output, [], prune=False) == 0
-    assert refuse_stale(output, [stamp], prune=True) == 1
+        prune_stale(output, [stamp], prune=False)
+    assert prune_stale(output, [], prune=False) == 0
+    assert prune_stale(output, [stamp], prune=True) == 1
     assert list_files(output) == []
 
 
@@ -443,6 +471,13 @@ def test_a_wider_vector_than_the_model_s_is_refused(opened: Opened, tmp_path: Pa
     source = write_tar(tmp_path / "tars")
     with pytest.raises(ConfigError, match="--width 49: the model's vectors have 48 numbers"):
         job_for(opened, source, tmp_path / "out", width=49)
+
+
+def test_reasons_without_end_are_one() -> None:
+    many = {f"image is {n}x1": 1 for n in range(200)}
+    total = count_reasons({"empty": 2}, many, {"empty": 3, "new": 4})
+    assert (total["empty"], total["other reasons"], len(total)) == (5, 105, 101)
+    assert sum(total.values()) == 209
 
 
 def test_small_pictures_have_large_batches() -> None:
