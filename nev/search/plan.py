@@ -131,7 +131,7 @@ def make_plan(task: Task) -> Plan:
     store, options = task.store, task.options
     if not options.images and not options.texts:
         raise SearchError("nothing to index: give vector files of pictures (--images), texts (--texts), or both")
-    is_new, width = store.width is None, task.width
+    is_new, changes = store.width is None, store.list_changes(task.width)
     recorded = store.read_spec()
     _check_model(task)
     _check_images_model(task, recorded)
@@ -140,7 +140,6 @@ def make_plan(task: Task) -> Plan:
             f"{store.name}: uids of texts are no strings here, so the program that owns the table adds its texts. nev adds "
             "pictures"
         )
-    changes = store.list_changes(width)
     is_known = is_new or bool(recorded and recorded.text_fingerprint) or not store.count(TEXT)
     agreement = _check_text_encoder(task, recorded, is_known)
     if changes and not is_new and not options.alter_table:

@@ -71,7 +71,7 @@ def list_statements(
 def _make_table(
     connection: Connection[Any], schema: str | None, name: str, columns: Columns, width: int
 ) -> list[sql.Composed]:
-    has_extension = connection.execute("SELECT FROM pg_extension WHERE extname = 'vector'").fetchone()
+    has_extension = connection.execute("SELECT 1 FROM pg_extension WHERE extname = 'vector'").fetchone()
     extension = [] if has_extension else [sql.SQL("CREATE EXTENSION vector").format()]
     body = (
         "CREATE TABLE {table} ({uid} text PRIMARY KEY, {kind} text NOT NULL, {vector} vector({width}) NOT NULL, {text} text, "

@@ -12,18 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.models import make_experiment, write_bert, write_checkpoint
-from helpers.search import STORES, draw_vectors, make_store, make_texts, write_pictures
+from helpers.search import STORES, draw_vectors, make_store, write_pictures
 from typer.testing import CliRunner
 
 import nev
 from nev.commands.main import app
 from nev.config.model_spec import ModelSpec
-from nev.data.vectors import read_vectors
 from nev.inference.model import Model
-from nev.ops.vectors import Floats, scale_to_unit
+from nev.ops.vectors import Floats
 from nev.search.fill import Filled, fill
 from nev.search.index import open_index
-from nev.search.open import open_store
 from nev.search.plan import Options, Plan, Task, make_plan
 from nev.search.store import SearchError, StoreSpec, Upserted, VectorStore, make_items
 
@@ -201,8 +199,8 @@ def test_a_table_of_another_encoder_is_refused_with_the_cosine(
     refused(
         store,
         model,
-        rf"was made by another text encoder than small's .*: {len(WORDS)} of its texts, embedded again, have a median cosine with the "
-        r"stored vectors of -?0\.\d\d\d as document .*the same encoder gives 0\.99 or more\. Nothing was written",
+        rf"was made by another text encoder than small.*: {len(WORDS)} of its texts, embedded again, have a median cosine with "
+        r"the stored vectors of -?0\.\d\d\d as document .*the same encoder gives 0\.99 or more\. Nothing was written",
         images=folder,
     )
     assert store.count() == len(WORDS)
@@ -277,9 +275,10 @@ def test_a_picture_never_takes_the_place_of_a_text(store: VectorStore, model: Mo
     make_table(store, model)
     folder = write_pictures(tmp_path / "vectors", model, ["x", "t4", "t2"], pictures(model.width, 3))
     refused(store, model, "2 uids of pictures are of texts there: t2, t4", images=folder)
+    before = store.read(["t4"]).to_pylist()
     with pytest.raises(SearchError):  # the store refuses it, too, whoever calls
         store.upsert(make_items("image", ["t4"], pictures(model.width, 1)))
-    assert store.read(["t4"])["kind"].to_pylist() == ["text"]
+    assert store.read(["t4"]).to_pylist() == before
 
 
 def test_a_text_never_takes_the_place_of_a_picture_or_of_other_words(
