@@ -68,7 +68,6 @@ def main(
 
 def quickstart(output: str, console: Console) -> Searchable:
     """The quickstart's pictures that its model has not seen, searched with that model. Trains the model where there is none."""
-    from nev.cluster.session import connect
     from nev.config.file import load
     from nev.config.paths import with_absolute_paths
     from nev.demo.quickstart import train_quickstart
@@ -79,7 +78,6 @@ def quickstart(output: str, console: Console) -> Searchable:
     run = Path(config.output, config.name)
     if not list_steps(str(run)):
         train_quickstart(config, console)
-    connect()
     pictures = str(config.data.val)
     _, rows = open_pictures(pictures, "hf-parquet", console)
     return make_searchable(str(run), rows, [pictures], Path(output, config.name).absolute(), console)
@@ -105,7 +103,8 @@ def own_pictures(folder: str, model: str | None, kind: str | None, output: str, 
                 "read from a table beside the pictures (csv, tsv or jsonl with file_name and caption), from tars and from parquet"
             )
         run = work / "runs" / name
-        connect()
-        model = str(run) if list_steps(str(run)) else train_on(rows, name, work, console)
-    connect()
+        if not list_steps(str(run)):
+            connect()
+            train_on(rows, name, work, console)
+        model = str(run)
     return make_searchable(model, rows, [str(pictures)], work, console)

@@ -139,11 +139,10 @@ def main(
             thumbnail=thumbnails,
             batch_size=batch_size,
             limit=limit,
-            gpus=gpus,
             prune=prune,
         )
         failed = embed_vectors(
-            (str(model), text_encoder, revision, trust_remote_code), kind, settings, options, console
+            (str(model), text_encoder, revision, trust_remote_code), kind, settings, options, gpus, console
         )
     if failed:
         raise typer.Exit(2)
@@ -198,22 +197,24 @@ def embed_vectors(
     kind: str,
     settings: dict[str, object],
     options: CorpusOptions,
+    gpus: int | None,
     console: Console,
 ) -> bool:
     """Write vector files, and print what was done. Returns whether parts could not be read.
 
-    place: arguments of `nev.load`. settings: of the source.
+    place: arguments of `nev.load`. settings: of the source. gpus: to use; None: those that are up.
     """
     from nev.cluster.session import connect
     from nev.data.sources import SOURCES, SourceOptions
-    from nev.embed.corpus import PART_BYTES, embed_corpus
+    from nev.embed.corpus import PART_BYTES, embed_corpus, run_on_ray, weight_bytes
     from nev.embed.same_model import open_model
 
     model, same_model = open_model(*place, with_text=options.captions)
     settings |= {"limits": model.spec.limits, "part_bytes": PART_BYTES}
     source = SOURCES[kind](options.inputs, parse(SourceOptions, settings, where="options"))
     connect()
-    report = embed_corpus(model, same_model, source, options, console)
+    run = partial(run_on_ray, gpus=gpus, weights=weight_bytes(model, options.captions), console=console)
+    report = embed_corpus(model, same_model, source, options, console, run)
     show_report(report, options.output, console)
     return bool(report.unreadable)
 

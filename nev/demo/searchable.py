@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,9 +19,11 @@ from nev.data.sources.recognise import recognise_source
 from nev.data.vectors import iterate_vectors
 
 if TYPE_CHECKING:
+    from nev.embed.corpus import Run
     from nev.inference.model import Model
 
 THUMBNAIL = 256  # pixels
+FEW_BYTES = 64 * 2**20  # of pictures that are embedded before Ray's processes would have started
 TABLE = "items"
 
 
@@ -51,17 +54,23 @@ def open_pictures(folder: str, kind: str | None, console: Console) -> tuple[str,
 
 
 def make_searchable(location: str, source: Source, inputs: list[str], folder: Path, console: Console) -> Searchable:
-    """Embed the pictures of a source, and index them with their captions, unless that is done. Needs a connected Ray.
+    """Embed the pictures of a source, and index them with their captions, unless that is done.
 
     location: of the model. inputs: what the source reads, for the record. folder: for vector files and index.
     An index is made whole or not at all. Pictures that changed make a new index.
     """
-    from nev.embed.corpus import CorpusOptions, embed_corpus, open_model
+    from nev.cluster.session import connect
+    from nev.embed.corpus import CorpusOptions, embed_corpus, run_here, run_on_ray, weight_bytes
+    from nev.embed.same_model import open_model
 
     vectors, index = folder / "vectors", folder / "index"
     model, place = open_model(location, None, None, False, with_text=True)
     options = CorpusOptions(str(vectors), inputs, thumbnail=THUMBNAIL, prune=True)
-    report = embed_corpus(model, place, source, options, console)
+    run: Run = run_here
+    if source.nbytes > FEW_BYTES:
+        connect()
+        run = partial(run_on_ray, gpus=None, weights=weight_bytes(model, with_text=True), console=console)
+    report = embed_corpus(model, place, source, options, console, run)
     if report.bad:
         console.print(f"{report.bad.total():,} pictures cannot be used: {vectors / '_bad'} lists them", soft_wrap=True)
     if report.unreadable:

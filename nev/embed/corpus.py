@@ -1,4 +1,4 @@
-"""A corpus of pictures as vector files, on Ray: a task a part of the input, on a CPU, or on a share of a GPU.
+"""A corpus of pictures as vector files, on Ray: a task a part of the input, on a CPU, or on a share of a GPU. Or in this process.
 
 A task reads, decodes, embeds and writes its part (`nev.embed.part`): neither pixels nor vectors pass through another process, so
 the driver takes no part in a hundred million pictures but the counts. Parts whose file is there are skipped.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray.exceptions import RayError
@@ -57,7 +58,6 @@ class CorpusOptions(NamedTuple):
     thumbnail: longest side of a thumbnail, in pixels; 0: none.
     batch_size: pictures of a forward. None: `nev.embed.part.choose_batch`.
     limit: embed only the first rows of the input. None: all.
-    gpus: GPUs to use; an autoscaler may have to start them. None: the GPUs that are up; without any, CPUs.
     prune: delete the files of parts whose input has changed or is gone.
     """
 
@@ -69,7 +69,6 @@ class CorpusOptions(NamedTuple):
     thumbnail: int = 0
     batch_size: int | None = None
     limit: int | None = None
-    gpus: int | None = None
     prune: bool = False
 
 
@@ -80,6 +79,11 @@ class Unreadable(NamedTuple):
     """
 
     reason: str
+
+
+# Numbers of pictures as they are embedded, then what was written.
+PartResult = int | PartSpec | Unreadable
+Run = Callable[[PartJob, list[Part]], Iterator[PartResult]]
 
 
 class WriteResult(NamedTuple):
@@ -121,20 +125,15 @@ class CorpusReport(NamedTuple):
 
 
 def embed_corpus(
-    model: Model, place: ModelPlace, source: Source, options: CorpusOptions, console: Console
+    model: Model, place: ModelPlace, source: Source, options: CorpusOptions, console: Console, run: Run
 ) -> CorpusReport:
-    """Write the vector files that are missing. Needs a connected Ray.
+    """Write the vector files that are missing.
 
     model: opened in this process. place: where the tasks open it.
-    Raises ConfigError for an output of another model or other options, and for more GPUs than a Ray that cannot grow has;
-    EmbeddingFailed where a process cannot work, and where most parts cannot be read.
+    run: embeds parts: `run_here`, or `run_on_ray` with its further arguments bound.
+    Raises ConfigError for an output of another model or other options; EmbeddingFailed where a process cannot work, and where
+    most parts cannot be read.
     """
-    available = cluster_gpus()
-    if options.gpus is not None and options.gpus > available and not may_grow():
-        raise ConfigError(
-            f"this machine has {available} GPUs, not {options.gpus}: leave --gpus out, or submit this to a cluster"
-        )
-    gpus = available if options.gpus is None else options.gpus
     if options.limit is not None:
         source = take_first(source, options.limit)
     job = make_job(model, place, source, options)
@@ -148,7 +147,7 @@ def embed_corpus(
         result = WriteResult([], [], 0.0)
         if missing:
             check_writable(options.output, f"--output {options.output}")
-            result = write_parts(job, missing, len(there), gpus, weight_bytes(model, options.captions), console)
+            result = write_parts(missing, len(there), functools.partial(run, job), console)
         remove_unfinished(options.output)
         repeated = count_repeated_uids(options.output) if result.parts else 0
     parts = [*there, *result.parts]
@@ -193,16 +192,15 @@ def make_job(model: Model, place: ModelPlace, source: Source, options: CorpusOpt
 
 
 def write_parts(
-    job: PartJob, missing: list[Part], there: int, gpus: int, weights: int, console: Console
+    missing: list[Part], there: int, run: Callable[[list[Part]], Iterator[PartResult]], console: Console
 ) -> WriteResult:
     """Write the vector files of the parts.
 
-    there: parts of the input that are there already. weights: of the model, in bytes.
+    there: parts of the input that are there already. run: embeds parts.
     Raises EmbeddingFailed where a process cannot work, and where most parts cannot be read.
     """
     written, failed, pictures = list[PartSpec](), list[str](), 0
     begin = first = time.perf_counter()
-    console.print(f"embedding on {f'{gpus} GPUs' if gpus else f'{cluster_cpus()} CPUs'}", highlight=False)
     with progress(console) as update:
 
         def show() -> None:
@@ -211,7 +209,7 @@ def write_parts(
             update("parts embedded", there + len(written), there + len(missing), rate)
 
         show()
-        for result in run_tasks(job, missing, gpus, weights):
+        for result in run(missing):
             if isinstance(result, PartSpec):
                 written.append(result)
             elif isinstance(result, Unreadable):
@@ -229,13 +227,32 @@ def write_parts(
     return WriteResult(written, failed, time.perf_counter() - begin)
 
 
-def run_tasks(job: PartJob, parts: list[Part], gpus: int, weights: int) -> Iterator[int | PartSpec | Unreadable]:
-    """Embed the parts on the cluster, and yield what the tasks yield.
+def run_here(job: PartJob, parts: list[Part]) -> Iterator[PartResult]:
+    """Embed the parts in this process, one after another, on all of its CPUs: for few pictures, which Ray's start outlasts."""
+    threads = len(os.sched_getaffinity(0))
+    for part in parts:
+        yield from embed_or_report(part, job, "cpu", threads)
+
+
+def run_on_ray(
+    job: PartJob, parts: list[Part], gpus: int | None, weights: int, console: Console
+) -> Iterator[PartResult]:
+    """Embed the parts on the connected cluster, and yield what the tasks yield.
 
     A part has a task of one CPU. Where there are fewer parts than CPUs, a task has several.
+    gpus: GPUs to use; an autoscaler may have to start them. None: the GPUs that are up; without any, CPUs.
+    weights: of the model, in bytes.
+    Raises ConfigError for more GPUs than a Ray that cannot grow has.
     """
     from nev.cluster.tasks import ray_run_streaming
 
+    available = cluster_gpus()
+    if gpus is not None and gpus > available and not may_grow():
+        raise ConfigError(
+            f"this machine has {available} GPUs, not {gpus}: leave --gpus out, or submit this to a cluster"
+        )
+    gpus = available if gpus is None else gpus
+    console.print(f"embedding on {f'{gpus} GPUs' if gpus else f'{cluster_cpus()} CPUs'}", highlight=False)
     if gpus:
         cpus, share, at_once = 0.0, 1 / PROCESSES_A_GPU, PROCESSES_A_GPU * gpus
     else:
@@ -249,15 +266,20 @@ def run_tasks(job: PartJob, parts: list[Part], gpus: int, weights: int) -> Itera
         raise EmbeddingFailed(first_cause(cause).splitlines()[0]) from error
 
 
-def embed_on_cluster(part: Part, job: PartJob, threads: int) -> Iterator[int | PartSpec | Unreadable]:
+def embed_on_cluster(part: Part, job: PartJob, threads: int) -> Iterator[PartResult]:
     """The task. threads: of a task on CPUs; 0: on a GPU, whose tasks share the CPUs of its node."""
     import ray
 
     import_uninterrupted("nev.inference.load")
     on_gpu = bool(ray.get_gpu_ids())
+    yield from embed_or_report(part, job, "cuda" if on_gpu else "cpu", threads or threads_beside_gpu())
+
+
+def embed_or_report(part: Part, job: PartJob, device: str, threads: int) -> Iterator[PartResult]:
+    """Embed a part, or yield why it cannot be read: other parts may be good."""
     try:
-        yield from embed_part(part, job, "cuda" if on_gpu else "cpu", threads or threads_beside_gpu())
-    except ConfigError as error:  # of the source's reader: other parts may be good
+        yield from embed_part(part, job, device, threads)
+    except ConfigError as error:
         yield Unreadable(str(error))
 
 
