@@ -35,6 +35,7 @@ def shown(quickstart: Quickstart, tmp_path_factory: pytest.TempPathFactory) -> S
     return run_notebooks(
         quickstart={**small, "NEV_NOTEBOOK_STEPS": str(quickstart.steps)},
         bring_your_own_encoder={**small, "NEV_NOTEBOOK_STEPS": "16", "NEV_NOTEBOOK_ENCODER": str(encoder)},
+        search={**small, "NEV_NOTEBOOK_TEXTS": "300", "NEV_NOTEBOOK_PHOTOS": "64"},
     )
 
 
@@ -62,6 +63,20 @@ def test_the_quickstart_shows_the_run_of_the_command(shown: Shown, quickstart: Q
     assert values.count("True") == 2, "the export gives the same vectors of pictures and of sentences"
     assert finds_pictures(values)
     assert not [output["text"] for output in outputs if output["output_type"] == "stream"], "libraries keep quiet"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_pictures_join_a_table_in_postgresql(shown: Shown) -> None:
+    outputs = shown["search"]
+    values = read_values(outputs)
+    assert "True" in values, "every text vector is what it was"
+    assert count_pictures(outputs) == 2, "the best texts and pictures, and pictures like a picture"
+    (nearest,) = (ast.literal_eval(value) for value in values if ".png" in value)
+    assert len(nearest) == 3
+    (counts,) = (ast.literal_eval(value) for value in values if "calibrated" in value)
+    assert counts["calibrated"] < counts["plain"], "the modality gap puts texts first"
 
 
 @pytest.mark.ray
