@@ -35,7 +35,7 @@ class Embedded(NamedTuple):
 
 def draw_pictures(folder: Path, count: int) -> str:
     """Draw pictures of the quickstart's kind. Returns the folder of the shards."""
-    size = ("--train", str(count), "--val", "1", "--rows-per-shard", "4096", "--processes", str(os.cpu_count() or 1))
+    size = ("--train", str(count), "--val", "64", "--rows-per-shard", "4096", "--processes", str(os.cpu_count() or 1))
     run_script("pipelines/prepare.py", "--source", "synthetic", *size, "--output", str(folder))
     return str(folder / "train")
 
