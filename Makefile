@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart check test long-tests other-tests lint format docs lock bench soak
+.PHONY: help setup quickstart demo check test long-tests other-tests lint format docs lock bench soak
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ $(VENV)/.done: requirements.lock pyproject.toml
 
 quickstart: setup ## Draw pictures, train a vision encoder into MiniLM's space, show what it learnt.
 	$(BIN)/nev quickstart --config $(CONFIG)
+
+demo: setup ## Search the quickstart's pictures in a browser; trains its model first where there is none.
+	$(BIN)/nev demo $(ARGS)
 
 # A thread a process: two processes share the cores.
 check long-tests other-tests: export OMP_NUM_THREADS := 1

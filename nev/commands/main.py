@@ -15,10 +15,13 @@ from nev import __version__
 from nev.commands import (
     ablate,
     capacity,
+    demo,
     embed_images,
     embed_text,
     evaluate,
     export,
+    filter,
+    index,
     prepare,
     pretrain,
     quickstart,
@@ -27,19 +30,42 @@ from nev.commands import (
 )
 from nev.common.cli import HELP, make_command
 
+TRAINING = "From pictures to a scored encoder, in this order"
+SEARCH = "From an encoder to a search, in this order"
+AROUND = "Around a training"
+LAPTOP = "All of the above on one laptop, from nothing"
+
+TRAINING = "From pictures to a scored encoder, in this order"
+SEARCH = "From an encoder to a search, in this order"
+AROUND = "Around a training"
+LAPTOP = "All of the above on one laptop, from nothing"
+
+TRAINING = "From pictures to a scored encoder, in this order"
+SEARCH = "From an encoder to a search, in this order"
+AROUND = "Around a training"
+LAPTOP = "All of the above on one laptop, from nothing"
+
+TRAINING = "From pictures to a scored encoder, in this order"
+SEARCH = "From an encoder to a search, in this order"
+AROUND = "Around a training"
+LAPTOP = "All of the above on one laptop, from nothing"
+
 # The module of each command, and its group on the help page.
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
-    "prepare": (prepare, "From pictures to a scored encoder, in this order"),
-    "embed-text": (embed_text, "From pictures to a scored encoder, in this order"),
-    "embed-images": (embed_images, "From pictures to a scored encoder, in this order"),
-    "train": (train, "From pictures to a scored encoder, in this order"),
-    "evaluate": (evaluate, "From pictures to a scored encoder, in this order"),
-    "export": (export, "From pictures to a scored encoder, in this order"),
-    "serve": (serve, "From pictures to a scored encoder, in this order"),
-    "ablate": (ablate, "Around a training"),
-    "capacity": (capacity, "Around a training"),
-    "pretrain": (pretrain, "Around a training"),
-    "quickstart": (quickstart, "All of the above on one laptop, from nothing"),
+    "prepare": (prepare, TRAINING),
+    "embed-text": (embed_text, TRAINING),
+    "embed-images": (embed_images, TRAINING),
+    "train": (train, TRAINING),
+    "evaluate": (evaluate, TRAINING),
+    "export": (export, SEARCH),
+    "index": (index, SEARCH),
+    "serve": (serve, SEARCH),
+    "filter": (filter, AROUND),
+    "ablate": (ablate, AROUND),
+    "capacity": (capacity, AROUND),
+    "pretrain": (pretrain, AROUND),
+    "quickstart": (quickstart, LAPTOP),
+    "demo": (demo, LAPTOP),
 }
 
 

@@ -42,7 +42,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from nev.common.cli import report_errors
+from nev.common.cli import given_options, report_errors
 from nev.common.progress import progress
 from nev.config.base import ConfigError
 from nev.config.file import parse
@@ -131,7 +131,7 @@ def main(
     # The synthetic set is drawn in seconds, and is not resumed.
     remedy = "with --overwrite starts again" if source == "synthetic" else "continues from the finished parts"
     with report_errors(f"The same command {remedy}."):
-        _check_options(source, _given_options(context))
+        _check_options(source, given_options(context))
         layout = Layout(rows_per_shard, row_group_rows, overwrite)
         filters = parse(
             Filters,
@@ -193,12 +193,6 @@ def main(
             "from tar to tar for different pictures, use --tar-in-uid --overwrite.[/]",
             highlight=False,
         )
-
-
-def _given_options(context: typer.Context) -> set[str]:
-    """The options that were given on the command line."""
-    origins = {option.opts[0]: context.get_parameter_source(str(option.name)) for option in context.command.params}
-    return {option for option, origin in origins.items() if origin and origin.name == "COMMANDLINE"}
 
 
 def _check_options(source: str, given: set[str]) -> None:

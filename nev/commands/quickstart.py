@@ -32,18 +32,9 @@ def main(
         from nev.config.paths import with_absolute_paths
 
         experiment = with_absolute_paths(load(config, overrides or []))
-        from nev.cluster.session import connect
-        from nev.data.prepare.quickstart import draw_missing_splits
-        from nev.embed.captions import embed_captions
-        from nev.train.experiment import run_experiment, show_summary
+        from nev.demo.quickstart import train_quickstart
+        from nev.train.experiment import show_summary
 
-        with console.status(f"drawing {train + val:,} captioned pictures"):
-            drawn = draw_missing_splits(experiment.data, train, val, experiment.seed)
-        if drawn:
-            console.print(f"captioned pictures drawn: {train:,} to train on, {val:,} to score on", soft_wrap=True)
-        connect()
-        splits = [split for split in (experiment.data.train, experiment.data.val) if split]
-        embed_captions(splits, experiment.data.columns, experiment.text, console)
-        summary = run_experiment(experiment, console)
+        summary = train_quickstart(experiment, console, train, val)
     show_summary(summary, console)
     console.print(f"done in {time.perf_counter() - start:.0f} s")

@@ -48,6 +48,12 @@ def report_errors(interrupted: str = "Nothing is lost but this command's work.")
         raise typer.Exit(130) from None
 
 
+def given_options(context: typer.Context) -> set[str]:
+    """The options that were given on the command line."""
+    origins = {option.opts[0]: context.get_parameter_source(str(option.name)) for option in context.command.params}
+    return {option for option, origin in origins.items() if origin and origin.name == "COMMANDLINE"}
+
+
 def _print_message(markup: str) -> None:
     Console(stderr=True).print(markup, highlight=False, soft_wrap=True)
 

@@ -8,8 +8,8 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 
 
-def refuse_lost_output(output: str) -> None:
-    """Raise ConfigError for an `output` that nev cannot write to, or that would be lost."""
+def refuse_lost_output(output: str, option: str = "--set output=...") -> None:
+    """Raise ConfigError for an `output` that nev cannot write to, or that would be lost. option: that gives another output."""
     if "://" in output:
         bucket = output.removeprefix("s3://").split("/")[0]
         if not output.startswith("s3://") or not bucket:
@@ -17,7 +17,7 @@ def refuse_lost_output(output: str) -> None:
     elif "working_dir_files" in Path.cwd().parts and not Path(output).expanduser().is_absolute():
         raise ConfigError(
             f"output = {output!r} is relative, and the folder of a submitted job is deleted with its node: give an absolute "
-            "folder that every node sees, or s3://BUCKET/PREFIX, with --set output=..."
+            f"folder that every node sees, or s3://BUCKET/PREFIX, with {option}"
         )
 
 

@@ -23,6 +23,7 @@ class Row(TypedDict):
     caption: one sentence, or a list.
     label, label_name: the class, where there is one.
     score: how well picture and caption fit, for filters. Not written.
+    source: where the picture lies: the path of its file, TAR/MEMBER, or PARQUET/ROW. Not written.
     extra: other columns, for filters. Not written.
     reject: why the row cannot be used, where the source knows a reason.
     image_hash: hash of the image in the source, where duplicates are left out (`nev.data.prepare.filters`).
@@ -34,6 +35,7 @@ class Row(TypedDict):
     label: NotRequired[int | None]
     label_name: NotRequired[str | None]
     score: NotRequired[float | None]
+    source: NotRequired[str]
     extra: NotRequired[dict[str, Any]]
     reject: NotRequired[str]
     image_hash: NotRequired[bytes]
@@ -45,8 +47,11 @@ def parse_captions(caption: str | list[str] | None) -> list[str]:
     return [sentence.strip() for sentence in captions if sentence and sentence.strip()]
 
 
-def find_fault(row: Row, limits: Limits) -> str | None:
-    """The reason why a row cannot be written to a shard, or None. Images are not decoded."""
+def find_fault(row: Row, limits: Limits, captioned: bool = True) -> str | None:
+    """The reason why a row cannot be written to a shard, or None. Images are not decoded.
+
+    captioned: a row needs a caption.
+    """
     if "reject" in row:
         return row["reject"].encode(errors="backslashreplace").decode()[:MAX_REASON]
     if not row["uid"]:
@@ -56,7 +61,7 @@ def find_fault(row: Row, limits: Limits) -> str | None:
     if len(row["image"]) > limits.max_bytes:
         return f"image over {limits.max_bytes} bytes"
     captions = parse_captions(row["caption"])
-    if not captions:
+    if captioned and not captions:
         return "empty caption"
     if not all(map(_is_encodable, [row["uid"], row.get("label_name") or "", *captions])):
         return "uid, caption or class name with half a surrogate pair"

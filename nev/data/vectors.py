@@ -6,7 +6,8 @@ each (`binary`). A file may have more columns: those of `COLUMNS`. The metadata 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -62,7 +63,13 @@ def make_table(uids: list[str], vectors: NDArray[Any], spec: VectorSpec, **colum
     """A table of vectors, [n, width] in the form that `spec` says. columns: some of COLUMNS, a value a row."""
     names = {"uid": pa.array(uids, pa.string()), "vector": as_column(vectors, spec.vector_type)}
     names |= {name: pa.array(values, COLUMNS[name]) for name, values in columns.items()}
-    return pa.table(names).replace_schema_metadata({KEY: spec.model_dump_json().encode()})
+    return pa.table(names, make_schema(spec, list(columns)))
+
+
+def make_schema(spec: VectorSpec, columns: Sequence[str]) -> pa.Schema:
+    """The schema of a vector file. columns: some of COLUMNS."""
+    fields = {"uid": pa.string(), "vector": spec.vector_type, **{name: COLUMNS[name] for name in columns}}
+    return pa.schema(list(fields.items()), {KEY: spec.model_dump_json().encode()})
 
 
 def as_column(vectors: NDArray[Any], form: pa.DataType) -> pa.Array:
@@ -84,13 +91,29 @@ def write_vectors(location: str, table: pa.Table) -> None:
         pq.write_table(table, partial, compression="zstd")
 
 
-def list_vector_files(folder: str) -> list[str]:
-    """The vector files of a folder, or the one file that `folder` is. Raises DataError where there is none."""
+@contextmanager
+def open_writer(location: str, schema: pa.Schema, folder: str | None = None) -> Iterator[pq.ParquetWriter]:
+    """A writer of a file whose tables come one by one. The file is there when the body has ended without an error.
+
+    schema: of `make_schema`. folder: as `atomic_file` has it.
+    """
+    with (
+        atomic_file(location, folder) as partial,
+        pq.ParquetWriter(partial, schema, compression="zstd", use_dictionary=False) as writer,
+    ):
+        yield writer
+
+
+def list_vector_files(folder: str, may_be_empty: bool = False) -> list[str]:
+    """The vector files of a folder, or the one file that `folder` is. Raises DataError where there is none.
+
+    may_be_empty: an empty or absent folder gives an empty list.
+    """
     if folder.endswith(".parquet"):
         return [folder]
     with read_errors_as_data_errors(folder, ""):
         names = [name for name in list_files(folder) if name.endswith(".parquet") and not name.startswith(("_", "."))]
-    if not names:
+    if not names and not may_be_empty:
         raise DataError(f"{folder}: no vector files in this folder. `nev embed-images --model MODEL` writes them.")
     return [join(folder, name) for name in names]
 

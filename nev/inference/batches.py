@@ -28,7 +28,7 @@ def embed_pictures(
     for squares in read_squares(items, spec.image_size, spec.limits, batch_size):
         if strict:
             _raise_first([square.reason for square in squares], len(reasons))
-        vectors, new = embed_squares(squares, embed, spec.width)
+        vectors, new = encode_squares(squares, embed, spec.width)
         if strict:
             _raise_first(new, len(reasons))
         parts.append(vectors)
@@ -37,7 +37,7 @@ def embed_pictures(
     return np.concatenate(parts), reasons
 
 
-def embed_squares(squares: Sequence[Square], embed: Embed, width: int) -> tuple[Floats, list[str]]:
+def encode_squares(squares: Sequence[Square], embed: Embed, width: int) -> tuple[Floats, list[str]]:
     """Vectors, zeros for bad pictures; and why pictures are bad, else empty."""
     reasons = [square.reason for square in squares]
     good = [n for n, reason in enumerate(reasons) if not reason]

@@ -52,6 +52,13 @@ def round_to(rows: Floats, precision: str) -> NDArray[Any]:
     return rows
 
 
+def restore(stored: NDArray[Any], precision: str, width: int) -> Floats:
+    """The unit vectors, float32 [n, width], of what `round_to` has stored, [n, k]. Of signs, numbers of one size."""
+    if precision == "binary":
+        stored = np.unpackbits(stored, axis=1, count=width).astype(np.int8) * 2 - 1
+    return stored if stored.dtype == np.float32 else scale_to_unit(stored.astype(np.float32))
+
+
 def shift_mean(images: Floats, image_mean: Floats, text_mean: Floats) -> Floats:
     """Move image vectors by the distance of two means, [D] each, and scale them to unit length (Liang et al. 2022).
 

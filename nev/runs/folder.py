@@ -32,7 +32,15 @@ def check_output(config: Experiment) -> None:
     Also raises ConfigError for an output on S3 without `tracking.uri`, since MLflow's default file cannot lie there.
     """
     tracking_uri(config.tracking, config.output)
-    probe = join(run_folder(config), f".probe-{uuid.uuid4().hex}")
+    check_writable(run_folder(config), f"output = {config.output!r}")
+
+
+def check_writable(folder: str, setting: str) -> None:
+    """Raise ConfigError where a small file cannot be written, listed and deleted in a folder.
+
+    folder: path or URL. setting: what the user has given, for messages.
+    """
+    probe = join(folder, f".probe-{uuid.uuid4().hex}")
     fs, path = filesystem(probe)
     try:
         write_atomic(join(probe, "file"), b"nev")
@@ -41,13 +49,10 @@ def check_output(config: Experiment) -> None:
         if is_local(fs):
             fs.rmdir(path)
     except storage_errors() as error:
-        raise ConfigError(
-            f"output = {config.output!r} cannot be used: {error}. {output_remedy(error, path)}"
-        ) from error
+        raise ConfigError(f"{setting} cannot be used: {error}. {output_remedy(error, path)}") from error
     if names != ["file"]:
         raise ConfigError(
-            f"output = {config.output!r} cannot be used: a file that was written there is not listed at once. Give another "
-            "output."
+            f"{setting} cannot be used: a file that was written there is not listed at once. Give another output."
         )
 
 

@@ -69,6 +69,11 @@ class ExactStore:
         """Columns that `where` may name."""
         return dict.fromkeys(("uid", "kind", "text", "source"), (str,))
 
+    @property
+    def takes_texts(self) -> bool:
+        """Whether nev can write texts."""
+        return True
+
     def read_spec(self) -> StoreSpec | None:
         """What nev has recorded."""
         content = self._load()
@@ -101,6 +106,11 @@ class ExactStore:
         """Write items by their uid."""
         content = self._open()
         there, new = content.table["uid"], items["uid"]
+        known = content.table.filter(pc.is_in(there, new.combine_chunks()))
+        if known.num_rows and set(known["kind"].to_pylist()) != set(items["kind"].to_pylist()):
+            raise SearchError(
+                f"{self.name}: some uids are of rows of the other kind there. A picture never replaces a text"
+            )
         kept = content.table.filter(pc.invert(pc.is_in(there, new.combine_chunks())))
         updated = content.table.num_rows - kept.num_rows
         table = pa.concat_tables([kept, items.cast(content.table.schema.remove_metadata())]).sort_by("uid")

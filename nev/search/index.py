@@ -50,13 +50,20 @@ class Hit(NamedTuple):
     vector: Floats
 
 
+class _Sample(NamedTuple):
+    """Fixed items of a kind. drawn: their number. vectors: of those with a direction, unit length [n, D]."""
+
+    drawn: int
+    vectors: Floats
+
+
 @dataclass
 class Index:
     """A store that is open for search. `open_index` makes one. Threads may share it."""
 
     store: VectorStore
     spec: StoreSpec | None
-    _samples: dict[Kind, Floats] = field(default_factory=dict, repr=False)
+    _samples: dict[Kind, _Sample] = field(default_factory=dict, repr=False)
 
     @property
     def width(self) -> int:
@@ -188,10 +195,13 @@ class Index:
         ]
 
     def _sample(self, kind: Kind) -> Floats:
-        """Fixed vectors of a kind, unit length [n, D]. Drawn again as long as there are fewer than SAMPLE."""
-        if len(self._samples.get(kind, ())) < SAMPLE:
-            self._samples[kind] = keep_usable(read_unit_vectors(self.store.sample(kind, SAMPLE)))
-        return self._samples[kind]
+        """Fixed vectors of a kind, unit length [n, D]. A sample of fewer than SAMPLE is drawn again when the table has grown."""
+        known = self._samples.get(kind)
+        if known is not None and (len(known.vectors) >= SAMPLE or known.drawn == self.store.count(kind)):
+            return known.vectors
+        found = self.store.sample(kind, SAMPLE)
+        self._samples[kind] = _Sample(found.num_rows, keep_usable(read_unit_vectors(found)))
+        return self._samples[kind].vectors
 
 
 def _fuse(nearest: list[Hit], matching: list[Hit]) -> list[Hit]:

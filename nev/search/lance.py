@@ -43,6 +43,7 @@ from nev.storage.files import filesystem, is_local
 
 if TYPE_CHECKING:
     from lancedb import DBConnection
+    from lancedb.expr import Expr
     from lancedb.query import LanceVectorQueryBuilder
     from lancedb.table import Table
 
@@ -81,6 +82,11 @@ class LanceStore:
     def filters(self) -> dict[str, tuple[type, ...]]:
         """Columns that `where` may name, and the types of their values."""
         return {field.name: types for field in self._open().schema if (types := _python_types(field.type))}
+
+    @property
+    def takes_texts(self) -> bool:
+        """Whether nev can write texts: uids are strings."""
+        return self._key() == self.columns.uid
 
     def read_spec(self) -> StoreSpec | None:
         """What nev has recorded."""
@@ -137,7 +143,7 @@ class LanceStore:
     def count(self, kind: Kind | None = None) -> int:
         """Rows with a vector."""
         with self._errors("be read"):
-            return int(self._open().count_rows(self._filter(kind, None)))
+            return int(self._open().count_rows(self._with_vector(kind)))
 
     def count_without_vector(self) -> int:
         """Rows without a vector, which no search finds."""
@@ -147,6 +153,7 @@ class LanceStore:
     def upsert(self, items: pa.Table) -> Upserted:
         """Write items by their uid. Of pictures that are there, other columns of the table keep their values."""
         table = self._open()
+        kind: Kind = TEXT if TEXT in items["kind"].to_pylist() else IMAGE
         columns = [
             pc.cast(items[ours], table.schema.field(theirs).type)
             if ours != "vector"
@@ -155,8 +162,8 @@ class LanceStore:
         ]
         given = pa.table(columns, names=self._item_names())
         with self._errors("be written"):
-            merge = table.merge_insert(self._key()).when_matched_update_all().when_not_matched_insert_all()
-            result = merge.execute(given)
+            merge = table.merge_insert(self._key()).when_matched_update_all(where=self._sql(kind, "target."))
+            result = merge.when_not_matched_insert_all().execute(given)
         written = Upserted(int(result.num_inserted_rows), int(result.num_updated_rows))
         return check_written(self.name, items.num_rows, written)
 
@@ -199,17 +206,17 @@ class LanceStore:
             query = self._open().search(match, query_type="fts")
             query = query.where(self._filter(kind, where), prefilter=True).limit(top)
             found = query.select([*self._select(HIT_COLUMNS), "_score"]).to_arrow()
-        return self._as_items(found, HIT_COLUMNS)
+        return self._as_items(found.filter(pc.is_valid(found[self.columns.vector])), HIT_COLUMNS)
 
     def read(self, uids: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
         """The items of these uids that are there."""
         from lancedb.expr import col, lit
 
         wanted = tuple(columns or item_schema(1).names)
-        parts = []
+        has_key, parts = self._key() in self._open().schema.names, []
         for start in range(0, max(len(uids), 1), CHUNK):
             chunk = list(uids[start : start + CHUNK])
-            condition = col(self._key()).isin([lit(uid) for uid in chunk]) if chunk else lit(False)
+            condition = col(self._key()).isin([lit(uid) for uid in chunk]) if chunk and has_key else lit(False)
             if self._key() != self.columns.uid and (numbers := [int(uid) for uid in chunk if _is_integer(uid)]):
                 condition = condition | col(self.columns.uid).isin([lit(number) for number in numbers])
             with self._errors("be read"):
@@ -219,7 +226,7 @@ class LanceStore:
     def sample(self, kind: Kind, count: int, seed: int = 0) -> pa.Table:
         """At most `count` items of a kind that have a vector."""
         with self._errors("be read"):
-            query = self._open().search().where(self._filter(kind, None)).limit(None)
+            query = self._open().search().where(self._with_vector(kind)).limit(None)
             found = query.select(self._select(("uid",))).to_arrow()
         uids = self._as_items(found, ("uid",))["uid"].to_pylist()
         return self.read(draw_uids(uids, count, seed), SAMPLE_COLUMNS)
@@ -294,23 +301,40 @@ class LanceStore:
 
     # -- conditions --
 
-    def _sql(self, kind: Kind) -> str:
-        """The condition for rows of a kind. Only names of columns and the constant are in it."""
+    def _sql(self, kind: Kind, table: str = "") -> str:
+        """The condition for rows of a kind, as SQL: a name and a constant."""
         if self.columns.kind not in self._open().schema.names:
             return "false" if kind == IMAGE else "true"
-        column = _quote(self.columns.kind)
+        column = table + _quote(self.columns.kind)
         return f"{column} = '{IMAGE}'" if kind == IMAGE else f"({column} IS NULL OR {column} <> '{IMAGE}')"
 
-    def _filter(self, kind: Kind | None, where: Where | None) -> str:
-        """The condition for rows with a vector, of a kind, that hold the values. LanceDB escapes names and values."""
-        from lancedb.expr import col, lit
+    def _with_vector(self, kind: Kind | None) -> str:
+        """The condition for rows with a vector, as SQL."""
+        condition = f"{_quote(self.columns.vector)} IS NOT NULL"
+        return f"{condition} AND {self._sql(kind)}" if kind else condition
 
-        parts = [f"{_quote(self.columns.vector)} IS NOT NULL"]
-        if kind:
-            parts.append(self._sql(kind))
+    def _filter(self, kind: Kind | None, where: Where | None) -> Expr:
+        """The condition for rows of a kind that hold the values.
+
+        It is no SQL: LanceDB 0.40 turns the string \\' OR true into code (`Expr.to_sql`). Its expressions have no IS NULL, but
+        `concat` makes an empty string of NULL alone, after a cast of numbers to strings.
+        """
+        from lancedb.expr import col, func, lit
+
+        condition = lit(1) == lit(1)
+        if kind == IMAGE:
+            has_kinds = self.columns.kind in self._open().schema.names
+            condition = col(self.columns.kind) == lit(IMAGE) if has_kinds else lit(1) == lit(0)
+        elif kind == TEXT and self.columns.kind in self._open().schema.names:
+            condition = func("concat", col(self.columns.kind)) != lit(IMAGE)
         for column, value in check_where(where, self.filters).items():
-            parts.append(f"{_quote(column)} IS NULL" if value is None else (col(column) == lit(value)).to_sql())
-        return " AND ".join(f"({part})" for part in parts)
+            if value is not None:
+                condition = condition & (col(column) == lit(value))
+            elif self.filters[column] == (str,):
+                condition = condition & (func("concat", func("octet_length", col(column)).cast("string")) == lit(""))
+            else:
+                condition = condition & (func("concat", col(column).cast("string")) == lit(""))
+        return condition
 
     # -- the database --
 

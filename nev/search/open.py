@@ -26,7 +26,11 @@ def open_store(location: str, table: str, columns: Columns | None = None, store:
             f"store {kind}: PostgreSQL has a location postgresql://..., other stores a folder or s3://..."
         )
     if kind == "postgres":
-        raise SearchError("PostgreSQL is not supported yet")
+        try:
+            from nev.search.postgres import PostgresStore
+        except ImportError as error:
+            raise SearchError("psycopg and pgvector are not installed: pip install 'nev[postgres]'") from error
+        return PostgresStore(location, table, columns)
     if kind == "lancedb":
         from nev.search.lance import LanceStore
 

@@ -101,6 +101,10 @@ class VectorStore(Protocol):
     def filters(self) -> Mapping[str, tuple[type, ...]]:
         """Columns that `where` may name, and the types of their values."""
 
+    @property
+    def takes_texts(self) -> bool:
+        """Whether nev can write texts: uids are strings. Pictures have a column for theirs where they are not."""
+
     def read_spec(self) -> StoreSpec | None:
         """What nev has recorded. None: the table is new, or made by another program."""
 
@@ -123,7 +127,10 @@ class VectorStore(Protocol):
         """Rows without a vector, which no search finds."""
 
     def upsert(self, items: pa.Table) -> Upserted:
-        """Write items (`make_items`) by their uid. Raises SearchError unless inserted + updated is the number of items."""
+        """Write items of one kind (`make_items`) by their uid. A row of the other kind is never written over.
+
+        Raises SearchError unless inserted + updated is the number of items.
+        """
 
     def delete_images(self) -> int:
         """Delete all pictures. Returns their number."""
@@ -207,7 +214,7 @@ def check_written(name: str, given: int, written: Upserted) -> Upserted:
     if written.inserted + written.updated != given:
         raise SearchError(
             f"{name}: {given:,} items were given, and the store reports {written.inserted:,} new and {written.updated:,} "
-            "updated ones. Run the same command again; if that does not help, make the table anew"
+            "updated ones. Another program may write uids of the same names: run the same command again"
         )
     return written
 

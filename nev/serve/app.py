@@ -18,6 +18,7 @@ from nev.serve.engine import Engine
 from nev.serve.errors import add_error_handlers, describe_errors
 from nev.serve.guard import Guard
 from nev.serve.metrics import make_meters
+from nev.serve.page import add_page
 from nev.serve.service import Service
 from nev.serve.settings import Settings
 
@@ -55,7 +56,7 @@ def make_app(engine: Engine, index: Index | None = None, settings: Settings | No
     app.include_router(search.make_router(searcher, maker.place))
     app.include_router(space_map.make_router(searcher, maker))
     add_operations(app, service)
-    # The page: `from nev.serve.page import add_page` and `add_page(app)`, in this place.
+    add_page(app)
     if settings.token:
         _describe_token(app)
     return app

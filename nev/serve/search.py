@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nev.ops.vectors import Floats, scale_to_unit
 from nev.search.index import Hit, Index
-from nev.search.ranking import move_images, read_means
+from nev.search.ranking import Means, move_images, read_means
 from nev.search.store import SearchError
 from nev.serve.errors import ApiError, describe_errors
 from nev.serve.items import Picture
@@ -70,10 +70,12 @@ class FoundItem(BaseModel):
     text: str | None
     source: str | None
     thumbnail: bool
+    position: Pair
+    """Place on the map with the same `calibrated`."""
 
 
 class QuerySummary(BaseModel):
-    """What was searched for. position: of the query on the map, where pictures are not moved."""
+    """What was searched for. position: of the query on the map with the same `calibrated`."""
 
     kind: QueryKind
     position: Pair
@@ -97,7 +99,7 @@ class Part(NamedTuple):
     vector: Floats
 
 
-Place = Callable[[Floats, Index], list[float]]
+Place = Callable[[Floats, Index, bool], list[list[float]]]  # vectors [n, D], and whether the map is calibrated
 
 
 class Searcher:
@@ -126,10 +128,10 @@ class Searcher:
         self._check(question)
         parts = await self._embed(question)
         kind = parts[0].kind if len(parts) == 1 else "both"
-        hits, calibrated, position = await self.call(partial(_search, question, parts, place))
+        hits, calibrated, (position, *positions) = await self.call(partial(_search, question, parts, place))
         milliseconds = round(1000 * (time.perf_counter() - start), 1)
         return SearchAnswer(
-            hits=[_describe(hit) for hit in hits],
+            hits=[_describe(hit, at) for hit, at in zip(hits, positions, strict=True)],
             offset=question.offset,
             top=question.top,
             calibrated=calibrated,
@@ -166,19 +168,12 @@ class Searcher:
 
 def _search(
     question: SearchQuestion, parts: list[Part], place: Place, index: Index
-) -> tuple[list[Hit], bool, list[float]]:
-    """Hits without the item that was searched for, whether they are calibrated, and the query's position on the map."""
+) -> tuple[list[Hit], bool, list[list[float]]]:
+    """Hits without the item that was searched for, whether they are calibrated, and the positions of query and hits."""
     calibration = index.calibration if question.calibrated else None
     means = read_means(calibration) if calibration else None
-    if len(parts) == 1:
-        query, kind = parts[0].vector, parts[0].kind
-    else:  # pictures are moved to where the texts are before the mean
-        query, kind = (
-            average(
-                [move_images(part.vector[None], means)[0] if part.kind == "image" else part.vector for part in parts]
-            ),
-            "text",
-        )
+    moved = [_move(part.vector, part.kind, means) for part in parts]  # pictures to where the texts are, before the mean
+    query, kind = (parts[0].vector, parts[0].kind) if len(parts) == 1 else (average(moved), "text")
     end = question.offset + question.top
     more = question.uid is not None
     hits = index.search(
@@ -195,7 +190,13 @@ def _search(
     )
     if more:
         hits = [hit for hit in hits if hit.uid != question.uid][question.offset : end]
-    return hits, means is not None, place(average([part.vector for part in parts]), index)
+    vectors = [average(moved), *(_move(hit.vector, hit.kind, means) for hit in hits)]
+    return hits, means is not None, place(np.stack(vectors), index, question.calibrated)
+
+
+def _move(vector: Floats, kind: str, means: Means | None) -> Floats:
+    """A vector, [D], as it is compared."""
+    return np.asarray(move_images(vector[None], means)[0] if kind == "image" else vector, np.float32)
 
 
 def _read_item(uid: str, index: Index) -> Part:
@@ -212,7 +213,7 @@ def average(vectors: list[Floats]) -> Floats:
     return np.asarray(scale_to_unit(np.mean(vectors, axis=0, keepdims=True))[0])
 
 
-def _describe(hit: Hit) -> FoundItem:
+def _describe(hit: Hit, position: list[float]) -> FoundItem:
     return FoundItem(
         uid=hit.uid,
         kind=hit.kind,
@@ -221,6 +222,7 @@ def _describe(hit: Hit) -> FoundItem:
         text=hit.text,
         source=hit.source,
         thumbnail=hit.kind == "image",
+        position=position,
     )
 
 

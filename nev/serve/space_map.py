@@ -13,6 +13,7 @@ from nev.common.version import __version__
 from nev.ops.vectors import Floats
 from nev.search.index import Index
 from nev.search.projection import Projection, fit_projection
+from nev.search.ranking import move_images, read_means
 from nev.search.store import SearchError, read_unit_vectors
 from nev.serve.errors import describe_errors
 from nev.serve.search import Kind, Pair, Searcher
@@ -73,32 +74,38 @@ class _Drawn(NamedTuple):
 
 
 class MapMaker:
-    """Draws the map once, when it is first needed."""
+    """Draws each map once, when it is first needed: with pictures where they are, and where a calibration moves them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._drawn: _Drawn | None = None
+        self._drawn: dict[bool, _Drawn] = {}
 
-    def draw(self, index: Index) -> SpaceMap:
-        """The map."""
-        return self._draw(index).drawn
+    def draw(self, index: Index, calibrated: bool) -> SpaceMap:
+        """A map."""
+        return self._draw(index, calibrated).drawn
 
-    def place(self, vector: Floats, index: Index) -> list[float]:
-        """The position of a vector, [D], on the map."""
-        position: list[float] = self._draw(index).projection.project(vector[None])[0].tolist()
-        return position
+    def place(self, vectors: Floats, index: Index, calibrated: bool) -> list[list[float]]:
+        """The positions of vectors, [n, D], on a map. Pictures' are moved already where it is calibrated."""
+        positions: list[list[float]] = self._draw(index, calibrated).projection.project(vectors).tolist()
+        return positions
 
-    def _draw(self, index: Index) -> _Drawn:
+    def _draw(self, index: Index, calibrated: bool) -> _Drawn:
         with self._lock:
-            self._drawn = self._drawn or draw_map(index)
-            return self._drawn
+            if calibrated not in self._drawn:
+                self._drawn[calibrated] = draw_map(index, calibrated)
+            return self._drawn[calibrated]
 
 
-def draw_map(index: Index) -> _Drawn:
-    """The map of a fixed sample of the index. Pictures lie where they are, not where a calibration moves them."""
+def draw_map(index: Index, calibrated: bool) -> _Drawn:
+    """The map of a fixed sample of the index, the same items with and without calibration, each by axes of its own."""
     kinds: tuple[Kind, ...] = ("image", "text")
+    means = read_means(index.calibration) if calibrated and index.calibration else None
     samples = [(kind, index.sample(kind, POINTS)) for kind in kinds]
-    vectors = [read_unit_vectors(sample) for _, sample in samples if sample.num_rows]
+    vectors = [
+        move_images(read_unit_vectors(sample), means if kind == "image" else None)
+        for kind, sample in samples
+        if sample.num_rows
+    ]
     rows = np.concatenate(vectors) if vectors else np.zeros((0, index.width), np.float32)
     projection = fit_projection(rows)
     drawn = SpaceMap(
@@ -135,9 +142,9 @@ def make_router(searcher: Searcher, maker: MapMaker) -> APIRouter:
     service, index = searcher.service, searcher.index
 
     @router.get("/map", response_model=SpaceMap, responses=describe_errors(401, 404, 429, 500))
-    async def draw() -> Any:
-        """A sample of the index on a plane. Answers of `/search` have the query's position on it."""
-        return await searcher.call(maker.draw)
+    async def draw(calibrated: bool = True) -> Any:
+        """A sample of the index on a plane. Answers of `/search` with the same `calibrated` have positions on it."""
+        return await searcher.call(lambda index: maker.draw(index, calibrated))
 
     @router.get("/info", response_model=Info, responses=describe_errors(401, 429, 500))
     async def inform() -> Any:

@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("nev.train.driver",),  # hands the worker's function to Ray Train
     ("nev.train",),
     ("nev.sweep", "nev.export", "nev.serve"),
+    ("nev.demo",),
     ("nev",),
     ("nev.commands",),
     ("pipelines", "nev.__main__"),
@@ -60,7 +61,7 @@ NOT_AT_IMPORT: dict[str, tuple[str, ...]] = {
 ONLY: dict[str, tuple[str, ...]] = {
     "nev.storage": ("fsspec", "s3fs", "botocore", "aiobotocore"),
     "nev.search.lance": ("lancedb",),
-    "nev.search.postgres": ("psycopg", "pgvector"),
+    "nev.search": ("psycopg", "pgvector"),
     "nev.cluster.ray_internals": ("ray._private", "ray._raylet", "ray.train.v2._internal"),
     "nev.cluster.backpressure": ("ray.data._internal",),
     "nev.serve.replicas": ("ray.serve",),

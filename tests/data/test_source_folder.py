@@ -35,8 +35,8 @@ def test_lines_for_one_file_are_its_captions(tmp_path: Path, name: str, text: st
     files(tmp_path, "a.jpg", "sub/b.PNG", "unnamed.jpg")
     (tmp_path / name).write_text(text, encoding="utf-8")
     expected = [
-        {"uid": "a.jpg", "image": b"a.jpg", "caption": ["one, two", "four"]},
-        {"uid": "sub/b.PNG", "image": b"sub/b.PNG", "caption": ["three"]},
+        {"uid": "a.jpg", "image": b"a.jpg", "caption": ["one, two", "four"], "source": f"{tmp_path}/a.jpg"},
+        {"uid": "sub/b.PNG", "image": b"sub/b.PNG", "caption": ["three"], "source": f"{tmp_path}/sub/b.PNG"},
     ]
     assert list(read("folder-captions", [tmp_path], SourceOptions())) == expected
     assert list(read("folder-captions", [tmp_path / name], SourceOptions())) == expected
@@ -107,7 +107,9 @@ def test_a_line_without_caption_is_left_to_the_rule_for_all_rows(tmp_path: Path)
 
 def test_a_folder_is_a_class(tmp_path: Path) -> None:
     files(tmp_path, "sea_lion/1.JPG", "sea_lion/deep/2.webp", "ant/1.tiff", "ant/notes.txt", "_own/1.jpg", "top.gif")
-    assert list(read("folder-classes", [tmp_path], LABELLED)) == [
+    rows = list(read("folder-classes", [tmp_path], LABELLED))
+    assert [row.pop("source") for row in rows] == [f"{tmp_path}/{row['uid']}" for row in rows]
+    assert rows == [
         {
             "uid": "ant/1.tiff",
             "image": b"ant/1.tiff",

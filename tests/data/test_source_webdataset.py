@@ -38,7 +38,10 @@ def test_webdataset_takes_uid_captions_and_label_where_they_are(tmp_path: Path) 
             "g.json": {"caption": "y", "label": "cat"},
         },
     )
-    assert list(read("webdataset", [tar], DEFAULT)) == [
+    rows = list(read("webdataset", [tar], DEFAULT))
+    files = ["a.jpg", "b.png", "dir/e.jpeg", "f.jpg", "g.jpg"]
+    assert [row.pop("source") for row in rows] == [f"{tar}/{file}" for file in files]
+    assert rows == [
         {"uid": "u1", "image": b"A", "caption": ["first", "second"], "label": None, "label_name": None},
         {"uid": "b", "image": b"B", "caption": "only", "label": 2, "label_name": "ship"},
         {"uid": "dir/e", "image": b"E", "caption": "text", "label": 7, "label_name": None},

@@ -263,7 +263,7 @@ def test_a_shard_of_an_older_set_is_not_taken_for_one_of_this(tmp_path: Path, un
 
 def test_an_output_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "set").touch()
-    with pytest.raises(ConfigError, match=r"set: is a file\. A split is a folder"):
+    with pytest.raises(ConfigError, match=r"set: is a file\. The output is a folder"):
         make(tmp_path / "set")
 
 

@@ -20,7 +20,8 @@ from nev.eval.report.page import _template
 from nev.eval.suite.schema import load_suite, shipped
 print(nev.__file__)
 print(load("quickstart").name, len(shipped_configs()), len([load_suite(name) for name in shipped()]))
-print(files("nev").joinpath("py.typed").is_file(), bool(_template()))
+from nev.serve.page import FILES, FOLDER
+print(files("nev").joinpath("py.typed").is_file(), bool(_template()), all((FOLDER / name).is_file() for _, name, _ in FILES))
 """
 
 
@@ -73,4 +74,4 @@ def test_every_file_that_nev_reads_is_there(installed: Path, tmp_path: Path) -> 
     shipped = len(list((ROOT / "configs").rglob("*.yaml")))
     suites = len(list((ROOT / "nev/eval/suite/shipped").glob("*.yaml")))
     assert counts == f"quickstart {shipped} {suites}"
-    assert others == "True True"
+    assert others == "True True True"

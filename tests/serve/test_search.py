@@ -75,7 +75,7 @@ def test_words_rank_texts_and_pictures_as_the_model_does(searching: TestClient, 
         np.testing.assert_allclose([hit["score"] for hit in answer["hits"]], [each.score for each in ranked], atol=1e-5)
     assert answer["query"]["kind"] == "text"
     first = answer["hits"][0]
-    assert set(first) == {"uid", "kind", "score", "percentile", "text", "source", "thumbnail"}
+    assert set(first) == {"uid", "kind", "score", "percentile", "text", "source", "thumbnail", "position"}
 
 
 def test_a_picture_finds_itself_first_among_pictures(searching: TestClient) -> None:

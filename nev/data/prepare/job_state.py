@@ -186,9 +186,10 @@ def write_json(location: str, content: Record) -> None:
 
 
 @contextmanager
-def exclusive_lock(output: str) -> Iterator[None]:
-    """Hold a lock on a local folder, so that no other process of this machine prepares it. On S3 there is no lock.
+def exclusive_lock(output: str, command: str = "prepare") -> Iterator[None]:
+    """Hold a lock on a local folder, so that no other process of this machine writes to it. On S3 there is no lock.
 
+    command: that writes, for messages.
     Raises ConfigError where another process holds the lock. The lock ends with the process, even if it is killed. A file system
     without locks is logged as a warning.
     """
@@ -199,7 +200,7 @@ def exclusive_lock(output: str) -> Iterator[None]:
         yield
         return
     if fs.exists(path) and not fs.isdir(path):
-        raise ConfigError(f"{output}: is a file. A split is a folder: give another name.")
+        raise ConfigError(f"{output}: is a file. The output is a folder: give another name.")
     with write_errors_as_data_errors(output):
         make_folder(fs, path)
         handle = os.open(path, os.O_RDONLY)
@@ -207,9 +208,9 @@ def exclusive_lock(output: str) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise ConfigError(f"{output}: another prepare is at work in this folder. Wait for its end.") from None
+        raise ConfigError(f"{output}: another {command} is at work in this folder. Wait for its end.") from None
     except OSError as error:
-        log.warning("%s: this file system has no locks (%s): do not run a second prepare there", output, error)
+        log.warning("%s: this file system has no locks (%s): do not run a second %s there", output, error, command)
     try:
         yield
     finally:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from nev.config.base import ConfigError
@@ -35,8 +34,7 @@ from nev.data.prepare.order import Order, compute_order, find_shard, merge_keys
 from nev.data.prepare.resize import Resize
 from nev.data.prepare.scatter import ScatterJob, count_buckets, fetch_keys, hash_seed, read_keys, run_location, scatter
 from nev.data.prepare.shards import Layout, infer_schema, list_shards, shard_location
-from nev.data.rows import Row
-from nev.data.sources.common import S3, Part, Source, hash_content, parent_folder
+from nev.data.sources.common import S3, Source, parent_folder, take_first
 from nev.data.uids import read_uids
 from nev.storage.files import PARALLEL_REQUESTS, filesystem, is_local, join
 from nev.storage.reading import write_errors_as_data_errors
@@ -130,8 +128,7 @@ def prepare(
     layout.check()
     output = _resolve_output(os.fspath(output))
     if limit is not None:
-        whole_input = Part(hash_content([part.stamp for part in source.parts]), [part.content for part in source.parts])
-        source = source._replace(parts=[whole_input], read=partial(_first_rows, read=source.read, limit=limit))
+        source = take_first(source, limit)
     job = ScatterJob(
         work=work_folder(output),
         read=source.read,
@@ -261,10 +258,6 @@ def _write_shards(
         rows += written
         progress.written(done, len(shards), rows)
     return shards
-
-
-def _first_rows(parts: Sequence[Any], read: Callable[[Any], Iterable[Row]], limit: int) -> Iterator[Row]:
-    return islice(chain.from_iterable(map(read, parts)), limit)
 
 
 def _filter_spec(filters: Filters, resize: Resize | None) -> Record:

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from nev.data.sources import datacomp, folder, hf_parquet, webdataset
-from nev.data.sources.common import Part, Source, SourceOptions, find_files, iterate_rows, make_source, refuse_inside
+from nev.data.sources import datacomp, folder, hf_parquet, pictures, webdataset
+from nev.data.sources.common import (
+    Part,
+    Source,
+    SourceOptions,
+    find_files,
+    iterate_rows,
+    make_source,
+    refuse_inside,
+    take_first,
+)
 
 SOURCES: dict[str, Callable[[Iterable[str | Path], SourceOptions], Source]] = {
     "webdataset": webdataset.source,
@@ -14,6 +23,17 @@ SOURCES: dict[str, Callable[[Iterable[str | Path], SourceOptions], Source]] = {
     "datacomp": datacomp.source,
     "folder-captions": folder.captions,
     "folder-classes": folder.classes,
+    "folder": pictures.source,
 }
 
-__all__ = ["SOURCES", "Part", "Source", "SourceOptions", "find_files", "iterate_rows", "make_source", "refuse_inside"]
+__all__ = [
+    "SOURCES",
+    "Part",
+    "Source",
+    "SourceOptions",
+    "find_files",
+    "iterate_rows",
+    "make_source",
+    "refuse_inside",
+    "take_first",
+]

@@ -11,7 +11,8 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,6 +113,16 @@ def make_source(rows: Iterable[Row], nbytes: int = 0, spec: dict[str, Any] | Non
     return Source([Part("rows", rows)], iter, nbytes, spec)
 
 
+def take_first(source: Source, limit: int) -> Source:
+    """A source of the first `limit` rows of another source, in one part."""
+    part = Part(hash_content([part.stamp for part in source.parts]), [part.content for part in source.parts])
+    return source._replace(parts=[part], read=partial(_first_rows, read=source.read, limit=limit))
+
+
+def _first_rows(parts: Sequence[Any], read: Callable[[Any], Iterable[Row]], limit: int) -> Iterator[Row]:
+    return islice(chain.from_iterable(map(read, parts)), limit)
+
+
 def fill_templates(templates: tuple[str, ...], name: str) -> list[str]:
     """The captions of a class: each template with the class name, in which underscores become spaces."""
     return [template.replace("{}", name.replace("_", " ")) for template in templates]
@@ -143,6 +154,8 @@ def group_files(files: Iterable[File], part_bytes: int) -> list[Part]:
 def find_files(inputs: Iterable[str | Path], suffixes: tuple[str, ...]) -> list[File]:
     """The files of the inputs, sorted. An input is a file, a folder (searched at all depths) or a glob pattern, local or on S3.
 
+    suffixes: of the files of a folder, in lower case.
+
     In a folder, files are left out whose name, or a folder of theirs, begins with '_' or '.'. Raises ConfigError for an input
     without files, and DataError where S3 cannot be listed.
     """
@@ -150,7 +163,7 @@ def find_files(inputs: Iterable[str | Path], suffixes: tuple[str, ...]) -> list[
     for pattern in map(str, inputs):
         matches, folder = _remote(pattern) if pattern.startswith(S3) else _local(pattern)
         if folder:
-            matching = [file for file in matches if file.location.endswith(suffixes)]
+            matching = [file for file in matches if file.location.lower().endswith(suffixes)]
             if not matching:
                 names = {Path(file.location).suffix or Path(file.location).name for file in matches}
                 suffixes_found = ", ".join(sorted(names)) or "nothing"

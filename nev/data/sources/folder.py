@@ -6,6 +6,7 @@ A file is read only if it lies in the folder: a path or a link that leads out of
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -77,7 +78,7 @@ def captions(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
                 by_path[path].row["caption"] = [*parse_captions(by_path[path].row["caption"]), *sentences]
                 continue
             uid = str(PurePosixPath(relative_name(root, folder)) / name)
-            row: Row = {"uid": uid, "image": None, "caption": sentences}
+            row: Row = {"uid": uid, "image": None, "caption": sentences, "source": path}
             if Path(name).suffix.lower() not in IMAGES:
                 row["reject"] = "not an image file"
             by_path[path] = Picture(row, folder, path)
@@ -113,7 +114,7 @@ def classes(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
     shared = shared_folder(str(root) for root, _ in roots)
     pictures = []
     for root, file in files:
-        row: Row = {"uid": relative_name(shared, str(file)), "image": None, "caption": None}
+        row: Row = {"uid": relative_name(shared, str(file)), "image": None, "caption": None, "source": str(file)}
         if file.parent == root:
             row["reject"] = "not in the folder of a class"
         else:
@@ -135,14 +136,15 @@ def read(pictures: Iterable[Picture], limits: Limits) -> Iterator[Row]:
     for picture in pictures:
         row = picture.row.copy()
         if "reject" not in row:
-            _fill_in(row, picture, limits)
+            fill_in(row, picture.path, picture.folder, limits)
         yield row
 
 
-def _fill_in(row: Row, picture: Picture, limits: Limits) -> None:
+def fill_in(row: Row, path: str, folder: str, limits: Limits) -> None:
+    """Set the row's image, the bytes of the file at `path`; or the reason why not. A file outside of `folder` is not read."""
     try:
-        real = Path(picture.path).resolve()
-        if not real.is_relative_to(Path(picture.folder).resolve()):
+        real = Path(path).resolve()
+        if not real.is_relative_to(_resolve(folder)):
             row["reject"] = "path leads out of the folder"
         elif not real.is_file():
             row["reject"] = "no such file"
@@ -152,6 +154,11 @@ def _fill_in(row: Row, picture: Picture, limits: Limits) -> None:
             row["image"] = real.read_bytes()
     except (OSError, RuntimeError, ValueError):  # RuntimeError: a link to itself. ValueError: a zero byte in the name
         row["reject"] = "file not readable"
+
+
+@functools.lru_cache(maxsize=16)
+def _resolve(folder: str) -> Path:
+    return Path(folder).resolve()
 
 
 def _stamps(paths: Iterable[str]) -> dict[str, tuple[int, int]]:

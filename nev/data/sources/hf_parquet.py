@@ -94,6 +94,7 @@ def _read_file(path: str, stem: str, options: SourceOptions) -> Iterator[Row]:
             for in_batch in range(batch.num_rows):
                 cells = {role: column[in_batch] for role, column in values.items()}
                 row = _row(cells, f"{stem}-{number:08d}", names, options.templates)
+                row["source"] = f"{path}/{number}"
                 yield {**row, "extra": {name: column[in_batch] for name, column in extra.items()}} if extra else row
                 number += 1
 

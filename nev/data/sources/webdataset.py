@@ -67,11 +67,12 @@ def read(files: Iterable[str], options: SourceOptions, root: str = "") -> Iterat
         tar = relative_name(root, path)
         rows = 0
         for key, parts in _samples(path, options):
-            row = _row(key, parts, options)
+            row = _row(key, parts, options, path)
             rows += 1
             yield {**row, "uid": f"{tar}/{row['uid']}"} if options.tar_in_uid else row
         if not rows:
-            yield {"uid": tar, "image": None, "caption": None, "reject": f"tar without KEY.{', KEY.'.join(IMAGES)}"}
+            reject = f"tar without KEY.{', KEY.'.join(IMAGES)}"
+            yield {"uid": tar, "image": None, "caption": None, "source": path, "reject": reject}
 
 
 def _samples(path: str, options: SourceOptions) -> Iterator[tuple[str, dict[str, bytes | None]]]:
@@ -132,11 +133,11 @@ def _open(location: str) -> Any:
     return fs.open(path, "rb", cache_type="readahead", block_size=AHEAD_BYTES)
 
 
-def _row(key: str, parts: dict[str, bytes | None], options: SourceOptions) -> Row:
-    row: Row = {"uid": key, "image": None, "caption": None}
+def _row(key: str, parts: dict[str, bytes | None], options: SourceOptions, tar: str) -> Row:
+    row: Row = {"uid": key, "image": None, "caption": None, "source": f"{tar}/{key}"}
     images = [extension for extension in parts if extension in IMAGES]
     if images:
-        row["image"] = parts[images[0]]
+        row |= {"image": parts[images[0]], "source": f"{tar}/{key}.{images[0]}"}
     if None in parts.values():
         row["reject"] = "member over its size limit"
         return row

@@ -1,0 +1,392 @@
+"""The store in PostgreSQL with pgvector: a table of nev, or pictures beside the texts of a table that exists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, LiteralString
+
+import numpy as np
+import pyarrow as pa
+from psycopg import sql
+from psycopg.types.json import Jsonb
+from pydantic import ValidationError
+
+from nev.data.vectors import as_array, as_column
+from nev.ops.vectors import Floats
+from nev.search.postgres_changes import (
+    RECORD,
+    find_ann,
+    has_full_text,
+    is_concurrent,
+    list_ann_statements,
+    list_full_text_statements,
+    list_statements,
+)
+from nev.search.postgres_connections import Connections, hold_lock, register_types
+from nev.search.postgres_table import HALF_LIMIT, PostgresTable, describe_table, find_table
+from nev.search.store import (
+    ANN_ROWS,
+    HIT_COLUMNS,
+    IMAGE,
+    SAMPLE_COLUMNS,
+    TEXT,
+    Ann,
+    Columns,
+    Kind,
+    SearchError,
+    StoreSpec,
+    Upserted,
+    Where,
+    check_written,
+    item_schema,
+)
+
+if TYPE_CHECKING:
+    from psycopg import Connection
+
+EF_SEARCH = 200  # candidates of a walk through the graph. pgvector's 40 are few for a calibrated list
+ITERATIVE = (0, 8)  # version of pgvector from which a walk goes on until enough rows have passed the filter
+LOCK_TIMEOUT = (
+    "SET LOCAL lock_timeout = '5s'"  # a change of the table that waits for others makes all others wait behind it
+)
+GRAPH_MIB = 1024  # most memory that PostgreSQL is asked to use for the making of a graph
+TYPES = {"vector": "vector", "thumbnail": "bytea"}  # of an item's columns; others are text
+
+
+class PostgresStore:
+    """A table of PostgreSQL."""
+
+    def __init__(self, location: str, table: str, columns: Columns | None = None) -> None:
+        self._connections = Connections(location)
+        self._given = table
+        self.name = f"{self._connections.name}, table {table}"
+        self.columns = columns or Columns()
+        self._known = self._describe()
+        spec = self.read_spec()
+        if columns is None and spec:
+            self.columns = spec.columns
+            self._known = self._describe()
+
+    def _describe(self) -> PostgresTable | None:
+        return self._connections.read("be read", lambda each: describe_table(each, self._given, self.columns))
+
+    @property
+    def _table(self) -> PostgresTable:
+        if self._known is None:
+            raise SearchError(f"{self.name}: no such table. `nev index` makes one")
+        return self._known
+
+    @property
+    def width(self) -> int | None:
+        """Numbers of a vector. None: there is no table yet."""
+        if self._known is None:
+            return None
+        modifier = self._known.vector.modifier
+        return modifier if modifier > 0 else self._width_of_rows
+
+    @cached_property
+    def _width_of_rows(self) -> int:
+        """The width of the first vector, for a column whose type has none."""
+        rows = self._rows("SELECT vector_dims({vector}) FROM {table} WHERE {vector} IS NOT NULL LIMIT 1")
+        if not rows:
+            raise SearchError(
+                f"{self.name}: column {self.columns.vector} has no width, and there is no row: ALTER TABLE ... ALTER COLUMN ... "
+                "TYPE vector(WIDTH)"
+            )
+        return int(rows[0][0])
+
+    @property
+    def filters(self) -> dict[str, tuple[type, ...]]:
+        """Columns that `where` may name, and the types of their values."""
+        return self._table.filters
+
+    @property
+    def takes_texts(self) -> bool:
+        """Whether nev can write texts: uids are strings."""
+        return self._known is None or not self._known.has_own_key
+
+    def read_spec(self) -> StoreSpec | None:
+        """What nev has recorded, in the table `nev_index` of the same schema."""
+        if self._known is None:
+            return None
+        schema, name = self._known.schema, self._known.name
+
+        def read(connection: Connection[Any]) -> Any:
+            if find_table(connection, schema, RECORD) is None:
+                return None
+            statement = sql.SQL("SELECT spec::text FROM {} WHERE table_name = %s").format(
+                sql.Identifier(schema, RECORD)
+            )
+            return connection.execute(statement, (name,)).fetchone()
+
+        row = self._connections.read("be read", read)
+        try:
+            return StoreSpec.model_validate_json(row[0]) if row else None
+        except ValidationError as error:
+            raise SearchError(
+                f"{self.name}: its record in {RECORD} cannot be read ({error}). Make the index again"
+            ) from error
+
+    def write_spec(self, spec: StoreSpec) -> None:
+        """Record in the table `nev_index`."""
+        statement = sql.SQL(
+            "INSERT INTO {} (table_name, spec) VALUES (%s, %s) ON CONFLICT (table_name) DO UPDATE SET spec = EXCLUDED.spec"
+        ).format(sql.Identifier(self._table.schema, RECORD))
+        with self._connections.use("be written") as connection:
+            connection.execute(statement, (self._table.name, Jsonb(spec.model_dump(mode="json"))))
+
+    # -- changes --
+
+    def list_changes(self, width: int) -> list[str]:
+        """The statements that make the table, or what it lacks."""
+        with self._connections.use("be read") as connection:
+            statements = list_statements(connection, self._given, self._known, self.columns, width)
+            return [statement.as_string(connection) for statement in statements]
+
+    def apply_changes(self, width: int) -> None:
+        """Run the statements of `list_changes`. Rows get NULLs; no vector is touched."""
+        with self._connections.use("be changed") as connection, hold_lock(connection, RECORD):
+            self._known = describe_table(connection, self._given, self.columns)
+            statements = list_statements(connection, self._given, self._known, self.columns, width)
+            with connection.transaction():
+                connection.execute(LOCK_TIMEOUT)
+                for statement in statements:
+                    if not is_concurrent(statement):
+                        connection.execute(statement)
+            for statement in filter(is_concurrent, statements):
+                connection.execute(statement)
+            register_types(connection)
+            self._known = describe_table(connection, self._given, self.columns)
+
+    def upsert(self, items: pa.Table) -> Upserted:
+        """Write items by their uid, all or none. Rows that hold the same already are not written again; they count as updated.
+
+        A row of the other kind is never written: the number of rows is then too small, which raises SearchError.
+        """
+        table = self._table
+        if not self.takes_texts and TEXT in items["kind"].to_pylist():
+            raise SearchError(f"{self.name} takes no texts: its column {self.columns.uid} holds no strings")
+        names = items.column_names
+        theirs = [sql.Identifier(table.key if name == "uid" else getattr(self.columns, name)) for name in names]
+        parts = {
+            "table": table.identifier,
+            "columns": sql.SQL(", ").join(theirs),
+            "values": sql.SQL(", ").join(self._written(name) for name in names),
+            "key": sql.Identifier(table.key),
+            "partial": sql.SQL("WHERE {} IS NOT NULL").format(sql.Identifier(table.key))
+            if table.has_own_key
+            else sql.SQL(""),
+            "assigned": sql.SQL(", ").join(sql.SQL("{0} = EXCLUDED.{0}").format(name) for name in theirs[1:]),
+            "old": sql.SQL(", ").join(sql.SQL("here.{}").format(name) for name in theirs[1:]),
+            "new": sql.SQL(", ").join(sql.SQL("EXCLUDED.{}").format(name) for name in theirs[1:]),
+            "kind": sql.Identifier(self.columns.kind),
+        }
+        write = sql.SQL(
+            "INSERT INTO {table} AS here ({columns}) SELECT {values} FROM nev_given ON CONFLICT ({key}) {partial} "
+            "DO UPDATE SET {assigned} WHERE (here.{kind} IS NOT DISTINCT FROM 'image') = (EXCLUDED.{kind} = 'image') "
+            "AND ({old}) IS DISTINCT FROM ({new}) RETURNING (xmax = 0)"
+        ).format(**parts)
+        check = sql.SQL(
+            "SELECT count(*) FROM nev_given given JOIN {table} here ON here.{key} = given.uid "
+            "WHERE (here.{kind} IS NOT DISTINCT FROM 'image') = (given.kind = 'image')"
+        ).format(**parts)
+        with self._connections.use("be written") as connection, connection.transaction():
+            self._copy(connection, items)
+            inserted = sum(new for (new,) in connection.execute(write).fetchall())
+            there = connection.execute(check).fetchone()
+            assert there is not None  # a count has a row
+            return check_written(self.name, items.num_rows, Upserted(inserted, there[0] - inserted))
+
+    def _written(self, name: str) -> sql.Composed:
+        """A column of `nev_given` as the table takes it: of its type, and empty where NULL is not allowed."""
+        field = self._table.field(self._table.key if name == "uid" else getattr(self.columns, name))
+        value = sql.SQL("nev_given.{}").format(sql.Identifier(name))
+        if name == "vector":
+            return value + sql.SQL(f"::{field.type}")
+        return sql.SQL("coalesce({}, '')").format(value) if field.not_null else value
+
+    def _copy(self, connection: Connection[Any], items: pa.Table) -> None:
+        """Copy items into the table `nev_given`, which ends with the transaction."""
+        types = [TYPES.get(name, "text") for name in items.column_names]
+        fields = [
+            sql.SQL(f"{{}} {form}").format(sql.Identifier(name))
+            for name, form in zip(items.column_names, types, strict=True)
+        ]
+        connection.execute(
+            sql.SQL("CREATE TEMP TABLE nev_given ({}) ON COMMIT DROP").format(sql.SQL(", ").join(fields))
+        )
+        columns = [
+            as_array(items[name]) if name == "vector" else items[name].to_pylist() for name in items.column_names
+        ]
+        with connection.cursor() as cursor, cursor.copy("COPY nev_given FROM STDIN (FORMAT BINARY)") as copy:
+            copy.set_types(types)
+            for row in zip(*columns, strict=True):
+                copy.write_row(row)
+
+    def delete_images(self) -> int:
+        """Delete all pictures."""
+        statement = sql.SQL("DELETE FROM {} WHERE ").format(self._table.identifier) + self._table.is_kind(IMAGE)
+        with self._connections.use("be written") as connection:
+            return connection.execute(statement).rowcount
+
+    # -- reading --
+
+    def count(self, kind: Kind | None = None) -> int:
+        """Rows with a vector."""
+        condition, _ = self._table.condition(kind)
+        return int(self._rows("SELECT count(*) FROM {table} WHERE {condition}", condition=condition)[0][0])
+
+    def count_without_vector(self) -> int:
+        """Rows without a vector, which no search finds."""
+        return int(self._rows("SELECT count(*) FROM {table} WHERE {vector} IS NULL")[0][0])
+
+    def search(self, vector: Floats, top: int, kind: Kind, where: Where | None = None) -> pa.Table:
+        """The nearest items of a kind. A walk through an index goes on until enough rows have passed the filter."""
+        condition, values = self._table.condition(kind, where)
+        compared, form = self._table.compared(self.width or 0)
+        statement = self._format(
+            "WITH nearest AS MATERIALIZED (SELECT {selected}, {compared} <=> %s::{form} AS distance FROM {table} "
+            "WHERE {condition} ORDER BY distance LIMIT %s) SELECT * FROM nearest ORDER BY distance + 0",
+            selected=self._table.select(HIT_COLUMNS, named=True),
+            compared=compared,
+            form=sql.SQL(form),
+            condition=condition,
+        )
+        parameters = (np.asarray(vector, np.float32), *values, top)
+
+        def run(connection: Connection[Any]) -> list[Any]:
+            with connection.transaction():
+                connection.execute("SELECT set_config('hnsw.ef_search', %s, true)", (str(EF_SEARCH),))
+                if self._extension >= ITERATIVE:
+                    connection.execute("SELECT set_config('hnsw.iterative_scan', 'relaxed_order', true)")
+                rows = connection.execute(statement, parameters, binary=True).fetchall()
+                # A walk ends after 20,000 rows (hnsw.max_scan_tuples), and may have found too few by then.
+                if len(rows) < top and find_ann(connection, self._table):
+                    connection.execute("SET LOCAL enable_indexscan = off")
+                    rows = connection.execute(statement, parameters, binary=True).fetchall()
+                return rows
+
+        return self._as_items(self._connections.read("be searched", run), HIT_COLUMNS)
+
+    @cached_property
+    def _extension(self) -> tuple[int, ...]:
+        """The version of pgvector."""
+        version = self._rows("SELECT extversion FROM pg_extension WHERE extname = 'vector'")[0][0]
+        return tuple(int(part) for part in version.split(".")[:2])
+
+    def search_words(self, words: str, top: int, kind: Kind | None = None, where: Where | None = None) -> pa.Table:
+        """The most relevant items in which all words occur (websearch_to_tsquery: "quotes", OR and - work), by ts_rank."""
+        condition, values = self._table.condition(kind, where)
+        rows = self._rows(
+            "SELECT {selected} FROM {table}, websearch_to_tsquery('english', %s) AS query "
+            "WHERE {document} @@ query AND {condition} ORDER BY ts_rank({document}, query) DESC, {uid} LIMIT %s",
+            (words, *values, top),
+            selected=self._table.select(HIT_COLUMNS),
+            document=self._table.document(),
+            condition=condition,
+            uid=self._table.uid(),
+        )
+        return self._as_items(rows, HIT_COLUMNS)
+
+    def read(self, uids: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
+        """The items of these uids that are there."""
+        wanted = tuple(columns or item_schema(1).names)
+        condition, values = self._table.has_uid(uids)
+        rows = self._rows(
+            "SELECT {selected} FROM {table} WHERE {condition}",
+            values,
+            selected=self._table.select(wanted),
+            condition=condition,
+        )
+        return self._as_items(rows, wanted)
+
+    def sample(self, kind: Kind, count: int, seed: int = 0) -> pa.Table:
+        """At most `count` items of a kind that have a vector: those with the smallest hashes of their uids."""
+        condition, values = self._table.condition(kind)
+        rows = self._rows(
+            "SELECT {selected} FROM {table} WHERE {condition} ORDER BY hashtextextended({uid}, %s) LIMIT %s",
+            (*values, seed, count),
+            selected=self._table.select(SAMPLE_COLUMNS),
+            condition=condition,
+            uid=self._table.uid(),
+        )
+        return self._as_items(rows, SAMPLE_COLUMNS)
+
+    def build(self, ann: Ann, full_text: bool) -> list[str]:
+        """Make the indexes that are missing, while others read and write, and bring the planner's statistics up to date."""
+        rows, width = self.count(), self.width or 0
+        if ann == "ivf":
+            raise SearchError(f"{self.name}: --ann ivf is LanceDB's. PostgreSQL has hnsw")
+        if ann == "hnsw" and width > HALF_LIMIT:
+            raise SearchError(
+                f"{self.name}: pgvector has no index for {width} numbers, at most {HALF_LIMIT:,}: --ann none"
+            )
+        chosen = ann == "hnsw" or (ann == "auto" and rows >= ANN_ROWS and width <= HALF_LIMIT)
+        with self._connections.use("be indexed") as connection, hold_lock(connection, RECORD):
+            statements = list_ann_statements(connection, self._table, width) if chosen else []
+            statements += list_full_text_statements(connection, self._table) if full_text else []
+            with memory_for_graph(connection, rows, width):
+                for statement in statements:
+                    connection.execute(statement)
+            connection.execute(sql.SQL("ANALYZE {}").format(self._table.identifier))
+            indexes = find_ann(connection, self._table)
+            full = has_full_text(connection, self._table)
+        scope = "all rows" if None in indexes else "pictures and texts apart"
+        return [
+            f"vectors: HNSW of {scope}" if indexes else f"vectors: full scan of {rows:,} rows",
+            "full text: GIN index" if full else "full text: full scan",
+        ]
+
+    # -- statements --
+
+    def _format(self, template: LiteralString, **parts: sql.Composable) -> sql.Composed:
+        """A statement about the table."""
+        vector = sql.Identifier(self.columns.vector)
+        return sql.SQL(template).format(table=self._table.identifier, vector=vector, **parts)
+
+    def _rows(self, template: LiteralString, parameters: Sequence[Any] = (), **parts: sql.Composable) -> list[Any]:
+        statement = self._format(template, **parts)
+        return self._connections.read(
+            "be read", lambda each: each.execute(statement, parameters, binary=True).fetchall()
+        )
+
+    def _as_items(self, rows: list[Any], names: Sequence[str]) -> pa.Table:
+        """Rows as items. names: of the first columns of each row."""
+        schema = item_schema(self.width or 0)
+        values = list(zip(*rows, strict=True)) or [()] * len(names)
+        columns = {}
+        for name, column in zip(names, values, strict=False):
+            if name == "vector":
+                columns[name] = _as_vectors(column, self.width or 0)
+            elif name == "kind":
+                columns[name] = pa.array([IMAGE if value == IMAGE else TEXT for value in column], pa.string())
+            else:
+                columns[name] = pa.array(column, schema.field(name).type)
+        return pa.table(columns)
+
+
+def _as_vectors(column: Sequence[Any], width: int) -> pa.Array:
+    """Vectors of pgvector, some of them None, as a column."""
+    rows = np.zeros((len(column), width), np.float32)
+    for row, value in zip(rows, column, strict=True):
+        if value is not None:
+            row[:] = value.to_numpy()
+    form = pa.list_(pa.float32(), width)
+    if all(value is not None for value in column):
+        return as_column(rows, form)
+    return pa.array([None if value is None else row for row, value in zip(rows, column, strict=True)], form)
+
+
+@contextmanager
+def memory_for_graph(connection: Connection[Any], rows: int, width: int) -> Iterator[None]:
+    """Let a graph be made in memory: on disk it takes many times as long. The setting is this session's, for the block."""
+    needed = min(int(rows * (4 * width + 400) * 1.2 / 2**20) + 1, GRAPH_MIB)
+    found = connection.execute("SELECT setting::bigint FROM pg_settings WHERE name = 'maintenance_work_mem'").fetchone()
+    if found and found[0] < needed * 1024:
+        connection.execute("SELECT set_config('maintenance_work_mem', %s, false)", (f"{needed}MB",))
+    try:
+        yield
+    finally:
+        connection.execute("RESET maintenance_work_mem")
