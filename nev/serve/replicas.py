@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nev.cluster.session import connect
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 APPLICATION = "nev"
 RETRY_SECONDS = 2.0  # a caller is told to wait, where all replicas have as much as they take
 HEALTH_SECONDS = 10.0
+CONTROLLER = "SERVE_CONTROLLER_ACTOR"  # Ray Serve's name for it
+OPEN_PORTS = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_ENABLE_DIRECT_INGRESS", "RAY_SERVE_THROUGHPUT_OPTIMIZED")
 
 
 class Scale(NamedTuple):
@@ -50,7 +53,9 @@ def start_replicas(
     except ImportError as error:
         raise ServeError(f"replicas need ray[serve]: pip install 'nev[replicas]' ({error})") from error
 
+    _refuse_open_ports(os.environ)
     connect()
+    _refuse_running_serve()
 
     @serve.ingress()
     class Replica:
@@ -89,6 +94,25 @@ def start_replicas(
         serve.run(deploy(Replica).bind(), name=APPLICATION, route_prefix="/")
     except (RayServeException, RuntimeError) as error:
         raise ServeError(f"the replicas do not start: {error}") from error
+
+
+def _refuse_open_ports(environment: Mapping[str, str]) -> None:
+    """Raise ServeError for settings of Ray Serve that let replicas listen on all interfaces, whatever the host is."""
+    if found := [name for name in OPEN_PORTS if environment.get(name, "0") != "0"]:
+        raise ServeError(
+            f"{', '.join(found)}: Ray Serve would listen on all interfaces, whatever --host says. Unset it"
+        )
+
+
+def _refuse_running_serve() -> None:
+    """Raise ServeError where the cluster has a Ray Serve: it keeps its own address, and would end with this server."""
+    import ray
+
+    try:
+        ray.get_actor(CONTROLLER, namespace="serve")
+    except ValueError:
+        return
+    raise ServeError("Ray Serve runs on this cluster already, at an address of its own. End it first: serve shutdown")
 
 
 def stop_replicas() -> None:

@@ -34,6 +34,7 @@ from typer.testing import CliRunner
 from nev.commands.main import make_app as make_cli
 from nev.inference.model import Model
 from nev.serve.app import make_app
+from nev.serve.replicas import Scale, _refuse_open_ports, parse_scale
 from nev.serve.server import ServeError, bind, is_loopback, read_token
 from nev.serve.torch_engine import make_engine
 
@@ -145,6 +146,7 @@ SCRIPT = """
 import sys, threading
 from helpers.serving import counting_engine
 from nev.serve.app import make_app
+from nev.serve.replicas import Scale, _refuse_open_ports, parse_scale
 from nev.serve.server import bind, run_server
 engine, seen = counting_engine()
 taken = bind("127.0.0.1", 0)
@@ -275,3 +277,19 @@ def test_the_command_serves_and_warns_where_it_is_open_to_others(
     assert found["answer"]["model"] == "ours"
     assert "there is no token" in " ".join(done.output.split())
     assert done.output.count("http://") == 1
+
+
+def test_how_many_replicas() -> None:
+    assert parse_scale(None, None) is None
+    assert parse_scale(3, None) == Scale(3, 3)
+    assert parse_scale(None, "1:4") == Scale(1, 4)
+    for replicas, autoscale in ((2, "1:4"), (None, "4:1"), (None, "0:2"), (None, "4"), (None, "a:b")):
+        with pytest.raises(ServeError, match="MIN:MAX"):
+            parse_scale(replicas, autoscale)
+
+
+def test_settings_of_ray_that_open_ports_are_refused() -> None:
+    _refuse_open_ports({"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_OTHER": "1"})
+    for name in ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_ENABLE_DIRECT_INGRESS", "RAY_SERVE_THROUGHPUT_OPTIMIZED"):
+        with pytest.raises(ServeError, match=name):
+            _refuse_open_ports({name: "1"})
