@@ -28,7 +28,7 @@ from nev.config.base import ConfigError
 if TYPE_CHECKING:
     from nev.demo.searchable import Searchable
 
-EXAMPLE = "photos --model runs/flickr8k-photos"
+EXAMPLE = "--model runs/flickr8k-photos photos"
 
 
 def main(
@@ -71,7 +71,7 @@ def quickstart(output: str, console: Console) -> Searchable:
     from nev.config.file import load
     from nev.config.paths import with_absolute_paths
     from nev.demo.quickstart import train_quickstart
-    from nev.demo.searchable import make_searchable, open_pictures
+    from nev.demo.searchable import make_searchable, open_folder, open_pictures
     from nev.runs.manifest import list_steps
 
     config = with_absolute_paths(load("quickstart"))
@@ -80,20 +80,24 @@ def quickstart(output: str, console: Console) -> Searchable:
         train_quickstart(config, console)
     pictures = str(config.data.val)
     _, rows = open_pictures(pictures, "hf-parquet", console)
-    return make_searchable(str(run), rows, [pictures], Path(output, config.name).absolute(), console)
+    work = Path(output).expanduser().resolve() / config.name
+    open_folder(work, pictures)
+    return make_searchable(str(run), rows, [pictures], work, console)
 
 
 def own_pictures(folder: str, model: str | None, kind: str | None, output: str, console: Console) -> Searchable:
     """The pictures of a folder, searched with a model; without one, a head is trained on the pictures' captions."""
     from nev.cluster.session import connect
     from nev.demo.own_pictures import train_on
-    from nev.demo.searchable import make_searchable, open_pictures
+    from nev.demo.searchable import make_searchable, open_folder, open_pictures
     from nev.runs.manifest import list_steps
 
-    pictures = Path(folder).expanduser().absolute()
+    pictures = Path(folder).expanduser().resolve()
     name = pictures.name
-    work = Path(output, name).absolute()
-    if work.is_relative_to(pictures):
+    work = Path(output).expanduser().resolve() / name
+    if not pictures.is_dir():
+        raise ConfigError(f"{folder}: no such folder")
+    if work.is_relative_to(pictures) or pictures.is_relative_to(work):
         raise ConfigError(f"--output {output} lies in {folder}: what is made there would be taken for pictures")
     kind, rows = open_pictures(str(pictures), kind, console)
     if model is None:
@@ -102,9 +106,11 @@ def own_pictures(folder: str, model: str | None, kind: str | None, output: str, 
                 f"{folder} has pictures without captions, so no model can be trained on them: name one by --model. Captions are "
                 "read from a table beside the pictures (csv, tsv or jsonl with file_name and caption), from tars and from parquet"
             )
+        open_folder(work, str(pictures))
         run = work / "runs" / name
         if not list_steps(str(run)):
             connect()
             train_on(rows, name, work, console)
         model = str(run)
+    open_folder(work, str(pictures))
     return make_searchable(model, rows, [str(pictures)], work, console)

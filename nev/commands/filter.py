@@ -52,6 +52,10 @@ def main(
             raise ConfigError("nothing to choose by: give --min-cosine, --top-share or --dedupe-vectors")
         if not output.endswith(".parquet"):
             raise ConfigError(f"--output {output}: give the name of a .parquet file")
+        if output.rpartition("/")[0] == vectors.rstrip("/"):
+            raise ConfigError(
+                f"--output {output}: a list among the vector files would be read as one. Give another folder"
+            )
         from nev.embed.selection import select_uids
 
         selected = select_uids(vectors, output, min_cosine, top_share, dedupe_vectors)

@@ -178,6 +178,8 @@ def show_plan(name: str, plan: Plan, console: Console) -> None:
         )
         if agreement.prompt == "query":
             line("encoder", "the table was embedded with the prompt of queries; new texts are embedded so, too")
+    if plan.deleted_images:
+        line("delete", f"{plan.deleted_images:,} pictures that are there (--replace-images)")
     if plan.is_vouched:
         line("encoder", "not compared (--unverified)")
     bad = f", {plan.bad_images:,} left out whose vector has no direction" if plan.bad_images else ""

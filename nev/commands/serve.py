@@ -79,6 +79,18 @@ def main(
     ] = 512,
     max_texts: Annotated[int, typer.Option("--max-texts", min=1, help="Most texts of a forward.")] = 64,
     max_pictures: Annotated[int, typer.Option("--max-pictures", min=1, help="Most pictures of a forward.")] = 16,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host",
+            help="Another name of this server, such as a proxy's; may be repeated. Without a token a local server answers to "
+            "localhost alone.",
+        ),
+    ] = None,
+    filter_column: Annotated[
+        list[str] | None,
+        typer.Option("--filter-column", help="A column that searches may filter by; may be repeated."),
+    ] = None,
     replicas: Annotated[
         int | None, typer.Option("--replicas", min=1, help="Processes, by Ray Serve. Default: this process alone.")
     ] = None,
@@ -106,7 +118,7 @@ def main(
     with report_errors("The server has ended."):
         check_packages()
         from nev.serve.replicas import parse_scale
-        from nev.serve.server import bind, describe_address, is_loopback, read_token, run_server
+        from nev.serve.server import bind, describe_address, is_loopback, local_names, read_token, run_server
         from nev.serve.settings import Settings
 
         scale = parse_scale(replicas, autoscale)
@@ -120,7 +132,9 @@ def main(
             max_texts=max_texts,
             max_pictures=max_pictures,
             allow_urls=allow_urls,
-            token=read_token(token_file),
+            filter_columns=frozenset(filter_column or ()),
+            token=(token := read_token(token_file)),
+            hosts=local_names(host, allow_host or []) if token is None and is_loopback(host) else None,
         )
         if settings.token is None and not is_loopback(host):
             console.print(

@@ -7,7 +7,7 @@ import socket
 import typer
 
 from nev.demo.searchable import TABLE, Searchable
-from nev.serve.server import ServeError, bind, describe_address, run_server
+from nev.serve.server import ServeError, bind, describe_address, is_loopback, local_names, run_server
 
 PORT = 8000
 
@@ -29,8 +29,10 @@ def serve(ready: Searchable, taken: socket.socket, host: str) -> None:
     from nev.search.index import open_index
     from nev.serve.app import make_app
     from nev.serve.open_engine import open_engine
+    from nev.serve.settings import Settings
 
     ray.shutdown()
-    app = make_app(open_engine(ready.model), open_index(ready.location, TABLE))
+    hosts = local_names(host) if is_loopback(host) else None
+    app = make_app(open_engine(ready.model), open_index(ready.location, TABLE), Settings(hosts=hosts))
     address = describe_address(host, taken.getsockname()[1])
     run_server(app, taken, lambda: typer.echo(f"open {address} in a browser; Ctrl-C ends"))

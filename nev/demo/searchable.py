@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +17,8 @@ from nev.config.base import ConfigError
 from nev.data.sources import SOURCES, Source, SourceOptions
 from nev.data.sources.folder import TABLES
 from nev.data.sources.recognise import recognise_source
-from nev.data.vectors import iterate_vectors
+from nev.data.vectors import iterate_vectors, list_vector_files
+from nev.storage.files import write_atomic
 
 if TYPE_CHECKING:
     from nev.embed.corpus import Run
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 THUMBNAIL = 256  # pixels
 FEW_BYTES = 64 * 2**20  # of pictures that are embedded before Ray's processes would have started
 TABLE = "items"
+RECORD, INDEXED = "demo.txt", "indexed.json"  # the pictures of a demo; what its index was made of
 
 
 class Searchable(NamedTuple):
@@ -75,9 +78,34 @@ def make_searchable(location: str, source: Source, inputs: list[str], folder: Pa
         console.print(f"{report.bad.total():,} pictures cannot be used: {vectors / '_bad'} lists them", soft_wrap=True)
     if report.unreadable:
         raise ConfigError(f"{len(report.unreadable)} parts cannot be read. The first: {report.unreadable[0]}")
-    if report.written or report.pruned or not index.exists():
+    files = {
+        "files": sorted(PurePath(file).name for file in list_vector_files(str(vectors))),
+        "model": model.fingerprint,
+    }
+    if not index.exists() or read_record(folder) != files:
         write_index(model, vectors, index, console)
+        write_atomic(str(folder / INDEXED), json.dumps(files).encode())
     return count_items(location, index)
+
+
+def open_folder(folder: Path, pictures: str) -> None:
+    """Make the folder of a demo, or take that of an earlier call. Raises ConfigError for a folder of other pictures or files.
+
+    pictures: folder of the pictures, absolute.
+    """
+    record = folder / RECORD
+    there = record.read_text(encoding="utf-8") if record.exists() else None
+    if there is None and folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} was not made by nev demo, which would write there: give another --output")
+    if there not in (None, pictures):
+        raise ConfigError(f"{folder} is the demo of {there}: give another --output, or delete that folder")
+    write_atomic(str(record), pictures.encode())
+
+
+def read_record(folder: Path) -> Any:
+    """What the index of a demo was made of. None: there is no whole index."""
+    record = folder / INDEXED
+    return json.loads(record.read_text(encoding="utf-8")) if record.exists() else None
 
 
 def write_index(model: Model, vectors: Path, index: Path, console: Console) -> None:
@@ -87,7 +115,8 @@ def write_index(model: Model, vectors: Path, index: Path, console: Console) -> N
     from nev.search.open import open_store
     from nev.search.plan import Options, Task, make_plan
 
-    writing = index.with_name("_index")
+    writing, record = index.with_name("_index"), index.with_name(INDEXED)
+    record.unlink(missing_ok=True)
     shutil.rmtree(writing, ignore_errors=True)
     texts = write_captions(vectors, writing.with_name("_captions.parquet"))
     options = Options(images=str(vectors), texts=str(texts) if texts else None)

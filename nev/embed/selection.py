@@ -68,6 +68,8 @@ def select_uids(
     """
     pool, cosines = read_pool(vectors)
     rows, scored = len(pool.chosen), np.isfinite(cosines)
+    if not rows:
+        raise ConfigError(f"{vectors}: the vector files have no rows, so there is nothing to choose from")
     least = None
     if min_cosine is not None or top_share is not None:
         if not scored.any():

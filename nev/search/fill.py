@@ -56,7 +56,8 @@ def fill(task: Task, plan: Plan, advance: Callable[[int], object] = lambda count
 
 def _make_spec(task: Task, plan: Plan) -> StoreSpec:
     """What is recorded in the store."""
-    former, spec = task.store.read_spec() or StoreSpec(width=task.width), task.vector_spec
+    recorded = None if plan.is_new else task.store.read_spec()  # a dropped table may have left its record
+    former, spec = recorded or StoreSpec(width=task.width), task.vector_spec
     changes: dict[str, object] = {
         "text_fingerprint": None if plan.is_vouched else task.text_fingerprint,
         "columns": task.store.columns,

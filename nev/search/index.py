@@ -26,6 +26,8 @@ from nev.search.store import IMAGE, TEXT, Columns, Kind, SearchError, StoreSpec,
 
 SAMPLE = 1000  # vectors a modality, for percentiles
 MARGIN = 20  # items that a store is asked for beyond the page, so that equal scores are put in order of their uids
+FUSED = 1000  # hits of each search in a list that is fused with the full text's
+MOST_EQUAL = 4096  # items of one score beyond which their order is the store's
 CALIBRATED_FACTOR, CALIBRATED_LEAST = (
     5,
     200,
@@ -122,7 +124,8 @@ class Index:
         top, offset: length of the page, and hits before the page.
         kind: hits of one kind alone.
         where: column to value: rows that hold exactly these values. None stands for NULL.
-        words: search the full text for these words, too. The order is by reciprocal rank fusion; `score` stays the cosine.
+        words: search the full text for these words, too. The order is by reciprocal rank fusion of the first FUSED hits of each
+            search, where the list ends; `score` stays the cosine.
         min_score, min_percentile: the least that a hit has. A hit whose percentile is None is not left out by `min_percentile`.
         calibrated: move pictures by the distance of the means (as `nev.Model.rank`). Without effect where the index has no means.
         Raises SearchError for a vector of another width or without direction, for a column that is not there, and for words where
@@ -132,18 +135,15 @@ class Index:
             raise SearchError(f"top {top}, offset {offset}: top is at least 1, and offset at least 0")
         means = read_means(self.calibration) if calibrated and self.calibration else None
         query = self._prepare(vector, means if query_kind == IMAGE else None)
-        need = offset + top
+        need = FUSED if words else offset + top  # pages of one fused list join
         kinds: list[Kind] = [kind] if kind else ["image", "text"]
         hits = [hit for each in kinds for hit in self._nearest(each, query, need, where, means)]
         hits.sort(key=lambda hit: (-hit.score, hit.uid))
+        hits = _cut_off(hits, min_score, min_percentile)
         if words:
-            matching = self._score(self.store.search_words(words, need + MARGIN, kind, where), query, means)
-            hits = _fuse(hits[:need], matching)
-        if min_score is not None:
-            hits = [hit for hit in hits if hit.score >= min_score]
-        if min_percentile is not None:
-            hits = [hit for hit in hits if hit.percentile is None or hit.percentile >= min_percentile]
-        return hits[offset:need]
+            matching = self._score(self.store.search_words(words, FUSED, kind, where), query, means)
+            hits = _fuse(hits[:FUSED], _cut_off(matching, min_score, min_percentile))
+        return hits[offset : offset + top]
 
     def _prepare(self, vector: ArrayLike, means: Means | None) -> Floats:
         """The query, [D], of unit length, moved like a picture where there are means."""
@@ -169,7 +169,12 @@ class Index:
             hits = self._score(found, query, means)
             scores = sorted((hit.score for hit in hits), reverse=True)
             # Where equal scores reach from the page to the end of what was fetched, the store chose among them.
-            if found.num_rows < fetch or len(scores) < need or scores[need - 1] > scores[-1]:
+            if (
+                found.num_rows < fetch
+                or len(scores) < need
+                or scores[need - 1] > scores[-1]
+                or fetch >= need + MOST_EQUAL
+            ):
                 return hits
             fetch *= 4
 
@@ -197,11 +202,21 @@ class Index:
     def _sample(self, kind: Kind) -> Floats:
         """Fixed vectors of a kind, unit length [n, D]. A sample of fewer than SAMPLE is drawn again when the table has grown."""
         known = self._samples.get(kind)
-        if known is not None and (len(known.vectors) >= SAMPLE or known.drawn == self.store.count(kind)):
+        if known is not None and (known.drawn >= SAMPLE or known.drawn == self.store.count(kind)):
             return known.vectors
         found = self.store.sample(kind, SAMPLE)
         self._samples[kind] = _Sample(found.num_rows, keep_usable(read_unit_vectors(found)))
         return self._samples[kind].vectors
+
+
+def _cut_off(hits: list[Hit], min_score: float | None, min_percentile: float | None) -> list[Hit]:
+    """The hits that have the least score and the least percentile."""
+    return [
+        hit
+        for hit in hits
+        if (min_score is None or hit.score >= min_score)
+        and (min_percentile is None or hit.percentile is None or hit.percentile >= min_percentile)
+    ]
 
 
 def _fuse(nearest: list[Hit], matching: list[Hit]) -> list[Hit]:

@@ -55,6 +55,7 @@ class Plan:
     agreement: of the table's vectors with the model's, where they were compared. is_vouched: the caller vouches for them.
     images: pictures to write. bad_images: pictures whose vector has no direction, left out.
     texts: texts to embed. same_texts: texts that are there with the same words. empty_texts: texts without words, left out.
+    deleted_images: pictures that are there, and are deleted first.
     """
 
     is_new: bool
@@ -66,6 +67,7 @@ class Plan:
     texts: int
     same_texts: int
     empty_texts: int
+    deleted_images: int
 
 
 @dataclass
@@ -131,6 +133,8 @@ def make_plan(task: Task) -> Plan:
     store, options = task.store, task.options
     if not options.images and not options.texts:
         raise SearchError("nothing to index: give vector files of pictures (--images), texts (--texts), or both")
+    if options.replace_images and not options.images:
+        raise SearchError("--replace-images writes others in their place: give vector files (--images)")
     is_new, changes = store.width is None, store.list_changes(task.width)
     recorded = store.read_spec()
     _check_model(task)
@@ -148,10 +152,12 @@ def make_plan(task: Task) -> Plan:
             f"{store.name} lacks what pictures need. --alter-table permits nev to make these changes; or make them "
             f"yourself:{listed}"
         )
+    deleted = store.count(IMAGE) if options.replace_images and not is_new else 0
     images, bad_images = _check_images(task, is_new)
     texts, same_texts = _check_texts(task, is_new)
     is_vouched = options.unverified and not is_known
-    return Plan(is_new, changes, agreement, is_vouched, images, bad_images, texts, same_texts, task.text_file.empty)
+    empty = task.text_file.empty
+    return Plan(is_new, changes, agreement, is_vouched, images, bad_images, texts, same_texts, empty, deleted)
 
 
 def _check_model(task: Task) -> None:
@@ -173,18 +179,25 @@ def _check_model(task: Task) -> None:
 
 
 def _check_images_model(task: Task, recorded: StoreSpec | None) -> None:
-    """Raise SearchError where pictures of two vision towers would be mixed."""
+    """Raise SearchError where pictures of two vision towers would be mixed, or pictures deleted that nev has not written."""
     spec, store = task.vector_spec, task.store
-    if spec is None or store.width is None or task.options.replace_images:
+    if spec is None or store.width is None:
         return
     there = recorded.fingerprint if recorded else None
     if there == spec.fingerprint or not (count := store.count(IMAGE)):
         return
-    made_by = f"of {recorded.model} ({there[:12]})" if recorded and there else "of a model that is not recorded"
-    raise SearchError(
-        f"{store.name} has {count:,} pictures {made_by}, and {task.options.images} is of {spec.model} ({spec.fingerprint[:12]}). "
-        "Vectors of two vision encoders cannot be compared. --replace-images deletes the pictures that are there first"
-    )
+    if recorded is None or there is None:
+        raise SearchError(
+            f"{store.name} has {count:,} rows that say they are pictures ({store.columns.kind} = 'image'), and nev has not "
+            "written them. nev neither mixes its pictures with them nor deletes them: name another column by --kind-column, or "
+            "take another table"
+        )
+    if not task.options.replace_images:
+        raise SearchError(
+            f"{store.name} has {count:,} pictures of {recorded.model} ({there[:12]}), and {task.options.images} is of "
+            f"{spec.model} ({spec.fingerprint[:12]}). Vectors of two vision encoders cannot be compared. --replace-images "
+            "deletes the pictures that are there first"
+        )
 
 
 def _check_text_encoder(task: Task, recorded: StoreSpec | None, is_known: bool) -> Agreement | None:

@@ -13,7 +13,7 @@ from pgvector.psycopg import register_vector
 from psycopg.conninfo import conninfo_to_dict
 
 from nev.common.errors import first_line
-from nev.search.store import SearchError
+from nev.search.store import SearchError, StoreFailed
 
 CONNECT_SECONDS = 10
 LOCK_SECONDS = 600
@@ -29,8 +29,11 @@ class Connections:
         self._lock = Lock()
         try:
             parts = conninfo_to_dict(location)
-        except psycopg.Error as error:
-            raise SearchError(f"the address of PostgreSQL cannot be read: {first_line(error)}") from None
+        except psycopg.Error:
+            raise SearchError(  # PostgreSQL's own message repeats the address, and a password in it
+                "the address of PostgreSQL cannot be read. It is postgresql://USER@HOST:PORT/DATABASE, with special characters "
+                "percent-encoded (% is %25, @ is %40)"
+            ) from None
         self.name = f"PostgreSQL {parts.get('dbname') or ''} on {parts.get('host') or 'this machine'}"
 
     @contextmanager
@@ -40,7 +43,8 @@ class Connections:
         try:
             yield connection
         except psycopg.Error as error:
-            raise SearchError(f"{self.name} cannot {action}: {_explain(error)}") from error
+            kind = StoreFailed if isinstance(error, psycopg.OperationalError) else SearchError
+            raise kind(f"{self.name} cannot {action}: {_explain(error)}") from error
         finally:
             if not connection.closed and not connection.broken:
                 with self._lock:
@@ -71,7 +75,7 @@ class Connections:
                 self._location, autocommit=True, prepare_threshold=None, connect_timeout=CONNECT_SECONDS
             )
         except psycopg.Error as error:
-            raise SearchError(f"{self.name} cannot be reached: {first_line(error)}") from None
+            raise StoreFailed(f"{self.name} cannot be reached: {first_line(error)}") from None
         register_types(connection)
         return connection
 

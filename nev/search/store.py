@@ -35,6 +35,10 @@ class SearchError(NevError, ValueError):
     """An index that cannot be opened, filled or searched as asked. The message says what, where, and what to do."""
 
 
+class StoreFailed(SearchError):
+    """A store that cannot be reached, or has failed: the same call may succeed later."""
+
+
 class Columns(Section):
     """Names of a table's columns."""
 

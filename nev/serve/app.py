@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Response
@@ -52,7 +53,8 @@ def make_app(engine: Engine, index: Index | None = None, settings: Settings | No
     app.add_middleware(Guard, settings=settings, meters=meters)
     add_error_handlers(app)
     app.include_router(embeddings.make_router(service))
-    searcher, maker = search.Searcher(service, index), space_map.MapMaker()
+    maker = space_map.MapMaker()
+    searcher = search.Searcher(service, index, [partial(check_index, engine), maker.forget])
     app.include_router(search.make_router(searcher, maker.place))
     app.include_router(space_map.make_router(searcher, maker))
     add_operations(app, service)
@@ -67,6 +69,12 @@ def check_index(engine: Engine, index: Index) -> None:
     if index.width != engine.width:
         raise ModelError(
             f"{index.store.name}: vectors of {index.width} numbers, and those of {engine.name} have {engine.width}"
+        )
+    pictures = index.spec.fingerprint if index.spec else None
+    if pictures and engine.fingerprint and pictures != engine.fingerprint:
+        raise ModelError(
+            f"{index.store.name}: its pictures are of another vision encoder than that of {engine.name}, and a picture as query "
+            "would mean nothing: serve the model that embedded them, or replace them (nev index --replace-images)"
         )
     recorded = index.spec.text_fingerprint if index.spec else None
     if recorded and not engine.text_fingerprint:

@@ -14,6 +14,7 @@ from nev.serve.settings import Settings
 
 OPEN = ("/", "/health")  # what needs no token; so does all below STATIC
 STATIC = "/static/"
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 UNKNOWN = (
     "unmatched"  # the route of a request that no route takes: a path of the caller's would be a label of the caller's
 )
@@ -43,6 +44,7 @@ class Guard:
 
         try:
             headers = Headers(scope=scope)
+            self._check_host(headers.get("host", ""))
             self._check_token(scope["path"], headers)
             self._check_length(headers.get("content-length"))
             await self.app(scope, body.receive, send_and_note)
@@ -51,6 +53,14 @@ class Guard:
         finally:
             self.bytes_in_flight -= body.size
             self._count(scope, status, time.perf_counter() - start)
+
+    def _check_host(self, host: str) -> None:
+        hosts = self.settings.hosts
+        name = host.lower() if host.endswith("]") else host.lower().rpartition(":")[0] or host.lower()
+        if hosts is not None and name not in hosts:
+            raise ApiError(
+                421, "this server does not answer to that name: --allow-host NAME, or a token", code="other_host"
+            )
 
     def _check_token(self, path: str, headers: Headers) -> None:
         if self.token is None or path in OPEN or path.startswith(STATIC):
@@ -83,7 +93,7 @@ class Guard:
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", UNKNOWN)
-        method = scope["method"] if route != UNKNOWN else ""
+        method = "" if route == UNKNOWN else scope["method"] if scope["method"] in METHODS else "other"
         self.meters.requests.labels(route, method, str(status)).inc()
         self.meters.seconds.labels(route).observe(seconds)
 

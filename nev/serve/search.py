@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -13,10 +16,11 @@ import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from nev.config.model_spec import ModelError
 from nev.ops.vectors import Floats, scale_to_unit
 from nev.search.index import Hit, Index
 from nev.search.ranking import Means, move_images, read_means
-from nev.search.store import SearchError
+from nev.search.store import SearchError, StoreFailed
 from nev.serve.errors import ApiError, describe_errors
 from nev.serve.items import Picture
 from nev.serve.service import Service, until_gone
@@ -28,6 +32,7 @@ Kind = Literal["image", "text"]
 QueryKind = Literal["image", "text", "both"]
 Value = str | int | float | bool | None
 Pair = Annotated[list[float], Field(min_length=2, max_length=2)]  # no tuple: OpenAPI documents of tuples differ
+RECORD_SECONDS = 5.0  # between looks at what is recorded of the index
 THREADS = 4  # searches at once; a store computes outside of Python's lock
 
 
@@ -105,8 +110,13 @@ Place = Callable[[Floats, Index, bool], list[list[float]]]  # vectors [n, D], an
 class Searcher:
     """An index as routes call it: in threads, and no more at once than may wait."""
 
-    def __init__(self, service: Service, index: Index | None) -> None:
-        self.service, self.index = service, index
+    def __init__(
+        self, service: Service, index: Index | None, on_change: Sequence[Callable[[Index], object]] = ()
+    ) -> None:
+        """on_change: called where another program has changed what is recorded of the index."""
+        self.service, self.index, self._on_change = service, index, on_change
+        self._looked_at, self._lock = time.monotonic(), threading.Lock()
+        self._thumbnails: bool | None = None
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="nev-search")
         self._waiting = Waiting("search", service.settings.max_waiting, service.meters)
 
@@ -116,11 +126,26 @@ class Searcher:
         with self._waiting.admit(1):
             start = time.perf_counter()
             try:
-                return await asyncio.get_running_loop().run_in_executor(self._threads, work, index)
+                return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, work, index)
+            except (StoreFailed, ModelError) as error:
+                logging.getLogger("nev.serve").error("%s", error)
+                raise ApiError(503, "the index cannot be searched now: try again", code="index_unavailable") from error
             except SearchError as error:
                 raise ApiError(422, str(error), code="search_refused") from error
             finally:
                 self._waiting.note_seconds((time.perf_counter() - start) / THREADS)
+
+    def _run(self, work: Callable[[Index], T], index: Index) -> T:
+        """Do work, after a look at what is recorded of the index: `nev index` may have replaced its pictures."""
+        with self._lock:
+            if time.monotonic() - self._looked_at > RECORD_SECONDS:
+                if index.store.read_spec() != index.spec:
+                    index.refresh()
+                    self._thumbnails = None
+                    for call in self._on_change:
+                        call(index)
+                self._looked_at = time.monotonic()
+        return work(index)
 
     async def search(self, question: SearchQuestion, place: Place) -> SearchAnswer:
         """Answer a question. place: the position of a vector on the map."""
@@ -129,15 +154,25 @@ class Searcher:
         parts = await self._embed(question)
         kind = parts[0].kind if len(parts) == 1 else "both"
         hits, calibrated, (position, *positions) = await self.call(partial(_search, question, parts, place))
+        shown = await self.call(self._has_thumbnails)
         milliseconds = round(1000 * (time.perf_counter() - start), 1)
         return SearchAnswer(
-            hits=[_describe(hit, at) for hit, at in zip(hits, positions, strict=True)],
+            hits=[_describe(hit, at, shown) for hit, at in zip(hits, positions, strict=True)],
             offset=question.offset,
             top=question.top,
             calibrated=calibrated,
             query=QuerySummary(kind=kind, position=position),
             milliseconds=milliseconds,
         )
+
+    def _has_thumbnails(self, index: Index) -> bool:
+        """Whether pictures have thumbnails, by the first that are drawn. Looked up once."""
+        if self._thumbnails is None:
+            uids = index.sample("image", 8)["uid"].to_pylist()
+            if not uids:
+                return False
+            self._thumbnails = index.store.read(uids, ["uid", "thumbnail"])["thumbnail"].null_count < len(uids)
+        return self._thumbnails
 
     def _open_index(self) -> Index:
         if self.index is None:
@@ -150,6 +185,14 @@ class Searcher:
             raise ApiError(422, "give text, image or uid: what is to be searched for", "text", "no_query")
         if question.hybrid and question.text is None:
             raise ApiError(422, "hybrid: the full text is searched for the words of `text`", "hybrid", "no_query")
+        columns = self._open_index().store.columns
+        open_columns = {columns.uid, columns.kind, columns.source, *self.service.settings.filter_columns}
+        if closed := sorted((question.where or {}).keys() - open_columns):
+            raise ApiError(
+                422, f"where: {', '.join(closed)} is no column to filter by: {', '.join(sorted(open_columns))}", "where"
+            )
+        if not all(math.isfinite(value) for value in (question.where or {}).values() if isinstance(value, float)):
+            raise ApiError(422, "where: a number is not finite", "where")
         most = self.service.settings.max_top
         if question.offset + question.top > most:
             raise ApiError(422, f"offset + top: a list ends after {most:,} hits", "top", "too_many")
@@ -213,7 +256,7 @@ def average(vectors: list[Floats]) -> Floats:
     return np.asarray(scale_to_unit(np.mean(vectors, axis=0, keepdims=True))[0])
 
 
-def _describe(hit: Hit, position: list[float]) -> FoundItem:
+def _describe(hit: Hit, position: list[float], thumbnails: bool) -> FoundItem:
     return FoundItem(
         uid=hit.uid,
         kind=hit.kind,
@@ -221,7 +264,7 @@ def _describe(hit: Hit, position: list[float]) -> FoundItem:
         percentile=hit.percentile,
         text=hit.text,
         source=hit.source,
-        thumbnail=hit.kind == "image",
+        thumbnail=thumbnails and hit.kind == "image",
         position=position,
     )
 

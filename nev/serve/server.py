@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,12 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def local_names(host: str, more: Sequence[str] = ()) -> frozenset[str]:
+    """The names of a server that only this machine reaches, for `Settings.hosts`. more: further names, such as a proxy's."""
+    own = f"[{host}]" if ":" in host else host
+    return frozenset(name.lower() for name in ("localhost", "127.0.0.1", "[::1]", own, *more))
 
 
 def describe_address(host: str, port: int) -> str:

@@ -36,5 +36,11 @@ class Settings(Section):
     """Most seconds until a picture is fetched."""
     threads: Positive = 2
     """Threads that decode pictures."""
+    hosts: frozenset[str] | None = None
+    """Names by which callers may address the server, without a port, in lower case. null: any. A page of another site could else
+    read a local server without a token, by a name that leads here (DNS rebinding).
+    """
+    filter_columns: frozenset[str] = frozenset()
+    """Columns that `where` may name, beside uid, kind and source. Others may hold what callers are not to learn."""
     token: SecretStr | None = None
     """Bearer token that callers need. null: none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,7 +79,13 @@ class MapMaker:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._full_text: bool | None = None
         self._drawn: dict[bool, _Drawn] = {}
+
+    def forget(self, index: Index) -> None:
+        """Draw the maps anew: the index has changed."""
+        with self._lock:
+            self._drawn.clear()
 
     def draw(self, index: Index, calibrated: bool) -> SpaceMap:
         """A map."""
@@ -88,6 +95,13 @@ class MapMaker:
         """The positions of vectors, [n, D], on a map. Pictures' are moved already where it is calibrated."""
         positions: list[list[float]] = self._draw(index, calibrated).projection.project(vectors).tolist()
         return positions
+
+    def has_full_text(self, index: Index) -> bool:
+        """Whether the index finds words. Looked up once: without an index of words, PostgreSQL reads the whole table for it."""
+        with self._lock:
+            if self._full_text is None:
+                self._full_text = _has_full_text(index)
+            return self._full_text
 
     def _draw(self, index: Index, calibrated: bool) -> _Drawn:
         with self._lock:
@@ -118,13 +132,13 @@ def draw_map(index: Index, calibrated: bool) -> _Drawn:
     return _Drawn(projection, drawn)
 
 
-def describe_index(index: Index) -> IndexInfo:
+def describe_index(maker: MapMaker, index: Index) -> IndexInfo:
     """The index, for `/info`."""
     return IndexInfo(
-        location=index.store.name.replace("\\", "/").rstrip("/").rpartition("/")[2],
+        location=index.store.name.rpartition(" table ")[2].rpartition("/")[2],
         images=index.count("image"),
         texts=index.count("text"),
-        hybrid=_has_full_text(index),
+        hybrid=maker.has_full_text(index),
     )
 
 
@@ -157,7 +171,7 @@ def make_router(searcher: Searcher, maker: MapMaker) -> APIRouter:
             width=engine.width,
             fingerprint=engine.fingerprint,
             text_fingerprint=engine.text_fingerprint,
-            index=await searcher.call(describe_index) if index else None,
+            index=await searcher.call(partial(describe_index, maker)) if index else None,
             calibration=index is not None and index.calibration is not None,
             limits=LimitsInfo(
                 body_bytes=settings.max_body_bytes,

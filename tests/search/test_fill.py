@@ -321,6 +321,19 @@ def test_pictures_of_two_vision_encoders_are_not_mixed(store: VectorStore, model
     assert store.read(names()).num_rows == 0
 
 
+def test_pictures_that_nev_has_not_written_are_neither_joined_nor_deleted(
+    store: VectorStore, model: Model, tmp_path: Path
+) -> None:
+    store.apply_changes(model.width)
+    store.upsert(make_items("image", ["theirs"], pictures(model.width, 1, seed=3)))
+    folder = write_pictures(tmp_path / "vectors", model, names(), pictures(model.width))
+    for replace_images in (False, True):
+        says = "has 1 rows that say they are pictures .*nev neither mixes"
+        refused(store, model, says, images=folder, replace_images=replace_images)
+    refused(store, model, "--replace-images writes others", texts="absent.jsonl", replace_images=True)
+    assert store.read(["theirs"]).num_rows == 1
+
+
 def test_vectors_of_another_model_than_the_named_one(
     lance: VectorStore, model: Model, other: Model, tmp_path: Path
 ) -> None:

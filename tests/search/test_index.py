@@ -130,6 +130,19 @@ def test_pages_join_to_the_whole_list(make_index: Make) -> None:
     assert index.search(query, top=7, offset=130) == []
 
 
+def test_pages_of_a_fused_list_join_and_a_cut_off_comes_first(tmp_path: Path) -> None:
+    pictures, sentences, means = draw_pair(150, 160)
+    store = fill_store(make_store("lancedb", tmp_path), pictures, sentences, means)
+    store.build("none", True)
+    index, query = open_index(str(tmp_path / "lancedb")), draw_vectors(1, 5, 0.0)[0]
+    whole = uids(index.search(query, top=310, words="dog"))
+    assert len(set(whole)) == 310
+    pages = [uids(index.search(query, top=24, offset=offset, words="dog")) for offset in range(0, 312, 24)]
+    assert [uid for page in pages for uid in page] == whole
+    plain = {hit.uid for hit in index.search(query, top=310, min_percentile=90)}
+    assert {hit.uid for hit in index.search(query, top=310, min_percentile=90, words="dog")} == plain
+
+
 def test_equal_scores_are_in_the_order_of_uids_on_every_page(tmp_path: Path) -> None:
     """200 copies of one picture: a store may give any of them first."""
     store = make_store("lancedb", tmp_path)

@@ -20,6 +20,8 @@ from nev.search.exact import ExactStore
 from nev.search.index import Index, open_index
 from nev.search.store import StoreSpec, make_items
 from nev.serve.app import make_app
+from nev.serve.server import local_names
+from nev.serve.settings import Settings
 from nev.serve.torch_engine import make_engine
 
 TEXTS = [f"{colour} {thing}" for colour in ("red", "blue", "green") for thing in ("dog", "cat", "house", "tree")]
@@ -127,7 +129,8 @@ def test_pages_filters_and_cut_offs(searching: TestClient) -> None:
         ({}, "text, image or uid"),
         ({"text": "a", "top": 0}, "greater than or equal to 1"),
         ({"text": "a", "top": 900, "offset": 200}, "ends after 1,000"),
-        ({"text": "a", "where": {"nowhere": 1}}, "no column 'nowhere'"),
+        ({"text": "a", "where": {"text": "red dog"}}, "text is no column to filter by: kind, source, uid"),
+        ({"text": "a", "where": {"nowhere": 1}}, "nowhere is no column to filter by"),
         ({"text": "a", "where": {"source": 1}}, "compared with"),
         ({"text": "a", "hybrid": True}, "no full text"),
         ({"uid": "text-1", "hybrid": True}, "words"),
@@ -183,3 +186,54 @@ def test_an_index_of_another_space_is_refused(small_model: Model, tmp_path: Path
         with pytest.raises(ModelError, match=says):
             make_app(engine, other)
         shutil.rmtree(tmp_path)
+
+
+def test_an_index_of_another_vision_encoder_is_refused(small_model: Model, tmp_path: Path) -> None:
+    index = write_index(tmp_path, small_model, fingerprint="0" * 64)
+    with pytest.raises(ModelError, match="another vision encoder"):
+        make_app(make_engine(small_model), index)
+
+
+def test_a_picture_without_a_thumbnail_says_so(small_model: Model, tmp_path: Path) -> None:
+    index = write_index(tmp_path, small_model)
+    bare = make_items("image", ["bare"], small_model.encode_image([picture(0)]))
+    index.store.delete_images()
+    index.store.upsert(bare)
+    with TestClient(make_app(make_engine(small_model), index)) as client:
+        assert [hit["thumbnail"] for hit in search(client, text="a", kind="image")["hits"]] == [False]
+
+
+def test_a_server_sees_what_nev_index_has_changed(
+    small_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nev.serve.search.RECORD_SECONDS", 0.0)
+    index = write_index(tmp_path, small_model, calibration=None)
+    with TestClient(make_app(make_engine(small_model), index)) as client:
+        assert search(client, text="red dog")["calibrated"] is False
+        before = client.get("/map").json()["uids"]
+        other = ExactStore(str(tmp_path), "items")
+        other.delete_images()
+        other.write_spec(index.spec.model_copy(update={"calibration": small_model.spec.calibration}))
+        assert search(client, text="red dog")["calibrated"] is True
+        assert len(client.get("/map").json()["uids"]) == len(before) - PICTURES
+        other.write_spec(index.spec.model_copy(update={"text_fingerprint": "0" * 64}))
+        answer = client.post("/search", json={"text": "red dog"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "index_unavailable")
+        assert "0" * 12 not in answer.text
+
+
+def test_a_local_server_answers_to_its_own_names_alone(small_model: Model, index: Index) -> None:
+    """A page of another site, whose name leads to this machine (DNS rebinding)."""
+    settings = Settings(hosts=local_names("127.0.0.1", ["Search.corp"]))
+    with TestClient(make_app(make_engine(small_model), index, settings), base_url="http://localhost:8000") as client:
+        for host in ("localhost:8000", "127.0.0.1", "[::1]:8000", "search.corp", "SEARCH.corp:80"):
+            assert client.get("/info", headers={"Host": host}).status_code == 200, host
+        for host in ("evil.example", "evil.example:8000", "localhost.evil.example", ""):
+            assert client.get("/info", headers={"Host": host}).status_code == 421, host
+
+
+def test_columns_are_open_to_filters_by_name(small_model: Model, index: Index) -> None:
+    settings = Settings(filter_columns=frozenset({"text"}))
+    with TestClient(make_app(make_engine(small_model), index, settings)) as client:
+        hits = search(client, text="blue", where={"text": "red dog"})["hits"]
+        assert [hit["text"] for hit in hits] == ["red dog"]
