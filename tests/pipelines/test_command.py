@@ -25,6 +25,7 @@ BAD_INPUT = {
     "train": ["--config", "absent"],
     "evaluate": ["--checkpoint", "absent", "--mteb", "A", "--suite", "B"],
     "export": ["--checkpoint", "/absent", "--format", "hf", "--output", "out"],
+    "index": ["--index", "absent", "--images", "absent"],
     "ablate": ["--config", "absent"],
     "capacity": ["--config", "absent"],
     "pretrain": ["--config", "absent", "--objective", "mim"],
@@ -42,7 +43,8 @@ def test_the_help_page_lists_the_commands_in_the_order_of_use() -> None:
     places = [shown.index(f"│ {name} ") for name in COMMANDS]
     assert places == sorted(places)
     assert list(COMMANDS) == [
-        "prepare", "embed-text", "embed-images", "train", "evaluate", "export", "ablate", "capacity", "pretrain", "quickstart",
+        "prepare", "embed-text", "embed-images", "train", "evaluate", "export", "index", "ablate", "capacity", "pretrain",
+        "quickstart",
     ]  # fmt: skip
     assert "--install-completion" in shown
 

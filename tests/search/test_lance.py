@@ -155,9 +155,11 @@ def test_an_index_finds_what_a_scan_finds(tmp_path: Path, ann: str, kind: str) -
         assert len({hit.uid for hit in index.search(query, kind="text")} & exact) >= 9
         assert [hit.uid for hit in index.search(query, where={"text": "a dog number4321"})] == ["t4321"]
     assert len(index.search(query, kind="image", top=200)) == 150
-    store.upsert(make_images(draw_vectors(1, 9, 1.5), "new"))  # not yet in the index
-    found = open_index(str(tmp_path / "lancedb")).search(draw_vectors(1, 9, 1.5)[0], "image", top=1)
+    store.upsert(make_images(draw_vectors(1, 9, 1.5), "new"))  # not yet in the index, and filtered all the same
+    store.upsert(make_texts(draw_vectors(1, 9, 1.5), "new-text"))
+    found = open_index(str(tmp_path / "lancedb")).search(draw_vectors(1, 9, 1.5)[0], "image", top=2, kind="image")
     assert found[0].uid == "new000"
+    assert found[1].kind == "image"
 
 
 def test_an_index_by_another_distance_is_not_used(tmp_path: Path) -> None:

@@ -370,6 +370,9 @@ def test_a_filter_with_an_index_loses_no_row(
         "few rows: no walk through those of texts"
     )
     assert "owners" in plan_of(index, database, "text", monkeypatch)
+    assert len(index.search(query, top=700, kind="text")) == 700, (
+        "more than a walk has candidates (pgvector's issue 716)"
+    )
     rare = index.search(query, top=10, where={"source": "rare"})
     assert {hit.uid for hit in rare} == {"t001", "t1001", "t2001", "t3001", "t4001"}
     exact = {f"t{row:03d}" for row in np.argsort(-(texts @ query))[:10]}
