@@ -29,7 +29,7 @@ class StoreName(StrEnum):
 
 
 class AnnName(StrEnum):
-    """Kinds of approximate indexes."""
+    """Kinds of indexes of vectors."""
 
     auto = "auto"
     none = "none"
@@ -77,7 +77,10 @@ def main(
         typer.Option("--image-uid-column", help="Column of the pictures' uids, where those of texts are numbers."),
     ] = None,
     ann: Annotated[
-        AnnName, typer.Option("--ann", help="Approximate index of the vectors. auto: hnsw from 20,000 rows.")
+        AnnName,
+        typer.Option(
+            "--ann", help="Index of the vectors. auto: from 20,000 rows ivf in LanceDB, and hnsw in PostgreSQL."
+        ),
     ] = AnnName.auto,
     full_text: Annotated[
         bool | None,

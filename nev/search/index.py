@@ -15,10 +15,11 @@ from nev.ops.vectors import Floats, are_usable, scale_to_unit
 from nev.search.open import open_store
 from nev.search.ranking import (
     Means,
+    Sample,
     compute_percentiles,
     fuse_ranks,
     image_candidates_query,
-    keep_usable,
+    make_sample,
     move_images,
     read_means,
 )
@@ -28,10 +29,7 @@ SAMPLE = 1000  # vectors a modality, for percentiles
 MARGIN = 20  # items that a store is asked for beyond the page, so that equal scores are put in order of their uids
 FUSED = 1000  # hits of each search in a list that is fused with the full text's
 MOST_EQUAL = 4096  # items of one score beyond which their order is the store's
-CALIBRATED_FACTOR, CALIBRATED_LEAST = (
-    5,
-    200,
-)  # pictures for a calibrated list are fetched in excess, then ranked exactly
+CALIBRATED_FACTOR, CALIBRATED_LEAST = 5, 200  # pictures of a calibrated list are fetched in excess, then ranked exactly
 
 
 class Hit(NamedTuple):
@@ -52,20 +50,13 @@ class Hit(NamedTuple):
     vector: Floats
 
 
-class _Sample(NamedTuple):
-    """Fixed items of a kind. drawn: their number. vectors: of those with a direction, unit length [n, D]."""
-
-    drawn: int
-    vectors: Floats
-
-
 @dataclass
 class Index:
     """A store that is open for search. `open_index` makes one. Threads may share it."""
 
     store: VectorStore
     spec: StoreSpec | None
-    _samples: dict[Kind, _Sample] = field(default_factory=dict, repr=False)
+    _samples: dict[Kind, Sample] = field(default_factory=dict, repr=False)
 
     @property
     def width(self) -> int:
@@ -189,8 +180,8 @@ class Index:
         kinds: tuple[tuple[Kind, NDArray[np.bool_]], ...] = ((IMAGE, is_image), (TEXT, ~is_image))
         for kind, rows in kinds:
             if rows.any():
-                sample = move_images(self._sample(kind), means if kind == IMAGE else None)
-                percentiles[rows] = compute_percentiles(scores[rows], sample, query)
+                sample = self._sample(kind)
+                percentiles[rows] = compute_percentiles(scores[rows], sample.moved if means else sample.vectors, query)
         columns = (found[name].to_pylist() for name in ("uid", "kind", "text", "source"))
         return [
             Hit(uid, kind, float(score), None if np.isnan(share) else float(share), text, source, vector)
@@ -199,14 +190,15 @@ class Index:
             )
         ]
 
-    def _sample(self, kind: Kind) -> Floats:
-        """Fixed vectors of a kind, unit length [n, D]. A sample of fewer than SAMPLE is drawn again when the table has grown."""
+    def _sample(self, kind: Kind) -> Sample:
+        """Fixed items of a kind. A sample of fewer than SAMPLE is drawn again when the table has grown."""
         known = self._samples.get(kind)
         if known is not None and (known.drawn >= SAMPLE or known.drawn == self.store.count(kind)):
-            return known.vectors
-        found = self.store.sample(kind, SAMPLE)
-        self._samples[kind] = _Sample(found.num_rows, keep_usable(read_unit_vectors(found)))
-        return self._samples[kind].vectors
+            return known
+        vectors = read_unit_vectors(self.store.sample(kind, SAMPLE))
+        means = read_means(self.calibration) if kind == IMAGE and self.calibration else None
+        self._samples[kind] = make_sample(vectors, means)
+        return self._samples[kind]
 
 
 def _cut_off(hits: list[Hit], min_score: float | None, min_percentile: float | None) -> list[Hit]:

@@ -123,14 +123,20 @@ def is_concurrent(statement: sql.Composed) -> bool:
 
 
 def list_ann_statements(connection: Connection[Any], table: PostgresTable, width: int) -> list[sql.Composed]:
-    """Statements that make HNSW indexes by cosine: of pictures, and of texts where no index of all rows is there."""
+    """Statements that make HNSW indexes by cosine: of pictures, and of texts where no index of all rows is there.
+
+    A plain index of each kind goes with them: where a kind has few rows, they are all read, and no others.
+    """
     compared, form = table.compared(width)
-    whole = any(condition is None for condition in find_ann(connection, table))
+    whole = None in find_ann(connection, table)
     statements = []
-    kinds: tuple[Kind, ...] = ("image",) if whole else ("image", "text")
+    kinds: tuple[Kind, ...] = ("image", "text")
     for kind in kinds:
-        body = sql.SQL(f"USING hnsw ({{}} {form}_cosine_ops) WHERE ").format(compared) + table.is_kind(kind)
-        statements += _make_index(connection, table, f"{kind}_hnsw", "INDEX", body)
+        body = sql.SQL("({}) WHERE ").format(sql.Identifier(table.columns.uid)) + table.is_kind(kind)
+        statements += _make_index(connection, table, kind, "INDEX", body)
+        if kind == "image" or not whole:
+            body = sql.SQL(f"USING hnsw ({{}} {form}_cosine_ops) WHERE ").format(compared) + table.is_kind(kind)
+            statements += _make_index(connection, table, f"{kind}_hnsw", "INDEX", body)
     return statements
 
 

@@ -152,7 +152,7 @@ class VectorStore(Protocol):
         """At most `count` items of a kind that have a vector, drawn by `draw_uids`: uid, text, vector."""
 
     def build(self, ann: Ann, full_text: bool) -> list[str]:
-        """Bring indexes up to date. Returns what there is now, as sentences. ann: `auto` is a full scan below ANN_ROWS."""
+        """Bring indexes up to date. Returns what there is now, as sentences. ann: `auto` makes one from ANN_ROWS rows."""
 
 
 def item_schema(width: int) -> pa.Schema:

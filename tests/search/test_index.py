@@ -206,6 +206,7 @@ def test_words_lift_what_holds_them(make_index: Make) -> None:
     assert uids(index.search(query, top=5, words="zebra")) == uids(plain)[:5]
     assert uids(index.search(query, top=5, words="'; DROP TABLE items; -- \" OR (")) is not None
     assert target not in uids(index.search(query, top=5, words=f"number{number}", kind="image"))
+    assert uids(index.search(query, words="dog", where={"text": f"a dog number{number}"})) == [target]
 
 
 def test_items_by_uid(make_index: Make) -> None:
