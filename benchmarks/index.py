@@ -32,11 +32,11 @@ TOP, CHUNK = 10, 5000
 RECALL_GOAL = 0.95
 TOPICS, NOISE, GAP = 500, 0.5, 0.6
 NOTES = (
-    f"The vectors are drawn: {TOPICS} topics (random directions), a topic and noise of length {NOISE:g} for each row. Half of the "
-    f"rows are pictures and half texts, moved apart by {2 * GAP:g} along one direction, and scaled to unit length. Queries are drawn "
-    "like texts, so that each query is nearer to all texts than to any picture.",
-    "recall: the share of the first ten by numpy over all vectors that the first ten by the index hold, at the mean of the queries. "
-    "images, texts: one kind alone, plain cosine. mixed: both kinds in one calibrated list.",
+    f"The vectors are drawn: {TOPICS} topics (random directions), a topic and noise of length {NOISE:g} for each row. Half of "
+    f"the rows are pictures and half texts, moved apart by {2 * GAP:g} along one direction, and scaled to unit length. Queries "
+    "are drawn like texts, so that each query is nearer to all texts than to any picture.",
+    "recall: the share of the first ten by numpy over all vectors that the first ten by the index hold, at the mean of the "
+    "queries. images, texts: one kind alone, plain cosine. mixed: both kinds in one calibrated list.",
     "build_s: making the index of the vectors, after all rows are written, on every core. query_ms: `Index.search` for a "
     "calibrated list of ten of both kinds, one query after another: a search for each kind, 200 pictures fetched with their "
     "vectors, exact scores, percentiles. PostgreSQL runs on the same machine, through a socket, with its default settings, save "

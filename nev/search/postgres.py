@@ -246,25 +246,27 @@ class PostgresStore:
         """The nearest items of a kind. A walk through an index goes on until enough rows have passed the filter."""
         condition, values = self._table.condition(kind, where)
         compared, form = self._table.compared(self.width or 0)
-        statement = self._format(
-            "WITH nearest AS MATERIALIZED (SELECT {selected}, {compared} <=> %s::{form} AS distance FROM {table} "
-            "WHERE {condition} ORDER BY distance LIMIT %s) SELECT * FROM nearest ORDER BY distance + 0",
-            selected=self._table.select(HIT_COLUMNS, named=True),
-            compared=compared,
-            form=sql.SQL(form),
-            condition=condition,
-        )
         parameters = (np.asarray(vector, np.float32), *values, top)
+
+        def order_by(distance: LiteralString) -> sql.Composed:
+            return self._format(
+                "WITH nearest AS MATERIALIZED (SELECT {selected}, {distance} AS distance FROM {table} WHERE {condition} "
+                "ORDER BY distance LIMIT %s) SELECT * FROM nearest ORDER BY distance + 0",
+                selected=self._table.select(HIT_COLUMNS, named=True),
+                distance=sql.SQL(distance).format(compared=compared, form=sql.SQL(form)),
+                condition=condition,
+            )
 
         def run(connection: Connection[Any]) -> list[Any]:
             with connection.transaction():
                 connection.execute("SELECT set_config('hnsw.ef_search', %s, true)", (str(EF_SEARCH),))
                 if self._extension >= ITERATIVE:
                     connection.execute("SELECT set_config('hnsw.iterative_scan', 'relaxed_order', true)")
+                statement = order_by("{compared} <=> %s::{form}")
                 rows = connection.execute(statement, parameters, binary=True).fetchall()
-                # A walk ends after 20,000 rows (hnsw.max_scan_tuples), and may have found too few by then.
+                # A walk ends after 20,000 rows (hnsw.max_scan_tuples), perhaps with too few. No index holds this sum.
                 if len(rows) < top and find_ann(connection, self._table):
-                    connection.execute("SET LOCAL enable_indexscan = off")
+                    statement = order_by("({compared} <=> %s::{form}) + 0")
                     rows = connection.execute(statement, parameters, binary=True).fetchall()
                 return rows
 

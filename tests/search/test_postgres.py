@@ -375,6 +375,16 @@ def test_a_filter_with_an_index_loses_no_row(
     )
     rare = index.search(query, top=10, where={"source": "rare"})
     assert {hit.uid for hit in rare} == {"t001", "t1001", "t2001", "t3001", "t4001"}
+    for setting in (
+        "hnsw.max_scan_tuples = 50",
+        "enable_sort = off",
+        "enable_seqscan = off",
+        "enable_bitmapscan = off",
+    ):
+        database.execute(
+            f"ALTER DATABASE {database.info.dbname} SET {setting}"
+        )  # the planner walks, however few rows pass
+    assert len(open_index(postgres).search(query, top=10, where={"source": "rare"})) == 5, "the walk ended too early"
     exact = {f"t{row:03d}" for row in np.argsort(-(texts @ query))[:10]}
     assert len({hit.uid for hit in index.search(query, top=10, kind="text")} & exact) >= 9
 
