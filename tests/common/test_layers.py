@@ -58,8 +58,7 @@ NOT_AT_IMPORT: dict[str, tuple[str, ...]] = {
 # What one place alone imports.
 ONLY: dict[str, tuple[str, ...]] = {
     "nev.storage": ("fsspec", "s3fs", "botocore", "aiobotocore"),
-    "nev.search.lance": ("lancedb",),
-    "nev.search": ("psycopg", "pgvector"),
+    "nev.search": ("lancedb", "psycopg", "pgvector"),
     "nev.cluster.ray_internals": ("ray._private", "ray._raylet", "ray.train.v2._internal"),
     "nev.cluster.backpressure": ("ray.data._internal",),
 }
