@@ -99,8 +99,8 @@ def measure_recall(index: Index, drawn: Drawn) -> dict[str, float]:
     }
     shares = {}
     for name, search in lists.items():
-        found = [{hit.uid for hit in search(query, top=TOP)} for query in drawn.queries]
-        shares[name] = float(np.mean([len(a & b) / TOP for a, b in zip(found, drawn.first[name], strict=True)]))
+        hits = [{hit.uid for hit in search(query, top=TOP)} for query in drawn.queries]
+        shares[name] = float(np.mean([len(a & b) / TOP for a, b in zip(hits, drawn.first[name], strict=True)]))
     return shares
 
 

@@ -6,6 +6,7 @@ nev index --model runs/quickstart --images vectors --texts texts.parquet --index
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +17,7 @@ from nev.common.cli import report_errors
 if TYPE_CHECKING:
     from nev.search.fill import Filled
     from nev.search.plan import Plan
+    from nev.search.store import VectorStore
 
 EXAMPLE = "--model runs/quickstart --images vectors --texts texts.parquet --index index"
 
@@ -123,8 +125,6 @@ def main(
     """Put texts and pictures into one index, or add pictures to a table of text vectors that exists."""
     console = Console()
     with report_errors("The same command writes what is missing."):
-        from functools import partial
-
         from nev.common.progress import count_progress
         from nev.inference.load import load
         from nev.search.fill import fill
@@ -132,7 +132,7 @@ def main(
         from nev.search.plan import Options, Task, make_plan
         from nev.search.store import Columns
 
-        given = {
+        names = {
             "uid": uid_column,
             "vector": vector_column,
             "text": text_column,
@@ -141,7 +141,7 @@ def main(
             "thumbnail": thumbnail_column,
             "image_uid": image_uid_column,
         }
-        named = {name: column for name, column in given.items() if column is not None}
+        named = {name: column for name, column in names.items() if column is not None}
         opened = open_store(index, table, Columns(**named) if named else None, store.value if store else None)
         options = Options(
             images, texts, ann.value, full_text, alter_table or dry_run, replace_images, replace_texts, unverified
@@ -154,55 +154,55 @@ def main(
         task = Task(opened, options, load_model)
         with console.status("checking"):
             plan = make_plan(task)
-        show_plan(opened.name, plan, console)
+        show_plan(opened, plan, console)
         if dry_run:
-            console.print("nothing was written (--dry-run)")
+            permission = (
+                " Changes to a table that exists need --alter-table." if plan.changes and not plan.is_new else ""
+            )
+            console.print(f"nothing was written (--dry-run).{permission}", highlight=False, soft_wrap=True)
             return
         with count_progress(console, "items") as advance:
             filled = fill(task, plan, advance)
         show_filled(filled, console)
 
 
-def show_plan(name: str, plan: Plan, console: Console) -> None:
+def print_line(console: Console, what: str, value: str) -> None:
+    """Print one line of a plan or a summary."""
+    console.print(f"{what:<10} {value}", highlight=False, soft_wrap=True, markup=False)
+
+
+def show_plan(store: VectorStore, plan: Plan, console: Console) -> None:
     """Print what will be done, and what is left out."""
-
-    def line(what: str, value: str) -> None:
-        console.print(f"{what:<10} {value}", highlight=False, soft_wrap=True, markup=False)
-
-    line("index", name)
+    show = partial(print_line, console)
+    show("index", store.name)
+    if not plan.is_new:
+        show("columns", ", ".join(f"{name} in {column}" for name, column in store.columns.model_dump().items()))
     for change in plan.changes:
-        line("change", change)
+        show("change", change)
     if plan.agreement:
-        agreement = plan.agreement
-        line(
-            "encoder",
-            f"{agreement.texts} texts of the table, embedded again as {agreement.prompt}: median cosine "
-            f"{agreement.median:.4f}, lowest {agreement.lowest:.4f}",
-        )
-        if agreement.prompt == "query":
-            line("encoder", "the table was embedded with the prompt of queries; new texts are embedded so, too")
+        prompt, median, lowest, texts = plan.agreement
+        show("encoder", f"{texts} texts embedded again as {prompt}: median cosine {median:.4f}, lowest {lowest:.4f}")
+        if prompt == "query":
+            show("encoder", "the table was embedded with the prompt of queries; new texts are embedded so, too")
     if plan.deleted_images:
-        line("delete", f"{plan.deleted_images:,} pictures that are there (--replace-images)")
+        show("delete", f"{plan.deleted_images:,} pictures that are there (--replace-images)")
     if plan.is_vouched:
-        line("encoder", "not compared (--unverified)")
+        show("encoder", "not compared (--unverified)")
     bad = f", {plan.bad_images:,} left out whose vector has no direction" if plan.bad_images else ""
-    line("pictures", f"{plan.images:,} given{bad}")
+    show("pictures", f"{plan.images:,} to write{bad}")
     same = f", {plan.same_texts:,} there already" if plan.same_texts else ""
     empty = f", {plan.empty_texts:,} left out without words" if plan.empty_texts else ""
-    line("texts", f"{plan.texts:,} to embed{same}{empty}")
+    show("texts", f"{plan.texts:,} to embed{same}{empty}")
 
 
 def show_filled(filled: Filled, console: Console) -> None:
     """Print what was written, and what there is now."""
-
-    def line(what: str, value: str) -> None:
-        console.print(f"{what:<10} {value}", highlight=False, soft_wrap=True, markup=False)
-
+    show = partial(print_line, console)
     if filled.deleted_images:
-        line("deleted", f"{filled.deleted_images:,} pictures (--replace-images)")
-    line("written", f"pictures: {filled.images.inserted:,} new, {filled.images.updated:,} there before")
-    line("", f"texts: {filled.texts.inserted:,} new, {filled.texts.updated:,} there before")
+        show("deleted", f"{filled.deleted_images:,} pictures (--replace-images)")
+    show("pictures", f"{filled.images.inserted:,} new, {filled.images.updated:,} there before")
+    show("texts", f"{filled.texts.inserted:,} new, {filled.texts.updated:,} there before")
     for index in filled.indexes:
-        line("search", index)
+        show("search", index)
     without = f"; {filled.without_vector:,} rows without a vector are never found" if filled.without_vector else ""
-    line("rows", f"{filled.rows['image']:,} pictures, {filled.rows['text']:,} texts{without}")
+    show("rows", f"{filled.rows['image']:,} pictures, {filled.rows['text']:,} texts{without}")

@@ -50,10 +50,10 @@ def check_encoder(store: VectorStore, model: Model, width: int) -> Agreement:
     prompts: list[Prompt] = ["document"]
     if model.spec.prompts["query"] != model.spec.prompts["document"]:
         prompts.append("query")
-    found = [compare(model, prompt, texts, stored, width) for prompt in prompts]
-    best = max(found, key=lambda agreement: agreement.median)
+    agreements = [compare(model, prompt, texts, stored, width) for prompt in prompts]
+    best = max(agreements, key=lambda agreement: agreement.median)
     if best.median < SAME_ENCODER:
-        listed = " and ".join(f"{each.median:.3f} as {each.prompt} (lowest {each.lowest:.3f})" for each in found)
+        listed = " and ".join(f"{each.median:.3f} as {each.prompt} (lowest {each.lowest:.3f})" for each in agreements)
         near = (
             "The vectors are near, so it may be another version of the encoder, or the vectors may be of more than this column"
             if best.median > 0.6

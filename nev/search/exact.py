@@ -105,15 +105,15 @@ class ExactStore:
     def upsert(self, items: pa.Table) -> Upserted:
         """Write items by their uid."""
         content = self._open()
-        there, new = content.table["uid"], items["uid"]
-        known = content.table.filter(pc.is_in(there, new.combine_chunks()))
-        if known.num_rows and set(known["kind"].to_pylist()) != set(items["kind"].to_pylist()):
+        uids, given_uids = content.table["uid"], items["uid"]
+        matching = content.table.filter(pc.is_in(uids, given_uids.combine_chunks()))
+        if matching.num_rows and set(matching["kind"].to_pylist()) != set(items["kind"].to_pylist()):
             raise SearchError(
                 f"{self.name}: some uids are of rows of the other kind there. A picture never replaces a text"
             )
-        kept = content.table.filter(pc.invert(pc.is_in(there, new.combine_chunks())))
-        updated = content.table.num_rows - kept.num_rows
-        table = pa.concat_tables([kept, items.cast(content.table.schema.remove_metadata())]).sort_by("uid")
+        others = content.table.filter(pc.invert(pc.is_in(uids, given_uids.combine_chunks())))
+        updated = content.table.num_rows - others.num_rows
+        table = pa.concat_tables([others, items.cast(content.table.schema.remove_metadata())]).sort_by("uid")
         written = Upserted(table.num_rows - content.table.num_rows, updated)
         check_written(self.name, items.num_rows, written)
         self._write(table, content.spec)
@@ -122,9 +122,9 @@ class ExactStore:
     def delete_images(self) -> int:
         """Delete all pictures. Returns their number."""
         content = self._open()
-        kept = content.table.filter(pc.not_equal(content.table["kind"], IMAGE))
-        self._write(kept, content.spec)
-        return int(content.table.num_rows - kept.num_rows)
+        others = content.table.filter(pc.not_equal(content.table["kind"], IMAGE))
+        self._write(others, content.spec)
+        return int(content.table.num_rows - others.num_rows)
 
     def search(self, vector: Floats, top: int, kind: Kind, where: Where | None = None) -> pa.Table:
         """The `top` items of a kind with the highest cosine to a vector. Of equal cosines the smaller uid is first."""
@@ -151,11 +151,19 @@ class ExactStore:
         uids = content.table["uid"].filter(pa.array(self._select(content, kind, None)))
         return self.read(draw_uids(uids.to_pylist(), count, seed), SAMPLE_COLUMNS)
 
+    def check_indexes(self, ann: Ann, full_text: bool, width: int) -> None:
+        """Raise SearchError for any index: this store has none."""
+        if ann not in ("auto", "none"):
+            raise SearchError(f"{self.name}: --ann {ann} is of LanceDB and PostgreSQL. This store reads all vectors")
+        if full_text:
+            raise SearchError(f"{self.name}: --full-text is of LanceDB and PostgreSQL. This store has none")
+
     def build(self, ann: Ann, full_text: bool) -> list[str]:
         """Nothing is built: every search is exact."""
-        if ann not in ("auto", "none"):
-            raise SearchError(f"{self.name}: this store has no ANN index. LanceDB and PostgreSQL have one")
         return ["every search reads all vectors, and is exact"]
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     def _select(self, content: _Content, kind: Kind | None, where: Where | None) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Which rows a search sees: bool [n]."""

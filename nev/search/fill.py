@@ -41,7 +41,8 @@ def fill(task: Task, plan: Plan, advance: Callable[[int], object] = lambda count
     store.apply_changes(task.width)
     deleted = store.delete_images() if options.replace_images else 0
     spec = _make_spec(task, plan)
-    store.write_spec(spec)
+    if spec != store.read_spec():
+        store.write_spec(spec)
     texts, images = Upserted(0, 0), Upserted(0, 0)
     for items in _embed_texts(task, spec.text_prompt):
         texts = _add(texts, store.upsert(items))
@@ -65,8 +66,12 @@ def _make_spec(task: Task, plan: Plan) -> StoreSpec:
     if plan.agreement:
         changes["text_prompt"] = plan.agreement.prompt
     if spec:
-        known = former.calibration if former.fingerprint == spec.fingerprint else None
-        changes |= {"model": spec.model, "fingerprint": spec.fingerprint, "calibration": spec.calibration or known}
+        same = former.calibration if former.fingerprint == spec.fingerprint else None
+        changes |= {
+            "model": spec.model,
+            "fingerprint": spec.fingerprint,
+            "calibration": spec.calibration or same,
+        }
     return former.model_copy(update=changes)
 
 
@@ -75,9 +80,9 @@ def _embed_texts(task: Task, prompt: Prompt) -> Iterator[pa.Table]:
     uids, texts, _ = task.text_file
     for start in range(0, len(uids), CHUNK):
         part = uids[start : start + CHUNK]
-        there = find_rows(task.store, part, TEXT)
+        stored = find_rows(task.store, part, TEXT)
         new = [
-            (uid, text) for uid, text in zip(part, texts[start : start + CHUNK], strict=True) if there.get(uid) != text
+            (uid, text) for uid, text in zip(part, texts[start : start + CHUNK], strict=True) if stored.get(uid) != text
         ]
         if new:
             words = [text for _, text in new]

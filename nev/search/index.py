@@ -79,8 +79,8 @@ class Index:
 
     def thumbnail(self, uid: str) -> bytes | None:
         """The thumbnail of a picture: JPEG. None: there is no such item, or no thumbnail."""
-        found = self.store.read([uid], ["uid", "thumbnail"])["thumbnail"].to_pylist()
-        return found[0] if found else None
+        thumbnails = self.store.read([uid], ["uid", "thumbnail"])["thumbnail"].to_pylist()
+        return thumbnails[0] if thumbnails else None
 
     def vector(self, uid: str) -> Floats | None:
         """The vector of an item, float32 [D], of unit length. None: there is no such item, or no vector."""
@@ -92,8 +92,12 @@ class Index:
         return self.store.read(uids)
 
     def sample(self, kind: Kind, count: int = SAMPLE, seed: int = 0) -> pa.Table:
-        """At most `count` items of a kind, the same at every call: uid, text, vector (of unit length)."""
+        """At most `count` items of a kind, the same at every call: uid, text, vector (as it is stored, of any length)."""
         return self.store.sample(kind, count, seed)
+
+    def close(self) -> None:
+        """Close connections. The index opens them again where it is used afterwards."""
+        self.store.close()
 
     def search(
         self,
@@ -156,12 +160,12 @@ class Index:
         else:
             vector, fetch = query, need + MARGIN
         while True:
-            found = self.store.search(vector, fetch, kind, where)
-            hits = self._score(found, query, means)
+            items = self.store.search(vector, fetch, kind, where)
+            hits = self._score(items, query, means)
             scores = sorted((hit.score for hit in hits), reverse=True)
             # Where equal scores reach from the page to the end of what was fetched, the store chose among them.
             if (
-                found.num_rows < fetch
+                items.num_rows < fetch
                 or len(scores) < need
                 or scores[need - 1] > scores[-1]
                 or fetch >= need + MOST_EQUAL
@@ -169,12 +173,12 @@ class Index:
                 return hits
             fetch *= 4
 
-    def _score(self, found: pa.Table, query: Floats, means: Means | None) -> list[Hit]:
+    def _score(self, items: pa.Table, query: Floats, means: Means | None) -> list[Hit]:
         """Items as hits with exact scores, in the order given. Items without a direction are left out."""
-        vectors = read_unit_vectors(found)
+        vectors = read_unit_vectors(items)
         usable = are_usable(vectors)
-        found, vectors = found.filter(pa.array(usable)), vectors[usable]
-        is_image = np.asarray(found["kind"].to_pylist()) == IMAGE
+        items, vectors = items.filter(pa.array(usable)), vectors[usable]
+        is_image = np.asarray(items["kind"].to_pylist()) == IMAGE
         scores = np.where(is_image, move_images(vectors, means) @ query, vectors @ query)
         percentiles = np.full(len(scores), np.nan)
         kinds: tuple[tuple[Kind, NDArray[np.bool_]], ...] = ((IMAGE, is_image), (TEXT, ~is_image))
@@ -182,7 +186,7 @@ class Index:
             if rows.any():
                 sample = self._sample(kind)
                 percentiles[rows] = compute_percentiles(scores[rows], sample.moved if means else sample.vectors, query)
-        columns = (found[name].to_pylist() for name in ("uid", "kind", "text", "source"))
+        columns = (items[name].to_pylist() for name in ("uid", "kind", "text", "source"))
         return [
             Hit(uid, kind, float(score), None if np.isnan(share) else float(share), text, source, vector)
             for uid, kind, text, source, score, share, vector in zip(
@@ -192,9 +196,9 @@ class Index:
 
     def _sample(self, kind: Kind) -> Sample:
         """Fixed items of a kind. A sample of fewer than SAMPLE is drawn again when the table has grown."""
-        known = self._samples.get(kind)
-        if known is not None and (known.drawn >= SAMPLE or known.drawn == self.store.count(kind)):
-            return known
+        sample = self._samples.get(kind)
+        if sample is not None and (sample.drawn >= SAMPLE or sample.drawn == self.store.count(kind)):
+            return sample
         vectors = read_unit_vectors(self.store.sample(kind, SAMPLE))
         means = read_means(self.calibration) if kind == IMAGE and self.calibration else None
         self._samples[kind] = make_sample(vectors, means)

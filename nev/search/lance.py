@@ -21,7 +21,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 from nev.common.errors import first_line
 from nev.data.vectors import as_array, as_column
 from nev.ops.vectors import Floats
-from nev.search.lance_columns import LanceColumns
+from nev.search.lance_layout import LanceLayout
 from nev.search.store import (
     ANN_ROWS,
     HIT_COLUMNS,
@@ -70,25 +70,26 @@ class LanceStore:
         self._table_name = table
         self.name = f"{location}, table {table}"
         self._database: DBConnection | None = None
-        there = not is_local(fs) or Path(path).is_dir()  # connecting would make the folder
-        self._table = self._open_table() if there else None
+        self._indexes: tuple[int, dict[tuple[str, ...], str]] = (-1, {})  # version of the table, type by columns
+        exists = not is_local(fs) or Path(path).is_dir()  # connecting would make the folder
+        self._table = self._open_table() if exists else None
         spec = self.read_spec()
         self.columns = columns or (spec.columns if spec else Columns())
 
     @property
     def width(self) -> int | None:
         """Numbers of a vector. None: there is no table yet."""
-        return None if self._table is None else int(self._known.vector.list_size)
+        return None if self._table is None else int(self._layout.vector.list_size)
 
     @property
     def filters(self) -> dict[str, tuple[type, ...]]:
         """Columns that `where` may name, and the types of their values."""
-        return self._known.filters
+        return self._layout.filters
 
     @property
     def takes_texts(self) -> bool:
         """Whether nev can write texts: uids are strings."""
-        return self._table is None or self._known.key == self.columns.uid
+        return self._table is None or self._layout.key == self.columns.uid
 
     def read_spec(self) -> StoreSpec | None:
         """What nev has recorded."""
@@ -112,7 +113,7 @@ class LanceStore:
         """The table, or the columns that the table lacks."""
         if self._table is None:
             return [f"make table {self._table_name} in {self._uri}"]
-        missing = [f"{field.name} ({field.type})" for field in self._known.list_missing()]
+        missing = [f"{field.name} ({field.type})" for field in self._layout.list_missing()]
         return [f"add columns to table {self._table_name}: {', '.join(missing)}"] if missing else []
 
     def apply_changes(self, width: int) -> None:
@@ -125,7 +126,7 @@ class LanceStore:
                 self._table = self._connect().create_table(self._table_name, schema=pa.schema(fields), exist_ok=True)
 
         def add_columns(table: Table) -> None:
-            if missing := self._known.list_missing():
+            if missing := self._layout.list_missing():
                 table.add_columns(pa.schema(missing))
 
         self._commit("be changed", add_columns)
@@ -133,30 +134,30 @@ class LanceStore:
     def count(self, kind: Kind | None = None) -> int:
         """Rows with a vector."""
         with self._errors("be read"):
-            return int(self._open().count_rows(self._known.has_vector(kind)))
+            return int(self._open().count_rows(self._layout.has_vector(kind)))
 
     def count_without_vector(self) -> int:
         """Rows without a vector, which no search finds."""
         with self._errors("be read"):
-            return int(self._open().count_rows(self._known.no_vector()))
+            return int(self._open().count_rows(self._layout.no_vector()))
 
     def upsert(self, items: pa.Table) -> Upserted:
         """Write items by their uid. Of pictures that are there, other columns of the table keep their values."""
-        known = self._known
+        layout = self._layout
         kind: Kind = TEXT if TEXT in items["kind"].to_pylist() else IMAGE
         columns = []
-        for ours, theirs in zip(items.column_names, known.item_names, strict=True):
-            form = known.field(theirs).type
+        for ours, theirs in zip(items.column_names, layout.item_names, strict=True):
+            form = layout.field(theirs).type
             if ours == "vector":
                 columns.append(as_column(as_array(items[ours]).astype(form.value_type.to_pandas_dtype()), form))
             else:
                 columns.append(pc.cast(items[ours], form))
-        given = pa.table(columns, schema=pa.schema([known.field(name) for name in known.item_names]))
+        rows = pa.table(columns, schema=pa.schema([layout.field(name) for name in layout.item_names]))
 
         def merge(table: Table) -> Upserted:
             version = table.version
-            builder = table.merge_insert(known.key).when_matched_update_all(where=known.is_kind(kind, "target."))
-            result = builder.when_not_matched_insert_all().execute(given)
+            builder = table.merge_insert(layout.key).when_matched_update_all(where=layout.is_kind(kind, "target."))
+            result = builder.when_not_matched_insert_all().execute(rows)
             if result.version > version + 1:
                 self._refuse_twice(items["uid"].to_pylist())
             return Upserted(result.num_inserted_rows, result.num_updated_rows)
@@ -175,69 +176,71 @@ class LanceStore:
     def delete_images(self) -> int:
         """Delete all pictures."""
         before = self.count(IMAGE)
-        self._commit("be written", lambda table: table.delete(self._known.is_kind(IMAGE)))
+        self._commit("be written", lambda table: table.delete(self._layout.is_kind(IMAGE)))
         return before - self.count(IMAGE)
 
     def search(self, vector: Floats, top: int, kind: Kind, where: Where | None = None) -> pa.Table:
         """The nearest items of a kind. The kind and `where` are applied before the search, not to its results."""
-        known = self._known
-        condition = known.condition(kind, where)
+        layout = self._layout
+        condition = layout.condition(kind, where)
 
         def run(exact: bool) -> pa.Table:
-            found = self._open().search(vector, vector_column_name=self.columns.vector, query_type="vector")
-            query = (
-                cast("LanceVectorQueryBuilder", found)
-                .distance_type("cosine")
-                .where(condition, prefilter=True)
-                .limit(top)
-            )
+            builder = self._open().search(vector, vector_column_name=self.columns.vector, query_type="vector")
+            query = cast("LanceVectorQueryBuilder", builder).distance_type("cosine").limit(top)
+            query = query.where(condition, prefilter=True)
             if exact:
                 query = query.bypass_vector_index()
             elif index is not None:
                 query = query.nprobes(ALL_PARTITIONS)
                 query = query.ef(max(EF_SEARCH, REFINE * top)).refine_factor(REFINE) if "Hnsw" in index else query
-            return query.select([*known.select(HIT_COLUMNS), "_distance"]).to_arrow()
+            return query.select([*layout.select(HIT_COLUMNS), "_distance"]).to_arrow()
 
         with self._errors("be searched"):
             index = self._index_of(self.columns.vector)
-            found = run(exact=False)
+            rows = run(exact=False)
             # The walk through a graph can end before it has seen enough rows that pass a strict filter.
-            if found.num_rows < top and index is not None:
-                found = run(exact=True)
-        return known.as_items(found, HIT_COLUMNS)
+            if rows.num_rows < top and index is not None:
+                rows = run(exact=True)
+        return layout.as_items(rows, HIT_COLUMNS)
 
     def search_words(self, words: str, top: int, kind: Kind | None = None, where: Where | None = None) -> pa.Table:
         """The most relevant items (BM25): any of the words occurs."""
         from lancedb.query import MatchQuery
 
-        known = self._known
+        layout = self._layout
         if not self._index_of(self.columns.text):
             raise SearchError(
                 f"{self.name}: column {self.columns.text} has no full-text index. `nev index --full-text` makes one"
             )
         with self._errors("be searched"):
             match = MatchQuery(words, self.columns.text)  # type: ignore[call-arg]
-            query = self._open().search(match, query_type="fts").where(known.condition(kind, where), prefilter=True)
-            found = query.limit(top).select([*known.select(HIT_COLUMNS), "_score"]).to_arrow()
-        return known.as_items(found.filter(pc.is_valid(found[self.columns.vector])), HIT_COLUMNS)
+            query = self._open().search(match, query_type="fts").where(layout.condition(kind, where), prefilter=True)
+            rows = query.limit(top).select([*layout.select(HIT_COLUMNS), "_score"]).to_arrow()
+        return layout.as_items(rows.filter(pc.is_valid(rows[self.columns.vector])), HIT_COLUMNS)
 
     def read(self, uids: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
         """The items of these uids that are there."""
-        wanted, known, parts = tuple(columns or item_schema(1).names), self._known, []
+        wanted, layout, parts = tuple(columns or item_schema(1).names), self._layout, []
         with self._errors("be read"):
             for start in range(0, max(len(uids), 1), CHUNK):
-                query = self._open().search().where(known.has_uid(uids[start : start + CHUNK])).limit(None)
-                parts.append(query.select(known.select(wanted)).to_arrow())
-        return known.as_items(pa.concat_tables(parts), wanted)
+                query = self._open().search().where(layout.has_uid(uids[start : start + CHUNK])).limit(None)
+                parts.append(query.select(layout.select(wanted)).to_arrow())
+        return layout.as_items(pa.concat_tables(parts), wanted)
 
     def sample(self, kind: Kind, count: int, seed: int = 0) -> pa.Table:
         """At most `count` items of a kind that have a vector."""
-        known = self._known
+        layout = self._layout
         with self._errors("be read"):
-            query = self._open().search().where(known.has_vector(kind)).limit(None)
-            found = query.select(known.select(("uid",))).to_arrow()
-        uids = known.as_items(found, ("uid",))["uid"].to_pylist()
+            query = self._open().search().where(layout.has_vector(kind)).limit(None)
+            rows = query.select(layout.select(("uid",))).to_arrow()
+        uids = layout.as_items(rows, ("uid",))["uid"].to_pylist()
         return self.read(draw_uids(uids, count, seed), SAMPLE_COLUMNS)
+
+    def check_indexes(self, ann: Ann, full_text: bool, width: int) -> None:
+        """LanceDB makes all of them, of any width."""
+
+    def close(self) -> None:
+        """LanceDB has no connections."""
 
     def build(self, ann: Ann, full_text: bool) -> list[str]:
         """Make the indexes, or add new rows to those that are there, and compact the files."""
@@ -255,15 +258,14 @@ class LanceStore:
             table.optimize()
 
         self._commit("be indexed", make)
-        index = self._index_of(vector)
-        found = f"{index} of {rows:,} rows" if index else f"full scan of {rows:,} rows"
-        return [f"vectors: {found}", f"full text: {'BM25' if self._index_of(text) else 'none'}"]
+        search = f"{self._index_of(vector) or 'full scan'} of {rows:,} rows"
+        return [f"vectors: {search}", f"full text: {'BM25' if self._index_of(text) else 'none'}"]
 
     # -- the database --
 
     @property
-    def _known(self) -> LanceColumns:
-        return LanceColumns(self.name, self._open().schema, self.columns)
+    def _layout(self) -> LanceLayout:
+        return LanceLayout(self.name, self._open().schema, self.columns)
 
     def _open(self) -> Table:
         if self._table is None:
@@ -272,11 +274,16 @@ class LanceStore:
 
     def _index_of(self, column: str) -> str | None:
         """The type of the index of a column. None: there is none, or it is by another distance than the cosine."""
-        for index in self._open().list_indices():
-            if index.columns == [column]:
-                distance = getattr(self._open().index_stats(index.name), "distance_type", None)
-                return str(index.index_type) if distance in (None, "cosine") else None
-        return None
+        table = self._open()
+        version = table.version
+        if self._indexes[0] != version:
+            types = {}
+            for index in table.list_indices():
+                distance = getattr(table.index_stats(index.name), "distance_type", None)
+                if distance in (None, "cosine"):
+                    types[tuple(index.columns)] = str(index.index_type)
+            self._indexes = version, types
+        return self._indexes[1].get((column,))
 
     def _connect(self) -> DBConnection:
         if self._database is None:

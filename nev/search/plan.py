@@ -117,12 +117,12 @@ class Task:
     @cached_property
     def width(self) -> int:
         """Numbers of a vector. Raises SearchError where the table's differ."""
-        there = self.store.width
+        stored = self.store.width
         if self.vector_spec is None:
-            return there or self.model.width
-        if there not in (None, self.vector_spec.width):
+            return stored or self.model.width
+        if stored not in (None, self.vector_spec.width):
             raise SearchError(
-                f"{self.store.name} has vectors of {there} numbers, and {self.options.images} of {self.vector_spec.width}: "
+                f"{self.store.name} has vectors of {stored} numbers, and {self.options.images} of {self.vector_spec.width}: "
                 "they are of different models, or of different widths of a model"
             )
         return self.vector_spec.width
@@ -136,6 +136,7 @@ def make_plan(task: Task) -> Plan:
     if options.replace_images and not options.images:
         raise SearchError("--replace-images writes others in their place: give vector files (--images)")
     is_new, changes = store.width is None, store.list_changes(task.width)
+    store.check_indexes(options.ann, bool(options.full_text), task.width)
     recorded = store.read_spec()
     _check_model(task)
     _check_images_model(task, recorded)
@@ -183,10 +184,10 @@ def _check_images_model(task: Task, recorded: StoreSpec | None) -> None:
     spec, store = task.vector_spec, task.store
     if spec is None or store.width is None:
         return
-    there = recorded.fingerprint if recorded else None
-    if there == spec.fingerprint or not (count := store.count(IMAGE)):
+    stored = recorded.fingerprint if recorded else None
+    if stored == spec.fingerprint or not (count := store.count(IMAGE)):
         return
-    if recorded is None or there is None:
+    if recorded is None or stored is None:
         raise SearchError(
             f"{store.name} has {count:,} rows that say they are pictures ({store.columns.kind} = 'image'), and nev has not "
             "written them. nev neither mixes its pictures with them nor deletes them: name another column by --kind-column, or "
@@ -194,7 +195,7 @@ def _check_images_model(task: Task, recorded: StoreSpec | None) -> None:
         )
     if not task.options.replace_images:
         raise SearchError(
-            f"{store.name} has {count:,} pictures of {recorded.model} ({there[:12]}), and {task.options.images} is of "
+            f"{store.name} has {count:,} pictures of {recorded.model} ({stored[:12]}), and {task.options.images} is of "
             f"{spec.model} ({spec.fingerprint[:12]}). Vectors of two vision encoders cannot be compared. --replace-images "
             "deletes the pictures that are there first"
         )
@@ -205,10 +206,10 @@ def _check_text_encoder(task: Task, recorded: StoreSpec | None, is_known: bool) 
 
     is_known: the encoder is recorded, or there is no text yet.
     """
-    there = recorded.text_fingerprint if recorded else None
-    if there and there != task.text_fingerprint:
+    stored = recorded.text_fingerprint if recorded else None
+    if stored and stored != task.text_fingerprint:
         raise SearchError(
-            f"{task.store.name} holds vectors of the text encoder {there[:12]}, as is recorded there, and the model's is "
+            f"{task.store.name} holds vectors of the text encoder {stored[:12]}, as is recorded there, and the model's is "
             f"{task.text_fingerprint[:12]}: their vectors cannot be compared. Choose a model of that encoder, or another table"
         )
     return None if is_known or task.options.unverified else check_encoder(task.store, task.model, task.width)
@@ -243,20 +244,22 @@ def _check_texts(task: Task, is_new: bool) -> tuple[int, int]:
         raise SearchError(
             f"{task.store.name}: {len(images):,} uids of texts are of pictures there: {first_few(sorted(images))}"
         )
-    there = find_rows(task.store, uids, TEXT)
-    changed = [uid for uid, text in zip(uids, task.text_file.texts, strict=True) if uid in there and there[uid] != text]
+    stored = find_rows(task.store, uids, TEXT)
+    changed = [
+        uid for uid, text in zip(uids, task.text_file.texts, strict=True) if uid in stored and stored[uid] != text
+    ]
     if changed and not task.options.replace_texts:
         raise SearchError(
             f"{task.store.name}: {len(changed):,} texts are there with other words: {first_few(changed)}. --replace-texts writes "
             "the new words and their vectors over them"
         )
-    return len(uids) - len(there) + len(changed), len(there) - len(changed)
+    return len(uids) - len(stored) + len(changed), len(stored) - len(changed)
 
 
 def find_rows(store: VectorStore, uids: Sequence[str], kind: Kind) -> dict[str, str | None]:
     """The texts of the rows of a kind with these uids."""
-    found = {}
+    texts = {}
     for start in range(0, len(uids), CHUNK):
         rows = store.read(uids[start : start + CHUNK], ["uid", "kind", "text"]).to_pylist()
-        found.update({row["uid"]: row["text"] for row in rows if row["kind"] == kind})
-    return found
+        texts.update({row["uid"]: row["text"] for row in rows if row["kind"] == kind})
+    return texts

@@ -48,9 +48,8 @@ if TYPE_CHECKING:
 
 EF_SEARCH = 200  # candidates of a walk through the graph. pgvector's 40 are few for a calibrated list
 ITERATIVE = (0, 8)  # version of pgvector from which a walk goes on until enough rows have passed the filter
-LOCK_TIMEOUT = (
-    "SET LOCAL lock_timeout = '5s'"  # a change of the table that waits for others makes all others wait behind it
-)
+# A change of the table that waits for others makes all others wait behind it.
+LOCK_TIMEOUT = "SET LOCAL lock_timeout = '5s'"
 GRAPH_MIB = 1024  # most memory that PostgreSQL is asked to use for the making of a graph
 TYPES = {"vector": "vector", "thumbnail": "bytea"}  # of an item's columns; others are text
 
@@ -60,30 +59,30 @@ class PostgresStore:
 
     def __init__(self, location: str, table: str, columns: Columns | None = None) -> None:
         self._connections = Connections(location)
-        self._given = table
+        self._table_name = table
         self.name = f"{self._connections.name}, table {table}"
         self.columns = columns or Columns()
-        self._known = self._describe()
+        self._described = self._describe()
         spec = self.read_spec()
         if columns is None and spec:
             self.columns = spec.columns
-            self._known = self._describe()
+            self._described = self._describe()
 
     def _describe(self) -> PostgresTable | None:
-        return self._connections.read("be read", lambda each: describe_table(each, self._given, self.columns))
+        return self._connections.read("be read", lambda each: describe_table(each, self._table_name, self.columns))
 
     @property
     def _table(self) -> PostgresTable:
-        if self._known is None:
+        if self._described is None:
             raise SearchError(f"{self.name}: no such table. `nev index` makes one")
-        return self._known
+        return self._described
 
     @property
     def width(self) -> int | None:
         """Numbers of a vector. None: there is no table yet."""
-        if self._known is None:
+        if self._described is None:
             return None
-        modifier = self._known.vector.modifier
+        modifier = self._described.vector.modifier
         return modifier if modifier > 0 else self._width_of_rows
 
     @cached_property
@@ -105,13 +104,13 @@ class PostgresStore:
     @property
     def takes_texts(self) -> bool:
         """Whether nev can write texts: uids are strings."""
-        return self._known is None or not self._known.has_own_key
+        return self._described is None or not self._described.has_own_key
 
     def read_spec(self) -> StoreSpec | None:
         """What nev has recorded, in the table `nev_index` of the same schema."""
-        if self._known is None:
+        if self._described is None:
             return None
-        schema, name = self._known.schema, self._known.name
+        schema, name = self._described.schema, self._described.name
 
         def read(connection: Connection[Any]) -> Any:
             if find_table(connection, schema, RECORD) is None:
@@ -142,14 +141,14 @@ class PostgresStore:
     def list_changes(self, width: int) -> list[str]:
         """The statements that make the table, or what it lacks."""
         with self._connections.use("be read") as connection:
-            statements = list_statements(connection, self._given, self._known, self.columns, width)
+            statements = list_statements(connection, self._table_name, self._described, self.columns, width)
             return [statement.as_string(connection) for statement in statements]
 
     def apply_changes(self, width: int) -> None:
         """Run the statements of `list_changes`. Rows get NULLs; no vector is touched."""
         with self._connections.use("be changed") as connection, hold_lock(connection, RECORD):
-            self._known = describe_table(connection, self._given, self.columns)
-            statements = list_statements(connection, self._given, self._known, self.columns, width)
+            self._described = describe_table(connection, self._table_name, self.columns)
+            statements = list_statements(connection, self._table_name, self._described, self.columns, width)
             with connection.transaction():
                 connection.execute(LOCK_TIMEOUT)
                 for statement in statements:
@@ -158,7 +157,7 @@ class PostgresStore:
             for statement in filter(is_concurrent, statements):
                 connection.execute(statement)
             register_types(connection)
-            self._known = describe_table(connection, self._given, self.columns)
+            self._described = describe_table(connection, self._table_name, self.columns)
 
     def upsert(self, items: pa.Table) -> Upserted:
         """Write items by their uid, all or none. Rows that hold the same already are not written again; they count as updated.
@@ -184,43 +183,43 @@ class PostgresStore:
             "kind": sql.Identifier(self.columns.kind),
         }
         write = sql.SQL(
-            "INSERT INTO {table} AS here ({columns}) SELECT {values} FROM nev_given ON CONFLICT ({key}) {partial} "
+            "INSERT INTO {table} AS here ({columns}) SELECT {values} FROM nev_items ON CONFLICT ({key}) {partial} "
             "DO UPDATE SET {assigned} WHERE (here.{kind} IS NOT DISTINCT FROM 'image') = (EXCLUDED.{kind} = 'image') "
             "AND ({old}) IS DISTINCT FROM ({new}) RETURNING (xmax = 0)"
         ).format(**parts)
         check = sql.SQL(
-            "SELECT count(*) FROM nev_given given JOIN {table} here ON here.{key} = given.uid "
-            "WHERE (here.{kind} IS NOT DISTINCT FROM 'image') = (given.kind = 'image')"
+            "SELECT count(*) FROM nev_items items JOIN {table} here ON here.{key} = items.uid "
+            "WHERE (here.{kind} IS NOT DISTINCT FROM 'image') = (items.kind = 'image')"
         ).format(**parts)
         with self._connections.use("be written") as connection, connection.transaction():
             self._copy(connection, items)
             inserted = sum(new for (new,) in connection.execute(write).fetchall())
-            there = connection.execute(check).fetchone()
-            assert there is not None  # a count has a row
-            return check_written(self.name, items.num_rows, Upserted(inserted, there[0] - inserted))
+            total = connection.execute(check).fetchone()
+            assert total is not None  # a count has a row
+            return check_written(self.name, items.num_rows, Upserted(inserted, total[0] - inserted))
 
     def _written(self, name: str) -> sql.Composed:
-        """A column of `nev_given` as the table takes it: of its type, and empty where NULL is not allowed."""
+        """A column of `nev_items` as the table takes it: of its type, and empty where NULL is not allowed."""
         field = self._table.field(self._table.key if name == "uid" else getattr(self.columns, name))
-        value = sql.SQL("nev_given.{}").format(sql.Identifier(name))
+        value = sql.SQL("nev_items.{}").format(sql.Identifier(name))
         if name == "vector":
             return value + sql.SQL(f"::{field.type}")
         return sql.SQL("coalesce({}, '')").format(value) if field.not_null else value
 
     def _copy(self, connection: Connection[Any], items: pa.Table) -> None:
-        """Copy items into the table `nev_given`, which ends with the transaction."""
+        """Copy items into the table `nev_items`, which ends with the transaction."""
         types = [TYPES.get(name, "text") for name in items.column_names]
         fields = [
             sql.SQL(f"{{}} {form}").format(sql.Identifier(name))
             for name, form in zip(items.column_names, types, strict=True)
         ]
         connection.execute(
-            sql.SQL("CREATE TEMP TABLE nev_given ({}) ON COMMIT DROP").format(sql.SQL(", ").join(fields))
+            sql.SQL("CREATE TEMP TABLE nev_items ({}) ON COMMIT DROP").format(sql.SQL(", ").join(fields))
         )
         columns = [
             as_array(items[name]) if name == "vector" else items[name].to_pylist() for name in items.column_names
         ]
-        with connection.cursor() as cursor, cursor.copy("COPY nev_given FROM STDIN (FORMAT BINARY)") as copy:
+        with connection.cursor() as cursor, cursor.copy("COPY nev_items FROM STDIN (FORMAT BINARY)") as copy:
             copy.set_types(types)
             for row in zip(*columns, strict=True):
                 copy.write_row(row)
@@ -246,25 +245,27 @@ class PostgresStore:
         """The nearest items of a kind. A walk through an index goes on until enough rows have passed the filter."""
         condition, values = self._table.condition(kind, where)
         compared, form = self._table.compared(self.width or 0)
-        statement = self._format(
-            "WITH nearest AS MATERIALIZED (SELECT {selected}, {compared} <=> %s::{form} AS distance FROM {table} "
-            "WHERE {condition} ORDER BY distance LIMIT %s) SELECT * FROM nearest ORDER BY distance + 0",
-            selected=self._table.select(HIT_COLUMNS, named=True),
-            compared=compared,
-            form=sql.SQL(form),
-            condition=condition,
-        )
         parameters = (np.asarray(vector, np.float32), *values, top)
+
+        def order_by(distance: LiteralString) -> sql.Composed:
+            return self._format(
+                "WITH nearest AS MATERIALIZED (SELECT {selected}, {distance} AS distance FROM {table} WHERE {condition} "
+                "ORDER BY distance LIMIT %s) SELECT * FROM nearest ORDER BY distance + 0",
+                selected=self._table.select(HIT_COLUMNS, named=True),
+                distance=sql.SQL(distance).format(compared=compared, form=sql.SQL(form)),
+                condition=condition,
+            )
 
         def run(connection: Connection[Any]) -> list[Any]:
             with connection.transaction():
                 connection.execute("SELECT set_config('hnsw.ef_search', %s, true)", (str(EF_SEARCH),))
                 if self._extension >= ITERATIVE:
                     connection.execute("SELECT set_config('hnsw.iterative_scan', 'relaxed_order', true)")
+                statement = order_by("{compared} <=> %s::{form}")
                 rows = connection.execute(statement, parameters, binary=True).fetchall()
-                # A walk ends after 20,000 rows (hnsw.max_scan_tuples), and may have found too few by then.
+                # A walk ends after 20,000 rows (hnsw.max_scan_tuples), perhaps with too few. No index holds this sum.
                 if len(rows) < top and find_ann(connection, self._table):
-                    connection.execute("SET LOCAL enable_indexscan = off")
+                    statement = order_by("({compared} <=> %s::{form}) + 0")
                     rows = connection.execute(statement, parameters, binary=True).fetchall()
                 return rows
 
@@ -314,15 +315,19 @@ class PostgresStore:
         )
         return self._as_items(rows, SAMPLE_COLUMNS)
 
+    def check_indexes(self, ann: Ann, full_text: bool, width: int) -> None:
+        """Raise SearchError for an index that pgvector does not have."""
+        if ann == "ivf":
+            raise SearchError(f"{self.name}: --ann ivf is of LanceDB. PostgreSQL has hnsw")
+        if ann == "hnsw" and width > HALF_LIMIT:
+            raise SearchError(
+                f"{self.name}: pgvector has no index of {width:,} numbers, at most {HALF_LIMIT:,}: --ann none"
+            )
+
     def build(self, ann: Ann, full_text: bool) -> list[str]:
         """Make the indexes that are missing, while others read and write, and bring the planner's statistics up to date."""
         rows, width = self.count(), self.width or 0
-        if ann == "ivf":
-            raise SearchError(f"{self.name}: --ann ivf is LanceDB's. PostgreSQL has hnsw")
-        if ann == "hnsw" and width > HALF_LIMIT:
-            raise SearchError(
-                f"{self.name}: pgvector has no index for {width} numbers, at most {HALF_LIMIT:,}: --ann none"
-            )
+        self.check_indexes(ann, full_text, width)
         chosen = ann == "hnsw" or (ann == "auto" and rows >= ANN_ROWS and width <= HALF_LIMIT)
         with self._connections.use("be indexed") as connection, hold_lock(connection, RECORD):
             statements = list_ann_statements(connection, self._table, width) if chosen else []
@@ -331,13 +336,18 @@ class PostgresStore:
                 for statement in statements:
                     connection.execute(statement)
             connection.execute(sql.SQL("ANALYZE {}").format(self._table.identifier))
-            indexes = find_ann(connection, self._table)
+            indexes = [condition or "all rows" for condition in find_ann(connection, self._table)]
             full = has_full_text(connection, self._table)
-        scope = "all rows" if None in indexes else "pictures and texts apart"
         return [
-            f"vectors: HNSW of {scope}" if indexes else f"vectors: full scan of {rows:,} rows",
-            "full text: GIN index" if full else "full text: full scan",
+            f"vectors: index of {' and of '.join(sorted(indexes))}"
+            if indexes
+            else f"vectors: full scan of {rows:,} rows",
+            f"full text: {'index' if full else 'full scan'}",
         ]
+
+    def close(self) -> None:
+        """Close idle connections."""
+        self._connections.close()
 
     # -- statements --
 
@@ -383,8 +393,10 @@ def _as_vectors(column: Sequence[Any], width: int) -> pa.Array:
 def memory_for_graph(connection: Connection[Any], rows: int, width: int) -> Iterator[None]:
     """Let a graph be made in memory: on disk it takes many times as long. The setting is this session's, for the block."""
     needed = min(int(rows * (4 * width + 400) * 1.2 / 2**20) + 1, GRAPH_MIB)
-    found = connection.execute("SELECT setting::bigint FROM pg_settings WHERE name = 'maintenance_work_mem'").fetchone()
-    if found and found[0] < needed * 1024:
+    current = connection.execute(
+        "SELECT setting::bigint FROM pg_settings WHERE name = 'maintenance_work_mem'"
+    ).fetchone()
+    if current and current[0] < needed * 1024:
         connection.execute("SELECT set_config('maintenance_work_mem', %s, false)", (f"{needed}MB",))
     try:
         yield

@@ -55,10 +55,10 @@ def list_missing(table: PostgresTable) -> dict[str, str]:
 
 
 def list_statements(
-    connection: Connection[Any], given: str, table: PostgresTable | None, columns: Columns, width: int
+    connection: Connection[Any], new_name: str, table: PostgresTable | None, columns: Columns, width: int
 ) -> list[sql.Composed]:
     """Statements that make the table, or what it lacks. given: its name, where it is not there."""
-    schema, name = (table.schema, table.name) if table else split_name(given)
+    schema, name = (table.schema, table.name) if table else split_name(new_name)
     statements = (
         _make_table(connection, schema, name, columns, width) if table is None else _complete_table(connection, table)
     )
@@ -105,14 +105,14 @@ def _make_index(
     purpose: end of its name. kind: `INDEX` or `UNIQUE INDEX`. body: all that comes after the name of the table.
     """
     name = f"{table.name[:40]}_nev_{purpose}"
-    there = connection.execute(
+    valid = connection.execute(
         "SELECT i.indisvalid FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid WHERE i.indrelid = %s AND c.relname = %s",
         (table.oid, name),
     ).fetchone()
-    if there and there[0]:
+    if valid and valid[0]:
         return []
     # An interrupted CREATE INDEX CONCURRENTLY leaves an index that is not valid.
-    broken = [sql.SQL("DROP INDEX CONCURRENTLY {}").format(sql.Identifier(table.schema, name))] if there else []
+    broken = [sql.SQL("DROP INDEX CONCURRENTLY {}").format(sql.Identifier(table.schema, name))] if valid else []
     made = sql.SQL(f"CREATE {kind} CONCURRENTLY {{}} ON {{}} ").format(sql.Identifier(name), table.identifier)
     return [*broken, made + body]
 

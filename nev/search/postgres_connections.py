@@ -46,7 +46,7 @@ class Connections:
             kind = StoreFailed if isinstance(error, psycopg.OperationalError) else SearchError
             raise kind(f"{self.name} cannot {action}: {_explain(error)}") from error
         finally:
-            if not connection.closed and not connection.broken:
+            if not connection.closed:
                 with self._lock:
                     self._idle.append(connection)
 
@@ -58,12 +58,16 @@ class Connections:
         except SearchError as error:
             if not _is_lost(error.__cause__):
                 raise
-        with self._lock:
-            stale, self._idle = self._idle, []
-        for connection in stale:
-            connection.close()
+        self.close()
         with self.use(action) as connection:
             return work(connection)
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
 
     def _take(self) -> psycopg.Connection[Any]:
         with self._lock:

@@ -207,10 +207,10 @@ def find_table(connection: Connection[Any], schema: str | None, name: str) -> tu
 
 def describe_table(connection: Connection[Any], table: str, columns: Columns) -> PostgresTable | None:
     """Read what a table is. None: there is no such table. table: `NAME` or `SCHEMA.NAME`."""
-    known = find_table(connection, *split_name(table))
-    if known is None:
+    relation = find_table(connection, *split_name(table))
+    if relation is None:
         return None
-    oid = known[0]
+    oid = relation[0]
     fields = {row[0]: Column(*row) for row in connection.execute(COLUMNS, (oid,))}
     unique = frozenset(row[0] for row in connection.execute(UNIQUE, (oid,)))
-    return PostgresTable(*known, fields, unique, columns)
+    return PostgresTable(*relation, fields, unique, columns)

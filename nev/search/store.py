@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
@@ -151,8 +152,14 @@ class VectorStore(Protocol):
     def sample(self, kind: Kind, count: int, seed: int = 0) -> pa.Table:
         """At most `count` items of a kind that have a vector, drawn by `draw_uids`: uid, text, vector."""
 
+    def check_indexes(self, ann: Ann, full_text: bool, width: int) -> None:
+        """Raise SearchError for indexes that `build` cannot make of vectors of `width` numbers. Nothing is written."""
+
     def build(self, ann: Ann, full_text: bool) -> list[str]:
         """Bring indexes up to date. Returns what there is now, as sentences. ann: `auto` makes one from ANN_ROWS rows."""
+
+    def close(self) -> None:
+        """Close connections. The store opens them again where it is used afterwards."""
 
 
 def item_schema(width: int) -> pa.Schema:
@@ -225,8 +232,6 @@ def check_written(name: str, given: int, written: Upserted) -> Upserted:
 
 def refuse_twice(uids: Sequence[str], where: str) -> None:
     """Raise SearchError for a uid that comes twice."""
-    if len(set(uids)) == len(uids):
-        return
-    seen: set[str] = set()
-    twice = sorted({uid for uid in uids if uid in seen or seen.add(uid)})  # type: ignore[func-returns-value]
-    raise SearchError(f"{where}: {len(twice):,} uids come twice: {first_few(twice)}. A uid names one row")
+    if len(set(uids)) < len(uids):
+        twice = sorted(uid for uid, count in Counter(uids).items() if count > 1)
+        raise SearchError(f"{where}: {len(twice):,} uids come twice: {first_few(twice)}. A uid names one row")

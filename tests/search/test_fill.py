@@ -378,6 +378,24 @@ def test_nothing_to_do(lance: VectorStore, model: Model, tmp_path: Path) -> None
     refused(lance, None, r"name the model \(--model\), since texts are embedded by it", texts=file)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("exact", {"ann": "hnsw"}, "--ann hnsw is of LanceDB and PostgreSQL"),
+        ("exact", {"full_text": True}, "--full-text is of LanceDB and PostgreSQL"),
+        ("postgres", {"ann": "ivf"}, "--ann ivf is of LanceDB"),
+    ],
+)
+def test_an_index_that_the_store_cannot_make_is_refused_before_a_write(
+    request: pytest.FixtureRequest, model: Model, tmp_path: Path, kind: str, options: dict[str, Any], message: str
+) -> None:
+    address = request.getfixturevalue("postgres") if kind == "postgres" else ""
+    store = make_store(kind, tmp_path, address)
+    folder = write_pictures(tmp_path / "vectors", model, names(), pictures(model.width))
+    refused(store, None, message, images=folder, **options)
+    assert store.width is None
+
+
 # -- the command --
 
 
@@ -403,7 +421,7 @@ def test_the_command(checkpoint: str, model: Model, tmp_path: Path) -> None:
     result = runner.invoke(app, arguments)
     assert result.exit_code == 0, result.output
     for line in (
-        "pictures   20 given",
+        "pictures   20 to write",
         "1 to embed, 1 left out without words",
         "20 new",
         "full scan of 21 rows",

@@ -74,6 +74,23 @@ def test_without_calibration_the_modality_gap_puts_texts_first(make_index: Make)
     assert texts[1] <= 15
 
 
+def test_a_calibrated_list_of_many_pictures_is_exact(tmp_path: Path) -> None:
+    """Pictures whose distances from the mean of texts differ: by the plain cosine the first ten would be among the first 300."""
+    rng = np.random.default_rng(0)
+    pictures = draw_vectors(8000, 1, 0.6, 64) + np.outer(rng.normal(size=8000), np.eye(64)[0])
+    sentences = draw_vectors(50, 2, -0.6, 64)
+    pictures = scale_to_unit(pictures)
+    means = nev.config.model_spec.Calibration(
+        image_mean=tuple(pictures.mean(axis=0)), text_mean=tuple(sentences.mean(axis=0))
+    )
+    fill_store(make_store("exact", tmp_path), pictures, sentences, means)
+    index = open_index(str(tmp_path / "exact"))
+    moved = shift_mean(pictures, np.asarray(means.image_mean, np.float32), np.asarray(means.text_mean, np.float32))
+    for query in draw_vectors(20, 5, -0.6, 64):
+        found = uids(index.search(query, kind="image"))
+        assert found == [f"p{row:03d}" for row in np.argsort(-(moved @ query))[:10]]
+
+
 def test_a_list_is_that_of_the_model(tmp_path: Path) -> None:
     """`Model.rank` over the vectors that the exact store holds."""
     model = nev.load(write_checkpoint(make_experiment(tmp_path)), device="cpu")
@@ -128,6 +145,10 @@ def test_pages_join_to_the_whole_list(make_index: Make) -> None:
     pages = [uids(index.search(query, top=7, offset=offset)) for offset in range(0, 140, 7)]
     assert [uid for page in pages for uid in page] == whole
     assert index.search(query, top=7, offset=130) == []
+    if not index.store.name.endswith(".parquet"):
+        whole = uids(index.search(query, top=60, words="dog"))
+        pages = [uids(index.search(query, top=6, offset=offset, words="dog")) for offset in range(0, 60, 6)]
+        assert [uid for page in pages for uid in page] == whole
 
 
 def test_pages_of_a_fused_list_join_and_a_cut_off_comes_first(tmp_path: Path) -> None:
@@ -176,6 +197,16 @@ def test_few_items_have_no_percentile(make_index: Make) -> None:
     hits = make_index(images=20, texts=20).search(draw_vectors(1, 5, 0.0)[0], min_percentile=99)
     assert len(hits) == 10
     assert {hit.percentile for hit in hits} == {None}
+
+
+def test_percentiles_come_when_the_table_has_grown(tmp_path: Path) -> None:
+    store = make_store("exact", tmp_path)
+    store.apply_changes(WIDTH)
+    store.upsert(make_images(draw_vectors(20, 1, 0.0)))
+    index = open_index(str(tmp_path / "exact"))
+    assert index.search(np.ones(WIDTH))[0].percentile is None
+    store.upsert(make_images(draw_vectors(150, 2, 0.0), "more"))
+    assert index.search(np.ones(WIDTH))[0].percentile == 100
 
 
 def test_a_kind_and_a_filter(make_index: Make) -> None:

@@ -162,6 +162,18 @@ def test_an_index_finds_what_a_scan_finds(tmp_path: Path, ann: str, kind: str) -
     assert found[1].kind == "image"
 
 
+def test_an_index_of_many_partitions_is_read_whole(tmp_path: Path) -> None:
+    """Its owner made it. Those 20 of its 200 partitions that are nearest to a query of words hold few pictures."""
+    images, texts = draw_vectors(4000, 1, 0.5, topics=40), draw_vectors(4000, 2, -0.5, topics=40)
+    fill_store(make_store("lancedb", tmp_path), images, texts, None)
+    table = lancedb.connect(str(tmp_path / "lancedb")).open_table("items")
+    table.create_index("vector", config=lancedb.index.IvfFlat(distance_type="cosine", num_partitions=200))
+    index = open_index(str(tmp_path / "lancedb"))
+    for query in draw_vectors(40, 5, -0.5, topics=40):
+        found = [hit.uid for hit in index.search(query, kind="image", top=50)]
+        assert found == [f"p{row:03d}" for row in np.argsort(-(images @ query))[:50]]
+
+
 def test_an_index_by_another_distance_is_not_used(tmp_path: Path) -> None:
     """Vectors of other lengths: the nearest by l2 are not those by cosine."""
     store = fill_store(make_store("lancedb", tmp_path), *draw_pair(200, 300))

@@ -162,6 +162,22 @@ def test_a_table_that_is_not_there_is_said_to_be_so(opened: Open) -> None:
         opened().count()
 
 
+def test_an_exact_store_that_another_process_has_changed_is_not_written_over(tmp_path: Path) -> None:
+    first = fill_store(make_store("exact", tmp_path), *draw_pair(5, 5))
+    content = first._load  # type: ignore[attr-defined]
+
+    def change_in_between() -> object:
+        loaded = content()
+        first._load = content  # type: ignore[attr-defined]
+        make_store("exact", tmp_path).upsert(make_images(draw_vectors(3, 9, 0), "other"))
+        return loaded
+
+    first._load = change_in_between  # type: ignore[attr-defined]
+    with pytest.raises(SearchError, match="was changed by another process meanwhile"):
+        first.upsert(make_images(draw_vectors(3, 8, 0), "mine"))
+    assert make_store("exact", tmp_path).count() == 13
+
+
 def test_a_store_that_loses_rows_is_an_error() -> None:
     assert check_written("x", 5, Upserted(2, 3)) == Upserted(2, 3)
     with pytest.raises(SearchError, match="5 items were given, and the store reports 2 new and 2 updated"):

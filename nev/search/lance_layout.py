@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LanceColumns:
+class LanceLayout:
     """The columns of a table. name: of the table, for messages. columns: which of them are those of an item."""
 
     name: str
@@ -86,16 +86,16 @@ class LanceColumns:
         theirs += [self.key] if "uid" in names and self.key not in theirs else []
         return [name for name in theirs if name in self.schema.names]
 
-    def as_items(self, found: pa.Table, names: Sequence[str]) -> pa.Table:
+    def as_items(self, rows: pa.Table, names: Sequence[str]) -> pa.Table:
         """Rows of the table as items."""
         values = {}
         for name in names:
             theirs = getattr(self.columns, name)
-            values[name] = found[theirs] if theirs in found.column_names else pa.nulls(found.num_rows, pa.string())
+            values[name] = rows[theirs] if theirs in rows.column_names else pa.nulls(rows.num_rows, pa.string())
         if "uid" in values:
             values["uid"] = pc.cast(values["uid"], pa.string())
-            if self.key != self.columns.uid and self.key in found.column_names:
-                values["uid"] = pc.coalesce(found[self.key], values["uid"])
+            if self.key != self.columns.uid and self.key in rows.column_names:
+                values["uid"] = pc.coalesce(rows[self.key], values["uid"])
         if "kind" in values:
             values["kind"] = pc.if_else(pc.fill_null(pc.equal(values["kind"], IMAGE), False), IMAGE, TEXT)
         return pa.table(values)
