@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from nev.common.cli import Gpus, Overrides, given_options, report_errors
+from nev.common.cli import Gpus, Overrides, Revision, TextEncoder, TrustRemoteCode, given_options, report_errors
 from nev.config.base import ConfigError
 from nev.config.file import parse
 
@@ -35,7 +35,6 @@ Kind = Literal["webdataset", "hf-parquet", "datacomp", "folder-captions", "folde
 Precision = Literal["float32", "float16", "int8", "binary"]
 Corpus = partial(typer.Option, rich_help_panel="With --model: vectors of any pictures")
 Column = partial(typer.Option, rich_help_panel="With --model: columns and captions")
-OfModel = partial(typer.Option, rich_help_panel="With --model: the model")
 CONFIG_OPTIONS = {"--config", "--set"}
 BOTH = {"--gpus"}
 # The options of a source that other sources do not have.
@@ -97,19 +96,9 @@ def main(
         bool,
         Column("--captions/--no-captions", help="Write captions, and the cosine of each picture with its best one."),
     ] = True,
-    text_encoder: Annotated[
-        str | None,
-        OfModel(
-            "--text-encoder", help="Another place of the same text encoder: a folder, a hub name, or a pip package."
-        ),
-    ] = None,
-    revision: Annotated[str | None, OfModel("--revision", help="Branch, tag or commit of a model on the hub.")] = None,
-    trust_remote_code: Annotated[
-        bool,
-        OfModel(
-            "--trust-remote-code", help="Run Python code from the text encoder's repository. Read that code first."
-        ),
-    ] = False,
+    text_encoder: TextEncoder = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Run a model over any pictures (--model), or a locked trunk over its experiment's (--config). Finished parts are skipped."""
     console = Console()

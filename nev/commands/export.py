@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from nev.common.cli import report_errors
+from nev.common.cli import Revision, TextEncoder, TrustRemoteCode, report_errors
 from nev.config.model_spec import ModelError
 
 if TYPE_CHECKING:
@@ -33,21 +33,9 @@ def main(
     ],
     output: Annotated[str, typer.Option("--output", help="A new folder, or s3://BUCKET/PREFIX.")],
     text: Annotated[bool, typer.Option("--text/--no-text", help="Write the text encoder, too.")] = True,
-    text_encoder: Annotated[
-        str | None,
-        typer.Option(
-            "--text-encoder", help="Another place of the same text encoder: a folder, a hub name, or a pip package."
-        ),
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option("--revision", help="Branch, tag or commit of a checkpoint on the hub.")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code", help="Run Python code from the text encoder's repository. Read that code first."
-        ),
-    ] = False,
+    text_encoder: TextEncoder = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     license: Annotated[
         str | None, typer.Option("--license", help="Licence of the weights for the model card, such as apache-2.0.")
     ] = None,

@@ -63,7 +63,7 @@ def main(
 
 
 def show(selected: Selected, output: str) -> None:
-    """Print what was kept, and what was left out."""
+    """Print what was chosen, and what was left out."""
     from nev.embed.selection import SHARES
 
     def line(count: int, what: str) -> None:
@@ -78,4 +78,4 @@ def show(selected: Selected, output: str) -> None:
         line(selected.below, f"left out: cosine below {selected.least:.4f}")
     if selected.duplicates:
         line(selected.near, f"left out: near-duplicates, listed in {selected.duplicates}")
-    line(selected.kept, f"kept, listed in {output}")
+    line(selected.chosen, f"chosen, listed in {output}")

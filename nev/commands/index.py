@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from nev.common.cli import report_errors
+from nev.common.cli import Revision, TextEncoder, TrustRemoteCode, report_errors
 
 if TYPE_CHECKING:
     from nev.search.fill import Filled
@@ -106,21 +106,12 @@ def main(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print what would be done, and write nothing.")
     ] = False,
-    text_encoder: Annotated[
-        str | None,
-        typer.Option(
-            "--text-encoder", help="Another place of the model's text encoder: a folder, a hub name, or a pip package."
-        ),
-    ] = None,
+    text_encoder: TextEncoder = None,
     device: Annotated[
         str | None, typer.Option("--device", help="cpu, cuda, mps. Default: a GPU where there is one.")
     ] = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code", help="Run Python code from the text encoder's repository. Read that code first."
-        ),
-    ] = False,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Put texts and pictures into one index, or add pictures to a table of text vectors that exists."""
     console = Console()
@@ -147,7 +138,9 @@ def main(
             images, texts, ann.value, full_text, alter_table or dry_run, replace_images, replace_texts, unverified
         )
         load_model = (
-            partial(load, model, device=device, text=text_encoder, trust_remote_code=trust_remote_code)
+            partial(
+                load, model, device=device, text=text_encoder, revision=revision, trust_remote_code=trust_remote_code
+            )
             if model
             else None
         )
@@ -180,7 +173,7 @@ def show_plan(store: VectorStore, plan: Plan, console: Console) -> None:
     for change in plan.changes:
         show("change", change)
     if plan.agreement:
-        prompt, median, lowest, texts = plan.agreement
+        prompt, median, lowest, texts, _ = plan.agreement
         show("encoder", f"{texts} texts embedded again as {prompt}: median cosine {median:.4f}, lowest {lowest:.4f}")
         if prompt == "query":
             show("encoder", "the table was embedded with the prompt of queries; new texts are embedded so, too")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from nev.common.cli import report_errors
+from nev.common.cli import Revision, TextEncoder, TrustRemoteCode, report_errors
 from nev.config.model_spec import ModelError
 
 if TYPE_CHECKING:
@@ -97,21 +97,9 @@ def main(
     autoscale: Annotated[
         str | None, typer.Option("--autoscale", help="MIN:MAX replicas, by Ray Serve, as the load needs.")
     ] = None,
-    text_encoder: Annotated[
-        str | None,
-        typer.Option(
-            "--text-encoder", help="Another place of the same text encoder: a folder, a hub name, or a pip package."
-        ),
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the hub.")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code", help="Run Python code from the text encoder's repository. Read that code first."
-        ),
-    ] = False,
+    text_encoder: TextEncoder = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Answer embeddings in OpenAI's form, and search, until Ctrl-C. What is being answered then is finished."""
     console = Console(stderr=True)

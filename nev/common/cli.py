@@ -26,6 +26,27 @@ Gpus = Annotated[
     ),
 ]
 
+TextEncoder = Annotated[
+    str | None,
+    typer.Option(
+        "--text-encoder",
+        help="Another place of the same text encoder: a folder, a hub name, or a pip package.",
+        rich_help_panel="The model",
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", help="Branch, tag or commit of a model on the hub.", rich_help_panel="The model"),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code from the text encoder's repository. Read that code first.",
+        rich_help_panel="The model",
+    ),
+]
+
 HELP = {"help_option_names": ["-h", "--help"]}
 
 

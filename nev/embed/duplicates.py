@@ -43,15 +43,15 @@ def find_duplicates(
     clusters: their number. None: `count_clusters`.
     """
     count = clusters or count_clusters(int(pool.chosen.sum()))
-    found = [Duplicates(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
+    groups = [Duplicates(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
     with make_clusters(pool, count) as divided:
         for start, stop in zip(divided.bounds[:-1], divided.bounds[1:], strict=True):
             rows = np.array(divided.rows[start:stop])
             order = np.arange(len(rows)) if scores is None else np.argsort(-scores[rows], kind="stable")
             original, cosines = compare(pool, divided.vectors[start:stop], order, threshold)
             out = np.flatnonzero(original >= 0)
-            found.append(Duplicates(rows[out], rows[original[out]], cosines[out]))
-    rows, originals, cosines = (np.concatenate(parts) for parts in zip(*found, strict=True))
+            groups.append(Duplicates(rows[out], rows[original[out]], cosines[out]))
+    rows, originals, cosines = (np.concatenate(parts) for parts in zip(*groups, strict=True))
     by_row = np.argsort(rows)
     return Duplicates(rows[by_row], originals[by_row], cosines[by_row])
 
@@ -79,10 +79,10 @@ def compare(
                 stays[i] = False
                 if before[j] > best[i]:
                     best[i], nearest[i] = before[j], block[j]
-        left, kept = np.flatnonzero(~stays), np.flatnonzero(stays)
+        left, stay = np.flatnonzero(~stays), np.flatnonzero(stays)
         original[block[left]], cosines[block[left]] = nearest[left], best[left]
-        staying[count : count + len(kept)], names[count : count + len(kept)] = vectors[kept], block[kept]
-        count += len(kept)
+        staying[count : count + len(stay)], names[count : count + len(stay)] = vectors[stay], block[stay]
+        count += len(stay)
     return original, cosines
 
 

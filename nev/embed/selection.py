@@ -35,8 +35,8 @@ class Selected(NamedTuple):
     unscored: rows that are left out because they have no caption.
     below: rows that are left out because of their cosine.
     near: rows that are left out as near-duplicates.
-    kept: rows whose uid is in the list.
-    least: least cosine of a row that is kept. None where the cosine does not count.
+    chosen: rows whose uid is in the list.
+    least: least cosine of a chosen row. None where the cosine does not count.
     percentiles: of all cosines, at SHARES. Empty where there is none.
     duplicates: path or URL of the list of near-duplicates. None where they were not looked for.
     """
@@ -45,7 +45,7 @@ class Selected(NamedTuple):
     unscored: int
     below: int
     near: int
-    kept: int
+    chosen: int
     least: float | None
     percentiles: list[float]
     duplicates: str | None
@@ -83,8 +83,8 @@ def select_uids(
     near = None if dedupe is None else find_duplicates(pool, dedupe, np.where(scored, cosines, -np.inf))
     if near:
         pool.chosen[near.rows] = False
-    kept = int(pool.chosen.sum())
-    if not kept:
+    chosen = int(pool.chosen.sum())
+    if not chosen:
         raise ConfigError(f"{vectors}: no row of {rows:,} is left. The largest cosine is {cosines[scored].max():.4f}")
     unscored = 0 if least is None else rows - int(scored.sum())
     percentiles = np.percentile(cosines[scored], SHARES).tolist() if scored.any() else []
@@ -93,7 +93,7 @@ def select_uids(
         duplicates = f"{output.removesuffix('.parquet')}-duplicates.parquet"
         write_duplicates(pool, near, duplicates)
     write_uids(pool, output)
-    return Selected(rows, unscored, rows - unscored - passed, passed - kept, kept, least, percentiles, duplicates)
+    return Selected(rows, unscored, rows - unscored - passed, passed - chosen, chosen, least, percentiles, duplicates)
 
 
 def read_pool(vectors: str) -> tuple[Pool, Floats]:
@@ -121,7 +121,7 @@ def _read_cosines(file: str) -> tuple[VectorSpec, Floats]:
 
 
 def choose_least(cosines: Floats, min_cosine: float | None, top_share: float | None) -> float:
-    """The least cosine of a row that is kept, as float32: that of `min_cosine`, or of the last row of `top_share` if larger."""
+    """The least cosine of a chosen row, as float32: that of `min_cosine`, or of the last row of `top_share` if larger."""
     least = np.float32(-np.inf if min_cosine is None else min_cosine)
     if top_share is not None:
         last = len(cosines) - max(1, round(top_share * len(cosines)))

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from nev.inference.model import Model
 
 DRAWN, COMPARED = 1000, 32  # texts drawn, and those of them that are embedded again
-SHORT = (
-    400  # characters. Programs cut long texts at different lengths, so short ones are compared where there are enough
-)
+# Characters. Programs cut long texts at different lengths, so short ones are compared where there are enough.
+SHORT = 400
 # Stored as float16, the vectors of the same encoder agree to 0.999. Other encoders are near 0, other prompts below 0.97.
 SAME_ENCODER = 0.99
+APART, MOST_APART = 0.9, 0.1  # a text below this cosine is of another encoder; the share of such texts that is let pass
 
 Prompt = Literal["query", "document"]
 
@@ -26,12 +26,14 @@ class Agreement(NamedTuple):
     """Cosines of the stored vectors with those of the same texts, embedded again.
 
     prompt: the model's prompt that fits best. median, lowest: of the cosines. texts: their number.
+    apart: share of the texts whose cosine is below APART.
     """
 
     prompt: Prompt
     median: float
     lowest: float
     texts: int
+    apart: float
 
 
 def check_encoder(store: VectorStore, model: Model, width: int) -> Agreement:
@@ -64,6 +66,12 @@ def check_encoder(store: VectorStore, model: Model, width: int) -> Agreement:
             f"of its texts, embedded again, have a median cosine with the stored vectors of {listed}, and the same encoder gives "
             f"{SAME_ENCODER} or more. Nothing was written. {near}"
         )
+    if best.apart > MOST_APART:
+        raise SearchError(
+            f"{store.name}: {best.apart:.0%} of {best.texts} texts, embedded again, have a cosine below {APART} with the "
+            f"stored vectors (lowest {best.lowest:.3f}), and the others are of {model.spec.name}'s text encoder: the "
+            "table mixes encoders, or texts changed without their vectors. Embed those texts again, or vouch by --unverified"
+        )
     return best
 
 
@@ -80,4 +88,6 @@ def draw_texts(store: VectorStore) -> tuple[list[str], Floats]:
 def compare(model: Model, prompt: Prompt, texts: list[str], stored: Floats, width: int) -> Agreement:
     """The cosines of stored unit vectors, [n, width], with those of the texts under a prompt."""
     cosines = (model.encode_text(texts, kind=prompt, width=width, progress=False) * stored).sum(axis=1)
-    return Agreement(prompt, float(np.median(cosines)), float(cosines.min()), len(texts))
+    return Agreement(
+        prompt, float(np.median(cosines)), float(cosines.min()), len(texts), float((cosines < APART).mean())
+    )

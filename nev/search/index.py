@@ -156,7 +156,7 @@ class Index:
         """The first `need` items of a kind, and some more, with exact scores."""
         if kind == IMAGE and means:
             vector = image_candidates_query(query, means, self._sample(IMAGE))
-            fetch = max(CALIBRATED_FACTOR * need, CALIBRATED_LEAST)
+            fetch = max(min(CALIBRATED_FACTOR * need, 2 * need + 300), CALIBRATED_LEAST)
         else:
             vector, fetch = query, need + MARGIN
         while True:

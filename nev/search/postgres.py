@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, LiteralString
 
@@ -13,7 +12,6 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 from pydantic import ValidationError
 
-from nev.data.vectors import as_array, as_column
 from nev.ops.vectors import Floats
 from nev.search.postgres_changes import (
     RECORD,
@@ -23,8 +21,10 @@ from nev.search.postgres_changes import (
     list_ann_statements,
     list_full_text_statements,
     list_statements,
+    memory_for_graph,
 )
 from nev.search.postgres_connections import Connections, hold_lock, register_types
+from nev.search.postgres_items import rows_to_items, upsert_items
 from nev.search.postgres_table import HALF_LIMIT, PostgresTable, describe_table, find_table
 from nev.search.store import (
     ANN_ROWS,
@@ -50,8 +50,6 @@ EF_SEARCH = 200  # candidates of a walk through the graph. pgvector's 40 are few
 ITERATIVE = (0, 8)  # version of pgvector from which a walk goes on until enough rows have passed the filter
 # A change of the table that waits for others makes all others wait behind it.
 LOCK_TIMEOUT = "SET LOCAL lock_timeout = '5s'"
-GRAPH_MIB = 1024  # most memory that PostgreSQL is asked to use for the making of a graph
-TYPES = {"vector": "vector", "thumbnail": "bytea"}  # of an item's columns; others are text
 
 
 class PostgresStore:
@@ -107,7 +105,10 @@ class PostgresStore:
         return self._described is None or not self._described.has_own_key
 
     def read_spec(self) -> StoreSpec | None:
-        """What nev has recorded, in the table `nev_index` of the same schema."""
+        """What nev has recorded, in the table `nev_index` of the same schema.
+
+        Of a table that was dropped and made again, or restored, the text encoder is not known: its vectors may be others.
+        """
         if self._described is None:
             return None
         schema, name = self._described.schema, self._described.name
@@ -115,18 +116,21 @@ class PostgresStore:
         def read(connection: Connection[Any]) -> Any:
             if find_table(connection, schema, RECORD) is None:
                 return None
-            statement = sql.SQL("SELECT spec::text FROM {} WHERE table_name = %s").format(
-                sql.Identifier(schema, RECORD)
-            )
+            statement = sql.SQL(
+                "SELECT (spec - 'oid')::text, (spec ->> 'oid')::bigint FROM {} WHERE table_name = %s"
+            ).format(sql.Identifier(schema, RECORD))
             return connection.execute(statement, (name,)).fetchone()
 
         row = self._connections.read("be read", read)
         try:
-            return StoreSpec.model_validate_json(row[0]) if row else None
+            spec = StoreSpec.model_validate_json(row[0]) if row else None
         except ValidationError as error:
             raise SearchError(
                 f"{self.name}: its record in {RECORD} cannot be read ({error}). Make the index again"
             ) from error
+        if spec is None or row[1] == self._described.oid:
+            return spec
+        return spec.model_copy(update={"text_fingerprint": None})
 
     def write_spec(self, spec: StoreSpec) -> None:
         """Record in the table `nev_index`."""
@@ -134,7 +138,9 @@ class PostgresStore:
             "INSERT INTO {} (table_name, spec) VALUES (%s, %s) ON CONFLICT (table_name) DO UPDATE SET spec = EXCLUDED.spec"
         ).format(sql.Identifier(self._table.schema, RECORD))
         with self._connections.use("be written") as connection:
-            connection.execute(statement, (self._table.name, Jsonb(spec.model_dump(mode="json"))))
+            connection.execute(
+                statement, (self._table.name, Jsonb({**spec.model_dump(mode="json"), "oid": self._table.oid}))
+            )
 
     # -- changes --
 
@@ -164,65 +170,10 @@ class PostgresStore:
 
         A row of the other kind is never written: the number of rows is then too small, which raises SearchError.
         """
-        table = self._table
         if not self.takes_texts and TEXT in items["kind"].to_pylist():
             raise SearchError(f"{self.name} takes no texts: its column {self.columns.uid} holds no strings")
-        names = items.column_names
-        theirs = [sql.Identifier(table.key if name == "uid" else getattr(self.columns, name)) for name in names]
-        parts = {
-            "table": table.identifier,
-            "columns": sql.SQL(", ").join(theirs),
-            "values": sql.SQL(", ").join(self._written(name) for name in names),
-            "key": sql.Identifier(table.key),
-            "partial": sql.SQL("WHERE {} IS NOT NULL").format(sql.Identifier(table.key))
-            if table.has_own_key
-            else sql.SQL(""),
-            "assigned": sql.SQL(", ").join(sql.SQL("{0} = EXCLUDED.{0}").format(name) for name in theirs[1:]),
-            "old": sql.SQL(", ").join(sql.SQL("here.{}").format(name) for name in theirs[1:]),
-            "new": sql.SQL(", ").join(sql.SQL("EXCLUDED.{}").format(name) for name in theirs[1:]),
-            "kind": sql.Identifier(self.columns.kind),
-        }
-        write = sql.SQL(
-            "INSERT INTO {table} AS here ({columns}) SELECT {values} FROM nev_items ON CONFLICT ({key}) {partial} "
-            "DO UPDATE SET {assigned} WHERE (here.{kind} IS NOT DISTINCT FROM 'image') = (EXCLUDED.{kind} = 'image') "
-            "AND ({old}) IS DISTINCT FROM ({new}) RETURNING (xmax = 0)"
-        ).format(**parts)
-        check = sql.SQL(
-            "SELECT count(*) FROM nev_items items JOIN {table} here ON here.{key} = items.uid "
-            "WHERE (here.{kind} IS NOT DISTINCT FROM 'image') = (items.kind = 'image')"
-        ).format(**parts)
         with self._connections.use("be written") as connection, connection.transaction():
-            self._copy(connection, items)
-            inserted = sum(new for (new,) in connection.execute(write).fetchall())
-            total = connection.execute(check).fetchone()
-            assert total is not None  # a count has a row
-            return check_written(self.name, items.num_rows, Upserted(inserted, total[0] - inserted))
-
-    def _written(self, name: str) -> sql.Composed:
-        """A column of `nev_items` as the table takes it: of its type, and empty where NULL is not allowed."""
-        field = self._table.field(self._table.key if name == "uid" else getattr(self.columns, name))
-        value = sql.SQL("nev_items.{}").format(sql.Identifier(name))
-        if name == "vector":
-            return value + sql.SQL(f"::{field.type}")
-        return sql.SQL("coalesce({}, '')").format(value) if field.not_null else value
-
-    def _copy(self, connection: Connection[Any], items: pa.Table) -> None:
-        """Copy items into the table `nev_items`, which ends with the transaction."""
-        types = [TYPES.get(name, "text") for name in items.column_names]
-        fields = [
-            sql.SQL(f"{{}} {form}").format(sql.Identifier(name))
-            for name, form in zip(items.column_names, types, strict=True)
-        ]
-        connection.execute(
-            sql.SQL("CREATE TEMP TABLE nev_items ({}) ON COMMIT DROP").format(sql.SQL(", ").join(fields))
-        )
-        columns = [
-            as_array(items[name]) if name == "vector" else items[name].to_pylist() for name in items.column_names
-        ]
-        with connection.cursor() as cursor, cursor.copy("COPY nev_items FROM STDIN (FORMAT BINARY)") as copy:
-            copy.set_types(types)
-            for row in zip(*columns, strict=True):
-                copy.write_row(row)
+            return check_written(self.name, items.num_rows, upsert_items(connection, self._table, items))
 
     def delete_images(self) -> int:
         """Delete all pictures."""
@@ -269,7 +220,7 @@ class PostgresStore:
                     rows = connection.execute(statement, parameters, binary=True).fetchall()
                 return rows
 
-        return self._as_items(self._connections.read("be searched", run), HIT_COLUMNS)
+        return rows_to_items(self._connections.read("be searched", run), HIT_COLUMNS, self.width or 0)
 
     @cached_property
     def _extension(self) -> tuple[int, ...]:
@@ -289,7 +240,7 @@ class PostgresStore:
             condition=condition,
             uid=self._table.uid(),
         )
-        return self._as_items(rows, HIT_COLUMNS)
+        return rows_to_items(rows, HIT_COLUMNS, self.width or 0)
 
     def read(self, uids: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
         """The items of these uids that are there."""
@@ -301,7 +252,7 @@ class PostgresStore:
             selected=self._table.select(wanted),
             condition=condition,
         )
-        return self._as_items(rows, wanted)
+        return rows_to_items(rows, wanted, self.width or 0)
 
     def sample(self, kind: Kind, count: int, seed: int = 0) -> pa.Table:
         """At most `count` items of a kind that have a vector: those with the smallest hashes of their uids."""
@@ -313,7 +264,7 @@ class PostgresStore:
             condition=condition,
             uid=self._table.uid(),
         )
-        return self._as_items(rows, SAMPLE_COLUMNS)
+        return rows_to_items(rows, SAMPLE_COLUMNS, self.width or 0)
 
     def check_indexes(self, ann: Ann, full_text: bool, width: int) -> None:
         """Raise SearchError for an index that pgvector does not have."""
@@ -361,44 +312,3 @@ class PostgresStore:
         return self._connections.read(
             "be read", lambda each: each.execute(statement, parameters, binary=True).fetchall()
         )
-
-    def _as_items(self, rows: list[Any], names: Sequence[str]) -> pa.Table:
-        """Rows as items. names: of the first columns of each row."""
-        schema = item_schema(self.width or 0)
-        values = list(zip(*rows, strict=True)) or [()] * len(names)
-        columns = {}
-        for name, column in zip(names, values, strict=False):
-            if name == "vector":
-                columns[name] = _as_vectors(column, self.width or 0)
-            elif name == "kind":
-                columns[name] = pa.array([IMAGE if value == IMAGE else TEXT for value in column], pa.string())
-            else:
-                columns[name] = pa.array(column, schema.field(name).type)
-        return pa.table(columns)
-
-
-def _as_vectors(column: Sequence[Any], width: int) -> pa.Array:
-    """Vectors of pgvector, some of them None, as a column."""
-    rows = np.zeros((len(column), width), np.float32)
-    for row, value in zip(rows, column, strict=True):
-        if value is not None:
-            row[:] = value.to_numpy()
-    form = pa.list_(pa.float32(), width)
-    if all(value is not None for value in column):
-        return as_column(rows, form)
-    return pa.array([None if value is None else row for row, value in zip(rows, column, strict=True)], form)
-
-
-@contextmanager
-def memory_for_graph(connection: Connection[Any], rows: int, width: int) -> Iterator[None]:
-    """Let a graph be made in memory: on disk it takes many times as long. The setting is this session's, for the block."""
-    needed = min(int(rows * (4 * width + 400) * 1.2 / 2**20) + 1, GRAPH_MIB)
-    current = connection.execute(
-        "SELECT setting::bigint FROM pg_settings WHERE name = 'maintenance_work_mem'"
-    ).fetchone()
-    if current and current[0] < needed * 1024:
-        connection.execute("SELECT set_config('maintenance_work_mem', %s, false)", (f"{needed}MB",))
-    try:
-        yield
-    finally:
-        connection.execute("RESET maintenance_work_mem")

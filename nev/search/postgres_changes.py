@@ -6,6 +6,8 @@ filter on an index of all rows would walk past most of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from psycopg import sql
@@ -17,6 +19,7 @@ from nev.search.store import Columns, Kind, SearchError, item_schema
 if TYPE_CHECKING:
     from psycopg import Connection
 
+GRAPH_MIB = 1024  # most memory that PostgreSQL is asked to use for the making of a graph
 RECORD = (
     "nev_index"  # table of what nev records, a row a table; a comment on the table would take the place of its owner's
 )
@@ -160,3 +163,18 @@ def find_ann(connection: Connection[Any], table: PostgresTable) -> list[str | No
 def has_full_text(connection: Connection[Any], table: PostgresTable) -> bool:
     """Whether the full-text index is there."""
     return not list_full_text_statements(connection, table)
+
+
+@contextmanager
+def memory_for_graph(connection: Connection[Any], rows: int, width: int) -> Iterator[None]:
+    """Let a graph be made in memory: on disk it takes many times as long. The setting is this session's, for the block."""
+    needed = min(int(rows * (4 * width + 400) * 1.2 / 2**20) + 1, GRAPH_MIB)
+    current = connection.execute(
+        "SELECT setting::bigint FROM pg_settings WHERE name = 'maintenance_work_mem'"
+    ).fetchone()
+    if current and current[0] < needed * 1024:
+        connection.execute("SELECT set_config('maintenance_work_mem', %s, false)", (f"{needed}MB",))
+    try:
+        yield
+    finally:
+        connection.execute("RESET maintenance_work_mem")

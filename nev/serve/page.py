@@ -22,7 +22,7 @@ HEADERS = {
     "form-action 'self'; frame-ancestors 'self'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",  # an address of the page holds what somebody searched for
-    "Cache-Control": "no-cache",  # kept, and compared by ETag before each use: a new version of nev is seen at once
+    "Cache-Control": "no-cache",  # stored, and compared by ETag before each use: a new version of nev is seen at once
 }
 
 

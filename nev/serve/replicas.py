@@ -98,9 +98,9 @@ def start_replicas(
 
 def _refuse_open_ports(environment: Mapping[str, str]) -> None:
     """Raise ServeError for settings of Ray Serve that let replicas listen on all interfaces, whatever the host is."""
-    if found := [name for name in OPEN_PORTS if environment.get(name, "0") != "0"]:
+    if opening := [name for name in OPEN_PORTS if environment.get(name, "0") != "0"]:
         raise ServeError(
-            f"{', '.join(found)}: Ray Serve would listen on all interfaces, whatever --host says. Unset it"
+            f"{', '.join(opening)}: Ray Serve would listen on all interfaces, whatever --host says. Unset it"
         )
 
 

@@ -88,18 +88,18 @@ class Service:
         self._check_items(items, texts)
         with self.texts.waiting.admit(len(texts)), self.pictures.waiting.admit(len(pictures)):
             squares = await self._read_squares([(n, items[n]) for n in pictures])
-            found = await asyncio.gather(
+            embedded = await asyncio.gather(
                 self._encode(self.texts, [Sentence(str(items[n]), kind) for n in texts], texts),
                 self._encode(self.pictures, squares, pictures),
             )
         vectors = np.empty((len(items), self.engine.width), np.float32)
         if texts:
-            vectors[texts] = np.stack([each.vector for each in found[0]])
+            vectors[texts] = np.stack([each.vector for each in embedded[0]])
         if pictures:
-            vectors[pictures] = np.stack(found[1])
+            vectors[pictures] = np.stack(embedded[1])
         for number in np.flatnonzero(~np.isfinite(vectors).all(axis=1)):
             raise refuse_item(int(number), "the model gives no finite vector for it")
-        return Embedded(vectors, sum(each.tokens for each in found[0]), sum(each.cut for each in found[0]))
+        return Embedded(vectors, sum(each.tokens for each in embedded[0]), sum(each.cut for each in embedded[0]))
 
     def _check_items(self, items: Sequence[Any], texts: Sequence[int]) -> None:
         if len(items) > self.settings.max_items:

@@ -168,7 +168,7 @@ def test_the_command_writes_the_uids_that_prepare_reads(tmp_path: Path) -> None:
         "2 left out: no caption",
         "1 left out: cosine below 0.1000",
         f"4 left out: near-duplicates, listed in {duplicates_file}",
-        f"5 kept, listed in {output}",
+        f"5 chosen, listed in {output}",
     ]
     pairs = pq.read_table(duplicates_file).to_pylist()
     assert [(row["uid"], row["duplicate_of"]) for row in pairs] == [
@@ -186,10 +186,10 @@ def test_a_share_is_of_the_rows_with_captions(tmp_path: Path) -> None:
     output = tmp_path / "keep.parquet"
     chosen = select_uids(folder, str(output), top_share=0.5)
     assert listed(output) == ["row-4", "row-6", "row-7"]
-    assert (chosen.rows, chosen.unscored, chosen.below, chosen.near, chosen.kept) == (8, 2, 3, 0, 3)
-    assert select_uids(folder, str(output), min_cosine=0.45, top_share=0.5).kept == 2
+    assert (chosen.rows, chosen.unscored, chosen.below, chosen.near, chosen.chosen) == (8, 2, 3, 0, 3)
+    assert select_uids(folder, str(output), min_cosine=0.45, top_share=0.5).chosen == 2
     # A score is compared as it is stored: the float32 of 0.3 is less than the float64 of 0.3 would have it.
-    assert select_uids(folder, str(output), min_cosine=0.3).kept == 4
+    assert select_uids(folder, str(output), min_cosine=0.3).chosen == 4
 
 
 def test_what_cannot_be_chosen_is_said(tmp_path: Path) -> None:
