@@ -29,6 +29,7 @@ BAD_INPUT = {
     "serve": ["--model", "/absent"],
     "demo": ["absent"],
     "filter": ["--vectors", "/absent", "--output", "keep.parquet"],
+    "serve": ["--model", "absent", "--index", "/absent", "--port", "0"],
     "ablate": ["--config", "absent"],
     "capacity": ["--config", "absent"],
     "pretrain": ["--config", "absent", "--objective", "mim"],
