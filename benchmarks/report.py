@@ -29,7 +29,7 @@ from rich.table import Table
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
     *("nev", "torch", "torchvision", "ray", "timm", "transformers", "pyarrow", "numpy", "mlflow", "simplejpeg"),
-    *("open-clip-torch", "webdataset", "lancedb", "pgvector", "psycopg"),
+    *("open-clip-torch", "webdataset", "lancedb", "pgvector", "psycopg", "onnxruntime", "fastapi", "uvicorn"),
 )
 LOAD_AT_START = os.getloadavg()[0]  # read at import, before the benchmark itself is the load
 

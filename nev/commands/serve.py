@@ -141,7 +141,7 @@ def main(
             settings=settings,
             precision=precision,
             device=device,
-            threads=threads,
+            threads=threads or (1 if scale else None),  # of a replica as many as Ray gives it
             text=text_encoder,
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -197,6 +197,7 @@ def make(
     from nev.serve.app import make_app
     from nev.serve.open_engine import open_engine
 
+    searched = open_index(index, table) if index else None  # first, since it takes no time
     engine = open_engine(
         model,
         precision=precision,
@@ -206,4 +207,4 @@ def make(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    return make_app(engine, open_index(index, table) if index else None, settings)
+    return make_app(engine, searched, settings)

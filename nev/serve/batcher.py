@@ -127,10 +127,11 @@ class Batcher(Generic[Item, Result]):
             if not self._batch:
                 continue
             items, start = [job.items[number] for job, number in self._batch], time.monotonic()
-            results = await loop.run_in_executor(self._thread, self._run_each, items)
+            results = await loop.run_in_executor(self._thread, self._run_batch, items)
             self._note_forward(len(items), time.monotonic() - start)
             for (job, number), result in zip(self._batch, results, strict=True):
                 self._deliver(job, number, result)
+            self._batch = []
 
     async def _pause(self) -> None:
         """Wait for the other callers of the last batch, as long as they keep coming."""
@@ -159,15 +160,20 @@ class Batcher(Generic[Item, Result]):
                 self._jobs.append(job)
         return batch
 
-    def _run_each(self, items: list[Item]) -> Sequence[Result | Exception]:
+    def _run_batch(self, items: list[Item]) -> Sequence[Result | Exception]:
         """Run a batch, in the thread. Where the batch fails, each item runs alone: an item fails for nobody but its caller."""
         try:
             return list(self._run(items))
         except Exception as error:  # whatever a runtime raises
             log.error("a forward of %d %ss failed", len(items), self.kind, exc_info=error)
-            if len(items) == 1:
-                return [error]
-            return [result for item in items for result in self._run_each([item])]
+            return [error] if len(items) == 1 else [self._run_alone(item) for item in items]
+
+    def _run_alone(self, item: Item) -> Result | Exception:
+        try:
+            return next(iter(self._run([item])))
+        except Exception as error:  # whatever a runtime raises; the batch's error is in the log
+            log.debug("one of them is %r", error, exc_info=error)
+            return error
 
     def _deliver(self, job: _Job[Item, Result], number: int, result: Result | Exception) -> None:
         if isinstance(result, Exception):

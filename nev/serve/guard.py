@@ -15,9 +15,8 @@ from nev.serve.settings import Settings
 OPEN = ("/", "/health")  # what needs no token; so does all below STATIC
 STATIC = "/static/"
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-UNKNOWN = (
-    "unmatched"  # the route of a request that no route takes: a path of the caller's would be a label of the caller's
-)
+UNKNOWN = "unmatched"  # the route of a request that no route takes: a caller's path would be a label of the caller's
+DIGITS = 20  # of a Content-Length that are read; Python refuses to read thousands
 
 
 class Guard:
@@ -77,7 +76,7 @@ class Guard:
 
     def _check_length(self, length: str | None) -> None:
         if length and length.isdecimal():
-            self.check_size(int(length), 0)
+            self.check_size(int(length[:DIGITS]), 0)
 
     def check_size(self, size: int, more: int) -> None:
         """Refuse a body that is too large, or that would be too much beside the others. size: of the body; more: what is new."""

@@ -34,7 +34,7 @@ def open_engine(
     """
     if precision not in PRECISIONS:
         raise ModelError(f"--precision {precision!r}: it is one of {', '.join(PRECISIONS)}")
-    count = threads or len(os.sched_getaffinity(0))  # taskset's and a container's cores, and not all of the machine
+    count = threads or count_cores()
     if (Path(location) / PREPROCESSING).is_file():
         from nev.serve.onnx_engine import open_onnx
 
@@ -44,3 +44,9 @@ def open_engine(
     from nev.serve.torch_engine import open_torch
 
     return open_torch(location, precision, device, count, text, revision, trust_remote_code)
+
+
+def count_cores() -> int:
+    """The cores that this process may use: those of taskset or of a container's cpuset, and not all of the machine."""
+    affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -87,19 +87,19 @@ class Service:
         pictures = [n for n, item in enumerate(items) if type(item) is not str]
         self._check_items(items, texts)
         with self.texts.waiting.admit(len(texts)), self.pictures.waiting.admit(len(pictures)):
-            squares = await self._read_squares([(n, items[n]) for n in pictures])
-            embedded = await asyncio.gather(
+            squares = await gather_or_cancel(*(self._read_square(n, items[n]) for n in pictures))
+            sentences, pictured = await gather_or_cancel(
                 self._encode(self.texts, [Sentence(str(items[n]), kind) for n in texts], texts),
                 self._encode(self.pictures, squares, pictures),
             )
         vectors = np.empty((len(items), self.engine.width), np.float32)
         if texts:
-            vectors[texts] = np.stack([each.vector for each in embedded[0]])
+            vectors[texts] = np.stack([each.vector for each in sentences])
         if pictures:
-            vectors[pictures] = np.stack(embedded[1])
+            vectors[pictures] = np.stack(pictured)
         for number in np.flatnonzero(~np.isfinite(vectors).all(axis=1)):
             raise refuse_item(int(number), "the model gives no finite vector for it")
-        return Embedded(vectors, sum(each.tokens for each in embedded[0]), sum(each.cut for each in embedded[0]))
+        return Embedded(vectors, sum(each.tokens for each in sentences), sum(each.cut for each in sentences))
 
     def _check_items(self, items: Sequence[Any], texts: Sequence[int]) -> None:
         if len(items) > self.settings.max_items:
@@ -128,16 +128,8 @@ class Service:
                 "model_failed",
             ) from error
 
-    async def _read_squares(self, pictures: list[tuple[int, Any]]) -> list[NDArray[np.uint8]]:
-        """Pictures, with their numbers in the request, as the model sees them."""
-        tasks = [asyncio.ensure_future(self._read_square(number, item)) for number, item in pictures]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:  # of a request that has failed, or whose caller has gone
-                task.cancel()
-
-    async def _read_square(self, number: int, item: Picture | bytes) -> NDArray[np.uint8]:
+    async def _read_square(self, number: int, item: Any) -> NDArray[np.uint8]:
+        """A picture as the model sees it. number: of the item in its request."""
         try:
             data = await self._fetch(item) if isinstance(item, Picture) and is_web(item) else item
             return await self.in_thread(partial(_decode, data, self.engine))
@@ -162,6 +154,16 @@ def _decode(item: str | bytes, engine: Engine) -> NDArray[np.uint8]:
     if square.reason:
         raise BadImage(square.reason)
     return square.pixels
+
+
+async def gather_or_cancel(*work: Coroutine[Any, Any, Any]) -> list[Any]:
+    """The results of several coroutines. Where one fails, or the caller is cancelled, the others are cancelled, too."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -17,6 +17,9 @@ from nev.serve.engine import Engine
 from nev.serve.texts import Ints, make_text_encoder
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Pixels of a forward in float32 on a CPU, whose activations stay in the cache. ViT-S/16 at 224 px on one core of an Intel server,
+# CPU a picture: 93 ms one at a time, 81 ms at 4, 80 ms at 8, 88 ms at 16; in bfloat16 66, 42, 36 and 32 ms.
+FORWARD_PIXELS = 8 * 224**2
 BF16_FLAGS = ("amx_bf16", "avx512_bf16")  # of processors that multiply bfloat16 faster than float32
 
 
@@ -41,6 +44,7 @@ def make_engine(model: Model, precision: str = "fp32") -> Engine:
     """Wrap an open model. precision: of pictures, one of `fp32`, `bf16` and `fp16`."""
     spec, tower, place = model.spec, model.text, model.device
     vision: Any = model.vision
+    rows = max(1, FORWARD_PIXELS // spec.image_size**2) if place.type == "cpu" and precision == "fp32" else None
 
     def forward_pictures(pixels: torch.Tensor) -> torch.Tensor:
         with torch.autocast(place.type, TYPES.get(precision), enabled=precision in TYPES):
@@ -63,7 +67,7 @@ def make_engine(model: Model, precision: str = "fp32") -> Engine:
         limits=spec.limits,
         fingerprint=model.fingerprint,
         text_fingerprint=model.text_fingerprint,
-        encode_images=make_embedder(forward_pictures, spec.mean, spec.std, place),
+        encode_images=make_embedder(forward_pictures, spec.mean, spec.std, place, rows),
         encode_texts=make_text_encoder(make_tokenizer(tower), spec.prompts, forward_texts),
     )
 

@@ -87,6 +87,7 @@ def test_a_body_is_refused_before_it_has_come() -> None:
             client.post("/v1/embeddings", content=watched(), headers=head),
             client.post("/v1/embeddings/images", files=[("image", ("a", b" " * 1001))]),
             client.get("/health", headers={"content-length": "1001"}),
+            client.get("/health", headers={"content-length": "9" * 5000}),
         ):
             assert answer.status_code == 413, answer.text
             assert "1,000 bytes" in answer.json()["error"]["message"]

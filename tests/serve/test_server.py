@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -36,6 +37,7 @@ from nev.inference.model import Model
 from nev.serve.app import make_app
 from nev.serve.replicas import Scale, _refuse_open_ports, parse_scale
 from nev.serve.server import ServeError, bind, is_loopback, read_token
+from nev.serve.service import gather_or_cancel
 from nev.serve.torch_engine import make_engine
 
 
@@ -222,6 +224,29 @@ def test_what_a_token_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             read_token(str(file))
     with pytest.raises(ServeError, match="cannot be read"):
         read_token(str(tmp_path / "absent"))
+
+
+def test_what_a_failed_request_began_is_cancelled() -> None:
+    ended: list[str] = []
+
+    async def wait() -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    async def fail() -> None:
+        await asyncio.sleep(0.01)
+        raise ValueError("no picture")
+
+    async def main() -> None:
+        with pytest.raises(ValueError, match="no picture"):
+            await gather_or_cancel(wait(), fail())
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert ended == ["cancelled"]
 
 
 def test_what_only_this_machine_reaches() -> None:
