@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 
 from nev.common.cli import Gpus, Overrides, Revision, TextEncoder, TrustRemoteCode, given_options, report_errors
+from nev.common.words import counted
 from nev.config.base import ConfigError
 from nev.config.file import parse
 
@@ -193,16 +194,14 @@ def embed_vectors(
 
     place: arguments of `nev.load`. settings: of the source. gpus: to use; None: those that are up.
     """
-    from nev.cluster.session import connect
     from nev.data.sources import SOURCES, SourceOptions
-    from nev.embed.corpus import PART_BYTES, embed_corpus, run_on_ray, weight_bytes
+    from nev.embed.corpus import PART_BYTES, choose_run, embed_corpus, weight_bytes
     from nev.embed.same_model import open_model
 
     model, same_model = open_model(*place, with_text=options.captions)
     settings |= {"limits": model.spec.limits, "part_bytes": PART_BYTES}
     source = SOURCES[kind](options.inputs, parse(SourceOptions, settings, where="options"))
-    connect()
-    run = partial(run_on_ray, gpus=gpus, weights=weight_bytes(model, options.captions), console=console)
+    run = choose_run(source, gpus, weight_bytes(model, options.captions), console)
     report = embed_corpus(model, same_model, source, options, console, run)
     show_report(report, options.output, console)
     return bool(report.unreadable)
@@ -216,19 +215,23 @@ def show_report(report: CorpusReport, output: str, console: Console) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     if report.pruned:
-        line(f"{report.pruned:,} vector files of other input deleted")
+        line(f"{counted(report.pruned, 'vector file')} of other input deleted")
     rate = f", {report.pictures / report.seconds:,.0f} pictures/s" if report.pictures > report.seconds else ""
-    line(f"{report.written:,} vector files written, {report.pictures:,} pictures{rate}; {report.skipped:,} were there")
-    bad = f", {report.bad.total():,} pictures cannot be used (listed in {output}/_bad)" if report.bad else ""
-    line(f"{output}: {report.total:,} vectors{bad}")
+    written, pictures = counted(report.written, "vector file"), counted(report.pictures, "picture")
+    line(f"{written} written, {pictures}{rate}; {report.skipped:,} were there")
+    unusable = counted(report.bad.total(), "picture")
+    bad = f", {unusable} cannot be used (listed in {output}/_bad)" if report.bad else ""
+    line(f"{output}: {counted(report.total, 'vector')}{bad}")
     show_bad(report.bad, console)
     if repeated := report.repeated + report.bad.get(DUPLICATE_UID, 0):
         line(
-            f"{repeated:,} pictures have the uid of another picture, and an index has one row a uid. If keys repeat from tar to "
-            "tar for different pictures, use --tar-in-uid, and another --output."
+            f"{counted(repeated, 'picture')} with the uid of another picture, and an index has one row a uid. If keys repeat "
+            "from tar to tar for different pictures, use --tar-in-uid, and another --output."
         )
     if report.unreadable:
-        line(f"{len(report.unreadable):,} parts could not be read. The same command tries them again. The first:")
+        line(
+            f"{counted(len(report.unreadable), 'part')} could not be read. The same command tries them again. The first:"
+        )
         line(f"  {report.unreadable[0]}")
 
 
@@ -246,7 +249,8 @@ def embed_sidecars(config: str, overrides: list[str], gpus: int | None, console:
     report = embed_features(experiment, console, gpus)
     rate = f", {report.views / report.seconds:,.0f} pictures/s" if report.seconds else ""
     bad = f", {report.bad.total():,} cannot be used" if report.bad else ""
-    console.print(f"{report.shards} sidecars written, {report.pictures:,} pictures{bad}{rate}", highlight=False)
+    written, pictures = counted(report.shards, "sidecar"), counted(report.pictures, "picture")
+    console.print(f"{written} written, {pictures}{bad}{rate}", highlight=False)
     show_bad(report.bad, console)
 
 

@@ -13,12 +13,15 @@ import typer
 from rich.console import Console
 
 from nev.common.cli import Revision, TextEncoder, TrustRemoteCode, report_errors
+from nev.common.words import counted
 
 if TYPE_CHECKING:
     from nev.search.fill import Filled
     from nev.search.plan import Plan
     from nev.search.store import VectorStore
 
+OfColumn = partial(typer.Option, rich_help_panel="Columns of the table")
+OfIndexes = partial(typer.Option, rich_help_panel="Indexes of the table")
 EXAMPLE = "--model runs/quickstart --images vectors --texts texts.parquet --index index"
 
 
@@ -64,29 +67,27 @@ def main(
     store: Annotated[
         StoreName | None, typer.Option("--store", help="Kind of store, where the location alone does not tell.")
     ] = None,
-    uid_column: Annotated[str | None, typer.Option("--uid-column", help="The table's column of identifiers.")] = None,
-    vector_column: Annotated[str | None, typer.Option("--vector-column", help="The table's column of vectors.")] = None,
-    text_column: Annotated[str | None, typer.Option("--text-column", help="The table's column of texts.")] = None,
+    uid_column: Annotated[str | None, OfColumn("--uid-column", help="The table's column of identifiers.")] = None,
+    vector_column: Annotated[str | None, OfColumn("--vector-column", help="The table's column of vectors.")] = None,
+    text_column: Annotated[str | None, OfColumn("--text-column", help="The table's column of texts.")] = None,
     kind_column: Annotated[
-        str | None, typer.Option("--kind-column", help="Column that holds `image` for a picture.")
+        str | None, OfColumn("--kind-column", help="Column that holds `image` for a picture.")
     ] = None,
-    source_column: Annotated[str | None, typer.Option("--source-column", help="Column of the pictures' paths.")] = None,
+    source_column: Annotated[str | None, OfColumn("--source-column", help="Column of the pictures' paths.")] = None,
     thumbnail_column: Annotated[
-        str | None, typer.Option("--thumbnail-column", help="Column of the pictures' thumbnails.")
+        str | None, OfColumn("--thumbnail-column", help="Column of the pictures' thumbnails.")
     ] = None,
     image_uid_column: Annotated[
         str | None,
-        typer.Option("--image-uid-column", help="Column of the pictures' uids, where those of texts are numbers."),
+        OfColumn("--image-uid-column", help="Column of the pictures' uids, where those of texts are numbers."),
     ] = None,
     ann: Annotated[
         AnnName,
-        typer.Option(
-            "--ann", help="Index of the vectors. auto: from 20,000 rows ivf in LanceDB, and hnsw in PostgreSQL."
-        ),
+        OfIndexes("--ann", help="Index of the vectors. auto: from 20,000 rows ivf in LanceDB, and hnsw in PostgreSQL."),
     ] = AnnName.auto,
     full_text: Annotated[
         bool | None,
-        typer.Option("--full-text/--no-full-text", help="Index of the texts' words.", show_default="for a new table"),
+        OfIndexes("--full-text/--no-full-text", help="Index of the texts' words.", show_default="for a new table"),
     ] = None,
     alter_table: Annotated[
         bool, typer.Option("--alter-table", help="Permit columns to be added to a table that exists.")
@@ -174,11 +175,14 @@ def show_plan(store: VectorStore, plan: Plan, console: Console) -> None:
         show("change", change)
     if plan.agreement:
         prompt, median, lowest, texts, _ = plan.agreement
-        show("encoder", f"{texts} texts embedded again as {prompt}: median cosine {median:.4f}, lowest {lowest:.4f}")
+        show(
+            "encoder",
+            f"{counted(texts, 'text')} embedded again as {prompt}: median cosine {median:.4f}, lowest {lowest:.4f}",
+        )
         if prompt == "query":
             show("encoder", "the table was embedded with the prompt of queries; new texts are embedded so, too")
     if plan.deleted_images:
-        show("delete", f"{plan.deleted_images:,} pictures that are there (--replace-images)")
+        show("delete", f"{counted(plan.deleted_images, 'picture')} that are there (--replace-images)")
     if plan.is_vouched:
         show("encoder", "not compared (--unverified)")
     bad = f", {plan.bad_images:,} left out whose vector has no direction" if plan.bad_images else ""
@@ -192,10 +196,12 @@ def show_filled(filled: Filled, console: Console) -> None:
     """Print what was written, and what there is now."""
     show = partial(print_line, console)
     if filled.deleted_images:
-        show("deleted", f"{filled.deleted_images:,} pictures (--replace-images)")
+        show("deleted", f"{counted(filled.deleted_images, 'picture')} (--replace-images)")
     show("pictures", f"{filled.images.inserted:,} new, {filled.images.updated:,} there before")
     show("texts", f"{filled.texts.inserted:,} new, {filled.texts.updated:,} there before")
     for index in filled.indexes:
         show("search", index)
-    without = f"; {filled.without_vector:,} rows without a vector are never found" if filled.without_vector else ""
-    show("rows", f"{filled.rows['image']:,} pictures, {filled.rows['text']:,} texts{without}")
+    without = (
+        f"; {counted(filled.without_vector, 'row')} without a vector, never found" if filled.without_vector else ""
+    )
+    show("rows", f"{counted(filled.rows['image'], 'picture')}, {counted(filled.rows['text'], 'text')}{without}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,11 +20,9 @@ from nev.data.vectors import iterate_vectors, list_vector_files
 from nev.storage.files import write_atomic
 
 if TYPE_CHECKING:
-    from nev.embed.corpus import Run
     from nev.inference.model import Model
 
 THUMBNAIL = 256  # pixels
-FEW_BYTES = 64 * 2**20  # of pictures that are embedded before Ray's processes would have started
 TABLE = "items"
 RECORD, INDEXED = "demo.txt", "indexed.json"  # the pictures of a demo; what its index was made of
 
@@ -62,17 +59,13 @@ def make_searchable(location: str, source: Source, inputs: list[str], folder: Pa
     location: of the model. inputs: what the source reads, for the record. folder: for vector files and index.
     An index is made whole or not at all. Pictures that changed make a new index.
     """
-    from nev.cluster.session import connect
-    from nev.embed.corpus import CorpusOptions, embed_corpus, run_here, run_on_ray, weight_bytes
+    from nev.embed.corpus import CorpusOptions, choose_run, embed_corpus, weight_bytes
     from nev.embed.same_model import open_model
 
     vectors, index = folder / "vectors", folder / "index"
     model, place = open_model(location, None, None, False, with_text=True)
     options = CorpusOptions(str(vectors), inputs, thumbnail=THUMBNAIL, prune=True)
-    run: Run = run_here
-    if source.nbytes > FEW_BYTES:
-        connect()
-        run = partial(run_on_ray, gpus=None, weights=weight_bytes(model, with_text=True), console=console)
+    run = choose_run(source, None, weight_bytes(model, with_text=True), console)
     report = embed_corpus(model, place, source, options, console, run)
     if report.bad:
         console.print(f"{report.bad.total():,} pictures cannot be used: {vectors / '_bad'} lists them", soft_wrap=True)

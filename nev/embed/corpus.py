@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from rich.console import Console
 
 from nev.cluster.ray_internals import first_cause
-from nev.cluster.session import cluster_cpus, cluster_gpus, may_grow
+from nev.cluster.session import cluster_cpus, cluster_gpus, connect, may_grow
 from nev.common.imports import import_uninterrupted
 from nev.common.progress import progress
 from nev.config.base import ConfigError
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 PROCESSES_A_GPU = 2  # while one reads and writes, the other embeds
 PART_BYTES = 16 * 2**20  # of small files that make a part; a larger file is a part of its own
 TASK_BYTES = 1280 * 2**20  # memory of a task beside the weights: libraries, a batch, a row group
+FEW_BYTES = 64 * 2**20  # of pictures that this process has embedded before Ray's processes stand
 FAILED_PARTS = 16  # so many parts that cannot be read end the command, where fewer parts could be
 
 
@@ -130,7 +131,7 @@ def embed_corpus(
     """Write the vector files that are missing.
 
     model: opened in this process. place: where the tasks open it.
-    run: embeds parts: `run_here`, or `run_on_ray` with its further arguments bound.
+    run: embeds parts: that of `choose_run`.
     Raises ConfigError for an output of another model or other options; EmbeddingFailed where a process cannot work, and where
     most parts cannot be read.
     """
@@ -227,11 +228,27 @@ def write_parts(
     return WriteResult(written, failed, time.perf_counter() - begin)
 
 
+def choose_run(source: Source, gpus: int | None, weights: int, console: Console) -> Run:
+    """How parts are embedded: few pictures in this process, unless Ray runs, a cluster is named, or GPUs are; others on Ray.
+
+    gpus, weights: as in `run_on_ray`.
+    """
+    import ray
+
+    if source.nbytes <= FEW_BYTES and gpus is None and not may_grow() and not ray.is_initialized():
+        return run_here
+    connect()
+    return functools.partial(run_on_ray, gpus=gpus, weights=weights, console=console)
+
+
 def run_here(job: PartJob, parts: list[Part]) -> Iterator[PartResult]:
-    """Embed the parts in this process, one after another, on all of its CPUs: for few pictures, which Ray's start outlasts."""
+    """Embed the parts in this process, one after another, on its GPU or on all of its CPUs."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = len(os.sched_getaffinity(0))
     for part in parts:
-        yield from embed_or_report(part, job, "cpu", threads)
+        yield from embed_or_report(part, job, device, threads)
 
 
 def run_on_ray(

@@ -27,7 +27,7 @@ from nev.search.store import IMAGE, TEXT, Columns, Kind, SearchError, StoreSpec,
 
 SAMPLE = 1000  # vectors a modality, for percentiles
 MARGIN = 20  # items that a store is asked for beyond the page, so that equal scores are put in order of their uids
-FUSED = 1000  # hits of each search in a list that is fused with the full text's
+FUSED = 200  # hits of each search in a list that is fused with the full text's
 MOST_EQUAL = 4096  # items of one score beyond which their order is the store's
 CALIBRATED_FACTOR, CALIBRATED_LEAST = 5, 200  # pictures of a calibrated list are fetched in excess, then ranked exactly
 

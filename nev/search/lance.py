@@ -33,6 +33,7 @@ from nev.search.store import (
     Columns,
     Kind,
     SearchError,
+    StoreFailed,
     StoreSpec,
     Upserted,
     Where,
@@ -52,10 +53,8 @@ COMMIT_TRIES = 10
 # An IVF index is read whole, as a scan in memory: the partitions near a query of words hold texts alone, and among 200,000 rows
 # no picture was found by the usual 20 of them. An HNSW walk to pictures passes all texts on its way.
 ALL_PARTITIONS = 100_000
-EF_SEARCH, REFINE = (
-    1_000,
-    2,
-)  # candidates of an HNSW walk, and how many times the rows wanted are compared by their full vectors
+EF_SEARCH = 1_000  # candidates of an HNSW walk
+REFINE = 2  # times the rows wanted are compared by their full vectors
 CHUNK = 5_000  # uids of one query
 PRIMARY_KEY = "lance-schema:unenforced-primary-key"
 T = TypeVar("T")
@@ -333,4 +332,5 @@ class LanceStore:
         except SearchError:
             raise
         except (ValueError, RuntimeError, OSError) as error:
-            raise SearchError(f"{self.name} cannot {action}: {first_line(error)}") from error
+            kind = SearchError if isinstance(error, ValueError) else StoreFailed
+            raise kind(f"{self.name} cannot {action}: {first_line(error)}") from error

@@ -23,7 +23,7 @@ from nev.search.postgres_changes import (
     list_statements,
     memory_for_graph,
 )
-from nev.search.postgres_connections import Connections, hold_lock, register_types
+from nev.search.postgres_connections import Connections, hold_lock, limit_seconds, register_types
 from nev.search.postgres_items import rows_to_items, upsert_items
 from nev.search.postgres_table import HALF_LIMIT, PostgresTable, describe_table, find_table
 from nev.search.store import (
@@ -208,7 +208,7 @@ class PostgresStore:
             )
 
         def run(connection: Connection[Any]) -> list[Any]:
-            with connection.transaction():
+            with limit_seconds(connection):
                 connection.execute("SELECT set_config('hnsw.ef_search', %s, true)", (str(EF_SEARCH),))
                 if self._extension >= ITERATIVE:
                     connection.execute("SELECT set_config('hnsw.iterative_scan', 'relaxed_order', true)")
@@ -231,16 +231,20 @@ class PostgresStore:
     def search_words(self, words: str, top: int, kind: Kind | None = None, where: Where | None = None) -> pa.Table:
         """The most relevant items in which all words occur (websearch_to_tsquery: "quotes", OR and - work), by ts_rank."""
         condition, values = self._table.condition(kind, where)
-        rows = self._rows(
+        statement = self._format(
             "SELECT {selected} FROM {table}, websearch_to_tsquery('english', %s) AS query "
             "WHERE {document} @@ query AND {condition} ORDER BY ts_rank({document}, query) DESC, {uid} LIMIT %s",
-            (words, *values, top),
             selected=self._table.select(HIT_COLUMNS),
             document=self._table.document(),
             condition=condition,
             uid=self._table.uid(),
         )
-        return rows_to_items(rows, HIT_COLUMNS, self.width or 0)
+
+        def run(connection: Connection[Any]) -> list[Any]:
+            with limit_seconds(connection):
+                return connection.execute(statement, (words, *values, top), binary=True).fetchall()
+
+        return rows_to_items(self._connections.read("be searched", run), HIT_COLUMNS, self.width or 0)
 
     def read(self, uids: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
         """The items of these uids that are there."""

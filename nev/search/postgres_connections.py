@@ -17,6 +17,7 @@ from nev.search.store import SearchError, StoreFailed
 
 CONNECT_SECONDS = 10
 LOCK_SECONDS = 600
+SEARCH_SECONDS = 60  # of a statement that searches, where the server or the user has set no limit
 T = TypeVar("T")
 
 
@@ -82,6 +83,17 @@ class Connections:
             raise StoreFailed(f"{self.name} cannot be reached: {first_line(error)}") from None
         register_types(connection)
         return connection
+
+
+@contextmanager
+def limit_seconds(connection: psycopg.Connection[Any]) -> Iterator[None]:
+    """A transaction whose statements PostgreSQL ends after SEARCH_SECONDS, or after the user's own limit."""
+    with connection.transaction():
+        connection.execute(
+            "SELECT set_config('statement_timeout', %s, true) WHERE current_setting('statement_timeout') = '0'",
+            (f"{SEARCH_SECONDS}s",),
+        )
+        yield
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def make_app(engine: Engine, index: Index | None = None, settings: Settings | No
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with service.running():
+        async with service.running(), searcher.running():
             yield
 
     app = FastAPI(

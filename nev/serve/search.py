@@ -7,14 +7,14 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
 
 from nev.config.model_spec import ModelError
 from nev.ops.vectors import Floats, scale_to_unit
@@ -23,78 +23,14 @@ from nev.search.ranking import Means, move_images, read_means
 from nev.search.store import SearchError, StoreFailed
 from nev.serve.errors import ApiError, describe_errors
 from nev.serve.items import Picture
+from nev.serve.search_schema import FoundItem, Kind, QuerySummary, SearchAnswer, SearchQuestion, WordsQuestion
 from nev.serve.service import Service, until_gone
 from nev.serve.strict_json import StrictRoute
 from nev.serve.waiting import Waiting
 
 T = TypeVar("T")
-Kind = Literal["image", "text"]
-QueryKind = Literal["image", "text", "both"]
-Value = str | int | float | bool | None
-Pair = Annotated[list[float], Field(min_length=2, max_length=2)]  # no tuple: OpenAPI documents of tuples differ
 RECORD_SECONDS = 5.0  # between looks at what is recorded of the index
 THREADS = 4  # searches at once; a store computes outside of Python's lock
-
-
-class SearchQuestion(BaseModel):
-    """What is searched for: words, a picture, an item of the index, or several of them, whose vectors are then averaged."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-    text: str | None = None
-    """Words. They are never taken for an address or a path."""
-    image: str | None = None
-    """A picture as a data URL; an http or https address where the server allows them."""
-    uid: str | None = None
-    """An item of the index, for more like it. The item itself is no hit."""
-    top: int = Field(default=20, ge=1)
-    """Most hits."""
-    offset: int = Field(default=0, ge=0)
-    """Hits that are left out at the beginning, for the next page."""
-    kind: Kind | None = None
-    """Hits of one kind. null: both in one list."""
-    where: dict[str, Value] | None = None
-    """Columns, and the values that hits have in them."""
-    min_score: float | None = Field(default=None, allow_inf_nan=False)
-    """Least score of a hit."""
-    min_percentile: float | None = Field(default=None, ge=0, le=100)
-    """Least percentile of a hit."""
-    calibrated: bool = True
-    """Whether pictures are moved to where the texts are. Without it, all texts come before all pictures."""
-    hybrid: bool = False
-    """Whether the full text is searched for the words, too."""
-
-
-class FoundItem(BaseModel):
-    """A hit. score: cosine, after calibration. percentile: of the score within the index's items of this kind, for this query."""
-
-    uid: str
-    kind: Kind
-    score: float
-    percentile: float | None
-    text: str | None
-    source: str | None
-    thumbnail: bool
-    position: Pair
-    """Place on the map with the same `calibrated`."""
-
-
-class QuerySummary(BaseModel):
-    """What was searched for. position: of the query on the map with the same `calibrated`."""
-
-    kind: QueryKind
-    position: Pair
-
-
-class SearchAnswer(BaseModel):
-    """Hits, best first. calibrated: whether pictures were moved, which needs an index with the means of a validation."""
-
-    hits: list[FoundItem]
-    offset: int
-    top: int
-    calibrated: bool
-    query: QuerySummary
-    milliseconds: float
 
 
 class Part(NamedTuple):
@@ -119,6 +55,18 @@ class Searcher:
         self._thumbnails: bool | None = None
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="nev-search")
         self._waiting = Waiting("search", service.settings.max_waiting, service.meters)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Look into the index once, so that the first caller does not wait for it; end the threads afterwards."""
+        looked = asyncio.create_task(self.call(_look)) if self.index else None
+        try:
+            yield
+        finally:
+            if looked:
+                looked.cancel()
+                await asyncio.gather(looked, return_exceptions=True)
+            self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def call(self, work: Callable[[Index], T]) -> T:
         """Run work on the index, in a thread. Raises ApiError: 404 without an index, 422 for what the index refuses."""
@@ -237,6 +185,11 @@ def _search(
     return hits, means is not None, place(np.stack(vectors), index, question.calibrated)
 
 
+def _look(index: Index) -> None:
+    """Search for anything: indexes and the samples of percentiles are read then."""
+    index.search(np.ones(index.width, np.float32), top=1)
+
+
 def _move(vector: Floats, kind: str, means: Means | None) -> Floats:
     """A vector, [D], as it is compared."""
     return np.asarray(move_images(vector[None], means)[0] if kind == "image" else vector, np.float32)
@@ -280,31 +233,9 @@ def make_router(searcher: Searcher, place: Place) -> APIRouter:
         return await until_gone(request, searcher.search(question, place))
 
     @router.get("/search", response_model=SearchAnswer, responses=errors)
-    async def search_words(
-        request: Request,
-        q: str | None = None,
-        uid: str | None = None,
-        top: Annotated[int, Query(ge=1)] = 20,
-        offset: Annotated[int, Query(ge=0)] = 0,
-        kind: Kind | None = None,
-        calibrated: bool = True,
-        min_score: Annotated[float | None, Query(allow_inf_nan=False)] = None,
-        min_percentile: Annotated[float | None, Query(ge=0, le=100)] = None,
-        hybrid: bool = False,
-    ) -> Any:
+    async def search_words(request: Request, question: Annotated[WordsQuestion, Query()]) -> Any:
         """Search for words or an item, by an address that can be shared."""
-        question = SearchQuestion(
-            text=q,
-            uid=uid,
-            top=top,
-            offset=offset,
-            kind=kind,
-            calibrated=calibrated,
-            min_score=min_score,
-            min_percentile=min_percentile,
-            hybrid=hybrid,
-        )
-        return await until_gone(request, searcher.search(question, place))
+        return await until_gone(request, searcher.search(question.as_question(), place))
 
     @router.get(
         "/thumbnails/{uid:path}",

@@ -17,7 +17,8 @@ from nev.search.projection import Projection, fit_projection
 from nev.search.ranking import move_images, read_means
 from nev.search.store import SearchError, read_unit_vectors
 from nev.serve.errors import describe_errors
-from nev.serve.search import Kind, Pair, Searcher
+from nev.serve.search import Searcher
+from nev.serve.search_schema import Kind, Pair
 
 POINTS = 1000  # of each kind
 LETTERS = 120  # of a point's text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,7 +159,7 @@ def test_on_s3_the_same_command_continues(
         patch.setattr("nev.embed.corpus.PART_BYTES", 1)
         said = embed(*args, code=2)
         assert "2 vector files written, 8 pictures" in said
-        assert "1 parts could not be read" in said
+        assert "1 part could not be read" in said
         assert "s3://bucket/pool/1.tar: not a whole tar file" in said
         assert len(list_vector_files("s3://bucket/out")) == 2
 
@@ -192,6 +194,23 @@ def test_a_task_whose_process_dies_runs_again_from_its_start(ray_cluster: None, 
 
     results = list(ray_run_streaming(die_once, [tmp_path / "mark"], task_bytes=2**20))
     assert (results[0], results[-1]) == ("begun", "done")
+
+
+@pytest.mark.slow
+def test_few_pictures_are_embedded_without_ray(checkpoint: str, model: Model, tmp_path: Path) -> None:
+    pictures = {f"p{k}.jpg": encoded(photo(k)) for k in range(3)}
+    (tmp_path / "photos").mkdir()
+    for name, content in pictures.items():
+        (tmp_path / "photos" / name).write_bytes(content)
+    args = ["--model", checkpoint, "--input", str(tmp_path / "photos"), "--output", str(tmp_path / "out")]
+    code = (
+        "import ray, sys\nfrom nev.commands.main import app\n"
+        "try:\n    app(['embed-images', *sys.argv[1:]])\nfinally:\n    assert not ray.is_initialized()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "1 vector file written, 3 pictures" in done.stdout
+    check_vectors(rows_in(tmp_path / "out"), pictures, model)
 
 
 def test_processes_that_share_a_gpu_share_the_cpus_of_their_node(monkeypatch: pytest.MonkeyPatch) -> None:

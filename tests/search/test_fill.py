@@ -212,6 +212,16 @@ def test_a_table_of_another_encoder_is_refused_with_the_cosine(
     assert spec.text_fingerprint is None, "what nobody has verified is not recorded"
 
 
+def test_a_table_of_two_encoders_is_refused_by_its_share(lance: VectorStore, model: Model, tmp_path: Path) -> None:
+    vectors = model.encode_text(WORDS, kind="document")
+    mixed = np.arange(len(WORDS)) % 5 < 2
+    vectors[mixed] = draw_vectors(int(mixed.sum()), 9, 0.0, model.width)
+    lance.apply_changes(model.width)
+    lance.upsert(make_items("text", [f"t{n}" for n in range(len(WORDS))], vectors, text=WORDS))
+    folder = write_pictures(tmp_path / "vectors", model, names(), pictures(model.width))
+    refused(lance, model, rf"{mixed.mean():.0%} of {len(WORDS)} texts, .*mixes encoders", images=folder)
+
+
 def test_a_recorded_encoder_is_compared_by_its_fingerprint(
     lance: VectorStore, model: Model, other: Model, tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ from nev.search.fill import fill
 from nev.search.index import Index, open_index
 from nev.search.open import open_store
 from nev.search.plan import Options, Task, make_plan
-from nev.search.store import Columns, SearchError, StoreSpec, Upserted, make_items
+from nev.search.store import Columns, SearchError, StoreFailed, StoreSpec, Upserted, make_items
 
 WORDS = [f"a {colour} {shape} {n}" for n in range(3) for colour in ("red", "blue") for shape in ("dog", "cat", "car")]
 WIDTH = 48
@@ -479,6 +479,37 @@ def test_a_change_does_not_wait_behind_a_long_transaction(
             store.apply_changes(WIDTH)
     store.apply_changes(WIDTH)
     assert store.list_changes(WIDTH) == []
+
+
+def test_a_search_that_waits_too_long_is_ended(
+    postgres: str, database: psycopg.Connection[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_store(make_store("postgres", tmp_path, postgres), draw_vectors(9, 1, 0), draw_vectors(9, 2, 0), None)
+    index = open_index(postgres)
+    monkeypatch.setattr("nev.search.postgres_connections.SEARCH_SECONDS", 0.1)
+    query = np.ones(index.width)
+    assert index.search(query, words="red")
+    with database.transaction():
+        database.execute("LOCK TABLE items IN ACCESS EXCLUSIVE MODE")
+        for words in (None, "red"):
+            with pytest.raises(StoreFailed, match="statement timeout"):
+                index.search(query, words=words)
+    assert index.search(query, top=3)
+
+
+def test_a_table_made_again_under_the_same_name_is_compared_again(
+    postgres: str, database: psycopg.Connection[Any], model: Model, folder: str
+) -> None:
+    definition = "CREATE TABLE docs (id bigserial PRIMARY KEY, content text NOT NULL, embedding vector(48))"
+    database.execute(definition)
+    write_rows(database, model, "docs")
+    add_pictures(postgres, "docs", USUAL, folder, model)
+    database.execute("DROP TABLE docs")
+    database.execute(definition)
+    for text, vector in zip(WORDS, draw_vectors(len(WORDS), 9, 0.0, WIDTH), strict=True):
+        database.execute("INSERT INTO docs (content, embedding) VALUES (%s, %s)", (text, str(vector.tolist())))
+    with pytest.raises(SearchError, match="made by another text encoder"):
+        add_pictures(postgres, "docs", USUAL, folder, model)
 
 
 def test_messages_name_no_password(postgres: str) -> None:

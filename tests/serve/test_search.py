@@ -144,6 +144,13 @@ def test_what_cannot_be_searched_says_why(searching: TestClient, question: Any, 
     assert says in answer.json()["error"]["message"]
 
 
+def test_an_address_with_an_unknown_parameter_is_refused(searching: TestClient) -> None:
+    assert searching.get("/search", params={"q": "red dog", "top": 2}).status_code == 200
+    answer = searching.get("/search", params={"q": "red dog", "where": "kind"})
+    assert answer.status_code == 422
+    assert "where" in answer.json()["error"]["message"]
+
+
 def test_thumbnails_by_uid_alone(searching: TestClient) -> None:
     answer = searching.get("/thumbnails/folder/%C3%A4%20b%3Fc%23d.png")
     assert answer.content == encoded(photo(0))
