@@ -32,6 +32,8 @@ NOTES = (
     "embed_wall_s: the whole command. The model is the quickstart's (a ViT of 0.8 M parameters, 48 px).",
     "forward_pictures_per_s: the same model, opened by nev.load, one process, every core, decoded pictures in memory: normalise "
     "and forward; the best of batches of 16 to 256.",
+    "dataloader_pictures_per_s: torch's DataLoader, a process a core, decodes by Pillow and torchvision; the model embeds "
+    "batches of 256 on every core; from the first batches on.",
     "vit_s_...: the same with ViT-S/16 at 224 px, over some of the shards.",
 )
 
@@ -94,6 +96,9 @@ def add_model(
     command, loop = f"{prefix}embed_pictures_per_s", f"{prefix}forward_pictures_per_s"
     contestants[command] = embed
     contestants[loop] = partial(in_own_process, corpus.forward_per_s, model, shards)
+    if not prefix:
+        contestants["dataloader_pictures_per_s"] = partial(in_own_process, corpus.dataloader_per_s, model, shards)
+        ratios["embed_vs_dataloader"] = report.Ratio(command, "dataloader_pictures_per_s")
     ratios[f"{prefix}embed_vs_forward"] = report.Ratio(command, loop, FORWARD_GOAL)
 
 

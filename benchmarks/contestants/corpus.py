@@ -16,7 +16,8 @@ from nev.config.file import load
 DECODED = 2048  # pictures that pass the bare forward again and again
 BATCHES = (16, 32, 64, 128, 256)
 FORWARD_S = 10.0  # of each batch size
-WRITTEN = re.compile(r"vector files written, ([\d,]+) pictures, ([\d,]+) pictures/s")
+LOADER_S = 20.0
+WRITTEN = re.compile(r"vector files? written, ([\d,]+) pictures, ([\d,]+) pictures/s")
 PACE = re.compile(r"([\d,]+) pictures/s$", re.MULTILINE)
 
 
@@ -111,3 +112,42 @@ def forward_per_s(
 
     with torch.inference_mode():
         return max(map(rate, batches))
+
+
+def dataloader_per_s(model: str, shards: str, batch: int = 256, seconds: float = LOADER_S) -> float:
+    """Pictures a second of the loop that users write: torch's DataLoader decodes by Pillow, then the model embeds.
+
+    To be called in a process of its own. A process a core decodes bytes that are in memory; their start does not count.
+    """
+    import io
+
+    import pyarrow.parquet as pq
+    import torch
+    from PIL import Image
+    from torch.utils.data import DataLoader
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
+
+    from nev.inference.load import load as load_model
+    from nev.models.vision import as_input
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    opened = load_model(model, device="cpu")
+    spec = opened.spec
+    view = Compose([Resize(spec.image_size, InterpolationMode.BICUBIC), CenterCrop(spec.image_size), PILToTensor()])
+    images = pq.read_table(sorted(Path(shards).glob("*.parquet"))[0], columns=["image"])["image"].to_pylist()
+
+    def collate(some: list[bytes]) -> torch.Tensor:
+        return torch.stack([view(Image.open(io.BytesIO(image)).convert("RGB")) for image in some])
+
+    workers = os.cpu_count() or 1
+    loader = DataLoader(images * 64, batch, collate_fn=collate, num_workers=workers, multiprocessing_context="fork")
+    embedded, begin = 0, 0.0
+    with torch.inference_mode():
+        for number, squares in enumerate(loader):
+            opened.vision(as_input(squares.permute(0, 2, 3, 1).contiguous(), spec.mean, spec.std))
+            if number == workers:
+                begin, embedded = time.perf_counter(), -len(squares)
+            embedded += len(squares)
+            if begin and (passed := time.perf_counter() - begin) > seconds:
+                return embedded / passed
+    raise BenchmarkFailed(f"{shards}: too few pictures for {seconds} s")

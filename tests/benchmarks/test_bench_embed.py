@@ -18,6 +18,7 @@ def test_a_bare_loop_embeds_the_pictures_of_the_shards(tmp_path: Path, monkeypat
     write_shard(tmp_path / "shards/0.parquet", rows_of(12), [12])
     model = corpus.save_random_model(tmp_path, ["data.image_size=24"])
     assert corpus.forward_per_s(model, str(tmp_path / "shards"), (4, 8), 0.02, decoded=10) > 0
+    assert corpus.dataloader_per_s(model, str(tmp_path / "shards"), 2, 0.02) > 0
 
 
 def test_the_rate_is_that_of_the_command_s_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,13 +50,18 @@ def test_embed_reports_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(corpus, "draw_pictures", lambda folder, count: "shards")
     monkeypatch.setattr(corpus, "embed_corpus", lambda *args: corpus.Embedded(90.0, 95.0, 12.0))
     monkeypatch.setattr(
-        processes, "in_own_process", lambda function, *args: 100.0 if function is corpus.forward_per_s else "model"
+        processes,
+        "in_own_process",
+        lambda function, *args: {corpus.forward_per_s: 100.0, corpus.dataloader_per_s: 60.0}.get(function, "model"),
     )
     embed.main(pictures=4096, repetitions=2, results=tmp_path)
     written = json.loads((tmp_path / "embed.json").read_text())
-    assert written["ratios"] == {"embed_vs_forward": 0.9, "vit_s_embed_vs_forward": 0.9}
+    assert written["ratios"] == {"embed_vs_dataloader": 1.5, "embed_vs_forward": 0.9, "vit_s_embed_vs_forward": 0.9}
     assert written["goals"] == {"embed_vs_forward": 0.85, "vit_s_embed_vs_forward": 0.85}
     assert written["repetitions"]["embed_wall_s"] == [12.0, 12.0]
     assert written["figures"]["vit_s_embed_pace_per_s"] == 95.0
     embed.main(pictures=4096, large_shards=0, repetitions=1, results=tmp_path)
-    assert json.loads((tmp_path / "embed.json").read_text())["ratios"] == {"embed_vs_forward": 0.9}
+    assert json.loads((tmp_path / "embed.json").read_text())["ratios"] == {
+        "embed_vs_dataloader": 1.5,
+        "embed_vs_forward": 0.9,
+    }
