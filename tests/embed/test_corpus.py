@@ -1,4 +1,4 @@
-"""`nev embed-images --model`: vectors equal to those of single pictures, from every source; restart, faults, forms, refusals."""
+"""`nev embed-images --model`: vectors equal to those of single pictures, from every source; restart, faults, forms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.models import make_experiment, write_checkpoint
+from helpers.parts import Opened, job_for, run, write_tar
 from helpers.pictures import encoded, photo, write_shard
 from helpers.s3_server import Proxy
 from helpers.tars import tar_of
@@ -23,36 +23,17 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from nev.cluster.tasks import ray_run_streaming
-from nev.commands.embed_images import check_options
 from nev.commands.main import app
 from nev.config.base import ConfigError
 from nev.config.model_spec import ModelError
-from nev.data.sources import SOURCES, Part, Source, SourceOptions
 from nev.data.vectors import as_array, iterate_vectors, list_vector_files, read_spec, read_vectors
-from nev.embed.corpus import CorpusOptions, make_job, threads_beside_gpu
-from nev.embed.output import PartSpec, count_reasons, find_finished, prune_stale
-from nev.embed.part import PartJob, choose_batch, embed_part
-from nev.embed.same_model import ModelPlace, load_same_model, open_model
+from nev.embed.corpus import threads_beside_gpu
+from nev.embed.output import count_reasons
+from nev.embed.part import choose_batch
+from nev.embed.same_model import load_same_model
 from nev.inference.model import Model
 from nev.storage.files import filesystem, list_files
 from nev.storage.reading import DataError
-
-Opened = tuple[Model, ModelPlace]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_checkpoint(make_experiment(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(scope="module")
-def opened(checkpoint: str) -> Opened:
-    return open_model(checkpoint, None, None, False, with_text=False)
-
-
-@pytest.fixture(scope="module")
-def model(opened: Opened) -> Model:
-    return opened[0]
 
 
 def embed(*args: object, code: int = 0) -> str:
@@ -229,23 +210,6 @@ def read_rows(location: str) -> list[dict[str, Any]]:
 # What follows needs no cluster: a part is embedded in this process.
 
 
-def write_tar(folder: Path, **more: Any) -> Source:
-    folder.mkdir(exist_ok=True)
-    members = {f"k{k}.jpg": encoded(photo(k, 60, 40)) for k in range(6)}
-    tar_of(folder / "0.tar", members | more)
-    return SOURCES["webdataset"]([folder], SourceOptions(captioned=False))
-
-
-def job_for(opened: Opened, source: Source, output: Path, **options: Any) -> PartJob:
-    return make_job(*opened, source, CorpusOptions(str(output), ["in"], captions=False, **options))
-
-
-def run(source: Source, job: PartJob) -> PartSpec:
-    *_, record = embed_part(source.parts[0], job, "cpu", 1)
-    assert isinstance(record, PartSpec)
-    return record
-
-
 @pytest.mark.parametrize(
     ("precision", "width"), [("float32", 16), ("float16", None), ("int8", 20), ("binary", 20), ("binary", None)]
 )
@@ -341,155 +305,6 @@ def test_a_process_with_another_model_writes_nothing(opened: Opened, tmp_path: P
     with pytest.raises(ModelError, match="opens another model than the command did"):
         run(source, job._replace(model=job.model._replace(text_fingerprint="0" * 64)))
     assert not (tmp_path / "out").exists()
-
-
-def test_an_output_of_another_kind_is_refused(opened: Opened, tmp_path: Path) -> None:
-    source = write_tar(tmp_path / "tars")
-    output = str(tmp_path / "out")
-    job = job_for(opened, source, tmp_path / "out")
-    record = run(source, job)
-    stamp = source.parts[0].stamp
-    assert find_finished(output, job.spec, job.settings) == {stamp: record}
-    other = job.spec.model_copy(update={"fingerprint": "f" * 64, "model": "other"})
-    with pytest.raises(
-        ConfigError, match=r"\(model small there, other here, fingerprint \w{20}\.\.\. there, f{20}\.\.\. here\)"
-    ):
-        find_finished(output, other, job.settings)
-    changed = job_for(opened, source, tmp_path / "out", thumbnail=32, precision="int8")
-    with pytest.raises(ConfigError, match="precision float32 there, int8 here, thumbnail 0 there, 32 here"):
-        find_finished(output, changed.spec, changed.settings)
-
-    # A damaged file is made again; a stranger's is not ours to judge.
-    file = Path(list_vector_files(output)[0])
-    file.write_bytes(file.read_bytes()[:-10])
-    assert find_finished(output, job.spec, job.settings) == {}
-    pq.write_table(pa.table({"uid": ["x"]}), file)
-    with pytest.raises(DataError, match="no vector file of nev"):
-        find_finished(output, job.spec, job.settings)
-
-
-def test_files_of_changed_input_are_deleted_only_when_it_is_said(opened: Opened, tmp_path: Path) -> None:
-    source = write_tar(tmp_path / "tars", **{"bad.jpg": b"x"})
-    job = job_for(opened, source, tmp_path / "out")
-    run(source, job)
-    output, stamp = str(tmp_path / "out"), source.parts[0].stamp
-    with pytest.raises(ConfigError, match=rf"1 vector files are of input that has changed.*part-{stamp}.*--prune"):
-        prune_stale(output, [stamp], prune=False)
-    assert prune_stale(output, [], prune=False) == 0
-    assert prune_stale(output, [stamp], prune=True) == 1
-    assert list_files(output) == []
-
-
-def test_a_picture_that_is_added_changes_its_part_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nev.data.sources.pictures.PART_PICTURES", 8)
-    for k in range(200):
-        (tmp_path / f"{k:03d}.png").write_bytes(b"x")
-
-    def parts() -> list[Part]:
-        return list(SOURCES["folder"]([tmp_path], SourceOptions()).parts)
-
-    before = parts()
-    assert 10 < len(before) < 50
-    (tmp_path / "100a.png").write_bytes(b"y")
-    after = parts()
-    assert len({part.stamp for part in before} - {part.stamp for part in after}) == 1
-    assert sum(len(part.content.names) for part in after) == 201
-
-
-def test_pictures_in_folders_are_read_by_path(tmp_path: Path) -> None:
-    for name in ("in/a.jpg", "in/sub/b.JPEG", "in/_own/c.jpg", "in/sub/n.txt", "other/d.webp", "out.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(name.encode())
-    (tmp_path / "in/link.png").symlink_to(tmp_path / "out.png")
-
-    def read(*inputs: Path | str, **options: Any) -> list[tuple[str, bytes | None, str | None]]:
-        source = SOURCES["folder"](inputs, SourceOptions(**options))
-        rows = [row for part in source.parts for row in source.read(part.content)]
-        return [(row["uid"], row["image"], row.get("reject")) for row in rows]
-
-    assert read(tmp_path / "in") == [
-        ("a.jpg", b"in/a.jpg", None),
-        ("link.png", None, "path leads out of the folder"),
-        ("sub/b.JPEG", b"in/sub/b.JPEG", None),
-    ]
-    assert [uid for uid, *_ in read(tmp_path / "in", tmp_path / "other")] == [
-        "in/a.jpg", "in/link.png", "in/sub/b.JPEG", "other/d.webp",
-    ]  # fmt: skip
-    assert [uid for uid, *_ in read(f"{tmp_path}/in/s*/*.JPEG")] == ["sub/b.JPEG"]
-    assert [uid for uid, *_ in read(tmp_path / "out.png")] == ["out.png"]
-    assert read(tmp_path / "in/a.jpg", limits={"max_bytes": 3}) == [("a.jpg", None, "image over 3 bytes")]
-
-
-def test_pictures_on_s3_are_read_by_key(s3: Proxy, tmp_path: Path) -> None:
-    fs, _ = filesystem("s3://bucket/in")
-    for name in ("in/a.jpg", "in/sub/b.png", "in/sub/large.png", "in/n.txt"):
-        fs.pipe_file(f"bucket/{name}", name.encode() * (9 if "large" in name else 1))
-    source = SOURCES["folder"](["s3://bucket/in"], SourceOptions(limits={"max_bytes": 50}))
-    fs.rm_file("bucket/in/sub/b.png")
-    (part,) = source.parts
-    s3.reset()
-    rows = [(row["uid"], row["image"], row.get("reject")) for row in source.read(part.content)]
-    assert rows == [
-        ("a.jpg", b"in/a.jpg", None),
-        ("sub/b.png", None, "no such file"),
-        ("sub/large.png", None, "image over 50 bytes"),
-    ]
-    assert s3.count("GET") <= 3  # none for the large picture
-    s3.rule = lambda method, path, span, before: "403"
-    with pytest.raises(ConfigError, match=r"s3://bucket/in/a\.jpg: not readable.*Access is denied"):
-        list(source.read(part.content))
-
-
-def test_the_kind_of_an_input_is_the_user_s_where_it_is_not_clear(tmp_path: Path) -> None:
-    from nev.data.sources.recognise import recognise_source
-
-    (tmp_path / "a.parquet").touch()
-    (tmp_path / "a.png").touch()
-    with pytest.raises(ConfigError, match=r"has parquet files and pictures\. Choose with --source"):
-        recognise_source([tmp_path], metadata=False)
-    assert recognise_source([f"{tmp_path}/*.parquet"], metadata=False) == ("hf-parquet", Counter())
-    (tmp_path / "a.tgz").touch()
-    assert recognise_source([tmp_path], metadata=False) == ("webdataset", Counter({".parquet": 1, ".png": 1}))
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs/a.doc").touch()
-    with pytest.raises(ConfigError, match=r"no tars, no parquet, no pictures\. It holds \.doc \(1\)"):
-        recognise_source([tmp_path / "docs"], metadata=False)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"--gpus"}, "give --model for vectors of any pictures, or --config"),
-        ({"--model", "--config"}, "give --model for vectors of any pictures, or --config"),
-        ({"--config", "--input", "--thumbnails"}, "--config has no use for --input, --thumbnails"),
-        ({"--model", "--set", "--input", "--output"}, "--model has no use for --set"),
-        ({"--model", "--input"}, "--model needs --output, too"),
-    ],
-)
-def test_each_mode_has_its_own_options(given: set[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        check_options(given)
-    check_options({"--config", "--set", "--gpus"})
-    check_options({"--model", "--input", "--output", "--gpus", "--width"})
-
-
-def test_what_cannot_be_is_said_before_a_model_is_opened(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    args = ["embed-images", "--model", str(tmp_path / "absent"), "--input", str(tmp_path / "in"), "--output"]
-    for output, message in (
-        (str(tmp_path / "in/out"), "lies in the input"),
-        ("s3://bucket", "give a folder in the bucket: s3://bucket/NAME"),
-        ("vectors.parquet", "give the name of a folder"),
-    ):
-        done = CliRunner().invoke(app, [*args, output])
-        assert done.exit_code == 2
-        assert message in done.stderr.replace("\n", " ")
-
-
-def test_a_wider_vector_than_the_model_s_is_refused(opened: Opened, tmp_path: Path) -> None:
-    source = write_tar(tmp_path / "tars")
-    with pytest.raises(ConfigError, match="--width 49: the model's vectors have 48 numbers"):
-        job_for(opened, source, tmp_path / "out", width=49)
 
 
 def test_reasons_without_end_are_one() -> None:

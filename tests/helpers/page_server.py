@@ -24,6 +24,7 @@ from nev.serve.page import add_page
 WIDTH = 48
 SCRIPT = '<script>document.title = "struck"</script><img src=x onerror="document.title = \'struck\'">'
 ODD_UID = "a/b c?d#e%f/../g"
+PICTURES, TEXTS, PAGE = 50, 60, 24  # items of each kind, and hits that the page shows at once
 
 
 def draw_vectors(names: list[str]) -> dict[str, Floats]:
@@ -227,6 +228,13 @@ def rank(items: Items, body: dict[str, Any], faults: Faults) -> dict[str, Any]:
         },
         "milliseconds": 3.2,
     }
+
+
+def rank_names(items: Items, top: int = PAGE, **query: Any) -> list[str]:
+    """Names of the hits that the ranking has for a query."""
+    empty = {"text": None, "image": None, "uid": None, "kind": None, "min_percentile": None, "hybrid": False}
+    body = {**empty, "calibrated": True, "offset": 0, "top": top, **query}
+    return [hit["text"][:120] for hit in rank(items, body, Faults())["hits"]]
 
 
 def refuse(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,11 +12,19 @@ from nev.config.model_spec import Calibration
 from nev.data.vectors import VectorSpec, make_table, write_vectors
 from nev.inference.model import Model
 from nev.ops.vectors import Floats, round_to, scale_to_unit
+from nev.search.fill import fill
+from nev.search.index import Index, open_index
 from nev.search.open import open_store
-from nev.search.store import StoreSpec, VectorStore, make_items
+from nev.search.plan import Options, Task, make_plan
+from nev.search.store import Columns, StoreSpec, VectorStore, make_items
+
+if TYPE_CHECKING:
+    import psycopg
 
 WIDTH = 24
 STORES = ("exact", "lancedb", "postgres")
+WORDS = [f"a {colour} {shape} {n}" for n in range(3) for colour in ("red", "blue") for shape in ("dog", "cat", "car")]
+USUAL = Columns(uid="id", vector="embedding", text="content")
 
 
 def draw_vectors(count: int, seed: int, gap: float, width: int = WIDTH, topics: int = 12) -> Floats:
@@ -83,3 +91,26 @@ def write_pictures(
     name = f"{uids[0].replace('/', '-')}.parquet"
     write_vectors(f"{folder}/{name}", make_table(uids, round_to(vectors, precision), spec, **columns))
     return str(folder)
+
+
+def add_pictures(address: str, table: str, columns: Columns | None, folder: str, model: Model, **options: Any) -> Index:
+    store = open_store(address, table, columns)
+    task = Task(store, Options(images=folder, **{"alter_table": True, **options}), lambda: model)
+    fill(task, make_plan(task))
+    return open_index(address, table)
+
+
+def write_rows(
+    database: psycopg.Connection[Any], model: Model, table: str, columns: str = "content, embedding"
+) -> None:
+    """Texts of WORDS with their vectors, of length 2: not every program scales them."""
+    for text, vector in zip(WORDS, 2 * model.encode_text(WORDS, kind="document"), strict=True):
+        database.execute(f"INSERT INTO {table} ({columns}) VALUES (%s, %s)", (text, str(vector.tolist())))
+
+
+def dump(database: psycopg.Connection[Any], table: str, columns: str = "id, content, embedding::text") -> list[Any]:
+    return database.execute(f"SELECT {columns} FROM {table} ORDER BY 1").fetchall()
+
+
+def list_indexes(database: psycopg.Connection[Any], table: str) -> set[str]:
+    return {row[0] for row in database.execute("SELECT indexname FROM pg_indexes WHERE tablename = %s", (table,))}

@@ -11,19 +11,18 @@ import lancedb
 import numpy as np
 import pyarrow as pa
 import pytest
-from helpers.models import make_experiment, write_checkpoint
 from helpers.search import (
+    USUAL,
     WIDTH,
+    WORDS,
     draw_pair,
     draw_vectors,
     fill_store,
     make_images,
     make_store,
     make_texts,
-    write_pictures,
 )
 
-import nev
 from nev.data.vectors import as_column
 from nev.inference.model import Model
 from nev.search.fill import fill
@@ -35,21 +34,6 @@ from nev.search.store import Columns, SearchError, StoreSpec, Upserted, VectorSt
 
 if TYPE_CHECKING:
     from helpers.s3_server import Proxy
-
-WORDS = [f"a {colour} {shape} {n}" for n in range(3) for colour in ("red", "blue") for shape in ("dog", "cat", "car")]
-USUAL = Columns(uid="id", vector="embedding", text="content")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return nev.load(write_checkpoint(make_experiment(tmp_path_factory.mktemp("model"))), device="cpu")
-
-
-@pytest.fixture
-def folder(model: Model, tmp_path: Path) -> str:
-    """Vector files of 20 pictures."""
-    uids = [f"a/{n:02d}.jpg" for n in range(20)]
-    return write_pictures(tmp_path / "vectors", model, uids, draw_vectors(20, 3, 0.5, model.width), source=uids)
 
 
 def make_docs(place: Path, model: Model, ids: pa.Array, numbers: pa.DataType, **more: Any) -> pa.Table:
