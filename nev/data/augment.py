@@ -21,7 +21,7 @@ import numpy as np
 from nev.common.imports import import_uninterrupted
 from nev.config.base import ConfigError
 from nev.config.data import Augment, Jitter
-from nev.data.decode import BadImage, Encoded, Picture, shrink_for
+from nev.data.decode import BadImage, Encoded, Picture, bad_image_for_any_error, shrink_for
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -58,6 +58,7 @@ def seeded_fractions(seed: int, epoch: int, uids: Sequence[str], purpose: str) -
     return fractions
 
 
+@bad_image_for_any_error()
 def train_view(image: Encoded, out: Picture, augment: Augment, rng: random.Random) -> None:
     """Write the training view into `out`, uint8 [size, size, 3], contiguous: random crop, flip, colour jitter, auto-augment.
 
@@ -74,6 +75,7 @@ def train_view(image: Encoded, out: Picture, augment: Augment, rng: random.Rando
         out[:] = _apply_auto_augment(out, augment.auto, rng)
 
 
+@bad_image_for_any_error()
 def eval_view(image: Encoded, out: Picture) -> None:
     """Write the evaluation view into `out`, uint8 [size, size, 3], contiguous: shortest side to `size`, then the centre square.
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nev.config.data import Limits
+from nev.data.colour import NoColour, to_rgb
 from nev.data.orientation import SIDEWAYS, apply_orientation, jpeg_orientation, read_orientation
 
 if TYPE_CHECKING:
@@ -40,6 +41,23 @@ class BadImage(ValueError):
     """Bytes that are not a usable picture. The message becomes the reason in the quarantine table."""
 
 
+@contextmanager
+def bad_image_for_any_error() -> Iterator[None]:
+    """Turn whatever a picture raises into BadImage: it costs its row, and never the run."""
+    from PIL import UnidentifiedImageError
+
+    try:
+        yield
+    except BadImage:
+        raise
+    except NoColour as error:
+        raise BadImage(str(error)) from error
+    except UnidentifiedImageError as error:
+        raise BadImage(f"not an image in a known format ({', '.join(PILLOW_FORMATS)})") from error
+    except Exception as error:
+        raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
 class Encoded(NamedTuple):
     """An image whose header has been read.
 
@@ -55,6 +73,7 @@ class Encoded(NamedTuple):
     pixels: Callable[[int], Picture]
 
 
+@bad_image_for_any_error()
 def read_header(data: bytes | memoryview, limits: Limits) -> Encoded:
     """Read the size of an encoded image and check the limits. No pixel is decoded. Raises BadImage."""
     if not len(data):
@@ -80,35 +99,37 @@ def _jpeg(data: bytes | memoryview, limits: Limits) -> Encoded:
 
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError as error:
-        raise BadImage(f"JPEG: {error}") from error
+    except ValueError:  # libjpeg's warnings are errors here; Pillow takes what can be seen
+        return _pillow(data, limits)
     _check_pixels(width, height, limits)
     if colorspace in ("CMYK", "YCCK"):
         return _pillow(data, limits)
     orientation = jpeg_orientation(data)
 
+    @bad_image_for_any_error()
     def pixels(shrink: int) -> Picture:
         minimum = {"min_height": -(-height // shrink), "min_width": -(-width // shrink), "min_factor": shrink}
         try:
             picture: Picture = simplejpeg.decode_jpeg(data, colorspace="RGB", **minimum if shrink > 1 else {})
-        except ValueError as error:
-            raise BadImage(f"JPEG: {error}") from error
+        except ValueError:
+            return _pillow_pixels(data, orientation, shrink)
         return apply_orientation(picture, orientation)
 
     return Encoded(*_upright_size(height, width, orientation), "JPEG", pixels)
 
 
 def _pillow(data: bytes | memoryview, limits: Limits) -> Encoded:
-    with _raise_bad_image(), _open_image(data) as image:
+    with _open_image(data) as image:
         _check_pixels(image.width, image.height, limits)
         orientation = _orientation(image, data)
         height, width = _upright_size(image.height, image.width, orientation)
         return Encoded(height, width, str(image.format), partial(_pillow_pixels, data, orientation))
 
 
+@bad_image_for_any_error()
 def _pillow_pixels(data: bytes | memoryview, orientation: int, shrink: int) -> Picture:
     """The picture at its full size: nothing that Pillow decodes is shrunk."""
-    with _raise_bad_image(), _open_image(data) as image:
+    with _open_image(data) as image:
         # A copy, because torch warns of Pillow's memory, which is read-only.
         return apply_orientation(np.array(to_rgb(image)), orientation)
 
@@ -130,37 +151,8 @@ def _open_image(data: bytes | memoryview) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
 
 
-@contextmanager
-def _raise_bad_image() -> Iterator[None]:
-    """Turn whatever Pillow raises for damaged bytes into BadImage."""
-    from PIL import UnidentifiedImageError
-
-    try:
-        yield
-    except BadImage:
-        raise
-    except UnidentifiedImageError as error:
-        raise BadImage(f"not an image in a known format ({', '.join(PILLOW_FORMATS)})") from error
-    except Exception as error:
-        raise BadImage(f"{type(error).__name__}: {error}") from error
-
-
 def _upright_size(height: int, width: int, orientation: int) -> tuple[int, int]:
     return (width, height) if orientation in SIDEWAYS else (height, width)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a Pillow image of any mode to RGB, transparent pixels over white, 16 bits to 8. Raises BadImage for floats."""
-    from PIL import Image
-
-    if image.mode == "F":
-        raise BadImage("floating-point pixels have no fixed white")
-    if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
 
 
 def _check_pixels(width: int, height: int, limits: Limits) -> None:

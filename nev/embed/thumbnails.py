@@ -6,7 +6,7 @@ import numpy as np
 
 from nev.config.data import Limits
 from nev.data.augment import eval_view
-from nev.data.decode import BadImage, Picture, read_header
+from nev.data.decode import BadImage, Picture, bad_image_for_any_error, read_header
 from nev.inference.pictures import Square
 
 QUALITY = 85
@@ -25,12 +25,13 @@ def make_views(data: bytes, size: int, limits: Limits, thumbnail: int) -> tuple[
             return Square(out, ""), None
         whole = image.pixels(1)
         eval_view(image._replace(pixels=lambda shrink: whole), out)
+        return Square(out, ""), make_thumbnail(whole, thumbnail)
     except BadImage as error:
         out[:] = 0
         return Square(out, str(error)), None
-    return Square(out, ""), make_thumbnail(whole, thumbnail)
 
 
+@bad_image_for_any_error()
 def make_thumbnail(picture: Picture, side: int) -> bytes:
     """A JPEG of the picture, uint8 [h, w, 3], at most `side` pixels long. Nothing is enlarged, and no metadata are copied."""
     import simplejpeg

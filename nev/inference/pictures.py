@@ -19,7 +19,8 @@ import numpy as np
 
 from nev.config.data import Limits
 from nev.data.augment import eval_view
-from nev.data.decode import BadImage, Encoded, Picture, read_header, to_rgb
+from nev.data.colour import to_rgb
+from nev.data.decode import BadImage, Encoded, Picture, bad_image_for_any_error, read_header
 from nev.data.orientation import apply_orientation, read_orientation
 
 if TYPE_CHECKING:
@@ -147,13 +148,9 @@ def _from_stream(stream: Any, limits: Limits, number: int) -> bytes:
 
 def _from_pillow(image: Image.Image, limits: Limits) -> Picture:
     _check_size(image.height, image.width, limits)
-    try:
+    with bad_image_for_any_error():  # Pillow decodes late
         upright = 1 if image.format == "TIFF" else read_orientation(image.getexif)  # Pillow turns a TIFF itself
         return apply_orientation(np.array(to_rgb(image)), upright)
-    except BadImage:
-        raise
-    except Exception as error:  # Pillow decodes late, and raises whatever its plugins raise
-        raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
 def _from_array(image: Any, limits: Limits, number: int) -> Picture:

@@ -21,7 +21,7 @@ from nev.storage.reading import DataError
 
 BROKEN: list[tuple[str, Any, Any, str]] = [
     ("good", encoded(photo(1)), "a caption", ""),
-    ("truncated", encoded(photo(2))[:-90], "a caption", "JPEG: "),
+    ("truncated", encoded(photo(2))[:-90], "a caption", "OSError: image file is truncated"),
     ("null image", None, "a caption", "image is null"),
     ("empty image", b"", "a caption", "image is empty"),
     ("garbage", b"\x00garbage" * 9, "a caption", "not an image in a known format"),

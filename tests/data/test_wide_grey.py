@@ -1,0 +1,107 @@
+"""Grey of 12, 16 and 32 bits, and transparent colours of a PNG: as the forms of 8 bits."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from nev.config.data import Limits
+from nev.data.decode import decode
+
+GREY = np.tile(np.linspace(0, 255, 64).astype(np.int64), (48, 1))
+WIDE = GREY * 257
+SIGNED = GREY * 32767 // 255
+
+
+def make_tiff(pixels: NDArray[np.generic], photometric: int, form: int = 1, order: str = "<", bits: int = 0) -> bytes:
+    """A TIFF of one strip. form: of the samples; 2 is signed. order: of the bytes."""
+    data, (height, width) = pixels.tobytes(), pixels.shape
+    if bits == 12:
+        pairs = pixels.reshape(-1, 2).tolist()
+        data = b"".join(bytes((a >> 4, (a & 15) << 4 | b >> 8, b & 255)) for a, b in pairs)
+    tags = [(256, width), (257, height), (258, bits or 8 * pixels.dtype.itemsize), (259, 1), (262, photometric)]
+    tags += [(273, 8), (277, 1), (278, height), (279, len(data)), (339, form)]
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(data)) + data
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags)
+    return head + struct.pack(f"{order}H", len(tags)) + entries + struct.pack(f"{order}I", 0)
+
+
+def make_png(pixels: NDArray[np.int64], depth: int, transparent: tuple[int, ...]) -> bytes:
+    """A grey PNG [h, w], or one of colours [h, w, 3], with a transparent colour."""
+    height, width = pixels.shape[:2]
+    samples = pixels.reshape(height, -1)
+    if depth == 16:
+        rows = [row.astype(">u2").tobytes() for row in samples]
+    else:
+        bits = (samples[:, :, None] >> np.arange(depth - 1, -1, -1)) & 1
+        rows = [np.packbits(row.astype(np.uint8).ravel()).tobytes() for row in bits]
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", width, height, depth, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
+    parts = [(b"IHDR", head), (b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))]
+    parts += [(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def make_pgm(largest: int) -> bytes:
+    return b"P5 64 48 %d\n" % largest + (GREY * largest // 255).astype(">u2").tobytes()
+
+
+def save(pixels: NDArray[np.uint16], form: str) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, form)
+    return file.getvalue()
+
+
+FORMS = {
+    "TIFF of 8 bits, white is zero": make_tiff((255 - GREY).astype("u1"), 0),
+    "TIFF of 16 bits, white is zero": make_tiff((65535 - WIDE).astype("<u2"), 0),
+    "TIFF of 16 bits": make_tiff(WIDE.astype("<u2"), 1),
+    "TIFF of 16 bits, large end first": make_tiff(WIDE.astype(">u2"), 1, order=">"),
+    "TIFF of 12 bits": make_tiff(GREY * 4095 // 255, 1, bits=12),
+    "TIFF of signed 16 bits": make_tiff(SIGNED.astype("<i2"), 1, 2),
+    "TIFF of signed 16 bits, large end first": make_tiff(SIGNED.astype(">i2"), 1, 2, ">"),
+    "TIFF of 32 bits that holds 8": make_tiff(GREY.astype("<u4"), 1),
+    "TIFF of signed 32 bits that holds 8": make_tiff(GREY.astype("<i4"), 1, 2),
+    "TIFF of signed 32 bits that holds 16": make_tiff(WIDE.astype("<i4"), 1, 2),
+    "TIFF of signed 32 bits": make_tiff((GREY << 23).astype("<i4"), 1, 2),
+    "PNG of 16 bits": save(WIDE.astype(np.uint16), "PNG"),
+    "JPEG 2000 of 16 bits": save(WIDE.astype(np.uint16), "JPEG2000"),
+    "PGM of 16 bits": make_pgm(65535),
+    "PGM of 10 bits": make_pgm(1023),
+}
+
+
+@pytest.mark.parametrize("data", FORMS.values(), ids=FORMS)
+def test_grey_of_any_width_is_that_of_8_bits(data: bytes) -> None:
+    pixels = decode(data, Limits()).astype(int)
+    assert np.abs(pixels - GREY[:, :, None]).max() <= 1
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_a_transparent_grey_is_over_white(depth: int) -> None:
+    middle = 2**depth // 3
+    pixels = np.zeros((48, 64), np.int64)
+    pixels[24:] = middle
+    for transparent in (0, middle):
+        grey = decode(make_png(pixels, depth, (transparent,)), Limits())
+        expected = np.where(pixels == transparent, 255, pixels * 255 // (2**depth - 1))
+        assert np.array_equal(grey, np.repeat(expected[:, :, None], 3, axis=2)), (depth, transparent)
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_a_transparent_colour_is_over_white(depth: int) -> None:
+    colour = (1000, 40000, 65535) if depth == 16 else (10, 200, 77)
+    pixels = np.zeros((48, 64, 3), np.int64)
+    pixels[24:] = colour
+    colours = decode(make_png(pixels, depth, colour), Limits())
+    assert (colours[24:] == 255).all()
+    assert not colours[:24].any()
