@@ -175,7 +175,7 @@ def run_infinity() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
     while process.poll() is None:
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/health").close()
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
             print(port, time.perf_counter() - start, flush=True)
             break
         except urllib.error.URLError:
