@@ -13,7 +13,6 @@ On a cluster whose GPU nodes start on demand, add --gpus 8.
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -21,6 +20,7 @@ import typer
 from rich.console import Console
 
 from nev.common.cli import Gpus, Overrides, Revision, TextEncoder, TrustRemoteCode, given_options, report_errors
+from nev.common.location import absolute_location
 from nev.common.words import counted
 from nev.config.base import ConfigError
 from nev.config.file import parse
@@ -112,9 +112,9 @@ def main(
         from nev.data.sources import refuse_inside
         from nev.embed.corpus import CorpusOptions
 
-        absolute = [absolute_input(each) for each in inputs or []]
+        absolute = [absolute_location(each) for each in inputs or []]
         output = absolute_output(str(output))
-        tables = [absolute_input(each) for each in metadata or []]
+        tables = [absolute_location(each) for each in metadata or []]
         refuse_inside(output, [*absolute, *tables])
         kind = choose_kind(source, given, absolute, bool(tables), console)
         columns = {"uid": uid, "image": image, "caption": caption}
@@ -161,12 +161,7 @@ def absolute_output(output: str) -> str:
         raise ConfigError(f"--output {output}: many files are written, so give the name of a folder")
     if output.startswith("s3://") and len(output.rstrip("/").split("/")) < 4:
         raise ConfigError(f"--output {output}: give a folder in the bucket: {output.rstrip('/')}/NAME")
-    return absolute_input(output)
-
-
-def absolute_input(location: str) -> str:
-    """A path as an absolute path, for processes in other folders; a URL as it is."""
-    return location.rstrip("/") if "://" in location else os.path.abspath(location)  # noqa: PTH100
+    return absolute_location(output)
 
 
 def choose_kind(kind: str | None, given: set[str], inputs: list[str], metadata: bool, console: Console) -> str:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from pydantic import field_validator
 
+from nev.common.location import S3, check_location
 from nev.config.base import ConfigError, Positive, Section
 from nev.config.data import Columns, Limits
 from nev.data.index import LINKED_FOLDER
@@ -25,7 +26,6 @@ from nev.data.rows import Row
 from nev.storage.files import filesystem, remedy, storage_errors
 from nev.storage.reading import read_errors_as_data_errors
 
-S3 = "s3://"
 FETCH_AGAIN = "Fetch it again, or remove it from the input."
 
 
@@ -161,7 +161,7 @@ def find_files(inputs: Iterable[str | Path], suffixes: tuple[str, ...]) -> list[
     """
     files: dict[str, File] = {}
     for pattern in map(str, inputs):
-        matches, folder = _remote(pattern) if pattern.startswith(S3) else _local(pattern)
+        matches, folder = _remote(pattern) if check_location(pattern).startswith(S3) else _local(pattern)
         if folder:
             matching = [file for file in matches if file.location.lower().endswith(suffixes)]
             if not matching:

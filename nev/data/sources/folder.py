@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from nev.common.location import S3, check_location
 from nev.config.base import ConfigError
 from nev.config.data import Limits
 from nev.data.rows import Row, parse_captions
 from nev.data.sources.common import (
-    S3,
     Part,
     Source,
     SourceOptions,
@@ -183,7 +183,7 @@ def _refuse_s3(inputs: Iterable[str | Path]) -> list[str]:
     """The inputs as strings. Raises ConfigError for an s3:// URL."""
     names = [str(name) for name in inputs]
     for name in names:
-        if name.startswith(S3):
+        if check_location(name).startswith(S3):
             raise ConfigError(
                 f"{name}: folders of pictures are read from local disks alone. Copy it here, or make tars of it."
             )

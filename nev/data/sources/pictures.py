@@ -15,11 +15,11 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
+from nev.common.location import S3
 from nev.config.base import ConfigError
 from nev.config.data import Limits
 from nev.data.rows import Row
 from nev.data.sources.common import (
-    S3,
     File,
     Part,
     Source,
