@@ -98,7 +98,7 @@ def add_model(
     contestants[loop] = partial(in_own_process, corpus.forward_per_s, model, shards)
     if not prefix:
         contestants["dataloader_pictures_per_s"] = partial(in_own_process, corpus.dataloader_per_s, model, shards)
-        ratios["embed_vs_dataloader"] = report.Ratio(command, "dataloader_pictures_per_s")
+        ratios["embed_pace_vs_dataloader"] = report.Ratio("embed_pace_per_s", "dataloader_pictures_per_s")
     ratios[f"{prefix}embed_vs_forward"] = report.Ratio(command, loop, FORWARD_GOAL)
 
 
