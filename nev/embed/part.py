@@ -90,9 +90,8 @@ def embed_part(part: Part, job: PartJob, device: str, threads: int) -> Iterator[
     Raises ConfigError as the source's reader does, ModelError where this process opens another model, and DataError where the
     output cannot be written.
     """
-    import torch
+    from nev.ops.threads import torch_threads
 
-    torch.set_num_threads(threads)
     model = load_same_model(job.model, device)
     location = part_location(job.output, part.stamp)
     batch_size = job.batch_size or choose_batch(device, model.spec.image_size)
@@ -100,6 +99,7 @@ def embed_part(part: Part, job: PartJob, device: str, threads: int) -> Iterator[
     bad, seen, rows, waiting = list[dict[str, str | None]](), set[str](), 0, list[pa.Table]()
     unreported, reported_at = 0, time.monotonic()
     with (
+        torch_threads(threads),
         write_errors_as_data_errors(location),
         open_writer(location, make_schema(job.spec, job.columns), writing_folder(job.output)) as writer,
     ):

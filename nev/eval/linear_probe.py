@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +16,7 @@ from nev.eval.metrics.retrieval import retrieval_ranks
 from nev.losses.contrastive import contrastive_loss
 from nev.models.frozen import FeatureHead
 from nev.models.heads import make_linear
+from nev.ops.threads import torch_threads
 
 LEARNING_RATES = (5e-3, 2e-2)
 STEPS, WARMUP, LOOK_EVERY = 100, 10, 20
@@ -79,26 +78,12 @@ def fit_linear_probe(features: NDArray[np.floating], texts: Floats, owner: Ints,
         order[: round(VALIDATION_SHARE * count)].sort().values,
         order[round(VALIDATION_SHARE * count) :],
     )
-    with one_thread():
+    # Small products gain little from more threads, and lose much where other programs use the cores.
+    with torch_threads(1):
         return max(
             (_train(data, fitted, validation, rate, seed) for rate in LEARNING_RATES),
             key=lambda probe: probe.validation_score,
         )
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute with one thread, so that a result does not depend on the number of cores.
-
-    So small products gain little from more threads, and lose much where other programs use the same cores: of two threads one
-    spins while it waits for the other.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def project(head: FeatureHead, features: NDArray[np.floating]) -> Floats:

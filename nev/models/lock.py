@@ -15,6 +15,7 @@ from nev.common.errors import NevError, first_few
 from nev.config.base import ConfigError
 from nev.models.digests import weight_digests
 from nev.models.text import TextTower, compute_fingerprint, make_text_encoder
+from nev.ops.threads import torch_threads
 
 if TYPE_CHECKING:
     from nev.models.frozen import FrozenTrunk
@@ -60,14 +61,8 @@ def embed_canaries(tower: TextTower) -> npt.NDArray[np.float32]:
 
     The same weights give the same bits throughout a process. Another machine or another library may give other bits.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # the number of threads changes the order of sums, and training may have changed that number
-    try:
+    with torch_threads(1):  # training may have changed their number
         return tower.encode(CANARIES, batch_size=len(CANARIES))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def take_lock(tower: TextTower) -> TowerLock:

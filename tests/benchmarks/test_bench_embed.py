@@ -56,7 +56,11 @@ def test_embed_reports_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     embed.main(pictures=4096, repetitions=2, results=tmp_path)
     written = json.loads((tmp_path / "embed.json").read_text())
-    assert written["ratios"] == {"embed_pace_vs_dataloader": 95 / 60, "embed_vs_forward": 0.9, "vit_s_embed_vs_forward": 0.9}
+    assert written["ratios"] == {
+        "embed_pace_vs_dataloader": 95 / 60,
+        "embed_vs_forward": 0.9,
+        "vit_s_embed_vs_forward": 0.9,
+    }
     assert written["goals"] == {"embed_vs_forward": 0.85, "vit_s_embed_vs_forward": 0.85}
     assert written["repetitions"]["embed_wall_s"] == [12.0, 12.0]
     assert written["figures"]["vit_s_embed_pace_per_s"] == 95.0
