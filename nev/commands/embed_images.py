@@ -40,7 +40,7 @@ CONFIG_OPTIONS = {"--config", "--set"}
 BOTH = {"--gpus"}
 # The options of a source that other sources do not have.
 TAKES: dict[str, set[str]] = {
-    "webdataset": {"--tar-in-uid"},
+    "webdataset": {"--tar-in-uid", "--caption"},
     "hf-parquet": {"--uid", "--image", "--caption"},
     "datacomp": {"--metadata", "--uid", "--caption"},
     "folder-captions": {"--image", "--caption"},
@@ -89,7 +89,10 @@ def main(
     image: Annotated[
         str | None, Column("--image", help="Image (or file name) column, if it has an unusual name.")
     ] = None,
-    caption: Annotated[str | None, Column("--caption", help="Caption column, if it has an unusual name.")] = None,
+    caption: Annotated[
+        str | None,
+        Column("--caption", help="Caption column, if it has an unusual name. Of tars: a key of the JSON, or txt."),
+    ] = None,
     tar_in_uid: Annotated[
         bool, Column("--tar-in-uid", help="Tars: uids are TAR/KEY, for keys that repeat from tar to tar.")
     ] = False,

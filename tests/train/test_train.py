@@ -237,7 +237,7 @@ def test_best_without_a_validation_set_is_refused(tiny: Make, text: TextTower) -
 
 
 def test_output_that_would_be_lost_is_refused(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="gs://bucket/runs: .* not gs:"):
+    with pytest.raises(ConfigError, match=r"gs://bucket/runs: .* not gs:"):
         with_absolute_paths(tiny(output="gs://bucket/runs"))
     assert with_absolute_paths(tiny(output="s3://bucket/runs")).output == "s3://bucket/runs"
     uploaded = tmp_path / "working_dir_files" / "_ray_pkg_1"  # where Ray unpacks a submitted working folder

@@ -7,6 +7,7 @@ https://huggingface.co/docs/datasets/image_dataset, https://github.com/rom1504/i
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -51,13 +52,15 @@ def source(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
 
     Raises ConfigError as `find_files` does.
     """
-    files = find_files(inputs, (".parquet",))
+    unread = Counter[str]()
+    files = find_files(inputs, (".parquet",), unread)
     root = shared_folder(parent_folder(file.location) for file in files)
     return Source(
         group_files(files, options.part_bytes),
         partial(read, root=root, options=options),
         sum(file.size for file in files),
         describe_options("hf-parquet", options, root=root),
+        unread,
     )
 
 
