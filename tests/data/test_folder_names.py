@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -54,8 +55,8 @@ def test_the_report_of_prepare_has_the_counts(tmp_path: Path, monkeypatch: pytes
         "out/train",
     ]
     shown = CliRunner().invoke(app, arguments, catch_exceptions=False).output
-    assert f"│ kept                    │ {len(FORMATS):5} │" in shown
-    assert "│ files not read: .heic   │     1 │" in shown
+    assert re.search(rf"│ kept +│ +{len(FORMATS)} │", shown)
+    assert re.search(r"│ files not read: \.heic +│ +1 │", shown)
 
 
 def test_the_suffixes_are_those_of_formats_that_are_decoded() -> None:

@@ -73,7 +73,7 @@ def test_webdataset_tells_neighbours_of_one_key_apart(tmp_path: Path) -> None:
 
 def test_webdataset_counts_a_tar_without_a_sample(tmp_path: Path) -> None:
     tar_of(tmp_path / "0.tar", {})
-    tar_of(tmp_path / "1.tar", {"a.tiff": b"no member that is used"})
+    tar_of(tmp_path / "1.tar", {".hidden.jpg": b"no member that is used"})
     tar_of(tmp_path / "2.tar", {"a.jpg": b"A", "a.txt": "text"})
     tar_of(tmp_path / "3.tar", {"a.txt": "text"})
     found = [row.get("reject") for row in read("webdataset", [tmp_path], DEFAULT)]
