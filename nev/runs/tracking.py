@@ -131,7 +131,7 @@ class Tracker:
             for name in list_files(checkpoint):
                 if name not in RESUME_FILES:
                     self.artifact(join(checkpoint, name), "checkpoint")
-        except Exception as error:  # MLflow's stores raise whatever their packages raise, and the training is done
+        except Exception as error:  # noqa: BLE001 - MLflow's stores raise whatever their packages do, and training is done
             return f"{type(error).__name__}: {first_line(error)}"
         return ""
 
