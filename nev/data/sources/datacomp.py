@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nev.config.base import ConfigError
+from nev.data.column_types import fits
 from nev.data.rows import Row
 from nev.data.sources import webdataset
 from nev.data.sources.common import (
@@ -126,7 +127,7 @@ def _columns(schema: pa.Schema, options: SourceOptions, path: str) -> list[str]:
         if name is None:
             raise ConfigError(f"{path}: no {role} column {' or '.join(map(repr, names))} (columns: {schema.names})")
         kind = schema.field(name).type
-        if not (pa.types.is_floating(kind) if role == "score" else kind in (pa.string(), pa.large_string())):
+        if not fits("label_name" if role == "caption" else role, kind):  # one caption a row
             raise ConfigError(f"{path}: column {name!r} cannot be the {role}: it is {kind}")
         columns.append(name)
     return columns
