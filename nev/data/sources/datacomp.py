@@ -127,7 +127,7 @@ def _columns(schema: pa.Schema, options: SourceOptions, path: str) -> list[str]:
         if name is None:
             raise ConfigError(f"{path}: no {role} column {' or '.join(map(repr, names))} (columns: {schema.names})")
         kind = schema.field(name).type
-        if not fits("label_name" if role == "caption" else role, kind):  # one caption a row
+        if not fits("score" if role == "score" else "label_name", kind):  # uids and captions are strings here
             raise ConfigError(f"{path}: column {name!r} cannot be the {role}: it is {kind}")
         columns.append(name)
     return columns
