@@ -96,11 +96,16 @@ def write_type(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> s
     return NAMES[annotation] + bounds
 
 
+def _is_technical(bound: float) -> bool:
+    """Whether a bound keeps out what no run can use, and would only make the reader stop."""
+    return abs(bound) >= (2**53 if isinstance(bound, int) else 1e3)
+
+
 def _bounds(metadata: list[Any] | tuple[Any, ...]) -> Iterator[str]:
     limits = [limit for one in metadata for limit in (one.metadata if isinstance(one, FieldInfo) else [one])]
     for limit in limits:
         for key, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤")):
-            if (value := getattr(limit, key, None)) is not None:
+            if (value := getattr(limit, key, None)) is not None and not _is_technical(value):
                 yield f" {sign} {value:,}" if isinstance(value, int) else f" {sign} {value:g}"
         if (least := getattr(limit, "min_length", None)) is not None:
             yield f", {least} or more"

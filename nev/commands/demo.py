@@ -23,6 +23,7 @@ import typer
 from rich.console import Console
 
 from nev.common.cli import report_errors
+from nev.common.location import S3, absolute_location
 from nev.config.base import ConfigError
 
 if TYPE_CHECKING:
@@ -58,6 +59,11 @@ def main(
         from nev.demo.page import bind_demo, serve
 
         check_packages()
+        for place in filter(None, (folder, output)):
+            if absolute_location(place).startswith(S3):
+                raise ConfigError(
+                    f"{place}: a demo is of a folder on this machine. For S3: nev embed-images, nev index and nev serve"
+                )
         taken = bind_demo(host, port)
         if folder is None and (model or source):
             raise ConfigError("--model and --source are for a folder of pictures: nev demo FOLDER --model MODEL")

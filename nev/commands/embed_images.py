@@ -13,7 +13,6 @@ On a cluster whose GPU nodes start on demand, add --gpus 8.
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -21,6 +20,7 @@ import typer
 from rich.console import Console
 
 from nev.common.cli import Gpus, Overrides, Revision, TextEncoder, TrustRemoteCode, given_options, report_errors
+from nev.common.location import absolute_location
 from nev.common.words import counted
 from nev.config.base import ConfigError
 from nev.config.file import parse
@@ -40,7 +40,7 @@ CONFIG_OPTIONS = {"--config", "--set"}
 BOTH = {"--gpus"}
 # The options of a source that other sources do not have.
 TAKES: dict[str, set[str]] = {
-    "webdataset": {"--tar-in-uid"},
+    "webdataset": {"--tar-in-uid", "--caption"},
     "hf-parquet": {"--uid", "--image", "--caption"},
     "datacomp": {"--metadata", "--uid", "--caption"},
     "folder-captions": {"--image", "--caption"},
@@ -89,7 +89,10 @@ def main(
     image: Annotated[
         str | None, Column("--image", help="Image (or file name) column, if it has an unusual name.")
     ] = None,
-    caption: Annotated[str | None, Column("--caption", help="Caption column, if it has an unusual name.")] = None,
+    caption: Annotated[
+        str | None,
+        Column("--caption", help="Caption column, if it has an unusual name. Of tars: a key of the JSON, or txt."),
+    ] = None,
     tar_in_uid: Annotated[
         bool, Column("--tar-in-uid", help="Tars: uids are TAR/KEY, for keys that repeat from tar to tar.")
     ] = False,
@@ -112,9 +115,9 @@ def main(
         from nev.data.sources import refuse_inside
         from nev.embed.corpus import CorpusOptions
 
-        absolute = [absolute_input(each) for each in inputs or []]
+        absolute = [absolute_location(each) for each in inputs or []]
         output = absolute_output(str(output))
-        tables = [absolute_input(each) for each in metadata or []]
+        tables = [absolute_location(each) for each in metadata or []]
         refuse_inside(output, [*absolute, *tables])
         kind = choose_kind(source, given, absolute, bool(tables), console)
         columns = {"uid": uid, "image": image, "caption": caption}
@@ -161,12 +164,7 @@ def absolute_output(output: str) -> str:
         raise ConfigError(f"--output {output}: many files are written, so give the name of a folder")
     if output.startswith("s3://") and len(output.rstrip("/").split("/")) < 4:
         raise ConfigError(f"--output {output}: give a folder in the bucket: {output.rstrip('/')}/NAME")
-    return absolute_input(output)
-
-
-def absolute_input(location: str) -> str:
-    """A path as an absolute path, for processes in other folders; a URL as it is."""
-    return location.rstrip("/") if "://" in location else os.path.abspath(location)  # noqa: PTH100
+    return absolute_location(output)
 
 
 def choose_kind(kind: str | None, given: set[str], inputs: list[str], metadata: bool, console: Console) -> str:

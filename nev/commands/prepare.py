@@ -31,7 +31,7 @@ The synthetic set, both splits at once:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -65,7 +65,7 @@ SCORE = {"--score", "--min-score"}
 FOREIGN = {"--input", "--limit", "--resize"} | ENCODING | FILTERS
 # The options of each source beside COMMON. Any other option would have no effect, so it is an error.
 TAKES: dict[str, set[str]] = {
-    "webdataset": FOREIGN | SCORE | {"--tar-in-uid"},
+    "webdataset": FOREIGN | SCORE | {"--tar-in-uid", "--caption"},
     "hf-parquet": FOREIGN | SCORE | {"--uid", "--image", "--caption", "--label", "--name", "--template"},
     "datacomp": FOREIGN | SCORE | {"--metadata", "--uid", "--caption"},
     "folder-captions": FOREIGN | {"--image", "--caption"},
@@ -143,6 +143,7 @@ def main(
         )
         shrink = {"side": resize, "format": encoding, "quality": quality}
         smaller = None if resize is None else parse(Resize, shrink, where="resize")
+        unread: Mapping[str, int] = {}
         with _progress(console) as callbacks:
             if source == "synthetic":
                 reports = write_synthetic(
@@ -166,6 +167,7 @@ def main(
                 options = parse(SourceOptions, settings, where="options")
                 refuse_inside(output, [*(inputs or []) * (source in READS_WHAT_IT_WRITES), *options.metadata])
                 rows = SOURCES[source](inputs or [], options)
+                unread = rows.unread
                 report = prepare(
                     rows,
                     output,
@@ -179,7 +181,7 @@ def main(
                     progress=callbacks,
                 )
                 reports = {output.rstrip("/").rpartition("/")[2]: report}
-    Console().print(_table(reports))
+    Console().print(_table(reports, unread))
     last = list(reports.values())[-1]  # the synthetic set has two splits, with one classes.txt
     for report in reports.values():
         typer.echo(f"shards: {report.shards[0].rpartition('/')[0]}")
@@ -232,7 +234,8 @@ def _progress(console: Console) -> Iterator[Progress]:
         )
 
 
-def _table(reports: dict[str, PrepareReport]) -> Table:
+def _table(reports: dict[str, PrepareReport], unread: Mapping[str, int]) -> Table:
+    """The report. unread: files beside the input that the source does not read, by suffix."""
     table = Table(title="prepare")
     table.add_column("")
     for split in reports:
@@ -242,6 +245,10 @@ def _table(reports: dict[str, PrepareReport]) -> Table:
         ("rows in", lambda report: f"{report.rows_in:,}"),
         ("kept", lambda report: f"{report.rows_written:,}"),
         *((f"dropped: {why}", lambda report, why=why: f"{report.dropped.get(why, 0):,}") for why in reasons),
+        *(
+            (f"files not read: {suffix}", lambda _, count=count: f"{count:,}")
+            for suffix, count in sorted(unread.items())
+        ),
         ("bytes", lambda report: f"{report.bytes:,}"),
         ("shards", lambda report: f"{len(report.shards):,}"),
         ("seconds", lambda report: f"{report.seconds:.1f}"),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, get_args
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from nev.common.errors import NevError
+from nev.common.location import check_location
 
-Positive = Annotated[int, Field(gt=0)]
+MOST = 2**53  # counts are float64 in metrics and in MLflow
+Positive = Annotated[int, Field(gt=0, le=MOST)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Deviation = Annotated[float, Field(gt=0.0)]
+PositiveShare = Annotated[float, Field(gt=0.0, le=1.0)]
+Deviation = Annotated[float, Field(gt=0.0, le=1e3)]
 
 
 def _without_password(location: str) -> str:
@@ -24,7 +28,8 @@ def _without_password(location: str) -> str:
     return location
 
 
-Location = Annotated[str, AfterValidator(_without_password)]  # a path or URL
+Address = Annotated[str, AfterValidator(_without_password)]  # of a server
+Location = Annotated[Address, AfterValidator(check_location)]
 
 
 class ConfigError(NevError, ValueError):
@@ -35,3 +40,19 @@ class Section(BaseModel):
     """A frozen group of settings in which an unknown key is an error. The docstring under a field is its description."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse `true` and `false` where a number is needed: pydantic would take them for 1 and 0."""
+        if isinstance(value, bool) and info.field_name:
+            kinds = _list_kinds(cls.model_fields[info.field_name].annotation)
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError("a number is needed, not true or false")
+        return value
+
+
+def _list_kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    inner = get_args(annotation)
+    return set().union(*map(_list_kinds, inner)) if inner else {annotation}

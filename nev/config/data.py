@@ -6,7 +6,9 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from nev.config.base import Deviation, Location, Positive, Section, Share
+from nev.config.base import Deviation, Location, Positive, PositiveShare, Section, Share
+
+Ratio = Annotated[float, Field(gt=0.0, le=1e3)]
 
 
 class Columns(Section):
@@ -38,9 +40,9 @@ class Jitter(Section):
 class Augment(Section):
     """Augmentation of training pictures, drawn from (seed, epoch, uid): crop, flip, jitter, auto-augment, in this order."""
 
-    scale: tuple[float, float] = (0.9, 1.0)
+    scale: tuple[PositiveShare, PositiveShare] = (0.9, 1.0)
     """Area of the random crop, from and to, as a share of the picture (RandomResizedCrop, Szegedy et al. 2014)."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: tuple[Ratio, Ratio] = (3 / 4, 4 / 3)
     """Aspect ratio of the random crop, width / height, from and to."""
     flip: bool = False
     """Horizontal flip of every second picture, at random."""
@@ -53,10 +55,10 @@ class Augment(Section):
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale must satisfy 0 < low <= high <= 1, not {self.scale}")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio must satisfy 0 < low <= high, not {self.ratio}")
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name} goes from low to high, not from {low} to {high}")
         return self
 
 
@@ -84,7 +86,7 @@ class Data(Section):
     """Column names of the shards."""
     augment: Augment | None = Augment()
     """Augmentation of training pictures. null: none; a picture is resized, and its centre square is cropped, as in evaluation."""
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    mean: tuple[Share, Share, Share] = (0.48145466, 0.4578275, 0.40821073)
     """Mean of red, green and blue for normalisation, in 0 to 1. Default: OpenAI CLIP's."""
     std: tuple[Deviation, Deviation, Deviation] = (0.26862954, 0.26130258, 0.27577711)
     """Standard deviation of red, green and blue for normalisation, in 0 to 1. Default: OpenAI CLIP's."""
@@ -92,7 +94,7 @@ class Data(Section):
     """Limits of one encoded image."""
     max_bad_share: Share = 0.05
     """Share of rows without a usable picture or caption past which the run stops."""
-    used_rows: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    used_rows: PositiveShare = 1.0
     """Share of each training row group that is used, its first rows. For ablations."""
     permuted_captions: Share = 0.0
     """Share of training rows that have the caption of another row of their row group, the same one in every epoch. For

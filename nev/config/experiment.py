@@ -5,37 +5,39 @@ Every section is frozen and refuses unknown keys, so a misspelt key is an error 
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nev.config.base import ConfigError, Location, Positive, Section
+from nev.config.base import MOST, Address, ConfigError, Location, Positive, Section, Seed
 from nev.config.data import Data
 from nev.config.model import Loss, Text, Vision
+
+Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Optim(Section):
     """AdamW (Loshchilov & Hutter 2019) and its learning rate."""
 
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, le=1e3)
     """Peak learning rate."""
-    text_lr_ratio: float = Field(default=1.0, gt=0)
+    text_lr_ratio: float = Field(default=1.0, gt=0, le=1e3)
     """Learning rate of a trained text tower, as a share of `lr`. The tower comes pretrained: a rate for a fresh vision tower
     undoes that.
     """
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     """Decay of AdamW's first and second moments."""
-    eps: float = Field(default=1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0, le=1)
     """AdamW's epsilon."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, le=1e3)
     """Weight decay of matrices. Biases, norms and the logit scale have none."""
-    clip_norm: float | None = Field(default=1.0, gt=0)
+    clip_norm: float | None = Field(default=1.0, gt=0, le=1e9)
     """Norm to which the gradient of the global batch is clipped. null: no clipping."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=MOST)
     """Length of the linear warm-up, in steps."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate after the warm-up: cosine to `final_lr` (Loshchilov & Hutter 2017), or constant."""
-    final_lr: float = Field(default=0.0, ge=0)
+    final_lr: float = Field(default=0.0, ge=0, le=1e3)
     """Learning rate at the last step of the cosine."""
 
 
@@ -88,9 +90,9 @@ class Train(Section):
 class Guards(Section):
     """Steps that go wrong. A step whose loss or gradient is not finite is skipped: weights and moments stay as they were."""
 
-    max_skipped: int = Field(default=10, ge=0)
+    max_skipped: int = Field(default=10, ge=0, le=MOST)
     """Skipped steps among the last 1,000 that the run survives; one more ends the run."""
-    spike_sigmas: float | None = Field(default=6.0, gt=0)
+    spike_sigmas: float | None = Field(default=6.0, gt=0, le=1e9)
     """Height from which a loss is reported as a spike, in standard deviations above its running mean. null: never."""
 
 
@@ -103,19 +105,19 @@ class Workers(Section):
     """Fewest workers that train, where their number follows the cluster's room."""
     max: Positive | None = None
     """Most workers that train, where their number follows the cluster's room."""
-    cpus: float = Field(default=0.0, ge=0)
+    cpus: float = Field(default=0.0, ge=0, le=1e5)
     """CPU cores that each worker reserves from Ray; the rest decodes images. 0: training and decoding share all cores."""
-    gpus: float = Field(default=0.0, ge=0)
+    gpus: float = Field(default=0.0, ge=0, le=1e5)
     """GPUs that each worker reserves from Ray."""
     memory: Positive = 256 * 2**20
     """Memory that each worker reserves from Ray, in bytes."""
     threads: Positive | None = None
     """torch threads of a worker. null: the machine's cores divided by the workers on the machine."""
-    max_failures: int = Field(default=3, ge=-1)
+    max_failures: int = Field(default=3, ge=-1, le=MOST)
     """Restarts of the workers after failures before the run ends with an error. -1: no limit."""
     timeout_s: Positive = 1800
     """Time that a worker waits for another worker, in seconds; after that all workers are started again."""
-    resize_s: float = Field(default=60.0, gt=0)
+    resize_s: float = Field(default=60.0, gt=0, le=1e9)
     """Time between two looks for room for more workers, in seconds. A resize repeats the steps since the latest checkpoint."""
 
     @model_validator(mode="after")
@@ -140,7 +142,7 @@ class Workers(Section):
 class ZeroShot(Section):
     """Classes as sentences (Radford et al. 2021): the vector of a class is the mean of its filled-in templates."""
 
-    classes: tuple[str, ...] | str
+    classes: tuple[str, ...] | Location
     """Class names in the order of the integer labels: a list, or a text file of one name a line."""
     templates: tuple[str, ...] = ("a photo of a {}.",)
     """Sentences, each with one `{}` for the class name."""
@@ -181,7 +183,7 @@ class Eval(Section):
 class Tracking(Section):
     """MLflow, which keeps parameters and metrics."""
 
-    uri: Location | None = None
+    uri: Address | None = None
     """Address of MLflow's tracking server or database. null: SQLite in `<output>/mlflow.db`, where `output` is a folder."""
     experiment: str = "nev"
     """Name of the MLflow experiment."""
@@ -192,7 +194,7 @@ class Experiment(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of the initial weights, the order of the rows and the augmentation."""
     output: Location = "runs"
     """Place of the runs: a folder, or `s3://bucket/prefix`."""

@@ -53,7 +53,7 @@ def read_yaml(path: str | Path, otherwise: str = "") -> dict[str, Any]:
     Raises ConfigError for a file that is missing, is not YAML, or is not a mapping.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = load_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file. {otherwise}".rstrip()) from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -61,6 +61,27 @@ def read_yaml(path: str | Path, otherwise: str = "") -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a mapping of sections is needed, this is a {type(raw).__name__}")
     return raw
+
+
+def load_yaml(text: str | bytes) -> Any:
+    """The content of YAML, without tags. Raises yaml.YAMLError, also for a key that stands twice: the first would be lost."""
+    return yaml.load(text, _Loader)
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, for mappings whose keys stand once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping. Keys merged by `<<` may stand again: that is what a merge is for."""
+        first: dict[Any, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                line = key.start_mark.line + 1
+                if key.value in first:
+                    message = f"the key {key.value!r} stands twice, in lines {first[key.value]} and {line}: join them"
+                    raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
+                first[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
 def parse(
@@ -76,7 +97,7 @@ def parse(
         if not equals:
             raise ConfigError(f"override {override!r}: write it as section.key=value")
         try:
-            raw = _replace(raw, dotted.split("."), yaml.safe_load(value), override)
+            raw = _replace(raw, dotted.split("."), load_yaml(value), override)
         except yaml.YAMLError as error:
             raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
     try:
@@ -118,6 +139,8 @@ def to_yaml(section: BaseModel) -> str:
 
 def explain_problem(schema: type[BaseModel], problem: Any) -> str:
     """A validation error of pydantic in plain words. For an unknown key, with similar known keys."""
+    if problem["type"] == "string_type" and isinstance(problem["input"], int | float):
+        return f'text is needed: write it in quotes, "{problem["input"]}"'
     if problem["type"] != "extra_forbidden":
         return str(problem["msg"]).removeprefix("Value error, ")
     *sections, key = map(str, problem["loc"])

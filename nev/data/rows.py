@@ -6,12 +6,14 @@ alone, so every row of a source is either in a shard or counted under a reason.
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NotRequired, TypedDict
 
 from nev.config.data import Limits
 
+BLANK = frozenset(("Zs", "Zl", "Zp", "Cc", "Cf"))
 MAX_REASON, MAX_REASONS = 100, 100  # characters of a reason, number of reasons: sources may have reasons of their own
 
 
@@ -42,9 +44,17 @@ class Row(TypedDict):
 
 
 def parse_captions(caption: str | list[str] | None) -> list[str]:
-    """The captions of a row, given as one or as a list, without outer white space; null and blank ones do not count."""
+    """The captions of a row, given as one or as a list, without outer white space; null and blank ones do not count.
+
+    Characters that nobody sees (zero-width ones, a byte order mark, NUL) are blank, too.
+    """
     captions = [caption] if caption is None or isinstance(caption, str) else caption
-    return [sentence.strip() for sentence in captions if sentence and sentence.strip()]
+    return [sentence.strip() for sentence in captions if sentence and has_words(sentence)]
+
+
+def has_words(sentence: str) -> bool:
+    """Whether a sentence has a character that is neither white space nor invisible (Unicode's categories Z, Cc and Cf)."""
+    return any(unicodedata.category(character) not in BLANK for character in sentence)
 
 
 def find_fault(row: Row, limits: Limits, captioned: bool = True) -> str | None:

@@ -7,12 +7,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nev.common.location import absolute_location
 from nev.config.experiment import Experiment
 from nev.embed.images import EncoderSpec
 from nev.inference.forward import Embed, make_embedder
@@ -50,9 +50,7 @@ class Embedder:
         """
         from nev.runs.towers import load_base_text, read_experiment
 
-        location = location.rstrip("/")
-        if "://" not in location:
-            location = str(Path(location).absolute())  # Ray's processes have other working folders
+        location = absolute_location(location)  # Ray's processes have other working folders
         manifest = read_manifest(location)
         config = read_experiment(location, manifest, overrides)
         return cls(location, manifest, config, load_base_text(location, manifest, config))

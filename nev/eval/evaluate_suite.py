@@ -16,7 +16,8 @@ from nev.common.errors import NevError, first_line
 from nev.config.base import ConfigError
 from nev.embed.embedder import Embedder
 from nev.runs.metrics_log import MetricPoint, load_mlflow_run_id, read_points
-from nev.runs.tracking import Tracker, check_tracking
+from nev.runs.tracking import Tracker
+from nev.runs.tracking_check import check_tracking
 from nev.storage.files import StorageError, join, output_folder, storage_errors_as
 
 if TYPE_CHECKING:

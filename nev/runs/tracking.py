@@ -25,8 +25,6 @@ RESUME_FILES = (
 )  # of a checkpoint, twice the weights: only a resumed run needs them
 MAX_METRICS_A_CALL = 1000  # MLflow's limit for log_batch
 PATIENCE_S = 60.0  # for how long the end of a run waits for a server that does not answer
-# For the check: a server that has just started may take seconds. MLflow's default, two minutes, is for files.
-TIMEOUT, PROBE_S = "MLFLOW_HTTP_REQUEST_TIMEOUT", "20"
 
 
 def tracking_uri(config: Tracking, output: str) -> str:
@@ -41,25 +39,6 @@ def tracking_uri(config: Tracking, output: str) -> str:
     return f"sqlite:///{Path(output).expanduser().absolute()}/mlflow.db"
 
 
-def check_tracking(uri: str) -> None:
-    """Raise ConfigError where MLflow does not answer."""
-    from mlflow.exceptions import MlflowException
-
-    known = os.environ.get(TIMEOUT)
-    os.environ[TIMEOUT] = PROBE_S
-    try:
-        _client(uri).search_experiments(max_results=1)
-    except (MlflowException, OSError) as error:
-        raise ConfigError(
-            f"tracking.uri: MLflow at {uri} does not answer ({first_line(error)}). Start it (mlflow server), or give "
-            "another URI with --set tracking.uri=..."
-        ) from error
-    finally:
-        del os.environ[TIMEOUT]
-        if known is not None:
-            os.environ[TIMEOUT] = known
-
-
 class Tracker:
     """An MLflow run. Metrics are queued until the server has taken them, so a server that is away for a while loses none.
 
@@ -69,7 +48,7 @@ class Tracker:
     def __init__(self, uri: str, run_id: str) -> None:
         self.uri = uri
         self.run_id = run_id
-        self._client = _client(uri)
+        self._client = make_client(uri)
         self._queue: list[Any] = []
         self._known: set[tuple[str, int]] = set()
         self._tags: dict[str, str] = {}
@@ -139,14 +118,12 @@ class Tracker:
         place = _local_folder(self._client.get_run(self.run_id).info.artifact_uri)
         return place is not None and place.resolve().is_relative_to(Path(folder).resolve())
 
-    def artifacts(self, files: list[str], checkpoint: str) -> bool:
-        """Copy files and a checkpoint to the artifacts of the MLflow run. Returns whether the server has taken them.
+    def artifacts(self, files: list[str], checkpoint: str) -> str:
+        """Copy files and a checkpoint to the artifacts of the MLflow run. Returns why they were not taken, else "".
 
         checkpoint: location of the checkpoint; also the value of the tag `nev.checkpoint`. Files that only a resumed run needs
         are not copied.
         """
-        from mlflow.exceptions import MlflowException
-
         try:
             for file in files:
                 self.artifact(file)
@@ -154,9 +131,9 @@ class Tracker:
             for name in list_files(checkpoint):
                 if name not in RESUME_FILES:
                     self.artifact(join(checkpoint, name), "checkpoint")
-        except (MlflowException, OSError):
-            return False
-        return True
+        except Exception as error:  # noqa: BLE001 - MLflow's stores raise whatever their packages do, and training is done
+            return f"{type(error).__name__}: {first_line(error)}"
+        return ""
 
     def history(self, key: str) -> tuple[list[int], list[float]]:
         """(steps, values) of a metric, by step."""
@@ -201,7 +178,7 @@ def open_run(
     tags: of a new run; a continued run keeps its tags.
     Artifacts lie under `<output>/mlartifacts`, unless an MLflow server (http) has its own place for them.
     """
-    client = _client(uri)
+    client = make_client(uri)
     if run_id is not None and not _has_run(client, run_id):  # on another server, or deleted
         tags = {**tags, "nev.continues_run": run_id}
         run_id = None
@@ -217,17 +194,26 @@ def open_run(
     return tracker
 
 
-def local_artifacts(uri: str, experiment: str, output: str, run_id: str | None) -> Path | None:
-    """The folder of this machine in which the artifacts of a run lie, or will lie; None where they lie elsewhere.
+def find_artifact_root(uri: str, experiment: str, run_id: str | None) -> str | None:
+    """The URI below which the artifacts of a run lie, or will lie; None for an experiment that is yet to be made.
 
     run_id: None for a new run.
     Raises MlflowException where MLflow does not answer.
     """
-    client = _client(uri)
+    client = make_client(uri)
     if run_id is not None and _has_run(client, run_id):
-        return _local_folder(client.get_run(run_id).info.artifact_uri)
-    if existing := client.get_experiment_by_name(experiment):
-        return _local_folder(existing.artifact_location)
+        return str(client.get_run(run_id).info.artifact_uri)
+    existing = client.get_experiment_by_name(experiment)
+    return str(existing.artifact_location) if existing else None
+
+
+def local_artifacts(uri: str, experiment: str, output: str, run_id: str | None) -> Path | None:
+    """The folder of this machine in which the artifacts of a run lie, or will lie; None where they lie elsewhere.
+
+    Arguments and errors as of `find_artifact_root`. output: place of the runs.
+    """
+    if root := find_artifact_root(uri, experiment, run_id):
+        return _local_folder(root)
     return None if uri.startswith("http") else _local_folder(join(_url(output), "mlartifacts"))
 
 
@@ -275,7 +261,8 @@ def _url(location: str) -> str:
     return location if "://" in location else Path(location).expanduser().absolute().as_uri()
 
 
-def _client(uri: str) -> Any:
+def make_client(uri: str) -> Any:
+    """Make MLflow's client of a URI. The folder of an SQLite file is made, too."""
     from mlflow import MlflowClient
 
     # Metrics that a server does not take are sent later, so no call tries for MLflow's default, four minutes.

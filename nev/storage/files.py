@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from nev.common.errors import NevError
+from nev.common.location import S3, absolute_location, check_location
 
 PARALLEL_REQUESTS = 16  # threads for requests of small files, which mostly wait
 
@@ -27,13 +28,15 @@ class StorageError(NevError, RuntimeError):
 
 
 def filesystem(location: str) -> tuple[Any, str]:
-    """The fsspec filesystem of a path or URL, and the path inside it. Local paths become absolute."""
-    if location.startswith("s3://"):
+    """The fsspec filesystem of a path or URL, and the path inside it. Local paths become absolute.
+
+    Raises LocationError for another URL than s3://.
+    """
+    if location.startswith(S3):
         from nev.storage.s3 import s3_filesystem
 
-        return s3_filesystem(), location.removeprefix("s3://")
-    fs, path = url_to_fs(os.path.expanduser(location))
-    return fs, path
+        return s3_filesystem(), check_location(location).removeprefix(S3)
+    return LocalFileSystem(), absolute_location(location)
 
 
 def join(location: str, *parts: str) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nev.config.base import Positive, Section
+from nev.config.base import MOST, Positive, Section, Seed
+
+Number = Annotated[float, Field(ge=-1e15, le=1e15)]
+Whole = Annotated[int, Field(ge=-MOST, le=MOST)]
 
 LR_RULE = "lr_rule"
 
@@ -16,11 +19,11 @@ Settings = dict[str, Any]  # dotted keys of an experiment, or lr_rule, to values
 class Draw(Section):
     """A distribution of Ray Tune from which values of a setting are drawn. Exactly one key is given."""
 
-    uniform: tuple[float, float] | None = None
+    uniform: tuple[Number, Number] | None = None
     """Lower and upper end of an even distribution."""
-    loguniform: tuple[float, float] | None = None
+    loguniform: tuple[Number, Number] | None = None
     """Lower and upper end, above 0, of a distribution that is even in the logarithm."""
-    randint: tuple[int, int] | None = None
+    randint: tuple[Whole, Whole] | None = None
     """Lower end (included) and upper end (left out) of whole numbers."""
     choice: tuple[Any, ...] | None = None
     """Values, each as likely as the others."""
@@ -42,7 +45,7 @@ class Asha(Section):
 
     grace: Positive
     """Samples that every trial sees before ASHA may end it."""
-    reduction: int = Field(default=3, ge=2)
+    reduction: int = Field(default=3, ge=2, le=MOST)
     """Reduction factor x: of the trials that have seen as many samples, the best 1/x continues."""
 
 
@@ -65,7 +68,7 @@ class Sweep(Section):
     """Dotted keys whose values are drawn from a distribution, for each combination of the axes."""
     draws: Positive | None = None
     """Number of settings drawn by `search` for each combination of the axes."""
-    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1)
     """Seeds that every arm is trained with; differences are paired by seed."""
     samples: Positive
     """Budget of every trial, in rows seen, rounded up to whole steps."""

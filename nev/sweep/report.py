@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 
-import yaml
 from rich.markup import escape
 from rich.table import Table
 
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
-from nev.config.file import parse, to_yaml
+from nev.config.file import load_yaml, parse, to_yaml
 from nev.runs.tracking import Tracker
 from nev.storage.files import join, output_folder
 from nev.sweep.config import Sweep
@@ -87,7 +86,7 @@ def read_sweep(uri: str, name: str) -> Outcome:
     if not parents:
         raise ConfigError(f"{uri}: no sweep is called {name!r}")
     parent = Tracker(uri, parents[0].info.run_id)
-    sweep = parse(Sweep, yaml.safe_load(parent.read_artifact(f"{name}.yaml")), where=f"{name}.yaml in {uri}")
+    sweep = parse(Sweep, load_yaml(parent.read_artifact(f"{name}.yaml")), where=f"{name}.yaml in {uri}")
     rows = json.loads(parent.read_artifact(f"{name}.json"))
     finished = [{**row, "arm": tuple(row["arm"].items())} for row in rows if "error" not in row]
     errors = {row["name"]: row["error"] for row in rows if "error" in row}

@@ -30,7 +30,8 @@ from nev.eval.validation.scoring import list_metric_names
 from nev.eval.validation.task import Validation, class_names, refuse_unknown_metric
 from nev.eval.validation.texts import read_captions
 from nev.models.text import TextTower, load_text
-from nev.runs.tracking import check_tracking, tracking_uri
+from nev.runs.tracking import tracking_uri
+from nev.runs.tracking_check import check_tracking
 from nev.storage.files import join
 from nev.sweep.config import Sweep
 from nev.sweep.mlflow_runs import close_children, open_parent, publish
@@ -70,7 +71,7 @@ def run_sweep(sweep: Sweep, overrides: list[str], console: Console) -> SweepSumm
     ]
     first = planned[0].experiment
     uri = tracking_uri(first.tracking, first.output)
-    check_tracking(uri)
+    check_tracking(uri, first.tracking.experiment)
     connect()
     suite = read_suite(sweep, first)
     load = functools.cache(load_text)  # arms share a text encoder, and loading takes seconds

@@ -94,7 +94,7 @@ def run_experiment(
             check_locked(prepared.text, lock)
         prove_trunk_unmoved(job, console)
         summary, files = summarise_run(job, prepared.text, tracked.tracker, console)
-        tracked.complete = tracked.tracker.artifacts(files, summary.checkpoint)
+        tracked.unsent = tracked.tracker.artifacts(files, summary.checkpoint)
     return summary
 
 

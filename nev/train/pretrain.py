@@ -27,12 +27,13 @@ from nev.data.augment import seeded_random
 from nev.data.block import Block, BlockReader
 from nev.data.index import Index, build_index
 from nev.data.plan import Plan, sequential_blocks
+from nev.data.shard_labels import read_shard_labels
 from nev.eval.validation.task import val_reader
 from nev.models.precision import choose_precision
 from nev.models.vision import VisionTower, build_vision, normalise
 from nev.runs.tracking import open_run, tracking_uri
 from nev.storage.files import join, storage_errors_as, write_atomic
-from nev.storage.reading import DataError, read_column
+from nev.storage.reading import DataError
 from nev.train.core.optim import learning_rate, make_optimizer, set_learning_rate
 from nev.train.core.step import update_parameters
 from nev.train.driver.setup import total_steps
@@ -243,7 +244,7 @@ def read_classes(index: Index) -> int:
         raise DataError(f"{index.root}: --objective supervised needs an integer label column (data.columns.label)")
     highest = -1
     for shard in range(len(index.paths)):
-        labels = read_column(index.location(shard), str(index.columns.label)).drop_null().to_numpy()
+        labels = read_shard_labels(index, shard)
         highest = max(highest, int(labels.max(initial=-1)))
     if highest < 1:
         raise DataError(f"{index.root}: its labels name fewer than two classes; --objective supervised needs two")

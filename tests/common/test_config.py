@@ -152,8 +152,8 @@ def test_what_is_no_yaml_mapping_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.augment.scale=[0, 1]", "data.augment: .*0 < low"),
-        ("data.augment.scale=[0.9, 0.5]", "data.augment: .*low <= high"),
+        ("data.augment.scale=[0, 1]", "data.augment.scale.0: .*greater than 0"),
+        ("data.augment.scale=[0.9, 0.5]", "data.augment: scale goes from low to high"),
         ("data.augment.ratio=[2, 1]", "data.augment: .*ratio"),
         ("eval.zero_shot={classes: [a], templates: ['no slot']}", "eval.zero_shot: .*exactly one"),
         ("vision={trunk: v, pretrained: true, weights: w.safetensors}", "vision: .*not both"),

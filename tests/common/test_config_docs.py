@@ -34,15 +34,20 @@ def test_every_field_has_a_description_of_whole_sentences(section: type[BaseMode
     ("section", "field", "kind", "default"),
     [
         (data.Data, "image_size", "integer > 0", "`224`"),
-        (data.Data, "mean", "[number, number, number]", "`[0.48145466, 0.4578275, 0.40821073]`"),
+        (
+            data.Data,
+            "mean",
+            "[number ≥ 0 ≤ 1, number ≥ 0 ≤ 1, number ≥ 0 ≤ 1]",
+            "`[0.48145466, 0.4578275, 0.40821073]`",
+        ),
         (data.Jitter, "hue", "number ≥ 0 ≤ 0.5", "`0`"),
         (model.Vision, "trunk", "text", "**required**"),
         (model.Vision, "pool_heads", "integer > 0, or null", "`null`"),
         (model.Loss, "kind", "`softmax` or `sigmoid`", '`"softmax"`'),
         (model.Loss, "matryoshka", "map from integer > 0 to number > 0", "`{}`"),
-        (experiment.Optim, "eps", "number > 0", "`1e-08`"),
+        (experiment.Optim, "eps", "number > 0 ≤ 1", "`1e-08`"),
         (experiment.Workers, "max_failures", "integer ≥ -1", "`3`"),
-        (sweep.Sweep, "seeds", "list of integer, 1 or more", "`[0]`"),
+        (sweep.Sweep, "seeds", "list of integer ≥ 0, 1 or more", "`[0]`"),
         (suite.Task, "chance", "number ≥ 0 ≤ 1, or null", "`null`"),
     ],
 )

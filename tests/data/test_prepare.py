@@ -156,7 +156,7 @@ def test_synthetic_writes_both_splits(tmp_path: Path) -> None:
         (("--source", "webdataset"), "needs at least one input"),
         (
             ("--source", "webdataset", "--input", ".", "--template", "a {}"),
-            "--source webdataset has no use for --template. Its options: --dedupe, ",
+            "--source webdataset has no use for --template. Its options: --caption, --dedupe, ",
         ),
         (("--source", "hf-parquet", "--input", ".", "--template", "a"), "a template needs exactly one '{}'"),
         (("--source", "hf-parquet", "--input", ".", "--train", "5"), "--source hf-parquet has no use for --train"),

@@ -15,7 +15,7 @@ from torch import Tensor
 from nev.runs import checkpoint
 from nev.runs.manifest import list_checkpoints, list_steps
 from nev.runs.metrics_log import load_mlflow_run_id
-from nev.runs.tracking import Tracker, _client
+from nev.runs.tracking import Tracker, make_client
 
 from .machines import environment, wait_for
 
@@ -117,7 +117,7 @@ class Run:
         uri = self.tracking_uri()
         tracker = Tracker(uri, load_mlflow_run_id(self.folder) or "")
         steps, losses = tracker.history("loss")
-        client = _client(uri)
+        client = make_client(uri)
         experiment = client.get_experiment_by_name("nev")
         runs = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{self.config['name']}'")
         assert len(steps) == len(set(steps)), "a step that MLflow shows twice"

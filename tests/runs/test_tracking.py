@@ -15,10 +15,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from nev.config.base import ConfigError
 from nev.config.experiment import Experiment, Tracking
 from nev.config.file import flatten
-from nev.runs.tracking import Tracker, check_tracking, open_run, tracking_uri
+from nev.runs.tracking import Tracker, open_run, tracking_uri
 
 POSTGRES = Path("/usr/lib/postgresql/15/bin")
 
@@ -206,12 +205,3 @@ def test_a_server_that_stays_away_at_the_end_is_no_traceback(
     tracker._client.back = True
     assert tracker.finish("FINISHED")
     assert Tracker(sqlite, tracker.run_id).history("loss") == ([1], [1.0])
-
-
-def test_a_server_that_does_not_answer_is_found_before_the_run(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.raises(ConfigError, match=rf"MLflow at http://127.0.0.1:{port} does not answer"):
-        check_tracking(f"http://127.0.0.1:{port}")
-    check_tracking(tracking_uri(Tracking(), str(tmp_path)))

@@ -184,7 +184,7 @@ def test_mlflow_gets_the_weights_of_a_checkpoint_and_where_it_lies(tiny: Make, t
     tracker = open_run(
         tracking_uri(job.config.tracking, job.config.output), "nev", "tiny", job.config, {}, job.config.output
     )
-    assert tracker.artifacts([], location)
+    assert not tracker.artifacts([], location)
     client = MlflowClient(tracking_uri=tracker.uri)
     names = {Path(file.path).name for file in client.list_artifacts(tracker.run_id, "checkpoint")}
     assert names == {path.name for path in Path(location).iterdir()} - {"optimizer.safetensors", "rng.safetensors"}

@@ -18,7 +18,7 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.data.block import Block
 from nev.models.vision import build_vision
-from nev.runs.tracking import Tracker, _client
+from nev.runs.tracking import Tracker, make_client
 from nev.storage.reading import DataError
 from nev.train.pretrain import MASKED, Inpainter, pretrain, train_objective
 
@@ -108,7 +108,7 @@ def test_a_trunk_learns_and_a_run_takes_it_up(ray_cluster: None, tiny: Make, pic
     filled = pretrain(config, "mim", Console(quiet=True))
     assert named.metrics["pretrain/top1"] > 2 / len((pictures / "classes.txt").read_text().splitlines())
     uri = f"sqlite:///{config.output}/mlflow.db"
-    runs = _client(uri).search_runs(["1"], "tags.`nev.kind` = 'pretrain'")
+    runs = make_client(uri).search_runs(["1"], "tags.`nev.kind` = 'pretrain'")
     assert {run.info.run_name: run.info.status for run in runs} == {
         "init-supervised": "FINISHED",
         "init-mim": "FINISHED",

@@ -162,9 +162,8 @@ def test_labels_beyond_the_classes_are_refused(tiny: Make, text: TextTower) -> N
 
 
 def test_a_loss_that_is_no_number_stops_the_run_before_its_checkpoint(tiny: Make, text: TextTower) -> None:
-    config = tiny(
-        train__steps=20, train__checkpoint_every=1, train__log_every=20, optim__lr=1e30, optim__warmup_steps=0
-    )
+    config = tiny(train__steps=20, train__checkpoint_every=1, train__log_every=20, optim__warmup_steps=0)
+    config = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 1e30})})
     job = prepare_job(config, text)
     with pytest.raises(
         Diverged, match=r"11 of the last 1,000 steps had no finite loss .* at learning rate \S+, loss None"
@@ -238,7 +237,7 @@ def test_best_without_a_validation_set_is_refused(tiny: Make, text: TextTower) -
 
 
 def test_output_that_would_be_lost_is_refused(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"'gs://bucket/runs': give a folder, or s3://BUCKET/PREFIX"):
+    with pytest.raises(ConfigError, match=r"gs://bucket/runs: .* not gs:"):
         with_absolute_paths(tiny(output="gs://bucket/runs"))
     assert with_absolute_paths(tiny(output="s3://bucket/runs")).output == "s3://bucket/runs"
     uploaded = tmp_path / "working_dir_files" / "_ray_pkg_1"  # where Ray unpacks a submitted working folder

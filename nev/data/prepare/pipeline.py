@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
+from nev.common.location import S3, absolute_location
 from nev.config.base import ConfigError
 from nev.config.data import Limits
 from nev.data import image_sidecar, labels, text_sidecar
@@ -34,7 +35,7 @@ from nev.data.prepare.order import Order, compute_order, find_shard, merge_keys
 from nev.data.prepare.resize import Resize
 from nev.data.prepare.scatter import ScatterJob, count_buckets, fetch_keys, hash_seed, read_keys, run_location, scatter
 from nev.data.prepare.shards import Layout, infer_schema, list_shards, shard_location
-from nev.data.sources.common import S3, Source, parent_folder, take_first
+from nev.data.sources.common import Source, parent_folder, take_first
 from nev.data.uids import read_uids
 from nev.storage.files import PARALLEL_REQUESTS, filesystem, is_local, join
 from nev.storage.reading import write_errors_as_data_errors
@@ -282,8 +283,7 @@ def _note_resumed(state: JobState, source: Source, rows_per_shard: int, progress
 
 def _resolve_output(output: str) -> str:
     """The absolute path, for processes in other folders, or the URL. Raises ConfigError for a bucket without a folder."""
-    if not output.startswith(S3):
-        return os.path.abspath(os.path.expanduser(output))  # noqa: PTH100
-    if len(output.rstrip("/").split("/")) < 4:
-        raise ConfigError(f"{output}: a bucket alone cannot be a split. Give a folder in it: {output.rstrip('/')}/NAME")
-    return output.rstrip("/")
+    absolute = absolute_location(output)
+    if absolute.startswith(S3) and len(absolute.split("/")) < 4:
+        raise ConfigError(f"{output}: a bucket alone cannot be a split. Give a folder in it: {absolute}/NAME")
+    return absolute

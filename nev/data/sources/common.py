@@ -9,15 +9,18 @@ import lzma
 import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pydantic import field_validator
 
+from nev.common.location import S3, check_location
 from nev.config.base import ConfigError, Positive, Section
 from nev.config.data import Columns, Limits
 from nev.data.index import LINKED_FOLDER
@@ -25,7 +28,6 @@ from nev.data.rows import Row
 from nev.storage.files import filesystem, remedy, storage_errors
 from nev.storage.reading import read_errors_as_data_errors
 
-S3 = "s3://"
 FETCH_AGAIN = "Fetch it again, or remove it from the input."
 
 
@@ -95,12 +97,14 @@ class Source(NamedTuple):
     read: yields the rows of a part, in order, given the part's content. Can be pickled.
     nbytes: rough size of the input.
     spec: the options on which the rows of all parts depend, as JSON. None for rows that can be read only once.
+    unread: files in the folders of the input that the source does not read, by suffix.
     """
 
     parts: Sequence[Part]
     read: Callable[[Any], Iterable[Row]]
     nbytes: int
     spec: dict[str, Any] | None
+    unread: Mapping[str, int] = MappingProxyType({})
 
 
 def iterate_rows(source: Source) -> Iterator[Row]:
@@ -151,19 +155,23 @@ def group_files(files: Iterable[File], part_bytes: int) -> list[Part]:
     return [Part(hash_content(group), [file.location for file in group]) for group in groups]
 
 
-def find_files(inputs: Iterable[str | Path], suffixes: tuple[str, ...]) -> list[File]:
+def find_files(
+    inputs: Iterable[str | Path], suffixes: tuple[str, ...], unread: Counter[str] | None = None
+) -> list[File]:
     """The files of the inputs, sorted. An input is a file, a folder (searched at all depths) or a glob pattern, local or on S3.
 
-    suffixes: of the files of a folder, in lower case.
+    suffixes: of the files of a folder, in lower case. unread: the other files of a folder are counted here, by suffix.
 
     In a folder, files are left out whose name, or a folder of theirs, begins with '_' or '.'. Raises ConfigError for an input
     without files, and DataError where S3 cannot be listed.
     """
     files: dict[str, File] = {}
     for pattern in map(str, inputs):
-        matches, folder = _remote(pattern) if pattern.startswith(S3) else _local(pattern)
+        matches, folder = _remote(pattern) if check_location(pattern).startswith(S3) else _local(pattern)
         if folder:
             matching = [file for file in matches if file.location.lower().endswith(suffixes)]
+            if unread is not None:
+                unread.update(name_suffix(file.location) for file in set(matches) - set(matching))
             if not matching:
                 names = {Path(file.location).suffix or Path(file.location).name for file in matches}
                 suffixes_found = ", ".join(sorted(names)) or "nothing"
@@ -177,6 +185,13 @@ def find_files(inputs: Iterable[str | Path], suffixes: tuple[str, ...]) -> list[
     if not files:
         raise ConfigError("a source needs at least one input: a file, a folder or a pattern")
     return sorted(files.values(), key=lambda file: file.location.split("/"))
+
+
+def name_suffix(location: str) -> str:
+    """The suffix of a file, in lower case, that of a compressed tar as a whole; the file's name where there is none."""
+    path = PurePosixPath(location)
+    inner = PurePosixPath(path.stem).suffix.lower()
+    return (inner if inner == ".tar" else "") + path.suffix.lower() or path.name
 
 
 def refuse_inside(output: str, inputs: Iterable[str | Path]) -> None:

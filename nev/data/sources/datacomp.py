@@ -8,6 +8,7 @@ too small, prepare some of the tars at a time, with their metadata alone.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nev.config.base import ConfigError
+from nev.data.column_types import fits
 from nev.data.rows import Row
 from nev.data.sources import webdataset
 from nev.data.sources.common import (
@@ -54,7 +56,8 @@ def source(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
 
     Raises ConfigError for metadata that are missing, not readable, or without the columns, and as `find_files` does.
     """
-    tars = find_files(inputs, webdataset.SUFFIXES)
+    unread = Counter[str]()
+    tars = find_files(inputs, webdataset.SUFFIXES, unread)
     if not options.metadata:
         raise ConfigError("a DataComp source needs its metadata parquet (--metadata), which has the captions")
     files = find_files(options.metadata, (".parquet",))
@@ -63,6 +66,7 @@ def source(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
         partial(read, metadata=_load([file.location for file in files], options), options=options),
         sum(file.size for file in tars),
         describe_options("datacomp", options, metadata_files=hash_content(files)),
+        unread,
     )
 
 
@@ -71,7 +75,10 @@ def read(tars: Iterable[str], metadata: Metadata, options: SourceOptions) -> Ite
 
     A uid that is not in the metadata is rejected. Raises ConfigError as `webdataset.read` does.
     """
-    for row in webdataset.read(tars, options.model_copy(update={"score": None})):
+    plain = options.model_copy(
+        update={"score": None, "captioned": False, "columns": options.columns.model_copy(update={"caption": None})}
+    )
+    for row in webdataset.read(tars, plain):
         if "reject" in row:
             yield row
         elif (position := find_uid(metadata.keys, row["uid"])) is None:
@@ -120,7 +127,7 @@ def _columns(schema: pa.Schema, options: SourceOptions, path: str) -> list[str]:
         if name is None:
             raise ConfigError(f"{path}: no {role} column {' or '.join(map(repr, names))} (columns: {schema.names})")
         kind = schema.field(name).type
-        if not (pa.types.is_floating(kind) if role == "score" else kind in (pa.string(), pa.large_string())):
+        if not fits("score" if role == "score" else "label_name", kind):  # uids and captions are strings here
             raise ConfigError(f"{path}: column {name!r} cannot be the {role}: it is {kind}")
         columns.append(name)
     return columns

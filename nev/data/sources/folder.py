@@ -9,17 +9,19 @@ import csv
 import functools
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from nev.common.location import S3, check_location
 from nev.config.base import ConfigError
 from nev.config.data import Limits
 from nev.data.rows import Row, parse_captions
+from nev.data.sources import samples
 from nev.data.sources.common import (
-    S3,
     Part,
     Source,
     SourceOptions,
@@ -28,12 +30,13 @@ from nev.data.sources.common import (
     find_files,
     hash_content,
     list_folder,
+    name_suffix,
     parent_folder,
     relative_name,
     shared_folder,
 )
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGES = tuple(f".{name}" for name in samples.IMAGES)
 TABLES = (".csv", ".tsv", ".jsonl")
 FILE_COLUMNS = ("file_name", "filename", "file", "filepath", "image", "path")
 CAPTION_COLUMNS = ("caption", "text", "title")
@@ -67,7 +70,8 @@ def captions(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
 
     The captions of all tables are in memory at once. Raises ConfigError for a table that is not readable or lacks a column.
     """
-    tables = find_files(_refuse_s3(inputs), TABLES)
+    unread = Counter[str]()
+    tables = find_files(_refuse_s3(inputs), TABLES, unread)
     root = shared_folder(parent_folder(table.location) for table in tables)
     by_path: dict[str, Picture] = {}
     for table in tables:
@@ -89,6 +93,7 @@ def captions(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
         partial(read, limits=options.limits),
         nbytes,
         describe_options("captions", options),
+        {name: count for name, count in unread.items() if name not in IMAGES},
     )
 
 
@@ -107,7 +112,8 @@ def classes(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
         raise ConfigError("a source needs at least one input: a folder with one sub-folder for each class")
     if not options.templates and options.captioned:
         raise ConfigError("a folder of classes has no captions: make them with --template 'a photo of a {}.'")
-    files = [(root, file) for root, name in roots for file in _list_images(root, name)]
+    unread = Counter[str]()
+    files = [(root, file) for root, name in roots for file in _list_images(root, name, unread)]
     names = sorted({file.relative_to(root).parts[0] for root, file in files if file.parent != root})
     labels = {name: label for label, name in enumerate(names)}
     sentences = {name: fill_templates(options.templates, name) for name in names}
@@ -128,6 +134,7 @@ def classes(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
         partial(read, limits=options.limits),
         nbytes,
         describe_options("classes", options),
+        unread,
     )
 
 
@@ -183,20 +190,21 @@ def _refuse_s3(inputs: Iterable[str | Path]) -> list[str]:
     """The inputs as strings. Raises ConfigError for an s3:// URL."""
     names = [str(name) for name in inputs]
     for name in names:
-        if name.startswith(S3):
+        if check_location(name).startswith(S3):
             raise ConfigError(
                 f"{name}: folders of pictures are read from local disks alone. Copy it here, or make tars of it."
             )
     return names
 
 
-def _list_images(root: Path, name: Path) -> list[Path]:
-    """The image files of a folder of classes. name: the folder as the user wrote it, for messages."""
+def _list_images(root: Path, name: Path, unread: Counter[str]) -> list[Path]:
+    """The image files of a folder of classes. name: the folder as the user wrote it. unread: other files are counted here."""
     if not root.is_dir():
         problem = "this is a file" if root.exists() else "no such file or folder"
         raise ConfigError(f"{name}: {problem}. A folder with a sub-folder for each class is needed.")
     entries = list_folder(root)
     images = [path for path in entries if path.suffix.lower() in IMAGES and not path.is_dir()]
+    unread.update(name_suffix(str(path)) for path in set(entries) - set(images) if not path.is_dir())
     full = {path.relative_to(root).parts[0] for path in images}
     empty = [path.name for path in entries if path.parent == root and path.is_dir() and path.name not in full]
     if not any(path.parent != root for path in images):

@@ -7,6 +7,7 @@ https://huggingface.co/docs/datasets/image_dataset, https://github.com/rom1504/i
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nev.config.base import ConfigError
+from nev.data.column_types import NEEDED, as_labels, fits
 from nev.data.index import KNOWN_NAMES
 from nev.data.rows import Row
 from nev.data.sources.common import (
@@ -51,13 +53,15 @@ def source(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
 
     Raises ConfigError as `find_files` does.
     """
-    files = find_files(inputs, (".parquet",))
+    unread = Counter[str]()
+    files = find_files(inputs, (".parquet",), unread)
     root = shared_folder(parent_folder(file.location) for file in files)
     return Source(
         group_files(files, options.part_bytes),
         partial(read, root=root, options=options),
         sum(file.size for file in files),
         describe_options("hf-parquet", options, root=root),
+        unread,
     )
 
 
@@ -79,6 +83,10 @@ def read(files: Iterable[str], root: str, options: SourceOptions) -> Iterator[Ro
 def _read_file(path: str, stem: str, options: SourceOptions) -> Iterator[Row]:
     with open_parquet(*filesystem(path)) as raw, pq.ParquetFile(raw) as file:
         schema = file.schema_arrow
+        if not file.metadata.num_rows:  # such as an empty frame of pandas, whose columns have no types
+            return
+        if twice := sorted(name for name, count in Counter(schema.names).items() if count > 1):
+            raise ConfigError(f"{path}: column {twice[0]!r} stands twice. Rename or drop one of them")
         columns = _columns(schema, options, path)
         names = _class_names(schema, columns.get("label"))
         if missing := [name for name in options.extra if name not in schema.names]:
@@ -142,7 +150,7 @@ def _columns(schema: pa.Schema, options: SourceOptions, path: str) -> dict[str, 
         usual = [
             name
             for name in USUAL[role]
-            if name in schema.names and (role not in OPTIONAL or _fits(role, schema.field(name).type))
+            if name in schema.names and (role not in OPTIONAL or fits(role, schema.field(name).type))
         ]
         name = named or next(iter(usual), None)
         if name is None and (role == "image" or (role == "caption" and options.captioned)):
@@ -151,23 +159,11 @@ def _columns(schema: pa.Schema, options: SourceOptions, path: str) -> dict[str, 
         if name is not None:
             columns[role] = name
     for role, name in columns.items():
-        if not _fits(role, schema.field(name).type):
-            raise ConfigError(f"{path}: column {name!r} cannot be the {role}: it is {schema.field(name).type}")
+        if not fits(role, schema.field(name).type):
+            raise ConfigError(
+                f"{path}: column {name!r} cannot be the {role}: it is {schema.field(name).type}, and {NEEDED[role]} is needed"
+            )
     return columns
-
-
-def _fits(role: str, kind: pa.DataType) -> bool:
-    text, binary = (pa.string(), pa.large_string()), (pa.binary(), pa.large_binary())
-    if role == "image":
-        return kind in binary or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
-    if role == "caption":
-        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-        return kind in text or (is_list and kind.value_type in text)
-    if role == "label":
-        return bool(pa.types.is_integer(kind))
-    if role == "score":
-        return bool(pa.types.is_floating(kind))
-    return kind in text or (role == "uid" and bool(pa.types.is_integer(kind)))
 
 
 def _values(batch: pa.RecordBatch, name: str, role: str) -> list[Any]:
@@ -176,7 +172,7 @@ def _values(batch: pa.RecordBatch, name: str, role: str) -> list[Any]:
         cells: list[Any] = [image and image["bytes"] for image in column.to_pylist()]
         return cells
     values: list[Any] = column.to_pylist()
-    return values
+    return as_labels(values) if role == "label" else values
 
 
 def _class_names(schema: pa.Schema, label: str | None) -> list[str]:

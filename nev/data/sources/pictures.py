@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,11 +16,11 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
+from nev.common.location import S3
 from nev.config.base import ConfigError
 from nev.config.data import Limits
 from nev.data.rows import Row
 from nev.data.sources.common import (
-    S3,
     File,
     Part,
     Source,
@@ -58,7 +59,8 @@ def source(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
     Raises ConfigError as `find_files` does. The names and sizes of all files are in memory at once.
     """
     patterns = list(map(str, inputs))
-    files = find_files(patterns, IMAGES)
+    unread = Counter[str]()
+    files = find_files(patterns, IMAGES, unread)
     if len({file.location.startswith(S3) for file in files}) > 1:
         raise ConfigError("pictures lie on this machine or on S3, not on both: give one command for each")
     root = shared_folder(_folder_of(pattern, files) for pattern in patterns)
@@ -74,6 +76,7 @@ def source(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
         partial(read, root=root, limits=options.limits),
         sum(file.size for file in files),
         describe_options("folder", options, root=root),
+        unread,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nev.config.base import ConfigError
 from nev.data.sources import webdataset
-from nev.data.sources.common import find_files
+from nev.data.sources.common import find_files, name_suffix
 from nev.data.sources.folder import IMAGES
 
 CHOOSE = "Choose with --source."
@@ -22,7 +22,7 @@ def recognise_source(inputs: Iterable[str | Path], metadata: bool) -> tuple[str,
     Raises ConfigError where nothing can be read, or the choice is the user's, and as `find_files` does.
     """
     patterns = list(inputs)
-    suffixes = Counter(_suffix(file.location.lower()) for file in find_files(patterns, ("",)))
+    suffixes = Counter(name_suffix(file.location) for file in find_files(patterns, ("",)))
     tars, parquet = webdataset.SUFFIXES, (".parquet",)
     kinds = {"datacomp" if metadata else "webdataset": tars, "hf-parquet": parquet, "folder": IMAGES}
     present = [kind for kind, read in kinds.items() if any(suffix in suffixes for suffix in read)]
@@ -32,8 +32,3 @@ def recognise_source(inputs: Iterable[str | Path], metadata: bool) -> tuple[str,
     if present == ["hf-parquet", "folder"]:
         raise ConfigError(f"{', '.join(map(str, patterns))}: has parquet files and pictures. {CHOOSE}")
     return present[0], Counter({name: n for name, n in suffixes.items() if name not in kinds[present[0]]})
-
-
-def _suffix(location: str) -> str:
-    """The suffix of a file, `.tar.gz` as a whole; the name of a file without a suffix."""
-    return next((tar for tar in webdataset.SUFFIXES if location.endswith(tar)), Path(location).suffix or location)

@@ -1,7 +1,7 @@
 """Reads WebDataset tars as img2dataset writes them: KEY.jpg, KEY.txt, KEY.json, one after another.
 
-https://github.com/rom1504/img2dataset, https://github.com/webdataset/webdataset (the key ends at the first dot of the file's
-name). Nothing is extracted to disk. Only regular members are read, and none beyond its size limit.
+https://github.com/rom1504/img2dataset, https://github.com/webdataset/webdataset. Nothing is extracted to disk. Only regular
+members are read, and none beyond its size limit. `nev.data.sources.samples` has the rules of their names.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -27,10 +28,10 @@ from nev.data.sources.common import (
     relative_name,
     shared_folder,
 )
+from nev.data.sources.samples import IMAGES, Member, Sample, find_faults, group_members, split_name
 from nev.storage.files import filesystem, is_local
 
-SUFFIXES = (".tar", ".tar.gz", ".tgz")
-IMAGES = ("jpg", "jpeg", "png", "webp")
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 TEXTS = ("txt", "json", "cls")
 MAX_TEXT_BYTES = 2**20
 MAX_TAIL_BYTES = 2**16  # zeros after the end mark: tar fills its last record, which has 10 KiB by default
@@ -40,7 +41,8 @@ NUMBER = re.compile(r"[+-]?\d+")
 
 def source(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
     """The source of the tars in `inputs`. A part is some whole tars (see `read`). Raises ConfigError as `find_files` does."""
-    files = find_files(inputs, SUFFIXES)
+    unread = Counter[str]()
+    files = find_files(inputs, SUFFIXES, unread)
     # With `tar_in_uid`, names of tars in uids are relative to this folder.
     root = shared_folder(parent_folder(file.location) for file in files) if options.tar_in_uid else ""
     return Source(
@@ -48,6 +50,7 @@ def source(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
         partial(read, options=options, root=root),
         sum(file.size for file in files),
         describe_options("webdataset", options, root=root),
+        unread,
     )
 
 
@@ -55,7 +58,8 @@ def read(files: Iterable[str], options: SourceOptions, root: str = "") -> Iterat
     """Yield one row for each key, in the order of the files (paths or s3:// URLs).
 
     uid: `uid` of the JSON, else the key. With `options.tar_in_uid` 'TAR/uid', with the tar's name relative to `root`.
-    caption: `captions` of the JSON, else `caption` of the JSON, else the text file.
+    caption: what `options.columns.caption` names, a key of the JSON or `txt`; else `captions` of the JSON, its `caption`, or the
+        text file.
     label: `label` of the JSON, else the .cls member. Text that is not a number becomes the label_name.
     label_name: of the JSON.
     score: the JSON key `options.score`.
@@ -66,46 +70,34 @@ def read(files: Iterable[str], options: SourceOptions, root: str = "") -> Iterat
     for path in files:
         tar = relative_name(root, path)
         rows = 0
-        for key, parts in _samples(path, options):
-            row = _row(key, parts, options, path)
+        members = _members(path, options.limits, TEXTS + options.extra)
+        for sample in find_faults(group_members(members), options.captioned):
+            row = _row(sample, options, path)
             rows += 1
             yield {**row, "uid": f"{tar}/{row['uid']}"} if options.tar_in_uid else row
         if not rows:
-            reject = f"tar without KEY.{', KEY.'.join(IMAGES)}"
+            reject = "tar without a picture, KEY.jpg or another"
             yield {"uid": tar, "image": None, "caption": None, "source": path, "reject": reject}
 
 
-def _samples(path: str, options: SourceOptions) -> Iterator[tuple[str, dict[str, bytes | None]]]:
-    """(key, content by extension) of each sample: consecutive members with one key. A repeated extension starts a new sample."""
-    last = ""
-    parts: dict[str, bytes | None] = {}
-    for key, extension, content in _members(path, options.limits, TEXTS + options.extra):
-        if parts and (key != last or extension in parts):
-            yield last, parts
-            parts = {}
-        last = key
-        parts[extension] = content
-    if parts:
-        yield last, parts
-
-
-def _members(path: str, limits: Limits, texts: tuple[str, ...]) -> Iterator[tuple[str, str, bytes | None]]:
-    """(key, extension, content) of the members that are used. The content of a member above its size limit is None."""
+def _members(path: str, limits: Limits, texts: tuple[str, ...]) -> Iterator[Member]:
+    """The regular members, but for those whose name begins with a dot. Bytes of a name that are no UTF-8 are escaped."""
+    known = sorted({*IMAGES, *texts}, key=len, reverse=True)  # of `seg.png` and `png` the longer one counts
     with (
         input_file(path, "a whole tar file"),
         _open(path) as file,
         tarfile.open(fileobj=file, mode="r:*", tarinfo=_BoundedHeader) as tar,
     ):
         for member in tar:
-            folder, _, name = member.name.rpartition("/")
-            stem, _, extension = name.partition(".")
-            extension = extension.lower()
             tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header, some kilobytes a picture
-            if not member.isreg() or not stem or extension not in IMAGES + texts:
+            if not member.isreg() or member.name.rpartition("/")[2].startswith("."):
                 continue
+            name, extension = split_name(
+                member.name.encode(errors="surrogateescape").decode(errors="backslashreplace"), known
+            )
             limit = limits.max_bytes if extension in IMAGES else MAX_TEXT_BYTES
-            stream = tar.extractfile(member) if member.size <= limit else None
-            yield f"{folder}/{stem}" if folder else stem, extension, stream.read() if stream else None
+            stream = tar.extractfile(member) if extension and member.size <= limit else None
+            yield Member(name, extension, stream.read() if stream else None)
         # tarfile treats a broken header, or a truncation between two members, as the end. The true end is a block of zeros.
         assert tar.fileobj is not None
         tar.fileobj.seek(tar.offset)
@@ -133,11 +125,15 @@ def _open(location: str) -> Any:
     return fs.open(path, "rb", cache_type="readahead", block_size=AHEAD_BYTES)
 
 
-def _row(key: str, parts: dict[str, bytes | None], options: SourceOptions, tar: str) -> Row:
+def _row(sample: Sample, options: SourceOptions, tar: str) -> Row:
+    key, parts, fault = sample
     row: Row = {"uid": key, "image": None, "caption": None, "source": f"{tar}/{key}"}
     images = [extension for extension in parts if extension in IMAGES]
     if images:
         row |= {"image": parts[images[0]], "source": f"{tar}/{key}.{images[0]}"}
+    if fault:
+        row["reject"] = fault
+        return row
     if None in parts.values():
         row["reject"] = "member over its size limit"
         return row
@@ -148,7 +144,9 @@ def _row(key: str, parts: dict[str, bytes | None], options: SourceOptions, tar: 
         text = (parts.get("txt") or b"").decode()
         row["uid"] = str(record.get("uid") or key)
         text_file = text.splitlines() if options.caption_lines else text
-        row["caption"] = _parse_caption(record.get("captions") or record.get("caption") or text_file)
+        named = options.columns.caption
+        usual = record.get("captions") or record.get("caption") or text_file
+        row["caption"] = _parse_caption(text_file if named == "txt" else (record.get(named) or "") if named else usual)
         row["label"], name = _parse_label(record["label"] if "label" in record else parts.get("cls"))
         row["label_name"] = name if record.get("label_name") is None else str(record["label_name"])
         if score := options.score:

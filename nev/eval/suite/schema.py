@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from nev.common.location import absolute_location
 from nev.config.base import ConfigError, Location, Section, Share
 from nev.config.data import Columns
 from nev.config.file import parse, read_yaml
@@ -154,9 +155,7 @@ def load_suite(name: str, root: str | None = None) -> Suite:
         raise ConfigError(
             f"suite {name}: its data lies in {suite.root}, and {error} is not set. Set it, or name the folder with --data."
         ) from None
-    if "://" not in place:
-        place = str(Path(place).expanduser().absolute())
-    return suite.model_copy(update={"root": place})
+    return suite.model_copy(update={"root": absolute_location(place)})
 
 
 def _is_suite(name: str) -> bool:

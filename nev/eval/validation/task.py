@@ -18,13 +18,14 @@ from nev.data.image_sidecar import Features, TrunkFacts, check_image_sidecars, i
 from nev.data.index import Index, build_index
 from nev.data.index_cache import cache_folder
 from nev.data.labels import parse_class_names
+from nev.data.shard_labels import read_shard_labels
 from nev.data.text_sidecar import check_sidecars, sidecar_key
 from nev.embed.cache import embed_texts_cached
 from nev.eval.metrics.zeroshot import class_embeddings
 from nev.eval.suite.schema import DataSource, Suite, Task
 from nev.eval.suite.vectors import Embedded, Texts
 from nev.eval.validation.texts import Classes
-from nev.storage.reading import DataError, read_bytes, read_column
+from nev.storage.reading import DataError, read_bytes
 
 if TYPE_CHECKING:
     from nev.models.text import TextTower
@@ -149,7 +150,7 @@ def check_labels(index: Index, classes: int) -> None:
     """Raise DataError unless every label is null, negative (unknown) or a class, and at least one row has a class."""
     known = 0
     for shard in range(len(index.paths)):
-        labels = read_column(index.location(shard), str(index.columns.label)).drop_null().to_numpy()
+        labels = read_shard_labels(index, shard)
         if len(labels) and labels.max() >= classes:
             raise DataError(
                 f"{index.location(shard)}: label {labels.max()}, but eval.zero_shot.classes names {classes} classes "
@@ -162,10 +163,7 @@ def check_labels(index: Index, classes: int) -> None:
 
 def read_labels(index: Index) -> NDArray[np.int64]:
     """The label of every row, int64 [n]; -1 where a label is null, or the set has no label column."""
-    if not index.columns.label:
-        return np.full(int(index.rows.sum()), -1, np.int64)
-    columns = [read_column(index.location(shard), index.columns.label) for shard in range(len(index.paths))]
-    return np.concatenate([column.fill_null(-1).to_numpy().astype(np.int64) for column in columns])
+    return np.concatenate([read_shard_labels(index, shard) for shard in range(len(index.paths))])
 
 
 def val_reader(data: Data, index: Index, features: Features | None = None) -> BlockReader:

@@ -67,10 +67,10 @@ def make_callbacks(config: Experiment, logger: MetricsLogger, early_stopping: Ea
 
 @dataclass
 class TrackedRun:
-    """An MLflow run that is open. complete: every file that MLflow should have was sent."""
+    """An MLflow run that is open. unsent: why files that MLflow should have were not sent, else ""."""
 
     tracker: Tracker
-    complete: bool = True
+    unsent: str = ""
 
 
 @contextmanager
@@ -101,10 +101,11 @@ def open_tracking(job: Job, tags: Mapping[str, str], start_step: int, console: C
         status = "KILLED"
         raise
     finally:
-        if not tracker.finish(status) or not run.complete:
+        problem = "" if tracker.finish(status) else f"MLflow at {tracker.uri} does not answer"
+        if problem or run.unsent:
+            problem = problem or f"MLflow at {tracker.uri} has not taken the files ({run.unsent})"
             console.print(
-                f"[yellow]MLflow at {tracker.uri} does not answer. All that it would show is in {job.run}; the same command "
-                "sends it[/]",
+                f"[yellow]{escape(problem)}. All that it would show is in {job.run}; the same command sends it[/]",
                 highlight=False,
                 soft_wrap=True,
             )

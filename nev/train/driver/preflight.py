@@ -25,7 +25,8 @@ from nev.eval.validation.task import Validation, make_validation, refuse_unknown
 from nev.runs.folder import check_output, check_space, run_folder
 from nev.runs.manifest import CheckpointError, LatestValid, latest_valid, list_steps
 from nev.runs.metrics_log import load_mlflow_run_id
-from nev.runs.tracking import check_tracking, local_artifacts, tracking_uri
+from nev.runs.tracking import local_artifacts, tracking_uri
+from nev.runs.tracking_check import check_tracking
 from nev.train.driver.setup import Inputs, make_job, make_plan, make_reader, make_tokenizer, training_features
 from nev.train.driver.validator import MAX_WAITING
 from nev.train.job import Job, ResumePoint, make_resume_point, row_bytes
@@ -88,7 +89,8 @@ def prepare(config: Experiment, stop_after: int | None = None) -> Prepared:
     with errors:
         check_output(config)
     with errors:
-        check_tracking(tracking_uri(config.tracking, config.output))
+        uri = tracking_uri(config.tracking, config.output)
+        check_tracking(uri, config.tracking.experiment, load_mlflow_run_id(run_folder(config)))
     reachable = not errors
     with errors:
         text = load_text(config.text)
