@@ -14,7 +14,7 @@ from rich.console import Console
 from nev.common.errors import first_few
 from nev.config.base import ConfigError
 from nev.data.sources import SOURCES, Source, SourceOptions
-from nev.data.sources.folder import TABLES
+from nev.data.sources.caption_tables import TABLES
 from nev.data.sources.recognise import recognise_source
 from nev.data.vectors import iterate_vectors, list_vector_files
 from nev.storage.files import write_atomic

@@ -88,7 +88,7 @@ def test_a_file_outside_the_folder_is_rejected(tmp_path: Path) -> None:
         ("t.csv", b"file_name,caption\n", r"t\.csv: no line names a picture"),
         ("t.csv", b"", r"t\.csv: no line names a picture"),
         ("t.csv", b"file_name,caption\n,x\n", r"t\.csv:2: no file name in column 'file_name'"),
-        ("t.csv", b"file_name,caption\na.jpg,caf\xe9\n", r"t\.csv: not readable as a table in UTF-8"),
+        ("t.csv", b"file_name,caption\na.jpg,caf\xe9\n", r"t\.csv: not in UTF-8 \(byte 0xe9"),
         ("t.jsonl", b'{"path": "a.jpg", "text": "x"}\n{"path"\n', r"t\.jsonl:2: not JSON"),
         ("t.jsonl", b"[1]\n", r"t\.jsonl:1: a JSON object is needed, not list"),
     ],

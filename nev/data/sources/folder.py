@@ -5,9 +5,7 @@ A file is read only if it lies in the folder: a path or a link that leads out of
 
 from __future__ import annotations
 
-import csv
 import functools
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -21,6 +19,7 @@ from nev.config.base import ConfigError
 from nev.config.data import Limits
 from nev.data.rows import Row, parse_captions
 from nev.data.sources import samples
+from nev.data.sources.caption_tables import TABLES, read_captions
 from nev.data.sources.common import (
     Part,
     Source,
@@ -37,13 +36,8 @@ from nev.data.sources.common import (
 )
 
 IMAGES = tuple(f".{name}" for name in samples.IMAGES)
-TABLES = (".csv", ".tsv", ".jsonl")
-FILE_COLUMNS = ("file_name", "filename", "file", "filepath", "image", "path")
-CAPTION_COLUMNS = ("caption", "text", "title")
 PART_PICTURES = 4096
 PICTURE_BYTES = 100_000  # an estimate, since a look at the size of each file would take long
-
-Captions = dict[str, list[str]]
 
 
 class Picture(NamedTuple):
@@ -76,7 +70,7 @@ def captions(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
     by_path: dict[str, Picture] = {}
     for table in tables:
         folder = parent_folder(table.location)
-        for name, sentences in _read_captions(Path(table.location), options).items():
+        for name, sentences in read_captions(Path(table.location), options.columns).items():
             path = str(Path(folder, name))
             if path in by_path:
                 by_path[path].row["caption"] = [*parse_captions(by_path[path].row["caption"]), *sentences]
@@ -213,72 +207,3 @@ def _list_images(root: Path, name: Path, unread: Counter[str]) -> list[Path]:
     if empty:
         raise ConfigError(f"{name / empty[0]}: a class without pictures ({', '.join(IMAGES)}). Remove that folder.")
     return images
-
-
-def _read_captions(table: Path, options: SourceOptions) -> Captions:
-    """Captions by file name, in the order in which the files first appear in the table."""
-    captions: Captions = {}
-    try:
-        with open(table, encoding="utf-8-sig", newline="") as text:
-            lines = _read_json_lines(text, table) if table.suffix == ".jsonl" else _read_cells(text, table)
-            file_column = caption_column = ""
-            for number, cells in lines:
-                if not file_column:
-                    file_column = _column(cells, options.columns.image, FILE_COLUMNS, f"{table}: no column of files")
-                    caption_column = _column(
-                        cells, options.columns.caption, CAPTION_COLUMNS, f"{table}: no column of captions"
-                    )
-                name, caption = cells.get(file_column), cells.get(caption_column)
-                if not name or not isinstance(name, str):
-                    raise ConfigError(f"{table}:{number}: no file name in column {file_column!r}")
-                sentences = caption if isinstance(caption, list) else [caption]
-                captions.setdefault(name, []).extend(item for item in sentences if isinstance(item, str))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(
-            f"{table}: not readable as a table in UTF-8 ({error}). In a CSV or TSV a quote inside a caption is written twice, "
-            "and the caption in quotes."
-        ) from error
-    if not captions:
-        raise ConfigError(f"{table}: no line names a picture")
-    return captions
-
-
-def _read_cells(text: Iterable[str], table: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    """The lines of a CSV or TSV: (line number, cells by column).
-
-    The first line shows the delimiter: a .csv may have commas, tabs (open_clip) or semicolons. Raises csv.Error for an unpaired
-    quote, which would swallow lines.
-    """
-    lines = iter(text)
-    head = next(lines, "")
-    delimiter = next((sign for sign in "\t,;" if sign in head), ",")
-    names = next(csv.reader([head], delimiter=delimiter), [])
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    for cells in reader:
-        if len(cells) > len(names):
-            raise ConfigError(
-                f"{table}:{reader.line_num + 1}: {len(cells)} cells, and {len(names)} in the first line. Put quotes around a "
-                "caption that holds the delimiter."
-            )
-        if cells:
-            yield reader.line_num + 1, dict(zip(names, cells, strict=False))
-
-
-def _read_json_lines(text: Iterable[str], table: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    for number, line in enumerate(text, start=1):
-        if line.strip():
-            try:
-                cells = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{table}:{number}: not JSON ({error})") from error
-            if not isinstance(cells, dict):
-                raise ConfigError(f"{table}:{number}: a JSON object is needed, not {type(cells).__name__}")
-            yield number, cells
-
-
-def _column(cells: dict[str, object], named: str | None, usual: tuple[str, ...], what: str) -> str:
-    wanted = (named,) if named else usual
-    for name in wanted:
-        if name in cells:
-            return name
-    raise ConfigError(f"{what} {' or '.join(map(repr, wanted))} (columns: {list(cells)}). Name it: --image, --caption")
