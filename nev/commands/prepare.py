@@ -31,6 +31,7 @@ The synthetic set, both splits at once:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -58,6 +59,7 @@ Column = partial(typer.Option, rich_help_panel="Columns and captions")
 Filter = partial(typer.Option, rich_help_panel="Filters")
 Picture = partial(typer.Option, rich_help_panel="Smaller pictures")
 Drawing = partial(typer.Option, rich_help_panel="The synthetic set")
+SHOWN = 10  # suffixes of files that were not read
 COMMON = {"--source", "--output", "--seed", "--rows-per-shard", "--row-group-rows", "--overwrite"}
 ENCODING = {"--format", "--quality"}
 FILTERS = {"--uids", "--min-side", "--max-aspect", "--min-caption", "--max-caption", "--dedupe"}
@@ -234,6 +236,13 @@ def _progress(console: Console) -> Iterator[Progress]:
         )
 
 
+def list_unread(unread: Mapping[str, int]) -> list[tuple[str, int]]:
+    """The most frequent suffixes of files that were not read, and the sum of the rest."""
+    frequent = Counter(unread).most_common(SHOWN)
+    rest = sum(unread.values()) - sum(count for _, count in frequent)
+    return frequent + [("others", rest)] * bool(rest)
+
+
 def _table(reports: dict[str, PrepareReport], unread: Mapping[str, int]) -> Table:
     """The report. unread: files beside the input that the source does not read, by suffix."""
     table = Table(title="prepare")
@@ -245,10 +254,7 @@ def _table(reports: dict[str, PrepareReport], unread: Mapping[str, int]) -> Tabl
         ("rows in", lambda report: f"{report.rows_in:,}"),
         ("kept", lambda report: f"{report.rows_written:,}"),
         *((f"dropped: {why}", lambda report, why=why: f"{report.dropped.get(why, 0):,}") for why in reasons),
-        *(
-            (f"files not read: {suffix}", lambda _, count=count: f"{count:,}")
-            for suffix, count in sorted(unread.items())
-        ),
+        *((f"files not read: {name}", lambda _, count=count: f"{count:,}") for name, count in list_unread(unread)),
         ("bytes", lambda report: f"{report.bytes:,}"),
         ("shards", lambda report: f"{len(report.shards):,}"),
         ("seconds", lambda report: f"{report.seconds:.1f}"),

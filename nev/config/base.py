@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, get_args
 from urllib.parse import urlsplit
 
@@ -45,11 +46,18 @@ class Section(BaseModel):
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse `true` and `false` where a number is needed: pydantic would take them for 1 and 0."""
-        if isinstance(value, bool) and info.field_name:
+        if _has_truth(value) and info.field_name:
             kinds = _list_kinds(cls.model_fields[info.field_name].annotation)
-            if kinds & {int, float} and bool not in kinds:
+            if kinds & {int, float} and not kinds & {bool, Any}:
                 raise ValueError("a number is needed, not true or false")
         return value
+
+
+def _has_truth(value: Any) -> bool:
+    """Whether a value is true or false, or holds one at any depth."""
+    if isinstance(value, Mapping):
+        return any(map(_has_truth, value.values()))
+    return any(map(_has_truth, value)) if isinstance(value, list | tuple) else isinstance(value, bool)
 
 
 def _list_kinds(annotation: Any) -> set[Any]:

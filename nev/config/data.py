@@ -15,13 +15,13 @@ class Columns(Section):
     """Column names of a shard. null: the column is recognised among the usual names."""
 
     uid: str | None = None
-    """Column of the unique id, a string."""
+    """Column of the unique id: a string, a whole number or a UUID."""
     image: str | None = None
     """Column of the encoded image: bytes, or the Hugging Face struct with `bytes`."""
     caption: str | None = None
     """Column of the caption: a string, or a list of strings."""
     label: str | None = None
-    """Column of the integer class label."""
+    """Column of the class label, a whole number."""
 
 
 class Jitter(Section):

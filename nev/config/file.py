@@ -71,17 +71,18 @@ def load_yaml(text: str | bytes) -> Any:
 class _Loader(yaml.SafeLoader):
     """The safe loader, for mappings whose keys stand once."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping. Keys merged by `<<` may stand again: that is what a merge is for."""
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """The mapping as it is written, before `<<` merges others into it: that may give keys again."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
         first: dict[Any, int] = {}
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                line = key.start_mark.line + 1
-                if key.value in first:
-                    message = f"the key {key.value!r} stands twice, in lines {first[key.value]} and {line}: join them"
+                name, line = (key.tag, key.value), key.start_mark.line + 1
+                if name in first:
+                    message = f"the key {key.value!r} stands twice, in lines {first[name]} and {line}: join them"
                     raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
-                first[key.value] = line
-        return super().construct_mapping(node, deep)
+                first[name] = line
+        return node
 
 
 def parse(

@@ -11,6 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from nev.storage.reading import DataError
+
 NEEDED = {
     "uid": "a string, a whole number or a UUID",
     "image": "encoded bytes, or a struct with `bytes`",
@@ -42,14 +44,21 @@ def fits(role: str, kind: pa.DataType) -> bool:
     return _is_text(kind)
 
 
-def as_labels(values: list[Any]) -> list[int | None]:
-    """The values of a column of labels. A label that is missing makes pandas write floats: whole ones are labels, others None."""
-    return [None if value is None or not is_whole(value) else int(value) for value in values]
+def as_labels(values: list[Any], where: str | None = None) -> list[int | None]:
+    """The values of a column of labels. A label that is missing makes pandas write floats, with NaN for that one.
 
-
-def is_whole(value: float) -> bool:
-    """Whether a number is whole, which NaN and infinity are not."""
-    return math.isfinite(value) and value == int(value)
+    where: the file. Raises DataError for a number that is not whole. None: such numbers are no labels, but None.
+    """
+    labels: list[int | None] = []
+    for value in values:
+        is_missing = value is None or math.isnan(value)
+        is_whole = not is_missing and math.isfinite(value) and value == int(value)
+        if where and not is_missing and not is_whole:
+            raise DataError(
+                f"{where}: the label {value} is no whole number. Name the column of labels: data.columns.label, --label"
+            )
+        labels.append(int(value) if is_whole else None)
+    return labels
 
 
 def _inner(kind: pa.DataType) -> pa.DataType:

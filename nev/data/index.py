@@ -136,14 +136,17 @@ def _read_footers(
     ]
     if not with_rows:
         raise DataError(f"{root}: the shards hold no rows.")
-    resolved = resolve_columns(with_rows[0][1], columns, f"{root.rstrip('/')}/{with_rows[0][0]}")
+    first = f"{root.rstrip('/')}/{with_rows[0][0]}"
+    resolved = resolve_columns(with_rows[0][1], columns, first)
+    label = _find_label([schema for _, schema in with_rows], columns.label)
+    if columns.label and not label:
+        raise DataError(f"{first}: no column {columns.label!r} (data.columns.label), here and in the other shards.")
+    resolved = resolved.model_copy(update={"label": label})
     for path, schema in with_rows:
         where = f"{root.rstrip('/')}/{path}"
         needed = {resolved.uid, resolved.image, resolved.caption}
         if missing := sorted(str(name) for name in needed if name not in schema.names):
             raise DataError(f"{where}: column {missing} is missing; the first shard has it.")
-        if resolved.label is None:  # labels may begin in a later shard
-            resolved = resolved.model_copy(update={"label": _find_label(schema)})
         _check_types(schema, resolved, where)
 
     rows, nbytes = np.concatenate(sizes).T
@@ -159,19 +162,17 @@ def _read_footers(
 
 
 def resolve_columns(schema: pa.Schema, columns: Columns, where: str) -> Columns:
-    """Replace the names that are None by usual names that the schema has. Only `label` may stay None.
+    """Replace the names that are None by usual names that the schema has; but the label's, which any shard may have.
 
-    A usual name of a label counts only for a column of numbers, since `class` often names a column of text.
     Raises DataError for a missing column.
     """
-    names: dict[str, str | None] = {}
-    for role, known in KNOWN_NAMES.items():
-        wanted = getattr(columns, role)
+    names: dict[str, str | None] = {"label": columns.label}
+    for role in ("uid", "image", "caption"):
+        known, wanted = KNOWN_NAMES[role], getattr(columns, role)
         if wanted is not None and wanted not in schema.names:
             raise DataError(f"{where}: no column {wanted!r} (data.columns.{role}); the file has {schema.names}.")
-        usual = [name for name in known if name in schema.names]
-        names[role] = wanted or (_find_label(schema) if role == "label" else next(iter(usual), None))
-        if names[role] is None and role != "label":
+        names[role] = wanted or next((name for name in known if name in schema.names), None)
+        if names[role] is None:
             raise DataError(
                 f"{where}: no {role} column among {list(known)}; the file has {schema.names}. "
                 f"Name it with data.columns.{role}=COLUMN."
@@ -179,10 +180,18 @@ def resolve_columns(schema: pa.Schema, columns: Columns, where: str) -> Columns:
     return Columns(**names)
 
 
-def _find_label(schema: pa.Schema) -> str | None:
-    """The column of labels among the usual names."""
-    usual = (name for name in KNOWN_NAMES["label"] if name in schema.names)
-    return next((name for name in usual if fits("label", schema.field(name).type)), None)
+def _find_label(schemas: list[pa.Schema], wanted: str | None) -> str | None:
+    """The column of labels: the one that is named, or a usual name that has numbers wherever it is. None: no shard has one.
+
+    `class` often names a column of text.
+    """
+    if wanted:
+        return wanted if any(wanted in schema.names for schema in schemas) else None
+    for name in KNOWN_NAMES["label"]:
+        kinds = [schema.field(name).type for schema in schemas if name in schema.names]
+        if kinds and all(fits("label", kind) for kind in kinds) and not all(map(pa.types.is_null, kinds)):
+            return name
+    return None
 
 
 def _check_types(schema: pa.Schema, columns: Columns, where: str) -> None:

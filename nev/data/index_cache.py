@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from nev.config.data import Columns
 from nev.storage.files import is_local
 
-LAYOUT = 1  # version of the stored table and of the way it is read from footers
+LAYOUT = 2  # version of the stored table and of the way it is read from footers
 DIGEST_BYTES = 32
 
 log = logging.getLogger("nev.index")

@@ -12,9 +12,10 @@ from nev.storage.files import filesystem, open_parquet
 from nev.storage.reading import CUT_SHORT, read_errors_as_data_errors
 
 
-def read_shard_labels(index: Index, shard: int) -> NDArray[np.int64]:
-    """The label of every row of a shard, int64 [n]; -1 where it is null or no whole number, and where there is no such column.
+def read_shard_labels(index: Index, shard: int, needed: bool = False) -> NDArray[np.int64]:
+    """The label of every row of a shard, int64 [n]; -1 where it is null, and where there is no such column.
 
+    needed: a number that is not whole raises DataError. Without that it is -1, too: the column may hold something else.
     Raises DataError for a file that cannot be read.
     """
     rows = int(index.rows[index.shard_groups(shard)].sum())
@@ -24,6 +25,6 @@ def read_shard_labels(index: Index, shard: int) -> NDArray[np.int64]:
         with read_errors_as_data_errors(location, CUT_SHORT), open_parquet(fs, path) as file:
             table = pq.ParquetFile(file).read(columns=[column])
         if column in table.column_names:
-            labels = as_labels(table[column].to_pylist())
+            labels = as_labels(table[column].to_pylist(), location if needed else None)
             return np.array([-1 if label is None else label for label in labels], np.int64)
     return np.full(rows, -1, np.int64)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from rich.console import Console
 
 from nev.cluster.ray_internals import first_cause
 from nev.cluster.session import cluster_cpus, cluster_gpus, connect, may_grow
+from nev.common.cores import count_cores
 from nev.common.imports import import_uninterrupted
 from nev.common.progress import progress
 from nev.config.base import ConfigError
@@ -246,7 +246,7 @@ def run_here(job: PartJob, parts: list[Part]) -> Iterator[PartResult]:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    threads = len(os.sched_getaffinity(0))
+    threads = count_cores()
     for part in parts:
         yield from embed_or_report(part, job, device, threads)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nev.common.errors import first_line
-from nev.common.location import S3
+from nev.common.location import S3, hide_password
 from nev.config.base import ConfigError
 from nev.runs.tracking import find_artifact_root, make_client
 from nev.storage.files import filesystem, join, upload
@@ -20,7 +21,8 @@ from nev.storage.files import filesystem, join, upload
 TIMEOUT, PROBE_S = "MLFLOW_HTTP_REQUEST_TIMEOUT", "20"
 DRIVERS = {"MySQLdb": "mysqlclient", "psycopg2": "psycopg2-binary", "psycopg": "psycopg[binary]", "pyodbc": "pyodbc"}
 REFUSED = re.compile(r"error code (401|403)")
-PROBE = "nev-check"  # folder of a file that is written and deleted
+DATABASE = re.compile(r"(sqlite|mysql|postgresql|mssql)(\+\w+)?://")
+PROBE = "nev-check"  # beginning of the name of a file that is written and deleted
 
 
 def check_tracking(uri: str, experiment: str | None = None, run_id: str | None = None) -> None:
@@ -50,7 +52,7 @@ def check_tracking(uri: str, experiment: str | None = None, run_id: str | None =
 def check_artifacts(uri: str, root: str, experiment: str) -> None:
     """Raise ConfigError where a file cannot be written to a root of artifacts, by writing one."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, PROBE)
+        file = Path(folder, f"{PROBE}-{secrets.token_hex(4)}")  # runs may start together
         file.write_text("nev writes this file to see whether it can, and deletes it.\n", encoding="utf-8")
         try:
             with _short_timeout():
@@ -65,19 +67,18 @@ def check_artifacts(uri: str, root: str, experiment: str) -> None:
 
 def _write_and_delete(uri: str, root: str, file: Path) -> None:
     if root.startswith(S3):  # by s3fs: MLflow itself would need boto3
-        place = join(root, PROBE, file.name)
+        place = join(root, file.name)
         upload(file, place)
         fs, path = filesystem(place)
         with suppress(OSError):  # a store that keeps everything
             fs.rm_file(path)
         return
-    from mlflow.exceptions import MlflowException
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     repository = get_artifact_repository(root, tracking_uri=uri)
-    repository.log_artifact(str(file), PROBE)  # type: ignore[no-untyped-call]
-    with suppress(MlflowException, OSError, NotImplementedError):  # a store that keeps everything
-        repository.delete_artifacts(PROBE)  # type: ignore[no-untyped-call]
+    repository.log_artifact(str(file))  # type: ignore[no-untyped-call]
+    with suppress(Exception):  # a store that keeps everything says so by an error of its own package
+        repository.delete_artifacts(file.name)  # type: ignore[no-untyped-call]
 
 
 def _check_database(uri: str) -> None:
@@ -86,8 +87,8 @@ def _check_database(uri: str) -> None:
 
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    if not re.match(r"[a-z0-9+]+://", uri):
-        return  # a folder of files, as older versions of MLflow had it
+    if not DATABASE.match(uri):  # MLflow has other places, too: a folder of files, databricks
+        return
     engine = sqlalchemy.create_engine(uri)
     try:
         engine.connect().close()
@@ -104,7 +105,7 @@ def _explained(uri: str) -> Iterator[None]:
     def refuse(problem: str, error: BaseException) -> Any:
         raise ConfigError(f"tracking.uri: {problem}") from error
 
-    place = re.sub(r"//[^/@]*@", "//", uri)  # without user and password
+    place = hide_password(uri)
     try:
         yield
     except ImportError as error:
@@ -129,6 +130,8 @@ def _explained(uri: str) -> Iterator[None]:
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
                 error,
             )
+        if "error code 404" in str(error):
+            refuse(f"{place} answers, and is no MLflow (404): correct the address", error)
         refuse(
             f"MLflow at {place} does not answer ({first_line(error)}). Start it (mlflow server), or give another URI with "
             "--set tracking.uri=...",

@@ -70,6 +70,11 @@ class ExactStore:
         return dict.fromkeys(("uid", "kind", "text", "source"), (str,))
 
     @property
+    def is_remade(self) -> bool:
+        """Never: the record lies in the table."""
+        return False
+
+    @property
     def takes_texts(self) -> bool:
         """Whether nev can write texts."""
         return True

@@ -86,6 +86,11 @@ class LanceStore:
         return self._layout.filters
 
     @property
+    def is_remade(self) -> bool:
+        """Never: the record lies in the table."""
+        return False
+
+    @property
     def takes_texts(self) -> bool:
         """Whether nev can write texts: uids are strings."""
         return self._table is None or self._layout.key == self.columns.uid

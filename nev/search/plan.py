@@ -145,7 +145,8 @@ def make_plan(task: Task) -> Plan:
             f"{store.name}: uids of texts are no strings here, so the program that owns the table adds its texts. nev adds "
             "pictures"
         )
-    is_known = is_new or bool(recorded and recorded.text_fingerprint) or not store.count(TEXT)
+    is_recorded = bool(recorded and recorded.text_fingerprint) and not store.is_remade
+    is_known = is_new or is_recorded or not store.count(TEXT)
     agreement = _check_text_encoder(task, recorded, is_known)
     if changes and not is_new and not options.alter_table:
         listed = "".join(f"\n  {change}" for change in changes)

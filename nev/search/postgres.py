@@ -61,6 +61,7 @@ class PostgresStore:
         self.name = f"{self._connections.name}, table {table}"
         self.columns = columns or Columns()
         self._described = self._describe()
+        self.is_remade = False
         spec = self.read_spec()
         if columns is None and spec:
             self.columns = spec.columns
@@ -105,10 +106,7 @@ class PostgresStore:
         return self._described is None or not self._described.has_own_key
 
     def read_spec(self) -> StoreSpec | None:
-        """What nev has recorded, in the table `nev_index` of the same schema.
-
-        Of a table that was dropped and made again, or restored, the text encoder is not known: its vectors may be others.
-        """
+        """What nev has recorded, in the table `nev_index` of the same schema."""
         if self._described is None:
             return None
         schema, name = self._described.schema, self._described.name
@@ -128,9 +126,8 @@ class PostgresStore:
             raise SearchError(
                 f"{self.name}: its record in {RECORD} cannot be read ({error}). Make the index again"
             ) from error
-        if spec is None or row[1] == self._described.oid:
-            return spec
-        return spec.model_copy(update={"text_fingerprint": None})
+        self.is_remade = bool(row) and row[1] not in (None, self._described.oid)
+        return spec
 
     def write_spec(self, spec: StoreSpec) -> None:
         """Record in the table `nev_index`."""

@@ -107,6 +107,10 @@ class VectorStore(Protocol):
         """Columns that `where` may name, and the types of their values."""
 
     @property
+    def is_remade(self) -> bool:
+        """Whether the table is another than the one that the record was written for: its vectors may be others."""
+
+    @property
     def takes_texts(self) -> bool:
         """Whether nev can write texts: uids are strings. Pictures have a column for theirs where they are not."""
 

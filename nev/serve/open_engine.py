@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from nev.common.cores import count_cores
 from nev.config.model_spec import ModelError
 from nev.serve.engine import Engine
 
@@ -44,9 +44,3 @@ def open_engine(
     from nev.serve.torch_engine import open_torch
 
     return open_torch(location, precision, device, count, text, revision, trust_remote_code)
-
-
-def count_cores() -> int:
-    """The cores that this process may use: those of taskset or of a container's cpuset, and not all of the machine."""
-    affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
-    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -244,7 +244,7 @@ def read_classes(index: Index) -> int:
         raise DataError(f"{index.root}: --objective supervised needs an integer label column (data.columns.label)")
     highest = -1
     for shard in range(len(index.paths)):
-        labels = read_shard_labels(index, shard)
+        labels = read_shard_labels(index, shard, needed=True)
         highest = max(highest, int(labels.max(initial=-1)))
     if highest < 1:
         raise DataError(f"{index.root}: its labels name fewer than two classes; --objective supervised needs two")

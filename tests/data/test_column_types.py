@@ -133,3 +133,30 @@ def test_a_name_that_stands_twice_is_named(tmp_path: Path) -> None:
         build_index(str(tmp_path / "set"), Columns())
     with pytest.raises(ConfigError, match="column 'caption' stands twice"):
         list(read("hf-parquet", [str(tmp_path / "set")], SourceOptions()))
+
+
+def test_fractions_are_no_labels_and_an_error_where_labels_are_needed(tmp_path: Path) -> None:
+    folder = write(tmp_path / "set", label=[0.5, 1.0, 2.0, 0.25])
+    index = build_index(folder, Columns())
+    assert read_shard_labels(index, 0).tolist() == [-1, 1, 2, -1]
+    with pytest.raises(DataError, match=r"the label 0\.5 is no whole number"):
+        read_shard_labels(index, 0, needed=True)
+    with pytest.raises(DataError, match=r"the label 0\.5 is no whole number"):
+        list(read("hf-parquet", [folder], SourceOptions(columns=Columns(label="label"))))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_text_under_a_usual_name_is_no_label(first: bool, tmp_path: Path) -> None:
+    write(tmp_path / "set", "0" if first else "1", label=["cat"] * 4)
+    folder = write(tmp_path / "set", "1" if first else "0", label=[1, 2, 3, 4])
+    assert build_index(folder, Columns()).columns.label is None
+    with pytest.raises(DataError, match="holds string, but the label must be a whole number"):
+        build_index(folder, Columns(label="label"))
+
+
+def test_a_named_label_may_be_in_any_shard(tmp_path: Path) -> None:
+    write(tmp_path / "set", "0")
+    folder = write(tmp_path / "set", "1", klass=[1, 2, 3, 4])
+    assert build_index(folder, Columns(label="klass")).columns.label == "klass"
+    with pytest.raises(DataError, match="no column 'absent'"):
+        build_index(folder, Columns(label="absent"))

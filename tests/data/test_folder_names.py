@@ -36,7 +36,7 @@ def test_pictures_of_every_format_are_read_and_others_counted(kind: str, tmp_pat
     assert len(rows) == len(FORMATS)
     for row in rows:
         assert decode(row["image"] or b"", Limits()).shape == (20, 24, 3)
-    assert SOURCES[kind]([tmp_path], options).unread == {".heic": 2, ".jxl": 1, ".txt": 1, "LICENSE": 1}
+    assert SOURCES[kind]([tmp_path], options).unread == {".heic": 2, ".jxl": 1, ".txt": 1, "no suffix": 1}
 
 
 def test_the_report_of_prepare_has_the_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,8 @@ def test_webdataset_looks_at_regular_members_only(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    assert [row["uid"] for row in read("webdataset", [tmp_path], DEFAULT)] == ["../up"]
+    rows = [(row["uid"], row["image"], row.get("reject")) for row in read("webdataset", [tmp_path], DEFAULT)]
+    assert rows == [("secret.jpg", None, "not read: .link"), ("../up", b"U", None)]
     assert not (tmp_path.parent / "up.jpg").exists()
 
 

@@ -52,12 +52,56 @@ def test_pictures_of_every_known_extension_are_read(extension: str, tmp_path: Pa
     assert keys_of(tar) == {"a": "", "b.c": ""}
 
 
-def test_a_second_picture_of_a_sample_is_ambiguous_and_counted(tmp_path: Path) -> None:
-    for number, names in enumerate((("x.jpg", "x.json", "x.left.png"), ("x.left.png", "x.jpg", "x.json"))):
-        tar = tar_of(tmp_path / f"{number}.tar", {name: "{}" if "json" in name else b"P" for name in names})
-        uids = keys_of(tar)
-        assert uids["x"] == ""
-        assert uids["x.left"].startswith("ambiguous key")
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("x.jpg", "x.json", "x.left.png"),
+        ("x.left.png", "x.jpg", "x.json"),
+        ("x.left.png", "x.right.png", "x.txt", "x.jpg"),
+    ],
+)
+def test_a_second_picture_of_a_sample_is_ambiguous_and_counted(names: tuple[str, ...], tmp_path: Path) -> None:
+    tar = tar_of(tmp_path / "0.tar", {name: "{}" if "json" in name else b"P" for name in names})
+    for captioned in (True, False):
+        uids = keys_of(tar, SourceOptions(captioned=captioned))
+        assert uids.pop("x") == ""
+        assert uids
+        assert all(reason.startswith("ambiguous key") for reason in uids.values())
+
+
+def test_pictures_alone_are_not_ambiguous(tmp_path: Path) -> None:
+    names = ["cat.1.jpg", "cat.2.jpg", "cat.jpg", *(f"dog.{n}.png" for n in range(40))]
+    tar = tar_of(tmp_path / "0.tar", dict.fromkeys(names, b"P"))
+    assert set(keys_of(tar, SourceOptions(captioned=False)).values()) == {""}
+
+
+def test_of_two_pictures_of_a_key_the_usual_one_counts(tmp_path: Path) -> None:
+    tar = tar_of(tmp_path / "0.tar", {"a.bmp": b"mask", "a.gif": b"small", "a.jpg": b"A", "a.txt": "a"})
+    rows = list(read("webdataset", [tar], DEFAULT))
+    assert (rows[0]["uid"], rows[0]["image"]) == ("a", b"A")
+    assert [row["reject"] for row in rows[1:]] == ["another picture of its sample"] * 2
+
+
+def test_links_are_counted(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.size = 1
+        tar.addfile(info, io.BytesIO(b"A"))
+        for name, kind in (("b.jpg", tarfile.LNKTYPE), ("c.jpg", tarfile.SYMTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "a.jpg"
+            tar.addfile(link)
+    reasons = [row.get("reject") for row in read("webdataset", [tmp_path / "0.tar"], DEFAULT)]
+    assert reasons == [None, "not read: .link", "not read: .link"]
+
+
+def test_every_member_of_an_unknown_extension_is_counted(tmp_path: Path) -> None:
+    tar = tar_of(tmp_path / "0.tar", {f"./IMG.{n}.HEIC": b"H" for n in range(40)})
+    assert keys_of(tar) == {f"./IMG.{n}": "not read: .heic" for n in range(40)}
+    members = {"./README": b"r", "v1.0/abc": b"r", "a.x.npy": b"1", "a.y.npy": b"2", "a.y.jpg": b"A"}
+    assert keys_of(tar_of(tmp_path / "1.tar", members)) == {
+        "./README": "not read", "v1.0/abc": "not read", "a.x": "not read: .npy", "a.y": ""
+    }  # fmt: skip
 
 
 def test_members_of_other_extensions_are_of_the_sample_that_they_continue(tmp_path: Path) -> None:
@@ -141,7 +185,7 @@ def test_compressed_tars_are_read_and_others_counted(tmp_path: Path, monkeypatch
 NAMES = st.lists(
     st.tuples(
         st.sampled_from(["a", "a.b", "b", "d/a", "d/a.b"]),
-        st.sampled_from(["jpg", "txt", "json", "png", "npy", "x.jpg"]),
+        st.sampled_from(["jpg", "txt", "json", "png", "npy", "x.jpg", "y.npy"]),
     ),
     max_size=12,
 )
@@ -155,3 +199,6 @@ def test_no_member_of_a_known_extension_is_lost(names: list[tuple[str, str]]) ->
     grouped = [(sample.key, extension) for sample in samples for extension in sample.parts]
     assert grouped == [(name, extension) for name, extension, _ in members if extension]
     assert all(sample.fault for sample in samples if not sample.parts)
+    keys = {sample.key for sample in samples}
+    for name, extension, _ in members:
+        assert extension or any(name == key or name.startswith(f"{key}.") for key in keys), "each belongs to a row"

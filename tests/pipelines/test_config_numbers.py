@@ -54,6 +54,8 @@ def test_every_number_has_bounds(section: type[Experiment]) -> None:
         ("data.augment.scale=[0.5, 1.5]", r"data\.augment\.scale\.1"),
         ("data.augment.scale=[0.9, 0.5]", r"scale goes from low to high"),
         ("workers.count=true", r"workers\.count: a number is needed"),
+        ("data.augment.scale=[0.5, true]", r"data\.augment\.scale: a number is needed"),
+        ("loss.matryoshka={32: true}", r"loss\.matryoshka: a number is needed"),
         ("name=2024", r'name: text is needed: write it in quotes, "2024"'),
         ("name=1.5", r'name: text is needed: write it in quotes, "1.5"'),
     ],
@@ -81,6 +83,9 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines(text: str, key: str,
 def test_merges_may_change_a_key() -> None:
     text = "base: &base {a: 1, b: 2}\nother:\n  <<: *base\n  b: 3\nmore: {<<: *base}\n"
     assert load_yaml(text) == {"base": {"a": 1, "b": 2}, "other": {"a": 1, "b": 3}, "more": {"a": 1, "b": 2}}
+    deep = "b: &b {lr: 1}\nx:\n  y: &a {<<: *b, lr: 2}\nz: {<<: *a, k: 3}\n"
+    assert load_yaml(deep) == {"b": {"lr": 1}, "x": {"y": {"lr": 2}}, "z": {"lr": 2, "k": 3}}
+    assert load_yaml("{1: a, '1': b}") == {1: "a", "1": "b"}
 
 
 def test_an_override_with_a_key_twice_is_refused() -> None:

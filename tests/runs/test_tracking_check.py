@@ -16,8 +16,8 @@ from mlflow import MlflowClient
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment, Tracking
 from nev.runs.tracking import Tracker, open_run, tracking_uri
-from nev.runs.tracking_check import PROBE, check_tracking
-from nev.storage.files import filesystem, list_files
+from nev.runs.tracking_check import check_tracking
+from nev.storage.files import list_files
 
 
 @pytest.fixture
@@ -113,7 +113,6 @@ def test_a_root_on_s3_is_tried_and_left_as_it_was(uri: str, s3: Proxy) -> None:
     s3.reset()
     check_tracking(uri, "bucket")
     assert s3.count("PUT") == 1
-    assert not filesystem("s3://bucket")[0].exists(f"bucket/artifacts/{PROBE}")
     assert list_files("s3://bucket/artifacts") == []
     MlflowClient(uri).create_experiment("absent", artifact_location="s3://absent-bucket/artifacts")
     with pytest.raises(ConfigError, match="files of experiment 'absent' go to s3://absent-bucket/artifacts"):
@@ -125,7 +124,7 @@ def test_a_root_on_s3_is_tried_and_left_as_it_was(uri: str, s3: Proxy) -> None:
     [
         (401, r"wants to know who you are \(401\): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
         (403, r"refuses this user \(403\): ask for the right"),
-        (404, "does not answer"),
+        (404, "answers, and is no MLflow"),
     ],
 )
 def test_a_server_that_refuses(status: int, message: str) -> None:
@@ -142,7 +141,7 @@ def test_a_server_that_refuses(status: int, message: str) -> None:
         ),
         ("sqlite://mlflow.db", "three slashes, or sqlite:////FOLDER/mlflow.db with four"),
         ("postgresql://user:secret@127.0.0.1:1/db", "MLflow at postgresql://127.0.0.1:1/db does not answer"),
-        ("no-such-database://x", "no address of a database|needs the driver|unsupported URI"),
+        ("no-such-database://x", "unsupported URI"),
     ],
 )
 def test_an_address_that_cannot_be_used_names_no_password(

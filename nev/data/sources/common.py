@@ -188,10 +188,10 @@ def find_files(
 
 
 def name_suffix(location: str) -> str:
-    """The suffix of a file, in lower case, that of a compressed tar as a whole; the file's name where there is none."""
+    """The suffix of a file, in lower case, that of a compressed tar as a whole; "no suffix" where there is none."""
     path = PurePosixPath(location)
     inner = PurePosixPath(path.stem).suffix.lower()
-    return (inner if inner == ".tar" else "") + path.suffix.lower() or path.name
+    return (inner if inner == ".tar" else "") + path.suffix.lower() or "no suffix"
 
 
 def refuse_inside(output: str, inputs: Iterable[str | Path]) -> None:

@@ -97,7 +97,10 @@ def _read_file(path: str, stem: str, options: SourceOptions) -> Iterator[Row]:
             )
         number = 0
         for batch in file.iter_batches(BATCH_ROWS, columns=sorted({*columns.values(), *options.extra})):
-            values: dict[str, list[Any]] = {role: _values(batch, name, role) for role, name in columns.items()}
+            values: dict[str, list[Any]] = {
+                role: _values(batch, name, role, path if options.columns.label else None)
+                for role, name in columns.items()
+            }
             extra = {name: batch.column(name).to_pylist() for name in options.extra}
             for in_batch in range(batch.num_rows):
                 cells = {role: column[in_batch] for role, column in values.items()}
@@ -166,13 +169,14 @@ def _columns(schema: pa.Schema, options: SourceOptions, path: str) -> dict[str, 
     return columns
 
 
-def _values(batch: pa.RecordBatch, name: str, role: str) -> list[Any]:
+def _values(batch: pa.RecordBatch, name: str, role: str, where: str | None) -> list[Any]:
+    """The values of a column. where: the file, for a label that the user has named and that is no whole number."""
     column = batch.column(name)
     if role == "image" and pa.types.is_struct(column.type):
         cells: list[Any] = [image and image["bytes"] for image in column.to_pylist()]
         return cells
     values: list[Any] = column.to_pylist()
-    return as_labels(values) if role == "label" else values
+    return as_labels(values, where) if role == "label" else values
 
 
 def _class_names(schema: pa.Schema, label: str | None) -> list[str]:

@@ -8,6 +8,7 @@ member vanishes: what belongs to no sample is a sample of its own, with a fault.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import groupby, islice
 from typing import NamedTuple
 
 # What `nev.data.decode` opens, by the names of its files.
@@ -15,6 +16,8 @@ IMAGES = (
     *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "avif"),
     *("jp2", "j2k", "ppm", "pgm", "pbm", "pnm"),
 )
+
+HELD = 16  # samples, or names of unknown extensions, that wait for the key that they may belong to
 
 
 class Member(NamedTuple):
@@ -52,43 +55,46 @@ def split_name(name: str, known: Iterable[str]) -> tuple[str, str]:
 
 def group_members(members: Iterable[Member]) -> Iterator[Sample]:
     """Consecutive members of one key as a sample. An extension that comes again begins a new one."""
-    last, parts, other = "", dict[str, bytes | None](), ""
+    last, parts, others = "", dict[str, bytes | None](), list[str]()
     for name, extension, content in members:
         if not extension:
-            if last and _continues(name, last):
-                continue
-            if other and _shorten(other) != _shorten(name):
-                yield from _end(last, parts, other)
+            if not (last and _continues(name, last)):
+                others.append(name)
+            if len(others) > HELD:
+                yield from _end(last, parts)
                 last, parts = "", {}
-            other = name
+                yield from _count_others(others[:-1])
+                others = others[-1:]
             continue
-        if other and not _continues(other, name):
-            yield from _end(last, parts, other)
-            last, parts = "", {}
-        elif last and (name != last or extension in parts):
-            yield Sample(last, parts)
+        foreign = [other for other in others if not _continues(other, name)]
+        if last and (foreign or name != last or extension in parts):
+            yield from _end(last, parts)
             parts = {}
-        last, other = name, ""
+        yield from _count_others(foreign)
+        last, others = name, []
         parts[extension] = content
-    yield from _end(last, parts, other)
+    yield from _end(last, parts)
+    yield from _count_others(others)
 
 
-def _end(last: str, parts: dict[str, bytes | None], other: str) -> Iterator[Sample]:
-    """The sample that ends, and the members of extensions that are not known, which belong to none."""
-    if last:
-        yield Sample(last, parts)
-    if other:
-        yield Sample(_shorten(other), {}, f"not read: .{other.rpartition('.')[2]}" if "." in other else "not read")
+def _end(key: str, parts: dict[str, bytes | None]) -> Iterator[Sample]:
+    if key:
+        yield Sample(key, parts)
+
+
+def _count_others(names: list[str]) -> Iterator[Sample]:
+    """Members of extensions that are not known and that belong to no sample: those of one key are a sample with a fault."""
+    faults: dict[str, str] = {}
+    for name in names:
+        folder, slash, base = name.rpartition("/")
+        stem, dot, suffix = base.rpartition(".")
+        faults[folder + slash + (stem or base)] = f"not read: .{suffix.lower()}" if dot else "not read"
+    for key, fault in faults.items():
+        yield Sample(key, {}, fault)
 
 
 def _continues(name: str, key: str) -> bool:
     return name.startswith(f"{key}.")
-
-
-def _shorten(name: str) -> str:
-    """The name up to the first dot of its last part."""
-    folder, slash, base = name.rpartition("/")
-    return folder + slash + base.partition(".")[0]
 
 
 def find_faults(samples: Iterable[Sample], captioned: bool) -> Iterator[Sample]:
@@ -98,30 +104,37 @@ def find_faults(samples: Iterable[Sample], captioned: bool) -> Iterator[Sample]:
     next to each other, neither is of use. captioned: a picture needs a caption.
     """
     pictures, texts = set[str](), set[str]()  # keys of samples that lack the other
-    before = ""
-    waiting: Sample | None = None
-    for sample in samples:
-        if waiting:
-            yield _check(waiting, (before, sample.key), pictures, texts, captioned)
-            before = waiting.key
-        waiting = sample
-    if waiting:
-        yield _check(waiting, (before, ""), pictures, texts, captioned)
+    for _, run in groupby(samples, lambda sample: _shorten(sample.key)):
+        while held := list(islice(run, HELD)):  # with their content, so not without end
+            keys = {sample.key for sample in held if sample.parts and not _is_alone(sample)}
+            for sample in held:
+                yield _check(sample, keys, pictures, texts, captioned)
 
 
-def _check(sample: Sample, beside: tuple[str, str], pictures: set[str], texts: set[str], captioned: bool) -> Sample:
-    key, has_picture = sample.key, any(extension in IMAGES for extension in sample.parts)
-    alone = all(extension in IMAGES for extension in sample.parts)
+def _check(sample: Sample, keys: set[str], pictures: set[str], texts: set[str], captioned: bool) -> Sample:
+    """The sample with its fault. keys: of the samples beside it that have more than pictures."""
+    key = sample.key
     if sample.fault or not sample.parts:
         return sample
-    if has_picture and alone:
+    if _is_alone(sample):
         pictures.add(key)
-        if key.rpartition(".")[0] in beside and key.rpartition(".")[0]:
+        if key.rpartition(".")[0] in keys:
             return sample._replace(fault="ambiguous key: its part before the last dot is the key beside it")
         if captioned and key in texts:
             return sample._replace(fault="apart from its text: sort the tar by name")
-    elif not has_picture:
+    elif not any(extension in IMAGES for extension in sample.parts):
         texts.add(key)
         if key in pictures:
             return sample._replace(fault="apart from its picture: sort the tar by name")
     return sample
+
+
+def _is_alone(sample: Sample) -> bool:
+    """Whether a sample has pictures and nothing else."""
+    return all(extension in IMAGES for extension in sample.parts)
+
+
+def _shorten(name: str) -> str:
+    """The name up to the first dot of its last part."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]

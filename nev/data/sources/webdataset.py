@@ -32,6 +32,7 @@ from nev.data.sources.samples import IMAGES, Member, Sample, find_faults, group_
 from nev.storage.files import filesystem, is_local
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+WRITTEN = ("jpg", "jpeg", "png", "webp")  # by img2dataset
 TEXTS = ("txt", "json", "cls")
 MAX_TEXT_BYTES = 2**20
 MAX_TAIL_BYTES = 2**16  # zeros after the end mark: tar fills its last record, which has 10 KiB by default
@@ -75,6 +76,15 @@ def read(files: Iterable[str], options: SourceOptions, root: str = "") -> Iterat
             row = _row(sample, options, path)
             rows += 1
             yield {**row, "uid": f"{tar}/{row['uid']}"} if options.tar_in_uid else row
+            for extension in _order_pictures(sample.parts)[1:]:
+                place, reject = f"{sample.key}.{extension}", "another picture of its sample"
+                yield {
+                    "uid": f"{tar}/{place}",
+                    "image": None,
+                    "caption": None,
+                    "source": f"{path}/{place}",
+                    "reject": reject,
+                }
         if not rows:
             reject = "tar without a picture, KEY.jpg or another"
             yield {"uid": tar, "image": None, "caption": None, "source": path, "reject": reject}
@@ -90,11 +100,15 @@ def _members(path: str, limits: Limits, texts: tuple[str, ...]) -> Iterator[Memb
     ):
         for member in tar:
             tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header, some kilobytes a picture
-            if not member.isreg() or member.name.rpartition("/")[2].startswith("."):
+            if member.name.rpartition("/")[2].startswith("."):
                 continue
-            name, extension = split_name(
-                member.name.encode(errors="surrogateescape").decode(errors="backslashreplace"), known
-            )
+            if member.issym() or member.islnk():
+                yield Member(
+                    f"{_escape(member.name)}.link", "", None
+                )  # its file may be anywhere in the tar, or outside
+            if not member.isreg():
+                continue
+            name, extension = split_name(_escape(member.name), known)
             limit = limits.max_bytes if extension in IMAGES else MAX_TEXT_BYTES
             stream = tar.extractfile(member) if extension and member.size <= limit else None
             yield Member(name, extension, stream.read() if stream else None)
@@ -107,6 +121,11 @@ def _members(path: str, limits: Limits, texts: tuple[str, ...]) -> Iterator[Memb
         rest = tar.fileobj.read(MAX_TAIL_BYTES + 1)
         if len(rest) > MAX_TAIL_BYTES or rest.strip(b"\0"):
             raise tarfile.ReadError(f"the end mark at byte {tar.offset} is not at the end")
+
+
+def _escape(name: str) -> str:
+    """A name with the bytes that are no UTF-8 written out."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 class _BoundedHeader(tarfile.TarInfo):
@@ -125,10 +144,15 @@ def _open(location: str) -> Any:
     return fs.open(path, "rb", cache_type="readahead", block_size=AHEAD_BYTES)
 
 
+def _order_pictures(parts: Iterable[str]) -> list[str]:
+    """The extensions of pictures: of several, one that img2dataset writes is the sample's, then the first in the tar."""
+    return sorted((name for name in parts if name in IMAGES), key=lambda name: name not in WRITTEN)
+
+
 def _row(sample: Sample, options: SourceOptions, tar: str) -> Row:
     key, parts, fault = sample
     row: Row = {"uid": key, "image": None, "caption": None, "source": f"{tar}/{key}"}
-    images = [extension for extension in parts if extension in IMAGES]
+    images = _order_pictures(parts)
     if images:
         row |= {"image": parts[images[0]], "source": f"{tar}/{key}.{images[0]}"}
     if fault:

@@ -150,7 +150,7 @@ def check_labels(index: Index, classes: int) -> None:
     """Raise DataError unless every label is null, negative (unknown) or a class, and at least one row has a class."""
     known = 0
     for shard in range(len(index.paths)):
-        labels = read_shard_labels(index, shard)
+        labels = read_shard_labels(index, shard, needed=True)
         if len(labels) and labels.max() >= classes:
             raise DataError(
                 f"{index.location(shard)}: label {labels.max()}, but eval.zero_shot.classes names {classes} classes "
