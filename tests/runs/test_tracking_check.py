@@ -90,6 +90,7 @@ def test_a_root_of_files_that_cannot_be_written_is_found_and_costs_the_copy_alon
     root: str, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT", "1")
+    monkeypatch.chdir(tmp_path)  # MLflow's store for dbfs makes a database in the working folder
     client = MlflowClient(uri)
     client.create_experiment("far", artifact_location=root)
     with pytest.raises(ConfigError, match=r"files of experiment 'far' go to .*, and cannot be written there \(\w+"):
