@@ -13,13 +13,14 @@ from nev.config.base import MOST, Address, ConfigError, Location, Positive, Sect
 from nev.config.data import Data
 from nev.config.model import Loss, Text, Vision
 
+FLOAT32 = 3.4e38  # a float32 holds no more
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Optim(Section):
     """AdamW (Loshchilov & Hutter 2019) and its learning rate."""
 
-    lr: float = Field(gt=0, le=1e3)
+    lr: float = Field(gt=0, le=FLOAT32)
     """Peak learning rate."""
     text_lr_ratio: float = Field(default=1.0, gt=0, le=1e3)
     """Learning rate of a trained text tower, as a share of `lr`. The tower comes pretrained: a rate for a fresh vision tower
