@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 CONFIG ?= quickstart
 # Tests on Ray of the first process: those of faults, those that share a trained run, and a sweep, so that both take as long.
 LONG := tests/common tests/eval tests/faults tests/runs tests/sweep/test_sweep_runs.py tests/train
+# Tests without Ray that the first process runs, too: with them both processes take as long.
+BESIDE := tests/demo tests/export tests/search tests/serve
 # All threads' stacks, where a process dies of a signal.
 export PYTHONFAULTHANDLER := 1
 export HF_HUB_OFFLINE ?= 1
@@ -44,11 +46,14 @@ test: setup ## Run all tests, in two processes. NEV_DATA=folder adds those that 
 	@$(MAKE) --jobs 2 --output-sync=recurse --no-print-directory long-tests other-tests
 
 long-tests: setup
-	$(BIN)/python -m pytest -m ray $(LONG)
+	@failed=0; \
+	$(BIN)/python -m pytest -m ray $(LONG) || failed=1; \
+	$(BIN)/python -m pytest -m "not ray" $(BESIDE) || failed=1; \
+	exit $$failed
 
 other-tests: setup
 	@failed=0; \
-	$(BIN)/python -m pytest -m "not ray" || failed=1; \
+	$(BIN)/python -m pytest -m "not ray" $(addprefix --ignore=,$(BESIDE)) || failed=1; \
 	$(BIN)/python -m pytest -m ray $(addprefix --ignore=,$(LONG)) || failed=1; \
 	exit $$failed
 
