@@ -38,7 +38,7 @@ class Optim(Section):
     """Length of the linear warm-up, in steps."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate after the warm-up: cosine to `final_lr` (Loshchilov & Hutter 2017), or constant."""
-    final_lr: float = Field(default=0.0, ge=0, le=1e3)
+    final_lr: float = Field(default=0.0, ge=0, le=FLOAT32)
     """Learning rate at the last step of the cosine."""
 
 

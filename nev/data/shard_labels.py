@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -25,6 +26,8 @@ def read_shard_labels(index: Index, shard: int, needed: bool = False) -> NDArray
         with read_errors_as_data_errors(location, CUT_SHORT), open_parquet(fs, path) as file:
             table = pq.ParquetFile(file).read(columns=[column])
         if column in table.column_names:
+            if pa.types.is_integer(table[column].type):
+                return np.asarray(table[column].fill_null(-1).to_numpy(), np.int64)
             labels = as_labels(table[column].to_pylist(), location if needed else None)
             return np.array([-1 if label is None else label for label in labels], np.int64)
     return np.full(rows, -1, np.int64)

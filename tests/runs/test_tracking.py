@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.tracking import experiment
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from nev.config.experiment import Experiment, Tracking
+from nev.config.experiment import Tracking
 from nev.config.file import flatten
 from nev.runs.tracking import Tracker, open_run, tracking_uri
 
@@ -67,17 +68,6 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(params=["sqlite", "postgres"])
 def uri(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue(request.param))
-
-
-def experiment(**settings: Any) -> Experiment:
-    raw = {
-        "name": "tracked",
-        "data": {"train": "x"},
-        "vision": {"trunk": "vit_tiny_patch16_224"},
-        "optim": {"lr": 1e-3},
-        "train": {"global_batch": 256, "steps": 1},
-    }
-    return Experiment.model_validate({**raw, **settings})
 
 
 @pytest.mark.slow

@@ -11,10 +11,11 @@ from threading import Thread
 
 import pytest
 from helpers.s3_server import Proxy
+from helpers.tracking import experiment
 from mlflow import MlflowClient
 
 from nev.config.base import ConfigError
-from nev.config.experiment import Experiment, Tracking
+from nev.config.experiment import Tracking
 from nev.runs.tracking import Tracker, open_run, tracking_uri
 from nev.runs.tracking_check import check_tracking
 from nev.storage.files import list_files
@@ -25,15 +26,8 @@ def uri(tmp_path: Path) -> str:
     return tracking_uri(Tracking(), str(tmp_path))
 
 
-def start_run(uri: str, experiment: str, output: Path) -> Tracker:
-    raw = {
-        "name": "tracked",
-        "data": {"train": "x"},
-        "vision": {"trunk": "vit_tiny_patch16_224"},
-        "optim": {"lr": 1e-3},
-        "train": {"global_batch": 256, "steps": 1},
-    }
-    return open_run(uri, experiment, "a", Experiment.model_validate(raw), {}, str(output))
+def start_run(uri: str, name: str, output: Path) -> Tracker:
+    return open_run(uri, name, "a", experiment(), {}, str(output))
 
 
 @contextmanager
