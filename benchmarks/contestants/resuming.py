@@ -41,7 +41,7 @@ def write_checkpoint(folder: str) -> None:
     from nev.train.worker.state import build_model
 
     config = experiment()
-    model, _ = build_model(_job(config, folder), resumed=True)
+    model, _ = build_model(_job(config, folder), replaced=True)
     optimizer = make_optimizer(model, config.optim)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -107,7 +107,7 @@ def _start_from_own_copy(job: Any, ctx: Any) -> None:
     location = checkpoint_location(job.run, STEP)
     _, weights = checkpoint.load_model(location)
     moments, _ = checkpoint.load_training_state(location)
-    model, _ = build_model(job, resumed=True)
+    model, _ = build_model(job, replaced=True)
     model.load_state_dict(weights)
     distribute(model, False, ctx.world, ctx.device)
     optimizer = make_optimizer(model, job.config.optim)

@@ -40,7 +40,7 @@ def write_schema(root: Schema) -> str:
         title = f"`{place}`" if place else f"The file: `{root.__name__}`"
         doc = " ".join((section.__doc__ or "").split())
         lines = ["| field | type | default | |", "|---|---|---|---|"]
-        lines += [write_field(root, place, name, field) for name, field in section.model_fields.items()]
+        lines += [write_field(root, place, field.alias or name, field) for name, field in section.model_fields.items()]
         parts.append("\n".join([f"### {title} {{ #{anchor(root, place)} }}", "", doc, "", *lines]))
     return "\n\n".join(parts)
 

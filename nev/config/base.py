@@ -40,7 +40,9 @@ class ConfigError(NevError, ValueError):
 class Section(BaseModel):
     """A frozen group of settings in which an unknown key is an error. The docstring under a field is its description."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, serialize_by_alias=True
+    )
 
     @field_validator("*", mode="before")
     @classmethod

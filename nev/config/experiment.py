@@ -36,10 +36,20 @@ class Optim(Section):
     """Norm to which the gradient of the global batch is clipped. null: no clipping."""
     warmup_steps: int = Field(default=0, ge=0, le=MOST)
     """Length of the linear warm-up, in steps."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate after the warm-up: cosine to `final_lr` (Loshchilov & Hutter 2017), or constant."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """Learning rate after the warm-up: `cosine` to `final_lr` (Loshchilov & Hutter 2017), `constant`, or `wsd`, constant until a
+    decay at the end (Hägele et al. 2024, arXiv 2405.18392). A run with `constant` or `wsd` can be prolonged.
+    """
+    decay_steps: Positive | None = None
+    """Length of the decay at the end of `wsd`, in steps. null: a fifth of the run."""
     final_lr: float = Field(default=0.0, ge=0, le=FLOAT32)
-    """Learning rate at the last step of the cosine."""
+    """Learning rate at the end of the run, for `cosine` and `wsd`."""
+
+    @model_validator(mode="after")
+    def _decay_of_what(self) -> Self:
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ValueError(f"decay_steps belongs to schedule: wsd, and the schedule is {self.schedule}")
+        return self
 
 
 class Train(Section):
@@ -57,6 +67,10 @@ class Train(Section):
     """Length of the run, in steps."""
     samples: Positive | None = None
     """Length of the run, in rows, rounded up to whole steps."""
+    from_: Location | None = Field(default=None, alias="from")
+    """Checkpoint, or run, whose model a new run begins from: towers and logit scale, without the optimiser. It replaces what
+    `vision.pretrained` and `vision.weights` bring. null: those, or random weights.
+    """
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the towers' forward and backward. `bf16`: autocast over fp32 weights. `auto`: bf16 on a GPU that has it,
     else fp32. The loss is computed in fp32.
@@ -252,8 +266,10 @@ class Experiment(Section):
             )
         if self.loss.kernel == "fused" and not self.workers.gpus:
             raise ValueError("loss.kernel: fused needs NVIDIA GPUs (workers.gpus); leave loss.kernel out")
-        if self.lock == "image" and not (self.vision.pretrained or self.vision.weights):
-            raise ValueError("lock: image would lock random weights: give vision.weights, or vision.pretrained: true")
+        if self.lock == "image" and not (self.vision.pretrained or self.vision.weights or self.train.from_):
+            raise ValueError(
+                "lock: image would lock random weights: give vision.weights, vision.pretrained: true, or train.from"
+            )
         if self.vision.lock and self.lock != "text":
             raise ValueError(
                 f"vision.lock: trunk trains a head into the space of a locked text tower, and lock: {self.lock} trains the text "

@@ -124,8 +124,9 @@ def _replace(tree: dict[str, Any], keys: list[str], value: Any, override: str) -
 def flatten(section: BaseModel) -> dict[str, str | int | float | bool]:
     """Plain values by dotted key, as MLflow's parameters need them."""
     flat: dict[str, str | int | float | bool] = {}
+    names = {field.alias or name: name for name, field in type(section).model_fields.items()}
     for key, value in section.model_dump(mode="json").items():
-        child = getattr(section, key)
+        child = getattr(section, names[key])
         if isinstance(child, BaseModel):
             flat.update({f"{key}.{name}": leaf for name, leaf in flatten(child).items()})
         else:
@@ -151,6 +152,7 @@ def explain_problem(schema: type[BaseModel], problem: Any) -> str:
         if not types:
             return "unknown key"
         schema = types[0]
-    if close := difflib.get_close_matches(key, schema.model_fields, n=3):
+    known = [field.alias or name for name, field in schema.model_fields.items()]
+    if close := difflib.get_close_matches(key, known, n=3):
         return f"unknown key; did you mean {' or '.join(close)}?"
-    return f"unknown key; the keys are {', '.join(schema.model_fields)}"
+    return f"unknown key; the keys are {', '.join(known)}"

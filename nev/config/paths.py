@@ -41,5 +41,13 @@ def with_absolute_paths(config: Experiment) -> Experiment:
     if evaluation.zero_shot and isinstance(evaluation.zero_shot.classes, str):
         zero_shot = evaluation.zero_shot.model_copy(update={"classes": absolute(evaluation.zero_shot.classes)})
         evaluation = evaluation.model_copy(update={"zero_shot": zero_shot})
-    changed = {"data": data, "vision": vision, "text": text, "eval": evaluation, "output": absolute(config.output)}
+    train = config.train.model_copy(update={"from_": absolute(config.train.from_)})
+    changed = {
+        "train": train,
+        "data": data,
+        "vision": vision,
+        "text": text,
+        "eval": evaluation,
+        "output": absolute(config.output),
+    }
     return config.model_copy(update=changed)

@@ -49,7 +49,8 @@ class CheckpointState:
 
     step: number of updates done.
     config: the experiment, as JSON.
-    fingerprints: hashes of the data, the plan, the text tower and a locked trunk, by the names data, plan, text, trunk.
+    fingerprints: hashes of the data, the plan, the text tower and a locked trunk, by the names data, plan, text, trunk,
+    and of the weights that the run began from by `train.from`, start.
     metrics: of the validation at this step; empty without one.
     world_size: number of ranks W.
     bad_rows: rows that could not be used since the run's first step.
@@ -128,13 +129,17 @@ class LatestValid(NamedTuple):
     damaged: list[str]
 
 
-def latest_valid(run: str) -> LatestValid | None:
+def latest_valid(run: str, up_to: int | None = None) -> LatestValid | None:
     """Verify the checkpoints of a run, newest first, and return the first valid one; None for a run without a checkpoint.
 
+    up_to: the latest step that counts; None for all.
     Raises CheckpointError if all are damaged, since the user must decide to start over, or if one cannot be read.
     """
     damaged: list[str] = []
-    for location in reversed(list_checkpoints(run)):
+    for step in reversed(list_steps(run)):
+        if up_to is not None and step > up_to:
+            continue
+        location = checkpoint_location(run, step)
         try:
             return LatestValid(location, verify(location), damaged)
         except Damaged as error:
@@ -229,9 +234,13 @@ def remove_checkpoints_after(run: str, step: int) -> None:
 
 
 def prune_checkpoints(
-    run: str, keep_last: int, keep_best: str | None, validated: Callable[[int], bool] = lambda step: False
+    run: str,
+    keep_last: int,
+    keep_best: str | None,
+    validated: Callable[[int], bool] = lambda step: False,
+    keep_step: int | None = None,
 ) -> None:
-    """Remove all checkpoints but the newest ones, the best one, and those that wait for their validation.
+    """Remove all checkpoints but the newest ones, the best one, that of `keep_step`, and those that wait for their validation.
 
     keep_last: number of newest checkpoints that stay.
     keep_best: metric of the best checkpoint; None to keep no best one.
@@ -241,6 +250,7 @@ def prune_checkpoints(
     needed = {
         *checkpoints[-keep_last:],
         best_checkpoint(run, keep_best) if keep_best else None,
+        None if keep_step is None else checkpoint_location(run, keep_step),
         *pending_validation(run, validated),
     }
     for location in checkpoints:

@@ -7,6 +7,7 @@ profile's file, or in the role of the machine.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -210,6 +211,25 @@ def upload(source: Path, location: str, last: str = "") -> None:
         name = "" if file == source else f"/{file.relative_to(source).as_posix()}"
         with storage_errors_as(f"{location}{name}", "written"):
             fs.put_file(str(file), f"{path}{name}")
+
+
+def move(source: str, target: str, last: str = "") -> None:
+    """Move a file or a folder within one storage. What is at `target` already is replaced.
+
+    last: the file of the folder that arrives last and leaves first, where a storage moves file by file.
+    """
+    (fs, path), (_, goal) = filesystem(source), filesystem(target)
+    if is_local(fs):
+        Path(goal).parent.mkdir(parents=True, exist_ok=True)
+        if Path(goal).is_dir():
+            shutil.rmtree(goal)
+        Path(path).replace(goal)
+        return
+    names = sorted(list_files(source) or [""], key=lambda name: name == last)
+    for name in names:
+        fs.cp_file(f"{path}/{name}".rstrip("/"), f"{goal}/{name}".rstrip("/"))
+    for name in reversed(names):
+        fs.rm_file(f"{path}/{name}".rstrip("/"))
 
 
 @contextmanager

@@ -21,6 +21,8 @@ import numpy as np
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.file import parse, read_config
+from nev.inference.checkpoints import choose_checkpoint
+from nev.runs.manifest import read_manifest
 from nev.sweep.config import LR_RULE, Settings, Sweep, make_labels
 
 LABEL_CHARACTERS = 80
@@ -34,6 +36,7 @@ IRRELEVANT_SETTINGS: dict[str, Any] = {
     "data": {"train", "val", "max_bad_share"},
     "vision": {"weights"},
     "train": {
+        "from_",
         "micro_batch",
         "activation_checkpointing",
         "compile",
@@ -177,8 +180,8 @@ def draw_settings(sweep: Sweep) -> list[Settings]:
 def scale_lr(base: Experiment, experiment: Experiment, rule: str) -> Settings:
     """Settings of `experiment` for its batch size, if that differs from the base's.
 
-    Learning rates are scaled by `rule`. Warm-up and validations come after the same number of samples as in the base, to the
-    nearest step, and after one step at least.
+    Learning rates are scaled by `rule`. Warm-up, decay and validations take the same number of samples as in the base, to the
+    nearest step, and one step at least.
     """
     optim, train = experiment.optim, experiment.train
     ratio = train.global_batch / base.train.global_batch
@@ -186,6 +189,8 @@ def scale_lr(base: Experiment, experiment: Experiment, rule: str) -> Settings:
     scaled: Settings = {"optim.lr": optim.lr * factor, "optim.final_lr": optim.final_lr * factor}
     if optim.warmup_steps:
         scaled["optim.warmup_steps"] = max(1, round(optim.warmup_steps / ratio))
+    if optim.decay_steps:
+        scaled["optim.decay_steps"] = max(1, round(optim.decay_steps / ratio))
     if train.eval_every:
         scaled["train.eval_every"] = max(1, round(train.eval_every / ratio))
     return scaled
@@ -214,6 +219,8 @@ def hash_trial(experiment: Experiment, data: str) -> str:
         place = Path(weights).expanduser()
         files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
         content["weights"] = "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files) or weights
+    if start := experiment.train.from_:
+        content["start"] = read_manifest(choose_checkpoint(start))["sha256"]["model.safetensors"]
     return hashlib.sha256(json.dumps([content, data], sort_keys=True).encode()).hexdigest()
 
 

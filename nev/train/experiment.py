@@ -18,6 +18,7 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.file import to_yaml
 from nev.eval.report.tables import metrics_table
+from nev.runs.earlier_ends import earlier_end, set_end_aside
 from nev.runs.manifest import best_checkpoint, latest_checkpoint, list_steps, read_manifest, read_metrics
 from nev.runs.metrics_log import read_points
 from nev.runs.tracking import Tracker
@@ -84,10 +85,12 @@ def run_experiment(
         mailbox = stack.enter_context(open_mailbox(prepared.job.run))
         if list_steps(prepared.job.run) != prepared.steps:  # another driver has trained this run in the meantime
             prepared = prepare(config, stop_after)
-        job = prepared.job
+        job, tags = prepared.job, dict(tags or {})
+        if prepared.former_steps is not None and (run_id := set_former_end_aside(prepared, console)):
+            tags["nev.continues_run"] = run_id
         print_start(prepared, console)
         lock = take_lock(prepared.text) if config.lock == "text" else None
-        tracked = stack.enter_context(open_tracking(job, tags or {}, prepared.resume.step, console))
+        tracked = stack.enter_context(open_tracking(job, tags, prepared.resume.step, console))
         train_and_validate(prepared, mailbox, tracked.tracker, console, on_metrics)
         if lock:
             check_locked(load_text(job.config.text), lock)
@@ -114,6 +117,19 @@ def prove_trunk_unmoved(job: Job, console: Console) -> None:
         console.print(f"[yellow]the locked trunk cannot be compared once more: {escape(str(error))}[/]", soft_wrap=True)
         return
     check_trunk_locked(trunk, job.fingerprints["trunk"])
+
+
+def set_former_end_aside(prepared: Prepared, console: Console) -> str | None:
+    """Move what a prolonged run has done beyond its resume point, and say so. Returns the id of its MLflow run so far."""
+    former, job, step = prepared.former_steps, prepared.job, prepared.resume.step
+    assert former is not None
+    console.print(
+        f"prolonged from {former:,} to {job.total_steps:,} steps: the run continues from step {step:,}, where the learning rates "
+        f"part; what it has of later steps moves to {earlier_end(job.run, former)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return set_end_aside(job.run, former, step)
 
 
 def print_start(prepared: Prepared, console: Console) -> None:

@@ -13,6 +13,7 @@ from nev.config.experiment import Experiment
 from nev.data.plan import Plan
 from nev.eval.validation.task import Validation
 from nev.runs.manifest import latest_valid
+from nev.train.core.schedule import decay_start
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,10 @@ class Job:
     validation: None for a run without a validation set.
     features: shape of one picture's features under a locked trunk, (F,) or (T, F); None for a trained trunk.
     statistics: of these features, float32 [2, F]; None where they are not standardised.
+    start_from: checkpoint whose model a new run begins from; None without `train.from`.
     head_given: the head behind a locked trunk starts from `vision.weights`, which has a whole tower that fits; else it is random.
-    fingerprints: hashes of the data, the plan, the text tower and a locked trunk, by the names data, plan, text, trunk.
+    fingerprints: hashes of the data, the plan, the text tower and a locked trunk, by the names data, plan, text, trunk,
+    and of the weights that the run began from by `train.from`, start.
     canaries: vectors of `nev.models.lock.CANARIES` from the text tower before training, float32 [8, D]; None for a locked
     text tower.
     """
@@ -44,8 +47,15 @@ class Job:
     fingerprints: dict[str, str]
     features: tuple[int, ...] | None = None
     statistics: NDArray[np.float32] | None = None
+    start_from: str | None = None
     head_given: bool = False
     canaries: NDArray[np.float32] | None = None
+
+    @property
+    def decay_start(self) -> int | None:
+        """The step whose checkpoint is kept, since a prolonged run continues from it: the beginning of the decay of `wsd`."""
+        optim = self.config.optim
+        return decay_start(self.total_steps, optim) if optim.schedule == "wsd" else None
 
     def validates(self, step: int) -> bool:
         """Whether the model is validated after `step` steps."""

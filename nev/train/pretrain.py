@@ -34,7 +34,8 @@ from nev.models.vision import VisionTower, build_vision, normalise
 from nev.runs.tracking import open_run, tracking_uri
 from nev.storage.files import join, storage_errors_as, write_atomic
 from nev.storage.reading import DataError
-from nev.train.core.optim import learning_rate, make_optimizer, set_learning_rate
+from nev.train.core.optim import make_optimizer, set_learning_rate
+from nev.train.core.schedule import learning_rate
 from nev.train.core.step import update_parameters
 from nev.train.driver.setup import total_steps
 

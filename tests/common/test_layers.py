@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("nev.eval.report",),
     ("nev.eval",),
     ("nev.train.core",),
-    ("nev.train.job", "nev.train.capacity"),
+    ("nev.train.job", "nev.train.capacity", "nev.train.start_weights"),
     ("nev.train.messages",),
     ("nev.train.worker",),
     ("nev.train.driver",),  # hands the worker's function to Ray Train

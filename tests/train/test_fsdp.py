@@ -194,7 +194,7 @@ def test_batch_norm_is_refused(tiny: Make) -> None:
     trunk = {"vision__trunk": "resnet10t", "vision__trunk_args": {}, "vision__pool": "mean"}
     config = tiny(train__fsdp=True, eval={}, data__val=None, **trunk)
     with pytest.raises(ConfigError, match=r"train\.fsdp: vision\.trunk\.\S+ is a batch norm"):
-        build_model(prepare_job(config, load_text(config.text)), resumed=False)
+        build_model(prepare_job(config, load_text(config.text)), replaced=False)
 
 
 def test_a_process_alone_splits_nothing() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from nev.config.base import ConfigError
 from nev.config.experiment import Optim
-from nev.train.core.optim import learning_rate, make_optimizer, set_learning_rate
+from nev.train.core.optim import make_optimizer, set_learning_rate
+from nev.train.core.schedule import check_schedule, decay_start, first_changed_step, learning_rate
 
 
 def test_warm_up_then_cosine_to_the_final_rate() -> None:
@@ -29,9 +32,35 @@ def test_constant_after_warm_up() -> None:
     assert [learning_rate(step, 4, config) for step in range(4)] == [0.25, 0.5, 0.5, 0.5]
 
 
-@given(st.integers(0, 50), st.integers(1, 500), st.floats(1e-6, 1.0))
-def test_rate_stays_in_bounds_and_never_rises_after_warm_up(warmup: int, length: int, lr: float) -> None:
-    config = Optim(lr=lr, warmup_steps=warmup)
+def test_warm_up_stable_decay() -> None:
+    config = Optim(lr=1.0, warmup_steps=2, schedule="wsd", decay_steps=4, final_lr=0.2)
+    rates = [learning_rate(step, 10, config) for step in range(11)]
+    assert rates[:7] == [0.5, 1, 1, 1, 1, 1, 1]
+    assert rates[7:] == pytest.approx(
+        [0.2 + 0.8 * (1 - math.sqrt(done / 4)) for done in (1, 2, 3, 4)]
+    )  # 1 - sqrt of the paper
+    assert decay_start(10, config) == 6
+    assert decay_start(100, Optim(lr=1.0, schedule="wsd")) == 80, "a fifth of the run"
+    check_schedule(6, config)
+    with pytest.raises(ConfigError, match=r"warmup_steps \(2\) and optim\.decay_steps \(4\) are more than the 5 steps"):
+        check_schedule(5, config)
+    with pytest.raises(ValueError, match="decay_steps belongs to schedule: wsd"):
+        Optim(lr=1.0, decay_steps=4)
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 8), st.integers(1, 8))
+def test_a_longer_wsd_parts_after_the_decay_has_begun(short: int, more: int, warmup: int, decay: int) -> None:
+    config, total = Optim(lr=1.0, warmup_steps=warmup, schedule="wsd", decay_steps=decay), warmup + decay + short
+    apart = first_changed_step(total, (total, config), (total + more, config))
+    start = decay_start(total, config)
+    assert start is not None
+    # The first step of the decay still has the whole rate.
+    assert apart == (start + 1 if start + 1 < total else None)
+
+
+@given(st.integers(0, 50), st.integers(1, 500), st.floats(1e-6, 1.0), st.sampled_from(["cosine", "wsd", "constant"]))
+def test_rate_stays_in_bounds_and_never_rises_after_warm_up(warmup: int, length: int, lr: float, schedule: Any) -> None:
+    config = Optim(lr=lr, warmup_steps=warmup, schedule=schedule)
     rates = [learning_rate(step, warmup + length, config) for step in range(warmup + length)]
     assert all(0 <= rate <= lr * (1 + 1e-12) for rate in rates)
     after = rates[warmup:]

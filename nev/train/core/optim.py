@@ -1,8 +1,6 @@
-"""The optimiser and its schedule: AdamW, linear warm-up, cosine. The learning rate is a pure function of the step."""
+"""The optimiser: AdamW, with weight decay for matrices alone."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import nn
@@ -29,19 +27,6 @@ def make_optimizer(model: nn.Module, config: Optim) -> torch.optim.AdamW:
     optimizer = torch.optim.AdamW(param_groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     set_learning_rate(optimizer, config.lr)
     return optimizer
-
-
-def learning_rate(step: int, total_steps: int, config: Optim) -> float:
-    """The learning rate of a step, counted from 0: linear up to `lr` over `warmup_steps`, then by cosine to `final_lr`.
-
-    total_steps: the step at which the cosine reaches `final_lr`. The schedule "constant" stays at `lr`.
-    """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.lr
-    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    return config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

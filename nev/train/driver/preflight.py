@@ -12,7 +12,6 @@ from nev.cluster.session import cluster_cpus, cluster_gpus, may_grow
 from nev.common.errors import ErrorCollector
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment, Workers
-from nev.config.file import parse
 from nev.config.model import refuse_widths
 from nev.config.paths import with_absolute_paths
 from nev.data.augment import auto_augment
@@ -23,38 +22,26 @@ from nev.data.plan import Plan
 from nev.data.text_sidecar import check_sidecars
 from nev.eval.validation.task import Validation, make_validation, refuse_unknown_metric, text_key
 from nev.runs.folder import check_output, check_space, run_folder
-from nev.runs.manifest import CheckpointError, LatestValid, latest_valid, list_steps
+from nev.runs.manifest import latest_valid, list_steps
 from nev.runs.metrics_log import load_mlflow_run_id
 from nev.runs.tracking import local_artifacts, tracking_uri
 from nev.runs.tracking_check import check_tracking
-from nev.train.driver.setup import Inputs, make_job, make_plan, make_reader, make_tokenizer, training_features
+from nev.train.core.schedule import check_schedule
+from nev.train.driver.same_run import choose_checkpoint
+from nev.train.driver.setup import (
+    Inputs,
+    make_job,
+    make_plan,
+    make_reader,
+    make_tokenizer,
+    total_steps,
+    training_features,
+)
 from nev.train.driver.validator import MAX_WAITING
 from nev.train.job import Job, ResumePoint, make_resume_point, row_bytes
 
 if TYPE_CHECKING:
     from nev.models.text import TextTower
-
-# A run may continue with these changed: they do not touch what is computed.
-FREE_TO_CHANGE = (
-    "output",
-    "workers",
-    "tracking",
-    "eval",
-    "guards",
-    "text.encoder",
-    "data.train",
-    "data.val",
-    "data.max_bad_share",
-    "train.micro_batch",
-    "train.activation_checkpointing",
-    "train.compile",
-    "train.save_trunk",
-    "train.fsdp",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep_last",
-    "train.eval_every",
-)
 
 
 class Prepared(NamedTuple):
@@ -64,6 +51,7 @@ class Prepared(NamedTuple):
     reader: reads the blocks of the training set.
     text: the text tower, on the driver's CPU.
     resume: the point from which training continues.
+    former_steps: as `same_run.Continued` has it.
     damaged: the damage of each checkpoint newer than that point.
     steps: the steps of all checkpoints, the damaged ones included, before they were verified.
     """
@@ -72,6 +60,7 @@ class Prepared(NamedTuple):
     reader: BlockReader
     text: TextTower
     resume: ResumePoint
+    former_steps: int | None
     damaged: list[str]
     steps: list[int]
 
@@ -107,6 +96,7 @@ def prepare(config: Experiment, stop_after: int | None = None) -> Prepared:
         reader=make_reader(config, text, inputs.index, inputs.trunk),
         text=text,
         resume=make_resume_point(inputs.checkpoint.manifest) if inputs.checkpoint else ResumePoint(),
+        former_steps=inputs.former_steps,
         damaged=inputs.checkpoint.damaged if inputs.checkpoint else [],
         steps=inputs.steps,
     )
@@ -121,7 +111,7 @@ def check_inputs(config: Experiment, text: TextTower, errors: ErrorCollector | N
     from nev.models.vision import check_vision
 
     errors = ErrorCollector() if errors is None else errors
-    checkpoint = training = validation = trunk = statistics = None
+    checkpoint = training = validation = trunk = statistics = start = None
     head_given = False
     steps: list[int] = []
     if not errors:  # an output that was refused would be reported again
@@ -135,9 +125,14 @@ def check_inputs(config: Experiment, text: TextTower, errors: ErrorCollector | N
     with errors:
         if config.vision.lock:
             trunk = check_trunk(config, text.width)
-            head_given = checkpoint is None and brings_head(config, trunk, text.width)
-        elif checkpoint is None:  # a run that continues needs neither the hub nor a file of weights
+            head_given = checkpoint is None and not config.train.from_ and brings_head(config, trunk, text.width)
+        elif checkpoint is None and not config.train.from_:  # else neither the hub nor a file of weights is needed
             check_vision(config.vision, config.data.image_size, text.width, locked=config.lock == "image")
+    with errors:
+        if checkpoint is None and config.train.from_ and bool(config.vision.lock) == bool(trunk):
+            from nev.train.start_weights import find_start
+
+            start = find_start(config, text, trunk)
     with errors:
         training = check_training_set(config, text)
     with errors:
@@ -150,12 +145,19 @@ def check_inputs(config: Experiment, text: TextTower, errors: ErrorCollector | N
     errors.refuse()
     assert training
     index, plan = training
+    check_schedule(total_steps(config, plan), config.optim)
     fingerprints = {"data": index.fingerprint, "plan": plan.fingerprint, "text": text.fingerprint}
     if trunk:
         fingerprints["trunk"] = trunk.fingerprint
+    if start:
+        fingerprints["start"] = start.digest
+    former_steps = None
     if checkpoint:
-        refuse_other_run(config, fingerprints, checkpoint)
-    return Inputs(index, plan, fingerprints, trunk, statistics, head_given, validation, checkpoint, steps)
+        checkpoint, former_steps = choose_checkpoint(config, plan, fingerprints, checkpoint, run_folder(config))
+        fingerprints = checkpoint.manifest["fingerprints"] | fingerprints
+    return Inputs(
+        index, plan, fingerprints, trunk, statistics, start, head_given, validation, checkpoint, former_steps, steps
+    )
 
 
 def check_trunk(config: Experiment, text_width: int) -> TrunkFacts:
@@ -263,35 +265,3 @@ def check_object_store(job: Job) -> None:
             f"the pictures of a step take {step / 2**30:.1f} GiB, and Ray's object store has {store / 2**30:.1f} GiB here: lower "
             "train.global_batch or data.image_size, or submit the run to a cluster"
         )
-
-
-def refuse_other_run(config: Experiment, fingerprints: dict[str, str], checkpoint: LatestValid) -> None:
-    """Raise CheckpointError, with every key that differs, for a checkpoint of another experiment."""
-    manifest = checkpoint.manifest
-    differing = [
-        f"fingerprint of the {name}: {manifest['fingerprints'].get(name, 'none')[:12]} there, {value[:12]} here"
-        for name, value in fingerprints.items()
-        if manifest["fingerprints"].get(name) != value
-    ]
-    # A setting that is younger than the checkpoint has its default there.
-    before = parse(Experiment, manifest["config"], [], where=checkpoint.location)
-    # A locked trunk is known by its fingerprint, wherever its weights are.
-    free = (*FREE_TO_CHANGE, "vision.weights", "vision.pretrained") if config.vision.lock else FREE_TO_CHANGE
-    here, there = _leaves(config.model_dump(mode="json")), _leaves(before.model_dump(mode="json"))
-    differing += [
-        f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
-        for key in sorted(here.keys() | there.keys())
-        if here.get(key) != there.get(key) and not key.startswith(free)
-    ]
-    if differing:
-        listed = "\n  ".join(differing)
-        raise CheckpointError(
-            f"{checkpoint.location} belongs to another experiment:\n  {listed}\n"
-            "Give this one another name (name=...), or remove that folder to start over."
-        )
-
-
-def _leaves(tree: object, prefix: str = "") -> dict[str, object]:
-    if not isinstance(tree, dict):
-        return {prefix.rstrip("."): tree}
-    return {key: leaf for name, child in tree.items() for key, leaf in _leaves(child, f"{prefix}{name}.").items()}

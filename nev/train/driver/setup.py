@@ -24,6 +24,7 @@ from nev.train.job import Job
 
 if TYPE_CHECKING:
     from nev.models.text import TextTower
+    from nev.train.start_weights import StartCheckpoint
 
 TRUNK_LOCKED, HEAD_GIVEN = ", the trunk is locked", ", its head starts from vision.weights"
 TRAINED = {"text": "", "image": ", the text tower alone is trained", "none": ", both towers are trained"}  # by `lock`
@@ -38,9 +39,11 @@ class Inputs:
     fingerprints: as `Job` has them.
     trunk: a locked trunk; None where the trunk is trained.
     statistics: of the trunk's features, float32 [2, F]; None where they are not standardised.
+    start: the checkpoint of `train.from`; None for a run without it, and for a run that continues.
     head_given: as `Job` has it.
     validation: None for a run without a validation set.
-    checkpoint: the newest valid checkpoint, every byte verified, with its manifest; None for a new run.
+    checkpoint: the valid checkpoint from which the run continues, every byte verified, with its manifest; None for a new run.
+    former_steps: as `same_run.Continued` has it.
     steps: the steps of all checkpoints, the damaged ones included, before they were verified.
     """
 
@@ -49,9 +52,11 @@ class Inputs:
     fingerprints: dict[str, str]
     trunk: TrunkFacts | None
     statistics: NDArray[np.float32] | None
+    start: StartCheckpoint | None
     head_given: bool
     validation: Validation | None
     checkpoint: LatestValid | None
+    former_steps: int | None
     steps: list[int]
 
 
@@ -78,6 +83,7 @@ def make_job(config: Experiment, text: TextTower, inputs: Inputs, stop_after: in
         fingerprints=inputs.fingerprints,
         features=inputs.trunk.shape if inputs.trunk else None,
         statistics=inputs.statistics,
+        start_from=inputs.start.location if inputs.start else None,
         head_given=inputs.head_given,
         canaries=None if config.lock == "text" else embed_canaries(text),
     )
@@ -139,4 +145,5 @@ def describe_run(job: Job, start_step: int) -> str:
     return (
         f"{job.config.name}: {plan.total_rows:,} rows, {plan.steps_per_epoch:,} steps an epoch{left}; "
         f"{steps}{TRAINED[job.config.lock]}{TRUNK_LOCKED if job.features else ''}{HEAD_GIVEN if job.head_given else ''}"
+        f"{f', from the weights of {job.start_from}' if job.start_from else ''}"
     )

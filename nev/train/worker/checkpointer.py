@@ -63,7 +63,7 @@ class Snapshot(NamedTuple):
 class AsyncCheckpointWriter:
     """Writes the checkpoints of a run in a thread, on rank 0, and removes older checkpoints.
 
-    keep_last, keep_best: as `prune_checkpoints` takes them.
+    keep_last, keep_best, keep_step: as `prune_checkpoints` takes them.
     report: called in the writing thread.
     validated: whether the checkpoint of a step will be validated beside training, and stays until then.
     """
@@ -75,9 +75,10 @@ class AsyncCheckpointWriter:
         keep_best: str | None,
         report: Callable[[CheckpointSaved | Note], None],
         validated: Callable[[int], bool] = lambda step: False,
+        keep_step: int | None = None,
     ) -> None:
         self._run, self._keep_last, self._keep_best, self._report = run, keep_last, keep_best, report
-        self._validated = validated
+        self._validated, self._keep_step = validated, keep_step
         self._pool = ThreadPoolExecutor(1, "nev-checkpoint")
         self._pending: Future[None] | None = None
         self._no_more_tries = threading.Event()
@@ -145,7 +146,7 @@ class AsyncCheckpointWriter:
                     self._points = []
                 checkpoint.save(self._run, snapshot.state, snapshot.tensors, snapshot.rng, snapshot.beside)
         try:
-            prune_checkpoints(self._run, self._keep_last, self._keep_best, self._validated)
+            prune_checkpoints(self._run, self._keep_last, self._keep_best, self._validated, self._keep_step)
         except REFUSALS as error:  # the new checkpoint is complete, and the next checkpoint removes them
             self._report(Note(f"step {step}: older checkpoints could not be removed: {error}"))
         self._report(CheckpointSaved(step, time.perf_counter() - begin))
@@ -168,7 +169,7 @@ class Checkpointer:
             remove_checkpoints_after(job.run, start_step)
             validated = job.validates if job.config.eval.asynchronous else lambda step: False
             self._writer = AsyncCheckpointWriter(
-                job.run, train.keep_last, job.config.eval.best, self._report_write, validated
+                job.run, train.keep_last, job.config.eval.best, self._report_write, validated, job.decay_start
             )
 
     def log(self, step: int, metrics: dict[str, float], notes: Sequence[str] = ()) -> None:

@@ -20,7 +20,8 @@ from nev.models.frozen import FrozenTrunk
 from nev.models.lock import CANARIES
 from nev.models.text import TextTower, make_text_encoder
 from nev.models.vision import as_input
-from nev.train.core.optim import learning_rate, set_learning_rate
+from nev.train.core.optim import set_learning_rate
+from nev.train.core.schedule import learning_rate
 from nev.train.core.step import Batch, train_step
 from nev.train.core.vision_setup import uncompiled
 from nev.train.job import Job, ResumePoint
@@ -90,7 +91,12 @@ def train(
             guard.record(step, rate, result)
             done = step + 1
             stop = consensus.should_stop()
-            save_now = job.validates(done) or done == job.stop_step or stop or done % config.train.checkpoint_every == 0
+            save_now = (
+                job.validates(done)
+                or done in (job.stop_step, job.decay_start)
+                or stop
+                or done % config.train.checkpoint_every == 0
+            )
             if done % config.train.log_every == 0 or save_now:
                 metrics = totals.metrics(result, train_state.model, rate) | clock.metrics(done, batch_rows)
                 bad_steps = guard.check()

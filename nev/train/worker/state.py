@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from nev.common.collectives import broadcast_object, first_error
-from nev.common.errors import NevError
+from nev.common.errors import NevError, first_line
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.losses.fused import unsupported_reason
@@ -38,6 +41,9 @@ from nev.train.core.rng import restore_rng, seed_rank
 from nev.train.core.state_dict import load_optimizer, unknown_parameters
 from nev.train.core.vision_setup import apply_train_options
 from nev.train.job import Job, ResumePoint
+from nev.train.start_weights import load_start
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -87,36 +93,61 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(job: Job, ctx: RankContext, start_step: int) -> LoadedModel:
-    """Build the model, with the weights of the checkpoint of `start_step`. Every rank calls this.
+    """Build the model, with the weights of the checkpoint of `start_step`, or of `train.from`. Every rank calls this.
 
     Rank 0 alone reads the checkpoint, whose bytes must be verified; it sends the weights to the other ranks, a tensor at a time.
     start_step: 0 for a new run.
     Raises the same error on every rank: ConfigError for a tower that cannot be built, CheckpointError for a checkpoint that
     cannot be read or does not fit the model.
     """
-    loaded = error = None
-    try:
-        model, tower = build_model(job, resumed=start_step > 0)
+
+    def build() -> LoadedModel:
+        model, tower = build_model(job, replaced=start_step > 0 or job.start_from is not None)
         trunk = load_job_trunk(job) if runs_trunk(job) or (saves_trunk(job) and ctx.rank == 0) else None
         loaded = LoadedModel(model, tower, trunk, None, {}, {})
         if start_step and ctx.rank == 0:
-            loaded = read_checkpoint(loaded, checkpoint_location(job.run, start_step), retry_seconds(job.config))
-    except NevError as problem:  # perhaps on this rank alone: the other ranks must not wait for it
-        error = problem
-    if (first := first_error(error, ctx.world)) is not None:
-        raise first
-    assert loaded
-    if start_step and ctx.world > 1:
+            return read_checkpoint(loaded, checkpoint_location(job.run, start_step), retry_seconds(job.config))
+        if job.start_from and ctx.rank == 0:
+            load_start(model, job.start_from)
+        return loaded
+
+    loaded = on_every_rank(build, "the model", ctx.world)
+    if (start_step or job.start_from) and ctx.world > 1:
         broadcast_tensors(loaded.model.state_dict().values(), ctx.device)
+    if start_step and ctx.world > 1:
         state, rng = broadcast_object((loaded.state, loaded.rng), ctx.world)
         loaded = loaded._replace(state=state, rng=rng)
     return loaded
 
 
-def build_model(job: Job, resumed: bool) -> tuple[DualEncoder, TextTower | None]:
+def on_every_rank(make: Callable[[], T], what: str, world: int) -> T:
+    """The result of `make`, on this rank; where `make` fails on any rank, the same error on every rank. One collective.
+
+    what: that is made, for the message.
+    Raises ConfigError for an error that nobody has foreseen: workers that start again would meet it again. An OSError stays as it
+    is, since a disk or a network may come back.
+    """
+    result = error = None
+    try:
+        result = make()
+    except (NevError, OSError) as problem:  # perhaps on this rank alone: the other ranks must not wait for it
+        error = problem
+    except Exception as problem:  # noqa: BLE001 - timm, transformers and torch raise whatever they do
+        traceback.print_exception(problem)  # to the log of this process
+        error = ConfigError(
+            f"{what} cannot be built from this config: {type(problem).__name__}: {first_line(problem)}. The traceback is in the "
+            "worker's log"
+        )
+    if (first := first_error(error, world)) is not None:
+        raise first
+    assert result is not None
+    return result
+
+
+def build_model(job: Job, replaced: bool) -> tuple[DualEncoder, TextTower | None]:
     """The model of a job with its first weights, and the text tower where it runs in the loop. No collective.
 
-    resumed: a checkpoint will replace all weights, so neither the hub nor a file of weights is read.
+    replaced: a checkpoint will replace all weights of the vision tower, so neither the hub nor a file of weights is read.
     Raises ConfigError for a tower that cannot be built on this node.
     """
     config = job.config
@@ -130,7 +161,7 @@ def build_model(job: Job, resumed: bool) -> tuple[DualEncoder, TextTower | None]
     ):
         raise ConfigError(f"loss.kernel: fused cannot run on this node: {reason}. Use loss.kernel: tiles.")
     torch.manual_seed(config.seed)
-    vision = build_trained_vision(job, resumed)
+    vision = build_trained_vision(job, replaced)
     apply_train_options(vision, config.train)
     text = make_text_encoder(tower) if tower and config.lock != "text" else None
     if text:
@@ -141,13 +172,13 @@ def build_model(job: Job, resumed: bool) -> tuple[DualEncoder, TextTower | None]
     return model, tower
 
 
-def build_trained_vision(job: Job, resumed: bool) -> VisionTower | FeatureHead:
+def build_trained_vision(job: Job, replaced: bool) -> VisionTower | FeatureHead:
     """The vision tower of a job with its first weights; the layers behind a locked trunk, where the trunk is locked."""
     config = job.config
     if job.features:
         place = (config.vision, config.data.image_size, job.features, job.text_width)
         head = build_feature_head(*place, job.statistics)
-        if job.head_given and not resumed:
+        if job.head_given and not replaced:
             weights = read_head_weights(*place)
             if weights is None:
                 raise ConfigError(
@@ -156,7 +187,7 @@ def build_trained_vision(job: Job, resumed: bool) -> VisionTower | FeatureHead:
                 )
             head.load_state_dict(weights)
         return head
-    settings = config.vision.model_copy(update={"pretrained": False, "weights": None}) if resumed else config.vision
+    settings = config.vision.model_copy(update={"pretrained": False, "weights": None}) if replaced else config.vision
     return build_vision(settings, config.data.image_size, job.text_width)
 
 
@@ -218,7 +249,7 @@ def make_train_state(loaded: LoadedModel, job: Job, ctx: RankContext) -> tuple[T
         beside[checkpoint.TRUNK_FILE] = trunk_to_bytes(loaded.trunk)
     trunk = loaded.trunk.to(ctx.device) if loaded.trunk and runs_trunk(job) else None
     wrapped = distribute(model, config.train.fsdp, ctx.world, ctx.device)
-    optimizer = make_optimizer(model, config.optim)
+    optimizer = on_every_rank(partial(make_optimizer, model, config.optim), "the optimiser", ctx.world)
     train_state = TrainState(model, wrapped, optimizer, tower, trunk, beside)
     if loaded.state is None:
         seed_rank(ctx.rank, config.seed, 0)
