@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from nev.common.version import __version__
 from nev.export.card import write_card
 from nev.export.hf_model import NevVisionConfig, NevVisionModel
-from nev.export.modeling_file import make_modeling_file
 from nev.export.parts import (
     FP32,
     SENTENCES,
@@ -28,6 +27,7 @@ from nev.export.parts import (
     write_spec,
     write_text_tower,
 )
+from nev.export.single_file import make_modeling_file
 from nev.inference.load import load
 from nev.inference.model import Model
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +36,7 @@ from nev.export.parts import (
     sample_pictures,
     write_spec,
 )
+from nev.export.single_file import make_reader_file
 from nev.export.templates import reader
 from nev.inference.model import Model
 from nev.inference.tokenizer import make_tokenizer
@@ -89,7 +89,7 @@ def write_runtime(
     for precision in precisions[1:]:
         for tower in ours:
             SMALLER[precision](folder / tower / FILES["fp32"], folder / tower / FILES[precision])
-    shutil.copy(reader.__file__, folder / "reader.py")
+    (folder / "reader.py").write_text(make_reader_file(), encoding="utf-8")
     _write_preprocessing(model, folder)
     for tower, vectors in ours.items():
         limits = _find_limits(model, tower)

@@ -20,8 +20,8 @@ from nev.config.model import Text, Vision
 from nev.config.model_spec import ModelError, ModelSpec
 from nev.export.card import list_base_models
 from nev.export.export import export
-from nev.export.modeling_file import make_modeling_file
 from nev.export.parts import Check, Options, compare, normalise_squares, picture_limit, sample_pictures
+from nev.export.single_file import make_modeling_file
 from nev.inference.model import Model
 
 EVA = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "ref_feat_shape": [4, 4]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,15 @@ import numpy as np
 import pytest
 from helpers.models import SIZE
 from helpers.pictures import encoded, photo
+from helpers.wide_pictures import make_png, make_tiff
 from PIL import Image
 
 from nev.config.data import Limits
+from nev.export.single_file import make_reader_file
 from nev.export.templates import reader
 from nev.inference.pictures import read_square
+
+GREY = np.tile(np.linspace(0, 255, 64).astype(np.int64), (48, 1))
 
 
 def png(mode: str, **options: Any) -> bytes:
@@ -29,6 +34,10 @@ PICTURES: dict[str, Callable[[], bytes]] = {
     "palette, clear": lambda: png("P", transparency=3),
     "grey, clear": lambda: encoded(Image.merge("LA", photo(6, 50, 70).split()[:2]), "PNG"),
     "16 bits": lambda: encoded(Image.fromarray(np.arange(60 * 50, dtype=np.uint16).reshape(60, 50) * 20), "PNG"),
+    "12 bits": lambda: make_tiff(GREY * 4095 // 255, 1, bits=12),
+    "16 bits, white is zero": lambda: make_tiff((GREY * 257).astype("<u2"), 0),
+    "16 bits, signed": lambda: make_tiff((GREY * 32767 // 255).astype("<i2"), 1, form=2),
+    "16 bits, a clear grey": lambda: make_png(GREY * 257, 16, (int(GREY[0, 9]) * 257,)),
     "one bit": lambda: png("1"),
     "CMYK": lambda: encoded(photo(7, 64, 48).convert("CMYK"), "TIFF"),
     "as large as the square": lambda: encoded(photo(8, SIZE, SIZE), "PNG"),
@@ -44,6 +53,19 @@ def test_the_reader_sees_the_pixels_that_nev_sees(name: str) -> None:
     expected = read_square(data, SIZE, Limits())
     assert not expected.reason
     assert abs(reader.read_square(data, IMAGE).astype(int) - expected.pixels).max() <= 1
+
+
+def test_the_file_of_an_export_needs_no_nev(tmp_path: Path) -> None:
+    (tmp_path / "reader.py").write_text(text := make_reader_file())
+    assert "import nev" not in text
+    assert "from nev" not in text
+    spec: Any = importlib.util.spec_from_file_location("exported_reader", tmp_path / "reader.py")
+    exported = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(exported)
+    for name, make in PICTURES.items():
+        assert np.array_equal(exported.read_square(make(), IMAGE), reader.read_square(make(), IMAGE)), name
+    with pytest.raises(exported.BadImage, match=r"^floating-point pixels have no fixed white$"):
+        exported.read_square(Image.new("F", (9, 9)), IMAGE)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

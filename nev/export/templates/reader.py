@@ -22,6 +22,8 @@ import onnxruntime
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
+from nev.data.colour import NoColour, to_rgb
+
 # Formats that Pillow may open. EPS is not among them: for it, Pillow would start another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 DAMAGED_EXIF = (SyntaxError, ValueError, LookupError, OSError, TypeError, OverflowError, struct.error)
@@ -130,6 +132,8 @@ def read_square(source: Any, config: dict[str, Any]) -> Any:
         if image.width * image.height > config["max_pixels"]:
             raise BadImage(f"the picture has {image.width}x{image.height} pixels, more than {config['max_pixels']:,}")
         image = to_rgb(turn_upright(image))
+    except NoColour as error:
+        raise BadImage(str(error)) from error
     except BadImage:
         raise
     except Exception as error:  # Pillow raises whatever its plugins raise
@@ -153,15 +157,3 @@ def turn_upright(image: Image.Image) -> Image.Image:
         return image if image.format == "TIFF" else ImageOps.exif_transpose(image)
     except DAMAGED_EXIF:
         return image
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB, transparent pixels over white, 16 bits to 8. Raises BadImage for floats."""
-    if image.mode == "F":
-        raise BadImage("floating-point pixels have no fixed white")
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")

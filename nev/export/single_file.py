@@ -1,6 +1,6 @@
-"""The single file `modeling_nev.py` of an export: nev's own source of the vision tower, for those who have no nev.
+"""Files of an export for those who have no nev: `modeling_nev.py` and `reader.py`.
 
-The file is put together from the source that this process runs, so the file and nev cannot differ.
+They are put together from the source that this process runs, so they and nev cannot differ.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import inspect
 from collections.abc import Sequence
 from types import ModuleType
 
+from nev.data import colour
 from nev.export import hf_model
+from nev.export.templates import reader
 from nev.models import frozen, heads, image_encoder, nomic, pools, trunk
 
 HEADER = '''"""A vision tower that nev trained, as a model of transformers. Needs torch, timm and transformers.
@@ -47,6 +49,7 @@ class ConfigError(ValueError):
     """A config that cannot be built."""
 '''
 
+COLOUR_IMPORT = "from nev.data.colour import NoColour, to_rgb\n"  # in the template of reader.py
 PARTS: Sequence[tuple[ModuleType, Sequence[str]]] = (
     (nomic, ("MLP_NORM_EPS", "match_released")),
     (
@@ -73,6 +76,17 @@ def make_modeling_file(version: str) -> str:
     """The text of `modeling_nev.py`. version: of nev."""
     parts = [part for module, names in PARTS for part in _read_parts(module, names)]
     return "\n\n".join([HEADER.replace("{version}", version), *parts]) + "\n"
+
+
+def make_reader_file() -> str:
+    """The text of `reader.py`. Where the template imports colours from nev, their source stands."""
+    source, definitions = inspect.getsource(colour), (ast.Assign, ast.ClassDef, ast.FunctionDef)
+    parts = [
+        ast.get_source_segment(source, node) or "" for node in ast.parse(source).body if isinstance(node, definitions)
+    ]
+    template = inspect.getsource(reader)
+    assert template.count(COLOUR_IMPORT) == 1
+    return template.replace(COLOUR_IMPORT, "\n\n\n".join(parts) + "\n")
 
 
 def _read_parts(module: ModuleType, names: Sequence[str]) -> list[str]:
