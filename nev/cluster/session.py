@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ LOCAL_ENVIRONMENT = {
 # Set for all processes of a cluster named by RAY_ADDRESS, for `may_grow` in the trials of a sweep: only the driver of a submitted
 # job has RAY_ADDRESS.
 REMOTE_ENVIRONMENT = {"NEV_CLUSTER": "1"}
+RAY_STOP_WAIT_S = 3.0  # Ray's default
 
 
 def connect() -> None:
@@ -42,9 +44,26 @@ def connect() -> None:
             include_dashboard=None if address else False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            runtime_env={"env_vars": {name: os.environ.get(name, value) for name, value in environment.items()}},
+            runtime_env={"env_vars": choose_variables(environment)},
         )
     quiet_data_logger()
+
+
+def choose_variables(defaults: Mapping[str, str]) -> dict[str, str]:
+    """The variables for Ray's processes: this process's own where it has them, else `defaults`.
+
+    Those that came with the job (`ray job submit --runtime-env-json`) are left out: Ray hands them on, and takes none twice.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    given = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return {name: os.environ.get(name, value) for name, value in defaults.items() if name not in given}
+
+
+def seconds_to_stop() -> float | None:
+    """Time that `ray job stop` gives this process between SIGTERM and SIGKILL, in seconds; None outside a submitted job."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        return None
+    return float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", RAY_STOP_WAIT_S))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from nev.common.errors import NevError
 from nev.common.quiet import quiet
+from nev.common.signals import Stopped
 
 ConfigFile = Annotated[
     str, typer.Option("--config", help="Experiment: a file (YAML), or the name of a shipped one (quickstart, ...).")
@@ -56,7 +57,7 @@ def report_errors(interrupted: str = "Nothing is lost but this command's work.")
 
     A NevError prints its message alone; the exit status is 2. Any other error is a bug and keeps its traceback.
 
-    interrupted: what Ctrl-C prints; the exit status is 130, as in a shell.
+    interrupted: what Ctrl-C and SIGTERM print; the exit status is 130 or 143, as in a shell.
     """
     quiet()
     try:
@@ -67,6 +68,9 @@ def report_errors(interrupted: str = "Nothing is lost but this command's work.")
     except KeyboardInterrupt:
         _print_message(f"[bold]interrupted.[/] {escape(interrupted)}")
         raise typer.Exit(130) from None
+    except Stopped as stop:
+        _print_message(f"[bold]stopped by SIGTERM[/] (exit status {stop.code}). {escape(interrupted)}")
+        raise
 
 
 def given_options(context: typer.Context) -> set[str]:

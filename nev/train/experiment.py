@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from nev.cluster.session import connect
+from nev.cluster.session import connect, seconds_to_stop
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.file import to_yaml
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 # Pictures of the report that lie in the run's folder, too, by their names in the report.
 GALLERIES = {"retrieval-search": "retrieval.png", "zero_shot-classes": "classes.png"}
+
+
+LEAST_STOP_S = 60.0  # for the current step and the write of its checkpoint
 
 
 @dataclass(frozen=True)
@@ -133,9 +136,16 @@ def set_former_end_aside(prepared: Prepared, console: Console) -> str | None:
 
 
 def print_start(prepared: Prepared, console: Console) -> None:
-    """Print which checkpoints are damaged, and what is trained."""
+    """Print which checkpoints are damaged, whether a stop of this job is too short, and what is trained."""
     for damage in prepared.damaged:
         console.print(f"[yellow]{escape(damage)}; the checkpoint before it is used[/]", highlight=False, soft_wrap=True)
+    if (seconds := seconds_to_stop()) is not None and seconds < LEAST_STOP_S:
+        console.print(
+            f"[yellow]`ray job stop` kills this job {seconds:g} s after its SIGTERM, perhaps before a checkpoint is saved: start "
+            "the head with RAY_JOB_STOP_WAIT_TIME_S=300, or submit with it in env_vars of --runtime-env-json[/]",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(describe_run(prepared.job, prepared.resume.step))
 
 
