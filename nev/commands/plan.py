@@ -104,7 +104,7 @@ def main(
         width = width or text_width(experiment.text)
         batch, block = experiment.train.global_batch, experiment.data.block_rows
         worlds = {*possible_worlds(batch, block, cluster.node.gpus), gpus, *([run.world] if run else [])}
-        workload = read_workload(experiment, width, rows, sorted(worlds), numbers["overlap"].value)
+        workload = read_workload(experiment, width, rows, sorted(worlds), gpus, numbers["overlap"].value)
         plan = make_plan(workload, cluster, numbers, price_list, run)
         table = plan_rows(plan)
         if json_file:

@@ -14,7 +14,15 @@ from nev.plan.measured import Measured
 from nev.plan.number import Number, Numbers, Origin, least_trusted
 from nev.plan.simulate import Scenario, simulate
 from nev.plan.step import StepTime, compute_from_step, compute_s, step_time
-from nev.plan.stream import Machines, Picture, Source, decoders_needed, requests_of, stream_limits
+from nev.plan.stream import (
+    Machines,
+    Picture,
+    Source,
+    decoder_images_s,
+    decoders_needed,
+    requests_of,
+    stream_limits,
+)
 from nev.plan.workload import Workload
 
 PAYS = 0.75  # share of what a GPU makes on one node, below which further GPUs no longer pay
@@ -107,7 +115,7 @@ def make_plan(
     if not speed.images_s:
         raise ConfigError(f"{cluster.node_name} has no vCPU to spare for decoding: give --decoders 1 or more")
     step_s = workload.batch / speed.images_s
-    scenario = _scenario(workload, cluster, numbers, speed, decode.value, step_s)
+    scenario = _scenario(workload, cluster, numbers, speed, step_s)
     mtbl_s = 1 / scenario.losses_s if scenario.losses_s else math.inf
     restart_s = scenario.boot_s + scenario.start_s
     useful = goodput(scenario.checkpoint_steps * step_s, scenario.checkpoint_s, mtbl_s, restart_s)
@@ -141,7 +149,7 @@ def make_plan(
         cost=_cost(cluster, prices, speed.decoders, seconds, requests),
         requests=requests,
         stored_bytes=images * source.groups_a_block * _picture(workload, numbers).stored,
-        memory=workload.memory.get(cluster.world),
+        memory=workload.memory,
         pays=largest_that_pays({world: each.images_s for world, each in speeds.items()}),
         speeds=speeds,
         origin=least_trusted([rate.origin, decode.origin, numbers["straggler"].origin]),
@@ -223,12 +231,17 @@ def _speed(workload: Workload, cluster: Cluster, numbers: Numbers, measured: Mea
     messages = workload.messages.get(cluster.world, ())
     step = step_time(compute, messages, cluster.world, cluster.fabric(numbers), numbers["straggler"].value)
     picture, wanted = _picture(workload, numbers), workload.batch / step.total
-    spare = _spare_vcpus(cluster, numbers)
-    needed = decoders_needed(wanted, picture, cluster.nodes, spare, cluster.decoder.vcpus)
-    decoders = needed if cluster.decoders is None else min(needed, cluster.decoders)
     machines = Machines(
-        cluster.nodes, spare, cluster.node.tcp_gbit_s, decoders, cluster.decoder.vcpus, cluster.decoder.tcp_gbit_s
+        gpu_nodes=cluster.nodes,
+        gpu_vcpus=_spare_vcpus(cluster, numbers),
+        gpu_gbit_s=cluster.node.tcp_gbit_s,
+        decoders=0,
+        decoder_vcpus=cluster.decoder.vcpus,
+        decoder_gbit_s=cluster.decoder.tcp_gbit_s,
     )
+    needed = decoders_needed(wanted, picture, machines)
+    decoders = needed if cluster.decoders is None else min(needed, cluster.decoders)
+    machines = replace(machines, decoders=decoders)
     limits = stream_limits(picture, _source(workload, numbers), machines)
     slowest = min(limits, key=lambda name: limits[name])
     if limits[slowest] < wanted:
@@ -242,9 +255,8 @@ def _spare_vcpus(cluster: Cluster, numbers: Numbers) -> float:
     return max(0.0, cluster.node.vcpus - cluster.node.gpus * numbers["rank_vcpus"].value)
 
 
-def _scenario(
-    workload: Workload, cluster: Cluster, numbers: Numbers, speed: Speed, decode: float, step_s: float
-) -> Scenario:
+def _scenario(workload: Workload, cluster: Cluster, numbers: Numbers, speed: Speed, step_s: float) -> Scenario:
+    picture = _picture(workload, numbers)
     per_node = numbers["gpu_losses_hour"].value * cluster.node.gpus
     losses_hour = per_node + (numbers["spot_losses_hour"].value if cluster.spot else 0.0)
     mtbl_s = mean_time_between_losses(cluster.nodes, losses_hour)
@@ -258,8 +270,8 @@ def _scenario(
         start_s=numbers["start_s"].value,
         losses_s=0.0 if math.isinf(mtbl_s) else 1 / mtbl_s,
         decoders=speed.decoders,
-        own_images_s=cluster.nodes * _spare_vcpus(cluster, numbers) * decode,
-        decoder_images_s=cluster.decoder.vcpus * decode,
+        own_images_s=cluster.nodes * _spare_vcpus(cluster, numbers) * picture.decode_images_s,
+        decoder_images_s=min(decoder_images_s(picture, cluster.decoder.vcpus, cluster.decoder.tcp_gbit_s).values()),
         request_s=numbers["request_s"].value,
     )
 

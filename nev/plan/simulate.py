@@ -7,6 +7,7 @@ for decoders, a loss.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import random
 from dataclasses import dataclass
@@ -63,22 +64,23 @@ class Outcome:
 def simulate(run: Scenario, seed: int) -> Outcome:
     """Run the events of a scenario until its last step."""
     draw = random.Random(seed)
-    events: list[tuple[float, int, str]] = []
+    events: list[tuple[float, int, str, int]] = []
+    order = itertools.count()
 
-    def add(time: float, kind: str) -> None:
+    def add(time: float, kind: str, attempt: int = 0) -> None:
         if math.isfinite(time):
-            heapq.heappush(events, (time, len(events), kind))
+            heapq.heappush(events, (time, next(order), kind, attempt))
 
     def next_loss() -> float:
         return draw.expovariate(run.losses_s) if run.losses_s else math.inf
 
     now = done = repeated = grown = 0.0
-    losses = asked = up = 0
+    losses = requested = up = 0
     training = False
     first = run.boot_s + run.start_s
     add(first, "start")
     while True:
-        time, _, kind = heapq.heappop(events) if events else (math.inf, 0, "")
+        time, _, kind, attempt = heapq.heappop(events) if events else (math.inf, 0, "", 0)
         if training:
             decoded = run.own_images_s + up * run.decoder_images_s
             data_s = run.batch / decoded if decoded else math.inf
@@ -88,22 +90,23 @@ def simulate(run: Scenario, seed: int) -> Outcome:
                 return Outcome(end, first, grown, losses, repeated)
             done += (time - now) / pace
         now = time
-        if kind == "start":
+        if kind == "start" and attempt == losses:  # else a node was lost while the group started
             training = True
-            add(now + next_loss(), "loss")
-            if asked < run.decoders and not asked:
-                add(now, "request")
+            if not attempt:
+                add(now + next_loss(), "loss")
+                add(now if run.decoders else math.inf, "request")
         elif kind == "loss":
             losses, training = losses + 1, False
-            kept = done // run.checkpoint_steps * run.checkpoint_steps
-            done, repeated = kept, repeated + done - kept
-            add(now + run.boot_s + run.start_s, "start")
+            saved = done // run.checkpoint_steps * run.checkpoint_steps
+            done, repeated = saved, repeated + done - saved
+            add(now + run.boot_s + run.start_s, "start", losses)
+            add(now + next_loss(), "loss")
         elif kind == "request":
-            more = min(max(1, asked), run.decoders - asked)
+            more = min(max(1, requested), run.decoders - requested)
             for _ in range(more):
                 add(now + run.boot_s, "decoder")
-            asked += more
-            if asked < run.decoders:
+            requested += more
+            if requested < run.decoders:
                 add(now + run.request_s, "request")
         elif kind == "decoder":
             up += 1

@@ -56,26 +56,40 @@ class Machines:
     decoder_gbit_s: float
 
 
-def decoders_needed(images_s: float, picture: Picture, gpu_nodes: int, gpu_vcpus: float, decoder_vcpus: float) -> int:
+def decoder_images_s(picture: Picture, vcpus: float, gbit_s: float) -> dict[str, float]:
+    """Images a second of a node that decodes: by its vCPUs, by what it sends, and by what it reads."""
+    return {
+        "decode": vcpus * picture.decode_images_s,
+        "send": gbit_s * GBIT / picture.decoded,
+        "read": gbit_s * GBIT / picture.stored,
+    }
+
+
+def decoders_needed(images_s: float, picture: Picture, machines: Machines) -> int:
     """Nodes that must decode beside the GPU nodes for a rate of `images_s`."""
-    missing = images_s / picture.decode_images_s - gpu_nodes * gpu_vcpus
-    return max(0, math.ceil(missing / decoder_vcpus - 1e-9))
+    each = min(decoder_images_s(picture, machines.decoder_vcpus, machines.decoder_gbit_s).values())
+    missing = images_s - machines.gpu_nodes * machines.gpu_vcpus * picture.decode_images_s
+    return max(0, math.ceil(missing / each - 1e-9))
 
 
 def stream_limits(picture: Picture, source: Source, machines: Machines) -> dict[str, float]:
-    """Images a second that each part of the way can give, by the part's name."""
-    own, others = machines.gpu_nodes * machines.gpu_vcpus, machines.decoders * machines.decoder_vcpus
-    gpu_bytes = machines.gpu_nodes * machines.gpu_gbit_s * GBIT
-    decoder_bytes = machines.decoders * machines.decoder_gbit_s * GBIT
-    away = others / (own + others) if others else 0.0  # share of the pictures that decoders make
-    read_here = gpu_bytes / ((1 - away) * picture.stored + away * picture.decoded)
-    read_there = decoder_bytes / (away * picture.stored) if away else math.inf
-    send = decoder_bytes / (away * picture.decoded) if away else math.inf
+    """Images a second that each part of the way can give, by the part's name.
+
+    GPU nodes decode first; what they cannot, comes from the decoders. So a GPU node receives stored pictures of its own share
+    and decoded ones of the rest.
+    """
+    own = machines.gpu_nodes * machines.gpu_vcpus * picture.decode_images_s
+    each = decoder_images_s(picture, machines.decoder_vcpus, machines.decoder_gbit_s)
+    received = machines.gpu_nodes * machines.gpu_gbit_s * GBIT
+    if own * picture.stored >= received or not machines.decoders:
+        ingress = received / picture.stored
+    else:
+        ingress = own + (received - own * picture.stored) / picture.decoded
     rows_a_request = source.block_rows / (source.groups_a_block * source.requests_a_group)
     return {
-        "decode": (own + others) * picture.decode_images_s,
-        "ingress": min(read_here, read_there),
-        "object store": send,
+        "decode": own + machines.decoders * each["decode"],
+        "ingress": min(ingress, own + machines.decoders * each["read"] if machines.decoders else math.inf),
+        "object store": own + machines.decoders * each["send"] if machines.decoders else math.inf,
         "S3 requests": source.requests_s * rows_a_request,
         "coordinator": source.blocks_s * source.block_rows,
     }

@@ -30,7 +30,7 @@ class Workload:
     decoded: bytes of a row of a block.
     text_bytes: of a row's text vector.
     messages: collectives of a step by the number of ranks.
-    memory: peak bytes of a rank by the number of ranks; missing where they cannot be computed.
+    memory: peak bytes of a planned rank; None where they cannot be computed.
     uncounted: why FLOPs or memory are missing; "".
     """
 
@@ -47,7 +47,7 @@ class Workload:
     decoded: float
     text_bytes: float
     messages: Mapping[int, tuple[Message, ...]]
-    memory: Mapping[int, float]
+    memory: float | None
     uncounted: str = ""
 
     def local(self, world: int) -> int:
@@ -93,31 +93,33 @@ def possible_worlds(batch: int, block_rows: int, gpus: int) -> list[int]:
 
 
 def read_workload(
-    config: Experiment, text_width: int, rows: int | None, worlds: Iterable[int], hidden: float
+    config: Experiment, text_width: int, rows: int | None, worlds: Iterable[int], world: int, hidden: float
 ) -> Workload:
     """The numbers of an experiment.
 
     text_width: of a text vector.
     rows: of an epoch; None where the config's length does not need them.
     worlds: numbers of ranks, each of which divides the batch.
+    world: the planned one of them, for which the memory is computed.
     hidden: share of the collectives of `HIDDEN` that computation hides.
     """
     steps = count_steps(config, rows)
     from nev.train.capacity import FP16, collectives, compute_shape, estimate_memory, picture_shape
 
     bf16 = config.train.precision != "fp32"
-    messages, memory, uncounted = {}, {}, ""
-    for world in worlds:
-        settings = config.workers.model_copy(update={"count": world, "min": None, "max": None, "gpus": 1.0})
-        at_world = config.model_copy(update={"workers": settings})
-        messages[world] = tuple(
+    messages, memory, uncounted = {}, None, ""
+    for count in worlds:
+        settings = config.workers.model_copy(update={"count": count, "min": None, "max": None, "gpus": 1.0})
+        with_count = config.model_copy(update={"workers": settings})
+        messages[count] = tuple(
             Message(each.kind, each.purpose, each.count, each.nbytes, hidden if each.purpose in HIDDEN else 0.0)
-            for each in collectives(at_world, text_width)
+            for each in collectives(with_count, text_width)
         )
-        try:
-            memory[world] = float(estimate_memory(at_world, text_width, bf16, gpu=True).peak)
-        except ConfigError as error:
-            uncounted = str(error)
+        if count == world:
+            try:
+                memory = float(estimate_memory(with_count, text_width, bf16, gpu=True).peak)
+            except ConfigError as error:
+                uncounted = str(error)
     shape = compute_shape(config, text_width)
     numbers = 1
     for side in picture_shape(config):
