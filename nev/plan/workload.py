@@ -104,17 +104,16 @@ def read_workload(
     hidden: share of the collectives of `HIDDEN` that computation hides.
     """
     steps = count_steps(config, rows)
-    from nev.train.capacity import FP16, collectives, compute_shape, estimate_memory, picture_shape
+    from nev.train.capacity import FP16, compute_shape, estimate_memory, picture_shape
 
     bf16 = config.train.precision != "fp32"
-    messages, memory, uncounted = {}, None, ""
+    messages: dict[int, tuple[Message, ...]] = {}
+    memory, uncounted = None, ""
     for count in worlds:
         settings = config.workers.model_copy(update={"count": count, "min": None, "max": None, "gpus": 1.0})
         with_count = config.model_copy(update={"workers": settings})
-        messages[count] = tuple(
-            Message(each.kind, each.purpose, each.count, each.nbytes, hidden if each.purpose in HIDDEN else 0.0)
-            for each in collectives(with_count, text_width)
-        )
+        same = next((known for known in messages if known > 1 < count and not config.train.fsdp), None)
+        messages[count] = messages[same] if same else _read_messages(with_count, text_width, hidden)
         if count == world:
             try:
                 memory = float(estimate_memory(with_count, text_width, bf16, gpu=True).peak)
@@ -140,6 +139,16 @@ def read_workload(
         messages=messages,
         memory=memory,
         uncounted=uncounted,
+    )
+
+
+def _read_messages(config: Experiment, text_width: int, hidden: float) -> tuple[Message, ...]:
+    """The collectives of a step. Without FSDP they are the same for all numbers of ranks above one."""
+    from nev.train.capacity import collectives
+
+    return tuple(
+        Message(each.kind, each.purpose, each.count, each.nbytes, hidden if each.purpose in HIDDEN else 0.0)
+        for each in collectives(config, text_width)
     )
 
 
