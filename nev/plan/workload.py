@@ -119,6 +119,8 @@ def read_workload(
                 memory = float(estimate_memory(with_count, text_width, bf16, gpu=True).peak)
             except ConfigError as error:
                 uncounted = str(error)
+    if not (uncounted or bf16):
+        uncounted = "train.precision is fp32, and a share of the peak is known for bf16 alone"
     shape = compute_shape(config, text_width)
     numbers = 1
     for side in picture_shape(config):

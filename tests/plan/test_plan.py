@@ -17,7 +17,7 @@ from nev.commands.main import app
 from nev.config.base import ConfigError
 from nev.plan.cluster import Cluster, make_cluster
 from nev.plan.hardware import shipped_hardware, shipped_prices
-from nev.plan.measured import Measured, read_run, summarise
+from nev.plan.measured import Measured, read_mlflow_run, read_run, summarise
 from nev.plan.network import Message
 from nev.plan.number import Number, shipped_numbers
 from nev.plan.plan import COMMUNICATION, COMPUTE, largest_that_pays, make_plan
@@ -228,6 +228,29 @@ def test_a_run_is_read_from_its_folder(tmp_path: Path) -> None:
         read_run(str(tmp_path))
 
 
+@pytest.mark.slow
+def test_a_run_is_read_from_mlflow(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("nev", artifact_location=str(tmp_path))
+    ours, other = (client.create_run(experiment).info.run_id for _ in range(2))
+    for key, value in (("train.global_batch", "64"), ("workers.count", "4")):
+        client.log_param(ours, key, value)
+    for step in (10, 20, 30):
+        client.log_metric(ours, "images_per_s", 100.0, step=step)
+        client.log_metric(ours, "data_wait_share", 0.2, step=step)
+        client.log_metric(ours, "decode_images_per_s_core", 700.0, step=step)
+    found = read_mlflow_run(uri, ours)
+    assert (found.world, found.batch, found.decode_images_s) == (4, 64, 700.0)
+    assert found.step_s == pytest.approx(0.8 * 0.64)
+    with pytest.raises(ConfigError, match=r"needs the parameters train.global_batch and workers.count"):
+        read_mlflow_run(uri, other)
+    with pytest.raises(ConfigError, match=r"absent: MLflow at sqlite:.* gives no such run"):
+        read_mlflow_run(uri, "absent")
+
+
 # The command
 
 
@@ -256,6 +279,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:
             "train.global_batch (65536) must be a multiple of data.block_rows x workers.count",
         ),
         (["--gpu", "h100", "--gpus", "16"], "give them with --rows, or set train.steps"),
+        (["--gpu", "h100", "--gpus", "0"], "equal to 1"),
         (["--gpu", "h100", "--gpus", "16", "--rows", "9"], "--rows 9 is less than a step"),
         (
             ["--gpu", "h100", "--gpus", "16", "--rows", "70000", "--measured", "/absent"],
