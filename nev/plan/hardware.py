@@ -35,7 +35,7 @@ class Gpu(Section):
     source: str
     """Where the numbers are from."""
     date: datetime.date
-    """When the source was read."""
+    """Date of the entry."""
 
 
 class Node(Section):
@@ -54,7 +54,7 @@ class Node(Section):
     source: str
     """Where the numbers are from."""
     date: datetime.date
-    """When the source was read."""
+    """Date of the entry."""
 
 
 class Hardware(Section):
