@@ -17,8 +17,8 @@ from rich.table import Table
 from nev.common.cli import ConfigFile, Overrides, report_errors
 
 if TYPE_CHECKING:
-    from nev.plan.measured import Measured
-    from nev.plan.table import Row
+    from nev.planner.measured import Measured
+    from nev.planner.table import Row
 
 EXAMPLE = "--config nomic_embed_vision_v1_5 --gpu h100 --gpus 16 --rows 1547277668 --width 768"
 MACHINES, NUMBERS = "The machines", "Numbers of your own, in the place of those that nev has"
@@ -74,12 +74,12 @@ def main(
     console = Console()
     with report_errors():
         from nev.config.file import load
-        from nev.plan.cluster import make_cluster
-        from nev.plan.hardware import load_prices
-        from nev.plan.number import Number, shipped_numbers
-        from nev.plan.plan import make_plan
-        from nev.plan.table import plan_rows, to_json
-        from nev.plan.workload import count_steps, possible_worlds, read_workload, with_workers
+        from nev.planner.cluster import make_cluster
+        from nev.planner.forecast import make_forecast
+        from nev.planner.hardware import load_prices
+        from nev.planner.number import Number, shipped_numbers
+        from nev.planner.table import forecast_rows, to_json
+        from nev.planner.workload import count_steps, possible_worlds, read_workload, with_workers
 
         hardware, price_list = load_prices(prices)
         cluster = make_cluster(hardware, gpu, gpus, node, decoders, spot)
@@ -105,8 +105,8 @@ def main(
         batch, block = experiment.train.global_batch, experiment.data.block_rows
         worlds = {*possible_worlds(batch, block, cluster.node.gpus), gpus, *([run.world] if run else [])}
         workload = read_workload(experiment, width, rows, sorted(worlds), gpus, numbers["overlap"].value)
-        plan = make_plan(workload, cluster, numbers, price_list, run)
-        table = plan_rows(plan)
+        plan = make_forecast(workload, cluster, numbers, price_list, run)
+        table = forecast_rows(plan)
         if json_file:
             json_file.write_text(json.dumps(to_json(plan), indent=1) + "\n", encoding="utf-8")
     console.print(
@@ -118,7 +118,7 @@ def main(
 def _read_measured(run: str | None, tracking: str | None) -> Measured | None:
     """The numbers of the run that the options name. Raises ConfigError for --tracking alone."""
     from nev.config.base import ConfigError
-    from nev.plan.measured import read_mlflow_run, read_run
+    from nev.planner.measured import read_mlflow_run, read_run
 
     if run is None:
         if tracking is not None:

@@ -11,7 +11,7 @@ from helpers.models import make_experiment
 from benchmarks import plan
 from benchmarks.contestants import planned, processes, ray_job
 from nev.config.experiment import Experiment
-from nev.plan.local import shared_cores_step_s
+from nev.planner.local import shared_cores_step_s
 
 
 def test_core_seconds_add_up() -> None:

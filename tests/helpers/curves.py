@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nev.plan.cluster import make_cluster
-from nev.plan.hardware import shipped_hardware
-from nev.plan.network import Message
-from nev.plan.number import shipped_numbers
-from nev.plan.step import compute_from_step, step_time
+from nev.planner.cluster import make_cluster
+from nev.planner.hardware import shipped_hardware
+from nev.planner.network import Message
+from nev.planner.number import shipped_numbers
+from nev.planner.step import compute_from_step, step_time
 
 FP32, DDP_BUCKET, NEMO_CHUNK = 4, 25 * 2**20, 125e6
 
@@ -17,7 +17,7 @@ FP32, DDP_BUCKET, NEMO_CHUNK = 4, 25 * 2**20, 125e6
 class Curve:
     """A weak-scaling curve: the same images on each GPU, more GPUs.
 
-    node: type of node in `nev/plan/hardware.yaml`, with its GPU.
+    node: type of node in `nev/planner/hardware.yaml`, with its GPU.
     local: pairs of a GPU and step.
     parameters: trained ones, whose gradients go over the network in float32.
     width: of an embedding; both towers' embeddings are gathered in float32, and their gradients are scattered back.

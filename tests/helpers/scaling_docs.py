@@ -7,12 +7,12 @@ from pathlib import Path
 
 from helpers.curves import CURVES, predict
 from nev.config.file import load
-from nev.plan.cluster import make_cluster
-from nev.plan.hardware import load_prices
-from nev.plan.number import shipped_numbers
-from nev.plan.plan import Plan, make_plan
-from nev.plan.table import plan_rows
-from nev.plan.workload import possible_worlds, read_workload, with_workers
+from nev.planner.cluster import make_cluster
+from nev.planner.forecast import Forecast, make_forecast
+from nev.planner.hardware import load_prices
+from nev.planner.number import shipped_numbers
+from nev.planner.table import forecast_rows
+from nev.planner.workload import possible_worlds, read_workload, with_workers
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/scaling.md"
@@ -31,19 +31,19 @@ SHOWN = (
 )
 
 
-def plan_of(gpu: str, gpus: int, spot: bool, settings: list[str]) -> Plan:
+def forecast_for(gpu: str, gpus: int, spot: bool, settings: list[str]) -> Forecast:
     """The plan of the paper's run with some settings changed."""
     hardware, prices = load_prices(None)
     cluster, numbers = make_cluster(hardware, gpu, gpus, spot=spot), shipped_numbers()
     config = load(CONFIG, [*settings, *with_workers(gpus)])
     worlds = {*possible_worlds(config.train.global_batch, config.data.block_rows, cluster.node.gpus), gpus}
     work = read_workload(config, WIDTH, ROWS, sorted(worlds), gpus, numbers["overlap"].value)
-    return make_plan(work, cluster, numbers, prices)
+    return make_forecast(work, cluster, numbers, prices)
 
 
 def render() -> dict[str, str]:
     """The tables by name, in Markdown."""
-    plans = {name: plan_of(*run) for name, run in RUNS.items()}
+    plans = {name: forecast_for(*run) for name, run in RUNS.items()}
     return {
         "runs": _runs(plans),
         "knees": _knees(plans["1,024 H100, compiled, B = 262,144"]),
@@ -57,14 +57,14 @@ def _table(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join([f"| {' | '.join(head)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-def _runs(plans: dict[str, Plan]) -> str:
-    columns = [{row.name: row for row in plan_rows(plan)} for plan in plans.values()]
+def _runs(plans: dict[str, Forecast]) -> str:
+    columns = [{row.name: row for row in forecast_rows(plan)} for plan in plans.values()]
     return _table(
         ["", *plans, "origin"], [[name, *(c[name].value for c in columns), columns[0][name].origin] for name in SHOWN]
     )
 
 
-def _knees(plan: Plan) -> str:
+def _knees(plan: Forecast) -> str:
     def line(world: int) -> list[str]:
         speed = plan.speeds[world]
         wanted = plan.workload.batch / speed.step.total

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nev.plan.network import Fabric, Message, collective_s, exposed_s
-from nev.plan.step import BACKWARD, compute_from_step, compute_s, step_time, straggler_share
+from nev.planner.network import Fabric, Message, collective_s, exposed_s
+from nev.planner.step import BACKWARD, compute_from_step, compute_s, step_time, straggler_share
 
 FLAT = Fabric(gpus=1, link_bytes_s=1.0, node_bytes_s=1e9, share=1.0, link_latency_s=0.0, node_latency_s=0.0)
 TWO_TIERS = Fabric(gpus=8, link_bytes_s=300e9, node_bytes_s=100e9, share=0.5, link_latency_s=1e-6, node_latency_s=1e-5)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nev.config.base import ConfigError
-from nev.plan.hardware import Gpu, Hardware, Node, Prices, find
-from nev.plan.network import Fabric
-from nev.plan.number import Numbers
+from nev.planner.hardware import Gpu, Hardware, Node, Prices, find
+from nev.planner.network import Fabric
+from nev.planner.number import Numbers
 
 
 @dataclass(frozen=True)

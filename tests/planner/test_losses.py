@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nev.plan.losses import best_period, goodput, mean_time_between_losses
-from nev.plan.simulate import Scenario, simulate
+from nev.planner.losses import best_period, goodput, mean_time_between_losses
+from nev.planner.simulate import Scenario, simulate
 
 HOUR = 3600.0
 RUN = Scenario(

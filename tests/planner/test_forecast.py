@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nev.planner.plan import COMMUNICATION, COMPUTE, largest_that_pays, make_plan
 from typer.testing import CliRunner
 
 from nev.commands.main import app
 from nev.config.base import ConfigError
-from nev.plan.cluster import Cluster, make_cluster
-from nev.plan.hardware import shipped_hardware, shipped_prices
-from nev.plan.measured import Measured, read_mlflow_run, read_run, summarise
-from nev.plan.network import Message
-from nev.plan.number import Number, shipped_numbers
-from nev.plan.plan import COMMUNICATION, COMPUTE, largest_that_pays, make_plan
-from nev.plan.table import plan_rows, show_seconds, to_json
-from nev.plan.workload import Workload, possible_worlds
+from nev.planner.cluster import Cluster, make_cluster
+from nev.planner.hardware import shipped_hardware, shipped_prices
+from nev.planner.measured import Measured, read_mlflow_run, read_run, summarise
+from nev.planner.network import Message
+from nev.planner.number import Number, shipped_numbers
+from nev.planner.table import plan_rows, show_seconds, to_json
+from nev.planner.workload import Workload, possible_worlds
 from nev.runs.metrics_log import MetricPoint, write_points
 
 BASE = ["plan", "--config", "nomic_embed_vision_v1_5", "--width", "768"]
@@ -296,7 +296,7 @@ def test_what_is_wrong_is_said_before_any_work(
     def work(*_: Any, **__: Any) -> None:
         raise AssertionError("the tower was built")
 
-    monkeypatch.setattr("nev.plan.workload.read_workload", work)
+    monkeypatch.setattr("nev.planner.workload.read_workload", work)
     if "--tracking" in arguments:
         arguments = [*arguments, "--rows", "70000"]
     done = CliRunner().invoke(app, [*BASE, *arguments])

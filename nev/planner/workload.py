@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
-from nev.plan.network import Message
+from nev.planner.network import Message
 
 # Collectives that run beside computation: gradients and weights during forward and backward, texts during the forward.
 HIDDEN = ("gradients (DDP)", "gradients (FSDP)", "weights (FSDP)", "texts")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nev.plan.network import Fabric, Message, exposed_s
+from nev.planner.network import Fabric, Message, exposed_s
 
 BACKWARD = 2 / 3  # share of a step's computation: a backward has twice the FLOPs of a forward
 

@@ -7,14 +7,14 @@ import statistics
 from dataclasses import dataclass, replace
 
 from nev.config.base import ConfigError
-from nev.plan.cluster import Cluster, node_price
-from nev.plan.hardware import Prices
-from nev.plan.losses import best_period, goodput, mean_time_between_losses
-from nev.plan.measured import Measured
-from nev.plan.number import Number, Numbers, Origin, least_trusted
-from nev.plan.simulate import Scenario, simulate
-from nev.plan.step import StepTime, compute_from_step, compute_s, step_time
-from nev.plan.stream import (
+from nev.planner.cluster import Cluster, node_price
+from nev.planner.hardware import Prices
+from nev.planner.losses import best_period, goodput, mean_time_between_losses
+from nev.planner.measured import Measured
+from nev.planner.number import Number, Numbers, Origin, least_trusted
+from nev.planner.simulate import Scenario, simulate
+from nev.planner.step import StepTime, compute_from_step, compute_s, step_time
+from nev.planner.stream import (
     Machines,
     Picture,
     Source,
@@ -23,7 +23,7 @@ from nev.plan.stream import (
     requests_of,
     stream_limits,
 )
-from nev.plan.workload import Workload
+from nev.planner.workload import Workload
 
 PAYS = 0.75  # share of what a GPU makes on one node, below which further GPUs no longer pay
 RUNS = 20  # simulated runs of a plan
@@ -50,7 +50,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Forecast:
     """All numbers of a plan.
 
     speed: of the planned number of ranks.
@@ -100,7 +100,7 @@ def make_plan(
     numbers: Numbers,
     prices: Prices,
     measured: Measured | None = None,
-) -> Plan:
+) -> Forecast:
     """Compute a plan. Raises ConfigError where no rate is known, or the machines can never train."""
     decode = numbers["decode_images_s"]
     if measured and measured.decode_images_s:
@@ -131,7 +131,7 @@ def make_plan(
     seconds = statistics.mean(outcome.seconds for outcome in outcomes)
     requests = requests_of(images, source)
     rate = images_of_a_gpu(workload, cluster, numbers, measured)
-    return Plan(
+    return Forecast(
         workload=workload,
         cluster=cluster,
         speed=speed,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nev.plan.stream import Machines, Picture, Source, decoders_needed, requests_of, stream_limits
+from nev.planner.stream import Machines, Picture, Source, decoders_needed, requests_of, stream_limits
 
 PICTURE = Picture(stored=32_000, decoded=150_000, decode_images_s=500)
 SOURCE = Source(block_rows=256, groups_a_block=1.5, requests_a_group=6, requests_s=5500, blocks_s=100)

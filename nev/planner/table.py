@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from nev.plan.number import Origin, least_trusted
-from nev.plan.plan import PAYS, Plan
+from nev.planner.forecast import PAYS, Forecast
+from nev.planner.number import Origin, least_trusted
 
 GIB = 2**30
 
@@ -26,12 +26,12 @@ class Row(NamedTuple):
     note: str
 
 
-def plan_rows(plan: Plan) -> list[Row]:
+def forecast_rows(plan: Forecast) -> list[Row]:
     """The lines of a plan, the most asked for first."""
     return [*_rate_rows(plan), *_run_rows(plan), *_data_rows(plan), *_machine_rows(plan)]
 
 
-def _rate_rows(plan: Plan) -> list[Row]:
+def _rate_rows(plan: Forecast) -> list[Row]:
     step, work, images_s, world = plan.speed.step, plan.workload, plan.speed.images_s, plan.cluster.world
     share = f"{100 * images_s / plan.rate.value / world:.0f} % of what free GPUs would make"
     gpu = f"{plan.rate.source}; {work.local(world):,} images, {work.parts(world):,} at a time"
@@ -47,7 +47,7 @@ def _rate_rows(plan: Plan) -> list[Row]:
     ]
 
 
-def _headroom(plan: Plan) -> str:
+def _headroom(plan: Forecast) -> str:
     """How far the next limit of the pictures' way is."""
     name = min(plan.speed.limits, key=lambda each: plan.speed.limits[each])
     if name == plan.speed.bound:
@@ -55,7 +55,7 @@ def _headroom(plan: Plan) -> str:
     return f"next: {name}, at {plan.speed.limits[name]:,.0f} images/s"
 
 
-def _run_rows(plan: Plan) -> list[Row]:
+def _run_rows(plan: Forecast) -> list[Row]:
     known = [usd for usd in plan.cost.values() if usd is not None]
     unknown = [name for name, usd in plan.cost.items() if usd is None]
     parts = ", ".join(f"{name} {usd:,.0f}" for name, usd in plan.cost.items() if usd)
@@ -76,7 +76,7 @@ def _run_rows(plan: Plan) -> list[Row]:
     ]
 
 
-def _data_rows(plan: Plan) -> list[Row]:
+def _data_rows(plan: Forecast) -> list[Row]:
     limits, decode, count = plan.speed.limits, plan.decode, plan.speed.decoders
     grown = f"all there after {show_seconds(plan.grown_s)}" if count else "the GPU nodes' vCPUs suffice"
     origin = least_trusted([plan.origin, decode.origin])
@@ -94,7 +94,7 @@ def _data_rows(plan: Plan) -> list[Row]:
     ]
 
 
-def _machine_rows(plan: Plan) -> list[Row]:
+def _machine_rows(plan: Forecast) -> list[Row]:
     cluster, limit = plan.cluster, plan.cluster.gpu.memory_gib
     if plan.memory is None:
         memory = Row("memory of a GPU", "not computed", "computed", plan.workload.uncounted)
@@ -112,7 +112,7 @@ def _machine_rows(plan: Plan) -> list[Row]:
     ]
 
 
-def efficiencies(plan: Plan) -> dict[int, float]:
+def efficiencies(plan: Forecast) -> dict[int, float]:
     """What a rank makes, as a share of what it makes at the smallest number of ranks, by that number."""
     first = min(plan.speeds)
     alone = plan.speeds[first].images_s / first
@@ -132,7 +132,7 @@ def show_rate(images_s: float) -> str:
     return "no limit" if math.isinf(images_s) else f"{images_s:,.0f} images/s"
 
 
-def to_json(plan: Plan) -> dict[str, Any]:
+def to_json(plan: Forecast) -> dict[str, Any]:
     """The plan for other programs: its rows, and the bare numbers. JSON has no infinity: null stands for it."""
     speeds = {
         str(world): {"images_s": speed.images_s, "bound": speed.bound, "decoders": speed.decoders}
@@ -159,7 +159,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "node": plan.cluster.node_name,
         "spot": plan.cluster.spot,
         "bound": plan.speed.bound,
-        "rows": [row._asdict() for row in plan_rows(plan)],
+        "rows": [row._asdict() for row in forecast_rows(plan)],
         "numbers": numbers,
         "speeds": speeds,
     }

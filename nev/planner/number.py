@@ -34,7 +34,7 @@ Numbers = Mapping[str, Number]
 @cache
 def shipped_numbers() -> Numbers:
     """The numbers of `numbers.yaml`, by name."""
-    raw = load_yaml(files("nev.plan").joinpath("numbers.yaml").read_text(encoding="utf-8"))
+    raw = load_yaml(files("nev.planner").joinpath("numbers.yaml").read_text(encoding="utf-8"))
     entries = {name: _Entry.model_validate(entry) for name, entry in raw.items()}
     return {name: Number(entry.value, entry.origin, entry.source) for name, entry in entries.items()}
 

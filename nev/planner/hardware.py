@@ -107,7 +107,7 @@ def shipped_prices() -> Prices:
 
 
 def _read_shipped(name: str) -> object:
-    return load_yaml(files("nev.plan").joinpath(name).read_text(encoding="utf-8"))
+    return load_yaml(files("nev.planner").joinpath(name).read_text(encoding="utf-8"))
 
 
 def load_prices(path: str | None) -> tuple[Hardware, Prices]:

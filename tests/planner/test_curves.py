@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers.curves import CURVES, predict
 
-from nev.plan.number import shipped_numbers
+from nev.planner.number import shipped_numbers
 
 
 @pytest.mark.parametrize("name", CURVES)

@@ -10,7 +10,7 @@ from helpers.memory import WIDTH, experiment
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.models.vision import build_vision
-from nev.plan.workload import Workload, count_steps, read_workload
+from nev.planner.workload import Workload, count_steps, read_workload
 
 
 def read(config: Experiment, world: int = 2) -> Workload:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from nev.config.base import ConfigError
-from nev.plan.cluster import make_cluster, node_price
-from nev.plan.hardware import load_prices, shipped_hardware, shipped_prices
-from nev.plan.number import least_trusted, shipped_numbers
+from nev.planner.cluster import make_cluster, node_price
+from nev.planner.hardware import load_prices, shipped_hardware, shipped_prices
+from nev.planner.number import least_trusted, shipped_numbers
 
 ROOT = Path(__file__).parents[2]
 HARDWARE = shipped_hardware()
