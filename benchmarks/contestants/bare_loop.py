@@ -20,13 +20,16 @@ from benchmarks.contestants.processes import warm_up_steps
 from nev.config.experiment import Experiment
 
 
-def bare_loop(config: Experiment, steps: int, own_layers: bool) -> float:
-    """Train for `steps` steps on the CPU, with nev's linear layers (`own_layers`) or PyTorch's; images/s after the warm-up."""
+def bare_loop(config: Experiment, steps: int, own_layers: bool, threads: int | None = None) -> float:
+    """Train for `steps` steps on the CPU, with nev's linear layers (`own_layers`) or PyTorch's; images/s after the warm-up.
+
+    threads: of torch; None for one a core.
+    """
     from nev.models.precision import choose_precision
     from nev.models.vision import build_vision, normalise
     from nev.ops.onednn import Linear1x1
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(threads or os.cpu_count() or 1)
     torch.manual_seed(config.seed)
     batch, warm_up, data = config.train.global_batch, warm_up_steps(steps), config.data
     images, texts = preload(config, steps * batch)

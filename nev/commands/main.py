@@ -22,6 +22,7 @@ from nev.commands import (
     export,
     filter,
     index,
+    plan,
     prepare,
     pretrain,
     quickstart,
@@ -29,21 +30,6 @@ from nev.commands import (
     train,
 )
 from nev.common.cli import HELP, make_command
-
-TRAINING = "From pictures to a scored encoder, in this order"
-SEARCH = "From an encoder to a search, in this order"
-AROUND = "Around a training"
-LAPTOP = "All of the above on one laptop, from nothing"
-
-TRAINING = "From pictures to a scored encoder, in this order"
-SEARCH = "From an encoder to a search, in this order"
-AROUND = "Around a training"
-LAPTOP = "All of the above on one laptop, from nothing"
-
-TRAINING = "From pictures to a scored encoder, in this order"
-SEARCH = "From an encoder to a search, in this order"
-AROUND = "Around a training"
-LAPTOP = "All of the above on one laptop, from nothing"
 
 TRAINING = "From pictures to a scored encoder, in this order"
 SEARCH = "From an encoder to a search, in this order"
@@ -63,6 +49,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "filter": (filter, AROUND),
     "ablate": (ablate, AROUND),
     "capacity": (capacity, AROUND),
+    "plan": (plan, AROUND),
     "pretrain": (pretrain, AROUND),
     "quickstart": (quickstart, LAPTOP),
     "demo": (demo, LAPTOP),

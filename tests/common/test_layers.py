@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("nev.train.worker",),
     ("nev.train.driver",),  # hands the worker's function to Ray Train
     ("nev.train",),
-    ("nev.sweep", "nev.export", "nev.serve"),
+    ("nev.sweep", "nev.export", "nev.serve", "nev.planner"),
     ("nev.demo",),
     ("nev",),
     ("nev.commands",),
@@ -40,7 +40,8 @@ LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # What a room never imports, late imports included.
 NEVER: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
-        ("nev.losses", "nev.models", "nev.ops", "nev.runs", "nev.inference", "nev.search"), ("ray", "nev.cluster")
+        ("nev.losses", "nev.models", "nev.ops", "nev.runs", "nev.inference", "nev.search", "nev.planner"),
+        ("ray", "nev.cluster"),
     ),
     "nev.train.core": ("ray", "nev.cluster", "nev.runs", "nev.data", "nev.eval"),
     "nev.data": ("nev.models",),
@@ -55,6 +56,7 @@ NEVER: dict[str, tuple[str, ...]] = {
 NOT_AT_IMPORT: dict[str, tuple[str, ...]] = {
     "nev.train.driver": ("torch", "torchvision", "timm", "transformers", "sentence_transformers"),
     "nev.train.worker": ("rich", "mlflow", "matplotlib", "scipy"),
+    "nev.planner": ("torch", "timm", "transformers", "mlflow"),
 }
 
 # What one place alone imports.

@@ -31,6 +31,7 @@ BAD_INPUT = {
     "filter": ["--vectors", "/absent", "--output", "keep.parquet"],
     "ablate": ["--config", "absent"],
     "capacity": ["--config", "absent"],
+    "plan": ["--config", "absent", "--gpu", "h100", "--gpus", "8"],
     "pretrain": ["--config", "absent", "--objective", "mim"],
     "quickstart": ["--config", "absent"],
 }
@@ -47,7 +48,7 @@ def test_the_help_page_lists_the_commands_in_the_order_of_use() -> None:
     assert places == sorted(places)
     assert list(COMMANDS) == [
         "prepare", "embed-text", "embed-images", "train", "evaluate", "export", "index", "serve",
-        "filter", "ablate", "capacity", "pretrain", "quickstart", "demo",
+        "filter", "ablate", "capacity", "plan", "pretrain", "quickstart", "demo",
     ]  # fmt: skip
     assert "--install-completion" in shown
 

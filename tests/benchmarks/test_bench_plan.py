@@ -1,0 +1,48 @@
+"""The benchmark of the planner: its ratios, and that its parts measure something."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.models import make_experiment
+
+from benchmarks import plan
+from benchmarks.contestants import planned, processes, ray_job
+from nev.config.experiment import Experiment
+from nev.planner.local import shared_cores_step_s
+
+
+def test_core_seconds_add_up() -> None:
+    """100 images of 10 + 5 core-ms on 2 cores, and 50 ms of collectives."""
+    assert shared_cores_step_s(100, 2, 0.01, 0.005, 0.05) == pytest.approx(0.8)
+
+
+def test_plan_reports_how_far_it_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contestants that answer at once: a bare loop of 400 images/s, decoding of 1,000 a core, 10 ms of all-reduce."""
+    config = make_experiment(tmp_path, workers={"count": 2}, train={"global_batch": 16, "steps": 1})
+
+    def answer(contestant: object, *arguments: object) -> float:
+        if contestant is planned.all_reduce_s:
+            return 0.01 if arguments[1] == 2 else 0.0
+        if contestant is planned.coordinator_blocks_s:
+            return 50.0
+        return 1000.0 if contestant is planned.decode_core_images_s else 400.0
+
+    def run(at: Experiment, steps: int) -> ray_job.JobRates:
+        return ray_job.JobRates(300.0 if at.workers.count == 1 else 250.0, 100.0, 0.0)
+
+    monkeypatch.setattr(processes, "in_own_process", answer)
+    monkeypatch.setattr(ray_job, "ray_job", run)
+    monkeypatch.setattr(plan, "draw_pictures", lambda folder, pictures: config)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    plan.main(steps=10, pictures=512, repetitions=1, results=tmp_path)
+    written = json.loads((tmp_path / "plan_vs_measured.json").read_text())
+    alone = 1 / ((2 / 400 + 1 / 1000) / 2)
+    both = 16 / (16 * (1 / 400 + 1 / 1000) / 2 + 0.01)
+    assert written["figures"]["w1_predicted_images_per_s"] == pytest.approx(alone, rel=1e-3)
+    assert written["figures"]["w2_predicted_images_per_s"] == pytest.approx(both, rel=1e-3)
+    assert written["figures"]["off_share"] == pytest.approx(max(abs(alone / 300 - 1), abs(both / 250 - 1)), rel=1e-3)
+    assert written["goals"]["off_share"] == plan.WITHIN
+    assert written["figures"]["coordinator_blocks_per_s"] == 50
