@@ -27,8 +27,8 @@ CONFIG = Path(__file__).parents[1] / "configs/quickstart.yaml"
 WITHIN = 0.15  # what a prediction may be off by
 NOTES = (
     "predicted: B / (B (a + d) / cores + c): a core-seconds of an image in a bare loop with a thread for each core of a worker, "
-    "d in the reader, c seconds of an all-reduce of the gradients by gloo (nev.planner.local). measured: `nev train`, after a fifth "
-    "of the steps. off: |predicted / measured - 1|, the larger of one and of two workers.",
+    "d in the reader, c seconds of an all-reduce of the gradients by gloo (nev.planner.local). measured: `nev train`, after a "
+    "fifth of the steps. off: |predicted / measured - 1|, the larger of one and of two workers.",
     "coordinator: nev's stream with blocks of one byte into two consumers; executor, tasks and consumers share the cores, so a "
     "head of its own gives more.",
 )

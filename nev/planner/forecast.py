@@ -1,4 +1,4 @@
-"""The plan: a workload on a cluster, with every number's origin."""
+"""The forecast of a run: a workload on a cluster, with every number's origin."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Forecast:
     origin: Origin
 
 
-def make_plan(
+def make_forecast(
     workload: Workload,
     cluster: Cluster,
     numbers: Numbers,

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from nev.planner.plan import COMMUNICATION, COMPUTE, largest_that_pays, make_plan
 from typer.testing import CliRunner
 
 from nev.commands.main import app
 from nev.config.base import ConfigError
 from nev.planner.cluster import Cluster, make_cluster
+from nev.planner.forecast import COMMUNICATION, COMPUTE, largest_that_pays, make_forecast
 from nev.planner.hardware import shipped_hardware, shipped_prices
 from nev.planner.measured import Measured, read_mlflow_run, read_run, summarise
 from nev.planner.network import Message
 from nev.planner.number import Number, shipped_numbers
-from nev.planner.table import plan_rows, show_seconds, to_json
+from nev.planner.table import forecast_rows, show_seconds, to_json
 from nev.planner.workload import Workload, possible_worlds
 from nev.runs.metrics_log import MetricPoint, write_points
 
@@ -61,7 +61,7 @@ def numbers(**values: float) -> dict[str, Number]:
 
 
 def test_the_rate_is_the_share_of_the_peak_over_the_flops() -> None:
-    plan = make_plan(workload(), cluster(), numbers(straggler=0.0, blocks_s=1e6), shipped_prices())
+    plan = make_forecast(workload(), cluster(), numbers(straggler=0.0, blocks_s=1e6), shipped_prices())
     alone = 0.12489 * 989e12 / 106.58e9
     assert plan.rate.value == pytest.approx(alone, rel=0.01)
     assert plan.speed.images_s == pytest.approx(16 * alone, rel=0.01)
@@ -83,7 +83,7 @@ def test_the_rate_is_the_share_of_the_peak_over_the_flops() -> None:
     ],
 )
 def test_every_bound_can_be_the_one(gpus: int, change: dict[str, float], options: dict[str, Any], bound: str) -> None:
-    plan = make_plan(workload(), cluster(gpus=gpus, **options), numbers(**change), shipped_prices())
+    plan = make_forecast(workload(), cluster(gpus=gpus, **options), numbers(**change), shipped_prices())
     assert plan.speed.bound == bound
     assert plan.speed.images_s <= min(plan.speed.limits.values()) * (1 + 1e-9)
     assert plan.speed.images_s <= plan.workload.batch / plan.speed.step.total * (1 + 1e-9)
@@ -93,7 +93,7 @@ def test_every_bound_can_be_the_one(gpus: int, change: dict[str, float], options
 def test_more_gpus_are_never_slower_where_decoders_are_bought(power: int, blocks_s: float, decode: float) -> None:
     known = numbers(blocks_s=blocks_s, decode_images_s=decode)
     few, many = (
-        make_plan(workload(steps=100), cluster(gpus=2**at), known, shipped_prices()) for at in (power, power + 1)
+        make_forecast(workload(steps=100), cluster(gpus=2**at), known, shipped_prices()) for at in (power, power + 1)
     )
     assert many.speed.images_s >= few.speed.images_s * (1 - 1e-9)
     assert many.cluster.nodes == 2 * few.cluster.nodes
@@ -107,7 +107,7 @@ def test_cost_follows_the_price(factor: float) -> None:
         for name, price in prices.instances.items()
     }
     base, scaled = (
-        make_plan(workload(steps=100), cluster(), numbers(), each).cost
+        make_forecast(workload(steps=100), cluster(), numbers(), each).cost
         for each in (prices, prices.model_copy(update={"instances": dearer}))
     )
     assert scaled["GPU nodes"] == pytest.approx((base["GPU nodes"] or 0) * factor)
@@ -117,7 +117,9 @@ def test_cost_follows_the_price(factor: float) -> None:
 def test_spot_nodes_are_cheaper_and_lose_time() -> None:
     work = workload(checkpoint_steps=100)
     known = numbers(spot_losses_hour=0.05)
-    firm, spot = (make_plan(work, cluster("l40s", 64, spot=spot), known, shipped_prices()) for spot in (False, True))
+    firm, spot = (
+        make_forecast(work, cluster("l40s", 64, spot=spot), known, shipped_prices()) for spot in (False, True)
+    )
     assert spot.goodput < 0.95 < firm.goodput
     assert spot.seconds > 1.05 * firm.seconds
     assert (spot.cost["GPU nodes"] or 0) < (firm.cost["GPU nodes"] or 0)
@@ -130,7 +132,7 @@ def test_a_group_that_loses_nodes_faster_than_it_saves_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"a node of 64 is lost every 2 min.*Lower train.checkpoint_every \(best: \d+\)"
     ):
-        make_plan(workload(), cluster("l40s", 64, spot=True), numbers(spot_losses_hour=0.5), shipped_prices())
+        make_forecast(workload(), cluster("l40s", 64, spot=True), numbers(spot_losses_hour=0.5), shipped_prices())
 
 
 def test_the_largest_number_that_pays_ends_before_the_first_that_does_not() -> None:
@@ -146,15 +148,15 @@ def test_whole_nodes_that_divide_the_blocks() -> None:
 
 
 def test_a_price_that_is_not_known_is_said() -> None:
-    plan = make_plan(workload(), cluster(node="dgx-h100"), numbers(), shipped_prices())
-    row = next(row for row in plan_rows(plan) if row.name == "cost")
+    plan = make_forecast(workload(), cluster(node="dgx-h100"), numbers(), shipped_prices())
+    row = next(row for row in forecast_rows(plan) if row.name == "cost")
     assert (row.value, row.note) == ("not known", "no price of GPU nodes: --prices")
 
 
 def test_every_row_has_an_origin_and_json_has_no_infinity() -> None:
-    plan = make_plan(workload(), cluster(), numbers(gpu_losses_hour=0.0), shipped_prices())
+    plan = make_forecast(workload(), cluster(), numbers(gpu_losses_hour=0.0), shipped_prices())
     assert math.isinf(plan.period_steps)
-    rows = plan_rows(plan)
+    rows = forecast_rows(plan)
     assert {row.origin for row in rows} == {"measured", "published", "assumed", "computed"}
     text = json.dumps(to_json(plan), allow_nan=False)
     assert json.loads(text)["numbers"]["checkpoint_steps"] is None
@@ -199,18 +201,20 @@ def test_a_run_that_logged_nothing_is_refused() -> None:
 def test_a_measured_rate_takes_the_place_of_the_computed_one() -> None:
     """A rank that made 500 images/s in its share of 4,096, alone, makes as many in the plan."""
     measured = Measured("runs/mine", 1, 4096, 4096 / 500, 0.0, 123.0)
-    plan = make_plan(workload(flops=None, uncounted="a text tower"), cluster(), numbers(), shipped_prices(), measured)
+    plan = make_forecast(
+        workload(flops=None, uncounted="a text tower"), cluster(), numbers(), shipped_prices(), measured
+    )
     assert plan.rate.origin == "measured"
     assert plan.rate.value == pytest.approx(500, rel=1e-3)
     assert plan.decode.value == 123
     with pytest.raises(ConfigError, match=r"no rate is known for paper \(a text tower\): give --measured RUN"):
-        make_plan(workload(flops=None, uncounted="a text tower"), cluster(), numbers(), shipped_prices())
+        make_forecast(workload(flops=None, uncounted="a text tower"), cluster(), numbers(), shipped_prices())
 
 
 def test_a_run_on_the_planned_machines_predicts_itself() -> None:
     """Whatever its stragglers and collectives took, they are in the measured step, and are not counted twice."""
     measured = Measured("runs/mine", 16, 65_536, 5.0, 0.1, None)
-    plan = make_plan(workload(), cluster(), numbers(), shipped_prices(), measured)
+    plan = make_forecast(workload(), cluster(), numbers(), shipped_prices(), measured)
     assert plan.speed.step.total == pytest.approx(5.0, rel=1e-3)
 
 
