@@ -19,7 +19,7 @@ LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 # Files that the reader makes: the docs say `cp configs/flickr8k.yaml configs/mine.yaml`.
 READERS_OWN = {"configs/mine.yaml"}
 # Dotted names that are no Python: a logger, MLflow's tags, and a file of an export.
-NOT_PYTHON = re.compile(r"nev\.(storage$|arm\.|alert\.|tail_rows$|json$)")
+NOT_PYTHON = re.compile(r"nev\.(storage$|continues_run$|start_fingerprint$|arm\.|alert\.|tail_rows$|json$)")
 
 
 def missing_paths(text: str) -> list[str]:
