@@ -131,7 +131,6 @@ def launched(job: dict[str, Any], gpus: int = 0, cpus: int = 0) -> dict[str, int
             name,
             kind["min_workers"],
             kind["max_workers"],
-            priority=kind.get("priority", 0),
             resources=kind["resources"],
             labels=kind["labels"],
         )
