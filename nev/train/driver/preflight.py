@@ -126,8 +126,13 @@ def check_inputs(config: Experiment, text: TextTower, errors: ErrorCollector | N
         if config.vision.lock:
             trunk = check_trunk(config, text.width)
             head_given = checkpoint is None and not config.train.from_ and brings_head(config, trunk, text.width)
-        elif checkpoint is None and not config.train.from_:  # else neither the hub nor a file of weights is needed
-            check_vision(config.vision, config.data.image_size, text.width, locked=config.lock == "image")
+        elif (
+            checkpoint is None
+        ):  # a run that continues needs neither the hub nor a file of weights; nor does `train.from`
+            replaced = config.vision.model_copy(update={"pretrained": False, "weights": None})
+            vision = replaced if config.train.from_ else config.vision
+            locked = config.lock == "image" and not config.train.from_
+            check_vision(vision, config.data.image_size, text.width, locked)
     with errors:
         if checkpoint is None and config.train.from_ and bool(config.vision.lock) == bool(trunk):
             from nev.train.start_weights import find_start
