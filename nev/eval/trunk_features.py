@@ -68,7 +68,7 @@ def load_trunk(spec: TrunkSpec, config: Experiment) -> tuple[Experiment, FrozenT
     Raises ConfigError for a trunk that cannot be built or fetched, or that takes no pictures of this size.
     """
     from nev.models.frozen import FrozenTrunk, load_frozen_trunk
-    from nev.models.pools import build_pool
+    from nev.models.pools import build_pool, has_class_token
 
     size = spec.size or config.data.image_size
     vision = Vision(
@@ -77,7 +77,7 @@ def load_trunk(spec: TrunkSpec, config: Experiment) -> tuple[Experiment, FrozenT
     vision = with_absolute_paths(config.model_copy(update={"vision": vision})).vision
     try:
         trunk = load_frozen_trunk(vision, size)
-        if getattr(trunk.trunk, "cls_token", None) is not None:
+        if has_class_token(trunk.trunk):
             vision = vision.model_copy(update={"pool": "cls+mean"})
             trunk = FrozenTrunk(trunk.trunk, build_pool(vision, trunk.trunk)[0], vision, size)
         width = trunk.shape  # one picture passes the trunk, so that a wrong size shows here

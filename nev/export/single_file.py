@@ -13,7 +13,7 @@ from types import ModuleType
 from nev.data import colour
 from nev.export import hf_model
 from nev.export.templates import reader
-from nev.models import frozen, heads, image_encoder, nomic, pools, trunk
+from nev.models import create_trunk, frozen, heads, image_encoder, nomic, pools, trunk, trunk_trace
 
 HEADER = '''"""A vision tower that nev trained, as a model of transformers. Needs torch, timm and transformers.
 
@@ -26,10 +26,11 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import combinations
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import timm
 import torch
@@ -39,6 +40,7 @@ from timm.layers.mlp import SwiGLU
 from timm.layers.weight_init import trunc_normal_tf_
 from timm.models.eva import EvaBlock
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -53,18 +55,35 @@ COLOUR_IMPORT = "from nev.data.colour import NoColour, to_rgb\n"  # in the templ
 PARTS: Sequence[tuple[ModuleType, Sequence[str]]] = (
     (nomic, ("MLP_NORM_EPS", "match_released")),
     (
-        trunk,
+        create_trunk,
         (
             "RESERVED_ARGUMENTS",
-            "CLASSIFIER_PARTS",
-            "build_trunk",
-            "encode_images",
-            "_create_trunk",
+            "BUILD_ERRORS",
+            "create_trunk",
+            "_find_taken",
+            "_list_choices",
+            "_describe",
             "_suggest",
             "_list_arguments",
         ),
     ),
-    (pools, ("INIT_STD", "NomicPool", "ClsPool", "MeanPool", "ClsMeanPool", "build_pool", "_trunk_heads")),
+    (trunk_trace, ("Trace", "_Encoder", "encode_images", "trace_trunk", "list_leaves", "_refuse_size")),
+    (trunk, ("build_trunk", "_remove_idle_parts")),
+    (
+        pools,
+        (
+            "INIT_STD",
+            "NomicPool",
+            "ClsPool",
+            "MeanPool",
+            "ClsMeanPool",
+            "has_class_token",
+            "count_prefix",
+            "_count_class_tokens",
+            "build_pool",
+            "_trunk_heads",
+        ),
+    ),
     (heads, ("build_head", "make_linear", "MlpHead", "SwiGLUHead")),
     (frozen, ("LEAST_DEVIATION",)),
     (image_encoder, ("ImageEncoder", "assemble_image_encoder")),

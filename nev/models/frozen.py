@@ -24,7 +24,8 @@ from nev.models.digests import weight_digests
 from nev.models.heads import build_head
 from nev.models.pools import build_pool
 from nev.models.tower_weights import TRUNK, cut_prefix, read_tower_file
-from nev.models.trunk import build_trunk, encode_images, fit_trunk_weights
+from nev.models.trunk import build_trunk, fit_trunk_weights
+from nev.models.trunk_trace import encode_images
 from nev.ops.onednn import use_onednn
 
 LEAST_DEVIATION = 1e-6  # a feature that varies less over the training set is 0 when it is standardised

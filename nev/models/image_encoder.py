@@ -18,7 +18,8 @@ from nev.config.model import Vision
 from nev.models.frozen import LEAST_DEVIATION, FrozenTower
 from nev.models.heads import build_head
 from nev.models.pools import build_pool
-from nev.models.trunk import build_trunk, encode_images
+from nev.models.trunk import build_trunk
+from nev.models.trunk_trace import encode_images
 from nev.models.vision import VisionTower
 
 

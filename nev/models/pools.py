@@ -90,22 +90,45 @@ class ClsMeanPool(nn.Module):
         return torch.cat([tokens[:, 0], self.mean(tokens)], dim=1)
 
 
+def has_class_token(trunk: Any) -> bool:
+    """Whether the first token of a timm model is a class token."""
+    return _count_class_tokens(trunk) > 0 and count_prefix(trunk) > 0
+
+
+def count_prefix(trunk: Any) -> int:
+    """Number of tokens before the patches: class, distillation and register tokens. VOLO, CoaT and PiT do not say theirs."""
+    stated = getattr(trunk, "num_prefix_tokens", None)
+    return _count_class_tokens(trunk) if stated is None else int(stated)
+
+
+def _count_class_tokens(trunk: Any) -> int:
+    """Tokens of the last parameter `cls_token`, wherever the trunk has it. CoaT has one a stage, PiT's may hold two tokens."""
+    found = [tensor for name, tensor in trunk.named_parameters() if name.rpartition(".")[2].startswith("cls_token")]
+    return int(found[-1].shape[1]) if found else 0
+
+
 def build_pool(config: Vision, trunk: Any) -> tuple[nn.Module, int]:
-    """Build the pool that `config.pool` names, for a timm model `trunk` of width D (`num_features`). Returns (pool, its width).
+    """Build the pool that `config.pool` names, for a trunk of `build_trunk` whose tokens have width D. Returns (pool, its width).
 
     The pool `own` is the trunk's: what is built for it passes a vector on.
     The number of attention heads defaults to the trunk's. The hidden width defaults to 8/3 D in steps of 8 (2,048 for 768) for
-    `nomic`, and to 4 D for `map`. Raises ConfigError where the trunk has no class token to pool, or the heads do not divide D.
+    `nomic`, and to 4 D for `map`. Raises ConfigError where the trunk has no class token or no patch tokens to pool, or the heads
+    do not divide D.
     """
-    dim = int(trunk.num_features)
+    *count, dim = trunk.output_shape
     if config.pool == "own":
-        return nn.Identity(), int(getattr(trunk, "head_hidden_size", dim))
-    if config.pool in ("nomic", "cls", "cls+mean") and getattr(trunk, "cls_token", None) is None:
+        return nn.Identity(), dim
+    prefix = count_prefix(trunk)
+    if config.pool in ("nomic", "cls", "cls+mean") and not has_class_token(trunk):
         raise ConfigError(
             f"vision.pool {config.pool!r} reads the class token, and trunk {config.trunk!r} has none: "
             "use pool map, mean or own, or trunk_args {class_token: true} on a ViT"
         )
-    prefix = int(getattr(trunk, "num_prefix_tokens", 0))
+    if config.pool != "cls" and count[0] <= prefix:
+        raise ConfigError(
+            f"vision.pool {config.pool!r} reads the patch tokens, and trunk {config.trunk!r} gives its class token alone: "
+            "use pool cls or own"
+        )
     if config.pool == "cls":
         return ClsPool(), dim
     if config.pool == "mean":

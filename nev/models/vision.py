@@ -21,8 +21,10 @@ from nev.config.base import ConfigError
 from nev.config.model import Vision
 from nev.models.heads import build_head
 from nev.models.pools import build_pool
+from nev.models.tower_check import check_numbers, check_shapes, is_small
 from nev.models.tower_weights import TRUNK, read_tower_file
-from nev.models.trunk import build_trunk, encode_images, fit_trunk_weights, refuse_misfit
+from nev.models.trunk import build_trunk, fit_trunk_weights, refuse_misfit
+from nev.models.trunk_trace import encode_images
 from nev.ops.onednn import use_onednn
 
 
@@ -72,15 +74,21 @@ def build_vision(config: Vision, image_size: int, width: int) -> VisionTower:
 
 
 def check_vision(config: Vision, image_size: int, width: int, locked: bool = False) -> None:
-    """Raise the errors of `build_vision`, but in a second: no weight is made, and no hub is contacted.
+    """Raise the errors of `build_vision` and of the first step, but in a second: no hub is contacted.
+
+    Weights are made for a small tower alone: its forward and backward are tried with numbers (`nev.models.tower_check`). A
+    larger tower is tried with shapes alone.
 
     locked: the tower will be locked. Then raise ConfigError for parameters that neither `weights` nor `pretrained` brings.
+    Raises ConfigError, too, for parameters that no loss reaches, and for vectors or gradients that are not finite.
     """
+    empty = config.model_copy(update={"pretrained": False})
     with torch.device("meta"):
-        tower = _assemble(config.model_copy(update={"pretrained": False}), image_size, width)
+        tower = _assemble(empty, image_size, width)
     names = [name for name, _ in tower.named_parameters()]
     trunk = {name for name in names if name.startswith(TRUNK)}
-    loaded = read_tower_weights(tower, config) if config.weights else trunk
+    weights = read_tower_weights(tower, config) if config.weights else {}
+    loaded = weights.keys() if config.weights else trunk
     if locked and (rest := [name for name in names if name not in loaded]):
         source = "weights" if config.weights else "pretrained"
         raise ConfigError(
@@ -88,6 +96,12 @@ def check_vision(config: Vision, image_size: int, width: int, locked: bool = Fal
             f"{first_few(rest)} besides. Give vision.weights a whole tower (a checkpoint of nev, or an export), or "
             "choose vision.pool: mean or cls on a trunk as wide as the texts."
         )
+    check_shapes(tower, image_size, trained=not locked)
+    if is_small(tower, image_size):
+        with torch.random.fork_rng(devices=[]):
+            tower = _assemble(empty, image_size, width)
+        tower.load_state_dict(weights, strict=False)  # checked when they were read
+        check_numbers(tower, image_size, trained=not locked)
 
 
 def _assemble(config: Vision, image_size: int, width: int) -> VisionTower:
