@@ -27,6 +27,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import combinations
 from types import SimpleNamespace
@@ -40,7 +41,6 @@ from timm.layers.mlp import SwiGLU
 from timm.layers.weight_init import trunc_normal_tf_
 from timm.models.eva import EvaBlock
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -60,14 +60,13 @@ PARTS: Sequence[tuple[ModuleType, Sequence[str]]] = (
             "RESERVED_ARGUMENTS",
             "BUILD_ERRORS",
             "create_trunk",
-            "_find_taken",
             "_list_choices",
             "_describe",
             "_suggest",
             "_list_arguments",
         ),
     ),
-    (trunk_trace, ("Trace", "_Encoder", "encode_images", "trace_trunk", "list_leaves", "_refuse_size")),
+    (trunk_trace, ("Trace", "encode_images", "trace_trunk", "_without_numbers", "list_leaves", "_refuse_size")),
     (trunk, ("build_trunk", "_remove_idle_parts")),
     (
         pools,

@@ -11,14 +11,13 @@ from itertools import combinations
 from typing import Any
 
 import timm
-import torch
 
 from nev.config.base import ConfigError
 from nev.config.model import Vision
 
 RESERVED_ARGUMENTS = ("num_classes", "global_pool", "img_size", "pretrained")  # set by nev, so refused in trunk_args
 # What timm raises where a model cannot be built from its arguments.
-BUILD_ERRORS = (TypeError, AssertionError, ArithmeticError, AttributeError, LookupError, RuntimeError, ValueError)
+BUILD_ERRORS = (TypeError, AssertionError, ArithmeticError, AttributeError, LookupError, ValueError)
 
 
 def create_trunk(config: Vision, image_size: int) -> Any:
@@ -35,38 +34,22 @@ def create_trunk(config: Vision, image_size: int) -> Any:
     optional: dict[str, Any] = {"img_size": image_size, "global_pool": "", "num_classes": 0}
     if config.pool == "own":
         del optional["global_pool"]
-    try:
-        try:
-            return timm.create_model(name, pretrained=config.pretrained, **optional, **arguments)
-        except BUILD_ERRORS:
-            taken = _find_taken(name, arguments, optional)
-            if taken == optional:
-                raise
-            return timm.create_model(name, pretrained=config.pretrained, **taken, **arguments)
-    except OSError as error:
-        raise ConfigError(
-            f"vision.pretrained: timm's weights of {name!r} could not be fetched ({error}). Without the hub, "
-            "give vision.weights a local file and set pretrained: false"
-        ) from error
-    except BUILD_ERRORS as error:
-        raise ConfigError(_describe(config, error)) from error
-
-
-def _find_taken(name: str, arguments: dict[str, Any], optional: dict[str, Any]) -> dict[str, Any]:
-    """As many of the `optional` arguments as timm builds the model with. Raises what timm raises without any of them.
-
-    A class's signature does not say it: some have the argument and refuse the value, some take any word. Building on the meta
-    device does, in a tenth of a second.
-    """
+    refusal: Exception | None = None
+    # A class's signature does not say what it takes: some have the argument and refuse the value, some take any word.
     for taken in _list_choices(optional):
         try:
-            with torch.device("meta"):
-                timm.create_model(name, pretrained=False, **taken, **arguments)
-            return taken
-        except BUILD_ERRORS:
-            if not taken:
-                raise
-    raise AssertionError("the last choice is empty")
+            return timm.create_model(name, pretrained=config.pretrained, **taken, **arguments)
+        except OSError as error:
+            raise ConfigError(
+                f"vision.pretrained: timm's weights of {name!r} could not be fetched ({error}). Without the hub, "
+                "give vision.weights a local file and set pretrained: false"
+            ) from error
+        except RuntimeError as error:  # of weights that do not fit, as other arguments would not make them
+            raise ConfigError(_describe(config, image_size, error)) from error
+        except BUILD_ERRORS as error:
+            refusal = error
+    assert refusal is not None
+    raise ConfigError(_describe(config, image_size, refusal)) from refusal
 
 
 def _list_choices(optional: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -76,7 +59,7 @@ def _list_choices(optional: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {name: optional[name] for name in names}
 
 
-def _describe(config: Vision, error: Exception) -> str:
+def _describe(config: Vision, image_size: int, error: Exception) -> str:
     """The message for a model that timm does not build."""
     name, arguments = config.trunk, config.trunk_args
     if unknown := re.search(
@@ -89,9 +72,12 @@ def _describe(config: Vision, error: Exception) -> str:
         ]
         if close:
             return f"vision.trunk_args: {name!r} takes no argument {'; '.join(close)}"
+    if (fixed := re.search(r"multiple values for keyword argument '(\w+)'", str(error))) and fixed[1] in arguments:
+        return f"vision.trunk_args: timm's {name!r} sets {fixed[1]!r} itself: leave it out, or choose another trunk"
     tags = timm.list_pretrained(name.split(".")[0] + ".*")
     known = f". Its weights in timm: {', '.join(tags)}" if tags and (config.pretrained or "." in name) else ""
-    return f"vision.trunk {name!r} cannot be built with trunk_args {arguments}: {error}{known}"
+    size = f"{image_size} x {image_size} pixels"
+    return f"vision.trunk {name!r} cannot be built with trunk_args {arguments} for pictures of {size}: {error}{known}"
 
 
 def _suggest(word: str, known: Sequence[str]) -> str:

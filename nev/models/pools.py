@@ -147,9 +147,13 @@ def build_pool(config: Vision, trunk: Any) -> tuple[nn.Module, int]:
 
 
 def _trunk_heads(trunk: Any, dim: int) -> int:
-    """Number of attention heads of the trunk's last block; without attention there, heads of width 64, as usual in ViTs."""
+    """Number of attention heads of the trunk's last block; without attention there, heads of width 64, as usual in ViTs.
+
+    Fewer where these do not divide D.
+    """
     blocks = getattr(trunk, "blocks", None)
     heads = (
         getattr(getattr(blocks[-1], "attn", None), "num_heads", None) if blocks is not None and len(blocks) else None
     )
-    return int(heads) if heads else max(1, dim // 64)
+    most = int(heads) if heads else max(1, dim // 64)
+    return next(count for count in range(most, 0, -1) if dim % count == 0)

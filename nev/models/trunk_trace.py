@@ -5,11 +5,11 @@ EVA02-B/16 a fifth of a second.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from nev.config.base import ConfigError
 
@@ -23,18 +23,6 @@ class Trace(NamedTuple):
 
     shape: tuple[int, ...]
     idle: tuple[str, ...]
-
-
-class _Encoder(nn.Module):
-    """A trunk whose forward is `encode_images`."""
-
-    def __init__(self, trunk: Any, pool: str, name: str) -> None:
-        super().__init__()
-        self.trunk, self.pool, self.name = trunk, pool, name
-
-    def forward(self, images: Tensor) -> Tensor:
-        """float [b, 3, S, S] -> tokens [b, T, D], or [b, D] with the pool `own`."""
-        return encode_images(self.trunk, images, self.pool, self.name)
 
 
 def encode_images(trunk: Any, images: Tensor, pool: str, name: str) -> Tensor:
@@ -63,25 +51,50 @@ def trace_trunk(trunk: Any, image_size: int, pool: str, name: str) -> Trace:
 
     Raises ConfigError where the trunk takes no pictures of this size, or gives something else than the pool needs.
     """
-    encoder = _Encoder(trunk, pool, name)
     # A caller may build without gradients, and under another default device.
-    with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
-        shapes: dict[str, Tensor] = {
-            name: torch.empty_like(tensor, device="meta", requires_grad=tensor.is_floating_point())
-            for name, tensor in encoder.named_parameters()
-        }
-        shapes |= {name: torch.empty_like(tensor, device="meta") for name, tensor in encoder.named_buffers()}
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.device("meta"),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _without_numbers(trunk) as shapes,
+    ):
         dtype = next((tensor.dtype for tensor in shapes.values() if tensor.requires_grad), torch.float32)
         images = torch.empty(2, 3, image_size, image_size, dtype=dtype)
         try:
-            output = functional_call(encoder, shapes, (images,))
+            output = encode_images(trunk, images, pool, name)
         except ConfigError:
             raise
         except Exception as error:  # the code of a model of timm: each raises its own
             raise ConfigError(_refuse_size(trunk, image_size, name, error)) from error
     used = {id(tensor) for tensor in list_leaves(output)}
-    idle = tuple(name.removeprefix("trunk.") for name, _ in encoder.named_parameters() if id(shapes[name]) not in used)
-    return Trace(tuple(output.shape[1:]), idle)
+    return Trace(
+        tuple(output.shape[1:]),
+        tuple(name for name, weight in trunk.named_parameters() if id(shapes[weight]) not in used),
+    )
+
+
+@contextmanager
+def _without_numbers(module: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
+    """Meanwhile each parameter and buffer is a tensor on the meta device: a mapping from the former to the latter.
+
+    (`torch.func.functional_call` leaves tensors of the meta device behind where two modules hold the same third one, as CoaT's.)
+    """
+    tables: list[Any] = [table for part in module.modules() for table in (part._parameters, part._buffers)]
+    before = [dict(table) for table in tables]
+    shapes: dict[Tensor, Tensor] = {}
+    try:
+        for table in tables:
+            for name, tensor in table.items():
+                if tensor is not None:
+                    learns = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+                    empty = torch.empty_like(tensor, device="meta", requires_grad=learns)
+                    table[name] = shapes.setdefault(tensor, empty)
+        yield shapes
+    finally:
+        for table, tensors in zip(tables, before, strict=True):
+            table.clear()  # a forward may have added to it
+            table.update(tensors)
 
 
 def list_leaves(output: Tensor) -> Iterator[Tensor]:
