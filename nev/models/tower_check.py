@@ -2,12 +2,12 @@
 
 Shapes are tried for every tower, on the meta device. Numbers are tried where that takes a second on two cores at most. (Forward
 and backward of EVA02-B/16 for two pictures take five seconds of a slow server, and random weights two more.) A larger tower has
-its first numbers in its first step, which the guards watch.
+its first numbers in its first step, which the guards watch. (`tower` is a `VisionTower` here; its module imports this one.)
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,16 +17,13 @@ from nev.common.errors import first_few
 from nev.config.base import ConfigError
 from nev.models.trunk_trace import list_leaves
 
-if TYPE_CHECKING:
-    from nev.models.vision import VisionTower
-
 MOST_WEIGHTS = 12 * 10**6  # to draw random numbers for: half a second
 MOST_FLOPS = (
     8 * 10**9
 )  # of a forward of two pictures, half a second with its backward: ViT-Ti/16 or EfficientNet-B0 at 224 px
 
 
-def is_small(tower: VisionTower, image_size: int) -> bool:
+def is_small(tower: Any, image_size: int) -> bool:
     """Whether numbers of the tower are tried. tower: on the meta device."""
     if sum(weight.numel() for weight in tower.parameters()) > MOST_WEIGHTS:
         return False
@@ -35,7 +32,7 @@ def is_small(tower: VisionTower, image_size: int) -> bool:
     return bool(counter.get_total_flops() <= MOST_FLOPS)
 
 
-def check_shapes(tower: VisionTower, image_size: int, trained: bool = True) -> None:
+def check_shapes(tower: Any, image_size: int, trained: bool = True) -> None:
     """Run two pictures through a tower on the meta device.
 
     trained: the tower is trained. Then raise ConfigError for trainable parameters that no loss reaches.
@@ -52,7 +49,7 @@ def check_shapes(tower: VisionTower, image_size: int, trained: bool = True) -> N
         )
 
 
-def check_numbers(tower: VisionTower, image_size: int, trained: bool = True) -> None:
+def check_numbers(tower: Any, image_size: int, trained: bool = True) -> None:
     """Run two pictures of random pixels through a tower, and a random gradient back. Random numbers elsewhere stay as they are.
 
     trained: the tower is trained. Else there is no backward.
@@ -68,7 +65,7 @@ def check_numbers(tower: VisionTower, image_size: int, trained: bool = True) -> 
     _refuse_infinite(tower, image_size, {name: grad for name, grad in gradients.items() if grad is not None})
 
 
-def _embed(tower: VisionTower, images: Tensor) -> Tensor:
+def _embed(tower: Any, images: Tensor) -> Tensor:
     size = images.shape[-1]
     try:
         vectors: Tensor = tower(images)
@@ -87,7 +84,7 @@ def _embed(tower: VisionTower, images: Tensor) -> Tensor:
     return vectors
 
 
-def _refuse_infinite(tower: VisionTower, image_size: int, tensors: dict[str, Tensor]) -> None:
+def _refuse_infinite(tower: Any, image_size: int, tensors: dict[str, Tensor]) -> None:
     if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         source = f"look at vision.weights {tower.config.weights}" if tower.config.weights else "choose another trunk"
         raise ConfigError(
@@ -96,5 +93,5 @@ def _refuse_infinite(tower: VisionTower, image_size: int, tensors: dict[str, Ten
         )
 
 
-def _name(tower: VisionTower) -> str:
+def _name(tower: Any) -> str:
     return f"vision.trunk {tower.config.trunk!r} with pool {tower.config.pool!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nev.models.trunk import build_trunk
 from nev.models.vision import VisionTower, build_vision, check_vision
 
 WIDTH = 24
+HEAVY = ("inception_resnet_v2", "inception_v3", "inception_v4", "mobilenetv5", "mvitv2", "nasnet", "nextvit", "pnasnet")
 PAGE = Path(__file__).parents[2] / "docs" / "trunks.md"
 NO_CLASS_TOKEN = "reads the class token, and trunk .* has none"
 
@@ -41,7 +43,11 @@ def test_the_table_has_every_module_of_timm() -> None:
     assert [module for module, small in SMALL.items() if small.model not in timm.list_models(module=module)] == []
 
 
-@pytest.mark.parametrize("module", SMALL)
+def each(modules: Iterable[str]) -> list[Any]:
+    return [pytest.param(module, marks=pytest.mark.slow) if module in HEAVY else module for module in modules]
+
+
+@pytest.mark.parametrize("module", each(SMALL))
 def test_every_pool_trains_every_parameter_or_is_refused(module: str) -> None:
     """The trunk is built once for its own pooling and once for its tokens, which all other pools share."""
     torch.manual_seed(0)
@@ -65,7 +71,7 @@ def test_every_pool_trains_every_parameter_or_is_refused(module: str) -> None:
                 build_pool(config, trunk)
 
 
-@pytest.mark.parametrize("module", [module for module, small in SMALL.items() if small.refused])
+@pytest.mark.parametrize("module", each(module for module, small in SMALL.items() if small.refused))
 def test_a_size_that_a_trunk_does_not_take_is_refused_before_a_worker_meets_it(module: str) -> None:
     small = SMALL[module]
     assert small.refused
