@@ -116,5 +116,7 @@ def _read_parts(module: ModuleType, names: Sequence[str]) -> list[str]:
         for target in targets:
             name = target.id if isinstance(target, ast.Name) else getattr(target, "name", "")
             if name in names:
-                sources[name] = ast.get_source_segment(source, node) or ""
+                decorators = [ast.unparse(each) for each in getattr(node, "decorator_list", ())]
+                lines = [f"@{decorator}\n" for decorator in decorators]
+                sources[name] = "".join(lines) + (ast.get_source_segment(source, node) or "")
     return [sources[name] + "\n" if name[0].islower() or name[0] == "_" else sources[name] for name in names]
