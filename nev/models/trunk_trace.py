@@ -55,8 +55,7 @@ def trace_trunk(trunk: Any, image_size: int, pool: str, name: str) -> Trace:
     with (
         torch.random.fork_rng(devices=[]),
         torch.device("meta"),
-        torch.inference_mode(False),
-        torch.enable_grad(),
+        torch.inference_mode(False),  # turns gradients on, too
         _without_numbers(trunk) as shapes,
     ):
         dtype = next((tensor.dtype for tensor in shapes.values() if tensor.requires_grad), torch.float32)
