@@ -63,7 +63,9 @@ def test_as_many_of_nevs_arguments_are_given_as_a_model_takes(
 
 
 def test_a_trunk_reads_pictures_of_the_configured_size() -> None:
-    with pytest.raises(ConfigError, match=r"'pit_ti_224' takes no pictures of 8 x 8 pixels: .*timm has it at 224"):
+    with pytest.raises(
+        ConfigError, match=r"'pit_ti_224' is not usable for pictures of 8 x 8 pixels: .*timm has it at 224"
+    ):
         build_trunk(of("pit_ti_224", "own"), 8)
     assert build_trunk(of("vit_tiny_patch16_224", **VIT), 40).output_shape == (26, 48)
 
