@@ -83,6 +83,7 @@ def load_trunk(spec: TrunkSpec, config: Experiment) -> tuple[Experiment, FrozenT
         width = trunk.shape  # one picture passes the trunk, so that a wrong size shows here
     except NevError as error:
         hint = ". On this command line a file of weights is NAME=FILE" if "pretrained" in str(error) else ""
+        hint = ". On this command line NAME@SIZE names a size" if "not usable for pictures" in str(error) else hint
         raise ConfigError(f"{error}{hint}") from error
     except Exception as error:  # the code of a model of timm, or of the hub's client: each raises its own
         raise ConfigError(

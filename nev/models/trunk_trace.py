@@ -55,8 +55,7 @@ def trace_trunk(trunk: Any, image_size: int, pool: str, name: str) -> Trace:
     with (
         torch.random.fork_rng(devices=[]),
         torch.device("meta"),
-        torch.inference_mode(False),
-        torch.enable_grad(),
+        torch.inference_mode(False),  # turns gradients on, too
         _without_numbers(trunk) as shapes,
     ):
         dtype = next((tensor.dtype for tensor in shapes.values() if tensor.requires_grad), torch.float32)
@@ -114,7 +113,8 @@ def list_leaves(output: Tensor) -> Iterator[Tensor]:
 def _refuse_size(trunk: Any, image_size: int, name: str, error: Exception) -> str:
     published = (getattr(trunk, "pretrained_cfg", None) or {}).get("input_size")
     advice = f" (timm has it at {published[-1]})" if published else ""
+    size = f"{image_size} x {image_size} pixels"
     return (
-        f"vision.trunk {name!r} takes no pictures of {image_size} x {image_size} pixels: {type(error).__name__}: {error}. "
+        f"vision.trunk {name!r} is not usable for pictures of {size}: {type(error).__name__}: {error}. "
         f"Choose another data.image_size{advice}, or another trunk"
     )

@@ -47,7 +47,7 @@ def test_trunks_that_failed_in_a_worker_train(
     [
         ("coat_tiny", "mean", r"'coat_tiny' gives a list, not tokens .*: choose vision\.pool: own"),
         ("pit_ti_224", "mean", "gives its class token alone: use pool cls or own"),
-        ("efficientformer_l1", "mean", r"takes no pictures of 32 x 32 pixels: .*timm has it at 224"),
+        ("efficientformer_l1", "mean", r"is not usable for pictures of 32 x 32 pixels: .*timm has it at 224"),
     ],
 )
 def test_preflight_refuses_a_trunk_before_a_worker_meets_it(
