@@ -1,8 +1,8 @@
 """Earlier ends of a run that was prolonged: what lies beyond the step from which the longer run continues.
 
-<run>/ends/100-steps/step-00000100/    checkpoints of later steps
-                     metrics/          their metrics
-                     mlflow.json       id of the MLflow run; the longer run begins another, as MLflow cannot remove a point
+<run>/ends/100-steps/checkpoints/   of later steps
+<run>/ends/100-steps/metrics/       of later steps
+<run>/ends/100-steps/mlflow.json    id of the MLflow run; the longer run begins another, since MLflow cannot remove a point
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ def set_end_aside(run: str, steps: int, after: int) -> str | None:
             _move(join(run, "metrics", name), join(target, "metrics", name))
     for step in reversed(list_steps(run)):
         if step > after:
-            source = checkpoint_location(run, step)
-            _move(source, join(target, source.rpartition("/")[2]))
+            _move(checkpoint_location(run, step), checkpoint_location(target, step))
     return run_id or load_mlflow_run_id(target)
 
 

@@ -215,6 +215,8 @@ def name_trials(sweep: Sweep, trials: Sequence[Trial], data: Sequence[str]) -> l
 def hash_trial(experiment: Experiment, data: str) -> str:
     """sha256 of everything that a trial's result depends on: its settings, its data, and its initial weights."""
     content = experiment.model_dump(mode="json", exclude=IRRELEVANT_SETTINGS)
+    if experiment.optim.decay_steps is None:  # the setting is younger than sweeps that are under way
+        del content["optim"]["decay_steps"]
     if weights := experiment.vision.weights:
         place = Path(weights).expanduser()
         files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())

@@ -89,7 +89,8 @@ def run_experiment(
         if list_steps(prepared.job.run) != prepared.steps:  # another driver has trained this run in the meantime
             prepared = prepare(config, stop_after)
         job, tags = prepared.job, dict(tags or {})
-        if prepared.former_steps is not None and (run_id := set_former_end_aside(prepared, console)):
+        prolonged = prepared.former_steps is not None and prepared.resume.step < job.stop_step
+        if prolonged and (run_id := set_former_end_aside(prepared, console)):
             tags["nev.continues_run"] = run_id
         print_start(prepared, console)
         lock = take_lock(prepared.text) if config.lock == "text" else None

@@ -44,6 +44,8 @@ def test_warm_up_stable_decay() -> None:
     check_schedule(6, config)
     with pytest.raises(ConfigError, match=r"warmup_steps \(2\) and optim\.decay_steps \(4\) are more than the 5 steps"):
         check_schedule(5, config)
+    with pytest.raises(ConfigError, match=r"optim\.decay_steps \(20\) are more than the 100 steps"):
+        check_schedule(100, Optim(lr=1.0, schedule="wsd", warmup_steps=90))
     with pytest.raises(ValueError, match="decay_steps belongs to schedule: wsd"):
         Optim(lr=1.0, decay_steps=4)
 

@@ -18,7 +18,7 @@ from nev.config.experiment import Experiment
 from nev.config.paths import with_absolute_paths
 from nev.models.text import TextTower
 from nev.runs.earlier_ends import earlier_end, set_end_aside
-from nev.runs.manifest import CheckpointError, checkpoint_location, list_steps, verify
+from nev.runs.manifest import CheckpointError, checkpoint_location, latest_checkpoint, list_steps, verify
 from nev.runs.metrics_log import make_point, read_points, save_mlflow_run_id, write_points, write_validation
 from nev.runs.tracking import open_run, tracking_uri
 from nev.storage.files import list_files, write_atomic
@@ -57,7 +57,8 @@ def test_a_prolonged_run_is_the_longer_run_bit_for_bit(tiny: Make, text: TextTow
     train_steps(longer, text)
     assert list_steps(run) == [13, 16]
     assert prolong(longer, text) == 16
-    end = f"{earlier_end(run, 10)}/step-{last:08d}"
+    end = latest_checkpoint(earlier_end(run, 10))
+    assert end
     assert verify(end)["step"] == last
 
     undisturbed = make(train__steps=16, name="undisturbed")
@@ -112,6 +113,35 @@ def test_what_cannot_continue_is_refused_with_the_ways_out(tiny: Make, text: Tex
         )  # shorter: nothing is thrown away for that
 
 
+def test_a_damaged_end_is_set_aside_with_its_metrics(tiny: Make, text: TextTower) -> None:
+    make = lambda **changes: with_absolute_paths(tiny(**WSD, **QUIET, optim__decay_steps=3, **changes))  # noqa: E731
+    config = make(train__steps=10)
+    train_steps(config, text)
+    run = f"{config.output}/tiny"
+    Path(f"{run}/checkpoints/step-00000010/rng.safetensors").write_bytes(b"damaged")
+    longer = make(train__steps=16)
+    assert check_inputs(longer, text).former_steps == 10
+    assert prolong(longer, text) == 7
+    assert [point.step for point in read_points(run, 100) if point.step > 7] == []
+
+
+def test_a_decay_without_its_checkpoint_says_so(tiny: Make, text: TextTower) -> None:
+    make = lambda **changes: with_absolute_paths(tiny(**WSD, **QUIET, optim__decay_steps=3, **changes))  # noqa: E731
+    config = make(train__steps=10)
+    train_steps(config, text)
+    damaged = Path(f"{config.output}/tiny/checkpoints/step-00000007/rng.safetensors")
+    damaged.write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"Its checkpoint of step 7, where its decay begins, is absent\.$"):
+        check_inputs(make(train__steps=16), text)
+
+
+def test_a_cosine_does_not_go_back_to_its_warm_up(tiny: Make, text: TextTower) -> None:
+    more = {**QUIET, "train__checkpoint_every": 3, "train__keep_last": 9}
+    train_steps(with_absolute_paths(tiny(**more, train__steps=9)), text)
+    with pytest.raises(CheckpointError, match=r"train\.steps: 9 there, 12 here"):
+        check_inputs(with_absolute_paths(tiny(**more, train__steps=12)), text)
+
+
 @pytest.mark.ray
 def test_the_command_says_where_a_prolonged_run_continues_and_begins_another_mlflow_run(
     ray_cluster: None, tiny: Make, text: TextTower
@@ -127,7 +157,7 @@ def test_the_command_says_where_a_prolonged_run_continues_and_begins_another_mlf
     place = "prolonged from 6 to 9 steps: the run continues from step 3, where the learning rates part; what it has of later "
     assert f"{place}steps moves to {run}/ends/6-steps" in console.file.getvalue()
     assert list_steps(run) == [6, 9]
-    assert verify(f"{run}/ends/6-steps/step-00000006")["step"] == 6
+    assert verify(f"{run}/ends/6-steps/checkpoints/step-00000006")["step"] == 6
     client = MlflowClient(second.tracking_uri)
     new = client.get_run(second.mlflow_run_id)
     assert new.data.tags["nev.continues_run"] == first.run_id != second.mlflow_run_id
@@ -157,10 +187,10 @@ def check_end_set_aside(run: str) -> None:
         "metrics/step-00000008.jsonl",
         "metrics/validation-00000008.jsonl",
         "mlflow.json",
-        "step-00000008/model.safetensors",
-        "step-00000008/state.json",
+        "checkpoints/step-00000008/model.safetensors",
+        "checkpoints/step-00000008/state.json",
     ]
-    assert list_files(f"{run}/ends/8-steps") == moved
+    assert list_files(f"{run}/ends/8-steps") == sorted(moved)
     assert set_end_aside(run, 8, after=4) == "abc", "a start that was broken off knows the MLflow run, too"
 
 

@@ -32,16 +32,21 @@ def decay_start(total_steps: int, config: Optim) -> int | None:
         return None
     if config.schedule == "cosine":
         return config.warmup_steps
-    decay = round(DECAY_SHARE * total_steps) if config.decay_steps is None else config.decay_steps
-    return max(config.warmup_steps, total_steps - decay)
+    return max(config.warmup_steps, total_steps - _decay_steps(total_steps, config))
+
+
+def _decay_steps(total_steps: int, config: Optim) -> int:
+    """Length of the decay of "wsd", in steps."""
+    return max(1, round(DECAY_SHARE * total_steps)) if config.decay_steps is None else config.decay_steps
 
 
 def check_schedule(total_steps: int, config: Optim) -> None:
     """Raise ConfigError for a run that is too short for its warm-up and its decay."""
-    if config.schedule == "wsd" and config.warmup_steps + (config.decay_steps or 0) > total_steps:
+    decay = _decay_steps(total_steps, config)
+    if config.schedule == "wsd" and config.warmup_steps + decay > total_steps:
         raise ConfigError(
-            f"optim.warmup_steps ({config.warmup_steps:,}) and optim.decay_steps ({config.decay_steps or 0:,}) are more than the "
-            f"{total_steps:,} steps of the run: lower them, or train longer"
+            f"optim.warmup_steps ({config.warmup_steps:,}) and optim.decay_steps ({decay:,}) are more than the {total_steps:,} "
+            "steps of the run: lower them, or train longer"
         )
 
 

@@ -251,7 +251,10 @@ def check_disk(config: Experiment, text: TextTower, reachable: bool) -> None:
     from nev.train.capacity import checkpoint_bytes, weight_bytes
 
     run, train = run_folder(config), config.train
-    saved = train.keep_last + bool(config.eval.best) + (MAX_WAITING + 1) * config.eval.asynchronous
+    chosen = bool(config.eval.best) + (
+        config.optim.schedule == "wsd"
+    )  # the best, and that at the beginning of the decay
+    saved = train.keep_last + chosen + (MAX_WAITING + 1) * config.eval.asynchronous
     artifacts = None
     if reachable:
         uri = tracking_uri(config.tracking, config.output)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from nev.config.experiment import Experiment
 from nev.config.file import parse
 from nev.data.plan import Plan
-from nev.runs.manifest import CheckpointError, LatestValid, latest_valid
-from nev.train.core.schedule import first_changed_step
+from nev.runs.manifest import CheckpointError, LatestValid, Unreadable, latest_valid, list_steps
+from nev.train.core.schedule import decay_start, first_changed_step
 from nev.train.driver.setup import total_steps
 
 # A run may continue with these changed: they do not touch what is computed.
@@ -77,19 +77,34 @@ def choose_checkpoint(
     ]
     if not changed and not others:
         return Continued(newest, None)
+    missing = ""
     if not others:
         former, steps = total_steps(before, plan), total_steps(config, plan)
         apart = first_changed_step(newest.manifest["step"], (former, before.optim), (steps, config.optim))
         if apart is None:
-            return Continued(newest, None)
-        if steps > former and (earlier := latest_valid(run, up_to=apart)):
-            return Continued(earlier, former)
+            # Damaged checkpoints of later steps, and their metrics, belong to the former end.
+            return Continued(newest, former if list_steps(run)[-1] > newest.manifest["step"] else None)
+        if steps > former and before.optim.schedule != "cosine":
+            if earlier := _latest_up_to(run, apart):
+                return Continued(earlier, former)
+            missing = f" Its checkpoint of step {decay_start(former, before.optim)}, where its decay begins, is absent."
     listed = "\n  ".join([*others, *(line for key, line in changed.items() if key in SCHEDULE)])
     raise CheckpointError(
         f"{newest.location} belongs to another experiment:\n  {listed}\n"
         "Give this one another name (name=...), or remove that folder to start over. A new run begins from the weights of that "
         f"checkpoint with train.from={newest.location}. A run that may be prolonged needs optim.schedule: constant or wsd."
+        f"{missing}"
     )
+
+
+def _latest_up_to(run: str, step: int) -> LatestValid | None:
+    """The newest valid checkpoint up to a step; None where all are damaged, too."""
+    try:
+        return latest_valid(run, up_to=step)
+    except Unreadable:
+        raise
+    except CheckpointError:
+        return None
 
 
 def list_changes(before: Experiment, now: Experiment, free: tuple[str, ...]) -> dict[str, str]:
