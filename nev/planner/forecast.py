@@ -148,7 +148,7 @@ def make_forecast(
         mtbl_s=mtbl_s,
         cost=_cost(cluster, prices, speed.decoders, seconds, requests),
         requests=requests,
-        stored_bytes=images * source.groups_a_block * _picture(workload, numbers).stored,
+        stored_bytes=images * _picture(workload, numbers).stored,
         memory=workload.memory,
         pays=largest_that_pays({world: each.images_s for world, each in speeds.items()}),
         speeds=speeds,
@@ -213,7 +213,8 @@ def _compute(workload: Workload, cluster: Cluster, numbers: Numbers, measured: M
 
 def _picture(workload: Workload, numbers: Numbers) -> Picture:
     stored = numbers["picture_bytes"].value + workload.text_bytes + numbers["row_bytes"].value
-    return Picture(stored, workload.decoded + workload.text_bytes, numbers["decode_images_s"].value)
+    read = stored * numbers["groups_a_block"].value
+    return Picture(read, workload.decoded + workload.text_bytes, numbers["decode_images_s"].value)
 
 
 def _source(workload: Workload, numbers: Numbers) -> Source:

@@ -12,7 +12,7 @@ GBIT = 1e9 / 8  # bytes
 class Picture:
     """What a training row costs on its way.
 
-    stored: bytes in the store, text vector and uid included.
+    stored: bytes read from the store, text vector and uid included, and what a block reads of a row group for its neighbour.
     decoded: bytes of a row of a block.
     decode_images_s: rows a second that a vCPU makes.
     """
