@@ -14,6 +14,7 @@ output. `IdleSleep` makes the executor sleep after a turn without any change.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from typing import Any
 
@@ -29,6 +30,7 @@ from ray.data._internal.execution.operators.task_pool_map_operator import TaskPo
 from nev.common.imports import import_uninterrupted
 
 AHEAD_KEY, BYTES_KEY = "nev.blocks_ahead", "nev.block_bytes"
+CPUS_KEY = "nev.cpus"  # most tasks that decode at a time, where `nev.cluster.decoders` sets it
 NUMBER_OPERATORS = ("ReadRange", "StreamingRepartition")
 BLOCKS_A_CPU = 4  # a CPU reads two blocks of small pictures while the executor waits for its tasks
 PAUSE_S = 0.1  # time for which the executor itself waits for a task
@@ -67,16 +69,26 @@ class LookaheadBackpressure(BackpressurePolicy):
         """Whether `op` may start a task now."""
         if not isinstance(op, TaskPoolMapOperator):
             return True
-        operators = list(self._topology)
-        downstream = operators[operators.index(op) :]
-        limits = self._resource_manager.get_global_limits()
-        ahead, size = (self._data_context.get_config(key) for key in (AHEAD_KEY, BYTES_KEY))
-        limit = max_blocks(ahead, size, limits.cpu, limits.object_store_memory)
+        limit = blocks_limit(self._data_context, self._resource_manager)
         if op.name.startswith(NUMBER_OPERATORS):
-            waiting = self._topology[downstream[1]].total_enqueued_input_blocks()
+            operators = list(self._topology)
+            waiting = self._topology[operators[operators.index(op) + 1]].total_enqueued_input_blocks()
             return bool(op.num_active_tasks() == 0 and waiting < limit)
-        waiting = sum(self._topology[operator].total_enqueued_output_blocks() for operator in downstream)
-        return bool(op.num_active_tasks() + waiting < limit)
+        cpus = self._data_context.get_config(CPUS_KEY, math.inf)
+        return bool(op.num_active_tasks() < min(cpus, limit - count_ready(self._topology, op)))
+
+
+def blocks_limit(context: DataContext, resource_manager: Any) -> float:
+    """`max_blocks` of a stream, in its executor."""
+    limits = resource_manager.get_global_limits()
+    ahead, size = (context.get_config(key) for key in (AHEAD_KEY, BYTES_KEY))
+    return max_blocks(ahead, size, limits.cpu, limits.object_store_memory)
+
+
+def count_ready(topology: Any, op: Any) -> int:
+    """The blocks that the operator `op` has made and that wait for a consumer."""
+    operators = list(topology)
+    return sum(topology[operator].total_enqueued_output_blocks() for operator in operators[operators.index(op) :])
 
 
 class IdleSleep(ExecutionCallback):

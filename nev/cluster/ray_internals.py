@@ -1,7 +1,7 @@
 """The private names of Ray and Ray Train (2.60), for what has no public API. No other file uses them.
 
-The private names of Ray Data are in `nev.cluster.backpressure`: every process of a run imports this file, and Ray Data takes a
-second to import.
+The private names of Ray Data are in `nev.cluster.backpressure` and `nev.cluster.decoders`: every process of a run imports this
+file, and Ray Data takes a second to import.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import re
 import threading
 import warnings
+from collections import Counter
 from typing import Any, NamedTuple
 
 from nev.common.errors import NevError
@@ -45,6 +46,41 @@ class WorkerGroup(NamedTuple):
 
     controller: Any
     placement_group: Any
+
+
+class NodeRequests(NamedTuple):
+    """What the cluster's autoscaler says of nodes that are not there.
+
+    coming: node types with the number of nodes that start now.
+    failed: node types that could not be started, with the reason of the cloud.
+    impossible: whether no node type has room for the placement group that was asked about.
+    """
+
+    coming: dict[str, int]
+    failed: dict[str, str]
+    impossible: bool
+
+
+def read_node_requests(placement_group: str) -> NodeRequests:
+    """Ask the autoscaler (version 2) of the connected cluster.
+
+    placement_group: its id, in hex. Without such an autoscaler nothing comes, nothing fails and nothing is impossible.
+    """
+    import ray
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
+
+    reply = GetClusterStatusReply()
+    reply.ParseFromString(GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=10))
+    state = reply.autoscaling_state
+    coming: Counter[str] = Counter()
+    for request in state.pending_instance_requests:
+        coming[request.ray_node_type_name] += request.count
+    for node in state.pending_instances:
+        coming[node.ray_node_type_name] += 1
+    failed = {request.ray_node_type_name: request.reason for request in state.failed_instance_requests}
+    impossible = any(placement_group in request.details for request in state.infeasible_gang_resource_requests)
+    return NodeRequests(dict(coming), failed, impossible)
 
 
 OUT_OF_MEMORY_MESSAGE = (

@@ -19,6 +19,7 @@ from ray.data import DataContext, DataIterator, Dataset
 from ray.train import DataConfig
 
 from nev.cluster.backpressure import MAX_RETRIES, load_from_store, stream_context
+from nev.cluster.decoders import place_decoding
 from nev.data.block import Block, BlockReader
 from nev.data.plan import Plan
 
@@ -36,13 +37,15 @@ def make_stream(reader: BlockReader, plan: Plan, first_step: int, last_step: int
     """
     first = plan.step_blocks(first_step).start
     count = plan.step_blocks(last_step).start - first
-    with DataContext.current(stream_context(STEPS_AHEAD * plan.blocks_per_step, plan.block_rows * reader.row_bytes)):
+    context = stream_context(STEPS_AHEAD * plan.blocks_per_step, plan.block_rows * reader.row_bytes)
+    placement = place_decoding(context, plan.blocks_per_step)
+    with DataContext.current(context):
         source = ray.put((reader, plan))
         tasks = min(max(1, count // NUMBERS_PER_TASK), NUMBER_TASKS)
         numbers = ray.data.range(count, override_num_blocks=tasks)
         read = functools.partial(read_block, source=[source], first=first)
         one_each = numbers.repartition(target_num_rows_per_block=1)
-        return one_each.map_batches(read, batch_size=1, num_cpus=1, max_retries=MAX_RETRIES)
+        return one_each.map_batches(read, batch_size=1, num_cpus=1, max_retries=MAX_RETRIES, **placement)
 
 
 def read_block(numbers: Any, source: list[ray.ObjectRef[Any]], first: int) -> Block:

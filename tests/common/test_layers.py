@@ -64,7 +64,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "nev.storage": ("fsspec", "s3fs", "botocore", "aiobotocore"),
     "nev.search": ("lancedb", "psycopg", "pgvector"),
     "nev.cluster.ray_internals": ("ray._private", "ray._raylet", "ray.train.v2._internal"),
-    "nev.cluster.backpressure": ("ray.data._internal",),
+    "nev.cluster": ("ray.data._internal",),
     "nev.serve.replicas": ("ray.serve",),
 }
 

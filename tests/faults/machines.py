@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,16 +87,6 @@ def machines(nodes: int = 3, cpus: int = 1) -> Iterator[Machines]:
         yield cluster
     finally:
         cluster.cluster.shutdown()
-
-
-def wait_for(what: Callable[[], Any], seconds: float, name: str) -> Any:
-    """The first true answer of `what`; an error with `name` in it where none comes in time."""
-    end = time.monotonic() + seconds
-    while not (found := what()):
-        if time.monotonic() > end:
-            raise TimeoutError(f"{name}: not within {seconds:g} s")
-        time.sleep(0.05)
-    return found
 
 
 def environment(address: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from helpers.processes import wait_for
 from torch import Tensor
 
 from nev.runs import checkpoint
@@ -17,7 +18,7 @@ from nev.runs.manifest import list_checkpoints, list_steps
 from nev.runs.metrics_log import load_mlflow_run_id
 from nev.runs.tracking import Tracker, make_client
 
-from .machines import environment, wait_for
+from .machines import environment
 
 REPO = Path(__file__).parents[2]
 STEPS, BATCH = 60, 64

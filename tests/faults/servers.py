@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from .machines import wait_for
+from helpers.processes import wait_for
 
 
 class MlflowServer:

@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from helpers.processes import wait_for
+
 from .disk import is_small
-from .machines import DECODER, STARTING, TRAINER, Machines, wait_for
+from .machines import DECODER, STARTING, TRAINER, Machines
 from .runs import Run
 
 Strike = Callable[[Machines, Run], None]

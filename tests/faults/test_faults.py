@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from helpers.checkpoints import load_checkpoint
 from helpers.gloo import on_ranks
+from helpers.processes import wait_for
 from helpers.training import prepare_job, run_bare, train_reader
 
 from nev.config.experiment import Experiment
@@ -22,7 +23,7 @@ from nev.runs.metrics_log import read_points
 from nev.storage.files import upload
 from nev.train.job import Job
 
-from .machines import TRAINER, Machines, machines, wait_for
+from .machines import TRAINER, Machines, machines
 from .runs import BATCH, STEPS, Result, Run, read_result, settings
 from .servers import MlflowServer
 from .table import FAULTS, Strike, restart_killed, stop_driver

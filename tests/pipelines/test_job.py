@@ -6,39 +6,28 @@ The head is a cluster of its own: other ports and another folder than the Ray of
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shlex
-import shutil
-import socket
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
+from benchmarks.contestants.head import BIN, Head, job_head
 from nev.runs.manifest import latest_checkpoint, verify
 from nev.runs.metrics_log import load_mlflow_run_id
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 REPO = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
-START_S, JOB_S, STOP_S = 240, 500, 60  # a hang becomes an error; none of these is a promise of speed
+JOB_S = 500  # a hang becomes an error; no promise of speed
 
 
-@dataclass(frozen=True)
-class JobServer:
-    """A running head. `folder` is its --temp-dir; `env` holds what a client needs: the mode and the token's path."""
-
-    address: str
-    folder: Path
-    env: dict[str, str]
+class JobServer(Head):
+    """A running head, and what a user does with it."""
 
     def submit(
         self, name: str, *command: str, env: dict[str, str] | None = None, variables: dict[str, str] | None = None
@@ -61,44 +50,8 @@ class JobServer:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[JobServer]:
-    # Not tmp_path: the sockets of Ray lie below this folder, and a socket's path has at most 107 characters.
-    folder = Path(tempfile.mkdtemp(prefix="nev-job-"))
-    token = folder / "token"
-    token.write_text(secrets.token_hex(32))
-    token.chmod(0o600)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PATH": f"{BIN}:{os.environ['PATH']}"}
-    env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1"}
-    options = ["--port=0", "--num-cpus=2", f"--object-store-memory={256 * 2**20}", "--disable-usage-stats"]
-    options += [f"--dashboard-port={port}", "--dashboard-host=127.0.0.1", "--dashboard-agent-listen-port=0"]
-    output = folder / "head.txt"
-    with output.open("wb") as file:
-        head = subprocess.Popen(
-            [str(BIN / "ray"), "start", "--head", "--block", f"--temp-dir={folder}", *options],
-            env=env,
-            cwd=folder,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        wait_until_started(head, output)
-        yield JobServer(f"http://127.0.0.1:{port}", folder, env)
-    finally:
-        head.terminate()  # it ends its own processes; `ray stop` would end every Ray of the machine
-        head.wait(STOP_S)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def wait_until_started(head: subprocess.Popen[bytes], output: Path) -> None:
-    deadline = time.monotonic() + START_S
-    while "Ray runtime started" not in output.read_text():
-        if head.poll() is not None or time.monotonic() > deadline:
-            pytest.fail(f"the head did not start:\n{output.read_text()}")
-        time.sleep(0.2)
+    with job_head() as head:
+        yield JobServer(head.address, head.folder, head.env)
 
 
 # What the job sees: its files, their size, and in the job and in a task of it: where `nev` comes from, and a variable.

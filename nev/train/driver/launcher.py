@@ -14,6 +14,8 @@ from nev.cluster.ray_internals import (
     remove_leaked_placement_groups,
     startup_timed_out,
 )
+from nev.cluster.session import cluster_cpus, may_grow
+from nev.cluster.waiting import wait_for_room
 from nev.common.errors import NevError
 from nev.common.signals import Stopped, handle_sigterm
 from nev.config.experiment import Experiment
@@ -27,7 +29,7 @@ from nev.train.worker.process import train_worker
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
-# Attempts of Ray's controller, each with a wait for free resources (`nev.cluster.session`), before `run_workers` gets its error.
+# Attempts of Ray's controller, each with a wait for free resources (`nev.common.quiet`), before `run_workers` gets its error.
 START_TRIES = 3
 
 
@@ -50,6 +52,10 @@ def run_workers(job: Job, reader: BlockReader, mailbox: Any, monitor: TrainMonit
             verified_step: int | None = start_step
             while True:
                 monitor.workers_left = False
+                if may_grow() and not wait_for_room(
+                    needed_room(job.config), monitor.show_wait, monitor.warn, monitor.stop_requested.is_set
+                ):
+                    raise Stopped
                 streams, verified_step = make_streams(job, reader, mailbox, verified_step), None
                 try:
                     ray_trainer(job, streams, mailbox, folder).fit()
@@ -148,6 +154,13 @@ def resources(config: Experiment) -> dict[str, float]:
     workers = config.workers
     amounts = {"CPU": workers.cpus, "GPU": workers.gpus, "memory": float(workers.memory)}
     return {name: amount for name, amount in amounts.items() if amount}
+
+
+def needed_room(config: Experiment) -> list[dict[str, float]]:
+    """What a run needs before its first step: the resources of each worker, and a CPU to decode where the workers take all."""
+    workers = config.workers
+    decode = [{"CPU": 1.0}] if cluster_cpus() < workers.least * workers.cpus + 1 else []
+    return [resources(config)] * workers.least + decode
 
 
 def make_streams(job: Job, reader: BlockReader, mailbox: Any, start_step: int | None) -> Callable[[], Any]:

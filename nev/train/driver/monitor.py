@@ -70,6 +70,14 @@ class TrainMonitor:
             if time.monotonic() - self._flushed > FLUSH_S:
                 self._flush()
 
+    def show_wait(self, text: str) -> None:
+        """Show what the run waits for before its workers start."""
+        self._progress.show_wait(text)
+
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        self._logger.warn(text)
+
     def _handle(self, message: Message) -> None:
         match message:
             case Metrics(step, metrics):
@@ -137,7 +145,7 @@ class TrainMonitor:
         def relay() -> None:  # a thread of its own: an MLflow server that hangs must not delay a stop
             while not over.wait(RELAY_S):
                 if self.stop_requested.is_set() or self.early_stopped.is_set():
-                    if self.stop_requested.is_set():
+                    if self.stop_requested.is_set() and self._group:
                         self._logger.warn(
                             "stop requested: the current step is finished, and a checkpoint of it is saved"
                         )

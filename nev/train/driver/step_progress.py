@@ -45,6 +45,12 @@ class StepProgress:
         if not self._console.is_terminal:
             self._print_seldom(self._line)
 
+    def show_wait(self, text: str) -> None:
+        """Draw a line about a time without steps."""
+        self._bar.update(self._task, numbers=text)
+        if not self._console.is_terminal:
+            self._print_seldom(text)
+
     def stop(self) -> None:
         """Remove the bar; without a terminal, print the last line unless it stands there."""
         if self._console.is_terminal:
