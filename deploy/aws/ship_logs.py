@@ -42,7 +42,9 @@ if __name__ == "__main__":
     parser.add_argument("--own", type=Path, default=Path.home() / "nev" / "log", help="folder of the agents' logs")
     parser.add_argument("--every", type=float, default=60, help="seconds between two copies")
     arguments = parser.parse_args()
-    filesystem, root = fsspec.core.url_to_fs(arguments.target, **({"auto_mkdir": True} if "://" not in arguments.target else {}))
+    filesystem, root = fsspec.core.url_to_fs(
+        arguments.target, **({"auto_mkdir": True} if "://" not in arguments.target else {})
+    )
     shipped: dict[Path, tuple[int, float]] = {}
     while True:
         try:

@@ -46,7 +46,9 @@ class Metadata:
     def read(self, path: str) -> str | None:
         """The text at `path` of the instance's metadata; None where there is none. OSError where the service is away."""
         for _ in range(2):
-            self._token = self._token or self._request("PUT", "api/token", {"X-aws-ec2-metadata-token-ttl-seconds": TOKEN_S})
+            self._token = self._token or self._request(
+                "PUT", "api/token", {"X-aws-ec2-metadata-token-ttl-seconds": TOKEN_S}
+            )
             try:
                 return self._request("GET", f"meta-data/{path}", {"X-aws-ec2-metadata-token": self._token})
             except urllib.error.HTTPError as error:
