@@ -1,14 +1,13 @@
-"""On the head: where the cloud refuses machines of a node type, the autoscaler asks for another type meanwhile. Started by `agent.sh`.
+"""On the head: where the cloud refuses machines of a node type, Ray asks for another type meanwhile. Started by `agent.sh`.
 
-Ray's autoscaler v2 (2.60) asks for the same type again, for ever: it lowers the rank of a type whose machine does not get ready, but
-not of a type whose machine the cloud refuses. It reads its configuration anew each time, though, and turns to the next type where a
-type is at its limit. So here the limit is set to the nodes that the type has, and given back after ten minutes.
+Ray's autoscaler v2 (2.60) asks for the same type again, for ever: it lowers the rank of a type whose machine does not get ready,
+but not of a type whose machine the cloud refuses. It reads its configuration anew each time, though, and turns to the next type
+where a type is at its limit. So here the limit is set to the nodes that the type has, and given back after ten minutes.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -63,7 +62,7 @@ def write_limit(config: Path, name: str, limit: int) -> None:
     fresh = config.with_suffix(".new")
     fresh.touch(mode=0o600)
     fresh.write_text(yaml.safe_dump(settings))
-    os.replace(fresh, config)
+    fresh.replace(config)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import NamedTuple
 
 METADATA = "http://169.254.169.254"
@@ -84,11 +84,11 @@ def find_notice(metadata: Metadata, now: datetime) -> Notice | None:
 
 
 def _spot_time(text: str) -> datetime:
-    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
+    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
 
 
 def _event_time(text: str) -> datetime:
-    return datetime.strptime(text, "%d %b %Y %H:%M:%S GMT").replace(tzinfo=timezone.utc)
+    return datetime.strptime(text, "%d %b %Y %H:%M:%S GMT").replace(tzinfo=UTC)
 
 
 def drain(notice: Notice) -> bool:
@@ -103,7 +103,7 @@ def watch(metadata: Metadata, every: float) -> None:
     """Look for a notice every `every` seconds, and return once Ray knows of one."""
     while True:
         try:
-            notice = find_notice(metadata, datetime.now(timezone.utc))
+            notice = find_notice(metadata, datetime.now(UTC))
         except (OSError, ValueError, KeyError) as error:
             print(f"the metadata service: {error}")
             notice = None

@@ -1,4 +1,4 @@
-"""The agents of deploy/aws: real processes, a stand-in of the instance's metadata service, and a `ray` that writes down its call."""
+"""The agents of deploy/aws: a stand-in of the instance's metadata service, and a `ray` that writes down its calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
@@ -105,7 +105,7 @@ def run_agent(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def in_seconds(seconds: float) -> datetime:
-    return datetime.now(timezone.utc) + timedelta(seconds=seconds)
+    return datetime.now(UTC) + timedelta(seconds=seconds)
 
 
 def test_a_spot_notice_drains_the_node_until_ray_has_taken_it(metadata: MetadataServer, ray_calls: Path) -> None:
@@ -160,7 +160,7 @@ def test_the_command_is_ray_s_own() -> None:
 def test_notices(metadata: MetadataServer, path: str, text: str, expected: tuple[str, float] | None) -> None:
     agent = load_agent("spot_notice")
     metadata.texts[path] = text
-    now = datetime(2026, 11, 30, 12, 0, tzinfo=timezone.utc)
+    now = datetime(2026, 11, 30, 12, 0, tzinfo=UTC)
     assert agent.find_notice(agent.Metadata(url(metadata)), now) == expected
 
 
@@ -168,7 +168,7 @@ def test_an_interruption_comes_before_a_recommendation(metadata: MetadataServer)
     agent = load_agent("spot_notice")
     metadata.texts["events/recommendations/rebalance"] = "{}"
     metadata.texts["spot/instance-action"] = '{"action": "terminate", "time": "2026-11-30T12:02:00Z"}'
-    now = datetime(2026, 11, 30, 12, 0, tzinfo=timezone.utc)
+    now = datetime(2026, 11, 30, 12, 0, tzinfo=UTC)
     assert agent.find_notice(agent.Metadata(url(metadata)), now).seconds == 120
 
 
