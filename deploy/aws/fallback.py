@@ -3,6 +3,7 @@
 Ray's autoscaler v2 (2.60) asks for the same type again, for ever: it lowers the rank of a type whose machine does not get ready,
 but not of a type whose machine the cloud refuses. It reads its configuration anew each time, though, and turns to the next type
 where a type is at its limit. So here the limit is set to the nodes that the type has, and given back after ten minutes.
+A request that is with the cloud at that moment makes the autoscaler log an error, and wait, until the cloud has answered.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -46,23 +47,35 @@ def refused_at(reply: Any, name: str) -> float:
     return max((float(request.failed_ts) for request in failed if request.ray_node_type_name == name), default=0.0)
 
 
-def choose_limit(limit: int, nodes: int, refused: float, now: float) -> int:
-    """The limit of a type whose own limit is `limit`: its nodes, for ten minutes after a refusal."""
-    return min(limit, nodes) if now - refused < PAUSE_S else limit
+class Limits(NamedTuple):
+    """The limits of a node type.
+
+    own: what the cluster's file says. written: what stands in the autoscaler's configuration by this program.
+    """
+
+    own: int
+    written: int | None = None
 
 
-def write_limit(config: Path, name: str, limit: int) -> None:
-    """Set the limit of a type in the autoscaler's configuration, in one step: the autoscaler may read at any time."""
+def renew_limit(config: Path, name: str, limits: Limits | None, reply: Any, now: float) -> Limits:
+    """Set the limit of a type in the autoscaler's configuration: its nodes, for ten minutes after a refusal, else its own limit.
+
+    limits: those of the call before; another limit in the configuration is one that `ray up` has brought since.
+    """
     settings = yaml.safe_load(config.read_text())
     kind = settings["available_node_types"][name]
-    if kind["max_workers"] == limit:
-        return
-    print(f"{name}: at most {limit} nodes")
-    kind["max_workers"] = limit
-    fresh = config.with_suffix(".new")
-    fresh.touch(mode=0o600)
-    fresh.write_text(yaml.safe_dump(settings))
-    fresh.replace(config)
+    current = kind["max_workers"]
+    own = limits.own if limits and current == limits.written else current
+    limit = min(own, count_nodes(reply)[name]) if now - refused_at(reply, name) < PAUSE_S else own
+    if limit != current:
+        print(f"{name}: at most {limit} nodes")
+        kind["max_workers"] = limit
+        # In one step: the autoscaler may read at any time.
+        fresh = config.with_suffix(".new")
+        fresh.touch(mode=0o600)
+        fresh.write_text(yaml.safe_dump(settings))
+        fresh.replace(config)
+    return Limits(own, limit)
 
 
 def main() -> None:
@@ -72,13 +85,10 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=CONFIG, help="the autoscaler's configuration")
     parser.add_argument("--address", default="127.0.0.1:6379", help="of the head's GCS")
     arguments = parser.parse_args()
-    limit = yaml.safe_load(arguments.config.read_text())["available_node_types"][arguments.name]["max_workers"]
+    limits = None
     while True:
         try:
-            reply = read_state(arguments.address)
-            nodes = count_nodes(reply)[arguments.name]
-            chosen = choose_limit(limit, nodes, refused_at(reply, arguments.name), time.time())
-            write_limit(arguments.config, arguments.name, chosen)
+            limits = renew_limit(arguments.config, arguments.name, limits, read_state(arguments.address), time.time())
         except Exception as error:  # noqa: BLE001 - Ray raises several kinds while its head starts; the next look decides
             print(f"the autoscaler: {error}")
         time.sleep(5)

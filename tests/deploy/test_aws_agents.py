@@ -229,34 +229,50 @@ def reply(nodes: int = 0, pending: int = 0, dead: int = 0, failed_at: int = 0) -
     return status
 
 
-def test_a_refused_type_stays_at_its_nodes_for_ten_minutes() -> None:
+def test_what_ray_says_of_nodes_and_refusals() -> None:
     agent = load_agent("fallback")
     refused = reply(nodes=2, pending=1, dead=4, failed_at=1000)
     assert agent.count_nodes(refused)["spot"] == 3
     assert agent.refused_at(refused, "spot") == 1000
     assert agent.refused_at(refused, "none") == 0
-    limits = [agent.choose_limit(16, 3, 1000, now) for now in (1001, 1599, 1601)]
-    assert limits == [3, 3, 16]
-    assert agent.choose_limit(16, 20, 1000, 1001) == 16
 
 
-def test_the_limit_is_written_for_ray_to_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refused_type_stays_at_its_nodes_for_ten_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from ray.autoscaler.v2.instance_manager.config import FileConfigReader
 
     agent = load_agent("fallback")
     cluster = yaml.safe_load((FOLDER.parents[1] / "cluster.yaml").read_text())
     cluster["auth"].pop("ssh_private_key")
+    types = cluster["available_node_types"]
+    types["spot"] = types.pop("cpu_decoder")
     config = tmp_path / "ray_bootstrap_config.yaml"
     config.write_text(yaml.safe_dump(cluster))
     reader = FileConfigReader(str(config))
-    for limit in (2, 2, 16):
-        agent.write_limit(config, "cpu_decoder", limit)
+    limits, seen = None, []
+    for nodes, now in ((2, 999), (2, 1001), (3, 1002), (3, 1599), (3, 1601), (20, 1602)):
+        limits = agent.renew_limit(config, "spot", limits, reply(nodes=nodes, failed_at=1000 if now > 1000 else 0), now)
         reader.refresh_cached_autoscaling_config()
-        types = reader.get_cached_autoscaling_config().get_node_type_configs()
-        assert types["cpu_decoder"].max_worker_nodes == limit
-        assert types["cpu_decoder_on_demand"].max_worker_nodes == 16
+        read = reader.get_cached_autoscaling_config().get_node_type_configs()
+        seen.append(read["spot"].max_worker_nodes)
+        assert read["cpu_decoder_on_demand"].max_worker_nodes == 16
+    assert seen == [16, 2, 3, 3, 16, 16]
     assert config.stat().st_mode & 0o777 == 0o600
-    assert capsys.readouterr().out.count("cpu_decoder: at most") == 2, "no write without a change"
+    assert capsys.readouterr().out.count("spot: at most") == 3, "no write without a change"
+
+
+def test_a_limit_that_ray_up_has_brought_meanwhile_is_the_type_s_own(tmp_path: Path) -> None:
+    agent = load_agent("fallback")
+    config = tmp_path / "config.yaml"
+
+    def limit() -> int:
+        return int(yaml.safe_load(config.read_text())["available_node_types"]["spot"]["max_workers"])
+
+    limits = None
+    for brought, now, expected in ((16, 1001, 0), (None, 1002, 0), (32, 1003, 0), (None, 1700, 32)):
+        if brought:
+            config.write_text(yaml.safe_dump({"available_node_types": {"spot": {"max_workers": brought}}}))
+        limits = agent.renew_limit(config, "spot", limits, reply(failed_at=1000), now)
+        assert limit() == expected
 
 
 def test_ray_itself_still_asks_for_the_refused_type() -> None:
