@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -197,6 +198,7 @@ def test_logs_are_copied_once_until_they_grow(tmp_path: Path) -> None:
     logs.mkdir(parents=True)
     (logs / "raylet.out").write_text("one\n")
     (logs / "empty.err").touch()
+    (logs / "newest.out").symlink_to(logs / "raylet.out")
     (tmp_path / "ray" / "session_latest").symlink_to(logs.parent)
     own = tmp_path / "nev" / "log"
     own.mkdir(parents=True)
@@ -303,6 +305,7 @@ def test_an_agent_runs_once_in_the_background_and_its_lines_are_kept(tmp_path: P
     for _ in range(2):
         subprocess.run(command, env=os.environ | {"HOME": str(tmp_path)}, check=True, timeout=10)
         wait_for_text(log)
+    time.sleep(1)  # a second process would have written by now
     (line,) = log.read_text().splitlines()
     word, mode, process = line.split()
     assert (word, mode) == ("hello", "token")
@@ -313,7 +316,7 @@ def wait_for_text(file: Path) -> None:
     for _ in range(200):
         if file.exists() and file.read_text():
             return
-        threading.Event().wait(0.05)
+        time.sleep(0.05)
     raise TimeoutError(file)
 
 

@@ -216,16 +216,19 @@ def test_start_options_and_variables_are_ray_s(cluster: dict[str, Any]) -> None:
     from ray.scripts.scripts import start
 
     known = {name for option in start.params for name in option.opts}
-    core = Path(ray.__file__).parent / "core" / "src" / "ray" / "gcs" / "gcs_server"
-    python = Path(ray.__file__).parent / "dashboard" / "modules" / "event" / "event_head.py"
-    sources = core.read_bytes() + python.read_bytes()
+    folder = Path(ray.__file__).parent
+    core = (folder / "core" / "src" / "ray" / "gcs" / "gcs_server").read_bytes()
+    dashboard = (folder / "dashboard" / "modules" / "event" / "event_head.py").read_text()
     for kind in ("head", "worker"):
         command = start_command(cluster, kind)
         assert set(re.findall(r"(?<= )--[a-z-]+", command)) <= known
-        # These are read by Ray's Python; the last two by nev.
-        others = {"RAY_JOB_STOP_WAIT_TIME_S", "RAY_HEAD_IP", "NEV_DECODERS"}
+        others = {
+            "RAY_JOB_STOP_WAIT_TIME_S",
+            "RAY_HEAD_IP",
+            "NEV_DECODERS",
+        }  # of Ray's job server, Ray's launcher, and nev
         for name in set(re.findall(r"\b(?:RAY|NEV)_\w+", command)) - others:
-            assert name.encode() in sources, f"{name}: Ray knows no such variable"
+            assert f"{name}\0".encode() in core or f'"{name}"' in dashboard, f"{name}: Ray knows no such variable"
 
 
 def test_the_head_knows_of_decoders_and_waits_for_a_checkpoint(cluster: dict[str, Any]) -> None:
