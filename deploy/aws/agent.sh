@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Start an agent of this folder in the background, once on a node: agent.sh NAME [ARGUMENT...]. Its lines are in ~/nev/log/NAME.log.
+# Start an agent of this folder in the background, once on a node: agent.sh NAME [ARGUMENT...]. Its lines: ~/nev/log/NAME.log.
 set -eu
 name=$1
 shift
