@@ -206,6 +206,20 @@ def test_there_is_time_for_a_checkpoint(job: dict[str, Any]) -> None:
         assert pod["terminationGracePeriodSeconds"] <= 120  # a spot machine's notice
 
 
+def test_the_head_knows_of_decoders_and_tasks_are_packed_everywhere(job: dict[str, Any]) -> None:
+    values = {
+        name: {variable["name"]: variable.get("value") for variable in pods(job)[name]["containers"][0]["env"]}
+        for name in ("head", "gpu-worker", "cpu-decoder")
+    }
+    assert values["head"]["NEV_DECODERS"] == "1"
+    start = " ".join(yaml.safe_load((REPO / "cluster.yaml").read_text())["head_start_ray_commands"])
+    for name, value in values["head"].items():
+        if name.startswith("RAY_"):
+            assert f" {name}={value}" in start, "as on AWS"
+    for pod in values.values():
+        assert (pod["RAY_scheduler_spread_threshold"], pod["RAY_scheduler_top_k_fraction"]) == ("1", "0")
+
+
 def test_hooks_are_sound_and_ray_has_the_options(job: dict[str, Any]) -> None:
     from ray.scripts.scripts import drain_node
 
