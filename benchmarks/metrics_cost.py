@@ -19,11 +19,12 @@ from nev.common.cli import make_command, report_errors
 GOAL = 1e-3
 LOGGED = 100  # times as many steps for the metrics, whose step takes microseconds
 NOTES = (
-    "metrics: the calls that a rank and the driver make for a step (clock, counters, gauges), on a Ray that collects metrics, with "
-    "train.log_every = 10, the default. metrics_every_step: with train.log_every = 1. On a cluster the driver is on another node.",
+    "metrics: the calls that a rank and the driver make for a step (clock, counters, gauges), on a Ray that collects metrics, "
+    "with train.log_every = 10, the default. metrics_every_step: with train.log_every = 1. On a cluster the driver is on another "
+    "node.",
     "step: the quickstart's tower on the 128 pictures of a rank, float32, AdamW, one process on every core.",
-    "What Ray itself pays to collect metrics (some 2 % of two cores) is no part of this: a cluster pays it with or without nev, and "
-    "`nev train` on one machine turns the collection off.",
+    "What Ray itself pays to collect metrics (some 2 % of two cores) is no part of this: a cluster pays it with or without nev, "
+    "and `nev train` on one machine turns the collection off.",
 )
 
 

@@ -1,4 +1,4 @@
-"""What a step pays for Ray's metrics: the calls that nev makes for a step in a rank and in the driver, on a Ray with metrics on."""
+"""What a step pays for metrics: the calls that nev makes for a step, in a rank and in the driver, on a Ray that collects them."""
 
 from __future__ import annotations
 

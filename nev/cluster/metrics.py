@@ -1,7 +1,7 @@
 """What nev exports to Ray's metrics: every name with its tags, unit and meaning, and the instruments that record them.
 
-Ray adds the prefix `ray_`, to a counter the suffix `_total`, and labels of its own (session, node, worker id). What Ray itself exports
-(CPUs, GPUs, object store, rows of Ray Data) is not exported again.
+Ray adds the prefix `ray_`, to a counter the suffix `_total`, and labels of its own (session, node, worker id). What Ray itself
+exports (CPUs, GPUs, object store, rows of Ray Data) is not exported again.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Profile(Section):
     """PyTorch's profiler over chosen steps, on rank 0."""
 
     steps: tuple[Positive, ...] = Field(min_length=1)
-    """Numbers of the profiled steps, ascending, by the numbers of the metrics: 1 is the first step. Consecutive steps share a trace."""
+    """Numbers of the profiled steps, ascending, as metrics have them: 1 is the first step. Consecutive steps share a trace."""
 
     @model_validator(mode="after")
     def _ascending(self) -> Self:

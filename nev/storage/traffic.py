@@ -10,14 +10,14 @@ _bytes = 0
 
 def count_read(nbytes: int) -> None:
     """Count the body of an answer."""
-    global _bytes  # noqa: PLW0603 - one count a process, as S3's client is
+    global _bytes
     with _lock:
         _bytes += nbytes
 
 
 def take_read_bytes() -> int:
     """Bytes that were read from S3 since the last call. Each byte is returned once."""
-    global _bytes  # noqa: PLW0603
+    global _bytes
     with _lock:
         taken, _bytes = _bytes, 0
     return taken

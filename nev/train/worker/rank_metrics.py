@@ -30,7 +30,7 @@ def make_export(job: Job, ctx: RankContext) -> Callable[[Interval], None]:
 
 
 def find_peak(ctx: RankContext) -> float | None:
-    """Dense bf16 FLOP/s of this rank's GPU; None on a CPU, for a GPU that is not known, and where the rank computes in float32."""
+    """Dense bf16 FLOP/s of this rank's GPU; None on a CPU, for a GPU that is not known, and for a rank in float32."""
     if ctx.device.type != "cuda" or ctx.precision.dtype != torch.bfloat16:
         return None
     return peak_flops(torch.cuda.get_device_name(ctx.device))
