@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -68,9 +67,8 @@ def head() -> Iterator[Head]:
 @pytest.fixture(scope="module")
 def scraped(head: Head) -> Iterator[dict[str, list[str]]]:
     """The lines of a scrape by the name of their metric."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     command = [sys.executable, "-c", RUN, head.address]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as driver:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=head.env) as driver:
         assert driver.stdin
         assert driver.stdout
         try:

@@ -22,10 +22,16 @@ START_S, STOP_S = 120, 60  # a hang becomes an error; neither is a promise of sp
 
 @dataclass(frozen=True)
 class Head:
-    """A running head. address: of the cluster. metrics: port of the node's metrics."""
+    """A running head.
+
+    address: of the cluster.
+    metrics: port of the node's metrics.
+    env: of its clients.
+    """
 
     address: str
     metrics: int
+    env: dict[str, str]
 
     def scrape(self) -> str:
         """The metrics of the node, as Prometheus reads them; "" while the node does not answer."""
@@ -41,7 +47,7 @@ def free_ports(count: int) -> list[int]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
-            each.bind(("127.0.0.1", 0))
+            each.bind(("", 0))
         return [each.getsockname()[1] for each in sockets]
 
 
@@ -52,9 +58,10 @@ def ray_head(*options: str, **environment: str) -> Iterator[Head]:
     folder = Path(tempfile.mkdtemp(prefix="nev-head-"))
     port, metrics = free_ports(2)
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env["RAY_AUTH_MODE"] = "disabled"  # else Ray asks for a token where the user's home has one
     env |= {"RAY_metrics_report_interval_ms": "1000", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1", **environment}
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--temp-dir={folder}"]
-    command += [f"--port={port}", f"--metrics-export-port={metrics}", "--node-ip-address=127.0.0.1", "--num-cpus=1"]
+    command += [f"--port={port}", f"--metrics-export-port={metrics}", "--num-cpus=1"]
     command += [f"--object-store-memory={128 * 2**20}", "--include-dashboard=false", "--disable-usage-stats"]
     command += ["--dashboard-agent-listen-port=0", *options]
     output = folder / "head.txt"
@@ -68,7 +75,7 @@ def ray_head(*options: str, **environment: str) -> Iterator[Head]:
             if head.poll() is not None or time.monotonic() > deadline:
                 pytest.fail(f"the head did not start:\n{output.read_text()}")
             time.sleep(0.1)
-        yield Head(f"127.0.0.1:{port}", metrics)
+        yield Head(f"127.0.0.1:{port}", metrics, env)
     finally:
         head.terminate()  # it ends its own processes; `ray stop` would end every Ray of the machine
         head.wait(STOP_S)
