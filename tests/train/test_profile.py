@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import filecmp
 import gzip
 import io
 import json
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +21,8 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.models.precision import choose_precision
 from nev.models.text import TextTower
-from nev.runs.tracking import tracking_uri
-from nev.train.experiment import run_experiment
+from nev.train.driver.metrics import MetricsLogger
+from nev.train.experiment import Summary
 from nev.train.worker import profiler
 from nev.train.worker.loop import train
 from nev.train.worker.state import RankContext
@@ -138,14 +140,26 @@ def test_a_step_behind_the_end_is_refused_before_anything_starts(tiny: Make, tex
         prepare_job(epoch, text)
 
 
+def test_an_mlflow_that_refuses_a_trace_is_named_and_training_goes_on() -> None:
+    shown = io.StringIO()
+
+    def refuse(location: str, folder: str) -> None:
+        raise ValueError("no bucket")
+
+    tracker: Any = SimpleNamespace(uri="http://mlflow", artifact=refuse)
+    MetricsLogger(tracker, Console(file=shown, width=200)).save_trace(3, "runs/x/profile/step-00000003.json.gz")
+    assert shown.getvalue().splitlines() == [
+        "step 3: a trace of the profiler is in runs/x/profile/step-00000003.json.gz",
+        "MLflow at http://mlflow has not taken the trace (no bucket)",
+    ]
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_traces_are_artifacts_in_mlflow(ray_cluster: None, tiny: Make) -> None:
-    config = tiny(**QUICK, train__steps=4, train__profile={"steps": [2, 4]})
-    console = Console(record=True, width=300, file=io.StringIO())
-    run_experiment(config, console, stop_after=3)
-    summary = run_experiment(config, console)
-    client = MlflowClient(tracking_uri(config.tracking, config.output))
-    listed = [each.path for each in client.list_artifacts(summary.mlflow_run_id, "profile")]
-    assert listed == ["profile/step-00000002.json.gz", "profile/step-00000004.json.gz"]
-    assert console.export_text().count("a trace of the profiler is in") == 2
+def test_a_trace_is_an_artifact_of_the_mlflow_run(reference_run: Summary) -> None:
+    client = MlflowClient(reference_run.tracking_uri)
+    listed = [each.path for each in client.list_artifacts(reference_run.mlflow_run_id, "profile")]
+    assert listed == ["profile/step-00000002.json.gz"]
+    (trace,) = Path(reference_run.checkpoint).parents[1].glob("profile/*")
+    assert traced_steps(str(trace)) == ["step 2"]
+    assert filecmp.cmp(trace, client.download_artifacts(reference_run.mlflow_run_id, listed[0]), shallow=False)

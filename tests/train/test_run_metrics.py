@@ -61,6 +61,7 @@ def observed(start_step: int, *messages: Message) -> dict[str, float]:
     return recorded.values
 
 
+@pytest.mark.slow
 def test_the_loop_exports_steps_images_and_every_second_of_a_rank_once(tiny: Make, text: TextTower) -> None:
     config = tiny(workers__count=2, train__steps=7, train__log_every=3, train__checkpoint_every=4, train__eval_every=7)
     job = prepare_job(config, text)
@@ -171,6 +172,7 @@ def test_cost_grows_with_time_and_is_no_number_with_an_unknown_node(monkeypatch:
     assert len(said) == 1
 
 
+@pytest.mark.slow
 def test_a_file_of_prices_is_read_before_anything_starts(tiny: Make, tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match=r"prices\.yaml: no such file"):
         prepare(tiny(tracking__prices=str(tmp_path / "prices.yaml")))
