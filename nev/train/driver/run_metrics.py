@@ -42,7 +42,7 @@ class RunMetrics:
                 self._instruments.set(RESTARTS, self._starts - 1)
                 self._move(step)
             case Metrics(step, metrics):
-                self._done += max(0, step - self._step)
+                self._done += step - self._step
                 self._move(step)
                 if "bad_rows" in metrics:
                     self._instruments.set(BAD_ROWS, metrics["bad_rows"])
