@@ -212,12 +212,17 @@ def tiny(pictures: Path, tmp_path: Path) -> Callable[..., Experiment]:
 
 @pytest.fixture(scope="session")
 def reference_run(ray_cluster: None, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Summary:
-    """A run of `REFERENCE` on one worker that nothing disturbs: what other runs of the same settings are compared with."""
+    """A run of `REFERENCE` on one worker that nothing disturbs: what other runs of the same settings are compared with.
+
+    Its second step is profiled, which changes no result.
+    """
     from rich.console import Console
 
     from nev.train.experiment import run_experiment
 
-    config = make_tiny(pictures, tmp_path_factory.mktemp("reference"), name="reference", **REFERENCE)
+    config = make_tiny(
+        pictures, tmp_path_factory.mktemp("reference"), name="reference", train__profile={"steps": [2]}, **REFERENCE
+    )
     return run_experiment(config, Console(quiet=True))
 
 

@@ -52,6 +52,19 @@ class Optim(Section):
         return self
 
 
+class Profile(Section):
+    """PyTorch's profiler over chosen steps, on rank 0."""
+
+    steps: tuple[Positive, ...] = Field(min_length=1)
+    """Numbers of the profiled steps, ascending, as metrics have them: 1 is the first step. Consecutive steps share a trace."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if list(self.steps) != sorted(set(self.steps)):
+            raise ValueError(f"steps must ascend, each step once: {list(self.steps)}")
+        return self
+
+
 class Train(Section):
     """How long, how large, how often. Exactly one of `epochs`, `steps` and `samples` sets the length."""
 
@@ -93,6 +106,8 @@ class Train(Section):
     """Number of newest checkpoints that are kept, beside the best by `eval.best`."""
     eval_every: Positive | None = None
     """Steps between two validations. null: validation after the last step only."""
+    profile: Profile | None = None
+    """Steps whose traces by PyTorch's profiler go to the run's folder and to MLflow. null: none."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -196,12 +211,14 @@ class Eval(Section):
 
 
 class Tracking(Section):
-    """MLflow, which keeps parameters and metrics."""
+    """MLflow, which keeps parameters and metrics, and what Ray's metrics need."""
 
     uri: Address | None = None
     """Address of MLflow's tracking server or database. null: SQLite in `<output>/mlflow.db`, where `output` is a folder."""
     experiment: str = "nev"
     """Name of the MLflow experiment."""
+    prices: str | None = None
+    """File of prices, as `nev plan --prices` takes. With it the cost of the cluster is among Ray's metrics. null: no cost."""
 
 
 class Experiment(Section):
@@ -236,7 +253,7 @@ class Experiment(Section):
     workers: Workers = Workers()
     """Training processes and their resources."""
     tracking: Tracking = Tracking()
-    """MLflow."""
+    """MLflow, and prices for Ray's metrics."""
 
     def refuse_trained_trunk(self) -> None:
         """Raise ConfigError for an experiment without image sidecars, since its trunk is trained."""

@@ -20,8 +20,10 @@ from ray.train import DataConfig
 
 from nev.cluster.backpressure import MAX_RETRIES, load_from_store, stream_context
 from nev.cluster.decoders import place_decoding
+from nev.cluster.metrics import S3_BYTES, Instruments
 from nev.data.block import Block, BlockReader
 from nev.data.plan import Plan
+from nev.storage.traffic import take_read_bytes
 
 NUMBERS_PER_TASK = 1000
 NUMBER_TASKS = 1000  # upper bound: each task is put into the object store before the first one runs
@@ -30,10 +32,11 @@ STEPS_AHEAD = (
 )
 
 
-def make_stream(reader: BlockReader, plan: Plan, first_step: int, last_step: int) -> Dataset:
+def make_stream(reader: BlockReader, plan: Plan, first_step: int, last_step: int, run: str = "") -> Dataset:
     """The blocks of steps [first_step, last_step), in the order of the plan, as a lazy Ray data set.
 
     Each block has the columns of `BlockReader.read`, and `block`: int64 [R], the number of the block in the plan.
+    run: name of the run, whose tasks count what they read from S3 in Ray's metrics; "" for no count.
     """
     first = plan.step_blocks(first_step).start
     count = plan.step_blocks(last_step).start - first
@@ -43,12 +46,12 @@ def make_stream(reader: BlockReader, plan: Plan, first_step: int, last_step: int
         source = ray.put((reader, plan))
         tasks = min(max(1, count // NUMBERS_PER_TASK), NUMBER_TASKS)
         numbers = ray.data.range(count, override_num_blocks=tasks)
-        read = functools.partial(read_block, source=[source], first=first)
+        read = functools.partial(read_block, source=[source], first=first, run=run)
         one_each = numbers.repartition(target_num_rows_per_block=1)
         return one_each.map_batches(read, batch_size=1, num_cpus=1, max_retries=MAX_RETRIES, **placement)
 
 
-def read_block(numbers: Any, source: list[ray.ObjectRef[Any]], first: int) -> Block:
+def read_block(numbers: Any, source: list[ray.ObjectRef[Any]], first: int, run: str = "") -> Block:
     """The Ray Data task: one block number in, the rows of that block out."""
     if len(numbers["id"]) != 1:
         raise RuntimeError(f"a task got {len(numbers['id'])} block numbers, not one: blocks would not be R rows")
@@ -56,7 +59,14 @@ def read_block(numbers: Any, source: list[ray.ObjectRef[Any]], first: int) -> Bl
     number = first + int(numbers["id"][0])
     block: Block = reader.read(plan.segments(number), plan.epoch_of(number), _block_memory(source[0], plan.block_rows))
     block["block"] = np.full(len(block["valid"]), number, np.int64)
+    if run and (nbytes := take_read_bytes()):
+        _instruments(run).add(S3_BYTES, nbytes)
     return block
+
+
+@functools.lru_cache(maxsize=1)
+def _instruments(run: str) -> Instruments:
+    return Instruments({"run": run})
 
 
 @functools.lru_cache(maxsize=1)

@@ -22,6 +22,8 @@ Entry = TypeVar("Entry")
 class Gpu(Section):
     """A kind of GPU."""
 
+    devices: tuple[str, ...] = ()
+    """Names that PyTorch gives the GPU."""
     peak_tflops: Rate
     """Dense bf16, in TFLOP/s."""
     memory_gib: Rate
@@ -132,6 +134,12 @@ def load_prices(path: str | None) -> tuple[Hardware, Prices]:
         "s3_usd_per_1000_requests": shipped.s3_usd_per_1000_requests if per_1000 is None else per_1000,
     }
     return hardware, given.model_copy(update=merged)
+
+
+def peak_flops(device: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by the name that PyTorch gives it; None for a name that is not known."""
+    gpus = shipped_hardware().gpus.values()
+    return next((gpu.peak_tflops * 1e12 for gpu in gpus if device in gpu.devices), None)
 
 
 def find(entries: Mapping[str, Entry], name: str, kind: str, where: str = "") -> Entry:

@@ -105,6 +105,7 @@ def read_workload(
     """
     steps = count_steps(config, rows)
     from nev.train.capacity import FP16, compute_shape, estimate_memory, picture_shape
+    from nev.train.flops import count_flops
 
     bf16 = config.train.precision != "fp32"
     messages: dict[int, tuple[Message, ...]] = {}
@@ -134,7 +135,7 @@ def read_workload(
         rows=rows,
         steps=steps,
         checkpoint_steps=config.train.checkpoint_every,
-        flops=None if uncounted else _count_flops(config, text_width),
+        flops=None if uncounted else count_flops(config, text_width),
         weights=float(sum(parameter.nbytes for parameter in shape.parameters())),
         decoded=float(numbers * (FP16 if config.vision.from_sidecars else 1)),
         text_bytes=float(text_width * FP16),
@@ -152,20 +153,3 @@ def _read_messages(config: Experiment, text_width: int, hidden: float) -> tuple[
         Message(each.kind, each.purpose, each.count, each.nbytes, hidden if each.purpose in HIDDEN else 0.0)
         for each in collectives(config, text_width)
     )
-
-
-def _count_flops(config: Experiment, text_width: int) -> float:
-    """FLOPs of the trained layers' forward and backward for an image, 2 for a multiply-add."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from nev.models.vision import VisionTower
-    from nev.train.capacity import compute_shape, picture_shape
-
-    vision = compute_shape(config, text_width)
-    with torch.device("meta"):
-        picture = torch.empty(1, *picture_shape(config))
-    picture = picture.permute(0, 3, 1, 2) if isinstance(vision, VisionTower) else picture
-    with FlopCounterMode(display=False) as counter:
-        torch.autograd.backward(vision(picture).sum())
-    return float(counter.get_total_flops())

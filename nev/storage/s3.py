@@ -22,6 +22,7 @@ from botocore.session import Session
 from s3fs import S3FileSystem
 
 from nev.config.base import ConfigError
+from nev.storage.traffic import count_read
 
 REQUEST_TRIES = 6
 BODY_TRIES = 3
@@ -39,9 +40,12 @@ class BoundedS3(S3FileSystem):  # type: ignore[misc]
 
     async def _call_s3(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return await super()._call_s3(*args, **kwargs)
+            answer = await super()._call_s3(*args, **kwargs)
         except HTTPClientError as error:
             raise OSError(errno.EIO, str(error)) from error
+        if args[0] == "get_object":
+            count_read(answer.get("ContentLength", 0))
+        return answer
 
 
 def s3_filesystem() -> S3FileSystem:

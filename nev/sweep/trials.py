@@ -44,6 +44,7 @@ IRRELEVANT_SETTINGS: dict[str, Any] = {
         "log_every",
         "checkpoint_every",
         "keep_last",
+        "profile",
     },
     "eval": {"batch": True, "asynchronous": True, "zero_shot": {"classes"}},
 }

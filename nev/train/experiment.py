@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
+from nev.cluster.metrics import Instruments
 from nev.cluster.session import connect, seconds_to_stop
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
@@ -28,6 +29,7 @@ from nev.train.driver.launcher import run_workers
 from nev.train.driver.metrics import MetricsCallback, MetricsLogger, make_callbacks, open_tracking
 from nev.train.driver.monitor import TrainMonitor
 from nev.train.driver.preflight import Prepared, check_object_store, prepare
+from nev.train.driver.run_metrics import RunMetrics, checkpoint_time, export_cost
 from nev.train.driver.setup import describe_run
 from nev.train.driver.step_progress import StepProgress
 from nev.train.driver.validator import async_validation
@@ -156,11 +158,18 @@ def train_and_validate(
     """Train until the last step or an early stop, and wait for the validations beside training."""
     job, start_step = prepared.job, prepared.resume.step
     logger, early_stopping = MetricsLogger(tracker, console), EarlyStopping(job.config.eval)
-    early_stopping.restore(read_points(job.run, start_step))
+    points = read_points(job.run, start_step)
+    early_stopping.restore(points)
+    instruments = Instruments({"run": job.config.name})
+    exported = RunMetrics(instruments, start_step, checkpoint_time(points, start_step))
     callbacks = make_callbacks(job.config, logger, early_stopping) + ([on_metrics] if on_metrics else [])
     progress = StepProgress(console, job.total_steps, start_step)
-    with async_validation(job, prepared.text) as validator:
-        monitor = TrainMonitor(mailbox, logger, callbacks, early_stopping, progress, validator)
+    with (
+        export_cost(instruments, prepared.prices, logger.warn),
+        async_validation(job, prepared.text) as validator,
+    ):
+        observers = [exported.observe]
+        monitor = TrainMonitor(mailbox, logger, callbacks, early_stopping, progress, validator, observers)
         if start_step < job.stop_step and early_stopping.should_stop:
             logger.warn(f"{early_stopping}: the run has ended early (--set eval.patience=null trains on)")
         elif start_step < job.stop_step:

@@ -34,6 +34,7 @@ class Job:
     and of the weights that the run began from by `train.from`, start.
     canaries: vectors of `nev.models.lock.CANARIES` from the text tower before training, float32 [8, D]; None for a locked
     text tower.
+    flops: of a step for an image; None where they are not known (`nev.train.flops.model_flops`).
     """
 
     config: Experiment
@@ -50,6 +51,7 @@ class Job:
     start_from: str | None = None
     head_given: bool = False
     canaries: NDArray[np.float32] | None = None
+    flops: float | None = None
 
     @property
     def decay_start(self) -> int | None:

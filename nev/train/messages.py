@@ -36,6 +36,13 @@ class CheckpointSaved(NamedTuple):
         return {"checkpoint_write_s": self.write_s}
 
 
+class ProfileSaved(NamedTuple):
+    """A trace of the profiler is complete in storage. step: the first one of the trace."""
+
+    step: int
+    location: str
+
+
 class Failed(NamedTuple):
     """The run cannot go on, and a restart would end the same way. error: the cause, and what to do."""
 
@@ -55,8 +62,9 @@ class Left(NamedTuple):
     step: int
 
 
-Message = Metrics | Note | CheckpointSaved | Failed | Started | Left
-Report = Callable[[Metrics | Note | CheckpointSaved], None]  # what a step, and a write beside the steps, may report
+Event = Metrics | Note | CheckpointSaved | ProfileSaved
+Message = Event | Failed | Started | Left
+Report = Callable[[Event], None]  # what a step, and a write beside the steps, may report
 
 
 class Mailbox:

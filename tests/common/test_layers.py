@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("nev.common", "nev.ops"),
     ("nev.config", "nev.cluster", "nev.losses"),
-    ("nev.models", "nev.storage"),
+    ("nev.models", "nev.storage", "nev.planner.hardware"),
     ("nev.runs", "nev.data"),
     ("nev.inference",),
     ("nev.embed", "nev.search"),
@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("nev.eval",),
     ("nev.train.core",),
     ("nev.train.job", "nev.train.capacity", "nev.train.start_weights"),
-    ("nev.train.messages",),
+    ("nev.train.messages", "nev.train.flops"),
     ("nev.train.worker",),
     ("nev.train.driver",),  # hands the worker's function to Ray Train
     ("nev.train",),

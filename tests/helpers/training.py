@@ -18,7 +18,7 @@ from nev.runs import checkpoint
 from nev.train.driver.preflight import check_inputs
 from nev.train.driver.setup import make_job, make_reader
 from nev.train.job import Job, ResumePoint, find_resume_point
-from nev.train.messages import CheckpointSaved, Metrics, Note
+from nev.train.messages import Event, Note, ProfileSaved
 from nev.train.worker.loop import train
 from nev.train.worker.state import RankContext, TrainState, load_model, make_train_state
 
@@ -26,15 +26,18 @@ CPU = torch.device("cpu")
 
 
 class Reports:
-    """What a training has reported: metrics by step, and notes."""
+    """What a training has reported: metrics by step, notes, and locations of traces by step."""
 
     def __init__(self) -> None:
         self.metrics: dict[int, dict[str, float]] = {}
         self.notes: list[str] = []
+        self.traces: dict[int, str] = {}
 
-    def __call__(self, message: Metrics | Note | CheckpointSaved) -> None:
+    def __call__(self, message: Event) -> None:
         if isinstance(message, Note):
             self.notes.append(message.text)
+        elif isinstance(message, ProfileSaved):
+            self.traces[message.step] = message.location
         else:
             self.metrics.setdefault(message.step, {}).update(message.metrics)
 

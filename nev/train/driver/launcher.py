@@ -179,6 +179,6 @@ def make_streams(job: Job, reader: BlockReader, mailbox: Any, start_step: int | 
 
         step = verified.pop() if verified else with_retries(lambda: find_resume_point(job.run)).step
         ray.get(mailbox.set_start_step.remote(step))
-        return make_stream(reader, job.plan, step, job.stop_step)
+        return make_stream(reader, job.plan, step, job.stop_step, job.config.name)
 
     return make_next_stream

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.markup import escape
 
+from nev.common.errors import first_line
 from nev.common.signals import Stopped
 from nev.config.experiment import Experiment
 from nev.runs.metrics_log import load_mlflow_run_id, read_points, save_mlflow_run_id
@@ -40,6 +41,14 @@ class MetricsLogger:
     def warn(self, text: str) -> None:
         """Print a line for the person who watches."""
         self._console.print(f"[yellow]{escape(text)}[/]", highlight=False, soft_wrap=True)
+
+    def save_trace(self, step: int, location: str) -> None:
+        """Send a trace of the profiler to MLflow at once, and print where the trace lies."""
+        self.warn(f"step {step}: a trace of the profiler is in {location}")
+        try:
+            self._tracker.artifact(location, "profile")
+        except Exception as error:  # noqa: BLE001 - MLflow's stores raise whatever their packages do; training goes on
+            self.warn(f"MLflow at {self._tracker.uri} has not taken the trace ({first_line(error)})")
 
     def flush(self) -> None:
         """Send the queue to MLflow. What MLflow does not take stays queued: training must not stop for it."""

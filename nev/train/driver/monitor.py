@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from nev.train.driver.early_stopping import EarlyStopping
 from nev.train.driver.metrics import MetricsCallback, MetricsLogger
 from nev.train.driver.step_progress import StepProgress
 from nev.train.driver.validator import Validator
-from nev.train.messages import CheckpointSaved, Failed, Left, Message, Metrics, Note, Started
+from nev.train.messages import CheckpointSaved, Failed, Left, Message, Metrics, Note, ProfileSaved, Started
 
 POLL_S = 0.5
 RELAY_S = 0.2
@@ -42,6 +42,7 @@ class TrainMonitor:
         early_stopping: EarlyStopping,
         progress: StepProgress,
         validator: Validator | None = None,
+        observers: Sequence[Callable[[Message], None]] = (),
     ) -> None:
         self.errors: list[str] = []
         self.workers_left = False
@@ -49,7 +50,7 @@ class TrainMonitor:
         self.stop_requested = threading.Event()
         self.early_stopped = threading.Event()
         self._mailbox, self._logger, self._progress = mailbox, logger, progress
-        self._callbacks = callbacks
+        self._callbacks, self._observers = callbacks, observers
         self._early_stopping, self._validator = early_stopping, validator
         self._group: WorkerGroup | None = None
         self._started = False
@@ -79,6 +80,8 @@ class TrainMonitor:
         self._logger.warn(text)
 
     def _handle(self, message: Message) -> None:
+        for observe in self._observers:
+            observe(message)
         match message:
             case Metrics(step, metrics):
                 self._log(step, metrics)
@@ -89,6 +92,8 @@ class TrainMonitor:
                 if self._validator:
                     self._validator.add(step)
                 self._log(step, message.metrics)
+            case ProfileSaved(step, location):
+                self._logger.save_trace(step, location)
             case Started(step, group):
                 if self._started:
                     self._logger.warn(f"the processes were started again; training continues from step {step}")

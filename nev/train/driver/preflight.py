@@ -21,6 +21,7 @@ from nev.data.index import Index, build_index
 from nev.data.plan import Plan
 from nev.data.text_sidecar import check_sidecars
 from nev.eval.validation.task import Validation, make_validation, refuse_unknown_metric, text_key
+from nev.planner.hardware import Prices, load_prices
 from nev.runs.folder import check_output, check_space, run_folder
 from nev.runs.manifest import latest_valid, list_steps
 from nev.runs.metrics_log import load_mlflow_run_id
@@ -54,6 +55,7 @@ class Prepared(NamedTuple):
     former_steps: as `same_run.Continued` has it.
     damaged: the damage of each checkpoint newer than that point.
     steps: the steps of all checkpoints, the damaged ones included, before they were verified.
+    prices: of nodes, for Ray's metrics; None without `tracking.prices`.
     """
 
     job: Job
@@ -63,6 +65,7 @@ class Prepared(NamedTuple):
     former_steps: int | None
     damaged: list[str]
     steps: list[int]
+    prices: Prices | None
 
 
 def prepare(config: Experiment, stop_after: int | None = None) -> Prepared:
@@ -74,7 +77,7 @@ def prepare(config: Experiment, stop_after: int | None = None) -> Prepared:
     from nev.models.text import load_text
 
     config = with_absolute_paths(config)
-    errors, text = ErrorCollector(), None
+    errors, text, prices = ErrorCollector(), None, None
     with errors:
         check_output(config)
     with errors:
@@ -85,6 +88,8 @@ def prepare(config: Experiment, stop_after: int | None = None) -> Prepared:
         text = load_text(config.text)
     with errors:
         check_workers(config.workers)
+    with errors:
+        prices = load_prices(config.tracking.prices)[1] if config.tracking.prices else None
     if text is None:
         errors.refuse()
     assert text
@@ -99,6 +104,7 @@ def prepare(config: Experiment, stop_after: int | None = None) -> Prepared:
         former_steps=inputs.former_steps,
         damaged=inputs.checkpoint.damaged if inputs.checkpoint else [],
         steps=inputs.steps,
+        prices=prices,
     )
 
 
@@ -149,6 +155,7 @@ def check_inputs(config: Experiment, text: TextTower, errors: ErrorCollector | N
     assert training
     index, plan = training
     check_schedule(total_steps(config, plan), config.optim)
+    check_profile(config, total_steps(config, plan))
     fingerprints = {"data": index.fingerprint, "plan": plan.fingerprint, "text": text.fingerprint}
     if trunk:
         fingerprints["trunk"] = trunk.fingerprint
@@ -161,6 +168,13 @@ def check_inputs(config: Experiment, text: TextTower, errors: ErrorCollector | N
     return Inputs(
         index, plan, fingerprints, trunk, statistics, start, head_given, validation, checkpoint, former_steps, steps
     )
+
+
+def check_profile(config: Experiment, total: int) -> None:
+    """Raise ConfigError for a profiled step behind the run's last step."""
+    profile = config.train.profile
+    if profile and profile.steps[-1] > total:
+        raise ConfigError(f"train.profile.steps has step {profile.steps[-1]}, and the run ends with step {total}")
 
 
 def check_trunk(config: Experiment, text_width: int) -> TrunkFacts:

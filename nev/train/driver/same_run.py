@@ -32,6 +32,7 @@ FREE_TO_CHANGE = (
     "train.checkpoint_every",
     "train.keep_last",
     "train.eval_every",
+    "train.profile",
 )
 # And these, as long as every step that is done had the learning rate that it has now.
 SCHEDULE = (

@@ -69,6 +69,7 @@ def make_plan(config: Experiment, index: Index) -> Plan:
 def make_job(config: Experiment, text: TextTower, inputs: Inputs, stop_after: int | None = None) -> Job:
     """The job of a run. stop_after: a step before the run's end at which this start ends."""
     from nev.models.lock import embed_canaries
+    from nev.train.flops import model_flops
 
     total = total_steps(config, inputs.plan)
     return Job(
@@ -86,6 +87,7 @@ def make_job(config: Experiment, text: TextTower, inputs: Inputs, stop_after: in
         start_from=inputs.start.location if inputs.start else None,
         head_given=inputs.head_given,
         canaries=None if config.lock == "text" else embed_canaries(text),
+        flops=model_flops(config, text.width),
     )
 
 

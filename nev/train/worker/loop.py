@@ -30,7 +30,8 @@ from nev.train.worker import guards
 from nev.train.worker.batch import BatchBuilder, next_block
 from nev.train.worker.checkpointer import Checkpointer
 from nev.train.worker.collectives import StopConsensus
-from nev.train.worker.meters import StepClock, Totals
+from nev.train.worker.meters import Interval, StepClock, Totals
+from nev.train.worker.profiler import StepProfiler
 from nev.train.worker.quarantine import Quarantine, TooManyBadRows, describe_bad_rows, too_many_bad_rows
 from nev.train.worker.state import RankContext, TrainState
 
@@ -47,12 +48,14 @@ def train(
     blocks: Iterator[Block],
     report: Report,
     local_stop: Callable[[], bool] = lambda: False,
+    export: Callable[[Interval], None] = lambda interval: None,
 ) -> int:
     """Train from `start.step` to `job.stop_step`, writing checkpoints under `job.run`. Returns the number of steps done.
 
     blocks: this rank's share of the stream.
     report: called on rank 0 alone.
     local_stop: whether this rank received a stop request. If any did, all finish the step, save a checkpoint and return.
+    export: called on every rank after the steps that are logged.
     Raises StreamError where a block is not the block that the plan names, TooManyBadRows past `data.max_bad_share`, Diverged past
     `guards.max_skipped`, and TowerMoved where a locked tower has changed.
     """
@@ -68,8 +71,12 @@ def train(
     )
     add_features = make_trunk_encoder(train_state.trunk, config, ctx.device) if train_state.trunk else None
     max_blocks = plan.max_rank_blocks(ctx.world)
-    with Checkpointer(job, ctx, start.step, report) as checkpointer:
+    with StepProfiler(job, ctx, report) as profiler, Checkpointer(job, ctx, start.step, report) as checkpointer:
         for step in range(start.step, job.stop_step):
+            if profiler.profiles(step + 1):
+                profiler.synchronize()
+                with clock.paused("profile"):
+                    profiler.begin(step + 1)
             rate = learning_rate(step, job.total_steps, config.optim)
             set_learning_rate(train_state.optimizer, rate)
             block_numbers = plan.rank_blocks(step, ctx.rank, ctx.world, first_step=start.step)
@@ -80,6 +87,7 @@ def train(
                 quarantine.note(step, block)
                 guard.record_shards(step, np.unique(block["shard"]))
                 builder.add(block)
+                clock.add_rows(len(block["valid"]))
                 del block  # frees its memory in the object store
             batch = builder.batch()
             if encode_text:
@@ -91,6 +99,10 @@ def train(
             guard.record(step, rate, result)
             done = step + 1
             stop = consensus.should_stop()
+            if profiler.profiles(done):
+                profiler.synchronize()
+                with clock.paused("profile"):
+                    profiler.end(done, last=stop or done == job.stop_step)
             save_now = (
                 job.validates(done)
                 or done in (job.stop_step, job.decay_start)
@@ -110,17 +122,21 @@ def train(
                     raise TooManyBadRows(describe_bad_rows(quarantine, totals.bad_rows(), done, config))
                 guards.refuse_divergence(guard.history, bad_steps, config.guards)
             if save_now:
-                with clock.paused():
+                scored = None
+                with clock.paused("checkpoint"):
                     refuse_moved(locked, ctx.world)
                     quarantine.flush(done)
                     if reasons := quarantine.metrics():
                         checkpointer.log(done, reasons)
-                    scored = None
-                    if job.validates(done) and not config.eval.asynchronous:
+                if job.validates(done) and not config.eval.asynchronous:
+                    with clock.paused("validation"):
                         scored = validate_model(job, ctx, train_state)
+                with clock.paused("checkpoint"):
                     if scored:
                         checkpointer.log(done, scored.metrics)
                     checkpointer.save(train_state, done, totals.bad_rows(), guard.history, scored)
+            if done % config.train.log_every == 0 or save_now:
+                export(clock.take())
             if stop:
                 return done
     return job.stop_step

@@ -14,7 +14,7 @@ from nev.config.base import ConfigError
 from nev.data.block import Block
 from nev.runs.manifest import CheckpointError, Damaged
 from nev.train.job import Job, row_bytes
-from nev.train.messages import CheckpointSaved, Failed, Left, Metrics, Note, Started
+from nev.train.messages import Event, Failed, Left, Started
 from nev.train.worker.quarantine import TooManyBadRows
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def train_worker(setting: dict[str, Any]) -> None:
     from nev.train.worker.checkpointer import CheckpointNotSaved
     from nev.train.worker.guards import Diverged
     from nev.train.worker.loop import TowerMoved, train
+    from nev.train.worker.rank_metrics import make_export
     from nev.train.worker.state import RankContext, load_model, make_train_state
 
     job: Job = setting["job"]
@@ -61,7 +62,7 @@ def train_worker(setting: dict[str, Any]) -> None:
     precision = choose_precision(job.config.train.precision, device)
     ctx = RankContext(context.get_world_rank(), context.get_world_size(), device, precision)
 
-    def report(message: Metrics | Note | CheckpointSaved) -> None:
+    def report(message: Event) -> None:
         setting["mailbox"].post.remote(message)
 
     def give_up(error: str) -> None:
@@ -83,7 +84,7 @@ def train_worker(setting: dict[str, Any]) -> None:
         del loaded
         if ctx.rank == 0:
             ray.get(setting["mailbox"].post.remote(Started(start.step, current_worker_group())))
-        done = train(job, ctx, train_state, start, prepend(first, blocks), report, local_stop)
+        done = train(job, ctx, train_state, start, prepend(first, blocks), report, local_stop, make_export(job, ctx))
         if done < job.stop_step and ctx.rank == 0:
             ray.get(setting["mailbox"].post.remote(Left(done)))
     except Damaged:  # after the verification: the workers that Ray starts next look for the newest valid checkpoint
