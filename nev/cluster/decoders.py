@@ -67,7 +67,7 @@ def list_decoders() -> dict[str, int]:
 def choose_node(decoders: dict[str, int], loads: Mapping[str, int]) -> str | None:
     """The first decoder with a free CPU; None where there is none.
 
-    decoders: id -> CPUs. loads: id -> tasks that run there.
+    decoders: id -> CPUs of this stream. loads: id -> tasks of this stream that run there.
     """
     return next((node for node, cpus in decoders.items() if loads.get(node, 0) < cpus), None)
 
@@ -143,9 +143,9 @@ class StreamAutoscaler(ClusterAutoscaler):
         self._decode = next(op for op in maps if not op.name.startswith(NUMBER_OPERATORS))
         self._measured = (time.monotonic(), 0, 0)
         self._window, self._cpu_s, self._blocks, self._asked = Window(), 0.0, 0.0, -math.inf
-        self._decoders, self._node_of_task = list_decoders(), dict[int, str]()
+        self._decoders, self._node_of_task = dict[str, int](), dict[int, str]()
         self._decode._ray_remote_args_fn = self._place_next_task
-        self._set_cpus(max(1, sum(self._decoders.values())))
+        self._set_cpus(max(1, sum(list_decoders().values())))
 
     def try_trigger_scaling(self) -> None:
         """Measure, and ask for more or fewer CPUs. The executor calls this in every turn."""
@@ -167,9 +167,12 @@ class StreamAutoscaler(ClusterAutoscaler):
 
     def _ask(self) -> None:
         self._asked = time.monotonic()
-        there = list_decoders()
-        self._decoders = {node: there[node] for node in [*self._decoders, *there] if node in there}  # the oldest first
         coordinator = self._replaced._autoscaling_coordinator
+        mine, decoders = coordinator.get_reserved_resources(), list_decoders()  # other streams have their own share
+        shares = {node: int(mine[node].get("CPU", 0)) for node in decoders if node in mine}
+        self._decoders = {
+            node: shares[node] for node in [*self._decoders, *shares] if node in shares
+        }  # the oldest first
         coordinator.request_resources(
             [{"CPU": 1}] * self._cpus,
             EXPIRE_S,
