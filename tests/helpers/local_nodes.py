@@ -191,6 +191,7 @@ def autoscaling_cloud(types: dict[str, dict[str, Any]], idle_s: float = 10) -> I
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "disabled",
         "NEV_DECODERS": "1",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
     }
     autoscaler = {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": "head", "RAY_NODE_TYPE_NAME": "head"}
     options = [

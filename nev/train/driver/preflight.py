@@ -248,9 +248,9 @@ def check_workers(workers: Workers) -> None:
             f"{setting} times workers.gpus = {workers.gpus:g} are more than this machine's {gpus} GPUs: "
             "lower one of them, or submit the run to a cluster"
         )
-    if workers.cpus and workers.least * workers.cpus > cpus - 1:
+    if workers.cpus and workers.most * workers.cpus > cpus - 1:  # elastic workers take what is there
         raise ConfigError(
-            f"{setting} times workers.cpus = {workers.cpus:g} leave none of this machine's {cpus} CPUs "
+            f"workers.count = {workers.most} times workers.cpus = {workers.cpus:g} leave none of this machine's {cpus} CPUs "
             "to decode: lower one of them; with workers.cpus = 0, training and decoding share them"
         )
 
