@@ -15,12 +15,14 @@ import time
 import urllib.error
 import urllib.request
 from datetime import UTC, datetime
+from http.client import HTTPException
 from typing import NamedTuple
 
 METADATA = "http://169.254.169.254"
 TOKEN_S = 21600
 EVENT_S = 600  # a scheduled event that is further away is not heeded yet
 REBALANCE_S = 600  # a rebalance recommendation names no time
+DRAIN_S = 20  # for the answer of Ray
 SPARE_S = 5  # the instance may go a little early
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -95,7 +97,11 @@ def drain(notice: Notice) -> bool:
     """Tell Ray that this node goes. Returns whether Ray took it."""
     command = ["ray", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", notice.reason]
     command += ["--deadline-remaining-seconds", str(max(1, math.floor(notice.seconds - SPARE_S)))]
-    ended = subprocess.run(command, check=False)
+    try:
+        ended = subprocess.run(command, check=False, timeout=DRAIN_S)
+    except subprocess.TimeoutExpired:
+        print(f"ray drain-node: no answer in {DRAIN_S} s")
+        return False
     return ended.returncode == 0
 
 
@@ -104,7 +110,7 @@ def watch(metadata: Metadata, every: float) -> None:
     while True:
         try:
             notice = find_notice(metadata, datetime.now(UTC))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, HTTPException, ValueError, KeyError) as error:
             print(f"the metadata service: {error}")
             notice = None
         if notice:

@@ -23,7 +23,7 @@ from ray.data._internal.execution.operators.task_pool_map_operator import TaskPo
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nev.cluster.backpressure import CPUS_KEY, NUMBER_OPERATORS, blocks_limit, count_ready
-from nev.cluster.session import may_grow
+from nev.cluster.session import cluster_cpus, may_grow
 
 LABEL = {"nev.io/role": "decoder"}  # of nodes that are there to decode
 ELSEWHERE = [{"label_selector": {"nev.io/role": "!decoder"}}]
@@ -32,10 +32,12 @@ STEP_BLOCKS_KEY = "nev.step_blocks"
 # what the consumers fetch ahead looks like need.
 MORE_S, LESS_S = 20.0, 10.0
 STEPS = 2  # whole steps of a window before fewer CPUs are asked for: a step takes its blocks at a time, and then none
-SCARCE = 0.25  # share of the lookahead that is decoded: with less, the consumers soon wait
+SCARCE = (
+    0.33  # share of the lookahead, of two steps or more, that is decoded: with less, the consumers soon wait for a step
+)
 SATURATED = 0.9  # share of the CPUs that decode, or of the blocks that are taken: with more, all are
 MARGIN = 1.1  # CPUs for one that the consumers' pace takes
-RENEW_S, EXPIRE_S = 5.0, 60.0  # a request is repeated; that of a stream that has died is forgotten
+FIRST_S, RENEW_S, EXPIRE_S = 0.5, 5.0, 60.0  # a request is repeated; that of a stream that has died is forgotten
 
 
 def place_decoding(context: DataContext, step_blocks: int) -> dict[str, Any]:
@@ -54,14 +56,13 @@ def place_decoding(context: DataContext, step_blocks: int) -> dict[str, Any]:
 
 def has_decoders() -> bool:
     """Whether nodes have the label `LABEL`, or will have it: the variable `NEV_DECODERS` says so where the head starts."""
-    return bool(os.environ.get("NEV_DECODERS")) or bool(list_decoders())
+    return bool(os.environ.get("NEV_DECODERS") or list_decoders())
 
 
-def list_decoders() -> dict[str, int]:
-    """The nodes that are there to decode: id -> CPUs."""
+def list_decoders() -> list[str]:
+    """The ids of the nodes that are there to decode."""
     nodes: list[Any] = ray.nodes()  # type: ignore[no-untyped-call]
-    decoders = (node for node in nodes if node["Alive"] and LABEL.items() <= node["Labels"].items())
-    return {node["NodeID"]: int(node["Resources"].get("CPU", 0)) for node in decoders}
+    return [node["NodeID"] for node in nodes if node["Alive"] and LABEL.items() <= node["Labels"].items()]
 
 
 def choose_node(decoders: dict[str, int], loads: Mapping[str, int]) -> str | None:
@@ -104,28 +105,41 @@ class Window(NamedTuple):
         )
 
 
-def decide_cpus(cpus: int, there: int, step_cpu_s: float, window: Window) -> int | None:
-    """The CPUs that a stream asks for from now on; None while `window` is too short to say.
+class Share(NamedTuple):
+    """CPUs of a stream, by Ray Data's coordinator, which divides the cluster among streams.
 
-    cpus: so far. there: CPUs of the cluster that the stream may use.
+    decoders: CPUs by node, of nodes that are there to decode, the oldest first.
+    elsewhere: CPUs of other nodes that nothing else has reserved.
+    """
+
+    decoders: dict[str, int]
+    elsewhere: int
+
+
+def decide_cpus(cpus: int, share: Share, step_cpu_s: float, window: Window) -> int | None:
+    """The CPUs of decoders that a stream asks for from now on; None while `window` is too short to say.
+
+    cpus: so far. As many tasks decode at a time as `cpus` and `share.elsewhere` allow.
     step_cpu_s: time of a CPU for the blocks of a step, in seconds.
-    More: where blocks are scarce though all CPUs decode, and the consumers take each block at once, the CPUs double. A node that
-    boots, or a process that starts, is waited for.
+    More: where blocks are scarce though all CPUs decode, and the consumers take each block at once, all CPUs are doubled. A node
+    that boots, or a process that starts, is waited for.
     Fewer: where blocks are plenty, the consumers' steps decide, with a tenth more; half of the CPUs stay at least, as an
     evaluation may lie in the window.
     """
-    all_decode = window.active >= SATURATED * cpus
-    scarce = window.ready < SCARCE
-    if all_decode and (window.decoded < cpus or there < cpus):
+    tasks, there = cpus + share.elsewhere, sum(share.decoders.values())
+    all_decode, scarce = window.active >= SATURATED * tasks, window.ready < SCARCE
+    if all_decode and (window.decoded < tasks or there < cpus):
         return None
-    if window.seconds >= MORE_S and all_decode and scarce and window.consumed >= SATURATED * window.decoded:
-        return max(2 * cpus, there)
-    if window.seconds < LESS_S or len(window.ends) <= STEPS or (all_decode and scarce and window.seconds < MORE_S):
+    if all_decode and scarce:
+        starved = window.seconds >= MORE_S and window.consumed >= SATURATED * window.decoded
+        return max(cpus + tasks, there) if starved else None
+    if window.seconds < LESS_S or len(window.ends) <= STEPS:
         return None
     if scarce:
         return cpus
     need = step_cpu_s * (len(window.ends) - 1) / (window.ends[-1] - window.ends[0])
-    return min(cpus, max(1, cpus // 2, min(math.ceil(MARGIN * need), math.ceil(need) + 1)))
+    enough = min(math.ceil(MARGIN * need), math.ceil(need) + 1) - share.elsewhere
+    return min(cpus, max(1, cpus // 2, enough))
 
 
 class StreamAutoscaler(ClusterAutoscaler):
@@ -143,36 +157,36 @@ class StreamAutoscaler(ClusterAutoscaler):
         self._decode = next(op for op in maps if not op.name.startswith(NUMBER_OPERATORS))
         self._measured = (time.monotonic(), 0, 0)
         self._window, self._cpu_s, self._blocks, self._asked = Window(), 0.0, 0.0, -math.inf
-        self._decoders, self._node_of_task = dict[str, int](), dict[int, str]()
+        self._share, self._node_of_task = Share({}, 0), dict[int, str]()
         self._decode._ray_remote_args_fn = self._place_next_task
-        self._set_cpus(max(1, sum(list_decoders().values())))
+        self._context.set_config(CPUS_KEY, 1)
+        self._set_cpus(1)
 
     def try_trigger_scaling(self) -> None:
         """Measure, and ask for more or fewer CPUs. The executor calls this in every turn."""
-        there = math.floor(self.get_total_resources().cpu or 0)
-        self._measure(there)
+        self._measure()
         step_cpu_s = self._step_blocks * self._cpu_s / max(1.0, self._blocks)
-        cpus = decide_cpus(self._cpus, there, step_cpu_s, self._window)
+        cpus = decide_cpus(self._cpus, self._share, step_cpu_s, self._window)
         if cpus is not None:
             self._set_cpus(cpus)
             self._window = Window()
             self._cpu_s, self._blocks = self._cpu_s / 2, self._blocks / 2  # the newest windows count most
-        if time.monotonic() - self._asked >= RENEW_S:
+        unknown = not (self._share.decoders or self._share.elsewhere)
+        if time.monotonic() - self._asked >= (FIRST_S if unknown else RENEW_S):
             self._ask()
 
     def _set_cpus(self, cpus: int) -> None:
         self._cpus = cpus
-        self._context.set_config(CPUS_KEY, cpus)
         self._asked = -math.inf
 
     def _ask(self) -> None:
         self._asked = time.monotonic()
         coordinator = self._replaced._autoscaling_coordinator
-        mine, decoders = coordinator.get_reserved_resources(), list_decoders()  # other streams have their own share
-        shares = {node: int(mine[node].get("CPU", 0)) for node in decoders if node in mine}
-        self._decoders = {
-            node: shares[node] for node in [*self._decoders, *shares] if node in shares
-        }  # the oldest first
+        first = not self._share.decoders
+        self._share = self._read_share(coordinator)
+        if first and self._share.decoders:  # those of this stream that are there already
+            self._cpus = max(self._cpus, sum(self._share.decoders.values()))
+        self._context.set_config(CPUS_KEY, self._cpus + self._share.elsewhere)
         coordinator.request_resources(
             [{"CPU": 1}] * self._cpus,
             EXPIRE_S,
@@ -182,6 +196,12 @@ class StreamAutoscaler(ClusterAutoscaler):
         # The coordinator looks for new nodes every 20 s, or when it is told to: Ray Data starts no task on a node before.
         coordinator._autoscaling_coordinator.get_reserved_resources.remote(coordinator._requester_id, recompute=True)
 
+    def _read_share(self, coordinator: Any) -> Share:
+        mine = {node: int(amounts.get("CPU", 0)) for node, amounts in coordinator.get_reserved_resources().items()}
+        decoders = {node: mine[node] for node in list_decoders() if node in mine}
+        ordered = {node: decoders[node] for node in [*self._share.decoders, *decoders] if node in decoders}
+        return Share(ordered, sum(mine.values()) - sum(decoders.values()))
+
     def _place_next_task(self) -> dict[str, Any]:
         """Ray's options for the next task: the first decoder with a free CPU.
 
@@ -189,12 +209,12 @@ class StreamAutoscaler(ClusterAutoscaler):
         """
         active = self._decode._data_tasks.keys()
         self._node_of_task = {task: node for task, node in self._node_of_task.items() if task in active}
-        node = choose_node(self._decoders, Counter(self._node_of_task.values()))
+        node = choose_node(self._share.decoders, Counter(self._node_of_task.values()))
         if node is None:
             return {}
         self._node_of_task[self._decode._next_data_task_idx] = node
-        # Soft: the task waits for that node, unless the node is gone.
-        there = NodeAffinitySchedulingStrategy(node, soft=True)
+        # The task goes elsewhere if the node is gone, or if others have its CPUs.
+        there = NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
         return {"scheduling_strategy": there, "label_selector": None, "fallback_strategy": None}
 
     def _counts(self) -> tuple[int, int]:
@@ -204,11 +224,11 @@ class StreamAutoscaler(ClusterAutoscaler):
         # A block may be in neither count for a moment, or in both.
         return max(taken, self._measured[1]), self._decode.metrics.num_tasks_finished
 
-    def _measure(self, there: int) -> None:
+    def _measure(self) -> None:
         before, consumed, decoded = self._measured
         self._measured = (time.monotonic(), *self._counts())
         seconds = self._measured[0] - before
-        active = min(self._decode.num_active_tasks(), there)  # further tasks wait for a CPU
+        active = min(self._decode.num_active_tasks(), cluster_cpus())  # further tasks wait for a CPU
         self._cpu_s += seconds * active
         self._blocks += self._measured[2] - decoded
         self._window = self._window.add(

@@ -63,7 +63,7 @@ COST = Exported(
     "gauge",
     RUN,
     "USD",
-    "Price of the cluster's nodes since the command's start. Exported where tracking.prices knows every node.",
+    "Price of the cluster's nodes since the command's start. NaN where tracking.prices has not known a node.",
 )
 S3_BYTES = Exported("nev_s3_read_bytes", "counter", RUN, "bytes", "Bytes that the decoding tasks have read from S3.")
 

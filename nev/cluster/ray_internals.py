@@ -64,14 +64,18 @@ class NodeRequests(NamedTuple):
 def read_node_requests(placement_group: str) -> NodeRequests:
     """Ask the autoscaler (version 2) of the connected cluster.
 
-    placement_group: its id, in hex. Without such an autoscaler nothing comes, nothing fails and nothing is impossible.
+    placement_group: its id, in hex. Without such an autoscaler, and where the head does not answer, nothing comes, nothing
+        fails and nothing is impossible.
     """
     import ray
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
 
     reply = GetClusterStatusReply()
-    reply.ParseFromString(GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=10))
+    try:
+        reply.ParseFromString(GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=10))
+    except ray.exceptions.RpcError:  # a busy head; who waits will ask again
+        return NodeRequests({}, {}, impossible=False)
     state = reply.autoscaling_state
     coming: Counter[str] = Counter()
     for request in state.pending_instance_requests:

@@ -90,7 +90,12 @@ def cluster_gpus() -> int:
 
 def cluster_cpus() -> int:
     """Number of CPUs that the connected cluster has now, or that a cluster started by `connect` would have; at least 1."""
-    return max(1, int(_resources().get("CPU", 0)))
+    return max(1, count_cpus())
+
+
+def count_cpus() -> int:
+    """Number of CPUs that the connected cluster has now; 0 for a cluster whose nodes are yet to come."""
+    return int(_resources().get("CPU", 0))
 
 
 def cluster_nodes() -> int:

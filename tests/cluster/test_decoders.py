@@ -10,19 +10,20 @@ from hypothesis import strategies as st
 from ray.data import DataContext
 
 from nev.cluster.backpressure import stream_context
-from nev.cluster.decoders import LABEL, AskForNeed, Window, choose_node, decide_cpus, place_decoding
+from nev.cluster.decoders import LABEL, AskForNeed, Share, Window, choose_node, decide_cpus, place_decoding
 
 STEP_BLOCKS = 4
 
 
-def decide(cpus: int, window: Window, there: int = 1000) -> int | None:
-    return decide_cpus(cpus, there, STEP_BLOCKS * 0.5, window)
+def decide(cpus: int, window: Window, there: int = 1000, elsewhere: int = 0) -> int | None:
+    return decide_cpus(cpus, Share({"a": there}, elsewhere), STEP_BLOCKS * 0.5, window)
 
 
 def test_scarce_blocks_double_the_cpus_that_all_decode() -> None:
     scarce = Window(seconds=20.0, consumed=10, decoded=10, active=4.0, ready=0.0)
-    assert decide(4, scarce) == 1000, "what is there is used at once"
-    assert decide(4, scarce, there=6) == 8
+    assert decide(4, scarce, there=4) == 8
+    assert decide(4, scarce, there=32) == 32, "what is there is used"
+    assert decide(1, scarce, there=1, elsewhere=3) == 5, "8 in all, 3 of them elsewhere"
     assert decide(4, scarce, there=3) is None, "a node is yet to come"
     assert decide(4, scarce._replace(decoded=3), there=4) is None, "a process is yet to start"
     assert decide(4, scarce._replace(active=3.0), there=4) is None, "a CPU has nothing to do"
@@ -31,6 +32,7 @@ def test_scarce_blocks_double_the_cpus_that_all_decode() -> None:
     assert decide(4, scarce._replace(seconds=19.0), there=4) is None
     booting = scarce._replace(seconds=300.0, active=2.0, ends=(1.0, 2.0, 3.0))
     assert decide(4, booting, there=2) == 4, "what was asked for stays asked for while nodes boot"
+    assert decide(8, scarce._replace(active=8.0, ends=(1.0, 2.0, 3.0)), there=0) is None, "another run has all decoders"
 
 
 def test_cpus_that_have_nothing_to_do_are_given_back() -> None:
@@ -39,6 +41,8 @@ def test_cpus_that_have_nothing_to_do_are_given_back() -> None:
     assert decide(8, plenty) == 5
     assert decide(5, plenty) == 5
     assert decide(4, plenty) == 4, "plenty of blocks are no reason for more"
+    assert decide(8, plenty, elsewhere=1) == 4, "CPUs elsewhere take their part"
+    assert decide(2, plenty, elsewhere=100) == 1
     assert decide(16, plenty) == 8, "half at a time: an evaluation may lie in the window"
     assert decide(64, plenty._replace(ends=(1.0, 1.05, 1.1))) == 41, "one more than the need"
     assert decide(2, plenty._replace(decoded=0, active=0.0, ends=(1.0, 4.0, 8.0))) == 1
@@ -62,7 +66,7 @@ def test_the_cpus_settle_at_the_need_or_one_more(need: float, begin: int, step_s
         ready, waiting = (ready - taken, 0.0) if taken else (ready, waiting)
         before, made = math.floor(made), made + active * turn_s / block_s
         window = window.add(turn_s, taken, math.floor(made) - before, active, min(1.0, ready / limit), taken > 0)
-        decided = decide_cpus(cpus, cpus, STEP_BLOCKS * block_s, window)
+        decided = decide_cpus(cpus, Share({"a": cpus}, 0), STEP_BLOCKS * block_s, window)
         if decided is not None:
             cpus, window = decided, Window()
         if turn > turns / 2:

@@ -155,9 +155,9 @@ def test_a_start_hashes_every_byte_of_the_checkpoint_once(
     job = stopped(tiny, text)
     folder = Path(job.run, "checkpoints", f"step-{STEP:08d}")
     size = sum(file.stat().st_size for file in folder.iterdir() if file.suffix == ".safetensors")
-    streams: list[tuple[int, int]] = []
+    streams: list[tuple[int, int, str]] = []
     posted: list[int] = []
-    monkeypatch.setattr(stream, "make_stream", lambda reader, plan, first, last: streams.append((first, last)))
+    monkeypatch.setattr(stream, "make_stream", lambda reader, plan, *steps_and_run: streams.append(steps_and_run))
     monkeypatch.setattr("ray.get", lambda answer: answer)
     mailbox = SimpleNamespace(set_start_step=SimpleNamespace(remote=posted.append))
 
@@ -172,7 +172,7 @@ def test_a_start_hashes_every_byte_of_the_checkpoint_once(
 
     Path(folder, "rng.safetensors").write_bytes(b"cut")
     make_next_stream()
-    assert (streams, posted) == ([(4, 8), (2, 8)], [4, 2])
+    assert (streams, posted) == ([(4, 8, "tiny"), (2, 8, "tiny")], [4, 2])
     assert find_resume_point(job.run).step == 2
 
     shutil.rmtree(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 from collections.abc import Iterable, Iterator
@@ -42,9 +43,10 @@ def read_captions(table: Path, columns: Columns) -> Captions:
                     item for item in sentences if isinstance(item, str)
                 )
     except UnicodeDecodeError as error:
+        marked = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         raise ConfigError(
             f"{table}: not in UTF-8 (byte {error.object[error.start]:#04x} at {error.start:,}). Save it as UTF-8, for instance "
-            f"by iconv -f cp1252 -t utf-8 {table.name}"
+            f"by iconv -f {'utf-16' if marked else 'cp1252'} -t utf-8 {table.name} > utf8-{table.name}"
         ) from error
     except (OSError, csv.Error) as error:
         raise ConfigError(

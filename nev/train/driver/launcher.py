@@ -14,7 +14,7 @@ from nev.cluster.ray_internals import (
     remove_leaked_placement_groups,
     startup_timed_out,
 )
-from nev.cluster.session import cluster_cpus, may_grow
+from nev.cluster.session import count_cpus, may_grow
 from nev.cluster.waiting import wait_for_room
 from nev.common.errors import NevError
 from nev.common.signals import Stopped, handle_sigterm
@@ -52,10 +52,12 @@ def run_workers(job: Job, reader: BlockReader, mailbox: Any, monitor: TrainMonit
             verified_step: int | None = start_step
             while True:
                 monitor.workers_left = False
-                if may_grow() and not wait_for_room(
-                    needed_room(job.config), monitor.show_wait, monitor.warn, monitor.stop_requested.is_set
-                ):
-                    raise Stopped
+                if may_grow():
+                    if not wait_for_room(needed_room(job.config), monitor.show_wait, monitor.warn, monitor.ends):
+                        if monitor.early_stopped.is_set():
+                            break
+                        raise Stopped
+                    monitor.show_wait("")
                 streams, verified_step = make_streams(job, reader, mailbox, verified_step), None
                 try:
                     ray_trainer(job, streams, mailbox, folder).fit()
@@ -159,7 +161,7 @@ def resources(config: Experiment) -> dict[str, float]:
 def needed_room(config: Experiment) -> list[dict[str, float]]:
     """What a run needs before its first step: the resources of each worker, and a CPU to decode where the workers take all."""
     workers = config.workers
-    decode = [{"CPU": 1.0}] if cluster_cpus() < workers.least * workers.cpus + 1 else []
+    decode = [{"CPU": 1.0}] if count_cpus() < workers.least * workers.cpus + 1 else []
     return [resources(config)] * workers.least + decode
 
 

@@ -72,8 +72,12 @@ class TrainMonitor:
                 self._flush()
 
     def show_wait(self, text: str) -> None:
-        """Show what the run waits for before its workers start."""
+        """Show what the run waits for before its workers start; "" when they start."""
         self._progress.show_wait(text)
+
+    def ends(self) -> bool:
+        """Whether the run ends: a stop was requested, validations stopped improving, or a callback has ended it."""
+        return self.stop_requested.is_set() or self.early_stopped.is_set() or self.ended_by_callback
 
     def warn(self, text: str) -> None:
         """Print a warning."""

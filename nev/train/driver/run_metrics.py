@@ -105,13 +105,13 @@ def export_cost(
 def _count(
     instruments: Instruments, prices: Prices, warn: Callable[[str], None], period_s: float, over: threading.Event
 ) -> None:
-    cost, last, warned = 0.0, time.monotonic(), False
+    cost, last, uncounted, warned = 0.0, time.monotonic(), False, False
     while not over.wait(period_s):
         price, unknown = price_nodes(alive_labels(), prices)
         now = time.monotonic()
-        cost += math.nan if unknown else price * (now - last) / 3600
-        last = now
-        instruments.set(COST, cost)
+        cost, last = cost + price * (now - last) / 3600, now
+        uncounted |= bool(unknown)
+        instruments.set(COST, math.nan if uncounted else cost)
         if unknown and not warned:
             warn(f"the cost of this run is not known: {'; '.join(sorted(set(unknown)))}")
             warned = True

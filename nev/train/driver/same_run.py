@@ -93,7 +93,8 @@ def choose_checkpoint(
     raise CheckpointError(
         f"{newest.location} belongs to another experiment:\n  {listed}\n"
         "Give this one another name (name=...), or remove that folder to start over. A new run begins from the weights of that "
-        f"checkpoint with train.from={newest.location}. A run that may be prolonged needs optim.schedule: constant or wsd."
+        f"checkpoint with train.from={newest.location}. A run can be made longer, not shorter, and only with "
+        "optim.schedule: constant or wsd."
         f"{missing}"
     )
 

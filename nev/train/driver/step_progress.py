@@ -46,9 +46,10 @@ class StepProgress:
             self._print_seldom(self._line)
 
     def show_wait(self, text: str) -> None:
-        """Draw a line about a time without steps."""
-        self._bar.update(self._task, numbers=text)
-        if not self._console.is_terminal:
+        """Draw a line about a time without steps; "" when that time is over."""
+        self._bar.update(self._task, numbers=text or "starting")
+        if text and not self._console.is_terminal:
+            self._line = text
             self._print_seldom(text)
 
     def stop(self) -> None:
