@@ -75,13 +75,20 @@ def test_workers_come_from_zero(cluster: dict[str, Any]) -> None:
 def test_only_decoders_are_spot_and_have_the_label(cluster: dict[str, Any]) -> None:
     spot = {name for name, kind in node_types(cluster) if "InstanceMarketOptions" in kind["node_config"]}
     assert spot == {"cpu_decoder"}
-    assert {name for name, kind in node_types(cluster) if kind.get("labels") == {"nev.io/role": "decoder"}} == set(
-        DECODERS
-    )
+    decoders = {name for name, kind in node_types(cluster) if kind["labels"].get("nev.io/role") == "decoder"}
+    assert decoders == set(DECODERS)
+    assert {name for name, kind in node_types(cluster) if kind["labels"].get("ray.io/market-type") == "spot"} == spot
     spot_type, fallback = (cluster["available_node_types"][name] for name in DECODERS)
     assert spot_type["resources"] == fallback["resources"]
     assert spot_type["node_config"].pop("InstanceMarketOptions") == {"MarketType": "spot"}
     assert spot_type["node_config"] == fallback["node_config"]
+
+
+def test_a_node_says_its_instance_type_whose_price_is_known(cluster: dict[str, Any]) -> None:
+    prices = yaml.safe_load((REPO / "nev/planner/prices.yaml").read_text())["instances"]
+    for name, kind in node_types(cluster):
+        assert kind["labels"]["nev.io/instance-type"] == kind["node_config"]["InstanceType"], name
+        assert kind["node_config"]["InstanceType"] in prices, name
 
 
 def test_a_type_has_its_own_time_without_work(cluster: dict[str, Any]) -> None:
@@ -282,7 +289,7 @@ def test_nodes_get_the_locked_packages_and_nothing_names_a_registry(cluster: dic
     assert "bash ~/nev/aws/install.sh" in cluster["setup_commands"]
     install = (REPO / "deploy" / "aws" / "install.sh").read_text()
     assert "--require-hashes -r ~/nev/requirements.lock" in install
-    text = FILE.read_text().replace("nev.io/role", "")  # the label of decoders is no host
+    text = re.sub(r"\b(nev|ray)\.io/[a-z-]+:", "", FILE.read_text())  # a label is no host
     assert not re.search(r"index-url|find-links|\b[a-z0-9-]+\.(org|com|io|net)\b", text + install, re.IGNORECASE)
     assert not re.search(r"(?<!s3)://", text.replace("http://localhost:8265", "") + install)
 
