@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from nev.common.errors import NevError
 
@@ -90,3 +91,13 @@ def environment() -> dict[str, str]:
 
 def _end(output: str, lines: int = 25) -> str:
     return "\n".join(output.strip().splitlines()[-lines:])
+
+
+def wait_for(what: Callable[[], Any], seconds: float, name: str) -> Any:
+    """The first true answer of `what`; an error with `name` in it where none comes in time."""
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        if time.monotonic() > end:
+            raise TimeoutError(f"{name}: not within {seconds:g} s")
+        time.sleep(0.05)
+    return found

@@ -10,18 +10,12 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from helpers.local_nodes import Cloud, autoscaling_cloud, end_node
-from helpers.processes import wait_for
+
+from benchmarks.contestants.local_nodes import DECODER, Cloud, autoscaling_cloud, end_node
+from benchmarks.contestants.processes import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-DECODER = {
-    "resources": {"CPU": 1, "memory": 2**30},
-    "labels": {"nev.io/role": "decoder"},
-    "node_config": {"boot_s": 2},
-    "min_workers": 0,
-    "max_workers": 5,
-}
 TRAINER = {
     "resources": {"CPU": 1, "memory": 3 * 2**30},
     "node_config": {"boot_s": 8},
@@ -41,7 +35,7 @@ def test_decoders_come_and_go_with_the_pace_of_the_consumer(cloud: Cloud, tmp_pa
     """A block takes a second of a CPU, and a little more of Ray: 1.8 blocks per second need 2 CPUs, 0.6 need 1."""
     pace, output, errors = tmp_path / "pace", tmp_path / "steps", tmp_path / "errors"
     pace.write_text("1.8")
-    command = [sys.executable, "-m", "helpers.paced_stream", "1", str(pace)]
+    command = [sys.executable, "-m", "benchmarks.contestants.paced_stream", "1", str(pace)]
     with output.open("w") as steps, errors.open("w") as problems:
         driver = subprocess.Popen(command, env=cloud.env, stdout=steps, stderr=problems)
 

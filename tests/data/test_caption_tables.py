@@ -67,6 +67,17 @@ def test_another_encoding_says_where_and_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes("file,caption\na.jpg,a café\n".encode("cp1252"))
     with pytest.raises(ConfigError, match=r"not in UTF-8 \(byte 0xe9 at 24\)\. .*iconv -f cp1252 -t utf-8 t\.csv"):
         captions_of(tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_bytes("file,caption\na.jpg,a café\n".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"iconv -f utf-16 -t utf-8 t\.csv > utf8-t\.csv"):
+        captions_of(tmp_path / "t.csv")
+
+
+def test_a_folder_with_coco_alone_says_how_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "captions.json").write_text("{}")
+    with pytest.raises(
+        ConfigError, match=r"\(it holds: \.json\)\. COCO's captions are read where their \.json is named"
+    ):
+        captions_of(tmp_path)
 
 
 @pytest.mark.parametrize(

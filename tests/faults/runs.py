@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 import yaml
-from helpers.processes import wait_for
 from torch import Tensor
 
+from benchmarks.contestants.processes import wait_for
 from nev.runs import checkpoint
 from nev.runs.manifest import list_checkpoints, list_steps
 from nev.runs.metrics_log import load_mlflow_run_id

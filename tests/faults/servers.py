@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from helpers.processes import wait_for
+from benchmarks.contestants.processes import wait_for
 
 
 class MlflowServer:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from helpers.processes import wait_for
+from benchmarks.contestants.processes import wait_for
 
 from .disk import is_small
 from .machines import DECODER, STARTING, TRAINER, Machines

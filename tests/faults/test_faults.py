@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import pytest
 from helpers.checkpoints import load_checkpoint
 from helpers.gloo import on_ranks
-from helpers.processes import wait_for
 from helpers.training import prepare_job, run_bare, train_reader
 
+from benchmarks.contestants.processes import wait_for
 from nev.config.experiment import Experiment
 from nev.config.file import parse
 from nev.data.block import BlockReader

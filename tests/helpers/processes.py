@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 
 def run_python(
@@ -27,13 +25,3 @@ def run_python(
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def wait_for(what: Callable[[], Any], seconds: float, name: str) -> Any:
-    """The first true answer of `what`; an error with `name` in it where none comes in time."""
-    end = time.monotonic() + seconds
-    while not (found := what()):
-        if time.monotonic() > end:
-            raise TimeoutError(f"{name}: not within {seconds:g} s")
-        time.sleep(0.05)
-    return found

@@ -255,7 +255,7 @@ def test_output_that_would_be_lost_is_refused(tiny: Make, tmp_path: Path, monkey
         ({"workers__gpus": 1}, r"workers\.count = 1 times workers\.gpus = 1 are more than this machine's 0 GPUs"),
         ({"workers__count": 2, "workers__cpus": 1}, r"workers\.cpus = 1 leave none of this machine's 2 CPUs to decode"),
         ({"workers__cpus": 1.5}, r"workers\.cpus = 1\.5 leave none"),
-        ({"workers__min": 1, "workers__count": 2, "workers__cpus": 1}, r"workers\.cpus = 1 leave none"),
+        ({"workers__min": 1, "workers__max": 2, "workers__cpus": 1, "workers__count": None}, r"workers\.max = 2 times"),
     ],
 )
 def test_workers_that_would_wait_for_ever_are_refused(

@@ -156,11 +156,12 @@ def group_files(files: Iterable[File], part_bytes: int) -> list[Part]:
 
 
 def find_files(
-    inputs: Iterable[str | Path], suffixes: tuple[str, ...], unread: Counter[str] | None = None
+    inputs: Iterable[str | Path], suffixes: tuple[str, ...], unread: Counter[str] | None = None, otherwise: str = ""
 ) -> list[File]:
     """The files of the inputs, sorted. An input is a file, a folder (searched at all depths) or a glob pattern, local or on S3.
 
     suffixes: of the files of a folder, in lower case. unread: the other files of a folder are counted here, by suffix.
+    otherwise: what else may be read, for the message about a folder without such files.
 
     In a folder, files are left out whose name, or a folder of theirs, begins with '_' or '.'. Raises ConfigError for an input
     without files, and DataError where S3 cannot be listed.
@@ -175,9 +176,8 @@ def find_files(
             if not matching:
                 names = {Path(file.location).suffix or Path(file.location).name for file in matches}
                 suffixes_found = ", ".join(sorted(names)) or "nothing"
-                raise ConfigError(
-                    f"{pattern}: no {' or '.join(suffixes)} file in this folder (it holds: {suffixes_found})"
-                )
+                wanted = f"{' or '.join(filter(None, suffixes))} file".strip()
+                raise ConfigError(f"{pattern}: no {wanted} in this folder (it holds: {suffixes_found}){otherwise}")
             matches = matching
         if not matches:
             raise ConfigError(f"{pattern}: no such file or folder, and as a pattern it matches nothing")

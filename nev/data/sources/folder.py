@@ -65,7 +65,9 @@ def captions(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
     The captions of all tables are in memory at once. Raises ConfigError for a table that is not readable or lacks a column.
     """
     unread = Counter[str]()
-    tables = find_files(_refuse_s3(inputs), TABLES, unread)
+    tables = find_files(
+        _refuse_s3(inputs), TABLES, unread, ". COCO's captions are read where their .json is named itself"
+    )
     root = shared_folder(parent_folder(table.location) for table in tables)
     by_path: dict[str, Picture] = {}
     for table in tables:

@@ -74,6 +74,8 @@ def prepare(config: Experiment, stop_after: int | None = None) -> Prepared:
     stop_after: a step before the run's end at which this start ends.
     Raises the problem itself where there is one alone (ConfigError, DataError, CheckpointError), NotReady for several.
     """
+    if config.train.steps:  # the config alone says so: before anything is loaded
+        check_schedule(config.train.steps, config.optim)
     from nev.models.text import load_text
 
     config = with_absolute_paths(config)
@@ -249,9 +251,10 @@ def check_workers(workers: Workers) -> None:
             "lower one of them, or submit the run to a cluster"
         )
     if workers.cpus and workers.most * workers.cpus > cpus - 1:  # elastic workers take what is there
+        setting = f"workers.{'max' if workers.max else 'count'} = {workers.most}"
         raise ConfigError(
-            f"workers.count = {workers.most} times workers.cpus = {workers.cpus:g} leave none of this machine's {cpus} CPUs "
-            "to decode: lower one of them; with workers.cpus = 0, training and decoding share them"
+            f"{setting} times workers.cpus = {workers.cpus:g} leave none of this machine's {cpus} CPUs to decode: "
+            "lower one of them; with workers.cpus = 0, training and decoding share them"
         )
 
 

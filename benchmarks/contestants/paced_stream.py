@@ -1,6 +1,6 @@
-"""A stream whose blocks take a fixed time of a CPU, and a consumer that takes them at a pace: the driver of an autoscaling test.
+"""A stream whose blocks take a fixed time of a CPU, and a consumer that takes them at a pace: the driver for an autoscaler.
 
-python -m helpers.paced_stream BLOCK_S FILE
+python -m benchmarks.contestants.paced_stream BLOCK_S FILE
 
 FILE has the pace in blocks per second, read before each step; 0 ends the stream. Prints a line of JSON for each step: the time,
 the pace, the numbers of its blocks, and the nodes that read them.
@@ -29,9 +29,11 @@ class SleepingReader:
     row_bytes: int = 1024
 
     def allocate(self, rows: int) -> Any:
+        """Memory for the column `image` of a block."""
         return np.zeros((rows, 16), np.float16)
 
     def read(self, segments: Any, epoch: int, memory: Any) -> dict[str, Any]:
+        """A block of `ROWS` rows, after `block_s`."""
         time.sleep(self.block_s)
         node = os.environ.get("RAY_CLOUD_INSTANCE_ID", "head")
         return {"valid": np.ones(ROWS, bool), "node": np.array([node] * ROWS)}

@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +22,17 @@ import yaml
 from ray.autoscaler.node_provider import NodeProvider
 from ray.autoscaler.tags import TAG_RAY_NODE_KIND, TAG_RAY_USER_NODE_TYPE
 
-from helpers.processes import wait_for
+from benchmarks.contestants.head import BIN, environment_without_ray, free_ports, head_folder, running_head
+from benchmarks.contestants.processes import REPOSITORY
 
-RAY = str(Path(sys.executable).with_name("ray"))
 HEAD = {"resources": {"CPU": 0}, "node_config": {}, "min_workers": 0, "max_workers": 0}
+DECODER = {
+    "resources": {"CPU": 1, "memory": 2**30},
+    "labels": {"nev.io/role": "decoder"},
+    "node_config": {"boot_s": 2},
+    "min_workers": 0,
+    "max_workers": 5,
+}
 PLACE = [
     "--node-ip-address=127.0.0.1",
     "--min-worker-port=0",
@@ -50,20 +53,25 @@ class LocalNodes(NodeProvider):
         self._lock = threading.Lock()
 
     def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
+        """The ids of the nodes that are there and have these tags."""
         with self._lock:
             alive = [node for node, process in self._nodes.items() if process is None or process.poll() is None]
         return [node for node in alive if tag_filters.items() <= self._tags[node].items()]
 
     def is_running(self, node_id: str) -> bool:
+        """Whether a node is there."""
         return node_id in self.non_terminated_nodes({})
 
     def is_terminated(self, node_id: str) -> bool:
+        """Whether a node is gone."""
         return not self.is_running(node_id)
 
     def node_tags(self, node_id: str) -> dict[str, str]:
+        """The tags of a node, its type among them."""
         return self._tags[node_id]
 
     def external_ip(self, node_id: str) -> str:
+        """The name by which Ray tells nodes apart."""
         return node_id
 
     internal_ip = external_ip
@@ -93,7 +101,7 @@ class LocalNodes(NodeProvider):
             f"--object-store-memory={config.get('object_store_memory', 200 * 2**20)}",
             f"--labels={_write_labels(labels)}",
         ]
-        start = [RAY, "start", f"--address={self.provider_config['address']}", "--block", *PLACE, *options]
+        start = [str(BIN / "ray"), "start", f"--address={self.provider_config['address']}", "--block", *PLACE, *options]
         command = ["bash", "-c", f'sleep {config.get("boot_s", 0)}; exec "$@"', "boot", *start]
         env = {
             **os.environ,
@@ -111,9 +119,11 @@ class LocalNodes(NodeProvider):
         return process
 
     def set_node_tags(self, node_id: str, tags: dict[str, str]) -> None:
+        """Add tags to a node."""
         self._tags[node_id].update(tags)
 
     def terminate_node(self, node_id: str) -> None:
+        """Shut a node down."""
         process = self._nodes[node_id]
         if process:
             end_node(process.pid, signal.SIGTERM)
@@ -169,47 +179,40 @@ def autoscaling_cloud(types: dict[str, dict[str, Any]], idle_s: float = 10) -> I
 
     types: `available_node_types` beside the head. idle_s: time after which an idle node goes.
     """
-    folder = Path(tempfile.mkdtemp(prefix="nev-cloud-"))  # not pytest's: the path of a socket is short
-    nodes, config = folder / "nodes", folder / "cluster.yaml"
-    nodes.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    commands = ("setup_commands", "head_setup_commands", "worker_setup_commands", "initialization_commands")
-    config.write_text(yaml.safe_dump({
-        "cluster_name": "cloud", "max_workers": 8, "idle_timeout_minutes": idle_s / 60, "upscaling_speed": 100, "auth": {},
-        "provider": {"type": "external", "module": "helpers.local_nodes.LocalNodes", "folder": str(nodes), "address": address,
-                     "disable_node_updaters": True, "disable_launch_config_check": True},
-        "head_node_type": "head", "file_mounts": {}, "cluster_synced_files": [], **{name: [] for name in commands},
-        "head_start_ray_commands": [], "worker_start_ray_commands": [],
+    with head_folder() as folder:
+        nodes, config = folder / "nodes", folder / "cluster.yaml"
+        nodes.mkdir()
+        (port,) = free_ports(1)
+        address = f"127.0.0.1:{port}"
+        config.write_text(yaml.safe_dump(cluster_config(types, idle_s, nodes, address)))
+        env = environment_without_ray() | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        env |= {"RAY_AUTH_MODE": "disabled", "NEV_DECODERS": "1"}
+        autoscaler = {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": "head", "RAY_NODE_TYPE_NAME": "head"}
+        options = ["--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=0", f"--autoscaling-config={config}"]
+        options += [f"--object-store-memory={200 * 2**20}", "--include-dashboard=false"]
+        try:
+            with running_head(folder, env | autoscaler, options):
+                yield Cloud(address, nodes, env | {"RAY_ADDRESS": address})
+        finally:
+            for file in nodes.glob("*.json"):
+                end_node(json.loads(file.read_text())["pid"])
+
+
+def cluster_config(types: dict[str, dict[str, Any]], idle_s: float, nodes: Path, address: str) -> dict[str, Any]:
+    """What `ray start --autoscaling-config` reads. nodes: folder of the nodes' files. address: of the head."""
+    provider = {"type": "external", "module": f"{__name__}.LocalNodes", "folder": str(nodes), "address": address}
+    never = {"disable_node_updaters": True, "disable_launch_config_check": True}
+    unused = ("setup_commands", "head_setup_commands", "worker_setup_commands", "initialization_commands")
+    unused += ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files")
+    return {
+        "cluster_name": "cloud",
+        "provider": provider | never,
+        "head_node_type": "head",
         "available_node_types": {"head": HEAD, **types},
-    }))  # fmt: skip
-    tests = Path(__file__).parents[1]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    env |= {
-        "PYTHONPATH": f"{tests}:{tests.parent}",
-        "OMP_NUM_THREADS": "1",
-        "RAY_AUTH_MODE": "disabled",
-        "NEV_DECODERS": "1",
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
+        "max_workers": 8,
+        "idle_timeout_minutes": idle_s / 60,
+        "upscaling_speed": 100,
+        "auth": {},
+        "file_mounts": {},
+        **{name: [] for name in unused},
     }
-    autoscaler = {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": "head", "RAY_NODE_TYPE_NAME": "head"}
-    options = [
-        f"--port={address.rpartition(':')[2]}",
-        f"--temp-dir={folder}/ray",
-        "--num-cpus=0",
-        f"--autoscaling-config={config}",
-    ]
-    options += [f"--object-store-memory={200 * 2**20}", "--include-dashboard=false", "--disable-usage-stats"]
-    with (folder / "head.txt").open("wb") as output:
-        head = subprocess.Popen([RAY, "start", "--head", "--block", *options], env=env | autoscaler, stdout=output,
-                                stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
-    try:
-        wait_for(lambda: "Ray runtime started" in (folder / "head.txt").read_text(), 120, "the head")
-        yield Cloud(address, nodes, env | {"RAY_ADDRESS": address})
-    finally:
-        head.terminate()  # it ends its own processes
-        head.wait(60)
-        for file in nodes.glob("*.json"):
-            end_node(json.loads(file.read_text())["pid"])
-        shutil.rmtree(folder, ignore_errors=True)
