@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= quickstart
 # Tests on Ray of the first process: those of faults, those that share a trained run, and a sweep, so that both take as long.
-LONG := tests/common tests/eval tests/faults tests/runs tests/sweep/test_sweep_runs.py tests/train
+LONG := tests/cluster tests/common tests/eval tests/faults tests/runs tests/sweep/test_sweep_runs.py tests/train
 # Tests without Ray that the first process runs, too: with them both processes take as long.
 BESIDE := tests/demo tests/export tests/search tests/serve
 # All threads' stacks, where a process dies of a signal.

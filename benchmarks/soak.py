@@ -24,11 +24,11 @@ from rich.table import Table
 
 from benchmarks import report
 from benchmarks.contestants.checkpointing import Spent, seconds_to_findings, steps_with_checkpoints
-from benchmarks.contestants.processes import in_own_process
+from benchmarks.contestants.processes import in_own_process, wait_for
 from nev.common.cli import make_command, report_errors
 from nev.runs.metrics_log import load_mlflow_run_id
 from tests.faults.disk import small_disk
-from tests.faults.machines import Machines, machines, wait_for
+from tests.faults.machines import Machines, machines
 from tests.faults.runs import BATCH, Result, Run, settings
 from tests.faults.table import FAULTS
 

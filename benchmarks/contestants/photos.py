@@ -141,7 +141,6 @@ def forward_per_s(overrides: list[str], batches: tuple[int, ...] = BATCHES, seco
     from nev.data.block import BlockReader
     from nev.data.index import build_index
     from nev.data.plan import sequential_blocks
-    from nev.models.trunk import fit_trunk_weights
     from nev.models.vision import normalise
     from nev.models.weights import read_weights
 
@@ -149,7 +148,8 @@ def forward_per_s(overrides: list[str], batches: tuple[int, ...] = BATCHES, seco
     config = load(CONFIG, overrides)
     vision, data = config.vision, config.data
     trunk = timm.create_model(vision.trunk, num_classes=0, **vision.trunk_args).eval()
-    trunk.load_state_dict(fit_trunk_weights(trunk, read_weights(str(vision.weights)), vision))
+    if missing := trunk.load_state_dict(read_weights(str(vision.weights)), strict=False).missing_keys:
+        raise BenchmarkFailed(f"{vision.weights} lacks {', '.join(missing)}")
     index = build_index(data.train, data.columns)
     reader = BlockReader(index, data.image_size, data.limits, config.seed, None)
     decoded: list[torch.Tensor] = []
