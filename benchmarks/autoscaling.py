@@ -30,8 +30,8 @@ SETTLE_S, WATCH_S, LIMIT_S = 60.0, 30.0, 180.0
 NOTES = (
     "Each node is a `ray start` of one CPU that boots in 2 s and goes after 10 s without work; of five at most. The need is the "
     "pace times a second of a CPU a block, 1.8 and 0.6 CPUs, and what Ray takes for a block beside.",
-    "up_s: from the first block until two decoders are there. settled_decoders: the most that are there in 30 s, 60 s later. "
-    "replaced_s: from a SIGKILL to a decoder until as many are there again. down_s: from the slower pace until one is left.",
+    "up_s: from the driver's start until two decoders are there. settled_decoders: the most that are there in 30 s, 60 s later. "
+    "Then a decoder is killed. down_s: from the slower pace, half a minute later, until one decoder is left.",
     "The numbers of all blocks are compared at the end: each once, in order.",
 )
 
@@ -101,15 +101,13 @@ def measure() -> dict[str, float]:
             driver = subprocess.Popen(command, env=cloud.env, cwd=REPOSITORY, stdout=output, stderr=subprocess.DEVNULL)
         watch = Watch(cloud, pace, steps, driver)
         try:
-            watch.seconds_until(lambda: bool(steps.read_text()))
             figures = {"up_s": watch.seconds_until(lambda: watch.decoders() >= 2)}
+            watch.seconds_until(lambda: bool(steps.read_text()))
             time.sleep(SETTLE_S)
             figures["settled_decoders"] = float(most_decoders(watch))
             there = list(cloud.alive())
             end_node(there[0])
-            figures["replaced_s"] = watch.seconds_until(
-                lambda: there[0] not in cloud.alive() and watch.decoders() >= min(2, len(there))
-            )
+            watch.seconds_until(lambda: there[0] not in cloud.alive() and watch.decoders() >= 2)
             time.sleep(SETTLE_S / 2)
             pace.write_text(str(SLOW))
             figures["down_s"] = watch.seconds_until(lambda: watch.decoders() == 1)
