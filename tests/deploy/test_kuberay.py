@@ -15,6 +15,7 @@ import jsonschema
 import pytest
 import typer
 import yaml
+from helpers.node_types import refuse_too_small
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import validate_config
 from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
@@ -28,7 +29,7 @@ from ray.core.generated.autoscaler_pb2 import (  # type: ignore[attr-defined]
 from nev.cluster.session import RAY_STOP_WAIT_S
 from nev.commands.main import app
 from nev.config.experiment import Experiment
-from nev.config.file import load, read_config, shipped_configs
+from nev.config.file import load
 
 REPO = Path(__file__).parents[2]
 FILE = REPO / "deploy" / "kuberay" / "rayjob.yaml"
@@ -158,18 +159,7 @@ def test_the_autoscaler_starts_what_is_needed(job: dict[str, Any]) -> None:
 
 
 def test_every_shipped_experiment_has_room(job: dict[str, Any]) -> None:
-    types = autoscaling_config(job)["available_node_types"]
-    names = [name for name in shipped_configs() if {"data", "vision"} <= read_config(name).keys()]
-    assert "nomic_embed_vision_v1_5" in names
-    for name in names:
-        workers = load(name).workers
-        need = {"GPU": workers.gpus, "CPU": workers.cpus, "memory": workers.memory}
-        room = {
-            kind: int(min(node["resources"].get(key, 0) // amount for key, amount in need.items() if amount))
-            * node["max_workers"]
-            for kind, node in types.items()
-        }
-        assert max(room.values()) >= (workers.count or workers.max or 1), f"{name}: {need} in {room}"
+    refuse_too_small(autoscaling_config(job)["available_node_types"])
 
 
 def options(job: dict[str, Any]) -> dict[str, Any]:

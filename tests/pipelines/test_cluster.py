@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 import ray
 import yaml
+from helpers.node_types import refuse_too_small
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig, NodeTypeConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
@@ -23,7 +24,6 @@ from ray.core.generated.autoscaler_pb2 import (  # type: ignore[attr-defined]
 from ray.core.generated.common_pb2 import LabelSelectorOperator  # type: ignore[attr-defined]
 
 from nev.cluster.session import RAY_STOP_WAIT_S
-from nev.config.file import load, read_config, shipped_configs
 
 REPO = Path(__file__).parents[2]
 FILE = REPO / "cluster.yaml"
@@ -146,17 +146,7 @@ def test_p5_comes_in_the_place_of_gpu_worker(cluster: dict[str, Any]) -> None:
 
 
 def test_every_shipped_experiment_has_room(cluster: dict[str, Any]) -> None:
-    names = [name for name in shipped_configs() if {"data", "vision"} <= read_config(name).keys()]
-    assert "nomic_embed_vision_v1_5" in names
-    for name in names:
-        workers = load(name).workers
-        need = {"GPU": workers.gpus, "CPU": workers.cpus, "memory": workers.memory}
-        room = {
-            kind: int(min(node["resources"].get(key, 0) // amount for key, amount in need.items() if amount))
-            * node["max_workers"]
-            for kind, node in node_types(cluster)
-        }
-        assert max(room.values()) >= (workers.count or workers.max or 1), f"{name}: {need} in {room}"
+    refuse_too_small(cluster["available_node_types"])
 
 
 def test_node_types_are_those_of_the_planner_on_its_day(cluster: dict[str, Any]) -> None:
