@@ -1,7 +1,8 @@
 """The private names of Ray and Ray Train (2.60), for what has no public API. No other file uses them.
 
-The private names of Ray Data are in `nev.cluster.backpressure` and `nev.cluster.decoders`: every process of a run imports this
-file, and Ray Data takes a second to import.
+Every process of a run imports this file, and Ray Data takes a second to import: its private names are in
+`nev.cluster.backpressure`, `nev.cluster.decoders` and `nev.cluster.warm_up`. Ray Train's class of callbacks is in
+`nev.train.worker.blocks`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from nev.storage.traffic import take_read_bytes
 NUMBERS_PER_TASK = 1000
 NUMBER_TASKS = 1000  # upper bound: each task is put into the object store before the first one runs
 STEPS_AHEAD = (
-    2  # steps whose blocks may be decoded ahead; each rank fetches two more (`nev.train.worker.process.iterate_blocks`)
+    2  # steps whose blocks may be decoded ahead; each rank fetches two more (`nev.train.worker.blocks.iterate_blocks`)
 )
 
 

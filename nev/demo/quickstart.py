@@ -20,10 +20,12 @@ def train_quickstart(config: Experiment, console: Console, train: int = TRAIN, v
     config: with absolute paths. train, val: pictures to train on, and to validate with.
     """
     from nev.cluster.session import connect
+    from nev.cluster.warm_up import begin_to_connect
     from nev.data.prepare.quickstart import draw_missing_splits
     from nev.embed.captions import embed_captions
     from nev.train.experiment import run_experiment
 
+    begin_to_connect()  # Ray starts while this process draws
     with console.status(f"drawing {train + val:,} captioned pictures"):
         drawn = draw_missing_splits(config.data, train, val, config.seed)
     if drawn:

@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from nev.cluster.metrics import Instruments
 from nev.cluster.session import connect, seconds_to_stop
+from nev.cluster.warm_up import begin_to_connect
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.file import to_yaml
@@ -28,7 +29,7 @@ from nev.train.driver.early_stopping import EarlyStopping
 from nev.train.driver.launcher import run_workers
 from nev.train.driver.metrics import MetricsCallback, MetricsLogger, make_callbacks, open_tracking
 from nev.train.driver.monitor import TrainMonitor
-from nev.train.driver.preflight import Prepared, check_object_store, prepare
+from nev.train.driver.preflight import Prepared, check_object_store, inputs_are_there, prepare
 from nev.train.driver.run_metrics import RunMetrics, checkpoint_time, export_cost
 from nev.train.driver.setup import describe_run
 from nev.train.driver.step_progress import StepProgress
@@ -77,11 +78,13 @@ def run_experiment(
     stop_after: a step before the run's end at which this start ends.
     tags: further tags of the MLflow run.
     on_metrics: called with the metrics of each step, in the monitor's thread.
-    Raises a NevError for anything that the user can mend; before any process is started where that is possible.
+    Raises a NevError for anything that the user can mend; before any training process is started where that is possible.
     """
     from nev.models.lock import check_locked, take_lock
     from nev.models.text import load_text
 
+    if inputs_are_there(config):
+        begin_to_connect()  # Ray starts while this process loads and checks the rest
     prepared = prepare(config, stop_after)
     connect()
     check_object_store(prepared.job)

@@ -211,7 +211,7 @@ def test_a_block_that_always_kills_its_process_ends_the_stream(
 
 
 def test_what_a_rank_fetches_ahead_fits_the_object_store() -> None:
-    from nev.train.worker.process import fetch_ahead
+    from nev.train.worker.blocks import fetch_ahead
 
     plan = Plan(np.full(1000, 256, np.int64), 0, global_batch=1024, block_rows=256)
     assert fetch_ahead(plan, 1, 10, 1e9) == 8  # two steps

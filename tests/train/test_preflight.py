@@ -53,7 +53,8 @@ def test_a_bug_is_no_finding() -> None:
 def test_all_that_is_wrong_is_told_before_ray_starts(
     tiny: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("nev.train.experiment.connect", lambda: pytest.fail("Ray was started"))
+    for name in ("begin_to_connect", "connect"):
+        monkeypatch.setattr(f"nev.train.experiment.{name}", lambda: pytest.fail("Ray was started"))
     monkeypatch.setattr("ray.is_initialized", lambda: False)  # though another test may have started one
     config = tiny(
         data__train=str(tmp_path / "nothing"),

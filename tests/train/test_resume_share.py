@@ -201,7 +201,7 @@ def test_checkpoints_that_another_driver_changed_are_verified_again(
 
     monkeypatch.setattr(experiment, "open_mailbox", open_late)
     monkeypatch.setattr(experiment, "train_and_validate", train)
-    for name in ("connect", "check_object_store"):
+    for name in ("begin_to_connect", "connect", "check_object_store"):
         monkeypatch.setattr(experiment, name, lambda *_: None)
     with pytest.raises(Reached) as reached:
         experiment.run_experiment(job.config, Console(quiet=True))

@@ -113,11 +113,13 @@ def ray_trainer(job: Job, streams: Callable[[], Any], mailbox: Any, folder: str)
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from nev.data.stream import RoundRobinSplit
+    from nev.train.worker.blocks import FetchFirst
 
     workers = job.config.workers
     # Ray's stubs are those of an older version, which has fewer arguments.
     scaling: Any = ray.train.ScalingConfig
     failing: Any = ray.train.FailureConfig
+    fetch_first: Any = FetchFirst(job)
     return TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "mailbox": mailbox},
@@ -131,6 +133,7 @@ def ray_trainer(job: Job, streams: Callable[[], Any], mailbox: Any, folder: str)
         run_config=ray.train.RunConfig(
             name=f"attempt-{int(time.time())}",
             storage_path=folder,
+            callbacks=[fetch_first],
             failure_config=failing(workers.max_failures, controller_failure_limit=START_TRIES - 1),
         ),
         datasets={"train": streams},

@@ -1,4 +1,4 @@
-"""Every check before any process starts, so that an error costs seconds. All problems are reported at once."""
+"""Every check before training starts, so that an error costs seconds. All problems are reported at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nev.cluster.session import cluster_cpus, cluster_gpus, may_grow
-from nev.common.errors import ErrorCollector
+from nev.common.errors import ErrorCollector, NevError
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment, Workers
 from nev.config.model import refuse_widths
@@ -68,8 +68,20 @@ class Prepared(NamedTuple):
     prices: Prices | None
 
 
+def inputs_are_there(config: Experiment) -> bool:
+    """Whether the run's folder and its sets can be read, which one sees in an instant. `prepare` says what is wrong."""
+    config = with_absolute_paths(config)
+    try:
+        check_output(config)
+        for location in filter(None, (config.data.train, config.data.val)):
+            build_index(location, config.data.columns)
+    except NevError:
+        return False
+    return True
+
+
 def prepare(config: Experiment, stop_after: int | None = None) -> Prepared:
-    """Check everything that a run needs, and read what the driver hands on. No process starts here.
+    """Check everything that a run needs, and read what the driver hands on.
 
     stop_after: a step before the run's end at which this start ends.
     Raises the problem itself where there is one alone (ConfigError, DataError, CheckpointError), NotReady for several.

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nev.cluster.ray_internals import current_worker_group, preemption_pending
 from nev.common.errors import NevError, first_line
 from nev.config.base import ConfigError
-from nev.data.block import Block
 from nev.runs.manifest import CheckpointError, Damaged
-from nev.train.job import Job, row_bytes
+from nev.train.job import Job
 from nev.train.messages import Event, Failed, Left, Started
 from nev.train.worker.quarantine import TooManyBadRows
-
-if TYPE_CHECKING:
-    from nev.data.plan import Plan
-    from nev.train.worker.state import RankContext
 
 
 class Stalled(NevError, RuntimeError):
@@ -48,6 +41,7 @@ def train_worker(setting: dict[str, Any]) -> None:
 
     from nev.losses.kernel_check import KernelMismatch
     from nev.models.precision import choose_precision
+    from nev.train.worker.blocks import started_blocks
     from nev.train.worker.checkpointer import CheckpointNotSaved
     from nev.train.worker.guards import Diverged
     from nev.train.worker.loop import TowerMoved, train
@@ -75,16 +69,13 @@ def train_worker(setting: dict[str, Any]) -> None:
     def local_stop() -> bool:
         return preemption_pending() or (stop is not None and stop.is_set())
 
-    # The tasks make the first block while this process imports torch and builds the model.
-    blocks = iterate_blocks(job, ctx)
-    first = ThreadPoolExecutor(1).submit(next, blocks, None)
     try:
         loaded = load_model(job, ctx, ray.get(setting["mailbox"].start_step.remote()))
         train_state, start = make_train_state(loaded, job, ctx)
         del loaded
         if ctx.rank == 0:
             ray.get(setting["mailbox"].post.remote(Started(start.step, current_worker_group())))
-        done = train(job, ctx, train_state, start, prepend(first, blocks), report, local_stop, make_export(job, ctx))
+        done = train(job, ctx, train_state, start, started_blocks(), report, local_stop, make_export(job, ctx))
         if done < job.stop_step and ctx.rank == 0:
             ray.get(setting["mailbox"].post.remote(Left(done)))
     except Damaged:  # after the verification: the workers that Ray starts next look for the newest valid checkpoint
@@ -122,32 +113,3 @@ class StopSignal:
         except ray.exceptions.RayActorError:  # the driver has died, and Ray will end this process
             return False
         return True
-
-
-def prepend(first: Future[Block | None], blocks: Iterator[Block]) -> Iterator[Block]:
-    """The blocks, before them the block of `first`."""
-    block = first.result()
-    if block is not None:
-        yield block
-    yield from blocks
-
-
-def iterate_blocks(job: Job, ctx: RankContext) -> Iterator[Block]:
-    """This rank's blocks of the stream, in order. The blocks of the next steps are fetched while a step computes."""
-    import ray
-    import ray.train
-
-    store_bytes = ray.cluster_resources().get("object_store_memory", 0.0)  # type: ignore[no-untyped-call]
-    ahead = fetch_ahead(job.plan, ctx.world, job.plan.block_rows * row_bytes(job), store_bytes)
-    shard = ray.train.get_dataset_shard("train")
-    return iter(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=ahead))
-
-
-def fetch_ahead(plan: Plan, world: int, block_bytes: int, store_bytes: float) -> int:
-    """The number of blocks that a rank fetches ahead: those of two steps, at most its part of a quarter of the object store.
-
-    block_bytes: of one block.
-    store_bytes: of the cluster's object store.
-    The blocks that wait to be fetched take up to half of the store (`nev.cluster.backpressure`). A fuller store spills to disk.
-    """
-    return max(1, min(2 * plan.blocks_per_step // world, int(store_bytes / 4 / world // block_bytes)))

@@ -1,0 +1,56 @@
+"""The blocks of a rank, fetched from the stream ahead of the steps that take them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import ray
+import ray.train
+from ray.train.v2._internal.execution.callback import WorkerCallback
+
+from nev.data.block import Block
+from nev.data.plan import Plan
+from nev.train.job import Job, row_bytes
+
+_started: list[tuple[Future[Block | None], Iterator[Block]]] = []
+
+
+class FetchFirst(WorkerCallback):
+    """Lets every worker fetch its first block while it imports torch, meets the other workers and builds the model."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def after_init_train_context(self) -> None:
+        """Ray Train calls this in a worker before anything else of the training."""
+        blocks = iterate_blocks(self.job)
+        _started.append((ThreadPoolExecutor(1).submit(next, blocks, None), blocks))
+
+
+def started_blocks() -> Iterator[Block]:
+    """This rank's blocks, in order, from the first one that `FetchFirst` fetches."""
+    first, blocks = _started.pop()
+    block = first.result()
+    if block is not None:
+        yield block
+    yield from blocks
+
+
+def iterate_blocks(job: Job) -> Iterator[Block]:
+    """This rank's blocks of the stream, in order. The blocks of the next steps are fetched while a step computes."""
+    store_bytes = ray.cluster_resources().get("object_store_memory", 0.0)  # type: ignore[no-untyped-call]
+    world = ray.train.get_context().get_world_size()
+    ahead = fetch_ahead(job.plan, world, job.plan.block_rows * row_bytes(job), store_bytes)
+    shard = ray.train.get_dataset_shard("train")
+    yield from shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=ahead)
+
+
+def fetch_ahead(plan: Plan, world: int, block_bytes: int, store_bytes: float) -> int:
+    """The number of blocks that a rank fetches ahead: those of two steps, at most its part of a quarter of the object store.
+
+    block_bytes: of one block.
+    store_bytes: of the cluster's object store.
+    The blocks that wait to be fetched take up to half of the store (`nev.cluster.backpressure`). A fuller store spills to disk.
+    """
+    return max(1, min(2 * plan.blocks_per_step // world, int(store_bytes / 4 / world // block_bytes)))
