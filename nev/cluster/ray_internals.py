@@ -55,18 +55,19 @@ class NodeRequests(NamedTuple):
     coming: node types with the number of nodes that start now.
     failed: node types that could not be started, with the reason of the cloud.
     impossible: whether no node type has room for the placement group that was asked about.
+    autoscaler: whether the head has an autoscaler of version 2, which has looked at the cluster at least once.
     """
 
     coming: dict[str, int]
     failed: dict[str, str]
     impossible: bool
+    autoscaler: bool
 
 
 def read_node_requests(placement_group: str) -> NodeRequests:
     """Ask the autoscaler (version 2) of the connected cluster.
 
-    placement_group: its id, in hex. Without such an autoscaler, and where the head does not answer, nothing comes, nothing
-        fails and nothing is impossible.
+    placement_group: its id, in hex. Where the head does not answer, nothing comes, nothing fails and nothing is impossible.
     """
     import ray
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
@@ -76,7 +77,7 @@ def read_node_requests(placement_group: str) -> NodeRequests:
     try:
         reply.ParseFromString(GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=10))
     except ray.exceptions.RpcError:  # a busy head; who waits will ask again
-        return NodeRequests({}, {}, impossible=False)
+        return NodeRequests({}, {}, impossible=False, autoscaler=True)
     state = reply.autoscaling_state
     coming: Counter[str] = Counter()
     for request in state.pending_instance_requests:
@@ -85,7 +86,7 @@ def read_node_requests(placement_group: str) -> NodeRequests:
         coming[node.ray_node_type_name] += 1
     failed = {request.ray_node_type_name: request.reason for request in state.failed_instance_requests}
     impossible = any(placement_group in request.details for request in state.infeasible_gang_resource_requests)
-    return NodeRequests(dict(coming), failed, impossible)
+    return NodeRequests(dict(coming), failed, impossible, state.autoscaler_state_version > 0)
 
 
 OUT_OF_MEMORY_MESSAGE = (

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from nev.cluster.session import cluster_cpus, cluster_gpus, cluster_nodes, may_grow
+from nev.cluster.session import cluster_cpus, cluster_nodes, may_grow
 from nev.common.progress import progress
 from nev.config.base import ConfigError
 from nev.config.data import Columns
@@ -17,6 +17,7 @@ from nev.config.model import Text
 from nev.data.index import Index, build_index
 from nev.data.sidecar import sidecars_to_write
 from nev.data.text_sidecar import Encode, sidecar_key, text_sidecars, write_sidecar
+from nev.embed.gpus import choose_gpus, wait_for_gpu
 from nev.models.text import TextTower, load_text
 
 CPUS_AN_ACTOR = 4
@@ -46,11 +47,7 @@ def embed_captions(
     On one machine without a GPU this process embeds: each actor would load a text tower of its own.
     Raises DataError for shards that cannot be used, ConfigError for more GPUs than a Ray that cannot grow has.
     """
-    available = cluster_gpus()
-    if gpus is not None and gpus > available and not may_grow():
-        raise ConfigError(
-            f"this machine has {available} GPUs, not {gpus}: leave --gpus out, or submit this to a cluster"
-        )
+    wanted = choose_gpus(gpus)
     indexes = [build_index(root, columns) for root in roots]
     tower = load_text(text)
     missing = [
@@ -61,9 +58,10 @@ def embed_captions(
     if not missing:
         return Written(0, 0, 0.0)
     begin = time.perf_counter()
-    wanted = available if gpus is None else gpus
     if not wanted and may_grow():
         console.print("no GPU is up: embedding on CPUs (--gpus N asks the cluster for some)", highlight=False)
+    if wanted:
+        wait_for_gpu(wanted, console)
     captions = done = 0
     with progress(console) as update:
 

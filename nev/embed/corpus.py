@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 from rich.console import Console
 
 from nev.cluster.ray_internals import first_cause
-from nev.cluster.session import cluster_cpus, cluster_gpus, connect, may_grow
+from nev.cluster.session import cluster_cpus, connect, may_grow
 from nev.common.cores import count_cores
 from nev.common.imports import import_uninterrupted
 from nev.common.progress import progress
@@ -26,6 +26,7 @@ from nev.data.prepare.job_state import exclusive_lock
 from nev.data.sources import Part, Source, take_first
 from nev.data.vectors import Precision, VectorSpec
 from nev.embed.features import EmbeddingFailed
+from nev.embed.gpus import choose_gpus, wait_for_gpu
 from nev.embed.output import (
     PartSpec,
     count_reasons,
@@ -263,14 +264,10 @@ def run_on_ray(
     """
     from nev.cluster.tasks import ray_run_streaming
 
-    available = cluster_gpus()
-    if gpus is not None and gpus > available and not may_grow():
-        raise ConfigError(
-            f"this machine has {available} GPUs, not {gpus}: leave --gpus out, or submit this to a cluster"
-        )
-    gpus = available if gpus is None else gpus
+    gpus = choose_gpus(gpus)
     console.print(f"embedding on {f'{gpus} GPUs' if gpus else f'{cluster_cpus()} CPUs'}", highlight=False)
     if gpus:
+        wait_for_gpu(gpus, console)
         cpus, share, at_once = 0.0, 1 / PROCESSES_A_GPU, PROCESSES_A_GPU * gpus
     else:
         threads = max(1, min(cluster_cpus() // len(parts), most_cpus()))

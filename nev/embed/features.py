@@ -22,7 +22,6 @@ from ray.exceptions import RayError
 from rich.console import Console
 
 from nev.cluster.ray_internals import first_cause
-from nev.cluster.session import cluster_gpus, may_grow
 from nev.common.errors import NevError
 from nev.common.progress import progress
 from nev.config.base import ConfigError
@@ -32,6 +31,7 @@ from nev.data.image_sidecar import FeatureRows, Features, image_recipe, write_im
 from nev.data.index import Index, build_index
 from nev.data.plan import Segment
 from nev.data.sidecar import sidecars_to_write
+from nev.embed.gpus import choose_gpus, wait_for_gpu
 from nev.embed.images import EmbedJob, EncoderSpec, embed_units
 from nev.storage.files import filesystem, is_local
 
@@ -113,18 +113,15 @@ def embed_features(config: Experiment, console: Console, gpus: int | None = None
     from nev.models.frozen import load_frozen_trunk
 
     config.refuse_trained_trunk()
-    available = cluster_gpus()
-    if gpus is not None and gpus > available and not may_grow():
-        raise ConfigError(
-            f"this machine has {available} GPUs, not {gpus}: leave --gpus out, or submit this to a cluster"
-        )
+    chosen = choose_gpus(gpus)
     trunk = load_frozen_trunk(config.vision, config.data.image_size)
     warn_of_other_pixels(trunk, config, console)
     sets = list_feature_sets(config, trunk.fingerprint, trunk.shape)
     check_room(sets, console)
-    gpus = available if gpus is None else gpus
+    if chosen:
+        wait_for_gpu(chosen, console)
     try:
-        return write_feature_sets(sets, make_spec(config, trunk), trunk.fingerprint, config.eval.batch, gpus, console)
+        return write_feature_sets(sets, make_spec(config, trunk), trunk.fingerprint, config.eval.batch, chosen, console)
     except RayError as error:  # a process of the cluster has died, or could not load the trunk
         cause = getattr(error, "cause", None) or error
         raise EmbeddingFailed(first_cause(cause).splitlines()[0]) from error

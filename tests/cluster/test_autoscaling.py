@@ -74,7 +74,7 @@ begin, warned = time.monotonic(), []
 def warn(text):
     warned.append(text)
     print(time.monotonic() - begin, text)
-print(wait_for_room([{"GPU": 1.0}, {"CPU": 1.0}], print, warn, lambda: bool(warned)))
+print(wait_for_room([{"GPU": 1.0}, {"CPU": 1.0}], print, warn, lambda: bool(warned), "ask for less"))
 """
 
 
@@ -85,7 +85,10 @@ def test_room_that_no_node_type_has_is_named(cloud: Cloud) -> None:
     assert lines[0].startswith("waiting since ")
     assert "for room: 1 x (1 GPU), 1 x (1 CPU)" in lines[0]
     seconds, _, text = lines[-2].partition(" ")
-    assert "No node type of this cluster has" in text
+    assert (
+        "No node type of this cluster has, or may still start, nodes with that room: ask for less, add such nodes"
+        in text
+    )
     assert float(seconds) < 10
     assert lines[-1] == "False", "a stop ends the wait"
 
@@ -94,7 +97,7 @@ COME = """
 from nev.cluster.session import connect
 from nev.cluster.waiting import wait_for_room
 connect()
-print(wait_for_room([{"CPU": 1.0, "memory": 2.0 * 2**30}, {"CPU": 1.0}], print, print, lambda: False))
+print(wait_for_room([{"CPU": 1.0, "memory": 2.0 * 2**30}, {"CPU": 1.0}], print, print, lambda: False, "ask for less"))
 """
 
 

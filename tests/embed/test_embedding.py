@@ -55,7 +55,7 @@ cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
 os.environ["RAY_ADDRESS"] = cluster.address
 connect()
 done = []
-work = lambda: done.append(embed_captions(sys.argv[1:], Columns(), Text(), Console(quiet=True), gpus=1))
+work = lambda: done.append(embed_captions(sys.argv[1:], Columns(), Text(), Console(width=200), gpus=1))
 asking = threading.Thread(target=work)
 asking.start()
 asking.join(8)
@@ -79,7 +79,10 @@ def test_an_actor_waits_for_its_gpu_and_writes_what_one_process_writes(ray_clust
     command = [sys.executable, "-c", GROWING, there]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=env)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["3", "18"]
+    first, *_, last = done.stdout.splitlines()
+    assert first.startswith("waiting since ")
+    assert first.endswith(" for room: 1 x (1 GPU)")
+    assert last == "3 18"
     assert sidecars(here) == sidecars(there)
     assert build_index(there, COLUMNS).total_rows == 18
 

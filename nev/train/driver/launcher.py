@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # Attempts of Ray's controller, each with a wait for free resources (`nev.common.quiet`), before `run_workers` gets its error.
 START_TRIES = 3
+LESS_ROOM = "lower workers.count, workers.cpus, workers.gpus or workers.memory"
 
 
 class TrainingFailed(NevError, RuntimeError):
@@ -53,7 +54,9 @@ def run_workers(job: Job, reader: BlockReader, mailbox: Any, monitor: TrainMonit
             while True:
                 monitor.workers_left = False
                 if may_grow():
-                    if not wait_for_room(needed_room(job.config), monitor.show_wait, monitor.warn, monitor.ends):
+                    if not wait_for_room(
+                        needed_room(job.config), monitor.show_wait, monitor.warn, monitor.ends, LESS_ROOM
+                    ):
                         if monitor.early_stopped.is_set():
                             break
                         raise Stopped
