@@ -3,8 +3,8 @@
 make bench NAME=plan
 python benchmarks/plan.py --steps 40 --repetitions 1
 
-A prediction is made of parts that are measured without Ray and without each other: core-seconds of an image in a bare loop, in
-the reader, and an all-reduce of the gradients. The run is `nev train` itself.
+A prediction is made of parts that are measured without each other: core-seconds of an image in a bare loop and in the reader, of
+an empty block in nev's stream, and an all-reduce of the gradients. The run is `nev train` itself.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -26,9 +27,10 @@ from nev.config.experiment import Experiment
 CONFIG = Path(__file__).parents[1] / "configs/quickstart.yaml"
 WITHIN = 0.15  # what a prediction may be off by
 NOTES = (
-    "predicted: B / (B (a + d) / cores + c): a core-seconds of an image in a bare loop with a thread for each core of a worker, "
-    "d in the reader, c seconds of an all-reduce of the gradients by gloo (nev.planner.local). measured: `nev train`, after a "
-    "fifth of the steps. off: |predicted / measured - 1|, the larger of one and of two workers.",
+    "predicted: B / ((B (a + d) + b o) / cores + c): a core-seconds of an image in bare loops, one for each worker at the same "
+    "time, with a thread for each of its cores; d in the reader; b blocks of a step, and o core-seconds of an empty block in "
+    "nev's stream; c seconds of an all-reduce of the gradients by gloo (nev.planner.local). measured: `nev train`, after a fifth of "
+    "the steps. off: |predicted / measured - 1|, the larger of one and of two workers.",
     "coordinator: nev's stream with blocks of one byte into two consumers; executor, tasks and consumers share the cores, so a "
     "head of its own gives more.",
 )
@@ -109,11 +111,18 @@ def predict(config: Experiment, steps: int) -> float:
     threads = max(1, cores // world)
     local = config.train.model_copy(update={"global_batch": batch // world})
     rank = config.model_copy(update={"train": local, "workers": config.workers.model_copy(update={"count": 1})})
-    images_s = in_own_process(bare_loop, rank, steps, True, threads)
+    with ThreadPoolExecutor(world) as pool:
+        loops = [pool.submit(in_own_process, bare_loop, rank, steps, True, threads) for _ in range(world)]
+        images_s = sum(loop.result() for loop in loops)
     decoded = in_own_process(planned.decode_core_images_s, config, 3.0)
+    blocks_s = in_own_process(planned.coordinator_blocks_s, 2, 10)
     sent = sum(each.nbytes for each in collectives(config, text_width(config)))
     collective_s = in_own_process(planned.all_reduce_s, sent, world)
-    return batch / shared_cores_step_s(batch, cores, threads / images_s, 1 / decoded, collective_s)
+    blocks = batch // config.data.block_rows
+    step_s = shared_cores_step_s(
+        batch, cores, threads * world / images_s, 1 / decoded, blocks, cores / blocks_s, collective_s
+    )
+    return batch / step_s
 
 
 def text_width(config: Experiment) -> int:

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import time
+from contextlib import suppress
 from typing import Any
 
 import ray.data
@@ -107,9 +109,21 @@ class IdleSleep(ExecutionCallback):
         self._counts, self._end = counts, time.monotonic()
 
 
+def let_training_go_first() -> None:
+    """Let this process run only where no other wants the CPU. On Linux alone; other systems have no such class of processes.
+
+    A decoding task would interrupt a training process for milliseconds, while its other threads and the other ranks wait. Where
+    blocks are scarce, training waits for them, and decoding has the CPU.
+    """
+    if hasattr(os, "SCHED_IDLE"):
+        with suppress(PermissionError):  # a sandbox may forbid the call
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
 @functools.lru_cache(maxsize=4)
 def load_from_store(reference: ray.ObjectRef[Any]) -> Any:
     """Load an object (a reader and a plan) once per process. The process then keeps open files and the order of the epoch."""
+    let_training_go_first()
     import_uninterrupted("torch")
     import torch
 

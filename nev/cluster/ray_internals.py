@@ -1,8 +1,7 @@
 """The private names of Ray and Ray Train (2.60), for what has no public API. No other file uses them.
 
-Every process of a run imports this file, and Ray Data takes a second to import: its private names are in
-`nev.cluster.backpressure`, `nev.cluster.decoders` and `nev.cluster.warm_up`. Ray Train's class of callbacks is in
-`nev.train.worker.blocks`.
+Every process of a run imports this file, and Ray Data takes a second to import: the private names of Ray Data are in
+`nev.cluster.backpressure`, `nev.cluster.decoders` and `nev.cluster.warm_up`.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import re
 import threading
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from nev.common.errors import NevError
@@ -161,6 +161,33 @@ def current_worker_group() -> WorkerGroup:
     from ray.util import get_current_placement_group
 
     return WorkerGroup(get_train_context().controller_actor, get_current_placement_group())
+
+
+def call_in_workers(function: Callable[[], None]) -> Any:
+    """Make a callback of Ray Train, by which every worker calls `function` before anything else of the training."""
+    from ray.train.v2._internal.execution.callback import WorkerCallback
+
+    class CallFirst(WorkerCallback):
+        def after_init_train_context(self) -> None:
+            function()
+
+    return CallFirst()
+
+
+def current_loop_config() -> dict[str, Any]:
+    """The `train_loop_config` of Ray's trainer, in a worker."""
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().train_run_context.train_loop_config or {}
+
+
+def controller_environment() -> dict[str, str]:
+    """The variables that Ray Train gives its controller beside those of the job."""
+    from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR as WARN
+    from ray.train.v2._internal.constants import DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE as DEFAULT
+    from ray.train.v2._internal.constants import get_env_vars_to_propagate
+
+    return {WARN: DEFAULT} | get_env_vars_to_propagate()
 
 
 def preemption_pending() -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -15,7 +14,7 @@ from nev.common.quiet import ENVIRONMENT, quiet
 # Of Ray's processes on this machine, where the user has not set them. A single machine gets no notice of its preemption, so the
 # process that waits for the notice would only cost time at the start. Nobody reads metrics and task events where Ray's dashboard
 # is off, and they cost 2 % of two cores. With few workers a health check more often than every 2 s is cheap, and finds a dead
-# worker sooner. The processes that Ray starts for a driver's first tasks would not fit Ray Train's (`nev.cluster.warm_up`).
+# worker sooner. Ray Train cannot use the processes that Ray starts for a driver's first tasks (`nev.cluster.warm_up`).
 LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -27,25 +26,15 @@ LOCAL_ENVIRONMENT = {
 # job has RAY_ADDRESS.
 REMOTE_ENVIRONMENT = {"NEV_CLUSTER": "1"}
 RAY_STOP_WAIT_S = 3.0  # Ray's default
-_connecting = threading.Lock()
 
 
 def connect() -> None:
-    """Join the cluster of `RAY_ADDRESS` (set inside a submitted job), or start one here. Ray's messages stay in its logs.
-
-    Two threads may call this; one waits for the other.
-    """
+    """Join the cluster of `RAY_ADDRESS` (set inside a submitted job), or start one here. Ray's messages stay in its logs."""
     quiet()  # before the import of Ray, which asks for ipywidgets in a notebook
     import ray
 
-    with _connecting:
-        if not ray.is_initialized():
-            _start_ray()
-
-
-def _start_ray() -> None:
-    import ray
-
+    if ray.is_initialized():
+        return
     quiet_worker_deaths()
     address = os.environ.get("RAY_ADDRESS")
     environment = ENVIRONMENT | (REMOTE_ENVIRONMENT if address else {})

@@ -3,45 +3,60 @@
 from __future__ import annotations
 
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 
-from nev.cluster.session import connect, count_cpus
+from nev.cluster.ray_internals import controller_environment
+from nev.cluster.session import connect, count_cpus, may_grow
 from nev.common.imports import import_uninterrupted
 
 TASK_PROCESSES = 4
-# Ray gives a process to tasks of one environment alone, and takes an environment that it has merged for another one. Ray Train
-# adds this variable to the environment of its tasks; nev gives all processes that value (`nev.common.quiet`).
-TRAIN_ENVIRONMENT = {"env_vars": {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}}
 
 
-def begin_to_connect() -> None:
-    """Connect in a thread, and start processes there that a run needs first. A later call of `connect` waits for the thread.
+@contextmanager
+def connecting() -> Iterator[None]:
+    """Connect in a thread while the body runs. Ray is connected at the end, or the error of `connect` is raised.
 
-    Where this process is connected already, nothing happens.
+    After an error of the body the start is waited for, too, so that nothing starts while this process ends.
     """
     import ray
 
     if ray.is_initialized():
+        yield
         return
-    threading.Thread(target=_connect_and_stay, name="nev-ray", daemon=True).start()
+    connected = Future[None]()
+    threading.Thread(target=_connect_and_stay, args=(connected,), name="nev-ray", daemon=True).start()
+    try:
+        yield
+    finally:
+        wait([connected])
+    connected.result()
 
 
-def _connect_and_stay() -> None:
-    with suppress(Exception):  # the driver's own call of `connect` meets the same error, and raises it
+def _connect_and_stay(connected: Future[None]) -> None:
+
+    try:
         connect()
-        start_task_processes()
+        if not may_grow():
+            start_task_processes()
         start_actors()
-    threading.Event().wait()  # Linux ends Ray's processes with the thread that has started them
+    except BaseException as error:  # noqa: BLE001 - the main thread raises it
+        connected.set_exception(error)
+        return
+    connected.set_result(None)
+    threading.Event().wait()  # Linux would kill Ray's processes at the end of the thread that has started them
 
 
 def start_task_processes() -> None:
-    """Start processes that import what the tasks of a stream need, some seconds' work. Returns at once.
+    """Start processes on this machine that import what the tasks of a stream need, some seconds' work. Returns at once.
 
-    Ray keeps as many idle processes on a node as it has CPUs. These tasks reserve nothing, so no node is started for them.
+    Ray keeps as many idle processes as the machine has CPUs. Ray gives a process to tasks of one environment alone: that of Ray
+    Train's controller, from which the tasks of a stream have it.
     """
     import ray
 
-    @ray.remote(num_cpus=0, runtime_env=TRAIN_ENVIRONMENT)
+    @ray.remote(num_cpus=0, runtime_env={"env_vars": controller_environment()})
     def import_stream() -> None:
         import_uninterrupted("nev.data.stream")
         import_uninterrupted("torch")
@@ -51,7 +66,7 @@ def start_task_processes() -> None:
 
 
 def start_actors() -> None:
-    """Start the actors that all streams of a cluster share: one divides the cluster, one counts. Returns at once."""
+    """Start the actors that all streams share: the coordinator of resources, and the one of statistics. Returns at once."""
     from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
     from ray.data._internal.stats import get_or_create_stats_actor
 

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 # of Tune that runs several trials may need some seconds for the end of the previous trial.
 ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",

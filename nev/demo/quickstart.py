@@ -19,18 +19,17 @@ def train_quickstart(config: Experiment, console: Console, train: int = TRAIN, v
 
     config: with absolute paths. train, val: pictures to train on, and to validate with.
     """
-    from nev.cluster.session import connect
-    from nev.cluster.warm_up import begin_to_connect
+    from nev.cluster.warm_up import connecting
+    from nev.common.signals import handle_sigterm
     from nev.data.prepare.quickstart import draw_missing_splits
     from nev.embed.captions import embed_captions
     from nev.train.experiment import run_experiment
 
-    begin_to_connect()  # Ray starts while this process draws
-    with console.status(f"drawing {train + val:,} captioned pictures"):
-        drawn = draw_missing_splits(config.data, train, val, config.seed)
-    if drawn:
-        console.print(f"captioned pictures drawn: {train:,} to train on, {val:,} to score on", soft_wrap=True)
-    connect()
-    splits = [split for split in (config.data.train, config.data.val) if split]
-    embed_captions(splits, config.data.columns, config.text, console)
-    return run_experiment(config, console)
+    with handle_sigterm():
+        with connecting(), console.status(f"drawing {train + val:,} captioned pictures"):
+            drawn = draw_missing_splits(config.data, train, val, config.seed)
+        if drawn:
+            console.print(f"captioned pictures drawn: {train:,} to train on, {val:,} to score on", soft_wrap=True)
+        splits = [split for split in (config.data.train, config.data.val) if split]
+        embed_captions(splits, config.data.columns, config.text, console)
+        return run_experiment(config, console)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,8 @@ from rich.markup import escape
 
 from nev.cluster.metrics import Instruments
 from nev.cluster.session import connect, seconds_to_stop
-from nev.cluster.warm_up import begin_to_connect
+from nev.cluster.warm_up import connecting
+from nev.common.signals import handle_sigterm
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.file import to_yaml
@@ -29,7 +30,7 @@ from nev.train.driver.early_stopping import EarlyStopping
 from nev.train.driver.launcher import run_workers
 from nev.train.driver.metrics import MetricsCallback, MetricsLogger, make_callbacks, open_tracking
 from nev.train.driver.monitor import TrainMonitor
-from nev.train.driver.preflight import Prepared, check_object_store, inputs_are_there, prepare
+from nev.train.driver.preflight import Prepared, check_object_store, prepare, sets_are_there
 from nev.train.driver.run_metrics import RunMetrics, checkpoint_time, export_cost
 from nev.train.driver.setup import describe_run
 from nev.train.driver.step_progress import StepProgress
@@ -83,12 +84,11 @@ def run_experiment(
     from nev.models.lock import check_locked, take_lock
     from nev.models.text import load_text
 
-    if inputs_are_there(config):
-        begin_to_connect()  # Ray starts while this process loads and checks the rest
-    prepared = prepare(config, stop_after)
-    connect()
-    check_object_store(prepared.job)
-    with ExitStack() as stack:
+    with handle_sigterm(), ExitStack() as stack:
+        with connecting() if sets_are_there(config) else nullcontext():
+            prepared = prepare(config, stop_after)
+        connect()
+        check_object_store(prepared.job)
         # The mailbox comes before MLflow: another driver may train this run.
         mailbox = stack.enter_context(open_mailbox(prepared.job.run))
         if list_steps(prepared.job.run) != prepared.steps:  # another driver has trained this run in the meantime

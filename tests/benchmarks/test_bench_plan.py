@@ -15,12 +15,12 @@ from nev.planner.local import shared_cores_step_s
 
 
 def test_core_seconds_add_up() -> None:
-    """100 images of 10 + 5 core-ms on 2 cores, and 50 ms of collectives."""
-    assert shared_cores_step_s(100, 2, 0.01, 0.005, 0.05) == pytest.approx(0.8)
+    """100 images of 10 + 5 core-ms and 4 blocks of 100 on 2 cores, and 50 ms of collectives."""
+    assert shared_cores_step_s(100, 2, 0.01, 0.005, 4, 0.1, 0.05) == pytest.approx(1.0)
 
 
 def test_plan_reports_how_far_it_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Contestants that answer at once: a bare loop of 400 images/s, decoding of 1,000 a core, 10 ms of all-reduce."""
+    """Contestants that answer at once: bare loops of 400 images/s, 1,000 decoded a core, 50 blocks/s, 10 ms of all-reduce."""
     config = make_experiment(tmp_path, workers={"count": 2}, train={"global_batch": 16, "steps": 1})
 
     def answer(contestant: object, *arguments: object) -> float:
@@ -39,8 +39,9 @@ def test_plan_reports_how_far_it_is_off(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     plan.main(steps=10, pictures=512, repetitions=1, results=tmp_path)
     written = json.loads((tmp_path / "plan_vs_measured.json").read_text())
-    alone = 1 / ((2 / 400 + 1 / 1000) / 2)
-    both = 16 / (16 * (1 / 400 + 1 / 1000) / 2 + 0.01)
+    blocks = 16 // config.data.block_rows * 2 / 50
+    alone = 16 / ((16 * (2 / 400 + 1 / 1000) + blocks) / 2)
+    both = 16 / ((16 * (1 / 400 + 1 / 1000) + blocks) / 2 + 0.01)
     assert written["figures"]["w1_predicted_images_per_s"] == pytest.approx(alone, rel=1e-3)
     assert written["figures"]["w2_predicted_images_per_s"] == pytest.approx(both, rel=1e-3)
     assert written["figures"]["off_share"] == pytest.approx(max(abs(alone / 300 - 1), abs(both / 250 - 1)), rel=1e-3)

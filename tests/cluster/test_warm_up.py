@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
 
+import psutil
 import pytest
+
+from nev.cluster import warm_up
+from nev.config.experiment import Experiment
+from nev.config.file import to_yaml
+
+ROOT = Path(__file__).parents[2]
 
 # The task of an actor in Ray Train's environment, as the tasks of a stream are: it says what its process had imported before.
 SCRIPT = """
 import sys, time
-from nev.cluster.session import connect
-from nev.cluster.warm_up import begin_to_connect
+from nev.cluster.warm_up import connecting
 
-begin_to_connect()
-connect()
+with connecting():
+    pass
 import ray
-from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from nev.cluster.ray_internals import controller_environment
 
 @ray.remote(num_cpus=1)
 def imported():
@@ -28,8 +41,7 @@ class Controller:
     def run(self):
         return ray.get(imported.remote())
 
-environment = get_env_vars_to_propagate() | {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}
-controller = Controller.options(runtime_env={"env_vars": environment}).remote()
+controller = Controller.options(runtime_env={"env_vars": controller_environment()}).remote()
 limit = time.monotonic() + 60
 while (found := ray.get(controller.run.remote())) != ["torch", "nev.data.stream"] and time.monotonic() < limit:
     time.sleep(0.5)
@@ -37,23 +49,99 @@ print(found, sorted(actor["name"] for actor in ray.util.list_named_actors(all_na
 """
 
 
+def outside_of_ray(**more: str) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_ADDRESS")} | more
+
+
 @pytest.mark.ray
 def test_the_tasks_of_a_stream_find_their_imports() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    env = outside_of_ray(RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="1")  # which Ray Train hands on
+    run = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, timeout=120)
     assert run.stdout.splitlines()[-1:] == [
         "['torch', 'nev.data.stream'] ['AutoscalingCoordinator', 'datasets_stats_actor']"
     ], run.stdout + run.stderr
 
 
-@pytest.mark.ray
-def test_a_connected_process_starts_nothing(ray_cluster: None) -> None:
-    import threading
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    for name in ("start_task_processes", "start_actors"):
+        monkeypatch.setattr(warm_up, name, lambda: None)
+    return monkeypatch
 
-    from nev.cluster.warm_up import begin_to_connect
 
+def test_an_error_of_the_start_is_raised_once(no_ray: pytest.MonkeyPatch) -> None:
+    tries: list[int] = []
+
+    def connect() -> None:
+        tries.append(1)
+        raise ConnectionError("no cluster there")
+
+    no_ray.setattr(warm_up, "connect", connect)
+    with pytest.raises(ConnectionError, match="no cluster there"), warm_up.connecting():
+        assert threading.current_thread() is threading.main_thread()
+    assert len(tries) == 1
+
+
+def test_an_error_of_the_body_waits_for_the_start(no_ray: pytest.MonkeyPatch) -> None:
+    over: list[int] = []
+
+    def connect() -> None:
+        time.sleep(0.5)
+        over.append(1)
+
+    no_ray.setattr(warm_up, "connect", connect)
+    with pytest.raises(ValueError, match="no such set"), warm_up.connecting():
+        raise ValueError("no such set")
+    assert over, "this process ends while Ray starts"
+
+
+def test_a_connected_process_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    for name in ("connect", "start_task_processes", "start_actors"):
+        monkeypatch.setattr(warm_up, name, lambda: pytest.fail("started"))
     before = threading.active_count()
-    begin_to_connect()
-    assert threading.active_count() == before
+    with warm_up.connecting():
+        assert threading.active_count() == before
+
+
+def of_run(mark: str) -> list[psutil.Process]:
+    """The processes that have the mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("NEV_TEST_MARK") == mark:
+                found.append(process)
+    return found
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [(signal.SIGTERM, 143, "stopped by SIGTERM"), (signal.SIGINT, 130, "interrupted."), (None, 2, "error: ")],
+)
+def test_a_run_that_ends_while_ray_starts_leaves_no_process(
+    number: signal.Signals | None, status: int, said: str, tiny: Callable[..., Experiment], tmp_path: Path
+) -> None:
+    config = tiny(eval__best="top-2") if number is None else tiny()
+    (tmp_path / "tiny.yaml").write_text(to_yaml(config))
+    mark = uuid.uuid4().hex
+    command = [sys.executable, str(ROOT / "pipelines/train.py"), "--config", "tiny.yaml"]
+    run = subprocess.Popen(
+        command, cwd=tmp_path, env=outside_of_ray(NEV_TEST_MARK=mark), stderr=subprocess.PIPE, text=True
+    )
+    try:
+        limit = time.monotonic() + 60
+        while len(of_run(mark)) < 2 and time.monotonic() < limit:
+            time.sleep(0.05)
+        assert len(of_run(mark)) >= 2, "Ray does not start while the driver checks"
+        if number:
+            run.send_signal(number)
+        errors = run.communicate(timeout=60)[1]
+    finally:
+        run.kill()
+    assert run.returncode == status, errors
+    assert said in errors
+    assert "Traceback" not in errors
+    assert not psutil.wait_procs(of_run(mark), timeout=15)[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 from dataclasses import dataclass
@@ -27,14 +28,15 @@ AHEAD = 4 * 2  # four blocks for each of the two CPUs; more than two steps of tw
 
 
 def counting_reader(folder: Path, count: int) -> BlockReader:
-    """A reader that leaves a file in `folder/read` for every block that it reads, in whatever process."""
+    """A reader that leaves a file in `folder/read` for every block that it reads: the scheduling class of the process."""
 
     @dataclass(frozen=True)
     class Counting(BlockReader):
         log: str = ""
 
         def read(self, segments: list[Segment], epoch: int, pictures: NDArray[np.uint8] | None = None) -> Block:
-            Path(self.log, f"{epoch}-{segments[0].group}-{segments[0].start}").touch()
+            name = f"{epoch}-{segments[0].group}-{segments[0].start}"
+            Path(self.log, name).write_text(str(os.sched_getscheduler(0)))
             return super().read(segments, epoch, pictures)
 
     (folder / "read").mkdir()
@@ -42,6 +44,17 @@ def counting_reader(folder: Path, count: int) -> BlockReader:
     index = build_index(str(folder), Columns())
     write_sidecar(index, 0, KEY, WIDTH, encode)
     return Counting(index, 8, Limits(), 5, None, KEY, WIDTH, log=str(folder / "read"))
+
+
+def test_decoding_leaves_the_cpu_to_training(ray_cluster: None, tmp_path: Path) -> None:
+    from nev.data.stream import make_stream
+
+    reader = counting_reader(tmp_path, 24)
+    stream = make_stream(reader, Plan(reader.index.rows, 9, global_batch=8, block_rows=4), 0, 3)
+    assert sum(1 for _ in stream.iter_batches(batch_size=None)) == 6
+    classes = [int(file.read_text()) for file in (tmp_path / "read").iterdir()]
+    assert set(classes) == {os.SCHED_IDLE}
+    assert os.sched_getscheduler(0) != os.SCHED_IDLE
 
 
 @pytest.mark.parametrize(

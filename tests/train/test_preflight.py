@@ -50,10 +50,10 @@ def test_a_bug_is_no_finding() -> None:
         1 / 0  # noqa: B018
 
 
-def test_all_that_is_wrong_is_told_before_ray_starts(
+def test_without_its_sets_a_run_names_all_that_is_wrong_and_starts_no_ray(
     tiny: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for name in ("begin_to_connect", "connect"):
+    for name in ("connecting", "connect"):
         monkeypatch.setattr(f"nev.train.experiment.{name}", lambda: pytest.fail("Ray was started"))
     monkeypatch.setattr("ray.is_initialized", lambda: False)  # though another test may have started one
     config = tiny(

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from nev.cluster.ray_internals import (
+    call_in_workers,
     find_root_error,
     first_cause,
     remove_leaked_placement_groups,
@@ -116,13 +117,12 @@ def ray_trainer(job: Job, streams: Callable[[], Any], mailbox: Any, folder: str)
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from nev.data.stream import RoundRobinSplit
-    from nev.train.worker.blocks import FetchFirst
+    from nev.train.worker.blocks import start_fetching
 
     workers = job.config.workers
     # Ray's stubs are those of an older version, which has fewer arguments.
     scaling: Any = ray.train.ScalingConfig
     failing: Any = ray.train.FailureConfig
-    fetch_first: Any = FetchFirst(job)
     return TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "mailbox": mailbox},
@@ -136,7 +136,7 @@ def ray_trainer(job: Job, streams: Callable[[], Any], mailbox: Any, folder: str)
         run_config=ray.train.RunConfig(
             name=f"attempt-{int(time.time())}",
             storage_path=folder,
-            callbacks=[fetch_first],
+            callbacks=[call_in_workers(start_fetching)],
             failure_config=failing(workers.max_failures, controller_failure_limit=START_TRIES - 1),
         ),
         datasets={"train": streams},

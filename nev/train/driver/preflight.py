@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nev.cluster.session import cluster_cpus, cluster_gpus, may_grow
-from nev.common.errors import ErrorCollector, NevError
+from nev.common.errors import ErrorCollector
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment, Workers
 from nev.config.model import refuse_widths
@@ -27,6 +27,7 @@ from nev.runs.manifest import latest_valid, list_steps
 from nev.runs.metrics_log import load_mlflow_run_id
 from nev.runs.tracking import local_artifacts, tracking_uri
 from nev.runs.tracking_check import check_tracking
+from nev.storage.files import filesystem, is_local
 from nev.train.core.schedule import check_schedule
 from nev.train.driver.same_run import choose_checkpoint
 from nev.train.driver.setup import (
@@ -68,16 +69,10 @@ class Prepared(NamedTuple):
     prices: Prices | None
 
 
-def inputs_are_there(config: Experiment) -> bool:
-    """Whether the run's folder and its sets can be read, which one sees in an instant. `prepare` says what is wrong."""
-    config = with_absolute_paths(config)
-    try:
-        check_output(config)
-        for location in filter(None, (config.data.train, config.data.val)):
-            build_index(location, config.data.columns)
-    except NevError:
-        return False
-    return True
+def sets_are_there(config: Experiment) -> bool:
+    """Whether `data.train` and `data.val` are folders, as far as one sees without storage. `prepare` says what is wrong."""
+    places = [filesystem(location) for location in (config.data.train, config.data.val) if location]
+    return all(fs.isdir(path) for fs, path in places if is_local(fs))
 
 
 def prepare(config: Experiment, stop_after: int | None = None) -> Prepared:

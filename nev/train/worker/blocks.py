@@ -7,8 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import ray
 import ray.train
-from ray.train.v2._internal.execution.callback import WorkerCallback
 
+from nev.cluster.ray_internals import current_loop_config
 from nev.data.block import Block
 from nev.data.plan import Plan
 from nev.train.job import Job, row_bytes
@@ -16,20 +16,14 @@ from nev.train.job import Job, row_bytes
 _started: list[tuple[Future[Block | None], Iterator[Block]]] = []
 
 
-class FetchFirst(WorkerCallback):
-    """Lets every worker fetch its first block while it imports torch, meets the other workers and builds the model."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-
-    def after_init_train_context(self) -> None:
-        """Ray Train calls this in a worker before anything else of the training."""
-        blocks = iterate_blocks(self.job)
-        _started.append((ThreadPoolExecutor(1).submit(next, blocks, None), blocks))
+def start_fetching() -> None:
+    """Fetch this rank's first block in a thread, while the process imports torch, meets the other ranks and builds the model."""
+    blocks = iterate_blocks(current_loop_config()["job"])
+    _started.append((ThreadPoolExecutor(1).submit(next, blocks, None), blocks))
 
 
 def started_blocks() -> Iterator[Block]:
-    """This rank's blocks, in order, from the first one that `FetchFirst` fetches."""
+    """This rank's blocks, in order. The first one is what `start_fetching` fetches."""
     first, blocks = _started.pop()
     block = first.result()
     if block is not None:
