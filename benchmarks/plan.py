@@ -3,8 +3,8 @@
 make bench NAME=plan
 python benchmarks/plan.py --steps 40 --repetitions 1
 
-A prediction is made of parts that are measured without each other: core-seconds of an image in a bare loop and in the reader, of
-an empty block in nev's stream, and an all-reduce of the gradients. The run is `nev train` itself.
+A prediction is made of parts that are measured without each other: the training processes without Ray, core-seconds of an image
+in the reader, and of an empty block in nev's stream. The run is `nev train` itself.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -27,17 +26,17 @@ from nev.config.experiment import Experiment
 CONFIG = Path(__file__).parents[1] / "configs/quickstart.yaml"
 WITHIN = 0.15  # what a prediction may be off by
 NOTES = (
-    "predicted: B / ((B (a + d) + b o) / cores + c): a core-seconds of an image in bare loops, one for each worker at the same "
-    "time, with a thread for each of its cores; d in the reader; b blocks of a step, and o core-seconds of an empty block in "
-    "nev's stream; c seconds of an all-reduce of the gradients by gloo (nev.planner.local). measured: `nev train`, after a fifth of "
-    "the steps. off: |predicted / measured - 1|, the larger of one and of two workers.",
+    "predicted: B / (t + (B d + b o) / W): t seconds of a step of nev's training processes without Ray, their blocks in "
+    "memory, collectives by gloo; d core-seconds of an image in the reader; b blocks of a step, and o core-seconds of an empty "
+    "block in nev's stream (nev.planner.local). measured: `nev train`, after a fifth of the steps. off: |predicted / measured - "
+    "1|, the larger of one and of two workers.",
     "coordinator: nev's stream with blocks of one byte into two consumers; executor, tasks and consumers share the cores, so a "
     "head of its own gives more.",
 )
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=10, help="Steps of a run, and of the bare loop.")] = 200,
+    steps: Annotated[int, typer.Option(min=10, help="Steps of a run, and of a training without Ray.")] = 200,
     pictures: Annotated[int, typer.Option(min=512, help="Pictures that are drawn.")] = 8192,
     repetitions: Annotated[int, typer.Option(min=1, help="Rounds.")] = 3,
     results: Annotated[
@@ -102,34 +101,17 @@ def measured(run: Callable[[Experiment, int], object], config: Experiment, steps
 def predict(config: Experiment, steps: int) -> float:
     """Images a second by parts that are measured one by one."""
     from benchmarks.contestants import planned
-    from benchmarks.contestants.bare_loop import bare_loop
     from benchmarks.contestants.processes import in_own_process
     from nev.planner.local import shared_cores_step_s
-    from nev.train.capacity import collectives
 
-    cores, world, batch = os.cpu_count() or 1, config.workers.least, config.train.global_batch
-    threads = max(1, cores // world)
-    local = config.train.model_copy(update={"global_batch": batch // world})
-    rank = config.model_copy(update={"train": local, "workers": config.workers.model_copy(update={"count": 1})})
-    with ThreadPoolExecutor(world) as pool:
-        loops = [pool.submit(in_own_process, bare_loop, rank, steps, True, threads) for _ in range(world)]
-        images_s = sum(loop.result() for loop in loops)
+    cores, batch = os.cpu_count() or 1, config.train.global_batch
+    trained = in_own_process(planned.train_images_s, config, steps)
     decoded = in_own_process(planned.decode_core_images_s, config, 3.0)
     blocks_s = in_own_process(planned.coordinator_blocks_s, 2, 10)
-    sent = sum(each.nbytes for each in collectives(config, text_width(config)))
-    collective_s = in_own_process(planned.all_reduce_s, sent, world)
     blocks = batch // config.data.block_rows
-    step_s = shared_cores_step_s(
-        batch, cores, threads * world / images_s, 1 / decoded, blocks, cores / blocks_s, collective_s
+    return batch / shared_cores_step_s(
+        batch / trained, config.workers.least, batch, 1 / decoded, blocks, cores / blocks_s
     )
-    return batch / step_s
-
-
-def text_width(config: Experiment) -> int:
-    """Width of a text vector."""
-    from nev.models import text
-
-    return text.text_width(config.text)
 
 
 def off_shares(figures: dict[str, list[float]]) -> list[float]:

@@ -1,9 +1,10 @@
-"""What a prediction of a run on this machine is made of, each measured without the others: a core's training, a core's
-decoding, an all-reduce between processes; and what the coordinator of a stream hands out.
+"""What a prediction of a run on this machine is made of, each measured without the others: the training processes, a core's
+decoding, and what the coordinator of a stream hands out.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 import time
@@ -15,9 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from benchmarks.contestants.processes import warm_up_steps
+from benchmarks.contestants.ray_job import summed
 from nev.config.experiment import Experiment
-
-WARM_UP = 3  # all-reduces that no time counts
 
 
 def decode_core_images_s(config: Experiment, seconds: float) -> float:
@@ -39,28 +40,57 @@ def decode_core_images_s(config: Experiment, seconds: float) -> float:
     return rows / (time.perf_counter() - begin)
 
 
-def all_reduce_s(nbytes: int, world: int, repetitions: int = 20) -> float:
-    """Seconds of an all-reduce of float32 between processes of this machine, by gloo."""
-    if world == 1:
-        return 0.0
+def train_images_s(config: Experiment, steps: int) -> float:
+    """Images a second of nev's training processes without Ray, each with its blocks in memory; collectives by gloo."""
+    world = config.workers.least
     with tempfile.TemporaryDirectory() as folder:
         results = mp.get_context("spawn").SimpleQueue()
-        mp.spawn(_all_reduce, (world, nbytes, repetitions, f"file://{folder}/store", results), world)
+        train = config.train.model_copy(update={"log_every": max(1, steps // 20)})
+        alone = config.model_copy(update={"output": folder, "train": train})
+        mp.spawn(_train_rank, (world, steps, alone, f"file://{folder}/store", results), world)
         return float(results.get())
 
 
-def _all_reduce(rank: int, world: int, nbytes: int, repetitions: int, store: str, results: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    numbers = torch.zeros(nbytes // 4)
-    begin = 0.0
-    for repetition in range(WARM_UP + repetitions):
-        if repetition == WARM_UP:
-            begin = time.perf_counter()
-        dist.all_reduce(numbers)
+def _train_rank(rank: int, world: int, steps: int, config: Experiment, store: str, results: Any) -> None:
+    from nev.models.precision import choose_precision
+    from nev.models.text import load_text
+    from nev.train.driver.preflight import check_inputs
+    from nev.train.driver.setup import make_job, make_reader
+    from nev.train.messages import Metrics
+    from nev.train.worker.loop import train
+    from nev.train.worker.state import RankContext, load_model, make_train_state
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    if world > 1:
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    text, cpu = load_text(config.text), torch.device("cpu")
+    inputs = check_inputs(config, text)
+    job, reader = make_job(config, text, inputs, steps), make_reader(config, text, inputs.index)
+    context = RankContext(rank, world, cpu, choose_precision(config.train.precision, cpu))
+    state, start = make_train_state(load_model(job, context, 0), job, context)
+    own = [
+        _read(reader, job.plan, number) for step in range(steps) for number in job.plan.rank_blocks(step, rank, world)
+    ]
+    windows: list[Metrics] = []
+
+    def note(event: object) -> None:
+        if isinstance(event, Metrics) and "images_per_s" in event.metrics:
+            windows.append(event)
+
+    train(job, context, state, start, iter(own), note)
     if rank == 0:
-        results.put((time.perf_counter() - begin) / repetitions)
-    dist.destroy_process_group()
+        ends = [window.step for window in windows]
+        rates = [window.metrics["images_per_s"] for window in windows]
+        waits = [window.metrics["data_wait_share"] for window in windows]
+        results.put(summed(ends, rates, waits, config.train.global_batch, warm_up_steps(steps)).images_per_s)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def _read(reader: Any, plan: Any, number: int) -> dict[str, Any]:
+    block: dict[str, Any] = reader.read(plan.segments(number), plan.epoch_of(number))
+    block["block"] = np.full(len(block["valid"]), number, np.int64)
+    return block
 
 
 @dataclass

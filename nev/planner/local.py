@@ -1,23 +1,16 @@
-"""A machine without GPUs: training and decoding share its cores, so their core-seconds add up."""
+"""A machine without GPUs: training and decoding share its cores, so their times add up."""
 
 from __future__ import annotations
 
 
 def shared_cores_step_s(
-    batch: int,
-    cores: int,
-    train_core_s: float,
-    decode_core_s: float,
-    blocks: int,
-    block_core_s: float,
-    collective_s: float,
+    train_s: float, workers: int, batch: int, decode_core_s: float, blocks: int, block_core_s: float
 ) -> float:
-    """Seconds of a step of W ranks on one machine whose cores are all busy.
+    """Seconds of a step on one machine whose cores are all busy, each with a thread of one of W workers.
 
-    batch: images of a step, over all ranks.
-    train_core_s, decode_core_s: core-seconds of an image. The number of ranks does not change them.
-    blocks: of a step. block_core_s: core-seconds that Ray takes to make a block and to hand it on.
-    collective_s: of a step; nothing is hidden, since the cores that send are those that compute.
+    train_s: of the step, its collectives included, where the blocks are in memory.
+    workers: W. The threads of a worker wait for each other: a core that one of them loses to decoding is lost to all of them.
+    batch: images of the step, over all workers. decode_core_s: core-seconds of an image.
+    blocks: of the step. block_core_s: core-seconds that Ray takes to make a block and to hand it on.
     """
-    core_s = batch * (train_core_s + decode_core_s) + blocks * block_core_s
-    return core_s / cores + collective_s
+    return train_s + (batch * decode_core_s + blocks * block_core_s) / workers
