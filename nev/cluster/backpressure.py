@@ -110,20 +110,19 @@ class IdleSleep(ExecutionCallback):
 
 
 def let_training_go_first() -> None:
-    """Let this process run only where no other wants the CPU. On Linux alone; other systems have no such class of processes.
+    """Let this thread, and those that it starts, run only where nothing else wants the CPU. Linux alone has such a class.
 
-    A decoding task would interrupt a training process for milliseconds, while its other threads and the other ranks wait. Where
-    blocks are scarce, training waits for them, and decoding has the CPU.
+    A decoding task would interrupt a training process for milliseconds, while the other threads of that process, and the other
+    ranks, wait. Where blocks are scarce, training waits for them, and decoding has the CPU.
     """
     if hasattr(os, "SCHED_IDLE"):
-        with suppress(PermissionError):  # a sandbox may forbid the call
+        with suppress(OSError):  # a sandbox may refuse the call
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 @functools.lru_cache(maxsize=4)
 def load_from_store(reference: ray.ObjectRef[Any]) -> Any:
     """Load an object (a reader and a plan) once per process. The process then keeps open files and the order of the epoch."""
-    let_training_go_first()
     import_uninterrupted("torch")
     import torch
 

@@ -11,7 +11,7 @@ import re
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from nev.common.errors import NevError
@@ -54,8 +54,8 @@ class NodeRequests(NamedTuple):
 
     coming: node types with the number of nodes that start now.
     failed: node types that could not be started, with the reason of the cloud.
-    impossible: whether no node type has room for the placement group that was asked about.
-    autoscaler: whether the head has an autoscaler of version 2, which has looked at the cluster at least once.
+    impossible: whether no node type has room for any of the placement groups in question.
+    autoscaler: whether an autoscaler of version 2 has started a node of this cluster, or says that it cannot.
     """
 
     coming: dict[str, int]
@@ -64,10 +64,10 @@ class NodeRequests(NamedTuple):
     autoscaler: bool
 
 
-def read_node_requests(placement_group: str) -> NodeRequests:
+def read_node_requests(placement_groups: Sequence[str]) -> NodeRequests:
     """Ask the autoscaler (version 2) of the connected cluster.
 
-    placement_group: its id, in hex. Where the head does not answer, nothing comes, nothing fails and nothing is impossible.
+    placement_groups: their ids, in hex. Where the head does not answer, nothing comes, nothing fails and nothing is impossible.
     """
     import ray
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
@@ -85,7 +85,8 @@ def read_node_requests(placement_group: str) -> NodeRequests:
     for node in state.pending_instances:
         coming[node.ray_node_type_name] += 1
     failed = {request.ray_node_type_name: request.reason for request in state.failed_instance_requests}
-    impossible = any(placement_group in request.details for request in state.infeasible_gang_resource_requests)
+    details = [request.details for request in state.infeasible_gang_resource_requests]
+    impossible = all(any(group in text for text in details) for group in placement_groups)
     return NodeRequests(dict(coming), failed, impossible, state.autoscaler_state_version > 0)
 
 

@@ -15,65 +15,66 @@ from nev.cluster.ray_internals import NodeRequests, read_node_requests
 POLL_S = 1.0
 QUIET_S = 3.0  # no word about a wait that is shorter
 DOUBT_S = 8.0  # after which an autoscaler that says "impossible" knows all nodes
+LONE_DOUBT_S = 30.0  # after which a cluster without an autoscaler of version 2 is taken for what it is
 
 
 def wait_for_room(
-    bundles: Sequence[dict[str, float]],
+    gangs: Sequence[Sequence[dict[str, float]]],
     tell: Callable[[str], None],
     warn: Callable[[str], None],
     stop_requested: Callable[[], bool],
     remedy: str,
 ) -> bool:
-    """Wait until the connected cluster has room for all `bundles` at a time. Returns False where a stop ended the wait.
+    """Wait until the connected cluster has room for all gangs at a time. Returns False where a stop ended the wait.
 
-    bundles: resources, each on a node.
-    tell: called every second with what is waited for. warn: called once if no node type has the room; the wait goes on, as
-        another run may end, and nodes may be added. remedy: what else may help, for that warning.
+    gangs: bundles of resources, each on a node. An autoscaler starts nodes for a whole gang or for none of it.
+    tell: called every second with what is waited for. warn: called once for each reason why the room may never come; the wait
+        goes on, as another run may end, and nodes may be added. remedy: what else may help, for that warning.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    group = placement_group(list(bundles))
-    begin, warned = time.time(), False
+    bundles = [bundle for gang in gangs for bundle in gang]
+    groups = [placement_group(list(gang)) for gang in gangs]
+    begin, reasons = time.time(), set[str]()
     try:
-        while not group.wait(POLL_S):
+        while not all(group.wait(POLL_S) for group in groups):
             if stop_requested():
                 return False
             waited = time.time() - begin
             if waited < QUIET_S:
                 continue
-            requests = read_node_requests(group.id.hex())
+            requests = read_node_requests([group.id.hex() for group in groups])
             text = describe_wait(bundles, begin, requests)
             tell(text)
-            reason = why_impossible(bundles, requests) if waited > DOUBT_S and not warned else ""
-            if reason:
-                warned = True
+            reason = why_impossible(bundles, requests, waited)
+            if reason and reason not in reasons:
+                reasons.add(reason)
                 warn(
                     f"{text}. {reason}: {remedy}, add such nodes, or wait for other jobs (`ray status` on the head shows both)"
                 )
         return True
     finally:
-        remove_placement_group(group)
+        for group in groups:
+            remove_placement_group(group)
 
 
-def why_impossible(bundles: Sequence[dict[str, float]], requests: NodeRequests) -> str:
-    """Why no wait brings the room for all `bundles`; "" where one may."""
-    if requests.impossible:
+def why_impossible(bundles: Sequence[dict[str, float]], requests: NodeRequests, waited: float) -> str:
+    """Why the cluster may never have the room for all `bundles`; "" where nothing says so. waited: in seconds."""
+    if requests.impossible and waited > DOUBT_S:
         return "No node type of this cluster has, or may still start, nodes with that room"
-    if not (requests.autoscaler or could_fit(bundles, list_totals())):
+    if not requests.autoscaler and waited > LONE_DOUBT_S and not could_fit(bundles, list_totals()):
         return "The nodes of this cluster have no such room, and no autoscaler of version 2 starts others"
     return ""
 
 
 def could_fit(bundles: Sequence[dict[str, float]], nodes: Sequence[Mapping[str, float]]) -> bool:
     """Whether `nodes` would have room for `bundles` if nothing else ran, as far as sums and single bundles say."""
-    needed: Counter[str] = Counter()
+    needed, total = Counter[str](), Counter[str]()
     for bundle in bundles:
         needed.update(bundle)
-    there: Counter[str] = Counter()
     for node in nodes:
-        there.update(node)
-    alone = all(any(fits(bundle, node) for node in nodes) for bundle in bundles)
-    return alone and fits(needed, there)
+        total.update(node)
+    return fits(needed, total) and all(any(fits(bundle, node) for node in nodes) for bundle in bundles)
 
 
 def fits(bundle: Mapping[str, float], room: Mapping[str, float]) -> bool:

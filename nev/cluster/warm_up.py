@@ -29,30 +29,34 @@ def connecting() -> Iterator[None]:
     threading.Thread(target=_connect_and_stay, args=(connected,), name="nev-ray", daemon=True).start()
     try:
         yield
+        connected.result()
     finally:
         wait([connected])
-    connected.result()
 
 
 def _connect_and_stay(connected: Future[None]) -> None:
-
     try:
+        import ray.data  # noqa: F401 - a second's work, which belongs before the start
+
         connect()
-        if not may_grow():
-            start_task_processes()
-        start_actors()
     except BaseException as error:  # noqa: BLE001 - the main thread raises it
         connected.set_exception(error)
         return
-    connected.set_result(None)
+    try:
+        if not may_grow():
+            start_task_processes()
+        start_actors()
+        connected.set_result(None)
+    except BaseException as error:  # noqa: BLE001
+        connected.set_exception(error)
     threading.Event().wait()  # Linux would kill Ray's processes at the end of the thread that has started them
 
 
 def start_task_processes() -> None:
     """Start processes on this machine that import what the tasks of a stream need, some seconds' work. Returns at once.
 
-    Ray keeps as many idle processes as the machine has CPUs. Ray gives a process to tasks of one environment alone: that of Ray
-    Train's controller, from which the tasks of a stream have it.
+    Ray keeps as many idle processes as the machine has CPUs. A process serves tasks of one environment. The tasks of a stream
+    have the environment of Ray Train's controller, so these tasks have it, too.
     """
     import ray
 

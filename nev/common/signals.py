@@ -35,4 +35,4 @@ def handle_sigterm(stop_requested: threading.Event | None = None) -> Iterator[No
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: a handler that Python does not know

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ray.data import DataContext, DataIterator, Dataset
 from ray.train import DataConfig
 
-from nev.cluster.backpressure import MAX_RETRIES, load_from_store, stream_context
+from nev.cluster.backpressure import MAX_RETRIES, let_training_go_first, load_from_store, stream_context
 from nev.cluster.decoders import place_decoding
 from nev.cluster.metrics import S3_BYTES, Instruments
 from nev.data.block import Block, BlockReader
@@ -55,6 +55,7 @@ def read_block(numbers: Any, source: list[ray.ObjectRef[Any]], first: int, run: 
     """The Ray Data task: one block number in, the rows of that block out."""
     if len(numbers["id"]) != 1:
         raise RuntimeError(f"a task got {len(numbers['id'])} block numbers, not one: blocks would not be R rows")
+    let_training_go_first()
     reader, plan = load_from_store(source[0])
     number = first + int(numbers["id"][0])
     block: Block = reader.read(plan.segments(number), plan.epoch_of(number), _block_memory(source[0], plan.block_rows))

@@ -60,8 +60,7 @@ def embed_captions(
     begin = time.perf_counter()
     if not wanted and may_grow():
         console.print("no GPU is up: embedding on CPUs (--gpus N asks the cluster for some)", highlight=False)
-    if wanted:
-        wait_for_gpu(wanted, console)
+    wait_for_gpu(min(wanted, len(missing)), console)
     captions = done = 0
     with progress(console) as update:
 

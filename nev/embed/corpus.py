@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -267,7 +268,7 @@ def run_on_ray(
     gpus = choose_gpus(gpus)
     console.print(f"embedding on {f'{gpus} GPUs' if gpus else f'{cluster_cpus()} CPUs'}", highlight=False)
     if gpus:
-        wait_for_gpu(gpus, console)
+        wait_for_gpu(min(gpus, math.ceil(len(parts) / PROCESSES_A_GPU)), console)
         cpus, share, at_once = 0.0, 1 / PROCESSES_A_GPU, PROCESSES_A_GPU * gpus
     else:
         threads = max(1, min(cluster_cpus() // len(parts), most_cpus()))

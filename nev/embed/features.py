@@ -118,8 +118,6 @@ def embed_features(config: Experiment, console: Console, gpus: int | None = None
     warn_of_other_pixels(trunk, config, console)
     sets = list_feature_sets(config, trunk.fingerprint, trunk.shape)
     check_room(sets, console)
-    if chosen:
-        wait_for_gpu(chosen, console)
     try:
         return write_feature_sets(sets, make_spec(config, trunk), trunk.fingerprint, config.eval.batch, chosen, console)
     except RayError as error:  # a process of the cluster has died, or could not load the trunk
@@ -213,6 +211,7 @@ def write_feature_sets(
     if not work:
         return FeaturesWritten(trunk, 0, 0, 0, bad, 0.0)
     jobs = [EmbedJob(row_groups(each.index, shard), make_read(each, batch)) for each, shard in work]
+    wait_for_gpu(min(gpus, sum(len(job.units) for job in jobs)), console)
     with progress(console) as update:
 
         def show(more: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 
 from nev.cluster.session import cluster_gpus, may_grow
 from nev.cluster.waiting import wait_for_room
@@ -26,7 +27,12 @@ def choose_gpus(gpus: int | None) -> int:
 
 
 def wait_for_gpu(gpus: int, console: Console) -> None:
-    """Request `gpus` GPUs and wait until one is up. The console says since when, and which nodes start."""
+    """Where no GPU is up, request `gpus` GPUs and wait until one is up. The console says since when, and which nodes start.
+
+    gpus: those that have work; 0 requests nothing.
+    """
+    if not gpus or cluster_gpus():
+        return
 
     def print_line(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -34,9 +40,7 @@ def wait_for_gpu(gpus: int, console: Console) -> None:
     def warn(text: str) -> None:
         console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
-    if cluster_gpus():
-        return
     remedy = "lower --gpus, or leave it out to embed on CPUs"
     with console.status("") as status:
-        tell = status.update if console.is_terminal else throttle(print_line)
-        wait_for_room([{"GPU": 1.0}] * gpus, tell, warn, lambda: cluster_gpus() > 0, remedy)
+        tell = (lambda text: status.update(escape(text))) if console.is_terminal else throttle(print_line)
+        wait_for_room([[{"GPU": 1.0}]] * gpus, tell, warn, lambda: cluster_gpus() > 0, remedy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from nev.config.base import ConfigError
@@ -42,12 +43,16 @@ def check_writable(folder: str, setting: str) -> None:
     """
     probe = join(folder, f".probe-{uuid.uuid4().hex}")
     fs, path = filesystem(probe)
+    is_new = is_local(fs) and not Path(path).parent.exists()
     try:
         write_atomic(join(probe, "file"), b"nev")
         names = list_files(probe)
         fs.rm_file(f"{path}/file")
         if is_local(fs):
             fs.rmdir(path)
+        if is_new:  # a run that is refused leaves no folder
+            with suppress(OSError):  # another driver writes there already
+                Path(path).parent.rmdir()
     except storage_errors() as error:
         raise ConfigError(f"{setting} cannot be used: {error}. {output_remedy(error, path)}") from error
     if names != ["file"]:

@@ -79,6 +79,7 @@ def run_experiment(
     stop_after: a step before the run's end at which this start ends.
     tags: further tags of the MLflow run.
     on_metrics: called with the metrics of each step, in the monitor's thread.
+    SIGTERM ends the run with Stopped; a handler of the caller's comes back at the end.
     Raises a NevError for anything that the user can mend; before any training process is started where that is possible.
     """
     from nev.models.lock import check_locked, take_lock

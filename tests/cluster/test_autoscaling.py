@@ -74,7 +74,7 @@ begin, warned = time.monotonic(), []
 def warn(text):
     warned.append(text)
     print(time.monotonic() - begin, text)
-print(wait_for_room([{"GPU": 1.0}, {"CPU": 1.0}], print, warn, lambda: bool(warned), "ask for less"))
+print(wait_for_room([[{"GPU": 1.0}, {"CPU": 1.0}]], print, warn, lambda: bool(warned), "ask for less"))
 """
 
 
@@ -97,7 +97,7 @@ COME = """
 from nev.cluster.session import connect
 from nev.cluster.waiting import wait_for_room
 connect()
-print(wait_for_room([{"CPU": 1.0, "memory": 2.0 * 2**30}, {"CPU": 1.0}], print, print, lambda: False, "ask for less"))
+print(wait_for_room([[{"CPU": 1.0, "memory": 2.0 * 2**30}, {"CPU": 1.0}]], print, print, lambda: False, "ask for less"))
 """
 
 

@@ -45,11 +45,15 @@ def test_bundles_that_no_node_or_not_all_nodes_hold_are_impossible() -> None:
 def test_an_autoscaler_may_bring_what_the_nodes_lack(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waiting, "list_totals", lambda: [{"CPU": 2.0}])
     gpu = [{"GPU": 1.0}]
-    assert why_impossible(gpu, NOTHING) == ""
-    assert why_impossible(gpu, NOTHING._replace(impossible=True)).startswith("No node type of this cluster has")
+    late = waiting.LONE_DOUBT_S + 1
+    assert why_impossible(gpu, NOTHING, late) == ""
+    none_fits = NOTHING._replace(impossible=True)
+    assert why_impossible(gpu, none_fits, waiting.DOUBT_S + 1).startswith("No node type of this cluster has")
+    assert why_impossible(gpu, none_fits, waiting.DOUBT_S - 1) == "", "the autoscaler may not know all nodes yet"
     alone = NOTHING._replace(autoscaler=False)
-    assert why_impossible(gpu, alone).startswith("The nodes of this cluster have no such room, and no autoscaler")
-    assert why_impossible([{"CPU": 2.0}], alone) == "", "another job may end"
+    assert why_impossible(gpu, alone, late).startswith("The nodes of this cluster have no such room, and no autoscaler")
+    assert why_impossible(gpu, alone, waiting.DOUBT_S + 1) == "", "an autoscaler of version 1 may start nodes"
+    assert why_impossible([{"CPU": 2.0}], alone, late) == "", "another job may end"
 
 
 def test_the_line_of_a_wait() -> None:

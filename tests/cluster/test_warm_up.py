@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.contestants.processes import wait_for
 from nev.cluster import warm_up
 from nev.config.experiment import Experiment
 from nev.config.file import to_yaml
@@ -96,6 +97,20 @@ def test_an_error_of_the_body_waits_for_the_start(no_ray: pytest.MonkeyPatch) ->
     assert over, "this process ends while Ray starts"
 
 
+def test_ctrl_c_while_all_wait_for_the_start_waits_for_it(no_ray: pytest.MonkeyPatch) -> None:
+    over: list[int] = []
+
+    def connect() -> None:
+        time.sleep(1)
+        over.append(1)
+
+    no_ray.setattr(warm_up, "connect", connect)
+    threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt), warm_up.connecting():
+        pass
+    assert over, "this process ends while Ray starts"
+
+
 def test_a_connected_process_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     for name in ("connect", "start_task_processes", "start_actors"):
@@ -105,24 +120,24 @@ def test_a_connected_process_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         assert threading.active_count() == before
 
 
-def of_run(mark: str) -> list[psutil.Process]:
-    """The processes that have the mark in their environment."""
-    found = []
+def names_of_run(mark: str) -> list[str]:
+    """The names of the processes that have the mark in their environment."""
+    names = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get("NEV_TEST_MARK") == mark:
-                found.append(process)
-    return found
+                names.append(process.name())
+    return names
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "status", "said"),
+    ("number", "status", "message"),
     [(signal.SIGTERM, 143, "stopped by SIGTERM"), (signal.SIGINT, 130, "interrupted."), (None, 2, "error: ")],
 )
 def test_a_run_that_ends_while_ray_starts_leaves_no_process(
-    number: signal.Signals | None, status: int, said: str, tiny: Callable[..., Experiment], tmp_path: Path
+    number: signal.Signals | None, status: int, message: str, tiny: Callable[..., Experiment], tmp_path: Path
 ) -> None:
     config = tiny(eval__best="top-2") if number is None else tiny()
     (tmp_path / "tiny.yaml").write_text(to_yaml(config))
@@ -132,16 +147,13 @@ def test_a_run_that_ends_while_ray_starts_leaves_no_process(
         command, cwd=tmp_path, env=outside_of_ray(NEV_TEST_MARK=mark), stderr=subprocess.PIPE, text=True
     )
     try:
-        limit = time.monotonic() + 60
-        while len(of_run(mark)) < 2 and time.monotonic() < limit:
-            time.sleep(0.05)
-        assert len(of_run(mark)) >= 2, "Ray does not start while the driver checks"
+        wait_for(lambda: "gcs_server" in names_of_run(mark), 60, "a Ray that starts while the driver checks")
         if number:
             run.send_signal(number)
         errors = run.communicate(timeout=60)[1]
     finally:
         run.kill()
     assert run.returncode == status, errors
-    assert said in errors
+    assert message in errors
     assert "Traceback" not in errors
-    assert not psutil.wait_procs(of_run(mark), timeout=15)[1]
+    wait_for(lambda: not names_of_run(mark), 20, "the end of all processes")

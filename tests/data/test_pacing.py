@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import threading
@@ -55,6 +56,16 @@ def test_decoding_leaves_the_cpu_to_training(ray_cluster: None, tmp_path: Path) 
     classes = [int(file.read_text()) for file in (tmp_path / "read").iterdir()]
     assert set(classes) == {os.SCHED_IDLE}
     assert os.sched_getscheduler(0) != os.SCHED_IDLE
+
+
+def test_a_sandbox_without_that_class_decodes_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nev.cluster.backpressure import let_training_go_first
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    let_training_go_first()
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from nev.config.experiment import Experiment
 from nev.data.block import Block
 from nev.eval.evaluate import evaluate_checkpoint
 from nev.runs import checkpoint, manifest
-from nev.runs.folder import check_output
+from nev.runs.folder import check_output, run_folder
 from nev.runs.metrics_log import read_points
 from nev.runs.tracking import Tracker, open_run
 from nev.storage import s3 as s3_module
@@ -177,6 +177,15 @@ def test_the_probe_costs_three_requests_and_leaves_nothing(s3: Proxy, tiny: Make
     assert [method for method, _ in s3.seen] == ["PUT", "GET", "DELETE"]
     assert sum(s3.seen.values()) == 3
     assert filesystem(RUN)[0].find("bucket") == []
+
+
+def test_the_probe_leaves_a_local_output_as_it_was(tiny: Make, tmp_path: Path) -> None:
+    config = tiny(output=str(tmp_path / "runs"))
+    check_output(config)
+    assert not Path(run_folder(config)).exists()
+    (Path(run_folder(config)) / "checkpoints").mkdir(parents=True)
+    check_output(config)
+    assert [entry.name for entry in Path(run_folder(config)).iterdir()] == ["checkpoints"]
 
 
 def test_artifacts_on_s3_need_no_boto3(s3: Proxy, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

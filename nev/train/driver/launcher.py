@@ -56,7 +56,7 @@ def run_workers(job: Job, reader: BlockReader, mailbox: Any, monitor: TrainMonit
                 monitor.workers_left = False
                 if may_grow():
                     if not wait_for_room(
-                        needed_room(job.config), monitor.show_wait, monitor.warn, monitor.ends, LESS_ROOM
+                        [needed_room(job.config)], monitor.show_wait, monitor.warn, monitor.ends, LESS_ROOM
                     ):
                         if monitor.early_stopped.is_set():
                             break
