@@ -84,27 +84,26 @@ def test_an_error_of_the_start_is_raised_once(no_ray: pytest.MonkeyPatch) -> Non
     assert len(tries) == 1
 
 
-def test_an_error_of_the_body_waits_for_the_start(no_ray: pytest.MonkeyPatch) -> None:
-    over: list[int] = []
+@pytest.fixture
+def over(no_ray: pytest.MonkeyPatch) -> list[int]:
+    """Grows when a start of Ray, which takes a second, is over."""
+    starts: list[int] = []
 
     def connect() -> None:
-        time.sleep(0.5)
-        over.append(1)
+        time.sleep(1)
+        starts.append(1)
 
     no_ray.setattr(warm_up, "connect", connect)
+    return starts
+
+
+def test_an_error_of_the_body_waits_for_the_start(over: list[int]) -> None:
     with pytest.raises(ValueError, match="no such set"), warm_up.connecting():
         raise ValueError("no such set")
     assert over, "this process ends while Ray starts"
 
 
-def test_ctrl_c_while_all_wait_for_the_start_waits_for_it(no_ray: pytest.MonkeyPatch) -> None:
-    over: list[int] = []
-
-    def connect() -> None:
-        time.sleep(1)
-        over.append(1)
-
-    no_ray.setattr(warm_up, "connect", connect)
+def test_ctrl_c_while_all_wait_for_the_start_waits_for_it(over: list[int]) -> None:
     threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt), warm_up.connecting():
         pass
