@@ -144,17 +144,17 @@ def new_plan(index: Index) -> Plan:
 def new_seconds(index: Index) -> float:
     """Seconds of a new plan and its first block."""
     begin = time.perf_counter()
-    new_plan(index).segments(0)
+    new_plan(index).make_window(0)
     return time.perf_counter() - begin
 
 
 def block_microseconds(index: Index, blocks: int = 2000) -> float:
     """Microseconds a block, over the first and the last thousand of an epoch."""
     plan = new_plan(index)
-    plan.segments(0)
+    plan.make_window(0)
     begin = time.perf_counter()
     for block in (*range(blocks // 2), *range(plan.blocks_per_epoch - blocks // 2, plan.blocks_per_epoch)):
-        plan.segments(block)
+        plan.make_window(block)
     return (time.perf_counter() - begin) / blocks * 1e6
 
 
@@ -164,7 +164,7 @@ def peak_mib(index: Index) -> float:
     try:
         plan = new_plan(index)
         for epoch in range(3):
-            plan.segments(epoch * plan.blocks_per_epoch)
+            plan.make_window(epoch * plan.blocks_per_epoch)
         return (tracemalloc.get_traced_memory()[1] + plan.rows.nbytes) / MIB
     finally:
         tracemalloc.stop()

@@ -79,7 +79,7 @@ def preload(config: Experiment, wanted: int) -> tuple[Tensor, Tensor]:
     reader = dataclasses.replace(make_reader(config, load_text(config.text), index), augment=None)
     images, texts, count = [], [], 0
     for segments in sequential_blocks(reader.index.rows, int(reader.index.rows.max())):  # a row group at a time
-        block = reader.read(segments, epoch=0)
+        block = reader.read(segments)
         images.append(torch.from_numpy(block["image"][block["valid"]]))
         texts.append(torch.from_numpy(block["text"][block["valid"]]))
         count += len(images[-1])

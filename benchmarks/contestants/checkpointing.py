@@ -48,7 +48,7 @@ def steps_with_checkpoints(pictures: Path, every: int | None) -> Spent:
         job, reader = make_job(config, text, inputs), make_reader(config, text, inputs.index)
         me = RankContext(0, 1, torch.device("cpu"), choose_precision("fp32", torch.device("cpu")))
         train_state, start = make_train_state(load_model(job, me, 0), job, me)
-        block = reader.read(job.plan.segments(0), 0)
+        block = next(reader.read_blocks(job.plan.make_window(0)))
 
         def blocks() -> Iterator[Block]:
             for number in range(STEPS * job.plan.blocks_per_step):

@@ -59,7 +59,7 @@ def train_here(job: Job, reader: BlockReader, report: Report) -> None:
 def read_blocks(job: Job, reader: BlockReader) -> Iterator[Block]:
     """The stream of a run from its first step on, without Ray."""
     for number in range(job.plan.step_blocks(job.stop_step).start):
-        block = reader.read(job.plan.segments(number), job.plan.epoch_of(number))
+        block = next(reader.read_blocks(job.plan.make_window(number)))
         block["block"] = np.full(len(block["valid"]), number)
         yield block
 
@@ -146,6 +146,6 @@ def read_vectors(config: Experiment) -> tuple[Tensor, Tensor]:
 
     _, reader = prepare_head(config)
     rows = reader.index.rows
-    blocks = [reader.read(segments, 0) for segments in sequential_blocks(rows, int(rows.max()))]
+    blocks = [reader.read(segments) for segments in sequential_blocks(rows, int(rows.max()))]
     images, texts = (torch.cat([torch.from_numpy(block[name]) for block in blocks]) for name in ("image", "text"))
     return images.float(), texts.float()

@@ -154,7 +154,7 @@ def forward_per_s(overrides: list[str], batches: tuple[int, ...] = BATCHES, seco
     reader = BlockReader(index, data.image_size, data.limits, config.seed, None)
     decoded: list[torch.Tensor] = []
     for segments in sequential_blocks(index.rows, DECODED):
-        decoded.append(normalise(torch.from_numpy(reader.read(segments, 0)["image"]), data.mean, data.std).contiguous())
+        decoded.append(normalise(torch.from_numpy(reader.read(segments)["image"]), data.mean, data.std).contiguous())
         if sum(map(len, decoded)) >= max(DECODED, *batches):
             break
     pictures = torch.cat(decoded)

@@ -8,6 +8,7 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,23 +21,24 @@ from benchmarks.contestants.processes import warm_up_steps
 from benchmarks.contestants.ray_job import summed
 from nev.config.experiment import Experiment
 
+TASK_BLOCKS = 4  # as many as a window of nev's own shards has
+
 
 def decode_core_images_s(config: Experiment, seconds: float) -> float:
     """Rows a second that one core reads, decodes and crops, without Ray."""
     from nev.data.index import build_index
-    from nev.data.plan import Plan
     from nev.models.text import load_text
-    from nev.train.driver.setup import make_reader
+    from nev.train.driver.setup import make_plan, make_reader
 
     torch.set_num_threads(1)
     index = build_index(config.data.train, config.data.columns)
     reader = make_reader(config, load_text(config.text), index)
-    plan = Plan(index.rows, config.seed, config.train.global_batch, config.data.block_rows)
-    reader.read(plan.segments(0), 0)
+    plan = make_plan(config, index)
+    next(reader.read_blocks(plan.make_window(0)))
     begin, rows, number = time.perf_counter(), 0, 0
     while time.perf_counter() - begin < seconds:
         number += 1
-        rows += len(reader.read(plan.segments(number), plan.epoch_of(number))["valid"])
+        rows += len(next(reader.read_blocks(plan.make_window(number)))["valid"])
     return rows / (time.perf_counter() - begin)
 
 
@@ -88,7 +90,7 @@ def _train_rank(rank: int, world: int, steps: int, config: Experiment, store: st
 
 
 def _read(reader: Any, plan: Any, number: int) -> dict[str, Any]:
-    block: dict[str, Any] = reader.read(plan.segments(number), plan.epoch_of(number))
+    block: dict[str, Any] = next(reader.read_blocks(plan.make_window(number)))
     block["block"] = np.full(len(block["valid"]), number, np.int64)
     return block
 
@@ -103,29 +105,9 @@ class EmptyReader:
         """No memory to speak of."""
         return np.zeros(rows, np.uint8)
 
-    def read(self, segments: Any, epoch: int, memory: Any = None) -> dict[str, np.ndarray]:
-        """One row."""
-        return {"valid": np.ones(1, bool)}
-
-
-@dataclass
-class OneRowPlan:
-    """Blocks of one row, so many a step."""
-
-    blocks_per_step: int
-    block_rows: int = 1
-
-    def step_blocks(self, step: int) -> range:
-        """The numbers of the blocks of a step."""
-        return range(step * self.blocks_per_step, (step + 1) * self.blocks_per_step)
-
-    def segments(self, number: int) -> list[Any]:
-        """Nothing to read."""
-        return []
-
-    def epoch_of(self, number: int) -> int:
-        """The first epoch."""
-        return 0
+    def read_blocks(self, window: Any, memory: Any = None) -> Iterator[dict[str, np.ndarray]]:
+        """One row a block."""
+        return ({"valid": np.ones(1, bool)} for _ in range(window.blocks))
 
 
 def coordinator_blocks_s(consumers: int, steps: int, blocks_per_step: int = 256) -> float:
@@ -133,11 +115,12 @@ def coordinator_blocks_s(consumers: int, steps: int, blocks_per_step: int = 256)
     import ray
 
     from nev.cluster.session import connect
+    from nev.data.plan import Plan
     from nev.data.stream import make_stream
 
     connect()
     reader: Any = EmptyReader()
-    plan: Any = OneRowPlan(blocks_per_step)
+    plan = Plan(np.ones(40 * blocks_per_step, np.int64), 0, blocks_per_step, 1, window=TASK_BLOCKS)
     shares = make_stream(reader, plan, 0, steps).streaming_split(consumers, equal=False)
     times: list[float] = []
 

@@ -226,7 +226,7 @@ def copies(pictures: Pictures, size: int) -> dict[str, float]:
 
     object.__setattr__(reader, "read_rows", counted)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        reader.read(plan.segments(0), 0)
+        next(reader.read_blocks(plan.make_window(0)))
     object.__delattr__(reader, "read_rows")
     crop = sum(event.cpu_memory_usage for event in profiled.events() if event.name == "aten::clone")
     connect()

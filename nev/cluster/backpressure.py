@@ -28,13 +28,15 @@ from ray.data._internal.execution.backpressure_policy import (
 )
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.operators.task_pool_map_operator import TaskPoolMapOperator
+from ray.data._internal.output_buffer import OutputBlockSizeOption
 
 from nev.common.imports import import_uninterrupted
 
-AHEAD_KEY, BYTES_KEY = "nev.blocks_ahead", "nev.block_bytes"
+AHEAD_KEY, BYTES_KEY, TASK_KEY = "nev.blocks_ahead", "nev.block_bytes", "nev.task_blocks"
 CPUS_KEY = "nev.cpus"  # most tasks that decode at a time, where `nev.cluster.decoders` sets it
 NUMBER_OPERATORS = ("ReadRange", "StreamingRepartition")
 BLOCKS_A_CPU = 4  # a CPU reads two blocks of small pictures while the executor waits for its tasks
+TASKS_A_CPU = 2  # one that decodes, and one whose blocks wait for those of the tasks before it
 PAUSE_S = 0.1  # time for which the executor itself waits for a task
 BUFFERED_NUMBERS = 64  # block numbers that a task makes ahead. Ray's default is two, and the next two come 0.1 s later
 MAX_RETRIES = (
@@ -42,26 +44,30 @@ MAX_RETRIES = (
 )
 
 
-def limit_lookahead(context: DataContext, blocks_ahead: int, block_bytes: int) -> None:
+def limit_lookahead(context: DataContext, blocks_ahead: int, block_bytes: int, task_blocks: int) -> None:
     """Limit the blocks of streams under `context` that are being read or wait for a consumer to `max_blocks`."""
     context.set_config(AHEAD_KEY, blocks_ahead)
     context.set_config(BYTES_KEY, block_bytes)
+    context.set_config(TASK_KEY, task_blocks)
     context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [LookaheadBackpressure])
     context.custom_execution_callback_classes = [IdleSleep]
 
 
-def max_blocks(blocks_ahead: int, block_bytes: int, cpus: float, store_bytes: float) -> float:
+def max_blocks(blocks_ahead: int, block_bytes: int, task_blocks: int, cpus: float, store_bytes: float) -> float:
     """The most blocks that a stream may read or hold at a time.
 
-    blocks_ahead: the limit that the stream asks for. It is raised to `BLOCKS_A_CPU` blocks per CPU, so that all CPUs have work.
-    block_bytes: size of a block. All blocks take at most half of `store_bytes`; one block is always allowed.
+    blocks_ahead: the limit that the stream asks for. It is raised to `BLOCKS_A_CPU` blocks, and `TASKS_A_CPU` tasks, per CPU, so
+        that all CPUs have work.
+    block_bytes: size of a block. All blocks take at most half of `store_bytes`; those of one task are always allowed.
+    task_blocks: blocks of a task.
     cpus: of the cluster.
     store_bytes: share of Ray Data in the object store. 0 in the first second of a stream, when the executor knows neither this
         nor the CPUs: then the limit is `blocks_ahead`.
     """
     if not store_bytes:
-        return float(blocks_ahead)
-    return max(1.0, min(max(blocks_ahead, BLOCKS_A_CPU * cpus), store_bytes / 2 // block_bytes))
+        return float(max(blocks_ahead, task_blocks))
+    enough = max(blocks_ahead, BLOCKS_A_CPU * cpus, TASKS_A_CPU * task_blocks * cpus)
+    return max(float(task_blocks), min(enough, store_bytes / 2 // block_bytes))
 
 
 class LookaheadBackpressure(BackpressurePolicy):
@@ -77,20 +83,36 @@ class LookaheadBackpressure(BackpressurePolicy):
             waiting = self._topology[operators[operators.index(op) + 1]].total_enqueued_input_blocks()
             return bool(op.num_active_tasks() == 0 and waiting < limit)
         cpus = self._data_context.get_config(CPUS_KEY, math.inf)
-        return bool(op.num_active_tasks() < min(cpus, limit - count_ready(self._topology, op)))
+        ready = count_ready(self._topology, op) / self._data_context.get_config(TASK_KEY)
+        room = limit / self._data_context.get_config(TASK_KEY) - ready
+        return bool(op.num_active_tasks() < min(cpus, room))
 
 
 def blocks_limit(context: DataContext, resource_manager: Any) -> float:
     """`max_blocks` of a stream, in its executor."""
     limits = resource_manager.get_global_limits()
-    ahead, size = (context.get_config(key) for key in (AHEAD_KEY, BYTES_KEY))
-    return max_blocks(ahead, size, limits.cpu, limits.object_store_memory)
+    ahead, size, task = (context.get_config(key) for key in (AHEAD_KEY, BYTES_KEY, TASK_KEY))
+    return max_blocks(ahead, size, task, limits.cpu, limits.object_store_memory)
 
 
 def count_ready(topology: Any, op: Any) -> int:
     """The blocks that the operator `op` has made and that wait for a consumer."""
     operators = list(topology)
     return sum(topology[operator].total_enqueued_output_blocks() for operator in operators[operators.index(op) :])
+
+
+class KeepBlocks(ExecutionCallback):
+    """Lets each block leave its task when it is made, unchanged. Add this to the callbacks of a stream's context.
+
+    Ray Data (2.60) would merge all blocks of a task, or those up to `target_max_block_size`.
+    """
+
+    def before_execution_starts(self, executor: Any) -> None:
+        """Tell the transforms that decode. The executor calls this when its operators are there, before the first task."""
+        for op in executor._topology:
+            if isinstance(op, TaskPoolMapOperator) and not op.name.startswith(NUMBER_OPERATORS):
+                for transform in op.get_map_transformer().get_transform_fns():
+                    transform._output_block_size_option = OutputBlockSizeOption(disable_block_shaping=True)
 
 
 class IdleSleep(ExecutionCallback):
@@ -130,10 +152,13 @@ def load_from_store(reference: ray.ObjectRef[Any]) -> Any:
     return ray.get(reference)
 
 
-def stream_context(blocks_ahead: int, block_bytes: int) -> DataContext:
-    """A copy of this process's DataContext with the settings of a stream: blocks in order, unchanged, and with limits."""
+def stream_context(blocks_ahead: int, block_bytes: int, task_blocks: int = 1) -> DataContext:
+    """A copy of this process's DataContext with the settings of a stream: blocks in order, and with limits.
+
+    blocks_ahead, block_bytes, task_blocks: as `max_blocks` has them.
+    """
     context = DataContext.get_current().copy()
-    limit_lookahead(context, blocks_ahead, block_bytes)
+    limit_lookahead(context, blocks_ahead, block_bytes, task_blocks)
     context._max_num_blocks_in_streaming_gen_buffer = BUFFERED_NUMBERS
     context.target_max_block_size = None
     context.execution_no_progress_timeout_s = -1  # training may validate for an hour, or wait for nodes

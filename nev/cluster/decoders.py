@@ -222,7 +222,7 @@ class StreamAutoscaler(ClusterAutoscaler):
         last = list(self._topology)[-1]
         taken = last.metrics.num_outputs_taken - self._topology[last].total_enqueued_output_blocks()
         # A block may be in neither count for a moment, or in both.
-        return max(taken, self._measured[1]), self._decode.metrics.num_tasks_finished
+        return max(taken, self._measured[1]), self._decode.metrics.num_task_outputs_generated
 
     def _measure(self) -> None:
         before, consumed, decoded = self._measured

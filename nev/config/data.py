@@ -81,7 +81,11 @@ class Data(Section):
     image_size: Positive = 224
     """Side of the square that the vision tower sees, in pixels."""
     block_rows: Positive = 256
-    """Rows of a block, R: what one task decodes. Shards whose row groups have R rows are read once an epoch."""
+    """Rows of a block, R: what a worker gets at a time."""
+    window: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    """Row groups of an epoch's order whose rows are permuted together, and read by one task. 0: row groups are permuted, and rows
+    keep their order in them. null: as many row groups as have 1,024 rows.
+    """
     columns: Columns = Columns()
     """Column names of the shards."""
     augment: Augment | None = Augment()

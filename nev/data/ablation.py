@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,14 +33,14 @@ class AblationReader(BlockReader):
     mean: NDArray[np.float32] | None = None
     noise: float = 0.0
 
-    def read(self, segments: list[Segment], epoch: int, pictures: NDArray[Any] | None = None) -> Block:
-        """Read rows as `BlockReader.read` does, and move their text vectors."""
-        block = super().read(segments, epoch, pictures)
+    def _fill(self, part: Block, segment: Segment) -> list[pa.Buffer | None]:
+        """Fill views of the columns as `BlockReader` does, and move the text vectors."""
+        images = super()._fill(part, segment)
         if self.mean is not None or self.noise:
-            has_text = block["text"].any(axis=1)
-            vectors, uids = block["text"][has_text], block["uid"][has_text].tolist()
-            block["text"][has_text] = self.move_vectors(vectors, epoch, uids)
-        return block
+            has_text = part["text"].any(axis=1)
+            vectors, uids = part["text"][has_text], part["uid"][has_text].tolist()
+            part["text"][has_text] = self.move_vectors(vectors, segment.epoch, uids)
+        return images
 
     def move_vectors(self, vectors: NDArray[np.float16], epoch: int, uids: list[str]) -> NDArray[np.float16]:
         """Unit vectors, less the mean and with noise, scaled to length 1 after each: float16 [n, D] to float16 [n, D]."""

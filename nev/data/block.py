@@ -5,13 +5,12 @@ A row that cannot be used stays in the block, with `valid` False and the reason.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from nev.config.data import Augment, Limits
@@ -20,19 +19,30 @@ from nev.data.column_types import as_labels
 from nev.data.decode import BadImage, read_header
 from nev.data.image_sidecar import Features
 from nev.data.index import Index
-from nev.data.plan import Segment
+from nev.data.plan import Segment, Window
 from nev.data.rows import parse_captions
+from nev.data.shard_files import ShardFiles
 from nev.data.sidecar import decode_vectors, read_uid_column
 from nev.data.text_sidecar import text_sidecars
-from nev.storage.files import filesystem, is_local, open_parquet
-from nev.storage.reading import DataError, read_errors_as_data_errors
 
 if TYPE_CHECKING:
     from nev.data.tokens import CaptionTokenizer
 
-OPEN_FILES = 32
-
 Block = dict[str, NDArray[Any]]
+EVERY_ROW = slice(None)
+
+
+class EncodedRows(NamedTuple):
+    """Rows that are read, n of them, with pictures that are not decoded yet.
+
+    columns: the columns of a block, but `image` (though with it for a reader of features).
+    epochs: int32 [n], the epoch of each row.
+    images: n encoded pictures, null where a row has none; empty for a reader of features.
+    """
+
+    columns: Block
+    epochs: NDArray[np.int32]
+    images: list[pa.Buffer | None]
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ class BlockReader:
     tokenizer: CaptionTokenizer | None = None
     with_labels: bool = False
     features: Features | None = None
-    _files: OrderedDict[str, tuple[Any, pq.FileMetaData]] = field(default_factory=OrderedDict, repr=False)
+    _files: ShardFiles = field(default_factory=ShardFiles, repr=False)
 
     @property
     def row_bytes(self) -> int:
@@ -74,12 +84,56 @@ class BlockReader:
             return np.empty((rows, *self.features.shape), np.float16)
         return allocate_block(rows, self.image_size)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict()}
+    def read(self, segments: list[Segment]) -> Block:
+        """Read and decode the rows of the segments, in order, as one block: see `decode`. Raises DataError."""
+        return self.decode(self.load(segments))
 
-    def read(self, segments: list[Segment], epoch: int, pictures: NDArray[Any] | None = None) -> Block:
-        """Read the rows of the segments, R in all, in order. Raises DataError.
+    def read_blocks(self, window: Window, pictures: NDArray[Any] | None = None) -> Iterator[Block]:
+        """The blocks of a window, in order. Its rows are read once, before the first block. Raises DataError.
 
+        pictures: memory of `allocate(R)`, which each block overwrites. None: new memory for each block.
+        """
+        rows = self.load(window.segments)
+        for chosen in window.order.reshape(window.blocks, -1):
+            yield self.decode(rows, chosen, pictures)
+
+    def load(self, segments: list[Segment]) -> EncodedRows:
+        """Read the rows of the segments, n in all, in order. Raises DataError."""
+        total = sum(segment.stop - segment.start for segment in segments)
+        columns: Block = {
+            "valid": np.ones(total, np.bool_),
+            "uid": np.empty(total, object),
+            "reason": np.full(total, "", object),
+            "shard": np.empty(total, np.int32),
+            "row_group": np.empty(total, np.int32),
+            "row": np.empty(total, np.int32),
+        }
+        if self.features:
+            columns["image"] = self.allocate(total)
+        if self.tokenizer:
+            columns["text"] = np.full((total, self.tokenizer.width), -1, np.int32)
+        elif self.text_key:
+            columns["text"] = np.zeros((total, self.text_width), np.float16)
+        if self.with_labels:
+            columns["label"] = np.full(total, -1, np.int64)
+        rows = EncodedRows(columns, np.empty(total, np.int32), [])
+        row = 0
+        for segment in segments:
+            place = slice(row, row + segment.stop - segment.start)
+            rows.epochs[place] = segment.epoch
+            rows.images.extend(self._fill({name: column[place] for name, column in columns.items()}, segment))
+            row = place.stop
+        return rows
+
+    def decode(
+        self,
+        rows: EncodedRows,
+        chosen: NDArray[np.int64] | slice = EVERY_ROW,
+        pictures: NDArray[Any] | None = None,
+    ) -> Block:
+        """The block of the chosen rows, R in all.
+
+        chosen: positions in `rows`.
         pictures: memory of `allocate(R)`, which is overwritten. None: new memory.
 
         The block has these columns:
@@ -91,37 +145,42 @@ class BlockReader:
         shard, row_group, row: int32 [R], number of the shard, of the row group in the shard, and of the row in the row group.
         label: int64 [R], -1 where there is none; only with `with_labels`.
         """
-        total = sum(segment.stop - segment.start for segment in segments)
-        block: Block = {
-            "image": self.allocate(total) if pictures is None else pictures,
-            "valid": np.ones(total, np.bool_),
-            "uid": np.empty(total, object),
-            "reason": np.full(total, "", object),
-            "shard": np.empty(total, np.int32),
-            "row_group": np.empty(total, np.int32),
-            "row": np.empty(total, np.int32),
-        }
-        if self.tokenizer:
-            block["text"] = np.full((total, self.tokenizer.width), -1, np.int32)
-        elif self.text_key:
-            block["text"] = np.zeros((total, self.text_width), np.float16)
-        if self.with_labels:
-            block["label"] = np.full(total, -1, np.int64)
-        row = 0
-        for segment in segments:
-            count = segment.stop - segment.start
-            self._fill({name: column[row : row + count] for name, column in block.items()}, segment, epoch)
-            row += count
+        block: Block = {name: column[chosen] for name, column in rows.columns.items()}
+        block["valid"], block["reason"] = block["valid"].copy(), block["reason"].copy()  # decoding changes them
+        if not self.features:
+            positions = np.arange(len(rows.images))[chosen]
+            block["image"] = self.allocate(len(positions)) if pictures is None else pictures
+            images = [rows.images[position] for position in positions.tolist()]
+            self._decode_pictures(block, images, rows.epochs[chosen].tolist())
+        block["image"][~block["valid"]] = 0
         return block
 
-    def _fill(self, part: Block, segment: Segment, epoch: int) -> None:
-        """Fill views of the block with one segment."""
+    def _decode_pictures(self, block: Block, images: list[pa.Buffer | None], epochs: list[int]) -> None:
+        """Decode the pictures of the rows that are valid so far."""
+        for row, (image, epoch) in enumerate(zip(images, epochs, strict=True)):
+            try:
+                if block["valid"][row]:
+                    self._decode_picture(image, block["uid"][row], epoch, block["image"][row])
+            except BadImage as error:
+                block["valid"][row], block["reason"][row] = False, str(error)
+
+    def _decode_picture(self, buffer: pa.Buffer | None, uid: str, epoch: int, out: NDArray[np.uint8]) -> None:
+        if buffer is None:
+            raise BadImage("image is null")
+        image = read_header(memoryview(buffer).cast("B"), self.limits)
+        if self.augment is None:
+            eval_view(image, out)
+        else:
+            train_view(image, out, self.augment, seeded_random(self.seed, epoch, uid, "augment"))
+
+    def _fill(self, part: Block, segment: Segment) -> list[pa.Buffer | None]:
+        """Fill views of the columns with one segment. Returns its encoded pictures."""
         shard, group = int(self.index.shard[segment.group]), int(self.index.group[segment.group])
         columns, location = self.index.columns, self.index.location(shard)
         part["shard"][:], part["row_group"][:] = shard, group
         part["row"][:] = np.arange(segment.start, segment.stop)
         if self.features:
-            self._fill_features(part, shard, group, segment, epoch, self.features)
+            self._fill_features(part, shard, group, segment, self.features)
         names = [
             columns.label if self.with_labels else None,
             columns.caption if self.tokenizer else None,
@@ -138,25 +197,14 @@ class BlockReader:
             part["label"][:] = [-1 if label is None else label for label in labels]
         if self.tokenizer:
             captions = self.text_column(table, str(columns.caption), location, segment)
-            self._fill_tokens(part, captions, epoch, self.tokenizer)
+            self._fill_tokens(part, captions, segment.epoch, self.tokenizer)
         elif self.text_key:
-            self._fill_vectors(part, shard, group, segment, epoch)
-        if not self.features:
-            self._fill_pictures(part, _image_bytes(table[columns.image]), epoch)
-        part["image"][~part["valid"]] = 0
+            self._fill_vectors(part, shard, group, segment)
+        if self.features:
+            return []
+        return [value.as_buffer() for value in _image_bytes(table[columns.image])]
 
-    def _fill_pictures(self, part: Block, column: pa.ChunkedArray, epoch: int) -> None:
-        """Fill in the decoded pictures of the rows that are valid so far."""
-        for row, value in enumerate(column):
-            try:
-                if part["valid"][row]:
-                    self._decode_picture(value, part["uid"][row], epoch, part["image"][row])
-            except BadImage as error:
-                part["valid"][row], part["reason"][row] = False, str(error)
-
-    def _fill_features(
-        self, part: Block, shard: int, group: int, segment: Segment, epoch: int, features: Features
-    ) -> None:
+    def _fill_features(self, part: Block, shard: int, group: int, segment: Segment, features: Features) -> None:
         """Fill in the uids, and the features of one view of each picture."""
         location = features.sidecars(self.index).location(shard)
         table = self.read_rows(location, group, ["uid", "features", "reason"], segment)
@@ -164,7 +212,7 @@ class BlockReader:
         part["uid"][:] = uids
         vectors, starts = decode_vectors(table["features"], features.numbers)
         has_features = np.diff(starts) > 0
-        view = features.draw_views(self.seed, epoch, uids)
+        view = features.draw_views(self.seed, segment.epoch, uids)
         chosen = vectors[(starts[:-1] + view)[has_features]]
         part["image"][has_features] = chosen.reshape(-1, *features.shape)
         if not has_features.all():
@@ -190,7 +238,7 @@ class BlockReader:
         fractions = seeded_fractions(self.seed, epoch, part["uid"].tolist(), "caption")
         return (np.array(fractions) * counts).astype(np.int64)
 
-    def _fill_vectors(self, part: Block, shard: int, group: int, segment: Segment, epoch: int) -> None:
+    def _fill_vectors(self, part: Block, shard: int, group: int, segment: Segment) -> None:
         """Fill in the vector of one caption per row."""
         assert self.text_key
         sidecars = text_sidecars(self.index, self.text_key, self.text_width)
@@ -201,19 +249,9 @@ class BlockReader:
         column = self.text_column(table, "vectors", location, segment)
         vectors, starts = decode_vectors(column, self.text_width)
         counts = np.diff(starts)
-        chosen = self._choose_captions(part, counts, epoch)
+        chosen = self._choose_captions(part, counts, segment.epoch)
         has_text = _mark_captions(part, counts)
         part["text"][has_text] = vectors[(starts[:-1] + chosen)[has_text]]
-
-    def _decode_picture(self, value: pa.Scalar, uid: str, epoch: int, out: NDArray[np.uint8]) -> None:
-        buffer = value.as_buffer()
-        if buffer is None:
-            raise BadImage("image is null")
-        image = read_header(memoryview(buffer).cast("B"), self.limits)
-        if self.augment is None:
-            eval_view(image, out)
-        else:
-            train_view(image, out, self.augment, seeded_random(self.seed, epoch, uid, "augment"))
 
     def text_column(self, table: pa.Table, name: str, location: str, segment: Segment) -> pa.ChunkedArray:
         """The captions, or vectors, of a segment's rows. `nev.data.ablation` overrides this.
@@ -224,29 +262,7 @@ class BlockReader:
 
     def read_rows(self, location: str, group: int, columns: list[str], segment: Segment) -> pa.Table:
         """Columns of a segment's rows. group: number of the row group in the file. Raises DataError."""
-        with read_errors_as_data_errors(
-            f"{location}: row group {group}", "Write this file again, or remove it and start again."
-        ):
-            table = self._file(location).read_row_group(group, columns, use_threads=False)
-        if len(table) < segment.stop:
-            raise DataError(f"{location}: row group {group} has lost rows since it was indexed. Start again.")
-        return table.slice(segment.start, segment.stop - segment.start)
-
-    def _file(self, location: str) -> pq.ParquetFile:
-        """A reader of an open file, with the footer that was parsed at first use. The least recently used files are closed.
-
-        Each call makes a new reader: with `pre_buffer` a reader keeps all bytes that it has read.
-        """
-        if location in self._files:
-            self._files.move_to_end(location)
-        else:
-            fs, path = filesystem(location)
-            source = pa.memory_map(path) if is_local(fs) else open_parquet(fs, path)
-            self._files[location] = source, pq.read_metadata(source)
-            while len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)[1][0].close()
-        source, footer = self._files[location]
-        return pq.ParquetFile(source, metadata=footer, pre_buffer=not isinstance(source, pa.MemoryMappedFile))
+        return self._files.read(location, group, columns, segment.start, segment.stop)
 
 
 def allocate_block(rows: int, size: int) -> NDArray[np.uint8]:

@@ -1,9 +1,13 @@
-"""The plan: a pure function (row groups, seed, B, R, block number) -> which rows. No Ray, no files.
+"""The plan: a pure function (row groups, seed, B, R, window, block number) -> which rows. No Ray, no files.
 
-For each epoch the row groups are permuted by (seed, epoch). Their rows in that order make one sequence. The sequence is
-divided into blocks of exactly R rows, and step k of the epoch is blocks [k*B/R, (k+1)*B/R). So the rows of any step follow
-without a replay of earlier steps, and do not depend on the world size. Each row is used once an epoch, but for a tail shorter
-than B, which is counted. Memory is O(row groups).
+For each epoch the row groups are permuted by (seed, epoch). Their rows in that order make one sequence. Each `window` row groups
+of the sequence are a window: its rows are permuted together, by (seed, epoch, window). The result is divided into blocks of
+exactly R rows, and step k of the epoch is blocks [k*B/R, (k+1)*B/R). So the rows of any step follow without a replay of earlier
+steps, and do not depend on the world size. Each row is used once an epoch, but for a tail shorter than B, which is counted.
+Memory is O(row groups).
+
+A window begins at the first block whose rows begin in its row groups. So no block has rows of two windows, and a window lacks its
+first rows, fewer than R, where the window before them takes these to complete its last block.
 """
 
 from __future__ import annotations
@@ -18,13 +22,31 @@ from numpy.typing import NDArray
 
 from nev.storage.reading import DataError
 
+WINDOW_ROWS = 1024  # rows that meet each other in a window, by default
+
 
 class Segment(NamedTuple):
-    """Rows [start, stop) of row group `group` (a position in the index)."""
+    """Rows [start, stop) of row group `group` (a position in the index), in epoch `epoch`."""
 
     group: int
     start: int
     stop: int
+    epoch: int = 0
+
+
+class Window(NamedTuple):
+    """Consecutive blocks whose rows are read together.
+
+    first: number of the first block.
+    blocks: K, number of blocks.
+    segments: the rows that are read, each once.
+    order: int64 [K*R], the rows of the blocks, as positions in the rows of `segments`.
+    """
+
+    first: int
+    blocks: int
+    segments: list[Segment]
+    order: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -32,15 +54,17 @@ class Plan:
     """The rows of every block of every epoch. Blocks are numbered through all epochs, and epochs consist of whole steps.
 
     rows: int64 [G], number of rows of each row group, in index order.
-    seed: of the permutation of row groups.
+    seed: of the permutations.
     global_batch: B, rows of a step.
     block_rows: R, rows of a block; divides B.
+    window: row groups whose rows are permuted together. 0: a window is a row group, whose rows keep their order.
     """
 
     rows: NDArray[np.int64]
     seed: int
     global_batch: int
     block_rows: int
+    window: int = 0
     _orders: dict[int, tuple[NDArray[np.int32], NDArray[np.int64]]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -73,6 +97,11 @@ class Plan:
         return self.steps_per_epoch * self.blocks_per_step
 
     @property
+    def blocks_per_window(self) -> int:
+        """Blocks of a window of row groups of mean size, rounded up."""
+        return -(-self.total_rows * max(1, self.window) // (len(self.rows) * self.block_rows))
+
+    @property
     def tail_rows(self) -> int:
         """Rows that an epoch leaves out, fewer than B. Each epoch leaves out other row groups."""
         return self.total_rows - self.steps_per_epoch * self.global_batch
@@ -80,30 +109,45 @@ class Plan:
     @property
     def fingerprint(self) -> str:
         """sha256, hex. Two plans have the same fingerprint exactly if they have the same rows in every step."""
-        head = f"nev-plan-1 {self.seed} {self.global_batch} {self.block_rows} ".encode()
-        return hashlib.sha256(head + self.rows.astype("<i8").tobytes()).hexdigest()
+        head = f"nev-plan-1 {self.seed} {self.global_batch} {self.block_rows} "
+        if self.window:
+            head = f"nev-plan-2 {self.window} {self.seed} {self.global_batch} {self.block_rows} "
+        return hashlib.sha256(head.encode() + self.rows.astype("<i8").tobytes()).hexdigest()
 
     def epoch_of(self, block: int) -> int:
         """The epoch of a block number."""
         return block // self.blocks_per_epoch
 
-    def segments(self, block: int) -> list[Segment]:
-        """The rows of a block, in order: exactly R of them. O(log G) once the epoch's order is known."""
+    def window_bounds(self, block: int) -> tuple[int, int]:
+        """The first block of the window of a block, and the block behind its last one. O(log G) in a known epoch."""
         epoch, number = divmod(block, self.blocks_per_epoch)
-        order, ends = self._order(epoch)
-        first = number * self.block_rows
-        last = first + self.block_rows
-        position = int(np.searchsorted(ends, first, side="right"))
-        pieces: list[Segment] = []
-        while first < last:
-            group = int(order[position])
-            group_end = int(ends[position])
-            group_start = group_end - int(self.rows[group])
-            stop = min(last, group_end)
-            pieces.append(Segment(group, first - group_start, stop - group_start))
-            first = stop
-            position += 1
-        return pieces
+        _, ends = self._order(epoch)
+        size = max(1, self.window)
+        first_group = int(np.searchsorted(ends, number * self.block_rows, side="right")) // size * size
+        first_row = int(ends[first_group - 1]) if first_group else 0
+        end_row = int(ends[min(first_group + size, len(ends)) - 1])
+        base = epoch * self.blocks_per_epoch
+        return base - (-first_row // self.block_rows), base + min(-(-end_row // self.block_rows), self.blocks_per_epoch)
+
+    def window_starts(self, epoch: int) -> NDArray[np.int64]:
+        """The first block of each window of an epoch, counted from the epoch's first block: int64 [windows], ascending."""
+        _, ends = self._order(epoch)
+        size = max(1, self.window)
+        starts = -(-np.concatenate([np.zeros(1, np.int64), ends[size - 1 : -1 : size]]) // self.block_rows)
+        return np.unique(starts[starts < self.blocks_per_epoch])
+
+    def make_window(self, first: int, blocks: int = 1) -> Window:
+        """The `blocks` blocks from `first` on, which lie in one window. O(log G + rows of the window)."""
+        start, stop = self.window_bounds(first)
+        if not first < first + blocks <= stop:
+            raise ValueError(f"blocks {first} to {first + blocks - 1} are not in one window, {start} to {stop - 1}")
+        epoch = self.epoch_of(first)
+        begin = start - epoch * self.blocks_per_epoch
+        count = (stop - start) * self.block_rows
+        order = self._permute(count, epoch, begin) if self.window else np.arange(count)
+        place = (first - start) * self.block_rows
+        chosen = order[place : place + blocks * self.block_rows]
+        return Window(first, blocks, self._segments(epoch, begin * self.block_rows, count), chosen)
 
     def step_blocks(self, step: int) -> range:
         """Block numbers of a step."""
@@ -122,11 +166,31 @@ class Plan:
         """The most blocks of a step that one of `world` ranks trains on."""
         return -(-self.blocks_per_step // world)
 
+    def _segments(self, epoch: int, first: int, count: int) -> list[Segment]:
+        """`count` rows of the epoch's sequence, from row `first` on."""
+        order, ends = self._order(epoch)
+        last = first + count
+        position = int(np.searchsorted(ends, first, side="right"))
+        pieces: list[Segment] = []
+        while first < last:
+            group = int(order[position])
+            group_end = int(ends[position])
+            group_start = group_end - int(self.rows[group])
+            stop = min(last, group_end)
+            pieces.append(Segment(group, first - group_start, stop - group_start, epoch))
+            first = stop
+            position += 1
+        return pieces
+
+    def _permute(self, count: int, epoch: int, start: int) -> NDArray[np.int64]:
+        """The permutation of the `count` rows of a window. start: the window's first block, counted from the epoch's first."""
+        # The seed of an epoch's order, [seed, epoch], equals [seed, epoch, 0].
+        return np.argsort(_draw_bits(count, self.seed, epoch, start + 1), kind="stable")
+
     def _order(self, epoch: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """The permuted row groups of an epoch and the cumulative row count after each."""
         if epoch not in self._orders:
-            # NumPy promises that the raw bits of a BitGenerator stay the same over releases, but not Generator.permutation.
-            keys = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self.rows))
+            keys = _draw_bits(len(self.rows), self.seed, epoch)
             # The low bits become the number of the row group: keys are then distinct, and a sort in place gives the
             # permutation in half the time of argsort.
             bits = np.uint64(len(self.rows).bit_length())
@@ -137,6 +201,22 @@ class Plan:
                 self._orders.pop(next(iter(self._orders)))
             self._orders[epoch] = (order, np.cumsum(self.rows[order]))
         return self._orders[epoch]
+
+
+def _draw_bits(count: int, *seed: int) -> NDArray[np.uint64]:
+    """Random numbers: uint64 [count].
+
+    NumPy promises that the raw bits of a BitGenerator stay the same over releases, but not Generator.permutation.
+    """
+    return np.random.PCG64(np.random.SeedSequence(seed)).random_raw(count)
+
+
+def choose_window(rows: NDArray[np.int64]) -> int:
+    """The default of `Plan.window`: as many row groups of mean size as have `WINDOW_ROWS` rows together.
+
+    rows: int64 [G], number of rows of each row group.
+    """
+    return int(-(-WINDOW_ROWS * len(rows) // max(1, int(rows.sum()))))
 
 
 def sequential_blocks(rows: NDArray[np.int64], block_rows: int) -> list[list[Segment]]:

@@ -91,7 +91,7 @@ def make_sample_reader(index: Index, rows: NDArray[np.int64], data: Data) -> Sam
 
 def read_pictures(segments: list[Segment], reader: SampleReader) -> Iterator[Block]:
     """The decoded pictures of a block of a sample, as `nev.embed.images.EmbedJob` takes these: image, valid, reason."""
-    block = reader.read(segments, 0)
+    block = reader.read(segments)
     yield {name: block[name] for name in ("image", "valid", "reason")}
 
 

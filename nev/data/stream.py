@@ -1,14 +1,15 @@
-"""The stream: Ray Data runs the plan. Block numbers in, one stateless task a block, one block of exactly R rows out, in order.
+"""The stream: Ray Data runs the plan. Window numbers in, one stateless task a window, its blocks of exactly R rows out, in order.
 
-Reasons for the settings (Ray 2.60). With `target_max_block_size = None` a block leaves its task unchanged; otherwise the output
-buffer merges and splits blocks. The default reservation per operator would leave cores idle. Block numbers are spread by a
-streaming repartition: with a read task for each block, all tasks would be put into the object store before the first one runs
-(54 s for 20,000 tasks).
+Reasons for the settings (Ray 2.60). The blocks of a task leave it one by one and unchanged (`nev.cluster.backpressure`);
+otherwise the output buffer merges and splits them. The default reservation per operator would leave cores idle. Numbers are
+spread by a streaming repartition: with a read task for each window, all tasks would be put into the object store before the first
+one runs (54 s for 20,000 tasks).
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,12 @@ from numpy.typing import NDArray
 from ray.data import DataContext, DataIterator, Dataset
 from ray.train import DataConfig
 
-from nev.cluster.backpressure import MAX_RETRIES, let_training_go_first, load_from_store, stream_context
+from nev.cluster.backpressure import MAX_RETRIES, KeepBlocks, let_training_go_first, load_from_store, stream_context
 from nev.cluster.decoders import place_decoding
 from nev.cluster.metrics import S3_BYTES, Instruments
 from nev.data.block import Block, BlockReader
 from nev.data.plan import Plan
+from nev.data.windows import make_windows
 from nev.storage.traffic import take_read_bytes
 
 NUMBERS_PER_TASK = 1000
@@ -38,31 +40,34 @@ def make_stream(reader: BlockReader, plan: Plan, first_step: int, last_step: int
     Each block has the columns of `BlockReader.read`, and `block`: int64 [R], the number of the block in the plan.
     run: name of the run, whose tasks count what they read from S3 in Ray's metrics; "" for no count.
     """
-    first = plan.step_blocks(first_step).start
-    count = plan.step_blocks(last_step).start - first
-    context = stream_context(STEPS_AHEAD * plan.blocks_per_step, plan.block_rows * reader.row_bytes)
+    windows = make_windows(plan, plan.step_blocks(first_step).start, plan.step_blocks(last_step).start)
+    block_bytes = plan.block_rows * reader.row_bytes
+    context = stream_context(STEPS_AHEAD * plan.blocks_per_step, block_bytes, plan.blocks_per_window)
+    context.custom_execution_callback_classes = [KeepBlocks, *context.custom_execution_callback_classes]
     placement = place_decoding(context, plan.blocks_per_step)
     with DataContext.current(context):
-        source = ray.put((reader, plan))
-        tasks = min(max(1, count // NUMBERS_PER_TASK), NUMBER_TASKS)
-        numbers = ray.data.range(count, override_num_blocks=tasks)
-        read = functools.partial(read_block, source=[source], first=first, run=run)
+        source = ray.put((reader, windows))
+        tasks = min(max(1, len(windows) // NUMBERS_PER_TASK), NUMBER_TASKS)
+        numbers = ray.data.range(len(windows), override_num_blocks=tasks)
+        read = functools.partial(read_window, source=[source], run=run)
         one_each = numbers.repartition(target_num_rows_per_block=1)
         return one_each.map_batches(read, batch_size=1, num_cpus=1, max_retries=MAX_RETRIES, **placement)
 
 
-def read_block(numbers: Any, source: list[ray.ObjectRef[Any]], first: int, run: str = "") -> Block:
-    """The Ray Data task: one block number in, the rows of that block out."""
+def read_window(numbers: Any, source: list[ray.ObjectRef[Any]], run: str = "") -> Iterator[Block]:
+    """The Ray Data task: the number of one window in, the blocks of that window out."""
     if len(numbers["id"]) != 1:
-        raise RuntimeError(f"a task got {len(numbers['id'])} block numbers, not one: blocks would not be R rows")
+        raise RuntimeError(
+            f"a task got the numbers of {len(numbers['id'])} windows, not of one: the order would be lost"
+        )
     let_training_go_first()
-    reader, plan = load_from_store(source[0])
-    number = first + int(numbers["id"][0])
-    block: Block = reader.read(plan.segments(number), plan.epoch_of(number), _block_memory(source[0], plan.block_rows))
-    block["block"] = np.full(len(block["valid"]), number, np.int64)
-    if run and (nbytes := take_read_bytes()):
-        _instruments(run).add(S3_BYTES, nbytes)
-    return block
+    reader, windows = load_from_store(source[0])
+    rows = windows.plan.block_rows
+    window = windows[int(numbers["id"][0])]
+    for number, block in enumerate(reader.read_blocks(window, _block_memory(source[0], rows)), window.first):
+        if run and (nbytes := take_read_bytes()):
+            _instruments(run).add(S3_BYTES, nbytes)
+        yield {**block, "block": np.full(rows, number, np.int64)}
 
 
 @functools.lru_cache(maxsize=1)
@@ -76,7 +81,7 @@ def _block_memory(source: ray.ObjectRef[Any], rows: int) -> NDArray[Any]:
 
     New memory pages would cost 2 to 6 % of the rate.
 
-    Reuse is safe, because Ray has copied a block into the object store before the process gets its next task.
+    Reuse is safe, because Ray has copied a block into the object store before it asks for the next one.
     """
     memory: NDArray[Any] = load_from_store(source)[0].allocate(rows)
     return memory

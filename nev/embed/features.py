@@ -12,12 +12,11 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from ray.exceptions import RayError
 from rich.console import Console
 
@@ -44,25 +43,6 @@ class EmbeddingFailed(NevError, RuntimeError):
 
 
 TOO_LARGE = "a feature is beyond float16, or not a number"
-
-
-@dataclass(frozen=True)
-class RowGroupReader(BlockReader):
-    """A reader that holds the last row group: its parts and views are read once, which counts on S3."""
-
-    _last: dict[tuple[str, int, str], pa.Table] = field(default_factory=dict, repr=False)
-
-    def read_rows(self, location: str, group: int, columns: list[str], segment: Segment) -> pa.Table:
-        """Columns of a segment's rows, as `BlockReader.read_rows` reads them."""
-        key = (location, group, ",".join(columns))
-        if key not in self._last:
-            self._last.clear()
-            whole = Segment(segment.group, 0, int(self.index.rows[segment.group]))
-            self._last[key] = super().read_rows(location, group, columns, whole)
-        return self._last[key].slice(segment.start, segment.stop - segment.start)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_last": {}}
 
 
 @dataclass(frozen=True)
@@ -135,7 +115,7 @@ def list_feature_sets(config: Experiment, trunk: str, shape: tuple[int, ...]) ->
         augment = data.augment if training else None
         recipe = image_recipe(trunk, index.columns.image, data, config.seed, training)
         features = Features(recipe, shape, config.vision.views if training else 1)
-        reader = RowGroupReader(index, data.image_size, data.limits, config.seed, augment)
+        reader = BlockReader(index, data.image_size, data.limits, config.seed, augment)
         sets.append(FeatureSet(reader, features, list_missing(index, features)))
     return sets
 
@@ -250,10 +230,11 @@ def make_read(each: FeatureSet, batch: int) -> Callable[[Segment], Iterator[Bloc
 
 def read_views(segment: Segment, reader: BlockReader, views: int, batch: int) -> Iterator[Block]:
     """The decoded pictures of a row group: blocks of at most `batch` rows, each view of them in turn."""
-    for start in range(segment.start, segment.stop, batch):
-        part = Segment(segment.group, start, min(start + batch, segment.stop))
+    rows = reader.load([segment])
+    for start in range(0, len(rows.images), batch):
         for view in range(views):
-            block = reader.read([part], view)
+            of_view = rows._replace(epochs=np.full_like(rows.epochs, view))
+            block = reader.decode(of_view, slice(start, start + batch))
             yield {name: block[name] for name in ("image", "uid", "reason", "row")}
 
 

@@ -22,7 +22,6 @@ from nev.common.progress import progress
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.config.paths import with_absolute_paths
-from nev.data.ablation import count_used_rows
 from nev.data.augment import seeded_random
 from nev.data.block import Block, BlockReader
 from nev.data.index import Index, build_index
@@ -37,7 +36,7 @@ from nev.storage.reading import DataError
 from nev.train.core.optim import make_optimizer, set_learning_rate
 from nev.train.core.schedule import learning_rate
 from nev.train.core.step import update_parameters
-from nev.train.driver.setup import total_steps
+from nev.train.driver.setup import make_plan, total_steps
 
 Objective = Literal["supervised", "mim"]
 MASKED = 0.6  # share of the patches, as in SimMIM
@@ -66,9 +65,7 @@ def pretrain(config: Experiment, objective: Objective, console: Console) -> Pret
     torch.manual_seed(config.seed)
     index = build_index(config.data.train, config.data.columns)
     tower = build_vision(config.vision.model_copy(update={"pool": "mean"}), config.data.image_size, 1)
-    plan = Plan(
-        count_used_rows(index, config.data.used_rows), config.seed, config.train.global_batch, config.data.block_rows
-    )
+    plan = make_plan(config, index)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = (
         Classifier(tower, read_classes(index))
@@ -215,7 +212,7 @@ def score_objective(config: Experiment, model: Classifier | Inpainter, device: t
     random, batches = torch.Generator().manual_seed(0), dict[str, list[Tensor]]()
     model.eval()
     for segments in sequential_blocks(reader.index.rows, config.eval.batch):
-        images, labels = load_batch([reader.read(segments, 0)], model, config, device)
+        images, labels = load_batch([reader.read(segments)], model, config, device)
         for name, values in model.metrics(images, labels, random).items():
             batches.setdefault(name, []).append(values.cpu())
     return {name: float(torch.cat(values).mean()) for name, values in batches.items()}

@@ -60,8 +60,8 @@ def test_numbers_are_normal_and_a_row_has_its_own() -> None:
 
 def test_a_block_has_the_captions_of_other_rows_of_its_row_group_in_every_epoch(tmp_path: Path) -> None:
     index = embedded(three_shards(tmp_path))
-    own = reader_of(index).read(whole(index), epoch=0)
-    mixed = change_texts(reader_of(index), permuted=1.0).read(whole(index), epoch=0)
+    own = reader_of(index).read(whole(index))
+    mixed = change_texts(reader_of(index), permuted=1.0).read(whole(index))
     assert np.array_equal(mixed["uid"], own["uid"])
     assert np.array_equal(mixed["image"], own["image"])
     top = 0
@@ -69,10 +69,8 @@ def test_a_block_has_the_captions_of_other_rows_of_its_row_group_in_every_epoch(
         whose = permute_captions(rows, 1.0, 3, int(index.shard[group]), int(index.group[group]))
         assert np.array_equal(mixed["text"][top : top + rows], own["text"][top : top + rows][whose])
         top += rows
-    assert np.array_equal(
-        mixed["text"], change_texts(reader_of(index), permuted=1.0).read(whole(index), epoch=5)["text"]
-    )
-    part = change_texts(reader_of(index), permuted=1.0).read([Segment(2, 1, 4)], epoch=0)
+    assert np.array_equal(mixed["text"], change_texts(reader_of(index), permuted=1.0).read(whole(index, 5))["text"])
+    part = change_texts(reader_of(index), permuted=1.0).read([Segment(2, 1, 4)])
     assert np.array_equal(part["text"], mixed["text"][7:10]), "a part of a row group has what the whole has"
 
 
@@ -103,16 +101,16 @@ def test_collapse_and_corrupt(tmp_path: Path) -> None:
 
 def test_a_block_has_moved_vectors_and_rows_without_a_caption_have_none(tmp_path: Path) -> None:
     index = embedded(three_shards(tmp_path))
-    plain = reader_of(index).read(whole(index), epoch=2)
+    plain = reader_of(index).read(whole(index, 2))
     reader = change_texts(reader_of(index), mean=mean_vector(index, str(reader_of(index).text_key), WIDTH), noise=0.5)
-    moved = reader.read(whole(index), epoch=2)
+    moved = reader.read(whole(index, 2))
     has_text = plain["text"].any(axis=1)
     expected = reader.move_vectors(plain["text"][has_text], 2, plain["uid"][has_text].tolist())
     assert np.array_equal(moved["text"][has_text], expected)
     assert not moved["text"][~has_text].any()
     assert not np.array_equal(moved["text"], plain["text"])
     assert all(np.array_equal(moved[name], plain[name]) for name in plain if name != "text")
-    again = pickle.loads(pickle.dumps(reader)).read(whole(index), epoch=2)  # noqa: S301
+    again = pickle.loads(pickle.dumps(reader)).read(whole(index, 2))  # noqa: S301
     assert np.array_equal(again["text"], moved["text"]), "a task reads as the driver does"
 
 

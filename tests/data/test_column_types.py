@@ -58,7 +58,7 @@ def test_every_type_of_one_content_is_read_alike(columns: dict[str, Any], tmp_pa
     blocks = []
     for folder in (plain, other):
         index = embedded(Path(folder))
-        blocks.append(reader_of(index).read(whole(index), 0))
+        blocks.append(reader_of(index).read(whole(index)))
     uids = {"UUIDs": [str(u) for u in UUIDS], "whole uids": ["0", "1", "2", "3"]}
     expected = next((uids[name] for name in uids if TABLES[name] is columns), UIDS)
     assert blocks[1]["uid"].tolist() == expected
@@ -78,7 +78,7 @@ def test_a_caption_column_without_a_value_costs_its_rows(tmp_path: Path) -> None
     write(tmp_path / "set", "0")
     folder = write(tmp_path / "set", "1", uid=[f"v{k}" for k in range(4)], caption=pa.nulls(4))
     index = embedded(Path(folder))
-    block = reader_of(index).read(whole(index), 0)
+    block = reader_of(index).read(whole(index))
     assert block["valid"].tolist() == [True] * 4 + [False] * 4
     assert set(block["reason"][4:]) == {"caption is empty"}
     assert [row["caption"] for row in read("hf-parquet", [folder], SourceOptions())][4:] == [None] * 4
@@ -105,7 +105,7 @@ def test_whole_floats_are_labels(labels: list[float | None], tmp_path: Path) -> 
     index = build_index(folder, Columns())
     assert index.columns.label == "label"
     assert read_shard_labels(index, 0).tolist() == [0, 1, -1, 2]
-    block = reader_of(embedded(Path(folder)), with_labels=True).read(whole(index), 0)
+    block = reader_of(embedded(Path(folder)), with_labels=True).read(whole(index))
     assert block["label"].tolist() == [0, 1, -1, 2]
     assert [row["label"] for row in read("hf-parquet", [folder], SourceOptions())] == [0, 1, None, 2]
 
@@ -116,7 +116,7 @@ def test_a_label_column_of_some_shards_counts_whichever_comes_first(first: bool,
     write(tmp_path / "set", with_labels, label=[3, 4, 5, 6])
     folder = write(tmp_path / "set", without, uid=[f"v{k}" for k in range(4)])
     index = embedded(Path(folder))
-    block = reader_of(index, with_labels=True).read(whole(index), 0)
+    block = reader_of(index, with_labels=True).read(whole(index))
     labels = [[3, 4, 5, 6], [-1] * 4]
     assert block["label"].tolist() == [label for part in (labels if first else labels[::-1]) for label in part]
     assert [read_shard_labels(index, shard).tolist() for shard in range(2)] == (labels if first else labels[::-1])

@@ -58,6 +58,6 @@ def read_all(folder: Path) -> dict[str, np.ndarray]:
     index = embedded(folder)
     reader = reader_of(index, augment=Augment(scale=(0.3, 1.0), flip=True), limits=Limits(max_pixels=4_000_000))
     plan = Plan(index.rows, 0, BLOCK, BLOCK)
-    blocks = [reader.read(plan.segments(number), 0) for number in range(plan.blocks_per_epoch)]
+    blocks = [next(reader.read_blocks(plan.make_window(number))) for number in range(plan.blocks_per_epoch)]
     assert {len(block[name]) for block in blocks for name in block} == {BLOCK}
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}

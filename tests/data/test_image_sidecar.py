@@ -73,7 +73,7 @@ def test_each_epoch_draws_a_view_by_seed_epoch_and_uid(index: Index) -> None:
     reader = reader_of(index, features=features())
     drawn = set()
     for epoch in range(6):
-        block = reader.read(whole(index), epoch)
+        block = reader.read(whole(index, epoch))
         assert block["image"].dtype == np.float16
         assert block["image"].shape == (27, *SHAPE)
         for uid, row in zip(block["uid"], block["image"], strict=True):
@@ -86,8 +86,8 @@ def test_each_epoch_draws_a_view_by_seed_epoch_and_uid(index: Index) -> None:
 def test_the_block_is_that_of_pictures_but_for_the_pictures(index: Index) -> None:
     """Texts, uids, places: as without sidecars. No picture is opened."""
     write(index, features())
-    pixels = reader_of(index).read(whole(index), 2)
-    vectors = reader_of(index, features=features()).read(whole(index), 2)
+    pixels = reader_of(index).read(whole(index, 2))
+    vectors = reader_of(index, features=features()).read(whole(index, 2))
     assert pixels.keys() == vectors.keys()
     for name in pixels.keys() - {"image", "valid", "reason"}:
         assert np.array_equal(pixels[name], vectors[name]), name
@@ -97,7 +97,7 @@ def test_the_block_is_that_of_pictures_but_for_the_pictures(index: Index) -> Non
 def test_a_part_of_a_row_group_and_tokens(index: Index) -> None:
     stored = features(shape=(4, 2), views=1)
     write(index, stored)
-    block = reader_of(index, features=stored).read([Segment(2, 1, 4), Segment(0, 0, 2)], 0)
+    block = reader_of(index, features=stored).read([Segment(2, 1, 4), Segment(0, 0, 2)])
     assert block["image"].shape == (5, 4, 2)
     for uid, row in zip(block["uid"], block["image"], strict=True):
         assert np.array_equal(row, numbers(uid, (4, 2), 1)[0])
@@ -106,7 +106,7 @@ def test_a_part_of_a_row_group_and_tokens(index: Index) -> None:
 def test_a_picture_that_could_not_be_used_keeps_its_reason(index: Index) -> None:
     uids = read_uid_column(read_column(index.location(0), "uid"))
     write(index, features(), bad=(uids[1], uids[7]))
-    block = reader_of(index, features=features()).read(whole(index), 0)
+    block = reader_of(index, features=features()).read(whole(index))
     assert {uid: reason for uid, reason in zip(block["uid"], block["reason"], strict=True) if reason} == {
         uids[1]: "broken",
         uids[7]: "broken",
@@ -121,7 +121,7 @@ def test_rows_without_a_caption_are_left_out_as_with_pictures(tmp_path: Path) ->
     write_shard(tmp_path / "a.parquet", rows, [8])
     index = embedded(tmp_path)
     write(index, features())
-    block = reader_of(index, features=features()).read(whole(index), 0)
+    block = reader_of(index, features=features()).read(whole(index))
     assert np.flatnonzero(~block["valid"]).tolist() == [3]
     assert block["reason"][3] == "caption is empty"
 
@@ -140,7 +140,7 @@ def test_empty_row_groups_and_empty_shards(tmp_path: Path) -> None:
     assert index.group.tolist() == [1, 3]
     write(index, features())
     check_image_sidecars(index, features(), every_row=True)
-    block = reader_of(index, features=features()).read(whole(index), 0)
+    block = reader_of(index, features=features()).read(whole(index))
     assert block["uid"].tolist() == table["uid"].to_pylist()
 
 
@@ -210,7 +210,7 @@ def test_rows_in_another_order_are_found_when_they_are_read(index: Index, tmp_pa
     for shard in range(3):
         write_image_sidecar(sidecars, shard, VIEWS, turned(shard))
     with pytest.raises(DataError, match="its rows are not those of the shard"):
-        reader_of(index, features=stored).read(whole(index), 0)
+        reader_of(index, features=stored).read(whole(index))
     with pytest.raises(DataError, match="its rows are not those of the shard"):
         check_image_sidecars(index, stored, every_row=True)
 

@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from helpers.pictures import WIDTH, encode, rows_of, write_shard
-from numpy.typing import NDArray
 
 from nev.config.data import Columns, Limits
-from nev.data.block import Block, BlockReader
+from nev.data.block import Block, BlockReader, EncodedRows
 from nev.data.index import build_index
-from nev.data.plan import Plan, Segment
+from nev.data.plan import Plan
 from nev.data.text_sidecar import sidecar_key, write_sidecar
 
 pytestmark = pytest.mark.ray
@@ -29,19 +27,21 @@ AHEAD = 4 * 2  # four blocks for each of the two CPUs; more than two steps of tw
 
 
 def counting_reader(folder: Path, count: int) -> BlockReader:
-    """A reader that leaves a file in `folder/read` for every block that it reads: the scheduling class of the process."""
+    """A reader of row groups of two rows. For every block that it decodes it leaves a file in `folder/read`, which holds the
+    scheduling class of the process.
+    """
 
     @dataclass(frozen=True)
     class Counting(BlockReader):
         log: str = ""
 
-        def read(self, segments: list[Segment], epoch: int, pictures: NDArray[np.uint8] | None = None) -> Block:
-            name = f"{epoch}-{segments[0].group}-{segments[0].start}"
+        def decode(self, rows: EncodedRows, chosen: Any = None, pictures: Any = None) -> Block:
+            name = f"{rows.epochs[chosen[0]]}-{rows.columns['uid'][chosen[0]]}"
             Path(self.log, name).write_text(str(os.sched_getscheduler(0)))
-            return super().read(segments, epoch, pictures)
+            return super().decode(rows, chosen, pictures)
 
     (folder / "read").mkdir()
-    write_shard(folder / "a.parquet", rows_of(count), [count])
+    write_shard(folder / "a.parquet", rows_of(count), [2] * (count // 2))
     index = build_index(str(folder), Columns())
     write_sidecar(index, 0, KEY, WIDTH, encode)
     return Counting(index, 8, Limits(), 5, None, KEY, WIDTH, log=str(folder / "read"))
@@ -69,32 +69,40 @@ def test_a_sandbox_without_that_class_decodes_all_the_same(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("ahead", "size", "cpus", "store", "expected"),
+    ("ahead", "size", "task", "cpus", "store", "expected"),
     [
-        (8, 1, 2, 1e9, 8),  # two steps
-        (8, 1, 64, 1e9, 256),  # work for every CPU
-        (8, 100, 64, 1000, 5),  # half of the memory
-        (8, 100, 64, 10, 1),  # a block at least, or nothing would ever move
-        (8, 100, 0, 0, 8),  # a stream's first second: CPUs and memory are not known yet
+        (8, 1, 1, 2, 1e9, 8),  # two steps
+        (8, 1, 1, 64, 1e9, 256),  # work for every CPU
+        (8, 1, 4, 2, 1e9, 16),  # a task that decodes and one that waits, for every CPU
+        (8, 100, 1, 64, 1000, 5),  # half of the memory
+        (8, 100, 4, 64, 1000, 5),
+        (8, 100, 1, 64, 10, 1),  # the blocks of a task at least, or nothing would ever move
+        (8, 100, 4, 64, 10, 4),
+        (8, 100, 1, 0, 0, 8),  # a stream's first second: CPUs and memory are not known yet
+        (8, 100, 20, 0, 0, 20),
     ],
 )
-def test_what_is_enough(ahead: int, size: int, cpus: float, store: float, expected: int) -> None:
+def test_what_is_enough(ahead: int, size: int, task: int, cpus: float, store: float, expected: int) -> None:
     from nev.cluster.backpressure import max_blocks
 
-    assert max_blocks(ahead, size, cpus, store) == expected
+    assert max_blocks(ahead, size, task, cpus, store) == expected
 
 
-def test_a_consumer_that_does_not_take_holds_the_reading_back(ray_cluster: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("window", "ahead"), [(1, AHEAD), (4, 2 * 4 * 2)])
+def test_a_consumer_that_does_not_take_holds_the_reading_back(
+    window: int, ahead: int, ray_cluster: None, tmp_path: Path
+) -> None:
+    """Four blocks for each of the two CPUs; with windows of four blocks, two tasks."""
     from nev.data.stream import make_stream
 
     reader = counting_reader(tmp_path, 120)
-    plan = Plan(reader.index.rows, 1, global_batch=4, block_rows=2)
+    plan = Plan(reader.index.rows, 1, global_batch=4, block_rows=2, window=window)
     blocks = iter(make_stream(reader, plan, 0, 30).iter_batches(batch_size=None, prefetch_batches=0))
     for taken in range(1, 4):
         next(blocks)
         time.sleep(1.0)  # far longer than it takes to read all 60
         read = len(list((tmp_path / "read").iterdir()))
-        assert taken <= read <= taken + AHEAD + 1, "one more is on its way between the stream and the consumer"
+        assert taken <= read <= taken + ahead + window, "one more is on its way between the stream and the consumer"
     assert sum(1 for _ in blocks) == 60 - 3
     assert len(list((tmp_path / "read").iterdir())) == 60
 

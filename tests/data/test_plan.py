@@ -3,76 +3,82 @@
 import hashlib
 import pickle
 import tracemalloc
-from itertools import groupby
+from collections import Counter
+from itertools import groupby, pairwise
 
 import numpy as np
 import pytest
 from helpers.fresh import run_in_fresh_process
+from helpers.plans import block_rows, epoch_blocks, epoch_rows, fresh, plans, segment_rows, window_blocks
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nev.data.plan import Plan, Segment, sequential_blocks
+from nev.data.plan import WINDOW_ROWS, Plan, Window, choose_window, sequential_blocks
+from nev.data.windows import make_windows
 from nev.storage.reading import DataError
-
-
-@st.composite
-def plans(draw: st.DrawFn) -> Plan:
-    block_rows = draw(st.integers(1, 9))
-    global_batch = block_rows * draw(st.sampled_from([1, 2, 4, 8, 12]))
-    rows = draw(st.lists(st.integers(1, 20), min_size=1, max_size=40))
-    if sum(rows) < global_batch:
-        rows.append(global_batch)
-    return Plan(np.array(rows, np.int64), draw(st.integers(0, 2**63)), global_batch, block_rows)
-
-
-def fresh(plan: Plan) -> Plan:
-    return Plan(plan.rows, plan.seed, plan.global_batch, plan.block_rows)
-
-
-def rows_of(segments: list[Segment]) -> list[tuple[int, int]]:
-    return [(group, row) for group, start, stop in segments for row in range(start, stop)]
-
-
-def epoch_blocks(plan: Plan, epoch: int) -> range:
-    return range(epoch * plan.blocks_per_epoch, (epoch + 1) * plan.blocks_per_epoch)
 
 
 @given(plans(), st.integers(0, 3))
 def test_every_row_once_an_epoch_save_a_counted_tail(plan: Plan, epoch: int) -> None:
-    taken = [row for block in epoch_blocks(plan, epoch) for row in rows_of(plan.segments(block))]
-    there = {(group, row) for group, count in enumerate(plan.rows) for row in range(count)}
+    taken = epoch_rows(plan, epoch)
+    there = {(epoch, group, row) for group, count in enumerate(plan.rows) for row in range(count)}
     assert len(taken) == len(set(taken)) == plan.steps_per_epoch * plan.global_batch
     assert set(taken) <= there
     assert len(there) - len(taken) == plan.tail_rows < plan.global_batch
 
 
-@given(plans(), st.integers(0, 3))
-def test_row_groups_are_read_whole_and_in_a_row(plan: Plan, epoch: int) -> None:
-    taken = [row for block in epoch_blocks(plan, epoch) for row in rows_of(plan.segments(block))]
-    runs = [[row for _, row in run] for _, run in groupby(taken, key=lambda row: row[0])]
-    assert len(runs) == len({group for group, _ in taken})
+@given(plans(windows=st.just(0)), st.integers(0, 3))
+def test_without_a_window_row_groups_are_read_whole_and_in_a_row(plan: Plan, epoch: int) -> None:
+    taken = epoch_rows(plan, epoch)
+    runs = [[row for _, _, row in run] for _, run in groupby(taken, key=lambda row: row[1])]
+    assert len(runs) == len({group for _, group, _ in taken})
     assert all(run == list(range(len(run))) for run in runs)
     assert sum(len(run) for run in runs[:-1]) == sum(
-        plan.rows[group] for group in list(dict.fromkeys(group for group, _ in taken))[:-1]
+        plan.rows[group] for group in list(dict.fromkeys(group for _, group, _ in taken))[:-1]
     )
 
 
 @given(plans(), st.data())
 def test_a_block_has_exactly_its_rows_whoever_asks_and_when(plan: Plan, data: st.DataObject) -> None:
     blocks = range(3 * plan.blocks_per_epoch)
-    in_sequence = [plan.segments(block) for block in blocks]
+    in_sequence = [block_rows(plan, block) for block in blocks]
     other_way = fresh(plan)
     for block in data.draw(st.lists(st.sampled_from(blocks), max_size=20)):
-        alone = fresh(plan).segments(block)
-        assert alone == in_sequence[block] == other_way.segments(block)
-        assert sum(stop - start for _, start, stop in alone) == plan.block_rows
-        assert all(0 <= start < stop <= plan.rows[group] for group, start, stop in alone)
-        assert plan.epoch_of(block) == block // plan.blocks_per_epoch
+        alone = block_rows(fresh(plan), block)
+        assert alone == in_sequence[block] == block_rows(other_way, block)
+        assert len(alone) == plan.block_rows
+        assert all(0 <= row < plan.rows[group] for _, group, row in alone)
+        assert {epoch for epoch, _, _ in alone} == {plan.epoch_of(block)} == {block // plan.blocks_per_epoch}
+
+
+@given(plans(), st.integers(0, 3))
+def test_a_window_has_the_rows_of_its_row_groups_but_for_less_than_a_block(plan: Plan, epoch: int) -> None:
+    """Its first row group may lack rows, which the window before took; it may take rows of the next window."""
+    order = [group for _, group in dict.fromkeys((e, group) for e, group, _ in epoch_rows(in_order(plan), epoch))]
+    starts = [*plan.window_starts(epoch).tolist(), plan.blocks_per_epoch]
+    base = epoch * plan.blocks_per_epoch
+    for first, end in pairwise(starts):
+        window = plan.make_window(base + first, end - first)
+        assert plan.window_bounds(base + first) == plan.window_bounds(base + end - 1) == (base + first, base + end)
+        groups = [segment.group for segment in window.segments]
+        assert groups == order[order.index(groups[0]) : order.index(groups[0]) + len(groups)]
+        assert all(segment.start == 0 for segment in window.segments[1:])
+        assert all(segment.stop == plan.rows[segment.group] for segment in window.segments[:-1])
+        assert sorted(window.order.tolist()) == list(range(len(segment_rows(window.segments))))
+        size = max(1, plan.window)
+        number = order.index(groups[0]) // size
+        of_the_next = [row for row in segment_rows(window.segments) if order.index(row[1]) // size > number]
+        assert len(of_the_next) < plan.block_rows
+
+
+def in_order(plan: Plan) -> Plan:
+    """The plan with the same order of row groups, whose rows keep their order."""
+    return Plan(plan.rows, plan.seed, plan.global_batch, plan.block_rows, 0)
 
 
 @given(plans(), st.integers(0, 10))
 def test_the_rows_of_a_step_do_not_depend_on_the_world_size(plan: Plan, step: int) -> None:
-    whole = [row for block in plan.step_blocks(step) for row in rows_of(plan.segments(block))]
+    whole = [row for block in plan.step_blocks(step) for row in block_rows(plan, block)]
     for world in range(1, 13):
         first_step = max(0, step - world)
         shares = [plan.rank_blocks(step, rank, world, first_step) for rank in range(world)]
@@ -82,9 +88,79 @@ def test_the_rows_of_a_step_do_not_depend_on_the_world_size(plan: Plan, step: in
         if plan.blocks_per_step % world == 0:
             assert shares == [plan.rank_blocks(step, rank, world) for rank in range(world)]
         assert sorted(block for share in shares for block in share) == list(plan.step_blocks(step))
-        rows = [row for share in shares for block in share for row in rows_of(fresh(plan).segments(block))]
+        rows = [row for share in shares for block in share for row in block_rows(fresh(plan), block)]
         assert len(rows) == plan.global_batch
         assert sorted(rows) == sorted(whole)
+
+
+@given(plans(), st.data())
+def test_windows_of_a_range_have_its_blocks_once_and_in_order(plan: Plan, data: st.DataObject) -> None:
+    """From any block to any other, over the ends of epochs: as the tasks of a stream."""
+    first = data.draw(st.integers(0, 3 * plan.blocks_per_epoch))
+    last = first + data.draw(st.integers(0, 2 * plan.blocks_per_epoch))
+    windows = make_windows(plan, first, last)
+    every = [windows[number] for number in range(len(windows))]
+    assert [window.first + number for window in every for number in range(window.blocks)] == list(range(first, last))
+    for window in every:
+        rows = list(window_blocks(window))
+        assert rows == [block_rows(plan, window.first + number) for number in range(window.blocks)]
+    for number in data.draw(st.lists(st.sampled_from(range(len(every))), max_size=5)) if every else []:
+        again = make_windows(fresh(plan), first, last)[number]
+        assert again[:3] == every[number][:3]
+        assert np.array_equal(again.order, every[number].order)
+    with pytest.raises(IndexError):
+        windows[len(windows)]
+
+
+@given(plans(windows=st.integers(1, 6)))
+def test_a_window_is_read_once(plan: Plan) -> None:
+    """The tasks of an epoch read each row once: a row group that two windows share, in two parts."""
+    windows = make_windows(plan, 0, plan.blocks_per_epoch)
+    read = Counter(row for number in range(len(windows)) for row in segment_rows(windows[number].segments))
+    assert set(read.values()) <= {1}
+
+
+def test_blocks_of_two_windows_are_refused() -> None:
+    plan = Plan(np.full(8, 4, np.int64), 0, 4, 4, window=2)
+    assert plan.make_window(0, 2).blocks == 2
+    with pytest.raises(ValueError, match="blocks 1 to 2 are not in one window, 0 to 1"):
+        plan.make_window(1, 2)
+
+
+def meeting_again(plan: Plan, epochs: int) -> float:
+    """The share of the pairs of rows of a batch that are in one batch in the epoch after, too."""
+    batches = []
+    for epoch in range(epochs):
+        rows = [row[1:] for row in epoch_rows(plan, epoch)]
+        batches.append({row: place // plan.global_batch for place, row in enumerate(rows)})
+    again = pairs = 0
+    for one, other in pairwise(batches):
+        met = Counter((batch, other.get(row, -1)) for row, batch in one.items())
+        again += sum(count * (count - 1) for (_, later), count in met.items() if later >= 0)
+        pairs += plan.steps_per_epoch * plan.global_batch * (plan.global_batch - 1)
+    return again / pairs
+
+
+def test_rows_that_met_seldom_meet_again() -> None:
+    """6,000 rows in row groups of 256 and batches of 128, as in a small run; in a whole shuffle it would be 0.02."""
+    rows = np.array([256] * 23 + [112], np.int64)
+    assert choose_window(rows) * 256 >= WINDOW_ROWS
+    shares = {
+        window: meeting_again(Plan(rows, 1, 128, 128, window), 10) for window in (0, 1, choose_window(rows), len(rows))
+    }
+    assert shares[0] > 0.8
+    assert shares[1] < 0.55
+    assert shares[choose_window(rows)] < 0.10
+    assert shares[len(rows)] == pytest.approx(127 / 5999, rel=0.2)
+
+
+def test_a_row_may_be_in_any_place_of_its_window() -> None:
+    plan = Plan(np.full(2, 3, np.int64), 5, 6, 2, window=2)
+    places = np.zeros((6, 6), int)
+    for epoch in range(3000):
+        for place, (_, group, row) in enumerate(epoch_rows(plan, epoch)):
+            places[place, 3 * group + row] += 1
+    assert abs(places - 500).max() < 5 * (3000 * 1 / 6 * 5 / 6) ** 0.5
 
 
 @given(plans())
@@ -96,13 +172,13 @@ def test_steps_follow_one_another_without_a_gap(plan: Plan) -> None:
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    def order(seed: int, epoch: int) -> tuple[Segment, ...]:
-        plan = Plan(np.full(30, 4, np.int64), seed, 8, 4)
-        return tuple(segment for block in epoch_blocks(plan, epoch) for segment in plan.segments(block))
+    def order(seed: int, epoch: int, window: int) -> tuple[tuple[int, ...], ...]:
+        plan = Plan(np.full(30, 4, np.int64), seed, 8, 4, window)
+        return tuple(row[1:] for row in epoch_rows(plan, epoch))
 
-    orders = {order(seed, epoch) for seed in range(5) for epoch in range(5)}
-    assert len(orders) == 25
-    assert all(sorted(one) == [Segment(group, 0, 4) for group in range(30)] for one in orders)
+    orders = {order(seed, epoch, window) for seed in range(5) for epoch in range(5) for window in (0, 1, 4)}
+    assert len(orders) == 75
+    assert all(sorted(one) == [(group, row) for group in range(30) for row in range(4)] for one in orders)
 
 
 def test_every_row_group_is_as_likely_in_every_place() -> None:
@@ -110,14 +186,14 @@ def test_every_row_group_is_as_likely_in_every_place() -> None:
     counts = np.zeros((6, 6), int)
     for epoch in range(3000):
         for place, block in enumerate(epoch_blocks(plan, epoch)):
-            counts[place, plan.segments(block)[0].group] += 1
+            counts[place, block_rows(plan, block)[0][1]] += 1
     assert abs(counts - 500).max() < 5 * (3000 * 1 / 6 * 5 / 6) ** 0.5
 
 
 def test_the_order_is_the_one_that_was_published() -> None:
     """A run resumes on the rows that it would have had, also under a later version: a change here breaks that."""
     plan = Plan(np.array([3, 5, 2, 4, 6], np.int64), seed=7, global_batch=4, block_rows=2)
-    first, second = ([[tuple(s) for s in plan.segments(b)] for b in epoch_blocks(plan, epoch)] for epoch in (0, 1))
+    first, second = ([pieces(plan, block) for block in epoch_blocks(plan, epoch)] for epoch in (0, 1))
     assert first == [
         [(3, 0, 2)],
         [(3, 2, 4)],
@@ -143,13 +219,42 @@ def test_the_order_is_the_one_that_was_published() -> None:
         [(0, 1, 3)],
     ]
     large = Plan(np.ones(1000, np.int64), seed=7, global_batch=10, block_rows=10)
-    order = [segment.group for block in epoch_blocks(large, 2) for segment in large.segments(block)]
+    order = [group for _, group, _ in epoch_rows(large, 2)]
     assert order[:8] == [277, 790, 818, 552, 514, 883, 158, 654]
     assert (
         hashlib.sha256(np.array(order, "<i4").tobytes()).hexdigest()
         == "d885881a4e2ca7589d61874f51ac5d40a3f04f3a7419dc92b0f7faf93dd4fd03"
     )
     assert plan.fingerprint == "315a549632b3e050047224426bf1667c5892392f4cfd422ae27315234963ca3f"
+
+
+def pieces(plan: Plan, block: int) -> list[tuple[int, int, int]]:
+    """The rows of a block whose rows keep their order: row group, start, stop."""
+    runs = [[*run] for _, run in groupby(block_rows(plan, block), key=lambda row: row[1])]
+    return [(run[0][1], run[0][2], run[-1][2] + 1) for run in runs]
+
+
+def test_the_order_in_windows_is_the_one_that_was_published() -> None:
+    plan = Plan(np.array([3, 5, 2, 4, 6], np.int64), seed=7, global_batch=4, block_rows=2, window=2)
+    assert [[row[1:] for row in block_rows(plan, block)] for block in range(10)] == [
+        [(4, 1), (4, 5)],
+        [(3, 1), (3, 2)],
+        [(4, 3), (4, 2)],
+        [(4, 0), (3, 0)],
+        [(4, 4), (3, 3)],
+        [(0, 1), (0, 0)],
+        [(2, 1), (2, 0)],
+        [(1, 0), (0, 2)],
+        [(1, 3), (1, 1)],
+        [(1, 2), (1, 4)],
+    ]
+    large = Plan(np.full(100, 100, np.int64), seed=7, global_batch=100, block_rows=50, window=3)
+    order = [row[1:] for row in epoch_rows(large, 2)]
+    assert (
+        hashlib.sha256(np.array(order, "<i4").tobytes()).hexdigest()
+        == "297b40e24f3a4934a21bf0db2ed2c3e50ab53f7a173541025c875c62eb83024d"
+    )
+    assert plan.fingerprint == "2bcf29ddb2f18727449dbcb405cac69d8e27ec065d717d613ce2e4ca134e6462"
 
 
 def test_the_fingerprint_names_everything_that_the_rows_depend_on() -> None:
@@ -162,15 +267,17 @@ def test_the_fingerprint_names_everything_that_the_rows_depend_on() -> None:
         Plan(rows, 1, 8, 2),
         Plan(np.array([8, 16, 8], np.int64), 1, 8, 4),
         Plan(np.array([8, 8, 15], np.int64), 1, 8, 4),
+        Plan(rows, 1, 8, 4, window=1),
+        Plan(rows, 1, 8, 4, window=2),
     ]
-    assert len({one.fingerprint for one in [plan, *others]}) == 6
+    assert len({one.fingerprint for one in [plan, *others]}) == 8
 
 
 def test_a_plan_that_has_been_used_survives_pickling() -> None:
-    plan = Plan(np.array([5, 6, 7], np.int64), 3, 6, 3)
-    segments = [plan.segments(block) for block in range(12)]
+    plan = Plan(np.array([5, 6, 7], np.int64), 3, 6, 3, window=2)
+    rows = [block_rows(plan, block) for block in range(12)]
     copy = pickle.loads(pickle.dumps(plan))  # noqa: S301
-    assert [copy.segments(block) for block in range(12)] == segments
+    assert [block_rows(copy, block) for block in range(12)] == rows
 
 
 def test_too_little_data_for_one_batch_is_an_error() -> None:
@@ -182,26 +289,26 @@ def test_too_little_data_for_one_batch_is_an_error() -> None:
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=30), st.integers(1, 9))
-def test_in_order_covers_every_row_once_inside_row_groups(counts: list[int], block_rows: int) -> None:
-    blocks = sequential_blocks(np.array(counts, np.int64), block_rows)
-    rows = [row for segments in blocks for row in rows_of(segments)]
-    assert rows == [(group, row) for group, count in enumerate(counts) for row in range(count)]
-    assert all(len(segments) == 1 and len(rows_of(segments)) <= block_rows for segments in blocks)
+def test_in_order_covers_every_row_once_inside_row_groups(counts: list[int], most: int) -> None:
+    blocks = sequential_blocks(np.array(counts, np.int64), most)
+    rows = [row for segments in blocks for row in segment_rows(segments)]
+    assert rows == [(0, group, row) for group, count in enumerate(counts) for row in range(count)]
+    assert all(len(segments) == 1 and len(segment_rows(segments)) <= most for segments in blocks)
 
 
 def test_a_billion_rows_are_planned_in_little_memory() -> None:
     groups = 1_500_000
     peak, ends, tail_rows = run_in_fresh_process(plan_a_billion_rows, groups)
     assert peak < 200e6
-    assert [sum(stop - start for _, start, stop in segments) for segments in ends] == [256, 256]
+    assert [len(window.order) for window in ends] == [256, 256]
     assert tail_rows == groups * 1032 % 65_536
 
 
-def plan_a_billion_rows(groups: int) -> tuple[int, tuple[list[Segment], list[Segment]], int]:
+def plan_a_billion_rows(groups: int) -> tuple[int, tuple[Window, Window], int]:
     """The peak of memory in bytes, the first and last block of an epoch, and the rows of its tail."""
     tracemalloc.start()
-    plan = Plan(np.full(groups, 1032, np.int64), 0, 65_536, 256)
-    ends = plan.segments(0), plan.segments(plan.blocks_per_epoch - 1)
+    plan = Plan(np.full(groups, 1032, np.int64), 0, 65_536, 256, window=1)
+    ends = plan.make_window(0), plan.make_window(plan.blocks_per_epoch - 1)
     return tracemalloc.get_traced_memory()[1], ends, plan.tail_rows
 
 
@@ -216,5 +323,5 @@ def bytes_after_20_epochs(groups: int) -> int:
     plan = Plan(np.full(groups, 3, np.int64), 0, 300, 3)
     tracemalloc.start()
     for epoch in range(20):
-        plan.segments(epoch * plan.blocks_per_epoch)
+        plan.make_window(epoch * plan.blocks_per_epoch)
     return tracemalloc.get_traced_memory()[0]

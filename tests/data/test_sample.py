@@ -54,11 +54,11 @@ def test_a_sample_has_the_rows_that_were_drawn(small_set: Index) -> None:
     sample = sample_of(small_set, rows)
     assert sample.index.paths == ("0.parquet", "2.parquet")
     assert sample.total == 6
-    blocks = [sample.read(segments, 0) for segments in sample.blocks(batch=2)]
+    blocks = [sample.read(segments) for segments in sample.blocks(batch=2)]
     assert [len(block["image"]) for block in blocks] == [2, 2, 2]
     assert [uid for block in blocks for uid in block["uid"]] == [f"row-{row}" for row in sorted(rows)]
     whole = sample_of(small_set, list(range(78)))
-    pixels = np.concatenate([whole.read(segments, 0)["image"] for segments in whole.blocks(64)])
+    pixels = np.concatenate([whole.read(segments)["image"] for segments in whole.blocks(64)])
     np.testing.assert_array_equal(np.concatenate([block["image"] for block in blocks]), pixels[sorted(rows)])
     assert read_captions(sample)[:3] == [["caption 3", "more of 3"], [], ["caption 11"]]
 

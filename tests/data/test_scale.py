@@ -10,7 +10,7 @@ from helpers.fresh import run_in_fresh_process
 
 from benchmarks.scale import ROWS, SHARDS, made_up_index
 from nev.data import index_cache
-from nev.data.plan import Plan
+from nev.data.plan import Plan, choose_window
 
 BATCH, BLOCK = 65_536, 256
 BYTES_A_GROUP = 60  # rows 8, two epochs' orders of 12, and 24 for a moment while a third is drawn
@@ -30,13 +30,14 @@ def plan_three_epochs(group_rows: int) -> tuple[int, int, int]:
     tracemalloc.start()
     plan = Plan(rows.copy(), 7, BATCH, BLOCK)
     for epoch in range(3):  # a plan holds the orders of two epochs at most
-        plan.segments(epoch * plan.blocks_per_epoch)
+        plan.make_window(epoch * plan.blocks_per_epoch)
     return int(rows.sum()), len(rows), tracemalloc.get_traced_memory()[1]
 
 
 @pytest.mark.parametrize("group_rows", [256, 10_000])
 def test_blocks_of_1_55_billion_rows_are_whole_and_apart(group_rows: int) -> None:
-    plan = Plan(made_up_index(group_rows).rows, 7, BATCH, BLOCK)
+    group_sizes = made_up_index(group_rows).rows
+    plan = Plan(group_sizes, 7, BATCH, BLOCK, choose_window(group_sizes))
     per_epoch = plan.blocks_per_epoch
     assert plan.tail_rows == ROWS % BATCH
     sampled = np.random.default_rng(0).integers(0, per_epoch, 300).tolist()
@@ -45,12 +46,18 @@ def test_blocks_of_1_55_billion_rows_are_whole_and_apart(group_rows: int) -> Non
         first_row = np.concatenate([[0], np.cumsum(plan.rows)])
         taken = []
         for block in within:
-            segments = plan.segments(epoch * per_epoch + block)
+            window = plan.make_window(epoch * per_epoch + block)
             assert plan.epoch_of(epoch * per_epoch + block) == epoch
-            assert sum(stop - start for _, start, stop in segments) == BLOCK
-            assert all(0 <= start < stop <= plan.rows[group] for group, start, stop in segments)
-            assert len(segments) <= (4 if group_rows == 256 else 3)  # the last row group of a shard is short
-            taken += [np.arange(first_row[group] + start, first_row[group] + stop) for group, start, stop in segments]
+            assert len(window.order) == BLOCK
+            assert all(0 <= start < stop <= plan.rows[group] for group, start, stop, _ in window.segments)
+            assert (
+                len(window.segments) <= plan.window + 2
+            )  # one that the window before has begun, and one to fill a block
+            read = [
+                np.arange(first_row[group] + start, first_row[group] + stop)
+                for group, start, stop, _ in window.segments
+            ]
+            taken.append(np.concatenate(read)[window.order])
         rows = np.concatenate(taken)
         assert len(rows) == len(np.unique(rows)) == BLOCK * len(within)
 

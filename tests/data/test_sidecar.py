@@ -43,7 +43,7 @@ def test_sidecars_lie_beside_their_shards_row_for_row(tmp_path: Path) -> None:
     assert np.diff(starts).tolist() == [n % 3 for n in range(9)]
     assert np.array_equal(vectors, [vector_of(caption) for row in rows for caption in row["caption"]])
     check_sidecars(index, KEY, WIDTH)
-    block = reader_of(index).read(whole(index), 0)
+    block = reader_of(index).read(whole(index))
     assert block["valid"].tolist() == [n % 3 > 0 for n in range(9)]
 
 
@@ -51,7 +51,7 @@ def test_a_shard_without_any_caption_has_a_sidecar_too(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", [row | {"caption": ""} for row in rows_of(3)], [3])
     index = embedded(tmp_path)
     check_sidecars(index, KEY, WIDTH)
-    block = reader_of(index).read(whole(index), 0)
+    block = reader_of(index).read(whole(index))
     assert block["reason"].tolist() == ["caption is empty"] * 3
     assert not block["text"].any()
 
@@ -145,7 +145,7 @@ def test_rows_in_another_order_are_noticed_though_no_size_tells(groups: list[int
     after = build_index(str(tmp_path), Columns())
     assert after.fingerprint == before.fingerprint  # what footers can tell is the same
     with pytest.raises(DataError, match=r"a\.parquet: its rows are not those of the shard.*write it again"):
-        reader_of(after).read(whole(after), 0)
+        reader_of(after).read(whole(after))
     with pytest.raises(DataError, match="its rows are not those of the shard"):
         check_sidecars(after, KEY, WIDTH, every_row=len(groups) > 1)  # as for data.val
 

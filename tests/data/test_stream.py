@@ -13,9 +13,9 @@ import pytest
 from helpers.pictures import WIDTH, encode, rows_of, write_shard
 
 from nev.config.data import Augment, Columns, Limits
-from nev.data.block import Block, BlockReader
+from nev.data.block import Block, BlockReader, EncodedRows
 from nev.data.index import build_index
-from nev.data.plan import Plan
+from nev.data.plan import Plan, Segment
 from nev.data.text_sidecar import sidecar_key, write_sidecar
 
 pytestmark = pytest.mark.ray
@@ -60,7 +60,7 @@ def splits(stream: Any, world: int, dawdle: bool = False) -> list[list[Block]]:
 
 def assert_block(block: Block, number: int, reader: BlockReader, plan: Plan) -> None:
     """The block is block `number` of the plan, bit for bit, as the reader alone would read it."""
-    expected = reader.read(plan.segments(number), plan.epoch_of(number))
+    expected = next(reader.read_blocks(plan.make_window(number)))
     assert block["block"].tolist() == [number] * plan.block_rows
     assert block.keys() == {*expected, "block"}
     for name, column in expected.items():
@@ -69,15 +69,16 @@ def assert_block(block: Block, number: int, reader: BlockReader, plan: Plan) -> 
         assert name in ("uid", "reason") or block[name].dtype == column.dtype, name
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(("world", "window"), [(2, 0), (3, 2)])
 def test_rank_r_gets_the_blocks_that_the_plan_gives_it(
-    world: int, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: int, window: int, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nev.data import stream
 
     monkeypatch.setattr(stream, "NUMBERS_PER_TASK", 3)  # block numbers come from several read tasks
     reader = reader_over(tmp_path, 71)
-    plan = Plan(reader.index.rows, 9, global_batch=12, block_rows=3)
+    plan = Plan(reader.index.rows, 9, global_batch=12, block_rows=3, window=window)
+    assert plan.blocks_per_window >= window
     first, last = 3, 8  # begins amid epoch 0, ends amid epoch 1
     assert first < plan.steps_per_epoch < last < 2 * plan.steps_per_epoch
     taken = splits(stream.make_stream(reader, plan, first, last), world, dawdle=True)
@@ -98,7 +99,7 @@ def test_the_world_may_change_in_the_middle(ray_cluster: None, tmp_path: Path) -
     from nev.data.stream import make_stream
 
     reader = reader_over(tmp_path, 71)
-    plan = Plan(reader.index.rows, 9, global_batch=12, block_rows=3)
+    plan = Plan(reader.index.rows, 9, global_batch=12, block_rows=3, window=3)
     rows_of_step: dict[int, list[str]] = {}
     for world, first, last in ((1, 0, 2), (4, 2, 4), (3, 4, 5), (2, 5, 7)):  # amid the first epoch and into the second
         for blocks in splits(make_stream(reader, plan, first, last), world):
@@ -117,7 +118,7 @@ def test_any_step_is_reached_without_those_before_it(ray_cluster: None, tmp_path
     from nev.data.stream import make_stream
 
     reader = reader_over(tmp_path, 40)
-    plan = Plan(reader.index.rows, 1, global_batch=8, block_rows=8)
+    plan = Plan(reader.index.rows, 1, global_batch=8, block_rows=8, window=2)
     far = 10**9 * plan.steps_per_epoch + 2
     stream = make_stream(reader, plan, far, far + 2)
     assert stream.context.execution_options.preserve_order  # also where no DataConfig says so
@@ -134,7 +135,7 @@ def test_blocks_larger_than_ray_would_make_them_come_one_by_one(ray_cluster: Non
     from nev.data.stream import make_stream
 
     reader = reader_over(tmp_path, 300, image_size=224)
-    plan = Plan(reader.index.rows, 2, global_batch=256, block_rows=128)
+    plan = Plan(reader.index.rows, 2, global_batch=256, block_rows=128, window=len(reader.index.rows))
     context = DataContext.get_current().copy()
     context.target_max_block_size = 2**20  # a block of 128 rows has 19 MB: Ray would cut it in pieces
     with DataContext.current(context):
@@ -152,7 +153,7 @@ def test_tiny_blocks_are_not_merged(ray_cluster: None, tmp_path: Path) -> None:
     from nev.data.stream import make_stream
 
     reader = reader_over(tmp_path, 45, image_size=4)
-    plan = Plan(reader.index.rows, 2, global_batch=2, block_rows=1)
+    plan = Plan(reader.index.rows, 2, global_batch=2, block_rows=1, window=2)
     before = DataContext.get_current().copy()
     taken = splits(make_stream(reader, plan, 0, 22), 2)
     for rank in range(2):
@@ -174,19 +175,19 @@ def test_a_shard_that_vanishes_stops_the_stream_with_its_name(ray_cluster: None,
 
 
 def test_a_task_with_more_than_one_number_is_refused() -> None:
-    from nev.data.stream import read_block
+    from nev.data.stream import read_window
 
-    with pytest.raises(RuntimeError, match="2 block numbers, not one"):
-        read_block({"id": np.array([4, 5])}, [], 0)
+    with pytest.raises(RuntimeError, match="the numbers of 2 windows, not of one"):
+        next(read_window({"id": np.array([4, 5])}, []))
 
 
 class Deadly(BlockReader):
-    """Its process dies over the third block, again and again, as over a picture that crashes its decoder."""
+    """Its process dies over a row group of the second shard, again and again, as over a picture that crashes its decoder."""
 
-    def read(self, segments: Any, epoch: int, pictures: Any = None) -> Block:
+    def load(self, segments: list[Segment]) -> EncodedRows:
         if segments[0].group == self.index.shard.searchsorted(1):
             os._exit(1)
-        return super().read(segments, epoch, pictures)
+        return super().load(segments)
 
 
 def test_a_block_that_always_kills_its_process_ends_the_stream(

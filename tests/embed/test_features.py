@@ -79,11 +79,13 @@ def test_features_on_s3_are_those_of_the_trunk(frozen: Make, s3: Proxy, ray_clus
         check_image_sidecars(each.index, each.features, every_row=True)
         segments = [segment for shard in (0, 1) for segment in row_groups(each.index, shard)]
         for epoch in range(2):
-            pixels = each.reader.read(segments, epoch)
-            read = replace(each.reader, features=each.features).read(segments, epoch)
+            in_epoch = [segment._replace(epoch=epoch) for segment in segments]
+            pixels = each.reader.read(in_epoch)
+            read = replace(each.reader, features=each.features).read(in_epoch)
             assert read["valid"].tolist() == pixels["valid"].tolist()
             views = [
-                see(trunk, config, each.reader.read(segments, view)["image"]) for view in range(each.features.views)
+                see(trunk, config, each.reader.read([segment._replace(epoch=view) for segment in segments])["image"])
+                for view in range(each.features.views)
             ]
             drawn = each.features.draw_views(config.seed, epoch, pixels["uid"].tolist())
             for row in np.flatnonzero(pixels["valid"]):

@@ -39,7 +39,7 @@ def test_without_a_validation_set_no_scored_row_is_fitted_on(small_set: Index, t
     config = tiny(data__train=small_set.root, data__val=None)
     fit, score = draw_samples(config, 1000)
     assert (fit.total, score.total) == (65, 13)
-    uids = {uid for reader in (fit, score) for part in reader.blocks(99) for uid in reader.read(part, 0)["uid"]}
+    uids = {uid for reader in (fit, score) for part in reader.blocks(99) for uid in reader.read(part)["uid"]}
     assert len(uids) == 78
     same = tiny(data__train=small_set.root, data__val=small_set.root)  # a set that is given twice is divided, too
     assert [reader.drawn[0].tolist() for reader in draw_samples(same, 1000)] == [

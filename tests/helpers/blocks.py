@@ -30,8 +30,8 @@ def reader_of(index: Index, **changed: Any) -> BlockReader:
     return BlockReader(index, text_width=WIDTH, **(settings | changed))
 
 
-def whole(index: Index) -> list[Segment]:
-    return [Segment(group, 0, int(rows)) for group, rows in enumerate(index.rows)]
+def whole(index: Index, epoch: int = 0) -> list[Segment]:
+    return [Segment(group, 0, int(rows), epoch) for group, rows in enumerate(index.rows)]
 
 
 def equal(one: Block, other: Block) -> bool:

@@ -57,7 +57,7 @@ def blocks(reader: BlockReader, plan: Plan, first: int, last: int, rank: int = 0
     for number in (
         block for step in range(first, last) for block in plan.rank_blocks(step, rank, world, first_step=first)
     ):
-        block = reader.read(plan.segments(number), plan.epoch_of(number))
+        block = next(reader.read_blocks(plan.make_window(number)))
         block["block"] = np.full(len(block["valid"]), number)
         yield block
 

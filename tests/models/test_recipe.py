@@ -71,7 +71,7 @@ def job(pictures: Path, wide_encoder: Path, tmp_path_factory: pytest.TempPathFac
 
 def test_the_text_prefix_and_layer_norm_reach_the_sidecars(job: tuple[Job, BlockReader], wide_encoder: Path) -> None:
     config, reader = job[0].config, job[1]
-    block = reader.read(job[0].plan.segments(0), 0)
+    block = next(reader.read_blocks(job[0].plan.make_window(0)))
     plain = load_text(config.text.model_copy(update={"prefix": "", "layer_norm": False}))
     assert block["text"].shape == (2, 768)
     assert block["valid"].all()
@@ -115,7 +115,7 @@ def test_every_number_reaches_the_run(
     assert train_state.model.log_scale.requires_grad
     blocks = []
     for number in range(2):
-        block = reader.read(task.plan.segments(number), 0)
+        block = next(reader.read_blocks(task.plan.make_window(number)))
         block["block"] = np.full(2, number)
         blocks.append(block)
     reports = Reports()

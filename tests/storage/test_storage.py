@@ -58,7 +58,7 @@ def plan_over(index: Index) -> Plan:
 
 def epoch(index: Index) -> list[Block]:
     reader, plan = reader_over(index), plan_over(index)
-    return [reader.read(plan.segments(block), 0) for block in range(plan.steps_per_epoch)]
+    return [next(reader.read_blocks(plan.make_window(block))) for block in range(plan.steps_per_epoch)]
 
 
 def assert_same(blocks: list[Block], expected: list[Block]) -> None:
@@ -111,12 +111,12 @@ def test_a_failure_for_good_is_bounded_and_names_the_object(
     index = embedded(REMOTE)
     reader, plan = reader_over(index), plan_over(index)
     shard = index.paths.index("sub/b.parquet")
-    block = next(k for k in range(plan.steps_per_epoch) if index.shard[plan.segments(k)[0].group] == shard)
+    block = next(k for k in range(plan.steps_per_epoch) if index.shard[plan.make_window(k).segments[0].group] == shard)
     refused = "/bucket/set/train/sub/b.parquet"
     s3.reset()
     s3.rule = lambda method, path, span, before: fault if path == refused and method == "GET" else None
     with pytest.raises(DataError, match=r"s3://bucket/set/train/sub/b\.parquet: row group .* cannot be read") as caught:
-        reader.read(plan.segments(block), 0)
+        next(reader.read_blocks(plan.make_window(block)))
     tries = s3.count("GET", refused)
     assert (
         tries
@@ -187,12 +187,12 @@ def test_a_shard_written_anew_under_a_reader_is_noticed(local: Path, s3: Proxy, 
     upload(local)
     index = embedded(REMOTE)
     reader, plan = reader_over(index), plan_over(index)
-    block = next(k for k in range(plan.steps_per_epoch) if index.shard[plan.segments(k)[0].group] == 0)
-    reader.read(plan.segments(block), 0)  # the shard is open now
+    block = next(k for k in range(plan.steps_per_epoch) if index.shard[plan.make_window(k).segments[0].group] == 0)
+    next(reader.read_blocks(plan.make_window(block)))  # the shard is open now
     write_shard(local / "a.parquet", rows_of(24, first=500, width=100, height=80), [8, 8, 8])
     upload(local)
     with pytest.raises(DataError, match=r"s3://bucket/set/train/a\.parquet: row group"):
-        reader.read(plan.segments(block), 0)
+        next(reader.read_blocks(plan.make_window(block)))
 
 
 def test_what_another_process_writes_is_seen(local: Path, s3: Proxy, impatient: None) -> None:
@@ -234,7 +234,7 @@ def test_requests_are_few(local: Path, s3: Proxy) -> None:
     seen: list[tuple[int, int]] = []
     for block in range(plan.steps_per_epoch):
         s3.reset()
-        reader.read(plan.segments(block), 0)
+        next(reader.read_blocks(plan.make_window(block)))
         seen.append((s3.count("HEAD"), s3.count("GET")))
     # A row group and its vectors are one request each. A file's first use asks for its size and its footer besides.
     assert sorted(seen) == [(0, 2)] * 4 + [(2, 4)] * 2
@@ -257,10 +257,10 @@ def bytes_held_by_open_files() -> tuple[int, int, int]:
     """The smallest and largest row group of `REMOTE` in bytes, and what a reader holds after it has read all but the first."""
     index = build_index(REMOTE, Columns())
     reader = BlockReader(index, 16, Limits(), 5, None)
-    reader.read([Segment(0, 0, 8)], 0)
+    reader.read([Segment(0, 0, 8)])
     tracemalloc.start()
     for group in range(1, 12):
-        reader.read([Segment(group, 0, 8)], 0)
+        reader.read([Segment(group, 0, 8)])
     return int(index.nbytes.min()), int(index.nbytes.max()), tracemalloc.get_traced_memory()[0]
 
 

@@ -228,7 +228,7 @@ def test_a_run_tells_of_a_skipped_step_and_goes_on_as_it_would_have_in_one_piece
     shards = {
         job.shards[int(shard)]
         for number in bad
-        for shard in reader.read(job.plan.segments(number), job.plan.epoch_of(number))["shard"]
+        for shard in next(reader.read_blocks(job.plan.make_window(number)))["shard"]
     }
     assert set(found["shards"]) == shards
     before, skipped, after = (weights(job.run, step) for step in (2, 4, 6))

@@ -81,7 +81,7 @@ def test_a_block_has_the_tokens_of_the_captions_whose_vectors_sidecars_give(tmp_
     assert tokens.row_bytes == 16 * 16 * 3 + 4 * text.max_tokens
     chosen = set()
     for epoch in range(16):
-        one, other = (reader.read([Segment(0, 0, 6)], epoch) for reader in (vectors, tokens))
+        one, other = (reader.read([Segment(0, 0, 6, epoch)]) for reader in (vectors, tokens))
         assert one["valid"].tolist() == other["valid"].tolist() == [True, True, True, False, False, True]
         assert one["reason"].tolist() == other["reason"].tolist()
         assert other["text"].dtype == np.int32

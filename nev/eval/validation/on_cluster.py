@@ -48,7 +48,7 @@ def embed_set(task: Validation, tower: EncoderSpec, gpus_in_use: float = 0.0) ->
 
 
 def _read_segments(segments: list[Segment], reader: Any) -> Iterator[Block]:
-    block: Block = reader.read(segments, 0)
+    block: Block = reader.read(segments)
     yield {name: block[name] for name in ("image", "valid", "label")}
 
 
@@ -60,5 +60,5 @@ def pictures(task: Validation, rows: Sequence[int]) -> list[Picture]:
     for row in map(int, rows):
         group = int(np.searchsorted(ends, row, side="right"))
         start = int(row - (ends[group] - index.rows[group]))
-        views.append(reader.read([Segment(group, start, start + 1)], 0)["image"][0])
+        views.append(reader.read([Segment(group, start, start + 1)])["image"][0])
     return views

@@ -46,7 +46,7 @@ def validate(
 def embed_blocks(task: Validation, embed: Embed, rank: int, world: int, lockstep: bool) -> dict[int, Embedded]:
     """Embed blocks rank, rank + W, ... of the set. Returns them by block number."""
     blocks = list(enumerate(sequential_blocks(task.reader.index.rows, task.batch)))
-    share = {number: embed_block(task.reader.read(segments, 0), embed) for number, segments in blocks[rank::world]}
+    share = {number: embed_block(task.reader.read(segments), embed) for number, segments in blocks[rank::world]}
     if lockstep and len(share) < -(-len(blocks) // world):  # lower ranks have one block more
         embed(np.zeros_like(task.reader.allocate(1)))
     return share

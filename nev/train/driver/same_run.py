@@ -22,6 +22,7 @@ FREE_TO_CHANGE = (
     "text.encoder",
     "data.train",
     "data.val",
+    "data.window",  # the fingerprint of the plan says whether the rows are the same
     "data.max_bad_share",
     "train.micro_batch",
     "train.activation_checkpointing",

@@ -14,7 +14,7 @@ from nev.data.ablation import change_texts, count_used_rows
 from nev.data.block import BlockReader
 from nev.data.image_sidecar import Features, TrunkFacts, image_recipe
 from nev.data.index import Index
-from nev.data.plan import Plan
+from nev.data.plan import Plan, choose_window
 from nev.data.text_sidecar import mean_vector
 from nev.data.tokens import CaptionTokenizer
 from nev.eval.validation.task import Validation, text_key
@@ -63,7 +63,8 @@ class Inputs:
 def make_plan(config: Experiment, index: Index) -> Plan:
     """The plan of the training set."""
     rows = count_used_rows(index, config.data.used_rows)
-    return Plan(rows, config.seed, config.train.global_batch, config.data.block_rows)
+    window = choose_window(rows) if config.data.window is None else config.data.window
+    return Plan(rows, config.seed, config.train.global_batch, config.data.block_rows, window)
 
 
 def make_job(config: Experiment, text: TextTower, inputs: Inputs, stop_after: int | None = None) -> Job:

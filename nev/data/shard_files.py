@@ -1,0 +1,71 @@
+"""Rows of parquet files: the files that a reader holds open, and what is read of a row group."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nev.storage.files import filesystem, is_local, open_parquet
+from nev.storage.reading import DataError, read_errors_as_data_errors
+
+OPEN_FILES = 32
+HEAD = 0.5  # part of a row group up to which its first rows are read alone, without the rest
+
+
+class ShardFiles:
+    """Open parquet files with their parsed footers. The least recently used files beyond `OPEN_FILES` are closed."""
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[str, tuple[Any, pq.FileMetaData]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __reduce__(self) -> tuple[type[ShardFiles], tuple[()]]:
+        return ShardFiles, ()  # in another process, no file is open
+
+    def read(self, location: str, group: int, columns: list[str], start: int, stop: int) -> pa.Table:
+        """Rows [start, stop) of a row group. Raises DataError for a file that cannot be read, or has lost rows.
+
+        group: number of the row group in the file.
+
+        The first rows of a large row group are read without the rest of it.
+        """
+        with read_errors_as_data_errors(
+            f"{location}: row group {group}", "Write this file again, or remove it and start again."
+        ):
+            source, footer = self._open(location)
+            rows = footer.row_group(group).num_rows
+            if start == 0 and stop < HEAD * rows:
+                table = _read_head(source, footer, group, columns, stop)
+            else:
+                # A new reader each time: with `pre_buffer` a reader keeps all bytes that it has read.
+                file = pq.ParquetFile(source, metadata=footer, pre_buffer=not isinstance(source, pa.MemoryMappedFile))
+                table = file.read_row_group(group, columns, use_threads=False)
+        if len(table) < stop:
+            raise DataError(f"{location}: row group {group} has lost rows since it was indexed. Start again.")
+        return table.slice(start, stop - start)
+
+    def _open(self, location: str) -> tuple[Any, pq.FileMetaData]:
+        if location in self._files:
+            self._files.move_to_end(location)
+        else:
+            fs, path = filesystem(location)
+            source = pa.memory_map(path) if is_local(fs) else open_parquet(fs, path)
+            self._files[location] = source, pq.read_metadata(source)
+            while len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)[1][0].close()
+        return self._files[location]
+
+
+def _read_head(source: Any, footer: pq.FileMetaData, group: int, columns: list[str], rows: int) -> pa.Table:
+    """The first rows of a row group, by reads of half the bytes that these rows have in the largest column."""
+    meta = footer.row_group(group)
+    largest = max(meta.column(number).total_compressed_size for number in range(meta.num_columns))
+    nbytes = max(2**16, largest * rows // meta.num_rows // 2)
+    file = pq.ParquetFile(source, metadata=footer, pre_buffer=False, buffer_size=nbytes)
+    batches = file.iter_batches(batch_size=rows, row_groups=[group], columns=columns, use_threads=False)
+    return pa.Table.from_batches([next(batches)])
