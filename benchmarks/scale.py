@@ -35,9 +35,10 @@ MIB = 2**20
 FILE_GROUPS, FILE_ROWS = 40, 4  # row groups of a small shard, and rows of each
 NOTES = (
     f"plan_*: {ROWS:,} rows in {SHARDS:,} made-up shards, row groups of 256 rows (the last of a shard is shorter), "
-    f"B = {BATCH:,}, R = {BLOCK}. new_s: the plan and the first block of an epoch, which draws the epoch's order. block_us: "
-    "a block once the order is known. groups_a_block_count: row groups that a block touches, on average over 20,000 blocks; "
-    "whole: where every row group has exactly 256 rows; 10000: row groups of 10,000 rows.",
+    f"B = {BATCH:,}, R = {BLOCK}, windows of as many row groups as have 1,024 rows. new_s: the plan, the windows of an epoch and "
+    "the first one, which draws the epoch's order. block_us: a block, in windows of an epoch whose order is known. "
+    "groups_a_block_count: row groups that are read for a block, on average over 5,000 windows; rows_read_vs_rows: rows that "
+    "are read for a row; whole: where every row group has exactly 256 rows; 10000: row groups of 10,000 rows.",
     "plan_peak_mib: the most that the plan and three epochs' first blocks hold. plan_sent_mib: the plan as it goes to Ray's "
     "object store, once a node. index_sent_mib: the index beside it.",
     f"index_*: a folder of small shards of {FILE_GROUPS} row groups on a local disk whose pages are in memory. uncached: "
@@ -74,10 +75,11 @@ def main(
             "plan_sent_mib": [len(pickle.dumps(new_plan(index), protocol=5)) / MIB],
             "index_sent_mib": [len(pickle.dumps(index, protocol=5)) / MIB],
             "plan_row_groups_count": [float(len(index.rows))],
-            "plan_groups_a_block_count": [groups_a_block(new_plan(index))],
-            "plan_groups_a_block_whole_count": [groups_a_block(new_plan(whole))],
-            "plan_groups_a_block_10000_count": [groups_a_block(new_plan(made_up_index(10_000)))],
         }
+        for name_of_size, of_size in (("", index), ("_whole", whole), ("_10000", made_up_index(10_000))):
+            groups, rows = reads_a_block(new_plan(of_size))
+            figures[f"plan_groups_a_block{name_of_size}_count"] = [groups]
+            figures[f"plan_rows_read_vs_rows{name_of_size}"] = [rows / BLOCK]
         ratios = {"index_cached_vs_uncached": report.Ratio("index_cached_shards_per_s", "index_uncached_shards_per_s")}
         report.write("scale", report.this_command(), figures, ratios, NOTES, results, console)
 
@@ -102,6 +104,7 @@ def made_up_index(group_rows: int) -> Index:
         nbytes=rows * PICTURE_BYTES,
         columns=Columns(uid="uid", image="image", caption="caption"),
         fingerprint="made up",
+        tars=(None,) * SHARDS,
     )
 
 
@@ -136,25 +139,31 @@ def index_seconds(name: str, cached: bool) -> float:
 
 def new_plan(index: Index) -> Plan:
     """A plan that has drawn no epoch's order yet."""
-    from nev.data.plan import Plan
+    from nev.data.plan import Plan, choose_window
 
-    return Plan(index.rows, 0, BATCH, BLOCK)
+    return Plan(index.rows, 0, BATCH, BLOCK, choose_window(index.rows))
 
 
 def new_seconds(index: Index) -> float:
-    """Seconds of a new plan and its first block."""
+    """Seconds of a new plan, the windows of an epoch and the first of them."""
+    from nev.data.windows import make_windows
+
     begin = time.perf_counter()
-    new_plan(index).make_window(0)
+    plan = new_plan(index)
+    make_windows(plan, 0, plan.blocks_per_epoch)[0]
     return time.perf_counter() - begin
 
 
-def block_microseconds(index: Index, blocks: int = 2000) -> float:
-    """Microseconds a block, over the first and the last thousand of an epoch."""
+def block_microseconds(index: Index, count: int = 500) -> float:
+    """Microseconds a block, over the first windows of an epoch and the last."""
+    from nev.data.windows import make_windows
+
     plan = new_plan(index)
-    plan.make_window(0)
-    begin = time.perf_counter()
-    for block in (*range(blocks // 2), *range(plan.blocks_per_epoch - blocks // 2, plan.blocks_per_epoch)):
-        plan.make_window(block)
+    windows = make_windows(plan, 0, plan.blocks_per_epoch)
+    windows[0]
+    begin, blocks = time.perf_counter(), 0
+    for number in (*range(count), *range(len(windows) - count, len(windows))):
+        blocks += windows[number].blocks
     return (time.perf_counter() - begin) / blocks * 1e6
 
 
@@ -170,10 +179,21 @@ def peak_mib(index: Index) -> float:
         tracemalloc.stop()
 
 
-def groups_a_block(plan: Plan, blocks: int = 20_000) -> float:
-    """Row groups that a block touches, the mean over blocks in the middle of an epoch."""
-    middle = plan.blocks_per_epoch // 2
-    return float(np.mean([len(plan.segments(block)) for block in range(middle, middle + blocks)]))
+def reads_a_block(plan: Plan, count: int = 5000) -> tuple[float, float]:
+    """Row groups, and rows, that are read for a block: the mean over `count` windows in the middle of an epoch."""
+    from nev.data.shard_files import HEAD
+    from nev.data.windows import make_windows
+
+    windows = make_windows(plan, 0, plan.blocks_per_epoch)
+    blocks = groups = rows = 0
+    for number in range(len(windows) // 2, min(len(windows), len(windows) // 2 + count)):
+        window = windows[number]
+        blocks += window.blocks
+        groups += len(window.segments)
+        for group, start, stop, _ in window.segments:
+            size = int(plan.rows[group])
+            rows += stop if start == 0 and stop < HEAD * size else size
+    return groups / blocks, rows / blocks
 
 
 app = make_command(main, "make bench NAME=scale")

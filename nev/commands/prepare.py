@@ -62,12 +62,13 @@ Drawing = partial(typer.Option, rich_help_panel="The synthetic set")
 SHOWN = 10  # suffixes of files that were not read
 COMMON = {"--source", "--output", "--seed", "--rows-per-shard", "--row-group-rows", "--overwrite"}
 ENCODING = {"--format", "--quality"}
+WRITES_PICTURES = {"--seed", "--rows-per-shard", "--limit", "--resize", "--dedupe"}  # without use for tars in place
 FILTERS = {"--uids", "--min-side", "--max-aspect", "--min-caption", "--max-caption", "--dedupe"}
 SCORE = {"--score", "--min-score"}
 FOREIGN = {"--input", "--limit", "--resize"} | ENCODING | FILTERS
 # The options of each source beside COMMON. Any other option would have no effect, so it is an error.
 TAKES: dict[str, set[str]] = {
-    "webdataset": FOREIGN | SCORE | {"--tar-in-uid", "--caption"},
+    "webdataset": FOREIGN | SCORE | {"--tar-in-uid", "--caption", "--in-place"},
     "hf-parquet": FOREIGN | SCORE | {"--uid", "--image", "--caption", "--label", "--name", "--template"},
     "datacomp": FOREIGN | SCORE | {"--metadata", "--uid", "--caption"},
     "folder-captions": FOREIGN | {"--image", "--caption"},
@@ -119,15 +120,21 @@ def main(
     row_group_rows: Annotated[int, typer.Option(min=1, help="Rows that are read together.")] = 256,
     processes: Annotated[int, Drawing(min=1, help="Processes that draw.")] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the shards in --output.")] = False,
+    in_place: Annotated[
+        bool,
+        typer.Option("--in-place", help="webdataset: copy nothing; write an index of the tars, and train on them."),
+    ] = False,
 ) -> None:
     """Turn pictures and captions into shards, in an order that is random over the whole set. Left-out rows are counted."""
     from nev.data.prepare.filters import Filters
+    from nev.data.prepare.in_place import index_tars
     from nev.data.prepare.order import DUPLICATE_UID
     from nev.data.prepare.pipeline import prepare
     from nev.data.prepare.resize import Resize
     from nev.data.prepare.shards import Layout
     from nev.data.prepare.synthetic import write_synthetic
-    from nev.data.sources import SOURCES, SourceOptions, refuse_inside
+    from nev.data.sources import SOURCES, SourceOptions, find_files, refuse_inside
+    from nev.data.sources.webdataset import SUFFIXES
 
     console = Console(stderr=True)
     # The synthetic set is drawn in seconds, and is not resumed.
@@ -170,18 +177,31 @@ def main(
                 refuse_inside(output, [*(inputs or []) * (source in READS_WHAT_IT_WRITES), *options.metadata])
                 rows = SOURCES[source](inputs or [], options)
                 unread = rows.unread
-                report = prepare(
-                    rows,
-                    output,
-                    seed=seed,
-                    limit=limit,
-                    limits=options.limits,
-                    filters=filters,
-                    resize=smaller,
-                    layout=layout,
-                    run=_run(rows, limit, options.part_bytes),
-                    progress=callbacks,
-                )
+                run = _run(rows, limit, options.part_bytes)
+                if in_place:
+                    report = index_tars(
+                        find_files(inputs or [], SUFFIXES),
+                        output,
+                        options,
+                        filters=filters,
+                        row_group_rows=row_group_rows,
+                        overwrite=overwrite,
+                        run=run,
+                        progress=callbacks,
+                    )
+                else:
+                    report = prepare(
+                        rows,
+                        output,
+                        seed=seed,
+                        limit=limit,
+                        limits=options.limits,
+                        filters=filters,
+                        resize=smaller,
+                        layout=layout,
+                        run=run,
+                        progress=callbacks,
+                    )
                 reports = {output.rstrip("/").rpartition("/")[2]: report}
     Console().print(_table(reports, unread))
     last = list(reports.values())[-1]  # the synthetic set has two splits, with one classes.txt
@@ -207,6 +227,10 @@ def _check_options(source: str, given: set[str]) -> None:
     if (alone := sorted(given & ENCODING)) and "--resize" not in given:
         raise ConfigError(
             f"{' and '.join(alone)}: only pictures that --resize shrinks are encoded again; give --resize too"
+        )
+    if "--in-place" in given and (copying := sorted(given & WRITES_PICTURES)):
+        raise ConfigError(
+            f"{' and '.join(copying)}: --in-place writes no pictures, and keeps the order of the tars; leave it out"
         )
 
 
@@ -245,7 +269,7 @@ def list_unread(unread: Mapping[str, int]) -> list[tuple[str, int]]:
 
 def _table(reports: dict[str, PrepareReport], unread: Mapping[str, int]) -> Table:
     """The report. unread: files beside the input that the source does not read, by suffix."""
-    table = Table(title="prepare")
+    table, last = Table(title="prepare"), next(iter(reports.values()))
     table.add_column("")
     for split in reports:
         table.add_column(split, justify="right")
@@ -257,6 +281,7 @@ def _table(reports: dict[str, PrepareReport], unread: Mapping[str, int]) -> Tabl
         *((f"files not read: {name}", lambda _, count=count: f"{count:,}") for name, count in list_unread(unread)),
         ("bytes", lambda report: f"{report.bytes:,}"),
         ("shards", lambda report: f"{len(report.shards):,}"),
+        *((name, lambda report, name=name: f"{report.counts[name]:,}") for name in last.counts),
         ("seconds", lambda report: f"{report.seconds:.1f}"),
     ]
     for title, cell in rows:

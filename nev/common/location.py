@@ -10,6 +10,7 @@ from nev.common.errors import NevError
 S3 = "s3://"
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # two characters at least: C:/ is a drive
 OF_S3 = ("s3", "s3a", "s3n")
+BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 
 
 class LocationError(NevError, ValueError):
@@ -41,6 +42,27 @@ def check_location(location: str) -> str:
         f"{shown}: nev reads and writes paths and s3://BUCKET/PREFIX, and not {scheme}:. Most stores speak S3, too "
         "(AWS_ENDPOINT_URL names the server); else mount the store, or copy the files"
     )
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The names that a pattern with {FIRST..LAST} or {ONE,OTHER} stands for, as a shell writes them; itself without any.
+
+    A number with leading zeros has as many digits in every name. Raises LocationError for a range that is empty.
+    """
+    match = BRACES.search(pattern)
+    if not match:
+        return [pattern]
+    first, last, listed = match[1], match[2], match[3]
+    if listed is None and int(first) > int(last):
+        raise LocationError(f"{hide_password(pattern)}: {match[0]} has no number in it: write {{FIRST..LAST}}")
+    names = (
+        listed.split(",")
+        if listed is not None
+        else (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
+    )
+    return [
+        whole for name in names for whole in expand_braces(pattern[: match.start()] + name + pattern[match.end() :])
+    ]
 
 
 def absolute_location(location: str) -> str:

@@ -202,6 +202,8 @@ class BlockReader:
             self._fill_vectors(part, shard, group, segment)
         if self.features:
             return []
+        if tar := self.index.tars[shard]:
+            return list(self._files.read_pictures(tar, table[columns.image]))
         return [value.as_buffer() for value in _image_bytes(table[columns.image])]
 
     def _fill_features(self, part: Block, shard: int, group: int, segment: Segment, features: Features) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from nev.data.tars import is_place
 from nev.storage.reading import DataError
 
 NEEDED = {
@@ -28,6 +29,8 @@ def fits(role: str, kind: pa.DataType) -> bool:
     """Whether a column of a type can have a role of NEEDED. A column without a value (null) fits each role but the picture's."""
     kind = _inner(kind)
     if role == "image":
+        if is_place(kind):
+            return True
         if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
             kind = _inner(kind.field("bytes").type)
         return _is_binary(kind)

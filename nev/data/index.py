@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from nev.config.data import Columns
-from nev.data import index_cache
+from nev.data import index_cache, tars
 from nev.data.column_types import NEEDED, fits
 from nev.data.index_cache import RowGroups
+from nev.data.tars import Tar
 from nev.storage.files import PARALLEL_REQUESTS, filesystem, list_entries, open_parquet
 from nev.storage.reading import CUT_SHORT, DataError, read_errors_as_data_errors
 
@@ -48,6 +49,7 @@ class Index:
     nbytes: int64 [G], size in bytes.
     columns: column names. Only `label` may be None; a shard may lack its column.
     fingerprint: sha256, hex.
+    tars: for each shard, the tar that its pictures lie in; None for a shard that holds its pictures.
     """
 
     root: str
@@ -58,6 +60,7 @@ class Index:
     nbytes: NDArray[np.int64]
     columns: Columns
     fingerprint: str
+    tars: tuple[Tar | None, ...]
 
     @property
     def total_rows(self) -> int:
@@ -77,10 +80,13 @@ class Index:
 def build_index(root: str, columns: Columns) -> Index:
     """Index the shards (`*.parquet`) of a folder or `s3://` prefix. Names that begin with `_` or `.` are ignored.
 
+    root: also a folder of tars, or a pattern of tars in a folder, with their index in its folder `nev-index`.
+
     Footers are read once per listing (`nev/data/index_cache.py`). An error is never cached.
     Raises DataError where the folder cannot be listed, `prepare` has not finished it, it holds a link to a folder, or it has no
-    shard or no row; and where a footer cannot be read or a column is missing.
+    shard or no row; where a footer cannot be read or a column is missing; and for a tar that is gone or has changed.
     """
+    root, names = tars.split_root(root)
     fs, base = filesystem(root)
     base = base.rstrip("/")
     with read_errors_as_data_errors(root, damaged=""):
@@ -94,6 +100,8 @@ def build_index(root: str, columns: Columns) -> Index:
         (path for path in sorted(visible) if entries[path].get("islink") and fs.isdir(f"{base}/{path}")), None
     ):
         raise DataError(f"{root}/{linked}: {LINKED_FOLDER}")
+    if names or any(path.endswith(".tar") for path in visible):
+        visible = set(tars.select_shards(root, visible, names))
     relative = sorted(path for path in visible if path.endswith(".parquet"))
     if not relative:
         raise DataError(f"{root}: no .parquet shard in this folder. Make some with `nev prepare --help`.")
@@ -104,6 +112,7 @@ def build_index(root: str, columns: Columns) -> Index:
         groups = _read_footers(fs, root, base, columns, relative, entries)
         if key:
             index_cache.store(key, groups)
+    tars.check_tars(groups.tars)
     digest = hashlib.sha256(json.dumps(relative).encode())
     for part in (groups.shard, groups.group, groups.rows, groups.nbytes):
         digest.update(part.astype("<i8", copy=False).data)
@@ -115,18 +124,23 @@ def _read_footers(
 ) -> RowGroups:
     """The row groups of all shards that hold rows. Raises DataError as `build_index` does."""
 
-    def footer(path: str) -> tuple[pa.Schema, NDArray[np.int64]]:
-        """Schema, and rows and bytes of each row group: int64 [row groups, 2]. The footer is much larger, and is not stored."""
+    def footer(path: str) -> tuple[pa.Schema, NDArray[np.int64], Tar | None]:
+        """Schema, rows and bytes of each row group, int64 [row groups, 2], and the tar of the pictures.
+
+        The footer is much larger, and is not stored.
+        """
         with (
             read_errors_as_data_errors(f"{root.rstrip('/')}/{path}", CUT_SHORT),
             open_parquet(fs, f"{base}/{path}", entries[path]) as file,
         ):
             meta = pq.read_metadata(file)
-        sizes = [(part.num_rows, part.total_byte_size) for part in map(meta.row_group, range(meta.num_row_groups))]
-        return meta.schema.to_arrow_schema(), np.array(sizes, np.int64).reshape(-1, 2)
+        parts = list(map(meta.row_group, range(meta.num_row_groups)))
+        known = tars.read_metadata(meta.metadata, f"{root.rstrip('/')}/{path}")
+        sizes = [(part.num_rows, part.total_byte_size + (tars.group_bytes(part) if known else 0)) for part in parts]
+        return meta.schema.to_arrow_schema(), np.array(sizes, np.int64).reshape(-1, 2), known[0] if known else None
 
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
-        schemas, sizes = zip(*pool.map(footer, relative), strict=True)
+        schemas, sizes, of_shards = zip(*pool.map(footer, relative), strict=True)
 
     for path, schema in zip(relative, schemas, strict=True):
         _refuse_twice(schema, f"{root.rstrip('/')}/{path}")
@@ -158,6 +172,7 @@ def _read_footers(
         group=np.concatenate([np.arange(count, dtype=np.int32) for count in counts])[filled],
         rows=rows[filled],
         nbytes=nbytes[filled],
+        tars=of_shards,
     )
 
 

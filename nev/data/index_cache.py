@@ -21,10 +21,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from nev.config.data import Columns
+from nev.data.tars import Tar
 from nev.storage.files import is_local
 
-LAYOUT = 2  # version of the stored table and of the way it is read from footers
+LAYOUT = 3  # version of the stored table and of the way it is read from footers
 DIGEST_BYTES = 32
+ARRAYS = ("shard", "group", "rows", "nbytes")
 
 log = logging.getLogger("nev.index")
 
@@ -37,6 +39,7 @@ class RowGroups(NamedTuple):
     group: NDArray[np.int32]
     rows: NDArray[np.int64]
     nbytes: NDArray[np.int64]
+    tars: tuple[Tar | None, ...]
 
 
 def cache_folder(kind: str = "index") -> Path:
@@ -83,13 +86,15 @@ def load(key: str) -> RowGroups | None:
         return None
     table = pq.read_table(pa.BufferReader(pa.py_buffer(body)))
     columns = Columns(**json.loads(table.schema.metadata[b"columns"]))
-    return RowGroups(columns, *(table[name].to_numpy() for name in RowGroups._fields[1:]))
+    tars = tuple(tar and Tar(*tar) for tar in json.loads(table.schema.metadata[b"tars"]))
+    shard, group, rows, nbytes = (table[name].to_numpy() for name in ARRAYS)
+    return RowGroups(columns, shard, group, rows, nbytes, tars)
 
 
 def store(key: str, groups: RowGroups) -> None:
     """Store row groups under a key. A failed write is logged as a warning, because a run does not need the cache."""
-    arrays = {name: getattr(groups, name) for name in RowGroups._fields[1:]}
-    table = pa.table(arrays).replace_schema_metadata({"columns": json.dumps(groups.columns.model_dump())})
+    metadata = {"columns": json.dumps(groups.columns.model_dump()), "tars": json.dumps(groups.tars)}
+    table = pa.table({name: getattr(groups, name) for name in ARRAYS}).replace_schema_metadata(metadata)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     body = sink.getvalue()

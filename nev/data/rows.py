@@ -26,18 +26,22 @@ class Row(TypedDict):
     label, label_name: the class, where there is one.
     score: how well picture and caption fit, for filters. Not written.
     source: where the picture lies: the path of its file, TAR/MEMBER, or PARQUET/ROW. Not written.
+    offset, nbytes: where the picture begins in its tar, and its size, in bytes. Written in the place of the picture, where
+        pictures stay in their tars.
     extra: other columns, for filters. Not written.
     reject: why the row cannot be used, where the source knows a reason.
     image_hash: hash of the image in the source, where duplicates are left out (`nev.data.prepare.filters`).
     """
 
     uid: str
-    image: bytes | None
+    image: bytes | memoryview | None
     caption: str | list[str] | None
     label: NotRequired[int | None]
     label_name: NotRequired[str | None]
     score: NotRequired[float | None]
     source: NotRequired[str]
+    offset: NotRequired[int]
+    nbytes: NotRequired[int]
     extra: NotRequired[dict[str, Any]]
     reject: NotRequired[str]
     image_hash: NotRequired[bytes]

@@ -84,6 +84,7 @@ def make_sample_reader(index: Index, rows: NDArray[np.int64], data: Data) -> Sam
         group=index.group[groups],
         rows=index.rows[groups],
         nbytes=index.nbytes[groups],
+        tars=tuple(index.tars[shard] for shard in shards.tolist()),
     )
     drawn = tuple(np.sort(rows[rows[:, 0] == group, 1]) for group in groups)
     return SampleReader(narrow, data.image_size, data.limits, seed=0, augment=None, drawn=drawn)

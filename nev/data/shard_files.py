@@ -1,25 +1,29 @@
-"""Rows of parquet files: the files that a reader holds open, and what is read of a row group."""
+"""Rows of parquet files and pictures of tars: the files that a reader holds open, and what is read of a row group."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nev.data.tars import Tar, check_local, read_pictures
 from nev.storage.files import filesystem, is_local, open_parquet
 from nev.storage.reading import DataError, read_errors_as_data_errors
 
-OPEN_FILES = 32
-HEAD = 0.5  # part of a row group up to which its first rows are read alone, without the rest
+OPEN_FILES = 32  # of each kind
+Opened = TypeVar("Opened", bound=tuple[Any, ...])
+HEAD = 0.75  # part of a row group up to which its first rows are read alone, without the rest
 
 
 class ShardFiles:
-    """Open parquet files with their parsed footers. The least recently used files beyond `OPEN_FILES` are closed."""
+    """Open parquet files with their parsed footers, and open tars. The least recently used beyond `OPEN_FILES` are closed."""
 
     def __init__(self) -> None:
         self._files: OrderedDict[str, tuple[Any, pq.FileMetaData]] = OrderedDict()
+        self._tars: OrderedDict[str, tuple[pa.NativeFile]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._files)
@@ -49,16 +53,38 @@ class ShardFiles:
             raise DataError(f"{location}: row group {group} has lost rows since it was indexed. Start again.")
         return table.slice(start, stop - start)
 
+    def read_pictures(self, tar: Tar, places: pa.ChunkedArray) -> list[pa.Buffer]:
+        """The encoded pictures at places of a tar. Raises DataError for a tar that cannot be read, or has changed."""
+        (source,) = _use(self._tars, tar.location, lambda: (_open_tar(tar),))
+        return read_pictures(source, tar, places)
+
     def _open(self, location: str) -> tuple[Any, pq.FileMetaData]:
-        if location in self._files:
-            self._files.move_to_end(location)
-        else:
+        def open_shard() -> tuple[Any, pq.FileMetaData]:
             fs, path = filesystem(location)
             source = pa.memory_map(path) if is_local(fs) else open_parquet(fs, path)
-            self._files[location] = source, pq.read_metadata(source)
-            while len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)[1][0].close()
-        return self._files[location]
+            return source, pq.read_metadata(source)
+
+        return _use(self._files, location, open_shard)
+
+
+def _use(files: OrderedDict[str, Opened], location: str, open_file: Callable[[], Opened]) -> Opened:
+    """The open file at a location, as the most recently used one of `files`. Its first part has `close`."""
+    if location in files:
+        files.move_to_end(location)
+    else:
+        files[location] = open_file()
+        while len(files) > OPEN_FILES:
+            files.popitem(last=False)[1][0].close()
+    return files[location]
+
+
+def _open_tar(tar: Tar) -> pa.NativeFile:
+    fs, path = filesystem(tar.location)
+    if is_local(fs):
+        check_local(tar)
+        return pa.memory_map(path)
+    info = {"name": path, "size": tar.size, "ETag": tar.stamp, "type": "file"}
+    return pa.PythonFile(open_parquet(fs, path, info), mode="r")
 
 
 def _read_head(source: Any, footer: pq.FileMetaData, group: int, columns: list[str], rows: int) -> pa.Table:

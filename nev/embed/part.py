@@ -159,7 +159,7 @@ def decode_row(row: Row, size: int, limits: Limits, thumbnail: int) -> Decoded:
         source = source.encode(errors="backslashreplace").decode()
     if fault:
         return Decoded(uid, source, [], Square(np.zeros((size, size, 3), np.uint8), fault), None)
-    square, small = make_views(row["image"] or b"", size, limits, thumbnail)
+    square, small = make_views(bytes(row["image"] or b""), size, limits, thumbnail)
     return Decoded(uid, source, parse_captions(row["caption"]), square, small)
 
 

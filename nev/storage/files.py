@@ -53,14 +53,19 @@ def is_local(fs: Any) -> bool:
 def open_parquet(fs: Any, path: str, info: dict[str, Any] | None = None) -> Any:
     """Open a parquet file for reading. On S3 each read is one request for exactly the bytes that pyarrow asks for.
 
-    info: the file's entry in a listing. With it no request for size and ETag is needed. By its ETag, s3fs notices a file that
-        changes.
+    info: the file's entry in a listing. With it no request for size and ETag is needed. A file that no longer has this ETag is
+        refused by the store.
     """
     if is_local(fs):
         return fs.open(path, "rb")
     file = fs.open(path, "rb", cache_type="none", size=info["size"] if info else None)
     if info:
         file.details = info
+        if (etag := info.get("ETag")) and not fs.local_expiry_check:
+            file.read_kw = {
+                **file.read_kw,
+                "IfMatch": etag,
+            }  # s3fs sets this only where it has asked for the ETag itself
     return file
 
 

@@ -17,6 +17,7 @@ from nev.config.data import Columns
 from nev.data import index as index_module
 from nev.data import index_cache
 from nev.data.index import Index, build_index
+from nev.data.tars import Tar
 from nev.storage.reading import DataError
 
 
@@ -185,11 +186,13 @@ counts = st.integers(0, 2**62)
 def test_what_is_stored_comes_back(columns: Columns, sizes: list[tuple[int, int]]) -> None:
     rows, nbytes = np.array(sizes, np.int64).reshape(-1, 2).T
     numbers = np.arange(len(rows), dtype=np.int32)
-    index_cache.store("key", index_cache.RowGroups(columns, numbers // 3, numbers % 3, rows, nbytes))
+    tars = (None, Tar("s3://bucket/a.tar", 3, '"etag"'))
+    index_cache.store("key", index_cache.RowGroups(columns, numbers // 3, numbers % 3, rows, nbytes, tars))
     back = index_cache.load("key")
     assert back is not None
     assert back.columns == columns
-    for got, put in zip(back[1:], (numbers // 3, numbers % 3, rows, nbytes), strict=True):
+    assert back.tars == tars
+    for got, put in zip(back[1:5], (numbers // 3, numbers % 3, rows, nbytes), strict=True):
         assert got.dtype == put.dtype
         assert got.tolist() == put.tolist()
     assert index_cache.load("another") is None

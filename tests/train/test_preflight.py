@@ -24,7 +24,8 @@ from nev.runs.metrics_log import save_mlflow_run_id
 from nev.runs.tracking import local_artifacts, open_run, tracking_uri
 from nev.storage.reading import DataError
 from nev.train.capacity import checkpoint_bytes, weight_bytes
-from nev.train.driver.preflight import check_disk, prepare
+from nev.train.driver.preflight import prepare
+from nev.train.driver.resources import check_disk
 from nev.train.experiment import run_experiment
 
 Make = Callable[..., Experiment]

@@ -29,7 +29,7 @@ from nev.runs.towers import load_logit_scale
 from nev.runs.tracking import Tracker, tracking_uri
 from nev.storage.reading import DataError
 from nev.train.driver.launcher import TrainingFailed
-from nev.train.driver.preflight import check_workers
+from nev.train.driver.resources import check_workers
 from nev.train.experiment import Summary, run_experiment
 from nev.train.job import find_resume_point
 from nev.train.worker.batch import StreamError

@@ -61,7 +61,7 @@ def test_a_new_run_has_the_weights_alone(tiny: Make, text: TextTower, source: st
     assert begun.keys() == saved.keys()
     assert all(torch.equal(begun[name], saved[name]) for name in saved)
     job = prepare_job(with_absolute_paths(config), text)
-    assert describe_run(job, 0).endswith(f", from the weights of {source}/checkpoints/step-00000002")
+    assert describe_run(job, 0, 2**20).endswith(f", from the weights of {source}/checkpoints/step-00000002")
     assert (
         job.fingerprints["start"] == read_manifest(f"{source}/checkpoints/step-00000002")["sha256"]["model.safetensors"]
     )

@@ -119,7 +119,7 @@ def test_a_locked_trunk_trains_on_with_its_head(train_on: Callable[..., Experime
     job, first = start(config)
     head = {name: tensor for name, tensor in model.vision.state_dict().items() if not name.startswith("trunk.")}
     assert_equal(first, head)
-    assert "the trunk is locked, its head starts from vision.weights" in describe_run(job, 0)
+    assert "the trunk is locked, its head starts from vision.weights" in describe_run(job, 0, 2**20)
     trained = train(config, job, 1)
     assert not torch.equal(trained["head.fc1.weight"], first["head.fc1.weight"])
     again, second = start(config)
@@ -130,7 +130,7 @@ def test_a_locked_trunk_trains_on_with_its_head(train_on: Callable[..., Experime
     )
     assert not other.head_given
     assert random["head.fc1.weight"].shape[0] == 5
-    assert "vision.weights" not in describe_run(other, 0)
+    assert "vision.weights" not in describe_run(other, 0, 2**20)
 
 
 def test_a_node_with_other_weights_is_told_so(train_on: Callable[..., Experiment], tmp_path: Path) -> None:

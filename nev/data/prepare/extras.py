@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from nev.config.data import Limits
 from nev.data import labels
 from nev.data.prepare.contact_sheet import draw_contact_sheet
 from nev.data.prepare.job_state import Record
-from nev.data.prepare.shards import shard_location
+from nev.data.rows import Row
 from nev.data.sources.common import parent_folder
 from nev.storage.files import join, write_atomic
 from nev.storage.reading import write_errors_as_data_errors
 
 
-def write_extras(output: str, plan: Record, limits: Limits, note: Callable[[str], None]) -> tuple[str | None, str]:
-    """Write classes.txt and the contact sheet. Returns their locations; None for a classes.txt that does not exist."""
-    parent, name = parent_folder(output), output.rpartition("/")[2]
-    classes, samples = join(parent, "classes.txt"), join(parent, f"{name}-samples.png")
+def write_classes(output: str, plan: Record, note: Callable[[str], None]) -> str | None:
+    """Write classes.txt. Returns its location; None where there is none. plan: as `merge_keys` of `order` makes it."""
+    classes = join(parent_folder(output), "classes.txt")
     class_names = labels.read_class_names(classes)
     if class_names:  # another split may have written the file in the meantime
         for label, class_name, uid in plan["named"]:
@@ -32,7 +31,13 @@ def write_extras(output: str, plan: Record, limits: Limits, note: Callable[[str]
             f"{classes} is not written: the rows that were written do not name every label from 0 to the highest. "
             "Scoring by class needs that file: one name a line, in the order of the labels."
         )
-    sheet = draw_contact_sheet(shard_location(output, 0), limits)
+    return classes if plan["labelled"] and exists else None
+
+
+def write_contact_sheet(output: str, rows: Sequence[Row], limits: Limits) -> str:
+    """Write the contact sheet of some rows. Returns its location."""
+    samples = join(parent_folder(output), f"{output.rpartition('/')[2]}-samples.png")
+    sheet = draw_contact_sheet(rows, limits)
     with write_errors_as_data_errors(samples):
         write_atomic(samples, sheet)
-    return (classes if plan["labelled"] and exists else None), samples
+    return samples

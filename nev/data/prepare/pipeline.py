@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from nev.common.location import S3, absolute_location
 from nev.config.base import ConfigError
 from nev.config.data import Limits
 from nev.data import image_sidecar, labels, text_sidecar
-from nev.data.prepare.extras import write_extras
+from nev.data.prepare.contact_sheet import read_first_rows
+from nev.data.prepare.extras import write_classes, write_contact_sheet
 from nev.data.prepare.filters import Filters
 from nev.data.prepare.gather import GatherJob, gather, list_runs
 from nev.data.prepare.job_state import (
@@ -59,6 +61,7 @@ class PrepareReport(NamedTuple):
     shards: paths or URLs of the shards.
     classes: path or URL of classes.txt. None where there is none.
     samples: path or URL of the contact sheet.
+    counts: further numbers, by their names.
     """
 
     rows_in: int
@@ -69,6 +72,7 @@ class PrepareReport(NamedTuple):
     shards: list[str]
     classes: str | None
     samples: str
+    counts: Mapping[str, int] = MappingProxyType({})
 
 
 class Progress(NamedTuple):
@@ -127,7 +131,7 @@ def prepare(
     limits, filters, layout = limits or Limits(), filters or Filters(), layout or Layout()
     progress = progress or Progress()
     layout.check()
-    output = _resolve_output(os.fspath(output))
+    output = resolve_output(os.fspath(output))
     if limit is not None:
         source = take_first(source, limit)
     job = ScatterJob(
@@ -162,7 +166,8 @@ def prepare(
             plan, order = _plan_shards(output, parts, state, job, layout)
             state = JobState(state.job, {}, plan, {})
         shards = _write_shards(output, plan, order, state, job, layout, run, progress)
-        classes, samples = write_extras(output, plan, limits, progress.note)
+        classes = write_classes(output, plan, progress.note)
+        samples = write_contact_sheet(output, read_first_rows(shards[0]), limits)
         nbytes = sum(list_shards(output).values())
         remove_work(job.work)
     return PrepareReport(
@@ -281,7 +286,7 @@ def _note_resumed(state: JobState, source: Source, rows_per_shard: int, progress
     progress.note(f"continuing an unfinished prepare: {done}")
 
 
-def _resolve_output(output: str) -> str:
+def resolve_output(output: str) -> str:
     """The absolute path, for processes in other folders, or the URL. Raises ConfigError for a bucket without a folder."""
     absolute = absolute_location(output)
     if absolute.startswith(S3) and len(absolute.split("/")) < 4:

@@ -26,21 +26,25 @@ class Member(NamedTuple):
     name: of the member, without its extension where that is known.
     extension: in lower case; empty where it is not known.
     content: None above the size limit, and where the extension is not known.
+    offset: where the content begins in the tar, in bytes.
     """
 
     name: str
     extension: str
-    content: bytes | None
+    content: bytes | memoryview | None
+    offset: int = 0
 
 
 class Sample(NamedTuple):
     """The members of one key.
 
     parts: content by extension. fault: why the sample cannot be used, where its members' names tell.
+    offsets: where the content begins in the tar, by extension.
     """
 
     key: str
-    parts: dict[str, bytes | None]
+    parts: dict[str, bytes | memoryview | None]
+    offsets: dict[str, int]
     fault: str = ""
 
 
@@ -55,31 +59,32 @@ def split_name(name: str, known: Iterable[str]) -> tuple[str, str]:
 
 def group_members(members: Iterable[Member]) -> Iterator[Sample]:
     """Consecutive members of one key as a sample. An extension that comes again begins a new one."""
-    last, parts, others = "", dict[str, bytes | None](), list[str]()
-    for name, extension, content in members:
+    last, others = "", list[str]()
+    parts, offsets = dict[str, bytes | memoryview | None](), dict[str, int]()
+    for name, extension, content, offset in members:
         if not extension:
             if not (last and _continues(name, last)):
                 others.append(name)
             if len(others) > HELD:
-                yield from _end(last, parts)
-                last, parts = "", {}
+                yield from _end(last, parts, offsets)
+                last, parts, offsets = "", {}, {}
                 yield from _count_others(others[:-1])
                 others = others[-1:]
             continue
         foreign = [other for other in others if not _continues(other, name)]
         if last and (foreign or name != last or extension in parts):
-            yield from _end(last, parts)
-            parts = {}
+            yield from _end(last, parts, offsets)
+            parts, offsets = {}, {}
         yield from _count_others(foreign)
         last, others = name, []
-        parts[extension] = content
-    yield from _end(last, parts)
+        parts[extension], offsets[extension] = content, offset
+    yield from _end(last, parts, offsets)
     yield from _count_others(others)
 
 
-def _end(key: str, parts: dict[str, bytes | None]) -> Iterator[Sample]:
+def _end(key: str, parts: dict[str, bytes | memoryview | None], offsets: dict[str, int]) -> Iterator[Sample]:
     if key:
-        yield Sample(key, parts)
+        yield Sample(key, parts, offsets)
 
 
 def _count_others(names: list[str]) -> Iterator[Sample]:
@@ -90,7 +95,7 @@ def _count_others(names: list[str]) -> Iterator[Sample]:
         stem, dot, suffix = base.rpartition(".")
         faults[folder + slash + (stem or base)] = f"not read: .{suffix.lower()}" if dot else "not read"
     for key, fault in faults.items():
-        yield Sample(key, {}, fault)
+        yield Sample(key, {}, {}, fault)
 
 
 def _continues(name: str, key: str) -> bool:

@@ -6,7 +6,9 @@ members are read, and none beyond its size limit. `nev.data.sources.samples` has
 
 from __future__ import annotations
 
+import io
 import json
+import mmap
 import re
 import tarfile
 from collections import Counter
@@ -55,8 +57,10 @@ def source(inputs: Iterable[str | Path], options: SourceOptions) -> Source:
     )
 
 
-def read(files: Iterable[str], options: SourceOptions, root: str = "") -> Iterator[Row]:
+def read(files: Iterable[str], options: SourceOptions, root: str = "", in_place: bool = False) -> Iterator[Row]:
     """Yield one row for each key, in the order of the files (paths or s3:// URLs).
+
+    in_place: pictures of a local tar are views of the file, of which nothing is read. The tar must not be compressed.
 
     uid: `uid` of the JSON, else the key. With `options.tar_in_uid` 'TAR/uid', with the tar's name relative to `root`.
     caption: what `options.columns.caption` names, a key of the JSON or `txt`; else `captions` of the JSON, its `caption`, or the
@@ -71,7 +75,7 @@ def read(files: Iterable[str], options: SourceOptions, root: str = "") -> Iterat
     for path in files:
         tar = relative_name(root, path)
         rows = 0
-        members = _members(path, options.limits, TEXTS + options.extra)
+        members = _members(path, options.limits, TEXTS + options.extra, in_place)
         for sample in find_faults(group_members(members), options.captioned):
             row = _row(sample, options, path)
             rows += 1
@@ -90,14 +94,15 @@ def read(files: Iterable[str], options: SourceOptions, root: str = "") -> Iterat
             yield {"uid": tar, "image": None, "caption": None, "source": path, "reject": reject}
 
 
-def _members(path: str, limits: Limits, texts: tuple[str, ...]) -> Iterator[Member]:
+def _members(path: str, limits: Limits, texts: tuple[str, ...], in_place: bool) -> Iterator[Member]:
     """The regular members, but for those whose name begins with a dot. Bytes of a name that are no UTF-8 are escaped."""
     known = sorted({*IMAGES, *texts}, key=len, reverse=True)  # of `seg.png` and `png` the longer one counts
     with (
         input_file(path, "a whole tar file"),
         _open(path) as file,
-        tarfile.open(fileobj=file, mode="r:*", tarinfo=_BoundedHeader) as tar,
+        tarfile.open(fileobj=file, mode="r:" if in_place else "r:*", tarinfo=_BoundedHeader) as tar,
     ):
+        mapped = _map(file) if in_place else None
         for member in tar:
             tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header, some kilobytes a picture
             if member.name.rpartition("/")[2].startswith("."):
@@ -110,8 +115,15 @@ def _members(path: str, limits: Limits, texts: tuple[str, ...]) -> Iterator[Memb
                 continue
             name, extension = split_name(_escape(member.name), known)
             limit = limits.max_bytes if extension in IMAGES else MAX_TEXT_BYTES
-            stream = tar.extractfile(member) if extension and member.size <= limit else None
-            yield Member(name, extension, stream.read() if stream else None)
+            if not extension or member.size > limit:
+                yield Member(name, extension, None)
+            elif mapped and extension in IMAGES and not member.issparse():
+                view = mapped[member.offset_data : member.offset_data + member.size]
+                yield Member(name, extension, view, member.offset_data)
+            else:
+                stream = tar.extractfile(member)
+                assert stream  # it is a regular member
+                yield Member(name, extension, stream.read(), -1 if member.issparse() else member.offset_data)
         # tarfile treats a broken header, or a truncation between two members, as the end. The true end is a block of zeros.
         assert tar.fileobj is not None
         tar.fileobj.seek(tar.offset)
@@ -144,17 +156,23 @@ def _open(location: str) -> Any:
     return fs.open(path, "rb", cache_type="readahead", block_size=AHEAD_BYTES)
 
 
+def _map(file: Any) -> memoryview | None:
+    """The whole of a local file, mapped into memory; None for a file on S3."""
+    is_file = isinstance(file, io.BufferedReader)
+    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) if is_file else None
+
+
 def _order_pictures(parts: Iterable[str]) -> list[str]:
     """The extensions of pictures: of several, one that img2dataset writes is the sample's, then the first in the tar."""
     return sorted((name for name in parts if name in IMAGES), key=lambda name: name not in WRITTEN)
 
 
 def _row(sample: Sample, options: SourceOptions, tar: str) -> Row:
-    key, parts, fault = sample
+    key, parts, offsets, fault = sample
     row: Row = {"uid": key, "image": None, "caption": None, "source": f"{tar}/{key}"}
     images = _order_pictures(parts)
     if images:
-        row |= {"image": parts[images[0]], "source": f"{tar}/{key}.{images[0]}"}
+        row |= {"image": parts[images[0]], "source": f"{tar}/{key}.{images[0]}", "offset": offsets[images[0]]}
     if fault:
         row["reject"] = fault
         return row
@@ -162,10 +180,10 @@ def _row(sample: Sample, options: SourceOptions, tar: str) -> Row:
         row["reject"] = "member over its size limit"
         return row
     try:
-        record: Any = json.loads(parts.get("json") or b"{}")
+        record: Any = json.loads(bytes(parts.get("json") or b"{}"))
         if not isinstance(record, dict):
             raise TypeError(f"a JSON object is needed, not {type(record).__name__}")
-        text = (parts.get("txt") or b"").decode()
+        text = bytes(parts.get("txt") or b"").decode()
         row["uid"] = str(record.get("uid") or key)
         text_file = text.splitlines() if options.caption_lines else text
         named = options.columns.caption

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nev.cluster.session import cluster_cpus, cluster_gpus, may_grow
+from nev.cluster.session import may_grow
 from nev.common.errors import ErrorCollector
 from nev.config.base import ConfigError
-from nev.config.experiment import Experiment, Workers
+from nev.config.experiment import Experiment
 from nev.config.model import refuse_widths
 from nev.config.paths import with_absolute_paths
 from nev.data.augment import auto_augment
@@ -22,13 +21,14 @@ from nev.data.plan import Plan
 from nev.data.text_sidecar import check_sidecars
 from nev.eval.validation.task import Validation, make_validation, refuse_unknown_metric, text_key
 from nev.planner.hardware import Prices, load_prices
-from nev.runs.folder import check_output, check_space, run_folder
+from nev.runs.folder import check_output, run_folder
 from nev.runs.manifest import latest_valid, list_steps
 from nev.runs.metrics_log import load_mlflow_run_id
-from nev.runs.tracking import local_artifacts, tracking_uri
+from nev.runs.tracking import tracking_uri
 from nev.runs.tracking_check import check_tracking
 from nev.storage.files import filesystem, is_local
 from nev.train.core.schedule import check_schedule
+from nev.train.driver.resources import check_disk, check_window_memory, check_workers, machine_memory
 from nev.train.driver.same_run import choose_checkpoint
 from nev.train.driver.setup import (
     Inputs,
@@ -39,8 +39,7 @@ from nev.train.driver.setup import (
     total_steps,
     training_features,
 )
-from nev.train.driver.validator import MAX_WAITING
-from nev.train.job import Job, ResumePoint, make_resume_point, row_bytes
+from nev.train.job import Job, ResumePoint, make_resume_point
 
 if TYPE_CHECKING:
     from nev.models.text import TextTower
@@ -163,6 +162,8 @@ def check_inputs(config: Experiment, text: TextTower, errors: ErrorCollector | N
     errors.refuse()
     assert training
     index, plan = training
+    if not config.vision.from_sidecars:  # features are much smaller than the pictures
+        check_window_memory(index, plan)
     check_schedule(total_steps(config, plan), config.optim)
     check_profile(config, total_steps(config, plan))
     fingerprints = {"data": index.fingerprint, "plan": plan.fingerprint, "text": text.fingerprint}
@@ -192,8 +193,7 @@ def check_trunk(config: Experiment, text_width: int) -> TrunkFacts:
 
     trunk = load_frozen_trunk(config.vision, config.data.image_size)
     if not may_grow():
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        check_head_memory(config.vision, config.data.image_size, trunk.shape, text_width, memory)
+        check_head_memory(config.vision, config.data.image_size, trunk.shape, text_width, machine_memory())
     return TrunkFacts(trunk.fingerprint, trunk.shape)
 
 
@@ -241,56 +241,3 @@ def check_validation(config: Experiment, text: TextTower, trunk: TrunkFacts | No
     if config.eval.best:
         refuse_unknown_metric(config.eval.best, "eval.best", validation)
     return validation
-
-
-def check_workers(workers: Workers) -> None:
-    """Raise ConfigError for workers that never start, or whose stream never does: Ray would wait for room without a word.
-
-    Ray need not run yet. A cluster that may grow passes.
-    """
-    if may_grow():
-        return
-    gpus, cpus = cluster_gpus(), cluster_cpus()
-    setting = f"workers.{'min' if workers.min else 'count'} = {workers.least}"
-    if workers.least * workers.gpus > gpus:
-        raise ConfigError(
-            f"{setting} times workers.gpus = {workers.gpus:g} are more than this machine's {gpus} GPUs: "
-            "lower one of them, or submit the run to a cluster"
-        )
-    if workers.cpus and workers.most * workers.cpus > cpus - 1:  # elastic workers take what is there
-        setting = f"workers.{'max' if workers.max else 'count'} = {workers.most}"
-        raise ConfigError(
-            f"{setting} times workers.cpus = {workers.cpus:g} leave none of this machine's {cpus} CPUs to decode: "
-            "lower one of them; with workers.cpus = 0, training and decoding share them"
-        )
-
-
-def check_disk(config: Experiment, text: TextTower, reachable: bool) -> None:
-    """Raise ConfigError where the run's disk has no room for its checkpoints, and for MLflow's copy if that lies there too.
-
-    reachable: MLflow answers. Artifacts of an MLflow that does not answer are not counted.
-    """
-    from nev.train.capacity import checkpoint_bytes, weight_bytes
-
-    run, train = run_folder(config), config.train
-    # The best one, and the one at the beginning of the decay.
-    chosen = bool(config.eval.best) + (config.optim.schedule == "wsd")
-    saved = train.keep_last + chosen + (MAX_WAITING + 1) * config.eval.asynchronous
-    artifacts = None
-    if reachable:
-        uri = tracking_uri(config.tracking, config.output)
-        artifacts = local_artifacts(uri, config.tracking.experiment, config.output, load_mlflow_run_id(run))
-    check_space(run, saved, checkpoint_bytes(config, text), artifacts, weight_bytes(config, text))
-
-
-def check_object_store(job: Job) -> None:
-    """Raise ConfigError where the blocks of a step are more than the cluster's object store. Needs a connected Ray."""
-    import ray
-
-    store = ray.cluster_resources().get("object_store_memory", 0.0)  # type: ignore[no-untyped-call]
-    step = job.config.train.global_batch * row_bytes(job)
-    if step > store and not may_grow():
-        raise ConfigError(
-            f"the pictures of a step take {step / 2**30:.1f} GiB, and Ray's object store has {store / 2**30:.1f} GiB here: lower "
-            "train.global_batch or data.image_size, or submit the run to a cluster"
-        )

@@ -140,13 +140,18 @@ def total_steps(config: Experiment, plan: Plan) -> int:
     return -(-train.samples // train.global_batch)
 
 
-def describe_run(job: Job, start_step: int) -> str:
-    """A line on the console: the run's rows and steps, and which towers are trained."""
+def describe_run(job: Job, start_step: int, window_bytes: int) -> str:
+    """A line on the console: the run's rows and steps, its windows, and which towers are trained.
+
+    window_bytes: of the largest window, as `nev.train.driver.resources.window_bytes` has them.
+    """
     plan = job.plan
     steps = f"steps {start_step:,} to {job.stop_step:,}" if start_step else f"{job.stop_step:,} steps"
     left = f", {plan.tail_rows:,} rows left over" if plan.tail_rows else ""
+    groups = f"{plan.window} row groups" if plan.window > 1 else "a row group"
+    windows = f", shuffled in windows of {groups} (up to {window_bytes / 2**20:,.0f} MiB)" if plan.window else ""
     return (
-        f"{job.config.name}: {plan.total_rows:,} rows, {plan.steps_per_epoch:,} steps an epoch{left}; "
+        f"{job.config.name}: {plan.total_rows:,} rows, {plan.steps_per_epoch:,} steps an epoch{left}{windows}; "
         f"{steps}{TRAINED[job.config.lock]}{TRUNK_LOCKED if job.features else ''}{HEAD_GIVEN if job.head_given else ''}"
         f"{f', from the weights of {job.start_from}' if job.start_from else ''}"
     )

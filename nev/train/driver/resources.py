@@ -1,0 +1,114 @@
+"""Whether the machine, or the cluster, has what a run takes: workers, disk, and memory for windows and steps."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nev.cluster.session import cluster_cpus, cluster_gpus, may_grow
+from nev.config.base import ConfigError
+from nev.config.experiment import Experiment, Workers
+from nev.data.index import Index
+from nev.data.plan import Plan
+from nev.runs.folder import check_space, run_folder
+from nev.runs.metrics_log import load_mlflow_run_id
+from nev.runs.tracking import local_artifacts, tracking_uri
+from nev.train.driver.validator import MAX_WAITING
+from nev.train.job import Job, row_bytes
+
+if TYPE_CHECKING:
+    from nev.models.text import TextTower
+
+WINDOW_SHARE = 0.5  # of the memory of a machine, for the windows that its CPUs read at a time
+
+
+def machine_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def window_bytes(index: Index, plan: Plan) -> int:
+    """Bytes of the pictures and texts of the largest window, as they are stored: what a task reads before its first block."""
+    size = max(1, plan.window)
+    return int(np.sort(index.nbytes)[-size:].sum() * plan.total_rows / index.total_rows)
+
+
+def check_window_memory(index: Index, plan: Plan) -> None:
+    """Raise ConfigError where the windows that all CPUs read at a time are more than `WINDOW_SHARE` of this machine's memory.
+
+    A cluster that may grow passes: its nodes are not known.
+    """
+    if may_grow():
+        return
+    nbytes, cpus, memory = window_bytes(index, plan), cluster_cpus(), machine_memory()
+    if nbytes * cpus > WINDOW_SHARE * memory:
+        lower = "lower data.window, or " if plan.window > 1 else ""
+        raise ConfigError(
+            f"windows of {max(1, plan.window)} row groups take up to {nbytes / 2**30:.1f} GiB. Each of the {cpus} CPUs reads "
+            f"one at a time, and this machine has {memory / 2**30:.1f} GiB of memory: {lower}write the shards again with "
+            "smaller row groups (`nev prepare`)"
+        )
+
+
+def check_workers(workers: Workers) -> None:
+    """Raise ConfigError for workers that never start, or whose stream never does: Ray would wait for room without a word.
+
+    Ray need not run yet. A cluster that may grow passes.
+    """
+    if may_grow():
+        return
+    gpus, cpus = cluster_gpus(), cluster_cpus()
+    setting = f"workers.{'min' if workers.min else 'count'} = {workers.least}"
+    if workers.least * workers.gpus > gpus:
+        raise ConfigError(
+            f"{setting} times workers.gpus = {workers.gpus:g} are more than this machine's {gpus} GPUs: "
+            "lower one of them, or submit the run to a cluster"
+        )
+    if workers.cpus and workers.most * workers.cpus > cpus - 1:  # elastic workers take what is there
+        setting = f"workers.{'max' if workers.max else 'count'} = {workers.most}"
+        raise ConfigError(
+            f"{setting} times workers.cpus = {workers.cpus:g} leave none of this machine's {cpus} CPUs to decode: "
+            "lower one of them; with workers.cpus = 0, training and decoding share them"
+        )
+
+
+def check_disk(config: Experiment, text: TextTower, reachable: bool) -> None:
+    """Raise ConfigError where the run's disk has no room for its checkpoints, and for MLflow's copy if that lies there too.
+
+    reachable: MLflow answers. Artifacts of an MLflow that does not answer are not counted.
+    """
+    from nev.train.capacity import checkpoint_bytes, weight_bytes
+
+    run, train = run_folder(config), config.train
+    # The best one, and the one at the beginning of the decay.
+    chosen = bool(config.eval.best) + (config.optim.schedule == "wsd")
+    saved = train.keep_last + chosen + (MAX_WAITING + 1) * config.eval.asynchronous
+    artifacts = None
+    if reachable:
+        uri = tracking_uri(config.tracking, config.output)
+        artifacts = local_artifacts(uri, config.tracking.experiment, config.output, load_mlflow_run_id(run))
+    check_space(run, saved, checkpoint_bytes(config, text), artifacts, weight_bytes(config, text))
+
+
+def check_object_store(job: Job) -> None:
+    """Raise ConfigError where the blocks of a step, or of a window, do not fit the cluster's object store. Needs Ray."""
+    import ray
+
+    store = ray.cluster_resources().get("object_store_memory", 0.0)  # type: ignore[no-untyped-call]
+    step = job.config.train.global_batch * row_bytes(job)
+    if may_grow():
+        return
+    if step > store:
+        raise ConfigError(
+            f"the pictures of a step take {step / 2**30:.1f} GiB, and Ray's object store has {store / 2**30:.1f} GiB here: lower "
+            "train.global_batch or data.image_size, or submit the run to a cluster"
+        )
+    window = job.plan.blocks_per_window * job.plan.block_rows * row_bytes(job)
+    if window > store / 2:
+        raise ConfigError(
+            f"the decoded pictures of a window take {window / 2**30:.1f} GiB, more than half of Ray's object store, which has "
+            f"{store / 2**30:.1f} GiB here: lower data.window or data.image_size, write the shards again with smaller row groups "
+            "(`nev prepare`), or submit the run to a cluster"
+        )
