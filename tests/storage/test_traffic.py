@@ -11,6 +11,8 @@ import pytest
 
 from nev.cluster.metrics import Exported
 from nev.data import stream
+from nev.data.plan import Plan
+from nev.data.windows import make_windows
 from nev.storage.files import filesystem, local_copy, write_atomic
 from nev.storage.traffic import count_read, take_read_bytes
 
@@ -45,21 +47,23 @@ def test_a_decoding_task_exports_what_its_block_has_read(monkeypatch: pytest.Mon
         def add(self, metric: Exported, value: float) -> None:
             added.append((metric.name, value, self.run))
 
-    def read(*_: Any) -> dict[str, Any]:
-        count_read(500)
-        return {"valid": np.ones(2, np.bool_)}
+    def read_blocks(*_: Any) -> Any:
+        count_read(500)  # a window is read once, for both of its blocks
+        for _ in range(2):
+            yield {"valid": np.ones(2, np.bool_)}
 
-    reader = SimpleNamespace(read=read, allocate=lambda rows: None)
-    plan = SimpleNamespace(segments=lambda number: [], epoch_of=lambda number: 0, block_rows=2)
-    monkeypatch.setattr(stream, "load_from_store", lambda source: (reader, plan))
+    reader = SimpleNamespace(read_blocks=read_blocks, allocate=lambda rows: None)
+    windows = make_windows(Plan(np.full(2, 2), 0, 2, 2, window=2), 0, 2)
+    monkeypatch.setattr(stream, "load_from_store", lambda source: (reader, windows))
     monkeypatch.setattr(stream, "Instruments", Recorded)
     stream._instruments.cache_clear()
     stream._block_memory.cache_clear()
     take_read_bytes()
-    numbers = {"id": np.array([3])}
-    stream.read_block(numbers, source=["a reference"], first=0, run="mine")
+    numbers = {"id": np.array([0])}
+    blocks = list(stream.read_window(numbers, source=["a reference"], run="mine"))
+    assert [int(block["block"][0]) for block in blocks] == [0, 1]
     assert added == [("nev_s3_read_bytes", 500, "mine")]
-    stream.read_block(numbers, source=["a reference"], first=0)
+    list(stream.read_window(numbers, source=["a reference"]))
     assert len(added) == 1
     stream._instruments.cache_clear()
     stream._block_memory.cache_clear()
