@@ -105,6 +105,7 @@ def made_up_index(group_rows: int) -> Index:
         columns=Columns(uid="uid", image="image", caption="caption"),
         fingerprint="made up",
         tars=(None,) * SHARDS,
+        objects={},
     )
 
 
@@ -141,7 +142,7 @@ def new_plan(index: Index) -> Plan:
     """A plan that has drawn no epoch's order yet."""
     from nev.data.plan import Plan, choose_window
 
-    return Plan(index.rows, 0, BATCH, BLOCK, choose_window(index.rows))
+    return Plan(index.rows, 0, BATCH, BLOCK, choose_window(index.rows, BLOCK))
 
 
 def new_seconds(index: Index) -> float:

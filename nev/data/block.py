@@ -264,7 +264,7 @@ class BlockReader:
 
     def read_rows(self, location: str, group: int, columns: list[str], segment: Segment) -> pa.Table:
         """Columns of a segment's rows. group: number of the row group in the file. Raises DataError."""
-        return self._files.read(location, group, columns, segment.start, segment.stop)
+        return self._files.read(location, group, columns, segment.start, segment.stop, self.index.known(location))
 
 
 def allocate_block(rows: int, size: int) -> NDArray[np.uint8]:

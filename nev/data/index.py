@@ -22,6 +22,7 @@ from nev.config.data import Columns
 from nev.data import index_cache, tars
 from nev.data.column_types import NEEDED, fits
 from nev.data.index_cache import RowGroups
+from nev.data.shard_files import Known
 from nev.data.tars import Tar
 from nev.storage.files import PARALLEL_REQUESTS, filesystem, list_entries, open_parquet
 from nev.storage.reading import CUT_SHORT, DataError, read_errors_as_data_errors
@@ -50,6 +51,7 @@ class Index:
     columns: column names. Only `label` may be None; a shard may lack its column.
     fingerprint: sha256, hex.
     tars: for each shard, the tar that its pictures lie in; None for a shard that holds its pictures.
+    objects: size and ETag of the parquet files on S3, sidecars among them, by their path relative to `root`.
     """
 
     root: str
@@ -61,6 +63,7 @@ class Index:
     columns: Columns
     fingerprint: str
     tars: tuple[Tar | None, ...]
+    objects: dict[str, Known]
 
     @property
     def total_rows(self) -> int:
@@ -75,6 +78,10 @@ class Index:
     def location(self, shard: int) -> str:
         """Path or URL of a shard."""
         return f"{self.root.rstrip('/')}/{self.paths[shard]}"
+
+    def known(self, location: str) -> Known | None:
+        """Size and ETag of a shard or sidecar on S3, where it was there when the set was indexed."""
+        return self.objects.get(location.removeprefix(f"{self.root.rstrip('/')}/"))
 
 
 def build_index(root: str, columns: Columns) -> Index:
@@ -116,7 +123,14 @@ def build_index(root: str, columns: Columns) -> Index:
     digest = hashlib.sha256(json.dumps(relative).encode())
     for part in (groups.shard, groups.group, groups.rows, groups.nbytes):
         digest.update(part.astype("<i8", copy=False).data)
-    return Index(root=root, paths=tuple(relative), fingerprint=digest.hexdigest(), **groups._asdict())
+    files = {path: entry for path, entry in entries.items() if path.endswith(".parquet") and entry.get("ETag")}
+    return Index(
+        root=root,
+        paths=tuple(relative),
+        fingerprint=digest.hexdigest(),
+        objects={path: (entry["size"], entry["ETag"]) for path, entry in files.items()},
+        **groups._asdict(),
+    )
 
 
 def _read_footers(

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from nev.storage.reading import DataError
 
 WINDOW_ROWS = 1024  # rows that meet each other in a window, by default
+UNEVEN_BLOCKS = 6
 
 
 class Segment(NamedTuple):
@@ -134,7 +135,8 @@ class Plan:
         _, ends = self._order(epoch)
         size = max(1, self.window)
         starts = -(-np.concatenate([np.zeros(1, np.int64), ends[size - 1 : -1 : size]]) // self.block_rows)
-        return np.unique(starts[starts < self.blocks_per_epoch])
+        starts = starts[starts < self.blocks_per_epoch]
+        return starts[np.diff(starts, prepend=-1) > 0]
 
     def make_window(self, first: int, blocks: int = 1) -> Window:
         """The `blocks` blocks from `first` on, which lie in one window. O(log G + rows of the window)."""
@@ -211,12 +213,16 @@ def _draw_bits(count: int, *seed: int) -> NDArray[np.uint64]:
     return np.random.PCG64(np.random.SeedSequence(seed)).random_raw(count)
 
 
-def choose_window(rows: NDArray[np.int64]) -> int:
-    """The default of `Plan.window`: as many row groups of mean size as have `WINDOW_ROWS` rows together.
+def choose_window(rows: NDArray[np.int64], block_rows: int) -> int:
+    """The default of `Plan.window`: as many row groups of mean size as have about `WINDOW_ROWS` rows together.
 
     rows: int64 [G], number of rows of each row group.
+    block_rows: R. Where most row groups are no whole number of blocks, a window has `UNEVEN_BLOCKS` blocks at least, since it
+        takes half a block from the next window, on average, which is read twice.
     """
-    return int(-(-WINDOW_ROWS * len(rows) // max(1, int(rows.sum()))))
+    uneven = int(np.count_nonzero(rows % block_rows)) > len(rows) / 2
+    wanted = max(WINDOW_ROWS, UNEVEN_BLOCKS * block_rows if uneven else 0)
+    return max(1, int(wanted * len(rows) / max(1, int(rows.sum())) + 0.5))
 
 
 def sequential_blocks(rows: NDArray[np.int64], block_rows: int) -> list[list[Segment]]:

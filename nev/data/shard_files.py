@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,17 +12,29 @@ from nev.data.tars import Tar, check_local, read_pictures
 from nev.storage.files import filesystem, is_local, open_parquet
 from nev.storage.reading import DataError, read_errors_as_data_errors
 
-OPEN_FILES = 32  # of each kind
-Opened = TypeVar("Opened", bound=tuple[Any, ...])
+OPEN_FILES = 256
+FOOTER_BYTES = 32 * 2**20  # of all open parquet files; parsed footers take some times as much
 HEAD = 0.75  # part of a row group up to which its first rows are read alone, without the rest
+
+Known = tuple[int, str]  # size and ETag of an object, from a listing
+
+
+class OpenFile(NamedTuple):
+    """An open file. footer: of a parquet file, parsed; None for a tar."""
+
+    source: Any
+    footer: pq.FileMetaData | None
 
 
 class ShardFiles:
-    """Open parquet files with their parsed footers, and open tars. The least recently used beyond `OPEN_FILES` are closed."""
+    """Open parquet files with their parsed footers, and open tars.
+
+    The least recently used are closed beyond `OPEN_FILES`, and beyond `FOOTER_BYTES` of footers.
+    """
 
     def __init__(self) -> None:
-        self._files: OrderedDict[str, tuple[Any, pq.FileMetaData]] = OrderedDict()
-        self._tars: OrderedDict[str, tuple[pa.NativeFile]] = OrderedDict()
+        self._files: OrderedDict[str, OpenFile] = OrderedDict()
+        self._footer_bytes = 0
 
     def __len__(self) -> int:
         return len(self._files)
@@ -31,17 +42,21 @@ class ShardFiles:
     def __reduce__(self) -> tuple[type[ShardFiles], tuple[()]]:
         return ShardFiles, ()  # in another process, no file is open
 
-    def read(self, location: str, group: int, columns: list[str], start: int, stop: int) -> pa.Table:
+    def read(
+        self, location: str, group: int, columns: list[str], start: int, stop: int, known: Known | None = None
+    ) -> pa.Table:
         """Rows [start, stop) of a row group. Raises DataError for a file that cannot be read, or has lost rows.
 
         group: number of the row group in the file.
+        known: size and ETag of an object on S3, which are then not asked for. An object with another ETag is refused.
 
         The first rows of a large row group are read without the rest of it.
         """
         with read_errors_as_data_errors(
             f"{location}: row group {group}", "Write this file again, or remove it and start again."
         ):
-            source, footer = self._open(location)
+            source, footer = self._open_shard(location, known)
+            assert footer
             rows = footer.row_group(group).num_rows
             if start == 0 and stop < HEAD * rows:
                 table = _read_head(source, footer, group, columns, stop)
@@ -55,27 +70,34 @@ class ShardFiles:
 
     def read_pictures(self, tar: Tar, places: pa.ChunkedArray) -> list[pa.Buffer]:
         """The encoded pictures at places of a tar. Raises DataError for a tar that cannot be read, or has changed."""
-        (source,) = _use(self._tars, tar.location, lambda: (_open_tar(tar),))
-        return read_pictures(source, tar, places)
+        file = self._find(tar.location) or self._keep(tar.location, OpenFile(_open_tar(tar), None))
+        return read_pictures(file.source, tar, places)
 
-    def _open(self, location: str) -> tuple[Any, pq.FileMetaData]:
-        def open_shard() -> tuple[Any, pq.FileMetaData]:
-            fs, path = filesystem(location)
-            source = pa.memory_map(path) if is_local(fs) else open_parquet(fs, path)
-            return source, pq.read_metadata(source)
+    def _open_shard(self, location: str, known: Known | None) -> OpenFile:
+        if file := self._find(location):
+            return file
+        fs, path = filesystem(location)
+        info = {"name": path, "size": known[0], "ETag": known[1], "type": "file"} if known else None
+        source = pa.memory_map(path) if is_local(fs) else open_parquet(fs, path, info)
+        return self._keep(location, OpenFile(source, pq.read_metadata(source)))
 
-        return _use(self._files, location, open_shard)
+    def _find(self, location: str) -> OpenFile | None:
+        if location in self._files:
+            self._files.move_to_end(location)
+        return self._files.get(location)
+
+    def _keep(self, location: str, file: OpenFile) -> OpenFile:
+        self._files[location] = file
+        self._footer_bytes += _footer_bytes(file)
+        while len(self._files) > OPEN_FILES or (self._footer_bytes > FOOTER_BYTES and len(self._files) > 1):
+            _, oldest = self._files.popitem(last=False)
+            self._footer_bytes -= _footer_bytes(oldest)
+            oldest.source.close()
+        return file
 
 
-def _use(files: OrderedDict[str, Opened], location: str, open_file: Callable[[], Opened]) -> Opened:
-    """The open file at a location, as the most recently used one of `files`. Its first part has `close`."""
-    if location in files:
-        files.move_to_end(location)
-    else:
-        files[location] = open_file()
-        while len(files) > OPEN_FILES:
-            files.popitem(last=False)[1][0].close()
-    return files[location]
+def _footer_bytes(file: OpenFile) -> int:
+    return int(file.footer.serialized_size) if file.footer else 0
 
 
 def _open_tar(tar: Tar) -> pa.NativeFile:

@@ -13,7 +13,7 @@ from helpers.plans import block_rows, epoch_blocks, epoch_rows, fresh, plans, se
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nev.data.plan import WINDOW_ROWS, Plan, Window, choose_window, sequential_blocks
+from nev.data.plan import Plan, Window, choose_window, sequential_blocks
 from nev.data.windows import make_windows
 from nev.storage.reading import DataError
 
@@ -144,14 +144,23 @@ def meeting_again(plan: Plan, epochs: int) -> float:
 def test_rows_that_met_seldom_meet_again() -> None:
     """6,000 rows in row groups of 256 and batches of 128, as in a small run; in a whole shuffle it would be 0.02."""
     rows = np.array([256] * 23 + [112], np.int64)
-    assert choose_window(rows) * 256 >= WINDOW_ROWS
-    shares = {
-        window: meeting_again(Plan(rows, 1, 128, 128, window), 10) for window in (0, 1, choose_window(rows), len(rows))
-    }
+    default = choose_window(rows, 128)
+    shares = {window: meeting_again(Plan(rows, 1, 128, 128, window), 10) for window in (0, 1, default, len(rows))}
     assert shares[0] > 0.8
     assert shares[1] < 0.55
-    assert shares[choose_window(rows)] < 0.10
+    assert shares[default] < 0.10
     assert shares[len(rows)] == pytest.approx(127 / 5999, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("group", "block", "window"),
+    [(256, 256, 4), (250, 256, 6), (250, 125, 4), (1000, 256, 2), (10_000, 256, 1), (64, 256, 24)],
+)
+def test_the_default_window_has_some_thousand_rows(group: int, block: int, window: int) -> None:
+    rows = np.full(100, group, np.int64)
+    assert choose_window(rows, block) == window
+    rows[7] = 3  # an odd one, as the last of a set
+    assert choose_window(rows, block) == window
 
 
 def test_a_row_may_be_in_any_place_of_its_window() -> None:

@@ -37,7 +37,7 @@ def plan_three_epochs(group_rows: int) -> tuple[int, int, int]:
 @pytest.mark.parametrize("group_rows", [256, 10_000])
 def test_blocks_of_1_55_billion_rows_are_whole_and_apart(group_rows: int) -> None:
     group_sizes = made_up_index(group_rows).rows
-    plan = Plan(group_sizes, 7, BATCH, BLOCK, choose_window(group_sizes))
+    plan = Plan(group_sizes, 7, BATCH, BLOCK, choose_window(group_sizes, BLOCK))
     per_epoch = plan.blocks_per_epoch
     assert plan.tail_rows == ROWS % BATCH
     sampled = np.random.default_rng(0).integers(0, per_epoch, 300).tolist()

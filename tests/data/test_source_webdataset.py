@@ -39,6 +39,8 @@ def test_webdataset_takes_uid_captions_and_label_where_they_are(tmp_path: Path) 
     rows = list(read("webdataset", [tar], DEFAULT))
     files = ["a.jpg", "b.png", "dir/e.jpeg", "f.jpg", "g.jpg"]
     assert [row.pop("source") for row in rows] == [f"{tar}/{file}" for file in files]
+    content = tar.read_bytes()
+    assert all(content[row.pop("offset") :].startswith(row["image"]) for row in rows)
     assert rows == [
         {"uid": "u1", "image": b"A", "caption": ["first", "second"], "label": None, "label_name": None},
         {"uid": "b", "image": b"B", "caption": "only", "label": 2, "label_name": "ship"},

@@ -197,8 +197,8 @@ def test_no_member_of_a_known_extension_is_lost(names: list[tuple[str, str]]) ->
     members = [Member(*split_name(f"{key}.{extension}", known), b"") for key, extension in names]
     samples = list(find_faults(group_members(members), captioned=True))
     grouped = [(sample.key, extension) for sample in samples for extension in sample.parts]
-    assert grouped == [(name, extension) for name, extension, _ in members if extension]
+    assert grouped == [(name, extension) for name, extension, _, _ in members if extension]
     assert all(sample.fault for sample in samples if not sample.parts)
     keys = {sample.key for sample in samples}
-    for name, extension, _ in members:
+    for name, extension, _, _ in members:
         assert extension or any(name == key or name.startswith(f"{key}.") for key in keys), "each belongs to a row"

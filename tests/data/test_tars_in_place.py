@@ -97,7 +97,7 @@ def test_texts_are_embedded_beside_the_index_and_blocks_follow_the_plan(tars: Pa
     for shard in missing_sidecars(text_sidecars(index, key, WIDTH)):
         write_sidecar(index, shard, key, WIDTH, encode)
     reader = reader_of(index, text_key=key)
-    plan = Plan(index.rows, 3, 6, 3, choose_window(index.rows))
+    plan = Plan(index.rows, 3, 6, 3, choose_window(index.rows, 3))
     rows = reader.read(whole(index, epoch=1))
     at = {uid: row for row, uid in enumerate(rows["uid"])}
     taken = []

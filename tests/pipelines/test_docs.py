@@ -83,7 +83,7 @@ def test_what_does_not_exist_is_seen() -> None:
         "nev/train/trainer.py"
     ]
     assert missing_paths("configs/absent.yaml, then --config configs/quickstart.yaml") == ["configs/absent.yaml"]
-    named = "`nev.data.plan.Plan.segments` nev.load_config nev.data.plan.Plan.absent nev.absent.x nev.data.plan.plan"
+    named = "`nev.data.plan.Plan.make_window` nev.load_config nev.data.plan.Plan.absent nev.absent.x nev.data.plan.plan"
     assert missing_names(named) == ["nev.data.plan.Plan.absent", "nev.absent.x", "nev.data.plan.plan"]
 
 

@@ -63,7 +63,7 @@ class Inputs:
 def make_plan(config: Experiment, index: Index) -> Plan:
     """The plan of the training set."""
     rows = count_used_rows(index, config.data.used_rows)
-    window = choose_window(rows) if config.data.window is None else config.data.window
+    window = choose_window(rows, config.data.block_rows) if config.data.window is None else config.data.window
     return Plan(rows, config.seed, config.train.global_batch, config.data.block_rows, window)
 
 
