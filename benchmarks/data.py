@@ -22,6 +22,7 @@ from benchmarks import report
 from nev.common.cli import make_command, report_errors
 
 DATALOADER_GOAL, OPEN_CLIP_GOAL, LIMIT_GOAL, RESUME_GOAL = 1.0, 2.0, 0.9, 1.2
+TAR_GOAL, INDEX_GOAL = 0.95, 0.5
 NOTES = (
     "Every measurement has a process of its own; nev's starts a Ray of this machine's CPUs and warms it with two short "
     "streams. Batches and blocks have 256 rows. A rate is that of 10 s, from 5 s after the first batch on.",
@@ -29,6 +30,8 @@ NOTES = (
     "torch's DataLoader with a worker a core and nev's decoding, bytes in memory. open_clip: its WebDataset pipeline with a "
     "worker a core, its own transform and tokenizer. limit: nev's decoding and resizing alone, a process a core, no batch "
     "given to anyone.",
+    "tars: the same stream from tars of the same rows where they lie. index_tars: the index of the tars of imagenet_sample by "
+    "one process, beside a plain read of the same files, which are not in memory before.",
     "first_batch_s: from asking for the stream to its first batch, on the warm cluster. resume_*: the same at the first and "
     "at the last step of the second epoch; each the median of 5 starts in turns.",
     "bytes_copied_per_row is the sum of: what Arrow allocates for the columns that are read (the file itself is mapped into "
@@ -73,13 +76,18 @@ def main(
                 beside.setdefault(f"{own.name}_{key}", []).append(getattr(found, key))
             return found.images_per_s
 
+        def tar_stream(own: pictures.Pictures) -> float:
+            return in_own_process(streams.nev_stream, own._replace(shards=own.in_place), size).images_per_s
+
         for own in sets:
-            ours, loader, theirs, bare = (
-                f"{own.name}_{kind}_images_per_s" for kind in ("stream", "dataloader", "open_clip", "limit")
+            ours, in_tars, loader, theirs, bare = (
+                f"{own.name}_{kind}_images_per_s" for kind in ("stream", "tars", "dataloader", "open_clip", "limit")
             )
             contestants[ours] = partial(stream, own)
+            contestants[in_tars] = partial(tar_stream, own)
             contestants[loader] = partial(in_own_process, streams.dataloader, own, size)
             contestants[bare] = partial(in_own_process, streams.limit, own, size)
+            ratios[f"tar_in_place_vs_parquet_{own.name}"] = report.Ratio(in_tars, ours, TAR_GOAL)
             ratios[f"stream_vs_dataloader_{own.name}"] = report.Ratio(ours, loader, DATALOADER_GOAL)
             ratios[f"stream_vs_limit_{own.name}"] = report.Ratio(ours, bare, LIMIT_GOAL)
             if not missing:
@@ -91,6 +99,9 @@ def main(
         figures = report.measure_interleaved(contestants, repetitions, console)
         figures |= beside
         figures["first_batch_s"] = beside["imagenet_sample_first_batch_s"]
+        speeds = [in_own_process(streams.tar_mb_per_s, sets[0]) for _ in range(repetitions)]
+        figures["tar_read_mb_per_s"], figures["index_tars_mb_per_s"] = map(list, zip(*speeds, strict=True))
+        ratios["index_tars_vs_read"] = report.Ratio("index_tars_mb_per_s", "tar_read_mb_per_s", INDEX_GOAL)
         for own in sets:
             copied = in_own_process(streams.copies, own, size)
             figures |= {f"{own.name}_bytes_copied_per_row_{where}": [count] for where, count in copied.items()}

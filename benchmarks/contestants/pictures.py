@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from benchmarks.contestants.processes import BenchmarkFailed
 from nev.config.data import Columns
 from nev.data.index import build_index
+from nev.data.prepare.in_place import index_tars
 from nev.data.prepare.pipeline import prepare
 from nev.data.prepare.shards import Layout
 from nev.data.rows import Row
-from nev.data.sources import SOURCES, SourceOptions, iterate_rows, make_source
+from nev.data.sources import SOURCES, SourceOptions, find_files, iterate_rows, make_source
 from nev.data.text_sidecar import sidecar_key, write_sidecar
 
 WIDTH = 384  # of the text vectors, as MiniLM's
@@ -28,12 +29,16 @@ TARS = 4
 
 
 class Pictures(NamedTuple):
-    """One set: a folder of shards with sidecars, and tars in WebDataset's layout with the same rows."""
+    """One set: a folder of shards with sidecars, and tars in WebDataset's layout with the same rows.
+
+    in_place: folder of the index of the tars, with sidecars.
+    """
 
     name: str
     shards: str
     tars: list[str]
     rows: int
+    in_place: str
 
 
 def imagenet_sample(data: Path, folder: Path, rows: int) -> Pictures:
@@ -61,9 +66,7 @@ def _written(name: str, rows: Iterator[Row], folder: Path) -> Pictures:
     kept = list(rows)
     shards = folder / name / "shards"
     prepare(make_source(kept), shards, seed=0, layout=Layout(rows_per_shard=4 * BLOCK, row_group_rows=BLOCK))
-    index = build_index(str(shards), Columns())
-    for shard in range(len(index.paths)):
-        write_sidecar(index, shard, KEY, WIDTH, _vectors)
+    _write_sidecars(str(shards))
     tars = []
     for number in range(TARS):
         tars.append(str(folder / name / f"{number:05d}.tar"))
@@ -74,7 +77,16 @@ def _written(name: str, rows: Iterator[Row], folder: Path) -> Pictures:
                     member = tarfile.TarInfo(f"{row['uid'].replace('.', '_')}.{extension}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-    return Pictures(name, str(shards), tars, len(kept))
+    in_place = f"{folder}/{name}/index"
+    index_tars(find_files(tars, (".tar",)), in_place, SourceOptions(), row_group_rows=BLOCK)
+    _write_sidecars(in_place)
+    return Pictures(name, str(shards), tars, len(kept), in_place)
+
+
+def _write_sidecars(folder: str) -> None:
+    index = build_index(folder, Columns())
+    for shard in range(len(index.paths)):
+        write_sidecar(index, shard, KEY, WIDTH, _vectors)
 
 
 def _vectors(captions: Sequence[str]) -> NDArray[np.float32]:

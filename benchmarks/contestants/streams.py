@@ -7,9 +7,11 @@ open_clip's are normalised floats, as its transform makes them.
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Generator, Iterator
 from multiprocessing import get_context, set_start_method
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ from nev.data.augment import seeded_random, train_view
 from nev.data.block import BlockReader
 from nev.data.decode import read_header
 from nev.data.index import build_index
-from nev.data.plan import Plan
+from nev.data.plan import Plan, choose_window
 
 # Of a stream, that no rate counts: Ray Data fills what it may hold, and the decoding processes touch the pages of the object
 # store for the first time.
@@ -43,9 +45,10 @@ class StreamFigures(NamedTuple):
 
 
 def reader_and_plan(pictures: Pictures, size: int) -> tuple[BlockReader, Plan]:
-    """The reader of a set, with text vectors, and a plan whose step is one block."""
+    """The reader of a set, with text vectors, and a plan whose step is one block, with the default window."""
     index = build_index(pictures.shards, Columns())
-    return BlockReader(index, size, Limits(), 0, AUGMENT, KEY, WIDTH), Plan(index.rows, 0, BLOCK, BLOCK)
+    plan = Plan(index.rows, 0, BLOCK, BLOCK, choose_window(index.rows, BLOCK))
+    return BlockReader(index, size, Limits(), 0, AUGMENT, KEY, WIDTH), plan
 
 
 def nev_stream(pictures: Pictures, size: int) -> StreamFigures:
@@ -200,7 +203,7 @@ def _encoded(pictures: Pictures) -> list[bytes]:
 
 
 def copies(pictures: Pictures, size: int) -> dict[str, float]:
-    """Bytes copied a row between the file and the training tensor, counted over one block, by where.
+    """Bytes copied a row between the file and the training tensor, counted over one window, by where.
 
     arrow: what Arrow allocates for the columns read (the file itself is mapped); crop: what torch copies of a crop, to lie in
     one piece; object_store: the block, as it is put there; consumer: arrays of a batch that do not lie in the store's memory.
@@ -225,8 +228,10 @@ def copies(pictures: Pictures, size: int) -> dict[str, float]:
         return table
 
     object.__setattr__(reader, "read_rows", counted)
+    window = plan.make_window(0, plan.window_bounds(0)[1])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        next(reader.read_blocks(plan.make_window(0)))
+        for _ in reader.read_blocks(window):
+            pass
     object.__delattr__(reader, "read_rows")
     crop = sum(event.cpu_memory_usage for event in profiled.events() if event.name == "aten::clone")
     connect()
@@ -238,5 +243,39 @@ def copies(pictures: Pictures, size: int) -> dict[str, float]:
     assert all(tensor.data_ptr() == batch[name].ctypes.data for name, tensor in tensors.items())
     consumer = sum(array.nbytes for array in batch.values() if array.base is None and array.dtype != object)
     ray.shutdown()
-    found = {"arrow": arrow[0], "crop": crop, "object_store": stored, "consumer": consumer}
-    return {name: count / BLOCK for name, count in found.items()}
+    rows = len(window.order)
+    found = {
+        "arrow": (arrow[0], rows),
+        "crop": (crop, rows),
+        "object_store": (stored, BLOCK),
+        "consumer": (consumer, BLOCK),
+    }
+    return {name: nbytes / count for name, (nbytes, count) in found.items()}
+
+
+def tar_mb_per_s(pictures: Pictures) -> tuple[float, float]:
+    """MB/s of a plain read of the tars, and of `index_tars`, in this process; the pages of the files are not in memory before."""
+    from nev.data.prepare.in_place import index_tars
+    from nev.data.sources import SourceOptions, find_files
+
+    size = sum(Path(tar).stat().st_size for tar in pictures.tars)
+    _forget_pages(pictures.tars)
+    begin = time.perf_counter()
+    for tar in pictures.tars:
+        with open(tar, "rb") as file:
+            while file.read(2**20):
+                pass
+    read_s = time.perf_counter() - begin
+    _forget_pages(pictures.tars)
+    with tempfile.TemporaryDirectory() as output:
+        begin = time.perf_counter()
+        index_tars(find_files(pictures.tars, (".tar",)), f"{output}/index", SourceOptions())
+        return size / 1e6 / read_s, size / 1e6 / (time.perf_counter() - begin)
+
+
+def _forget_pages(files: list[str]) -> None:
+    for name in files:
+        handle = os.open(name, os.O_RDONLY)
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)

@@ -231,10 +231,11 @@ def test_data_reports_the_ratios_of_both_sets(tmp_path: Path, monkeypatch: pytes
         streams.dataloader: 150.0,
         streams.open_clip_stream: 60.0,
         streams.limit: 200.0,
+        streams.tar_mb_per_s: (1000.0, 600.0),
         streams.copies: {"arrow": 100.0, "crop": 50.0, "object_store": 150.0, "consumer": 0.0},
     }
     for name in ("imagenet_sample", "flickr8k"):
-        made = pictures.Pictures(name, "shards", ["0.tar"], 4096)
+        made = pictures.Pictures(name, "shards", ["0.tar"], 4096, "index")
         monkeypatch.setattr(pictures, name, lambda data, folder, rows, made=made: made)
     monkeypatch.setattr(processes, "in_own_process", lambda contestant, *args: answers[contestant])
     monkeypatch.setattr(open_clip, "not_installed", list)
@@ -244,6 +245,8 @@ def test_data_reports_the_ratios_of_both_sets(tmp_path: Path, monkeypatch: pytes
     for end in ("", "_flickr8k"):
         assert {kind: written["ratios"][f"stream_vs_{kind}{end}"] for kind in ratios} == ratios
         assert written["ratios"][f"resume_last_vs_first{end}"] == 1.1
+        assert written["ratios"][f"tar_in_place_vs_parquet{end}"] == 1.0
+    assert written["ratios"]["index_tars_vs_read"] == 0.6
     assert written["figures"]["first_batch_s"] == 1.0
     assert written["figures"]["bytes_copied_per_row"] == 300.0
     assert written["repetitions"]["flickr8k_limit_images_per_s"] == [200.0, 200.0]

@@ -49,7 +49,10 @@ class Sample(NamedTuple):
 
 
 def split_name(name: str, known: Iterable[str]) -> tuple[str, str]:
-    """The name without its extension, and the extension, in lower case; the whole name and "" where it is not known."""
+    """The name without its extension, and the extension, in lower case; the whole name and "" where it is not known.
+
+    known: the longest first: of `seg.png` and `png` the longer one counts.
+    """
     for extension in known:
         stem = name[: -len(extension) - 1]
         if name.lower().endswith(f".{extension}") and stem and not stem.endswith("/"):
