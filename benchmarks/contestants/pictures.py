@@ -17,7 +17,7 @@ from nev.config.data import Columns
 from nev.data.index import build_index
 from nev.data.prepare.in_place import index_tars
 from nev.data.prepare.pipeline import prepare
-from nev.data.prepare.shards import Layout
+from nev.data.prepare.shards import Layout, infer_schema, write_shard
 from nev.data.rows import Row
 from nev.data.sources import SOURCES, SourceOptions, find_files, iterate_rows, make_source
 from nev.data.text_sidecar import sidecar_key, write_sidecar
@@ -26,6 +26,7 @@ WIDTH = 384  # of the text vectors, as MiniLM's
 KEY = sidecar_key("benchmark", "caption")
 BLOCK = 256  # rows of a block and of a row group
 TARS = 4
+SHARD_ROWS = 10_000  # of `write_groups`, as many tools write them
 
 
 class Pictures(NamedTuple):
@@ -60,6 +61,19 @@ def flickr8k(data: Path, folder: Path, rows: int) -> Pictures:
     read = iterate_rows(SOURCES["webdataset"]([data / "flickr8k/train"], SourceOptions()))
     found = (row for _, row in zip(range(rows), read, strict=False))
     return _written("flickr8k", found, folder)
+
+
+def write_groups(data: Path, folder: Path, rows: int, group_rows: int) -> None:
+    """Shards of 10,000 rows of Flickr8k, each row as often as it takes, in row groups of `group_rows`, with sidecars."""
+    read = list(iterate_rows(SOURCES["webdataset"]([data / "flickr8k/train"], SourceOptions())))
+    schema = infer_schema((), several=True)
+    folder.mkdir(parents=True)
+    for shard in range(rows // SHARD_ROWS):
+        numbers = range(shard * SHARD_ROWS, (shard + 1) * SHARD_ROWS)
+        kept: list[Row] = [{**read[number % len(read)], "uid": f"{number:06d}"} for number in numbers]
+        groups = [kept[start : start + group_rows] for start in range(0, SHARD_ROWS, group_rows)]
+        write_shard(folder / f"{shard:05d}.parquet", groups, schema)
+    _write_sidecars(str(folder))
 
 
 def _written(name: str, rows: Iterator[Row], folder: Path) -> Pictures:

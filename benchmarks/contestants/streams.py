@@ -44,10 +44,10 @@ class StreamFigures(NamedTuple):
     resume_last_s: float
 
 
-def reader_and_plan(pictures: Pictures, size: int) -> tuple[BlockReader, Plan]:
-    """The reader of a set, with text vectors, and a plan whose step is one block, with the default window."""
+def reader_and_plan(pictures: Pictures, size: int, window: int | None = None) -> tuple[BlockReader, Plan]:
+    """The reader of a set, with text vectors, and a plan whose step is one block. window: None for the default."""
     index = build_index(pictures.shards, Columns())
-    plan = Plan(index.rows, 0, BLOCK, BLOCK, choose_window(index.rows, BLOCK))
+    plan = Plan(index.rows, 0, BLOCK, BLOCK, choose_window(index.rows, BLOCK) if window is None else window)
     return BlockReader(index, size, Limits(), 0, AUGMENT, KEY, WIDTH), plan
 
 
@@ -88,6 +88,52 @@ def nev_stream(pictures: Pictures, size: int) -> StreamFigures:
     ray.shutdown()
     starts = np.median(np.array(pairs), axis=0)
     return StreamFigures(images_per_s, first_s, float(starts[0]), float(starts[1]))
+
+
+def nev_rate(pictures: Pictures, size: int, window: int | None) -> float:
+    """Images/s of nev's stream on a Ray of this machine's CPUs into one consumer."""
+    import ray
+
+    from nev.cluster.session import connect
+    from nev.data.stream import make_stream
+
+    connect()
+    reader, plan = reader_and_plan(pictures, size, window)
+    blocks: Any = make_stream(reader, plan, 0, MANY).iter_batches(
+        batch_size=None, batch_format="numpy", prefetch_batches=2
+    )
+    images_per_s = rate(blocks)
+    blocks.close()
+    ray.shutdown()
+    return images_per_s
+
+
+class Counted(NamedTuple):
+    """An epoch from S3. bytes_vs_data: bytes read, beside those of shards and sidecars. requests_a_group: GET and HEAD."""
+
+    bytes_vs_data: float
+    requests_a_group: float
+
+
+def count_epoch(root: str, folder: str, address: str) -> Counted:
+    """Read an epoch of the shards at `root` in this process.
+
+    folder: of the same shards on the disk. address: of the object store.
+    """
+    from benchmarks.contestants.object_store import take_counts
+    from nev.data.windows import make_windows
+
+    index = build_index(root, Columns())
+    reader = BlockReader(index, 32, Limits(), 0, AUGMENT, KEY, WIDTH)
+    plan = Plan(index.rows, 0, BLOCK, BLOCK, choose_window(index.rows, BLOCK))
+    windows = make_windows(plan, 0, plan.blocks_per_epoch)
+    take_counts(address)
+    for number in range(len(windows)):
+        reader.load(windows[number].segments)
+    counts = take_counts(address)
+    data = sum(file.stat().st_size for file in Path(folder).rglob("*.parquet"))
+    requests = counts.get("GET", 0) + counts.get("HEAD", 0)
+    return Counted(counts["bytes"] / data, requests / len(index.rows))
 
 
 class _Rows:

@@ -3,9 +3,9 @@
 Ray Data's defaults (2.60) have three problems for this stream:
 - It decodes until its share of the object store is full. Then its executor asks the tasks that hold finished output in a busy
   loop: on two cores this took 0.4 to 0.7 of a core from training, for a whole run.
-- Its policy `DownstreamCapacity` stops the tasks that make block numbers in the middle, while they hold their CPUs. No CPU is
-  left for the decoding that they wait for: streams of more than `NUMBERS_PER_TASK` blocks began 35 s late.
-- Without that policy it makes all block numbers of a run at once, millions in a long run.
+- Its policy `DownstreamCapacity` stops the tasks that make the numbers of windows in the middle, while they hold their CPUs. No
+  CPU is left for the decoding that they wait for: streams of more than `NUMBERS_PER_TASK` windows began 35 s late.
+- Without that policy it makes all numbers of a run at once, millions in a long run.
 
 `LookaheadBackpressure` replaces Ray Data's policies and limits the number of blocks in progress, so that no task waits with its
 output. `IdleSleep` makes the executor sleep after a turn without any change.
@@ -38,7 +38,9 @@ NUMBER_OPERATORS = ("ReadRange", "StreamingRepartition")
 BLOCKS_A_CPU = 4  # a CPU reads two blocks of small pictures while the executor waits for its tasks
 TASKS_A_CPU = 2  # one that decodes, and one whose blocks wait for those of the tasks before it
 PAUSE_S = 0.1  # time for which the executor itself waits for a task
-BUFFERED_NUMBERS = 64  # block numbers that a task makes ahead. Ray's default is two, and the next two come 0.1 s later
+BUFFERED_NUMBERS = (
+    64  # numbers, or blocks, that a task makes ahead. Ray's default is two, and the next two come 0.1 s later
+)
 MAX_RETRIES = (
     5  # of a task whose process has died: a node was lost, or a picture crashes its decoder. Ray's default is no limit
 )
@@ -54,24 +56,33 @@ def limit_lookahead(context: DataContext, blocks_ahead: int, block_bytes: int, t
 
 
 def max_blocks(blocks_ahead: int, block_bytes: int, task_blocks: int, cpus: float, store_bytes: float) -> float:
-    """The most blocks that a stream may read or hold at a time.
+    """The most blocks that a stream may read or hold at a time, where a task counts as one block until it has made more.
 
     blocks_ahead: the limit that the stream asks for. It is raised to `BLOCKS_A_CPU` blocks, and `TASKS_A_CPU` tasks, per CPU, so
         that all CPUs have work.
-    block_bytes: size of a block. All blocks take at most half of `store_bytes`; those of one task are always allowed.
+    block_bytes: size of a block. All blocks take at most half of `store_bytes`; one block is always allowed.
     task_blocks: blocks of a task.
     cpus: of the cluster.
     store_bytes: share of Ray Data in the object store. 0 in the first second of a stream, when the executor knows neither this
         nor the CPUs: then the limit is `blocks_ahead`.
     """
     if not store_bytes:
-        return float(max(blocks_ahead, task_blocks))
+        return float(blocks_ahead)
     enough = max(blocks_ahead, BLOCKS_A_CPU * cpus, TASKS_A_CPU * task_blocks * cpus)
-    return max(float(task_blocks), min(enough, store_bytes / 2 // block_bytes))
+    return max(1.0, min(enough, store_bytes / 2 // block_bytes))
+
+
+def max_tasks(ready: int, block_bytes: int, task_blocks: int, store_bytes: float) -> float:
+    """The most tasks that may run, so that all of their blocks have room; one is always allowed.
+
+    ready: blocks that wait for a consumer.
+    store_bytes: as in `max_blocks`. Ray Data (2.60) names a quarter of the store, so twice that is free for all blocks.
+    """
+    return max(1.0, (2 * store_bytes // block_bytes - ready) // task_blocks) if store_bytes else math.inf
 
 
 class LookaheadBackpressure(BackpressurePolicy):
-    """Starts no task while as many block numbers wait, or as many blocks are read or wait, as `max_blocks` allows."""
+    """Starts no task while as many numbers wait, or as many blocks are read or wait, as `max_blocks` and `max_tasks` allow."""
 
     def can_add_input(self, op: Any) -> bool:
         """Whether `op` may start a task now."""
@@ -83,9 +94,10 @@ class LookaheadBackpressure(BackpressurePolicy):
             waiting = self._topology[operators[operators.index(op) + 1]].total_enqueued_input_blocks()
             return bool(op.num_active_tasks() == 0 and waiting < limit)
         cpus = self._data_context.get_config(CPUS_KEY, math.inf)
-        ready = count_ready(self._topology, op) / self._data_context.get_config(TASK_KEY)
-        room = limit / self._data_context.get_config(TASK_KEY) - ready
-        return bool(op.num_active_tasks() < min(cpus, room))
+        ready = count_ready(self._topology, op)
+        store_bytes = self._resource_manager.get_global_limits().object_store_memory
+        size, task_blocks = (self._data_context.get_config(key) for key in (BYTES_KEY, TASK_KEY))
+        return bool(op.num_active_tasks() < min(cpus, limit - ready, max_tasks(ready, size, task_blocks, store_bytes)))
 
 
 def blocks_limit(context: DataContext, resource_manager: Any) -> float:

@@ -224,6 +224,10 @@ class StreamAutoscaler(ClusterAutoscaler):
         # A block may be in neither count for a moment, or in both.
         return max(taken, self._measured[1]), self._decode.metrics.num_task_outputs_generated
 
+    def _count_takeable(self) -> int:
+        """Blocks that wait for a consumer, but for those that wait for a block before them."""
+        return int(count_ready(self._topology, self._decode) - self._decode.internal_output_queue_num_blocks())
+
     def _measure(self) -> None:
         before, consumed, decoded = self._measured
         self._measured = (time.monotonic(), *self._counts())
@@ -236,7 +240,7 @@ class StreamAutoscaler(ClusterAutoscaler):
             self._measured[1] - consumed,
             self._measured[2] - decoded,
             active,
-            count_ready(self._topology, self._decode) / blocks_limit(self._context, self._resource_manager),
+            self._count_takeable() / blocks_limit(self._context, self._resource_manager),
             self._measured[1] // self._step_blocks > consumed // self._step_blocks,
         )
 

@@ -127,7 +127,7 @@ def main(
 ) -> None:
     """Turn pictures and captions into shards, in an order that is random over the whole set. Left-out rows are counted."""
     from nev.data.prepare.filters import Filters
-    from nev.data.prepare.in_place import index_tars
+    from nev.data.prepare.in_place import REPEATED, index_tars
     from nev.data.prepare.order import DUPLICATE_UID
     from nev.data.prepare.pipeline import prepare
     from nev.data.prepare.resize import Resize
@@ -179,6 +179,9 @@ def main(
                 unread = rows.unread
                 run = _run(rows, limit, options.part_bytes)
                 if in_place:
+                    unread = {
+                        suffix: count for suffix, count in unread.items() if suffix != ".parquet"
+                    }  # its own indexes
                     report = index_tars(
                         find_files(inputs or [], SUFFIXES),
                         output,
@@ -210,8 +213,14 @@ def main(
         typer.echo(f"samples: {report.samples}")
     if last.classes:
         typer.echo(f"classes: {last.classes}")
+    if last.counts.get(REPEATED) and not tar_in_uid:
+        console.print(
+            f"[yellow]{last.counts[REPEATED]:,} rows have the uid of a row of another tar. If keys repeat from tar to tar for "
+            "different pictures, use --tar-in-uid --overwrite.[/]",
+            highlight=False,
+        )
     duplicates = last.dropped.get(DUPLICATE_UID, 0)
-    if duplicates and source == "webdataset" and not tar_in_uid:
+    if duplicates and source == "webdataset" and not (tar_in_uid or in_place):
         console.print(
             f"[yellow]{duplicates:,} rows have the uid of another row; only the first row of each uid is kept. If keys repeat "
             "from tar to tar for different pictures, use --tar-in-uid --overwrite.[/]",

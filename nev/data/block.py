@@ -128,12 +128,12 @@ class BlockReader:
     def decode(
         self,
         rows: EncodedRows,
-        chosen: NDArray[np.int64] | slice = EVERY_ROW,
+        chosen: Any = EVERY_ROW,
         pictures: NDArray[Any] | None = None,
     ) -> Block:
         """The block of the chosen rows, R in all.
 
-        chosen: positions in `rows`.
+        chosen: positions in `rows`, int64 [R] or a slice.
         pictures: memory of `allocate(R)`, which is overwritten. None: new memory.
 
         The block has these columns:
@@ -145,9 +145,12 @@ class BlockReader:
         shard, row_group, row: int32 [R], number of the shard, of the row group in the shard, and of the row in the row group.
         label: int64 [R], -1 where there is none; only with `with_labels`.
         """
-        block: Block = {name: column[chosen] for name, column in rows.columns.items()}
+        block: Block = {name: column[chosen] for name, column in rows.columns.items() if name != "image"}
         block["valid"], block["reason"] = block["valid"].copy(), block["reason"].copy()  # decoding changes them
-        if not self.features:
+        if self.features:
+            stored = rows.columns["image"]
+            block["image"] = stored[chosen] if pictures is None else np.take(stored, chosen, axis=0, out=pictures)
+        else:
             positions = np.arange(len(rows.images))[chosen]
             block["image"] = self.allocate(len(positions)) if pictures is None else pictures
             images = [rows.images[position] for position in positions.tolist()]
@@ -264,7 +267,7 @@ class BlockReader:
 
     def read_rows(self, location: str, group: int, columns: list[str], segment: Segment) -> pa.Table:
         """Columns of a segment's rows. group: number of the row group in the file. Raises DataError."""
-        return self._files.read(location, group, columns, segment.start, segment.stop, self.index.known(location))
+        return self._files.read(location, group, columns, segment.start, segment.stop, self.index.object_info(location))
 
 
 def allocate_block(rows: int, size: int) -> NDArray[np.uint8]:

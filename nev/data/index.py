@@ -18,11 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from nev.common.location import absolute_location
 from nev.config.data import Columns
 from nev.data import index_cache, tars
 from nev.data.column_types import NEEDED, fits
 from nev.data.index_cache import RowGroups
-from nev.data.shard_files import Known
+from nev.data.shard_files import ObjectInfo
 from nev.data.tars import Tar
 from nev.storage.files import PARALLEL_REQUESTS, filesystem, list_entries, open_parquet
 from nev.storage.reading import CUT_SHORT, DataError, read_errors_as_data_errors
@@ -63,7 +64,7 @@ class Index:
     columns: Columns
     fingerprint: str
     tars: tuple[Tar | None, ...]
-    objects: dict[str, Known]
+    objects: dict[str, ObjectInfo]
 
     @property
     def total_rows(self) -> int:
@@ -79,7 +80,7 @@ class Index:
         """Path or URL of a shard."""
         return f"{self.root.rstrip('/')}/{self.paths[shard]}"
 
-    def known(self, location: str) -> Known | None:
+    def object_info(self, location: str) -> ObjectInfo | None:
         """Size and ETag of a shard or sidecar on S3, where it was there when the set was indexed."""
         return self.objects.get(location.removeprefix(f"{self.root.rstrip('/')}/"))
 
@@ -93,7 +94,7 @@ def build_index(root: str, columns: Columns) -> Index:
     Raises DataError where the folder cannot be listed, `prepare` has not finished it, it holds a link to a folder, or it has no
     shard or no row; where a footer cannot be read or a column is missing; and for a tar that is gone or has changed.
     """
-    root, names = tars.split_root(root)
+    root, names = tars.split_root(absolute_location(root))
     fs, base = filesystem(root)
     base = base.rstrip("/")
     with read_errors_as_data_errors(root, damaged=""):
@@ -107,9 +108,11 @@ def build_index(root: str, columns: Columns) -> Index:
         (path for path in sorted(visible) if entries[path].get("islink") and fs.isdir(f"{base}/{path}")), None
     ):
         raise DataError(f"{root}/{linked}: {LINKED_FOLDER}")
-    if names or any(path.endswith(".tar") for path in visible):
-        visible = set(tars.select_shards(root, visible, names))
-    relative = sorted(path for path in visible if path.endswith(".parquet"))
+    indexes = tars.select_indexes(root, names, visible)
+    if indexes is not None:
+        root, base = f"{root.rstrip('/')}/{tars.FOLDER}", f"{base}/{tars.FOLDER}"
+        entries = {path.removeprefix(f"{tars.FOLDER}/"): entry for path, entry in entries.items()}
+    relative = sorted(path for path in visible if path.endswith(".parquet")) if indexes is None else indexes
     if not relative:
         raise DataError(f"{root}: no .parquet shard in this folder. Make some with `nev prepare --help`.")
     with read_errors_as_data_errors(root, damaged=""):
@@ -123,6 +126,7 @@ def build_index(root: str, columns: Columns) -> Index:
     digest = hashlib.sha256(json.dumps(relative).encode())
     for part in (groups.shard, groups.group, groups.rows, groups.nbytes):
         digest.update(part.astype("<i8", copy=False).data)
+    digest.update("".join(tar.digest for tar in groups.tars if tar).encode())
     files = {path: entry for path, entry in entries.items() if path.endswith(".parquet") and entry.get("ETag")}
     return Index(
         root=root,
@@ -148,10 +152,13 @@ def _read_footers(
             open_parquet(fs, f"{base}/{path}", entries[path]) as file,
         ):
             meta = pq.read_metadata(file)
-        parts = list(map(meta.row_group, range(meta.num_row_groups)))
-        known = tars.read_metadata(meta.metadata, f"{root.rstrip('/')}/{path}")
-        sizes = [(part.num_rows, part.total_byte_size + (tars.group_bytes(part) if known else 0)) for part in parts]
-        return meta.schema.to_arrow_schema(), np.array(sizes, np.int64).reshape(-1, 2), known[0] if known else None
+        sizes = [(part.num_rows, part.total_byte_size) for part in map(meta.row_group, range(meta.num_row_groups))]
+        counts = np.array(sizes, np.int64).reshape(-1, 2)
+        schema, tar = meta.schema.to_arrow_schema(), None
+        if of_tar := tars.read_metadata(meta.metadata, f"{root.rstrip('/')}/{path}"):
+            tar = of_tar[0]
+            counts[:, 1] += of_tar[1]["group_bytes"]
+        return schema, counts, tar
 
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         schemas, sizes, of_shards = zip(*pool.map(footer, relative), strict=True)
@@ -170,12 +177,13 @@ def _read_footers(
     if columns.label and not label:
         raise DataError(f"{first}: no column {columns.label!r} (data.columns.label), here and in the other shards.")
     resolved = resolved.model_copy(update={"label": label})
+    in_tars = {path for path, tar in zip(relative, of_shards, strict=True) if tar}
     for path, schema in with_rows:
         where = f"{root.rstrip('/')}/{path}"
         needed = {resolved.uid, resolved.image, resolved.caption}
         if missing := sorted(str(name) for name in needed if name not in schema.names):
             raise DataError(f"{where}: column {missing} is missing; the first shard has it.")
-        _check_types(schema, resolved, where)
+        _check_types(schema, resolved, where, path in in_tars)
 
     rows, nbytes = np.concatenate(sizes).T
     filled = rows > 0
@@ -223,7 +231,9 @@ def _find_label(schemas: list[pa.Schema], wanted: str | None) -> str | None:
     return None
 
 
-def _check_types(schema: pa.Schema, columns: Columns, where: str) -> None:
+def _check_types(schema: pa.Schema, columns: Columns, where: str, in_tar: bool) -> None:
+    if tars.is_place(schema.field(columns.image).type) and not in_tar:
+        raise DataError(f"{where}: has places of pictures in a tar, and its metadata name no tar. {tars.INDEX_AGAIN}")
     for role in ("uid", "image", "caption", "label"):
         name = getattr(columns, role)
         if not name or name not in schema.names:  # of the label alone: `_read_footers` has checked the others

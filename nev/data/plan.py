@@ -6,8 +6,10 @@ exactly R rows, and step k of the epoch is blocks [k*B/R, (k+1)*B/R). So the row
 steps, and do not depend on the world size. Each row is used once an epoch, but for a tail shorter than B, which is counted.
 Memory is O(row groups).
 
-A window begins at the first block whose rows begin in its row groups. So no block has rows of two windows, and a window lacks its
-first rows, fewer than R, where the window before them takes these to complete its last block.
+No block has rows of two windows. A window whose row groups are no whole number of blocks takes the rows that its last block
+lacks, fewer than R, from the beginning of the next window. Where few row groups are uneven so, such as the last of each shard,
+they come together, at a random place of the epoch, and the last window of them leaves its rest out, a part of the tail, at
+random. All other windows are then whole row groups.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from nev.storage.reading import DataError
 
 WINDOW_ROWS = 1024  # rows that meet each other in a window, by default
 UNEVEN_BLOCKS = 6
+FEW = 0.02  # share of row groups
 
 
 class Segment(NamedTuple):
@@ -50,6 +53,19 @@ class Window(NamedTuple):
     order: NDArray[np.int64]
 
 
+class Order(NamedTuple):
+    """The row groups of an epoch, in order.
+
+    groups: int32 [G], positions in the index.
+    ends: int64 [G], number of rows up to the end of each.
+    even_from: the row from which on all windows are a whole number of blocks; the number of all rows where there is none.
+    """
+
+    groups: NDArray[np.int32]
+    ends: NDArray[np.int64]
+    even_from: int
+
+
 @dataclass(frozen=True)
 class Plan:
     """The rows of every block of every epoch. Blocks are numbered through all epochs, and epochs consist of whole steps.
@@ -66,7 +82,7 @@ class Plan:
     global_batch: int
     block_rows: int
     window: int = 0
-    _orders: dict[int, tuple[NDArray[np.int32], NDArray[np.int64]]] = field(default_factory=dict, repr=False)
+    _orders: dict[int, Order] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.global_batch % self.block_rows:
@@ -112,7 +128,8 @@ class Plan:
         """sha256, hex. Two plans have the same fingerprint exactly if they have the same rows in every step."""
         head = f"nev-plan-1 {self.seed} {self.global_batch} {self.block_rows} "
         if self.window:
-            head = f"nev-plan-2 {self.window} {self.seed} {self.global_batch} {self.block_rows} "
+            window = min(self.window, len(self.rows))
+            head = f"nev-plan-2 {window} {self.seed} {self.global_batch} {self.block_rows} "
         return hashlib.sha256(head.encode() + self.rows.astype("<i8").tobytes()).hexdigest()
 
     def epoch_of(self, block: int) -> int:
@@ -122,19 +139,20 @@ class Plan:
     def window_bounds(self, block: int) -> tuple[int, int]:
         """The first block of the window of a block, and the block behind its last one. O(log G) in a known epoch."""
         epoch, number = divmod(block, self.blocks_per_epoch)
-        _, ends = self._order(epoch)
+        order = self._order(epoch)
         size = max(1, self.window)
-        first_group = int(np.searchsorted(ends, number * self.block_rows, side="right")) // size * size
-        first_row = int(ends[first_group - 1]) if first_group else 0
-        end_row = int(ends[min(first_group + size, len(ends)) - 1])
+        group = int(np.searchsorted(order.ends, self._first_row(number, order), side="right")) // size * size
+        first_row = int(order.ends[group - 1]) if group else 0
+        end_row = int(order.ends[min(group + size, len(order.ends)) - 1])
+        start, stop = self._first_blocks(np.array([first_row, end_row]), order).tolist()
         base = epoch * self.blocks_per_epoch
-        return base - (-first_row // self.block_rows), base + min(-(-end_row // self.block_rows), self.blocks_per_epoch)
+        return base + start, base + min(stop, self.blocks_per_epoch)
 
     def window_starts(self, epoch: int) -> NDArray[np.int64]:
         """The first block of each window of an epoch, counted from the epoch's first block: int64 [windows], ascending."""
-        _, ends = self._order(epoch)
+        order = self._order(epoch)
         size = max(1, self.window)
-        starts = -(-np.concatenate([np.zeros(1, np.int64), ends[size - 1 : -1 : size]]) // self.block_rows)
+        starts = self._first_blocks(np.concatenate([np.zeros(1, np.int64), order.ends[size - 1 : -1 : size]]), order)
         starts = starts[starts < self.blocks_per_epoch]
         return starts[np.diff(starts, prepend=-1) > 0]
 
@@ -144,12 +162,17 @@ class Plan:
         if not first < first + blocks <= stop:
             raise ValueError(f"blocks {first} to {first + blocks - 1} are not in one window, {start} to {stop - 1}")
         epoch = self.epoch_of(first)
-        begin = start - epoch * self.blocks_per_epoch
-        count = (stop - start) * self.block_rows
-        order = self._permute(count, epoch, begin) if self.window else np.arange(count)
+        order, base = self._order(epoch), epoch * self.blocks_per_epoch
+        first_row = self._first_row(start - base, order)
+        if self.window:
+            count = self._first_row(stop - base, order) - first_row
+            positions = self._permute(count, epoch, start - base)
+        else:
+            count = (stop - start) * self.block_rows
+            positions = np.arange(count)
         place = (first - start) * self.block_rows
-        chosen = order[place : place + blocks * self.block_rows]
-        return Window(first, blocks, self._segments(epoch, begin * self.block_rows, count), chosen)
+        chosen = positions[place : place + blocks * self.block_rows]
+        return Window(first, blocks, self._segments(epoch, first_row, count), chosen)
 
     def step_blocks(self, step: int) -> range:
         """Block numbers of a step."""
@@ -168,9 +191,20 @@ class Plan:
         """The most blocks of a step that one of `world` ranks trains on."""
         return -(-self.blocks_per_step // world)
 
+    def _first_row(self, number: int, order: Order) -> int:
+        """The row of the epoch's sequence at which block `number` of the epoch begins, before rows are permuted."""
+        whole, left_out = divmod(order.even_from, self.block_rows)
+        return number * self.block_rows + (left_out if number >= whole else 0)
+
+    def _first_blocks(self, rows: NDArray[np.int64], order: Order) -> NDArray[np.int64]:
+        """The first block of the epoch that begins at each of these rows of the epoch's sequence, or behind."""
+        whole, left_out = divmod(order.even_from, self.block_rows)
+        uneven = np.minimum(-(-rows // self.block_rows), whole)
+        return np.where(rows < order.even_from, uneven, (rows - left_out) // self.block_rows)
+
     def _segments(self, epoch: int, first: int, count: int) -> list[Segment]:
         """`count` rows of the epoch's sequence, from row `first` on."""
-        order, ends = self._order(epoch)
+        order, ends, _ = self._order(epoch)
         last = first + count
         position = int(np.searchsorted(ends, first, side="right"))
         pieces: list[Segment] = []
@@ -189,8 +223,8 @@ class Plan:
         # The seed of an epoch's order, [seed, epoch], equals [seed, epoch, 0].
         return np.argsort(_draw_bits(count, self.seed, epoch, start + 1), kind="stable")
 
-    def _order(self, epoch: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """The permuted row groups of an epoch and the cumulative row count after each."""
+    def _order(self, epoch: int) -> Order:
+        """The permuted row groups of an epoch."""
         if epoch not in self._orders:
             keys = _draw_bits(len(self.rows), self.seed, epoch)
             # The low bits become the number of the row group: keys are then distinct, and a sort in place gives the
@@ -198,11 +232,27 @@ class Plan:
             bits = np.uint64(len(self.rows).bit_length())
             keys = keys >> bits << bits | np.arange(len(self.rows), dtype=np.uint64)
             keys.sort()
-            order = (keys & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int32)
+            groups = (keys & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int32)
+            even_from = self.total_rows
+            if self.window:
+                groups, even_groups = self._gather_uneven(groups, epoch)
+                even_from -= int(self.rows[groups[even_groups:]].sum())
             while len(self._orders) > 1:  # a stream moves forward, so two epochs are enough at a boundary
                 self._orders.pop(next(iter(self._orders)))
-            self._orders[epoch] = (order, np.cumsum(self.rows[order]))
+            self._orders[epoch] = Order(groups, np.cumsum(self.rows[groups]), even_from)
         return self._orders[epoch]
+
+    def _gather_uneven(self, groups: NDArray[np.int32], epoch: int) -> tuple[NDArray[np.int32], int]:
+        """Put the few uneven row groups of an epoch's order together. Returns the place behind their windows, too."""
+        is_uneven = self.rows[groups] % self.block_rows != 0
+        count = int(np.count_nonzero(is_uneven))
+        if count > max(1, FEW * len(groups)):
+            return groups, len(groups)
+        uneven, even = groups[is_uneven], groups[~is_uneven]
+        before = int(_draw_bits(1, self.seed, epoch, 0, 1)[0] % (len(even) // self.window + 1)) * self.window
+        # The last window has an even row group, too, so that an epoch does not always leave out the same rows.
+        behind = before + (count // self.window + (count > 0)) * self.window
+        return np.concatenate([even[:before], uneven, even[before:]]), behind if count else 0
 
 
 def _draw_bits(count: int, *seed: int) -> NDArray[np.uint64]:

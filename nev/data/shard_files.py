@@ -16,7 +16,7 @@ OPEN_FILES = 256
 FOOTER_BYTES = 32 * 2**20  # of all open parquet files; parsed footers take some times as much
 HEAD = 0.75  # part of a row group up to which its first rows are read alone, without the rest
 
-Known = tuple[int, str]  # size and ETag of an object, from a listing
+ObjectInfo = tuple[int, str]  # size and ETag of an object on S3, from a listing
 
 
 class OpenFile(NamedTuple):
@@ -43,19 +43,19 @@ class ShardFiles:
         return ShardFiles, ()  # in another process, no file is open
 
     def read(
-        self, location: str, group: int, columns: list[str], start: int, stop: int, known: Known | None = None
+        self, location: str, group: int, columns: list[str], start: int, stop: int, info: ObjectInfo | None = None
     ) -> pa.Table:
         """Rows [start, stop) of a row group. Raises DataError for a file that cannot be read, or has lost rows.
 
         group: number of the row group in the file.
-        known: size and ETag of an object on S3, which are then not asked for. An object with another ETag is refused.
+        info: of the file on S3, where it is known: no request asks for it. A file with another ETag is refused.
 
         The first rows of a large row group are read without the rest of it.
         """
         with read_errors_as_data_errors(
             f"{location}: row group {group}", "Write this file again, or remove it and start again."
         ):
-            source, footer = self._open_shard(location, known)
+            source, footer = self._open_shard(location, info)
             assert footer
             rows = footer.row_group(group).num_rows
             if start == 0 and stop < HEAD * rows:
@@ -73,12 +73,12 @@ class ShardFiles:
         file = self._find(tar.location) or self._keep(tar.location, OpenFile(_open_tar(tar), None))
         return read_pictures(file.source, tar, places)
 
-    def _open_shard(self, location: str, known: Known | None) -> OpenFile:
+    def _open_shard(self, location: str, info: ObjectInfo | None) -> OpenFile:
         if file := self._find(location):
             return file
         fs, path = filesystem(location)
-        info = {"name": path, "size": known[0], "ETag": known[1], "type": "file"} if known else None
-        source = pa.memory_map(path) if is_local(fs) else open_parquet(fs, path, info)
+        entry = {"name": path, "size": info[0], "ETag": info[1], "type": "file"} if info else None
+        source = pa.memory_map(path) if is_local(fs) else open_parquet(fs, path, entry)
         return self._keep(location, OpenFile(source, pq.read_metadata(source)))
 
     def _find(self, location: str) -> OpenFile | None:

@@ -61,10 +61,15 @@ class Sidecars:
 
 
 def shard_fingerprint(index: Index, shard: int) -> str:
-    """sha256, hex, of the rows and bytes of a shard's row groups. The order of rows in a row group does not change the hash."""
+    """sha256, hex, of the rows and bytes of a shard's row groups, and of the tar that its pictures are in.
+
+    The order of rows in a row group does not change the hash of a shard that holds its pictures.
+    """
     groups = index.shard_groups(shard)
     layout = np.stack([index.group[groups], index.rows[groups], index.nbytes[groups]]).astype("<i8")
-    return hashlib.sha256(layout.tobytes()).hexdigest()
+    tar = index.tars[shard]
+    of_tar = f"{tar.size} {tar.stamp} {tar.digest}" if tar else ""
+    return hashlib.sha256(layout.tobytes() + of_tar.encode()).hexdigest()
 
 
 def read_uid_column(column: pa.ChunkedArray) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from nev.common.location import S3, expand_braces
 from nev.storage.files import filesystem, is_local, join
@@ -33,11 +33,13 @@ class Tar(NamedTuple):
     location: path or URL.
     size: in bytes.
     stamp: modification time in ns, or ETag.
+    digest: hash of the uids, captions, labels and places of its rows.
     """
 
     location: str
     size: int
     stamp: str
+    digest: str
 
 
 def is_place(kind: pa.DataType) -> bool:
@@ -73,44 +75,54 @@ def read_metadata(metadata: Mapping[bytes, bytes] | None, location: str) -> tupl
     return tar, entries
 
 
-def group_bytes(group: pq.RowGroupMetaData) -> int:
-    """Bytes from the first picture of a row group of places to its last, the pictures between them that are left out included."""
-    columns = {
-        group.column(number).path_in_schema: group.column(number).statistics for number in range(group.num_columns)
-    }
-    offset, nbytes = columns["image.offset"], columns["image.nbytes"]
-    return int(offset.max - offset.min + nbytes.max) if offset and offset.has_min_max else 0
-
-
 def split_root(root: str) -> tuple[str, list[str]]:
-    """A location of training data as a folder, and the names of tars in it: patterns, and empty for a folder."""
-    folder, _, name = root.rstrip("/").rpartition("/")
-    if not name.endswith(".tar"):
+    """A location of training data as a folder, and the names of tars in it, which may be patterns; none for a folder."""
+    folder, _, name = root.rpartition("/")
+    fs, path = filesystem(root)
+    if not name.endswith(".tar") or fs.isdir(path):
         return root, []
     if any(sign in folder for sign in "*?[{"):
         raise DataError(f"{root}: only the name of a tar may be a pattern. Name one folder.")
-    return folder or ".", expand_braces(name)
+    return folder or "/", expand_braces(name)
 
 
-def select_shards(root: str, paths: Iterable[str], names: Sequence[str]) -> list[str]:
-    """The paths of the indexes of tars, of those with these names where names are given. Raises DataError for missing ones.
+def select_indexes(root: str, names: Sequence[str], visible: Iterable[str]) -> list[str] | None:
+    """The indexes of the tars of a folder, as paths relative to its folder `nev-index`. None for a folder of shards.
 
-    paths: of all files in the folder `root`, relative to it.
+    root: the folder. names: of tars, which may be patterns; empty for all tars.
+    visible: paths of the files in the folder, relative to it.
+    Raises DataError for a tar without an index, and for a name of no tar.
     """
-    shards = [path for path in paths if path.startswith(f"{FOLDER}/") and path.endswith(".parquet")]
-    remedy = f"Index them: nev prepare --in-place --source webdataset --input {root} --output {join(root, FOLDER)}"
-    if not shards:
-        raise DataError(f"{root}: a folder of tars without an index of them. {remedy}")
-    if not names:
-        return shards
-    of_tar = {path.removeprefix(f"{FOLDER}/").removesuffix(".parquet") + ".tar": path for path in shards}
-    chosen: dict[str, None] = {}
-    for name in names:
-        matches = fnmatch.filter(of_tar, name) if any(sign in name for sign in "*?[") else [name] * (name in of_tar)
-        if not matches:
-            raise DataError(f"{join(root, name)}: not in the index of this folder's tars. {remedy}")
-        chosen |= dict.fromkeys(of_tar[match] for match in matches)
-    return sorted(chosen)
+    paths = set(visible)
+    tars = {path for path in paths if path.endswith(".tar")}
+    indexes = {path.removeprefix(f"{FOLDER}/") for path in paths if path.startswith(f"{FOLDER}/")}
+    indexes = {path for path in indexes if path.endswith(".parquet")}
+    shards = any(path.endswith(".parquet") and not path.startswith(f"{FOLDER}/") for path in paths)
+    if not names and (not tars or (shards and not indexes)):
+        return None
+    chosen = {tar for name in names for tar in _match(root, name, tars)} if names else tars
+    missing = sorted(tar for tar in chosen if _index_of(tar) not in indexes)
+    if missing:
+        raise DataError(
+            f"{root}: {len(missing)} tars have no index ({missing[0]}, ...). Index them: nev prepare --in-place "
+            f"--source webdataset --input {root} --output {join(root, FOLDER)}"
+        )
+    return sorted(map(_index_of, chosen) if names else indexes)
+
+
+def _match(root: str, name: str, tars: set[str]) -> list[str]:
+    """The tars of a folder with this name. name: a name, or a pattern of names."""
+    if name in tars:
+        return [name]
+    matches = fnmatch.filter((tar for tar in tars if "/" not in tar), name)
+    if not matches:
+        raise DataError(f"{join(root, name)}: no such tar")
+    return matches
+
+
+def _index_of(tar: str) -> str:
+    """The path of the index of a tar in `nev-index`. tar: path relative to the folder above that."""
+    return tar.removesuffix(".tar") + ".parquet"
 
 
 def check_tars(tars: Iterable[Tar | None]) -> None:
@@ -154,25 +166,32 @@ def _refuse_other(tar: Tar, now: tuple[int, str] | None) -> None:
         raise DataError(f"{tar.location}: this tar has changed since it was indexed ({sizes}). {INDEX_AGAIN}")
 
 
+def find_ranges(offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The ranges of bytes that hold pictures, with small gaps between pictures in them: first bytes and ends, int64 [n].
+
+    offsets, sizes: int64, of the pictures, in ascending order.
+    """
+    ends = np.maximum.accumulate(offsets + sizes)
+    first = np.flatnonzero(np.concatenate([[True], offsets[1:] - ends[:-1] > GAP_BYTES]))
+    return offsets[first], ends[np.append(first[1:] - 1, len(ends) - 1)]
+
+
 def read_pictures(source: pa.NativeFile, tar: Tar, places: pa.ChunkedArray) -> list[pa.Buffer]:
-    """The encoded pictures at these places of an open tar. Pictures with small gaps between them are read at a time.
+    """The encoded pictures at these places of an open tar, which ascend. A read for each of `find_ranges`.
 
     Raises DataError for a tar that ends before.
     """
     table = places.combine_chunks()
     offsets, sizes = (table.field(name).to_numpy() for name in ("offset", "nbytes"))
-    order = np.argsort(offsets, kind="stable")
-    ends = np.maximum.accumulate(offsets[order] + sizes[order])
-    first = np.flatnonzero(np.concatenate([[True], offsets[order][1:] - ends[:-1] > GAP_BYTES]))
-    pictures: list[pa.Buffer] = [None] * len(offsets)
-    for begin, end in zip(first, [*first[1:], len(order)], strict=True):
-        rows = order[begin:end]
-        base, nbytes = int(offsets[rows[0]]), int(ends[end - 1] - offsets[rows[0]])
+    pictures: list[pa.Buffer] = []
+    for start, end in zip(*(bounds.tolist() for bounds in find_ranges(offsets, sizes)), strict=True):
         with read_errors_as_data_errors(tar.location, INDEX_AGAIN):
-            source.seek(base)
-            data = source.read_buffer(nbytes)
-        if data.size < nbytes:
-            raise DataError(f"{tar.location}: ends before the picture at byte {base + nbytes:,}. {INDEX_AGAIN}")
-        for row in rows.tolist():
-            pictures[row] = data.slice(int(offsets[row]) - base, int(sizes[row]))
+            source.seek(start)
+            data = source.read_buffer(end - start)
+        if data.size < end - start:
+            raise DataError(f"{tar.location}: ends before byte {end:,}. {INDEX_AGAIN}")
+        row = len(pictures)
+        while row < len(offsets) and offsets[row] < end:
+            pictures.append(data.slice(int(offsets[row]) - start, int(sizes[row])))
+            row += 1
     return pictures

@@ -186,7 +186,7 @@ counts = st.integers(0, 2**62)
 def test_what_is_stored_comes_back(columns: Columns, sizes: list[tuple[int, int]]) -> None:
     rows, nbytes = np.array(sizes, np.int64).reshape(-1, 2).T
     numbers = np.arange(len(rows), dtype=np.int32)
-    tars = (None, Tar("s3://bucket/a.tar", 3, '"etag"'))
+    tars = (None, Tar("s3://bucket/a.tar", 3, '"etag"', "hash"))
     index_cache.store("key", index_cache.RowGroups(columns, numbers // 3, numbers % 3, rows, nbytes, tars))
     back = index_cache.load("key")
     assert back is not None

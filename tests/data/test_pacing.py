@@ -76,16 +76,25 @@ def test_a_sandbox_without_that_class_decodes_all_the_same(monkeypatch: pytest.M
         (8, 1, 4, 2, 1e9, 16),  # a task that decodes and one that waits, for every CPU
         (8, 100, 1, 64, 1000, 5),  # half of the memory
         (8, 100, 4, 64, 1000, 5),
-        (8, 100, 1, 64, 10, 1),  # the blocks of a task at least, or nothing would ever move
-        (8, 100, 4, 64, 10, 4),
+        (8, 100, 1, 64, 10, 1),  # a block at least, or nothing would ever move
         (8, 100, 1, 0, 0, 8),  # a stream's first second: CPUs and memory are not known yet
-        (8, 100, 20, 0, 0, 20),
     ],
 )
 def test_what_is_enough(ahead: int, size: int, task: int, cpus: float, store: float, expected: int) -> None:
     from nev.cluster.backpressure import max_blocks
 
     assert max_blocks(ahead, size, task, cpus, store) == expected
+
+
+def test_as_many_tasks_run_as_have_room_for_their_blocks() -> None:
+    from nev.cluster.backpressure import max_tasks
+
+    assert max_tasks(0, 100, 4, 2000) == 10  # Ray Data names a quarter of the store: half of it are 40 blocks
+    assert max_tasks(12, 100, 4, 2000) == 7
+    assert max_tasks(0, 100, 100, 2000) == 1  # a window larger than that still moves
+    assert max_tasks(0, 100, 4, 0) > 1000  # not known yet
+    # A node of 2 GB a CPU, blocks of 256 rows at 224 px: all CPUs have work.
+    assert max_tasks(0, 38_600_000, 4, 16 * 150e6) >= 0.95 * 16
 
 
 @pytest.mark.parametrize(("window", "ahead"), [(1, AHEAD), (4, 2 * 4 * 2)])

@@ -15,7 +15,7 @@ from ray.core.generated import autoscaler_pb2
 
 STARTING = "ray::RayTrainWorker.init_train_context"  # a training process that starts, before it meets the others
 STORE, MEMORY = 300 * 2**20, 2**30
-TRAINER, DECODER = "ray::RayTrainWorker", "ray::MapBatches(read_block)"  # as processes call themselves
+TRAINER, DECODER = "ray::RayTrainWorker", "ray::MapBatches(read_window)"  # as processes call themselves
 
 
 class Machines:

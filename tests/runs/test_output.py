@@ -219,7 +219,7 @@ def test_the_first_cause_is_nevs_own_words() -> None:
 def test_the_first_cause_of_an_error_in_a_task_of_a_task() -> None:
     said = (
         "\x1b[36mray::SplitCoordinator.get()\x1b[39m\n  File 'x.py', line 1, in f\n"
-        "ray.exceptions.RayTaskError(UserCodeException): \x1b[36mray::MapBatches(read_block)()\x1b[39m\n"
+        "ray.exceptions.RayTaskError(UserCodeException): \x1b[36mray::MapBatches(read_window)()\x1b[39m\n"
         "    raise ImportError(\nImportError: torch cannot be imported again\n\n"
         "The above exception was the direct cause of the following exception:\n\n"
         "ray.exceptions.UserCodeException: UDF failed to process a data block.\nTo change retry attempts, configure `ray`."

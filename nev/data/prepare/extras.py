@@ -14,10 +14,16 @@ from nev.storage.files import join, write_atomic
 from nev.storage.reading import write_errors_as_data_errors
 
 
-def write_classes(output: str, plan: Record, note: Callable[[str], None]) -> str | None:
-    """Write classes.txt. Returns its location; None where there is none. plan: as `merge_keys` of `order` makes it."""
+def write_classes(output: str, plan: Record, note: Callable[[str], None], extend: bool = False) -> str | None:
+    """Write classes.txt. Returns its location; None where there is none.
+
+    plan: as `nev.data.prepare.order.merge_keys` makes it.
+    extend: names of labels behind those of an existing classes.txt are added to it; else they are an error.
+    """
     classes = join(parent_folder(output), "classes.txt")
     class_names = labels.read_class_names(classes)
+    if class_names and extend and plan["names"][: len(class_names.names)] == class_names.names:
+        class_names = None
     if class_names:  # another split may have written the file in the meantime
         for label, class_name, uid in plan["named"]:
             labels.add_name({}, label, class_name, uid, class_names)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nev.models.text import TextTower
 
 WINDOW_SHARE = 0.5  # of the memory of a machine, for the windows that its CPUs read at a time
+STORE_SHARE = 0.75  # of the object store, for the blocks of a window: the workers fetch ahead in the rest
 
 
 def machine_memory() -> int:
@@ -44,12 +45,16 @@ def check_window_memory(index: Index, plan: Plan) -> None:
         return
     nbytes, cpus, memory = window_bytes(index, plan), cluster_cpus(), machine_memory()
     if nbytes * cpus > WINDOW_SHARE * memory:
-        lower = "lower data.window, or " if plan.window > 1 else ""
         raise ConfigError(
-            f"windows of {max(1, plan.window)} row groups take up to {nbytes / 2**30:.1f} GiB. Each of the {cpus} CPUs reads "
-            f"one at a time, and this machine has {memory / 2**30:.1f} GiB of memory: {lower}write the shards again with "
-            "smaller row groups (`nev prepare`)"
+            f"a window takes up to {nbytes / 2**30:.1f} GiB. Each of the {cpus} CPUs reads one at a time, and this machine has "
+            f"{memory / 2**30:.1f} GiB of memory: {_smaller_windows(plan)}"
         )
+
+
+def _smaller_windows(plan: Plan) -> str:
+    """What makes windows smaller."""
+    lower = f"lower data.window (here {plan.window} row groups), or " if plan.window > 1 else ""
+    return f"{lower}write the shards again with smaller row groups (nev prepare)"
 
 
 def check_workers(workers: Workers) -> None:
@@ -106,9 +111,8 @@ def check_object_store(job: Job) -> None:
             "train.global_batch or data.image_size, or submit the run to a cluster"
         )
     window = job.plan.blocks_per_window * job.plan.block_rows * row_bytes(job)
-    if window > store / 2:
+    if window > STORE_SHARE * store:
         raise ConfigError(
-            f"the decoded pictures of a window take {window / 2**30:.1f} GiB, more than half of Ray's object store, which has "
-            f"{store / 2**30:.1f} GiB here: lower data.window or data.image_size, write the shards again with smaller row groups "
-            "(`nev prepare`), or submit the run to a cluster"
+            f"the decoded pictures of a window take {window / 2**30:.1f} GiB, too much for Ray's object store, which has "
+            f"{store / 2**30:.1f} GiB here: {_smaller_windows(job.plan)}, lower data.image_size, or submit the run to a cluster"
         )

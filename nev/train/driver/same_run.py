@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nev.config.experiment import Experiment
 from nev.config.file import parse
@@ -74,6 +74,7 @@ def choose_checkpoint(
     others = [line for key, line in changed.items() if key not in SCHEDULE]
     others += [
         f"fingerprint of the {name}: {newest.manifest['fingerprints'].get(name, 'none')[:12]} there, {value[:12]} here"
+        + (_describe_window(newest.manifest["config"], config) if name == "plan" else "")
         for name, value in fingerprints.items()
         if newest.manifest["fingerprints"].get(name) != value
     ]
@@ -98,6 +99,14 @@ def choose_checkpoint(
         "optim.schedule: constant or wsd."
         f"{missing}"
     )
+
+
+def _describe_window(before: dict[str, Any], now: Experiment) -> str:
+    """What the windows of a run have to do with another plan. before: the config of the run, as its manifest has it."""
+    if "window" not in before["data"]:
+        return " (that run has no windows: it continues with data.window=0)"
+    window = before["data"]["window"]
+    return f" (data.window: {window} there, {now.data.window} here)" if window != now.data.window else ""
 
 
 def _latest_up_to(run: str, step: int) -> LatestValid | None:
