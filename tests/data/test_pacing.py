@@ -111,7 +111,7 @@ def test_a_consumer_that_does_not_take_holds_the_reading_back(
         next(blocks)
         time.sleep(1.0)  # far longer than it takes to read all 60
         read = len(list((tmp_path / "read").iterdir()))
-        assert taken <= read <= taken + ahead + window, "one more is on its way between the stream and the consumer"
+        assert taken <= read <= taken + ahead + 2 * window, "a task may begin while there is room for one block"
     assert sum(1 for _ in blocks) == 60 - 3
     assert len(list((tmp_path / "read").iterdir())) == 60
 

@@ -5,6 +5,7 @@ import random
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,45 @@ def test_a_block_that_always_kills_its_process_ends_the_stream(
             list(make_stream(deadly, plan, 0, plan.steps_per_epoch).iter_batches(batch_size=None))
     finally:
         cloudpickle.unregister_pickle_by_value(here)
+
+
+@dataclass(frozen=True)
+class DiesOnce(BlockReader):
+    """Its process dies once in the middle of a window, when the first blocks of the window are delivered."""
+
+    mark: str = ""
+
+    def decode(self, rows: EncodedRows, chosen: Any = None, pictures: Any = None) -> Block:
+        block = super().decode(rows, chosen, pictures)
+        mark = Path(self.mark)
+        if mark.exists() and mark.stat().st_size >= 3:
+            mark.unlink()
+            os._exit(1)
+        if mark.exists():
+            with mark.open("a") as file:
+                file.write("x")
+        return block
+
+
+def test_a_task_that_dies_amid_a_window_gives_every_block_once(tmp_path: Path, ray_cluster: None) -> None:
+    from ray import cloudpickle
+
+    from nev.data.stream import make_stream
+
+    fine = reader_over(tmp_path, 52)
+    (tmp_path / "mark").touch()
+    reader = DiesOnce(fine.index, 8, fine.limits, fine.seed, fine.augment, KEY, WIDTH, mark=str(tmp_path / "mark"))
+    plan = Plan(fine.index.rows, 3, global_batch=4, block_rows=4, window=len(fine.index.rows))
+    here = sys.modules[__name__]
+    cloudpickle.register_pickle_by_value(here)  # Ray's processes could not import it
+    try:
+        blocks = list(make_stream(reader, plan, 0, plan.steps_per_epoch).iter_batches(batch_size=None))
+    finally:
+        cloudpickle.unregister_pickle_by_value(here)
+    assert not (tmp_path / "mark").exists(), "no process died"
+    assert len(blocks) == plan.blocks_per_epoch > 6
+    for number, block in enumerate(blocks):
+        assert_block(block, number, fine, plan)
 
 
 def test_what_a_rank_fetches_ahead_fits_the_object_store() -> None:

@@ -1,0 +1,79 @@
+"""Windows before a run starts: what they take, and what is said of another order of rows."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.training import prepare_job
+
+from benchmarks.scale import made_up_index
+from nev.config.base import ConfigError
+from nev.data.plan import Plan, choose_window
+from nev.train.driver import resources
+from nev.train.driver.resources import check_object_store, check_window_memory, window_bytes
+from nev.train.driver.same_run import _describe_window
+from nev.train.driver.setup import describe_run, make_plan
+
+GIB = 2**30
+
+
+def test_windows_fit_the_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = made_up_index(256)  # 30 kB a row: a window of four row groups takes 29 MiB
+    plan = Plan(index.rows, 0, 65_536, 256, choose_window(index.rows, 256))
+    assert window_bytes(index, plan) == 4 * 256 * 30_000
+    monkeypatch.setattr(resources, "may_grow", lambda: False)
+    monkeypatch.setattr(resources, "cluster_cpus", lambda: 16)
+    monkeypatch.setattr(resources, "machine_memory", lambda: GIB)
+    check_window_memory(index, plan)
+    monkeypatch.setattr(resources, "machine_memory", lambda: GIB // 2)
+    with pytest.raises(
+        ConfigError, match=r"16 CPUs .* 0\.5 GiB of memory: lower data\.window \(here 4 row groups\), or write"
+    ):
+        check_window_memory(index, plan)
+    with pytest.raises(ConfigError, match=r"of memory: write the shards again with smaller row groups"):
+        check_window_memory(made_up_index(10_000), Plan(made_up_index(10_000).rows, 0, 65_536, 256, 1))
+    monkeypatch.setattr(resources, "may_grow", lambda: True)
+    check_window_memory(index, plan)
+
+
+def test_the_blocks_of_a_window_fit_the_object_store(tiny: Any, text: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    job = prepare_job(tiny(), text)
+    window = job.plan.blocks_per_window * job.plan.block_rows * resources.row_bytes(job)
+    step = job.config.train.global_batch * resources.row_bytes(job)
+    monkeypatch.setattr(resources, "may_grow", lambda: False)
+    for store, refused in ((max(step, 1.4 * window), False), (max(step, 1.2 * window), 1.2 * window > step)):
+        monkeypatch.setattr(ray, "cluster_resources", lambda store=store: {"object_store_memory": store})
+        if refused:
+            with pytest.raises(ConfigError, match="the decoded pictures of a window take"):
+                check_object_store(job)
+        else:
+            check_object_store(job)
+
+
+def test_the_start_says_how_rows_are_shuffled(tiny: Any, text: Any) -> None:
+    job = prepare_job(tiny(data__window=2), text)
+    assert "shuffled in windows of 2 row groups (up to 3 MiB)" in describe_run(job, 0, 3 * 2**20)
+    assert "shuffled" not in describe_run(prepare_job(tiny(data__window=0), text), 0, 3 * 2**20)
+
+
+def test_a_window_of_the_config_is_that_of_the_plan(tiny: Any, text: Any) -> None:
+    plan = prepare_job(tiny(), text).plan
+    assert plan.window == choose_window(plan.rows, plan.block_rows)
+    index = made_up_index(256)
+    config = tiny(data__used_rows=0.25, train__global_batch=256, data__block_rows=256)
+    part = make_plan(config, index)
+    assert part.window == choose_window(np.floor(index.rows * 0.25).astype(np.int64), 256)
+
+
+def test_another_window_is_named_where_the_plan_differs(tiny: Any) -> None:
+    config = tiny(data__window=3)
+    before = json.loads(config.model_dump_json())
+    assert _describe_window(before, config) == ""
+    assert _describe_window(before, tiny(data__window=1)) == " (data.window: 3 there, 1 here)"
+    del before["data"]["window"]
+    assert _describe_window(before, config) == " (that run has no windows: it continues with data.window=0)"
