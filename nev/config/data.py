@@ -84,7 +84,7 @@ class Data(Section):
     """Rows of a block, R: what a worker gets at a time."""
     window: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     """Row groups of an epoch's order whose rows are permuted together, and read by one task. 0: row groups are permuted, and rows
-    keep their order in them. null: as many row groups as have 1,024 rows.
+    keep their order in them. null: as many row groups as have some 1,024 rows, or six blocks where R divides few row groups.
     """
     columns: Columns = Columns()
     """Column names of the shards."""
