@@ -182,7 +182,7 @@ def peak_mib(index: Index) -> float:
 
 def reads_a_block(plan: Plan, count: int = 5000) -> tuple[float, float]:
     """Row groups, and rows, that are read for a block: the mean over `count` windows in the middle of an epoch."""
-    from nev.data.shard_files import HEAD
+    from nev.data.shard_files import HEAD, PAGE_ROWS
     from nev.data.windows import make_windows
 
     windows = make_windows(plan, 0, plan.blocks_per_epoch)
@@ -193,7 +193,7 @@ def reads_a_block(plan: Plan, count: int = 5000) -> tuple[float, float]:
         groups += len(window.segments)
         for group, start, stop, _ in window.segments:
             size = int(plan.rows[group])
-            rows += stop if start == 0 and stop < HEAD * size else size
+            rows += stop if start == 0 and max(stop, PAGE_ROWS) < HEAD * size else size
     return groups / blocks, rows / blocks
 
 

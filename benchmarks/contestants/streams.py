@@ -115,17 +115,17 @@ class Counted(NamedTuple):
     requests_a_group: float
 
 
-def count_epoch(root: str, folder: str, address: str) -> Counted:
+def count_epoch(root: str, folder: str, address: str, block: int) -> Counted:
     """Read an epoch of the shards at `root` in this process.
 
-    folder: of the same shards on the disk. address: of the object store.
+    folder: of the same shards on the disk. address: of the object store. block: R.
     """
     from benchmarks.contestants.object_store import take_counts
     from nev.data.windows import make_windows
 
     index = build_index(root, Columns())
     reader = BlockReader(index, 32, Limits(), 0, AUGMENT, KEY, WIDTH)
-    plan = Plan(index.rows, 0, BLOCK, BLOCK, choose_window(index.rows, BLOCK))
+    plan = Plan(index.rows, 0, block, block, choose_window(index.rows, block))
     windows = make_windows(plan, 0, plan.blocks_per_epoch)
     take_counts(address)
     for number in range(len(windows)):

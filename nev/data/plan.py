@@ -26,7 +26,7 @@ from nev.storage.reading import DataError
 
 WINDOW_ROWS = 1024  # rows that meet each other in a window, by default
 UNEVEN_BLOCKS = 6
-FEW = 0.02  # share of row groups
+FEW = 0.05  # share of row groups
 
 
 class Segment(NamedTuple):

@@ -14,7 +14,8 @@ from nev.storage.reading import DataError, read_errors_as_data_errors
 
 OPEN_FILES = 256
 FOOTER_BYTES = 32 * 2**20  # of all open parquet files; parsed footers take some times as much
-HEAD = 0.75  # part of a row group up to which its first rows are read alone, without the rest
+PAGE_ROWS = 1024  # of a column, as many writers make them: fewer are not read alone
+HEAD = 0.5  # part of a row group up to which its first rows are read alone, without the rest
 
 ObjectInfo = tuple[int, str]  # size and ETag of an object on S3, from a listing
 
@@ -58,7 +59,7 @@ class ShardFiles:
             source, footer = self._open_shard(location, info)
             assert footer
             rows = footer.row_group(group).num_rows
-            if start == 0 and stop < HEAD * rows:
+            if start == 0 and max(stop, PAGE_ROWS) < HEAD * rows:
                 table = _read_head(source, footer, group, columns, stop)
             else:
                 # A new reader each time: with `pre_buffer` a reader keeps all bytes that it has read.

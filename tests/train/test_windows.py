@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from benchmarks.scale import made_up_index
 from nev.config.base import ConfigError
 from nev.data.plan import Plan, choose_window
 from nev.train.driver import resources
-from nev.train.driver.resources import check_object_store, check_window_memory, window_bytes
+from nev.train.driver.resources import check_object_store, check_window_memory, note_uneven, window_bytes
 from nev.train.driver.same_run import _describe_window
 from nev.train.driver.setup import describe_run, make_plan
 
@@ -68,6 +69,19 @@ def test_a_window_of_the_config_is_that_of_the_plan(tiny: Any, text: Any) -> Non
     config = tiny(data__used_rows=0.25, train__global_batch=256, data__block_rows=256)
     part = make_plan(config, index)
     assert part.window == choose_window(np.floor(index.rows * 0.25).astype(np.int64), 256)
+
+
+def test_row_groups_that_are_read_twice_are_told_before_a_start() -> None:
+    index = replace(made_up_index(10_000), root="s3://bucket/set")
+    uneven = Plan(np.full(100, 1000), 0, 512, 256, 2)
+    note = note_uneven(index, uneven)
+    assert note
+    assert note.startswith(
+        "most row groups, of 1,000 rows, are no whole number of blocks of 256 rows: about 50% of the bytes"
+    )
+    assert note_uneven(index, Plan(np.full(100, 1000), 0, 500, 250, 2)) is None
+    assert note_uneven(index, Plan(np.array([1024] * 99 + [1000]), 0, 512, 256, 2)) is None
+    assert note_uneven(made_up_index(10_000), uneven) is None, "on a disk a second reading costs little"
 
 
 def test_another_window_is_named_where_the_plan_differs(tiny: Any) -> None:

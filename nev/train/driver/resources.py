@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nev.cluster.session import cluster_cpus, cluster_gpus, may_grow
+from nev.common.location import S3
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment, Workers
 from nev.data.index import Index
-from nev.data.plan import Plan
+from nev.data.plan import FEW, Plan
 from nev.runs.folder import check_space, run_folder
 from nev.runs.metrics_log import load_mlflow_run_id
 from nev.runs.tracking import local_artifacts, tracking_uri
@@ -34,6 +35,19 @@ def window_bytes(index: Index, plan: Plan) -> int:
     """Bytes of the pictures and texts of the largest window, as they are stored: what a task reads before its first block."""
     size = max(1, plan.window)
     return int(np.sort(index.nbytes)[-size:].sum() * plan.total_rows / index.total_rows)
+
+
+def note_uneven(index: Index, plan: Plan) -> str | None:
+    """A note about shards on S3 whose row groups are mostly no whole number of blocks, so that a part is read twice; or None."""
+    uneven = float((plan.rows % plan.block_rows > 0).mean())
+    if uneven <= FEW or not plan.window or not index.root.startswith(S3):
+        return None
+    twice = uneven * len(plan.rows) / (plan.window * len(plan.rows))
+    size = int(np.bincount(plan.rows).argmax())
+    return (
+        f"most row groups, of {size:,} rows, are no whole number of blocks of {plan.block_rows} rows: about {twice:.0%} of the "
+        "bytes are read twice. A data.block_rows that divides the row groups avoids that, or nev prepare."
+    )
 
 
 def check_window_memory(index: Index, plan: Plan) -> None:
