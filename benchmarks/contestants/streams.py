@@ -99,9 +99,12 @@ def nev_rate(pictures: Pictures, size: int, window: int | None) -> float:
 
     connect()
     reader, plan = reader_and_plan(pictures, size, window)
-    blocks: Any = make_stream(reader, plan, 0, MANY).iter_batches(
-        batch_size=None, batch_format="numpy", prefetch_batches=2
-    )
+
+    def stream() -> Generator[Any]:
+        blocks = make_stream(reader, plan, 0, MANY)
+        yield from blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
+
+    blocks = stream()
     images_per_s = rate(blocks)
     blocks.close()
     ray.shutdown()

@@ -18,6 +18,7 @@ from nev.data.block import BlockReader
 from nev.data.image_sidecar import ONLINE, TrunkFacts, check_image_sidecars, read_statistics
 from nev.data.index import Index, build_index
 from nev.data.plan import Plan
+from nev.data.tars import split_root
 from nev.data.text_sidecar import check_sidecars
 from nev.eval.validation.task import Validation, make_validation, refuse_unknown_metric, text_key
 from nev.planner.hardware import Prices, load_prices
@@ -70,7 +71,7 @@ class Prepared(NamedTuple):
 
 def sets_are_there(config: Experiment) -> bool:
     """Whether `data.train` and `data.val` are folders, as far as one sees without storage. `prepare` says what is wrong."""
-    places = [filesystem(location) for location in (config.data.train, config.data.val) if location]
+    places = [filesystem(split_root(location)[0]) for location in (config.data.train, config.data.val) if location]
     return all(fs.isdir(path) for fs, path in places if is_local(fs))
 
 
