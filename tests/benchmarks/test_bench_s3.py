@@ -36,7 +36,7 @@ def test_an_epoch_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         s3_module._filesystem.cache_clear()
         monkeypatch.setattr("nev.data.plan.WINDOW_ROWS", 16)
         monkeypatch.setattr("nev.data.plan.UNEVEN_BLOCKS", 2)
-        even, uneven = (streams.count_epoch("s3://bucket/set", str(folder), address, block) for block in (8, 12))
+        even, uneven = (streams.count_epoch("s3://bucket/set", str(folder), address, block) for block in (8, 10))
         assert filesystem("s3://bucket/set")[0].cat_file("bucket/set/a.parquet") == (folder / "a.parquet").read_bytes()
         assert not filesystem("s3://bucket/set")[0].exists("bucket/set/absent")
     s3_module._filesystem.cache_clear()
