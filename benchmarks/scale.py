@@ -38,7 +38,8 @@ NOTES = (
     f"B = {BATCH:,}, R = {BLOCK}, windows of as many row groups as have 1,024 rows. new_s: the plan, the windows of an epoch and "
     "the first one, which draws the epoch's order. block_us: a block, in windows of an epoch whose order is known. "
     "groups_a_block_count: row groups that are read for a block, on average over 5,000 windows; rows_read_vs_rows: rows that "
-    "are read for a row; whole: where every row group has exactly 256 rows; 10000: row groups of 10,000 rows.",
+    "are read for a row; whole: where every row group has exactly 256 rows; 10000, 1000: "
+    "row groups of so many rows; tars: 256, 256, 256 and 232 rows, as tars of 1,000 samples have.",
     "plan_peak_mib: the most that the plan and three epochs' first blocks hold. plan_sent_mib: the plan as it goes to Ray's "
     "object store, once a node. index_sent_mib: the index beside it.",
     f"index_*: a folder of small shards of {FILE_GROUPS} row groups on a local disk whose pages are in memory. uncached: "
@@ -54,6 +55,8 @@ def main(
     ] = report.RESULTS,
 ) -> None:
     """Time the plan of 1.55 billion rows and the index with and without its cache; writes benchmarks/results/scale.json."""
+    from nev.data.windows import count_rows_read
+
     console = Console()
     with report_errors(), tempfile.TemporaryDirectory(prefix="nev-bench-") as name:
         os.environ["NEV_CACHE"] = f"{name}/cache"
@@ -76,10 +79,18 @@ def main(
             "index_sent_mib": [len(pickle.dumps(index, protocol=5)) / MIB],
             "plan_row_groups_count": [float(len(index.rows))],
         }
-        for name_of_size, of_size in (("", index), ("_whole", whole), ("_10000", made_up_index(10_000))):
-            groups, rows = reads_a_block(new_plan(of_size))
-            figures[f"plan_groups_a_block{name_of_size}_count"] = [groups]
-            figures[f"plan_rows_read_vs_rows{name_of_size}"] = [rows / BLOCK]
+        tars = replace(index, rows=np.tile([BLOCK, BLOCK, BLOCK, 232], len(index.rows) // 4))
+        sizes = {
+            "": index,
+            "_whole": whole,
+            "_10000": made_up_index(10_000),
+            "_1000": made_up_index(1000),
+            "_tars": tars,
+        }
+        for name_of_size, of_size in sizes.items():
+            plan = new_plan(of_size)
+            figures[f"plan_groups_a_block{name_of_size}_count"] = [groups_a_block(plan)]
+            figures[f"plan_rows_read_vs_rows{name_of_size}"] = [count_rows_read(plan, 5000) / BLOCK]
         ratios = {"index_cached_vs_uncached": report.Ratio("index_cached_shards_per_s", "index_uncached_shards_per_s")}
         report.write("scale", report.this_command(), figures, ratios, NOTES, results, console)
 
@@ -180,21 +191,13 @@ def peak_mib(index: Index) -> float:
         tracemalloc.stop()
 
 
-def reads_a_block(plan: Plan, count: int = 5000) -> tuple[float, float]:
-    """Row groups, and rows, that are read for a block: the mean over `count` windows in the middle of an epoch."""
-    from nev.data.shard_files import HEAD, PAGE_ROWS
+def groups_a_block(plan: Plan, count: int = 5000) -> float:
+    """Row groups that are read for a block: the mean over `count` windows in the middle of an epoch."""
     from nev.data.windows import make_windows
 
     windows = make_windows(plan, 0, plan.blocks_per_epoch)
-    blocks = groups = rows = 0
-    for number in range(len(windows) // 2, min(len(windows), len(windows) // 2 + count)):
-        window = windows[number]
-        blocks += window.blocks
-        groups += len(window.segments)
-        for group, start, stop, _ in window.segments:
-            size = int(plan.rows[group])
-            rows += stop if start == 0 and max(stop, PAGE_ROWS) < HEAD * size else size
-    return groups / blocks, rows / blocks
+    middle = [windows[number] for number in range(len(windows))[len(windows) // 2 :][:count]]
+    return sum(len(window.segments) for window in middle) / sum(window.blocks for window in middle)
 
 
 app = make_command(main, "make bench NAME=scale")

@@ -72,13 +72,15 @@ def max_blocks(blocks_ahead: int, block_bytes: int, task_blocks: int, cpus: floa
     return max(1.0, min(enough, store_bytes / 2 // block_bytes))
 
 
-def max_tasks(ready: int, block_bytes: int, task_blocks: int, store_bytes: float) -> float:
+def max_tasks(blocks_ahead: int, ready: int, block_bytes: int, task_blocks: int, store_bytes: float) -> float:
     """The most tasks that may run, so that all of their blocks have room; one is always allowed.
 
+    blocks_ahead: as `max_blocks` has it: the room while the store is not known.
     ready: blocks that wait for a consumer.
     store_bytes: as in `max_blocks`. Ray Data (2.60) names a quarter of the store, so twice that is free for all blocks.
     """
-    return max(1.0, (2 * store_bytes // block_bytes - ready) // task_blocks) if store_bytes else math.inf
+    room = 2 * store_bytes // block_bytes if store_bytes else blocks_ahead
+    return max(1.0, (room - ready) // task_blocks)
 
 
 class LookaheadBackpressure(BackpressurePolicy):
@@ -94,10 +96,11 @@ class LookaheadBackpressure(BackpressurePolicy):
             waiting = self._topology[operators[operators.index(op) + 1]].total_enqueued_input_blocks()
             return bool(op.num_active_tasks() == 0 and waiting < limit)
         cpus = self._data_context.get_config(CPUS_KEY, math.inf)
-        ready = count_ready(self._topology, op)
-        store_bytes = self._resource_manager.get_global_limits().object_store_memory
-        size, task_blocks = (self._data_context.get_config(key) for key in (BYTES_KEY, TASK_KEY))
-        return bool(op.num_active_tasks() < min(cpus, limit - ready, max_tasks(ready, size, task_blocks, store_bytes)))
+        ready, limits = count_ready(self._topology, op), self._resource_manager.get_global_limits()
+        ahead, size, task_blocks = (self._data_context.get_config(key) for key in (AHEAD_KEY, BYTES_KEY, TASK_KEY))
+        tasks = max_tasks(ahead, ready, size, task_blocks, limits.object_store_memory)
+        queued = max(limits.cpu, (limit - ready) / task_blocks)  # a task that waits for a CPU has not made a block yet
+        return bool(op.num_active_tasks() < min(cpus, limit - ready, tasks, queued))
 
 
 def blocks_limit(context: DataContext, resource_manager: Any) -> float:

@@ -127,7 +127,7 @@ def main(
 ) -> None:
     """Turn pictures and captions into shards, in an order that is random over the whole set. Left-out rows are counted."""
     from nev.data.prepare.filters import Filters
-    from nev.data.prepare.in_place import REPEATED, index_tars
+    from nev.data.prepare.in_place import SHARED_UIDS, index_tars
     from nev.data.prepare.order import DUPLICATE_UID
     from nev.data.prepare.pipeline import prepare
     from nev.data.prepare.resize import Resize
@@ -179,9 +179,7 @@ def main(
                 unread = rows.unread
                 run = _run(rows, limit, options.part_bytes)
                 if in_place:
-                    unread = {
-                        suffix: count for suffix, count in unread.items() if suffix != ".parquet"
-                    }  # its own indexes
+                    unread = leave_out_indexes(unread, output, inputs or [])
                     report = index_tars(
                         find_files(inputs or [], SUFFIXES),
                         output,
@@ -213,9 +211,9 @@ def main(
         typer.echo(f"samples: {report.samples}")
     if last.classes:
         typer.echo(f"classes: {last.classes}")
-    if last.counts.get(REPEATED) and not tar_in_uid:
+    if last.counts.get(SHARED_UIDS) and not tar_in_uid:
         console.print(
-            f"[yellow]{last.counts[REPEATED]:,} rows have the uid of a row of another tar. If keys repeat from tar to tar for "
+            f"[yellow]{last.counts[SHARED_UIDS]:,} rows have the uid of a row of another tar. If keys repeat from tar to tar for "
             "different pictures, use --tar-in-uid --overwrite.[/]",
             highlight=False,
         )
@@ -267,6 +265,17 @@ def _progress(console: Console) -> Iterator[Progress]:
             lambda done, total, rows: show("shards written", done, total, f"{rows:,} rows"),
             lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
         )
+
+
+def leave_out_indexes(unread: Mapping[str, int], output: str, inputs: list[str]) -> dict[str, int]:
+    """The files that were not read, by suffix, without the indexes in `output` where that lies in the input."""
+    from nev.common.location import absolute_location
+    from nev.storage.files import list_files
+
+    inside = any(absolute_location(output).startswith(f"{absolute_location(name)}/") for name in inputs)
+    indexes = sum(name.endswith(".parquet") for name in list_files(output)) if inside else 0
+    counts = {**unread, ".parquet": unread.get(".parquet", 0) - indexes}
+    return {suffix: count for suffix, count in counts.items() if count > 0}
 
 
 def list_unread(unread: Mapping[str, int]) -> list[tuple[str, int]]:

@@ -1,7 +1,7 @@
 """The index: every row group of a folder of parquet shards, read from the footers alone.
 
-The fingerprint is a hash of relative paths, row groups, rows and bytes. It does not depend on the folder or bucket, so a copy of
-a data set is the same data. The result is cached (`nev/data/index_cache.py`).
+The fingerprint is a hash of relative paths, row groups, rows and bytes, and of the rows of tars. It does not depend on the folder
+or bucket, so a copy of a data set is the same data. The result is cached (`nev/data/index_cache.py`).
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def build_index(root: str, columns: Columns) -> Index:
     indexes = tars.select_indexes(root, names, visible)
     if indexes is not None:
         root, base = f"{root.rstrip('/')}/{tars.FOLDER}", f"{base}/{tars.FOLDER}"
-        entries = {path.removeprefix(f"{tars.FOLDER}/"): entry for path, entry in entries.items()}
+        inside = f"{tars.FOLDER}/"
+        entries = {path.removeprefix(inside): entry for path, entry in entries.items() if path.startswith(inside)}
     relative = sorted(path for path in visible if path.endswith(".parquet")) if indexes is None else indexes
     if not relative:
         raise DataError(f"{root}: no .parquet shard in this folder. Make some with `nev prepare --help`.")
@@ -157,7 +158,7 @@ def _read_footers(
         schema, tar = meta.schema.to_arrow_schema(), None
         if of_tar := tars.read_metadata(meta.metadata, f"{root.rstrip('/')}/{path}"):
             tar = of_tar[0]
-            counts[:, 1] += of_tar[1]["group_bytes"]
+            counts[:, 1] += np.array(of_tar[1]["group_bytes"], np.int64)
         return schema, counts, tar
 
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:

@@ -27,6 +27,7 @@ from nev.storage.reading import DataError
 WINDOW_ROWS = 1024  # rows that meet each other in a window, by default
 UNEVEN_BLOCKS = 6
 FEW = 0.05  # share of row groups
+SPREAD = 16  # windows, one of which leaves out rows
 
 
 class Segment(NamedTuple):
@@ -250,9 +251,10 @@ class Plan:
             return groups, len(groups)
         uneven, even = groups[is_uneven], groups[~is_uneven]
         before = int(_draw_bits(1, self.seed, epoch, 0, 1)[0] % (len(even) // self.window + 1)) * self.window
-        # The last window has an even row group, too, so that an epoch does not always leave out the same rows.
-        behind = before + (count // self.window + (count > 0)) * self.window
-        return np.concatenate([even[:before], uneven, even[before:]]), behind if count else 0
+        # Some windows of even row groups belong to them, so that the rows that are left out are mostly of others.
+        more = 1 + int(_draw_bits(1, self.seed, epoch, 0, 2)[0] % SPREAD)
+        behind = before + (count // self.window + more) * self.window if count else 0
+        return np.concatenate([even[:before], uneven, even[before:]]), behind
 
 
 def _draw_bits(count: int, *seed: int) -> NDArray[np.uint64]:

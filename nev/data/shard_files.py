@@ -59,7 +59,7 @@ class ShardFiles:
             source, footer = self._open_shard(location, info)
             assert footer
             rows = footer.row_group(group).num_rows
-            if start == 0 and max(stop, PAGE_ROWS) < HEAD * rows:
+            if start == 0 and reads_head(stop, rows):
                 table = _read_head(source, footer, group, columns, stop)
             else:
                 # A new reader each time: with `pre_buffer` a reader keeps all bytes that it has read.
@@ -95,6 +95,11 @@ class ShardFiles:
             self._footer_bytes -= _footer_bytes(oldest)
             oldest.source.close()
         return file
+
+
+def reads_head(stop: int, rows: int) -> bool:
+    """Whether the first `stop` rows of a row group of `rows` rows are read without the rest."""
+    return max(stop, PAGE_ROWS) < HEAD * rows
 
 
 def _footer_bytes(file: OpenFile) -> int:

@@ -67,6 +67,8 @@ def read_metadata(metadata: Mapping[bytes, bytes] | None, location: str) -> tupl
     if not metadata or METADATA not in metadata:
         return None
     entries = json.loads(metadata[METADATA])
+    if not {*Tar._fields, "group_bytes"} <= entries.keys():
+        raise DataError(f"{location}: the index of a tar by another version. {INDEX_AGAIN}")
     tar = Tar(*(entries.pop(name) for name in Tar._fields))
     if not tar.location.startswith(("/", S3)):
         scheme = S3 if location.startswith(S3) else ""
@@ -79,7 +81,7 @@ def split_root(root: str) -> tuple[str, list[str]]:
     """A location of training data as a folder, and the names of tars in it, which may be patterns; none for a folder."""
     folder, _, name = root.rpartition("/")
     fs, path = filesystem(root)
-    if not name.endswith(".tar") or fs.isdir(path):
+    if not name.lower().endswith(".tar") or fs.isdir(path):
         return root, []
     if any(sign in folder for sign in "*?[{"):
         raise DataError(f"{root}: only the name of a tar may be a pattern. Name one folder.")
@@ -94,17 +96,17 @@ def select_indexes(root: str, names: Sequence[str], visible: Iterable[str]) -> l
     Raises DataError for a tar without an index, and for a name of no tar.
     """
     paths = set(visible)
-    tars = {path for path in paths if path.endswith(".tar")}
+    tars = {path for path in paths if path.lower().endswith(".tar")}
     indexes = {path.removeprefix(f"{FOLDER}/") for path in paths if path.startswith(f"{FOLDER}/")}
     indexes = {path for path in indexes if path.endswith(".parquet")}
-    shards = any(path.endswith(".parquet") and not path.startswith(f"{FOLDER}/") for path in paths)
+    shards = any(path.endswith(".parquet") and FOLDER not in path.split("/")[:-1] for path in paths)
     if not names and (not tars or (shards and not indexes)):
         return None
     chosen = {tar for name in names for tar in _match(root, name, tars)} if names else tars
     missing = sorted(tar for tar in chosen if _index_of(tar) not in indexes)
     if missing:
         raise DataError(
-            f"{root}: {len(missing)} tars have no index ({missing[0]}, ...). Index them: nev prepare --in-place "
+            f"{root}: {len(missing)} of its tars have no index, such as {missing[0]}. Index them: nev prepare --in-place "
             f"--source webdataset --input {root} --output {join(root, FOLDER)}"
         )
     return sorted(map(_index_of, chosen) if names else indexes)
@@ -116,13 +118,13 @@ def _match(root: str, name: str, tars: set[str]) -> list[str]:
         return [name]
     matches = fnmatch.filter((tar for tar in tars if "/" not in tar), name)
     if not matches:
-        raise DataError(f"{join(root, name)}: no such tar")
+        raise DataError(f"{join(root, name)}: no such tar in this folder: correct data.train")
     return matches
 
 
 def _index_of(tar: str) -> str:
     """The path of the index of a tar in `nev-index`. tar: path relative to the folder above that."""
-    return tar.removesuffix(".tar") + ".parquet"
+    return tar[: -len(".tar")] + ".parquet"
 
 
 def check_tars(tars: Iterable[Tar | None]) -> None:

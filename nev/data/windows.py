@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nev.data.plan import Plan, Window
+from nev.data.shard_files import reads_head
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,20 @@ def make_windows(plan: Plan, first: int, last: int) -> Windows:
     epochs = range(plan.epoch_of(first), plan.epoch_of(last - 1) + 1) if first < last else range(0)
     counts = [len(_starts_between(plan, epoch, first, last)) for epoch in epochs]
     return Windows(plan, first, last, np.cumsum(np.array(counts, np.int64)))
+
+
+def count_rows_read(plan: Plan, count: int = 500) -> float:
+    """Rows that are read for a block: the mean over `count` windows in the middle of an epoch."""
+    windows = make_windows(plan, 0, plan.blocks_per_epoch)
+    middle = range(len(windows))[max(0, len(windows) - count) // 2 :][:count]
+    blocks = rows = 0
+    for number in middle:
+        window = windows[number]
+        blocks += window.blocks
+        for group, start, stop, _ in window.segments:
+            size = int(plan.rows[group])
+            rows += stop if start == 0 and reads_head(stop, size) else size
+    return rows / blocks
 
 
 def _starts_between(plan: Plan, epoch: int, first: int, last: int) -> NDArray[np.int64]:

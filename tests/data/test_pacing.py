@@ -89,12 +89,13 @@ def test_what_is_enough(ahead: int, size: int, task: int, cpus: float, store: fl
 def test_as_many_tasks_run_as_have_room_for_their_blocks() -> None:
     from nev.cluster.backpressure import max_tasks
 
-    assert max_tasks(0, 100, 4, 2000) == 10  # Ray Data names a quarter of the store: half of it are 40 blocks
-    assert max_tasks(12, 100, 4, 2000) == 7
-    assert max_tasks(0, 100, 100, 2000) == 1  # a window larger than that still moves
-    assert max_tasks(0, 100, 4, 0) > 1000  # not known yet
+    assert max_tasks(8, 0, 100, 4, 2000) == 10  # Ray Data names a quarter of the store: half of it are 40 blocks
+    assert max_tasks(8, 12, 100, 4, 2000) == 7
+    assert max_tasks(8, 0, 100, 100, 2000) == 1  # a window larger than that still moves
+    assert max_tasks(8, 0, 100, 4, 0) == 2  # a stream's first second: memory is not known yet
+    assert max_tasks(8, 0, 100, 40, 0) == 1
     # A node of 2 GB a CPU, blocks of 256 rows at 224 px: all CPUs have work.
-    assert max_tasks(0, 38_600_000, 4, 16 * 150e6) >= 0.95 * 16
+    assert max_tasks(8, 0, 38_600_000, 4, 16 * 150e6) >= 0.95 * 16
 
 
 @pytest.mark.parametrize(("window", "ahead"), [(1, AHEAD), (4, 2 * 4 * 2)])

@@ -13,7 +13,7 @@ from helpers.plans import block_rows, epoch_blocks, epoch_rows, fresh, plans, se
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nev.data.plan import Plan, Window, choose_window, sequential_blocks
+from nev.data.plan import SPREAD, Plan, Window, choose_window, sequential_blocks
 from nev.data.windows import make_windows
 from nev.storage.reading import DataError
 
@@ -70,7 +70,7 @@ def test_a_window_has_the_rows_of_its_row_groups_but_for_less_than_a_block(plan:
         size = max(1, plan.window)
         number = order.index(groups[0]) // size
         of_the_next = [row for row in segment_rows(window.segments) if order.index(row[1]) // size > number]
-        assert len(of_the_next) < plan.block_rows
+        assert len(of_the_next) <= 2 * (plan.block_rows - 1), "for its last block, and the rest that is left out"
 
 
 @given(plans(), st.integers(0, 10))
@@ -117,28 +117,32 @@ def test_a_window_is_read_once(plan: Plan) -> None:
     assert set(read.values()) <= {1}
 
 
-@given(st.lists(st.integers(1, 5), min_size=2, max_size=30), st.integers(2, 5), st.integers(1, 6), st.integers(0, 99))
-def test_row_groups_of_whole_blocks_are_read_whole_but_for_the_tail(
-    blocks: list[int], window: int, uneven: int, seed: int
-) -> None:
-    """A row group with a remainder, such as the last one of a set, costs no second reading of the others."""
+@given(
+    st.lists(st.integers(1, 5), min_size=200, max_size=300), st.integers(1, 5), st.integers(1, 6), st.integers(0, 99)
+)
+def test_one_uneven_row_group_disturbs_few_others(blocks: list[int], window: int, uneven: int, seed: int) -> None:
+    """A row group with a remainder, such as the last one of a set, costs a second reading of few others."""
     plan = Plan(np.array([7 * count for count in blocks] + [uneven], np.int64), seed, 7, 7, window)
     for epoch in range(2):
         windows = make_windows(plan, epoch * plan.blocks_per_epoch, (epoch + 1) * plan.blocks_per_epoch)
         read = [segment for number in range(len(windows)) for segment in windows[number].segments]
-        assert all((start, stop) == (0, plan.rows[group]) for group, start, stop, _ in read)
-        assert len({segment.group for segment in read}) == len(read) == len(plan.rows)
+        parts = [(start, stop) != (0, plan.rows[group]) for group, start, stop, _ in read]
+        assert sum(parts) <= 2 * (SPREAD + 1)
+        assert {segment.group for segment in read} == set(range(len(plan.rows)))
 
 
-def test_rows_that_an_epoch_leaves_out_are_others_in_each_epoch() -> None:
-    plan = Plan(np.array([8, 8, 8, 8, 3], np.int64), 5, 4, 4, window=2)
-    left_out: Counter[tuple[int, int]] = Counter()
-    for epoch in range(600):
+def test_an_epoch_leaves_out_other_rows_each_time() -> None:
+    """Three rows of 1,603; those of the uneven row group no more often than others, within the noise."""
+    plan = Plan(np.array([16] * 100 + [3], np.int64), 5, 4, 4, window=2)
+    left_out: Counter[int] = Counter()
+    there = {(group, row) for group, count in enumerate(plan.rows) for row in range(count)}
+    for epoch in range(400):
         taken = {row[1:] for row in epoch_rows(plan, epoch)}
-        left_out.update({(group, row) for group, count in enumerate(plan.rows) for row in range(count)} - taken)
+        left_out.update(group for group, _ in there - taken)
     assert plan.tail_rows == 3
-    assert len(left_out) == 35
-    assert max(left_out.values()) < 600 / 2
+    assert sum(left_out.values()) == 3 * 400
+    assert len(left_out) > 95
+    assert left_out[100] <= 15, "its share is 3 of 1,603 rows, or two of these times"
 
 
 def test_blocks_of_two_windows_are_refused() -> None:
@@ -282,7 +286,7 @@ def test_the_order_in_windows_is_the_one_that_was_published() -> None:
     order = [row[1:] for row in epoch_rows(large, 2)]
     assert (
         hashlib.sha256(np.array(order, "<i4").tobytes()).hexdigest()
-        == "6da803fb898514373d918823da55b31470949f71e331ed28a034f384329f2e51"
+        == "3fd17425d9aa6ea5ddd23f35639ecf381acb8a0f270ce2d8c02aca182a4f9e9d"
     )
     assert plan.fingerprint == "2bcf29ddb2f18727449dbcb405cac69d8e27ec065d717d613ce2e4ca134e6462"
 

@@ -214,7 +214,7 @@ def test_a_second_call_reads_what_has_changed_alone(tars: Path) -> None:
     before = {name: (tars / "nev-index" / name).stat().st_mtime_ns for name in list_files(f"{tars}/nev-index")}
     tar_of(tars / "00001.tar", members(100, 6))
     tar_of(tars / "00003.tar", members(30))
-    with pytest.raises(DataError, match=r"1 tars have no index \(00003\.tar, \.\.\.\)"):
+    with pytest.raises(DataError, match=r"1 of its tars have no index, such as 00003\.tar\."):
         build_index(str(tars), Columns())
     with pytest.raises(DataError, match=r"00001\.tar: this tar has changed since it was indexed \([\d,]+ bytes then"):
         build_index(f"{tars}/{{00000..00002}}.tar", Columns())
@@ -263,7 +263,7 @@ def test_index_and_tars_may_move_together(tars: Path, tmp_path: Path) -> None:
 
 
 def test_patterns_choose_tars_of_a_folder(tars: Path) -> None:
-    with pytest.raises(DataError, match=r"3 tars have no index \(00000\.tar, \.\.\.\)\. Index them: nev prepare"):
+    with pytest.raises(DataError, match=r"3 of its tars have no index, such as 00000\.tar\. Index them: nev prepare"):
         build_index(str(tars), Columns())
     index_folder(tars)
     for pattern, first in (("{00001..00002}.tar", 10), ("0000[12].tar", 10), ("00002.tar", 20), ("*.tar", 0)):
@@ -358,7 +358,7 @@ def test_a_tar_without_an_index_is_not_left_out_in_silence(tars: Path) -> None:
     tar_of(tars / "more/x.tar", members(70))
     tar_of(tars / "00003.tar", members(30))
     for root in (tars, tars / "*.tar"):
-        with pytest.raises(DataError, match=r"tars have no index \(00003\.tar, \.\.\.\)"):
+        with pytest.raises(DataError, match=r"of its tars have no index, such as 00003\.tar"):
             build_index(str(root), Columns())
     assert build_index(str(tars / "nev-index"), Columns()).total_rows == 30
     assert build_index(str(tars / "0000[0-2].tar"), Columns()).total_rows == 30
@@ -422,3 +422,49 @@ def test_places_without_their_tar_are_refused(tars: Path) -> None:
         DataError, match=r"00001\.parquet: has places of pictures in a tar, and its metadata name no tar"
     ):
         build_index(str(tars), Columns())
+
+
+def test_a_tar_of_which_no_row_is_usable(tars: Path) -> None:
+    tar_of(tars / "00003.tar", {"1.jpg": encoded(photo(1)), "1.txt": ""})
+    report = index_folder(tars)
+    assert (report.rows_written, report.dropped) == (30, {"empty caption": 1})
+    assert build_index(str(tars), Columns()).total_rows == 30
+
+
+def test_tars_of_two_places(tmp_path: Path) -> None:
+    tar_of(tmp_path / "a/x.tar", members(0))
+    tar_of(tmp_path / "c/_y.TAR", members(20))
+    files = find_files([tmp_path / "a", tmp_path / "c/_y.TAR"], (".tar",))
+    with pytest.raises(ConfigError, match=r"_y\.TAR: a name that begins"):
+        index_tars(files, f"{tmp_path}/index", SourceOptions())
+    (tmp_path / "c/_y.TAR").rename(tmp_path / "c/y.TAR")
+    files = find_files([tmp_path / "a", tmp_path / "c"], (".tar",))
+    assert index_tars(files, f"{tmp_path}/index", SourceOptions()).rows_written == 20
+    assert build_index(f"{tmp_path}/index", Columns()).paths == ("a/x.parquet", "c/y.parquet")
+
+
+def test_an_index_further_down_is_not_a_set_of_shards(tars: Path) -> None:
+    index_folder(tars)
+    tar_of(tars.parent / "other/x.tar", members(50))
+    with pytest.raises(DataError, match=r"4 of its tars have no index"):
+        build_index(str(tars.parent), Columns())
+
+
+def test_an_index_by_another_version_is_refused(tars: Path) -> None:
+    index_folder(tars)
+    file = tars / "nev-index/00000.parquet"
+    table = pq.read_table(file)
+    entries = json.loads(table.schema.metadata[b"nev.tar"])
+    del entries["digest"]
+    pq.write_table(table.replace_schema_metadata({b"nev.tar": json.dumps(entries)}), file)
+    with pytest.raises(DataError, match=r"00000\.parquet: the index of a tar by another version"):
+        build_index(str(tars), Columns())
+
+
+def test_files_beside_the_tars_are_counted_without_the_indexes(tars: Path) -> None:
+    from nev.commands.prepare import leave_out_indexes
+
+    index_folder(tars)
+    assert leave_out_indexes({".parquet": 5, ".md": 1}, f"{tars}/nev-index", [str(tars)]) == {".parquet": 2, ".md": 1}
+    assert leave_out_indexes({".parquet": 3}, f"{tars}/nev-index", [str(tars)]) == {}
+    assert leave_out_indexes({".md": 1}, f"{tars.parent}/elsewhere", [str(tars)]) == {".md": 1}

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,8 +30,8 @@ from nev.data.prepare.tar_indexes import (
     TAR,
     IndexJob,
     choose_root,
-    count_repeated,
-    find_finished,
+    count_shared_uids,
+    find_current,
     read_first_pictures,
     shard_of,
 )
@@ -41,8 +40,8 @@ from nev.data.sources.common import (
     File,
     SourceOptions,
     hash_content,
-    is_hidden,
     parent_folder,
+    relative_name,
 )
 from nev.data.sources.webdataset import read
 from nev.data.tars import PLACE, Tar, find_ranges, write_metadata
@@ -51,7 +50,7 @@ from nev.storage.files import join, write_atomic
 from nev.storage.reading import write_errors_as_data_errors
 
 FORMAT = 1  # version of the indexes
-REPEATED = "uids in several tars"
+SHARED_UIDS = "uids in several tars"
 
 
 def index_tars(
@@ -89,7 +88,7 @@ def index_tars(
     )
     _refuse(files, filters, job)
     with exclusive_lock(output):
-        records = find_finished(files, job, overwrite)
+        records = find_current(files, job, overwrite)
         write_json(join(work_folder(output), "job.json"), {"in_place": job.spec})
         todo = [file for file in files if file.location not in records]
         rows = sum(record["rows"] for record in records.values())
@@ -104,7 +103,6 @@ def index_tars(
             reasons = ", ".join(f"{reason} ({count:,})" for reason, count in plan["dropped"].items())
             raise ConfigError(f"{output}: no rows to index. Dropped by reason: {reasons}")
         shards = [shard_of(file, job) for file in files]
-        repeated = count_repeated(shards)
         classes = write_classes(output, plan, progress.note, extend=True)
         samples = write_contact_sheet(output, read_first_pictures(shards), options.limits)
         remove_work(work_folder(output))
@@ -124,7 +122,7 @@ def index_tars(
             "tars read now": len(todo),
             "bytes of pictures": pictures,
             "bytes read over": read_bytes - pictures,
-            REPEATED: repeated,
+            SHARED_UIDS: count_shared_uids(shards),
         },
     )
 
@@ -221,10 +219,11 @@ def _refuse(files: Sequence[File], filters: Filters, job: IndexJob) -> None:
             f"{packed}: a compressed tar. A picture in it cannot be read alone: unpack it to a .tar, or write shards (without "
             "--in-place)"
         )
-    if hidden := next((file.location for file in files if is_hidden(Path(file.location), Path(job.root))), None):
-        raise ConfigError(
-            f"{hidden}: a name that begins with '_' or '.' is left out of training: rename the tar or its folder"
-        )
+    for file in files:
+        if any(part.startswith(("_", ".")) for part in relative_name(job.root, file.location).split("/")):
+            raise ConfigError(
+                f"{file.location}: a name that begins with '_' or '.' is left out of training: rename the tar or its folder"
+            )
     if filters.unique:
         raise ConfigError(
             "--dedupe compares the pictures of all tars, and --in-place reads one tar at a time: leave one out"

@@ -56,7 +56,7 @@ def choose_root(files: Sequence[File], output: str) -> str:
     return shared_folder(parent_folder(file.location) for file in files)
 
 
-def find_finished(files: Sequence[File], job: IndexJob, overwrite: bool) -> dict[str, Record]:
+def find_current(files: Sequence[File], job: IndexJob, overwrite: bool) -> dict[str, Record]:
     """The records of the tars whose index is there and up to date, by location.
 
     Raises ConfigError for other parquet files, indexes by other options, and indexes of other tars.
@@ -69,10 +69,10 @@ def find_finished(files: Sequence[File], job: IndexJob, overwrite: bool) -> dict
     names = [name for name in list_files(job.output) if name.endswith(PARQUET) and name[0] not in "._"]
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         indexes = dict(zip(names, pool.map(partial(_read_record, job.output), names), strict=True))
-    expected = {shard_of(file, job): file for file in files}
-    finished, foreign = {}, []
+    by_shard = {shard_of(file, job): file for file in files}
+    current, foreign = {}, []
     for name, index in indexes.items():
-        file = expected.get(join(job.output, name))
+        file = by_shard.get(join(job.output, name))
         if index is None:
             raise ConfigError(f"{job.output}: holds other parquet files ({name}, ...). Use a new folder.")
         tar, record = index
@@ -81,7 +81,7 @@ def find_finished(files: Sequence[File], job: IndexJob, overwrite: bool) -> dict
         elif record["spec"] != job.spec and not overwrite:
             raise ConfigError(f"{job.output}: {name} was made with other options. Use a new folder, or --overwrite.")
         elif record["spec"] == job.spec and tar[:3] == file:
-            finished[file.location] = record
+            current[file.location] = record
     if foreign and not overwrite:
         raise ConfigError(
             f"{job.output}: holds the index of tars that are not in the input ({foreign[0]}, ...). --overwrite removes them."
@@ -90,7 +90,7 @@ def find_finished(files: Sequence[File], job: IndexJob, overwrite: bool) -> dict
         fs, path = filesystem(join(job.output, name))
         with write_errors_as_data_errors(name):
             fs.rm_file(path)
-    return finished
+    return current
 
 
 def _read_record(output: str, name: str) -> tuple[Tar, Record] | None:
@@ -99,11 +99,11 @@ def _read_record(output: str, name: str) -> tuple[Tar, Record] | None:
     with read_errors_as_data_errors(join(output, name), CUT_SHORT), open_parquet(fs, path) as file:
         metadata = pq.read_metadata(file).metadata
         nbytes = fs.size(path)
-    known = read_metadata(metadata, join(output, name))
-    return (known[0], {**known[1], "nbytes": nbytes}) if known else None
+    index = read_metadata(metadata, join(output, name))
+    return (index[0], {**index[1], "nbytes": nbytes}) if index else None
 
 
-def count_repeated(shards: Sequence[str]) -> int:
+def count_shared_uids(shards: Sequence[str]) -> int:
     """Rows whose uid comes in an earlier shard, too. 16 bytes a row are in memory."""
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         parts = pool.map(lambda shard: hash_uids(read_column(shard, "uid").to_pylist()), shards)
@@ -118,10 +118,10 @@ def read_first_pictures(shards: Sequence[str]) -> list[Row]:
         fs, path = filesystem(shard)
         with read_errors_as_data_errors(shard, CUT_SHORT), open_parquet(fs, path) as file:
             footer = pq.read_metadata(file)
-        known = read_metadata(footer.metadata, shard)
-        if footer.num_rows and known:
+        index = read_metadata(footer.metadata, shard)
+        if footer.num_rows and index:
             table = files.read(shard, 0, ["uid", "image", "caption"], 0, min(CELLS, footer.row_group(0).num_rows))
-            pictures = files.read_pictures(known[0], table["image"])
+            pictures = files.read_pictures(index[0], table["image"])
             rows: list[Row] = table.drop_columns("image").to_pylist()
             return [{**row, "image": picture.to_pybytes()} for row, picture in zip(rows, pictures, strict=True)]
     return []

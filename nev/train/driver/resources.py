@@ -12,7 +12,8 @@ from nev.common.location import S3
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment, Workers
 from nev.data.index import Index
-from nev.data.plan import FEW, Plan
+from nev.data.plan import Plan
+from nev.data.windows import count_rows_read
 from nev.runs.folder import check_space, run_folder
 from nev.runs.metrics_log import load_mlflow_run_id
 from nev.runs.tracking import local_artifacts, tracking_uri
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from nev.models.text import TextTower
 
 WINDOW_SHARE = 0.5  # of the memory of a machine, for the windows that its CPUs read at a time
-STORE_SHARE = 0.75  # of the object store, for the blocks of a window: the workers fetch ahead in the rest
+NOTED_SHARE = 0.05  # of rows that are read twice
+STORE_SHARE = 0.6  # of the object store, for the blocks of a window: the workers fetch ahead in the rest
 
 
 def machine_memory() -> int:
@@ -38,15 +40,17 @@ def window_bytes(index: Index, plan: Plan) -> int:
 
 
 def note_uneven(index: Index, plan: Plan) -> str | None:
-    """A note about shards on S3 whose row groups are mostly no whole number of blocks, so that a part is read twice; or None."""
-    uneven = float((plan.rows % plan.block_rows > 0).mean())
-    if uneven <= FEW or not plan.window or not index.root.startswith(S3):
+    """A note about shards on S3 of which a part is read twice, since row groups are no whole number of blocks; or None."""
+    is_uneven = plan.rows % plan.block_rows > 0
+    if not is_uneven.any() or not index.root.startswith(S3):
         return None
-    twice = uneven * len(plan.rows) / (plan.window * len(plan.rows))
-    size = int(np.bincount(plan.rows).argmax())
+    twice = count_rows_read(plan) / plan.block_rows - 1
+    if twice < NOTED_SHARE:
+        return None
+    size = int(np.bincount(plan.rows[is_uneven]).argmax())
     return (
-        f"most row groups, of {size:,} rows, are no whole number of blocks of {plan.block_rows} rows: about {twice:.0%} of the "
-        "bytes are read twice. A data.block_rows that divides the row groups avoids that, or nev prepare."
+        f"row groups such as those of {size:,} rows are no whole number of blocks of {plan.block_rows} rows, so about "
+        f"{twice:.0%} of the rows are read twice. A data.block_rows that divides the row groups avoids that, or nev prepare."
     )
 
 

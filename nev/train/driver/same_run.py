@@ -104,9 +104,9 @@ def choose_checkpoint(
 def _describe_window(before: dict[str, Any], now: Experiment) -> str:
     """What the windows of a run have to do with another plan. before: the config of the run, as its manifest has it."""
     if "window" not in before["data"]:
-        return " (that run has no windows: it continues with data.window=0)"
-    window = before["data"]["window"]
-    return f" (data.window: {window} there, {now.data.window} here)" if window != now.data.window else ""
+        return "" if now.data.window == 0 else " (that run has no windows: it continues with data.window=0)"
+    there, here = ("null" if window is None else window for window in (before["data"]["window"], now.data.window))
+    return f" (data.window: {there} there, {here} here)" if there != here else ""
 
 
 def _latest_up_to(run: str, step: int) -> LatestValid | None:
