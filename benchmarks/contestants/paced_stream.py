@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,12 @@ class SleepingReader:
         """Memory for the column `image` of a block."""
         return np.zeros((rows, 16), np.float16)
 
-    def read(self, segments: Any, epoch: int, memory: Any) -> dict[str, Any]:
-        """A block of `ROWS` rows, after `block_s`."""
-        time.sleep(self.block_s)
+    def read_blocks(self, window: Any, memory: Any) -> Iterator[dict[str, Any]]:
+        """Blocks of `ROWS` rows, each after `block_s`."""
         node = os.environ.get("RAY_CLOUD_INSTANCE_ID", "head")
-        return {"valid": np.ones(ROWS, bool), "node": np.array([node] * ROWS)}
+        for _ in range(window.blocks):
+            time.sleep(self.block_s)
+            yield {"valid": np.ones(ROWS, bool), "node": np.array([node] * ROWS)}
 
 
 def consume(block_s: float, pace: Path) -> None:
@@ -46,7 +48,7 @@ def consume(block_s: float, pace: Path) -> None:
     from nev.data.stream import RoundRobinSplit, make_stream
 
     connect()
-    plan = Plan(np.full(50, 1000, np.int64), 0, ROWS * STEP_BLOCKS, ROWS)
+    plan = Plan(np.full(25_000, ROWS, np.int64), 0, ROWS * STEP_BLOCKS, ROWS)
     reader: Any = SleepingReader(block_s)
     shard = RoundRobinSplit().configure({"train": make_stream(reader, plan, 0, plan.steps_per_epoch)}, 1)[0]["train"]
     blocks = iter(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2 * STEP_BLOCKS))
