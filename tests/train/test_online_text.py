@@ -114,6 +114,7 @@ def test_a_batch_without_any_text_is_a_batch(tmp_path: Path, tiny: Make, text: T
             row["uid"], row["caption"] = f"{name}{number}", f"picture {number}" if captions else ""
         write_shard(tmp_path / "set" / f"{name}.parquet", rows, [32, 32])
     settings = {"data__train": str(tmp_path / "set"), "data__val": None, "eval": {}, "data__max_bad_share": 1.0}
+    settings |= {"data__window": 0}
     for lock in ("none", "text"):
         online = {"lock": lock, "text__mode": "online", "name": lock}
         config = tiny(train__steps=8, train__global_batch=32, optim__lr=1e-5, **online, **settings)
