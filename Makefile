@@ -7,7 +7,7 @@ CONFIG ?= quickstart
 # Tests on Ray of the first process: those of faults, those that share a trained run, and a sweep, so that both take as long.
 LONG := tests/cluster tests/common tests/eval tests/faults tests/runs tests/sweep/test_sweep_runs.py tests/train
 # Tests without Ray that the first process runs, too: with them both processes take as long.
-BESIDE := tests/demo tests/export tests/search tests/serve
+BESIDE := tests/benchmarks tests/demo tests/export tests/search tests/serve tests/storage
 # All threads' stacks, where a process dies of a signal.
 export PYTHONFAULTHANDLER := 1
 export HF_HUB_OFFLINE ?= 1
