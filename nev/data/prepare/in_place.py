@@ -66,9 +66,12 @@ def index_tars(
 ) -> PrepareReport:
     """Write an index of each tar to the folder `output`: TAR.parquet, in folders as the tars are.
 
-    options: how samples are read. filters: conditions on rows. row_group_rows: rows of a row group; the last of a tar has fewer.
+    options: how samples are read.
+    filters: conditions on rows.
+    row_group_rows: rows of a row group; the last of a tar has fewer.
     overwrite: indexes by other options are replaced, and those of tars that are not in `files` removed.
-    run: runs the tasks. progress: callbacks; the shards are indexes.
+    run: runs the tasks.
+    progress: callbacks; the shards are indexes.
 
     A row whose uid another tar has, too, stays: it is counted.
     Raises ConfigError for tars that are compressed or damaged, for `filters.unique`, and for a folder with other indexes or

@@ -28,7 +28,8 @@ TAR, PARQUET = ".tar", ".parquet"
 class IndexJob(NamedTuple):
     """The settings of a task.
 
-    output: folder of the indexes. root: folder that the names of tars are relative to.
+    output: folder of the indexes.
+    root: folder that the names of tars are relative to.
     options, filters, row_group_rows: as `index_tars` has them.
     allowed_uids: keys of the uids to keep. None: all.
     spec: hash of all options on which an index depends.
