@@ -107,8 +107,9 @@ def _infonce(
     half_mean = 0.5 / pairs.clamp(min=1).to(x.dtype)
     loss = (sums[-2] + log_column_sum.sum()) * half_mean
     correct = sums[-1].round().long()
+    terms = 0.5 * (row_lse - pair_scores + (column_max + log_column_sum)[local] - pair_scores)
     if not need_grad:
-        return LossAndGrads(loss, correct, pairs, (None, None, None))
+        return LossAndGrads(loss, correct, pairs, terms, (None, None, None))
     global_stats = stats._replace(column=column_max + log_column_sum)
     grad, grad_texts = backend.gradient(scaled, texts, valid, valid_texts, first, global_stats, need_text_grad)
     if kernel == "fused":
@@ -117,7 +118,7 @@ def _infonce(
     grad.mul_(world * scale * half_mean)
     if grad_texts is not None:
         grad_texts = local_share(grad_texts.mul_(world * half_mean), gathering)
-    return LossAndGrads(loss, correct, pairs, (grad, grad_texts, torch.sum(x * grad)))
+    return LossAndGrads(loss, correct, pairs, terms, (grad, grad_texts, torch.sum(x * grad)))
 
 
 def reduce_column_max(column: Tensor, shift: Tensor, valid_texts: Tensor, gathering: AsyncGather) -> Tensor:

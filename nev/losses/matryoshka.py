@@ -229,9 +229,10 @@ def _infonce(
     count = valid_texts.sum()
     mean = 1 / count.clamp(min=1).to(x.dtype)
     loss = (totals[-2] + _weighted(log_sums, levels)) * mean * 0.5
+    own_terms = 0.5 * _weighted_rows(terms + log_sums[:, local], levels)
     correct = totals[-1].round().long()
     if accumulator is None:
-        return LossAndGrads(loss, correct, count, (None, None, None))
+        return LossAndGrads(loss, correct, count, own_terms, (None, None, None))
     columns = column_max + log_sums
     for tile in iterate_tiles(x, gathering, levels, list(shifts)):
         slopes = []
@@ -240,7 +241,7 @@ def _infonce(
             pairs_in_tile(slope, first + tile.rows.start - tile.columns.start).sub_(2)
             slopes.append(slope.mul_(0.5 * level.weight).masked_fill_(~valid[tile.rows, None], 0))
         accumulator.add(tile, slopes, list(shifts))
-    return LossAndGrads(loss, correct, count, accumulator.finish(gathering, mean, bias=False))
+    return LossAndGrads(loss, correct, count, own_terms, accumulator.finish(gathering, mean, bias=False))
 
 
 def _sigmoid(
@@ -248,7 +249,7 @@ def _sigmoid(
 ) -> LossAndGrads:
     valid, first = gathering.valid, gathering.first
     _, valid_texts = gathering.wait()
-    best, terms = RunningArgmax.start(x), x.new_zeros(())
+    best, terms = RunningArgmax.start(x), x.new_zeros(len(x))
     shifts = [-bias] * len(levels)
     for tile in iterate_tiles(x, gathering, levels, shifts):
         offset = first + tile.rows.start - tile.columns.start
@@ -257,25 +258,31 @@ def _sigmoid(
         for level, score in zip(levels, tile.scores, strict=True):
             part = F.softplus(score, threshold=SOFTPLUS_THRESHOLD)
             pairs_in_tile(part, offset).copy_(F.softplus(-pairs_in_tile(score, offset), threshold=SOFTPLUS_THRESHOLD))
-            terms += level.weight * torch.where(valid[tile.rows], part.sum(1), 0).sum()
+            terms[tile.rows] += level.weight * torch.where(valid[tile.rows], part.sum(1), 0)
             slope = score.sigmoid()
             pairs_in_tile(slope, offset).sub_(1)
             slopes.append(slope.mul_(level.weight).masked_fill_(~valid[tile.rows, None], 0))
         if accumulator is not None:
             accumulator.add(tile, slopes, shifts)
-    totals = torch.stack([terms, best.correct(first, valid).to(x.dtype)])
+    totals = torch.stack([terms.sum(), best.correct(first, valid).to(x.dtype)])
     if gathering.world > 1:
         dist.all_reduce(totals, dist.ReduceOp.SUM, gathering.group)
     count = valid_texts.sum()
     mean = 1 / count.clamp(min=1).to(x.dtype)
     gradients = (None,) * 4 if accumulator is None else accumulator.finish(gathering, mean, bias=True)
-    return LossAndGrads(totals[0] * mean, totals[1].round().long(), count, gradients)
+    return LossAndGrads(totals[0] * mean, totals[1].round().long(), count, terms, gradients)
 
 
 def _weighted(terms: Tensor, levels: Sequence[Level]) -> Tensor:
     """The sum of `terms` [L, n], each level times its weight. (A tensor of weights would be copied to the device each step.)"""
     parts = [level.weight * part.sum() for level, part in zip(levels, terms, strict=True)]
     return torch.stack(parts).sum()
+
+
+def _weighted_rows(terms: Tensor, levels: Sequence[Level]) -> Tensor:
+    """The weighted sum over the levels of `terms` [L, b]: [b]."""
+    parts = [level.weight * part for level, part in zip(levels, terms, strict=True)]
+    return torch.stack(parts).sum(0)
 
 
 def _inverse_norms(rows: Tensor) -> Tensor:

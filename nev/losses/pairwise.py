@@ -14,18 +14,21 @@ from nev.losses.gather import AsyncGather, start_gather
 
 
 class LossOutput(NamedTuple):
-    """The loss of the global batch, and two counts of it. All three are 0-d and equal on every rank.
+    """The loss of the global batch, two counts of it, and this rank's terms. The first three are 0-d and equal on every rank.
 
     loss: float32 (float64 for float64 inputs), differentiable in `image`, `log_scale`, and in a `text` that requires a gradient.
     correct: int64, number of valid images whose own text has the highest score of all valid texts. Of texts with equal scores
         the first one counts: collapsed embeddings score 1 of N, and of several images with one caption one can be correct.
         Detached.
     pairs: int64, N, number of valid pairs. Detached.
+    terms: [b], the part of each of this rank's pairs in the loss, 0 for invalid ones. All ranks' terms sum to N times the loss.
+        Detached.
     """
 
     loss: Tensor
     correct: Tensor
     pairs: Tensor
+    terms: Tensor
 
 
 class LossAndGrads(NamedTuple):
@@ -34,21 +37,22 @@ class LossAndGrads(NamedTuple):
     loss: Tensor
     correct: Tensor
     pairs: Tensor
+    terms: Tensor
     gradients: tuple[Tensor | None, ...]
 
 
 class PrecomputedGradient(torch.autograd.Function):
-    """apply(compute, *inputs): the loss and counts of `compute()`, whose gradients are saved for the backward."""
+    """apply(compute, *inputs): the loss, counts and terms of `compute()`, whose gradients are saved for the backward."""
 
     @staticmethod
-    def forward(ctx: Any, compute: Callable[[], LossAndGrads], *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss and its two counts. `compute` runs without autocast."""
+    def forward(ctx: Any, compute: Callable[[], LossAndGrads], *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The fields of `LossOutput`. `compute` runs without autocast."""
         with torch.autocast(inputs[0].device.type, enabled=False):
-            loss, correct, pairs, gradients = compute()
+            *output, gradients = compute()
         ctx.save_for_backward(*gradients)
         ctx.dtypes = tuple(tensor.dtype for tensor in inputs)
-        ctx.mark_non_differentiable(correct, pairs)
-        return loss, correct, pairs
+        ctx.mark_non_differentiable(*output[1:])
+        return tuple(output)
 
     @staticmethod
     @once_differentiable

@@ -85,18 +85,19 @@ def _sigmoid(
         if grad_texts is not None:  # invalid images are 0 in x, so their weights add nothing
             add_product(grad_texts[columns], weights.T, tile.images.T)
     zero = x.new_zeros(())
-    sums = torch.stack([torch.where(valid, terms, zero).sum(), best.correct(first, valid).to(x.dtype)])
+    terms = torch.where(valid, terms, zero)
+    sums = torch.stack([terms.sum(), best.correct(first, valid).to(x.dtype)])
     if world > 1:
         dist.all_reduce(sums, dist.ReduceOp.SUM, gathering.group)
     pairs = valid_texts.sum()
     mean = 1 / pairs.clamp(min=1).to(x.dtype)
     loss, correct = sums[0] * mean, sums[1].round().long()
     if not need_grad:
-        return LossAndGrads(loss, correct, pairs, (None, None, None, None))
+        return LossAndGrads(loss, correct, pairs, terms, (None, None, None, None))
     del scaled  # memory peaks below, where x and its gradient are multiplied
     grad.masked_fill_(~valid[:, None], 0).mul_(world * scale * mean)
     if grad_texts is not None:
         grad_texts.masked_fill_(~valid_texts[:, None], 0)
         grad_texts = local_share(grad_texts.mul_(world * mean), gathering)
     grad_bias = torch.where(valid, excess, zero).sum() * (world * mean)
-    return LossAndGrads(loss, correct, pairs, (grad, grad_texts, torch.sum(x * grad), grad_bias))
+    return LossAndGrads(loss, correct, pairs, terms, (grad, grad_texts, torch.sum(x * grad), grad_bias))

@@ -54,6 +54,11 @@ def batch(dtype: torch.dtype = torch.float64) -> Batch:
     return Batch(images, text.to(dtype), VALID)
 
 
+def share_of(whole: Batch, rank: int, world: int) -> Batch:
+    """A rank's share of a batch."""
+    return Batch(*(part.chunk(world)[rank] for part in whole[:3]))
+
+
 def embed(given: Batch) -> Callable[[nn.Module, slice], Embedded]:
     """In float64 throughout: VisionTower itself ends in float32."""
 
@@ -109,4 +114,4 @@ FP32 = Precision(CPU, torch.float32)
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, config: Experiment, given: Batch, count: int) -> Tensor:
     """(loss, correct, pairs, norm) of each of some steps on one batch, [count, 4]."""
     found = [train_step(model, optimizer, given, config, FP32) for _ in range(count)]
-    return torch.tensor([[float(value) for value in one] for one in found])
+    return torch.tensor([[float(value) for value in one[:4]] for one in found])

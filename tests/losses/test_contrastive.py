@@ -13,7 +13,7 @@ from helpers.losses import DIM, MASKS, WIDTH, N, gradients, inputs, log_scale_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from nev.losses import tiles
@@ -189,7 +189,7 @@ def _share(rank: int, world: int, group: dist.ProcessGroup | None) -> dict[str, 
         log_scale = log_scale_of()
         valid = torch.tensor(mask)[rows]
         result = contrastive_loss(image, text[rows], log_scale, valid, group)
-        got[f"{name}/loss"], got[f"{name}/correct"], got[f"{name}/pairs"] = (item.detach() for item in result)
+        got |= {f"{name}/{key}": item.detach() for key, item in result._asdict().items()}
         got[f"{name}/image"], got[f"{name}/scale"] = gradients(result.loss, image, log_scale)
         free = text[rows].clone().requires_grad_()
         unlocked = contrastive_loss(image, free, log_scale, valid, group).loss
@@ -257,7 +257,19 @@ def whole() -> dict[str, Tensor]:
         image, text = inputs()
         log_scale, model = log_scale_of(), tower()
         alone = contrastive_loss(image, text, log_scale, valid)
-        want[f"{name}/correct"], want[f"{name}/pairs"] = alone.correct, alone.pairs
+        want |= {
+            f"{name}/correct": alone.correct,
+            f"{name}/pairs": alone.pairs,
+            f"{name}/terms": torch.zeros(N).double(),
+        }
+        if any(mask):
+            rows = cross_entropy(
+                log_scale.exp() * image[valid] @ text[valid].T, torch.arange(sum(mask)), reduction="none"
+            )
+            columns = cross_entropy(
+                log_scale.exp() * text[valid] @ image[valid].T, torch.arange(sum(mask)), reduction="none"
+            )
+            want[f"{name}/terms"][valid] = (rows + columns).detach() / 2
         loss = naive(image, text, log_scale, valid) if any(mask) else (image * 0).sum() + log_scale * 0
         want[f"{name}/loss"] = loss.detach()
         want[f"{name}/image"], want[f"{name}/scale"] = gradients(loss, image, log_scale)
@@ -281,6 +293,9 @@ def test_processes_give_what_one_process_gives(ranks: list[dict], whole: dict, w
             torch.testing.assert_close(ranks[rank][world][f"{mask}/{name}"], whole[f"{mask}/{name}"], **close)
     parts = [ranks[rank][world] for rank in range(world)]
     torch.testing.assert_close(torch.cat([part[f"{mask}/image"] for part in parts]) / world, whole[f"{mask}/image"])
+    terms = torch.cat([part[f"{mask}/terms"] for part in parts])
+    torch.testing.assert_close(terms, whole[f"{mask}/terms"], **close)
+    torch.testing.assert_close(terms.sum(), whole[f"{mask}/loss"] * whole[f"{mask}/pairs"], **close)
     torch.testing.assert_close(sum(part[f"{mask}/scale"] for part in parts) / world, whole[f"{mask}/scale"])
     for side in ("image", "text"):  # of unlocked texts
         both = torch.cat([part[f"{mask}/both/{side}"] for part in parts]) / world

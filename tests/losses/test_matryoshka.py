@@ -66,6 +66,8 @@ def test_any_tiles_and_widths_give_the_naive_loss(
             patch.setattr(tiles, "is_in_window", lambda shifted, counts: False)
         got = matryoshka_loss(*leaves[:3], widths, bias, valid)
     torch.testing.assert_close(got.loss, want, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got.terms.sum(), want * sum(mask), rtol=1e-9, atol=1e-9)
+    assert not got.terms[~valid].any()
     assert got.pairs.item() == sum(mask)
     if not any(mask):
         assert all(not gradient.any() for gradient in gradients(got.loss, *leaves))
@@ -169,7 +171,8 @@ def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
                 for loss, correct, pairs, *_ in parts:
                     torch.testing.assert_close(loss, alone.loss.detach(), **close)
                     assert (correct, pairs) == (alone.correct, alone.pairs)
-                for at, want in ((3, of_images), (4, of_texts)):
+                torch.testing.assert_close(torch.cat([part[3] for part in parts]), alone.terms, **close)
+                for at, want in ((4, of_images), (5, of_texts)):
                     torch.testing.assert_close(torch.cat([part[at] for part in parts]) / world, want, **close)
-                for at, want in enumerate(of_scalars, 5):
+                for at, want in enumerate(of_scalars, 6):
                     torch.testing.assert_close(sum(part[at] for part in parts) / world, want, **close)

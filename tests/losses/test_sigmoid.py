@@ -99,9 +99,13 @@ def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
             for loss, correct, pairs, *_ in parts:
                 torch.testing.assert_close(loss, want.detach(), **close)
                 assert (correct, pairs) == (alone.correct, alone.pairs)
-            for number in (3, 4):  # image, text
+            terms = torch.cat([part[3] for part in parts])
+            torch.testing.assert_close(terms, alone.terms, **close)
+            torch.testing.assert_close(terms.sum(), want.detach() * alone.pairs, **close)
+            assert not terms[~valid].any()
+            for number in (4, 5):  # image, text
                 torch.testing.assert_close(
-                    torch.cat([part[number] for part in parts]) / world, wanted[number - 3], **close
+                    torch.cat([part[number] for part in parts]) / world, wanted[number - 4], **close
                 )
-            for number in (5, 6):  # scale, bias: DDP takes the mean over ranks
-                torch.testing.assert_close(sum(part[number] for part in parts) / world, wanted[number - 3], **close)
+            for number in (6, 7):  # scale, bias: DDP takes the mean over ranks
+                torch.testing.assert_close(sum(part[number] for part in parts) / world, wanted[number - 4], **close)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nev.config.experiment import Optim
+from nev.config.train import Optim
 
 
 def make_optimizer(model: nn.Module, config: Optim) -> torch.optim.AdamW:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from nev.config.base import ConfigError
-from nev.config.experiment import Optim
+from nev.config.train import Optim
 
 DECAY_SHARE = 0.2  # of a run; Hägele et al. 2024 find 10 to 20 % enough
 

@@ -29,25 +29,29 @@ class Batch(NamedTuple):
     images: uint8 [b, S, S, 3]; or float16 [b, F] or [b, T, F], features of a locked trunk.
     text: unit vectors, float [b, D]. Where the text tower is trained: token ids, int32 [b, T], -1 after the end.
     valid: bool [b]; False for a row that the loss must not see.
+    sets: int64 [b], number of each row's set in a mixture; None for one set.
     """
 
     images: Tensor
     text: Tensor
     valid: Tensor
+    sets: Tensor | None = None
 
 
 class StepResult(NamedTuple):
-    """Detached 0-d tensors on the training device, equal on every rank. Computing them does not block on the GPU.
+    """Detached tensors on the training device, 0-d and equal on every rank but for `terms`. None of them blocks on the GPU.
 
     correct: int64, valid images whose own text scores highest.
     pairs: int64, valid rows of the global batch.
     grad_norm: before clipping. If the loss or the norm is not finite, the step changed nothing.
+    terms: [b], of this rank's pairs, as `LossOutput` has them.
     """
 
     loss: Tensor
     correct: Tensor
     pairs: Tensor
     grad_norm: Tensor
+    terms: Tensor
 
 
 def train_step(
@@ -97,7 +101,7 @@ def train_step(
     if config.loss.max_scale is not None:
         with torch.no_grad():
             dual.log_scale.clamp_(max=math.log(config.loss.max_scale))
-    return StepResult(result.loss.detach(), result.correct, result.pairs, grad_norm)
+    return StepResult(result.loss.detach(), result.correct, result.pairs, grad_norm, result.terms)
 
 
 def update_parameters(optimizer: torch.optim.Optimizer, loss: Tensor, clip_norm: float | None) -> Tensor:

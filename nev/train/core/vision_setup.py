@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nev.config.base import ConfigError
-from nev.config.experiment import Train
+from nev.config.train import Train
 from nev.models.frozen import FeatureHead
 from nev.models.vision import VisionTower
 
