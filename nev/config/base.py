@@ -49,7 +49,7 @@ class Section(BaseModel):
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse `true` and `false` where a number is needed: pydantic would take them for 1 and 0."""
         if _has_truth(value) and info.field_name:
-            kinds = _list_kinds(cls.model_fields[info.field_name].annotation)
+            kinds = list_kinds(cls.model_fields[info.field_name].annotation)
             if kinds & {int, float} and not kinds & {bool, Any}:
                 raise ValueError("a number is needed, not true or false")
         return value
@@ -62,7 +62,7 @@ def _has_truth(value: Any) -> bool:
     return any(map(_has_truth, value)) if isinstance(value, list | tuple) else isinstance(value, bool)
 
 
-def _list_kinds(annotation: Any) -> set[Any]:
+def list_kinds(annotation: Any) -> set[Any]:
     """The types that an annotation is made of."""
     inner = get_args(annotation)
-    return set().union(*map(_list_kinds, inner)) if inner else {annotation}
+    return set().union(*map(list_kinds, inner)) if inner else {annotation}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+import re
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Annotated, Any, NamedTuple, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from nev.config.base import Deviation, Location, Positive, PositiveShare, Section, Share
+from nev.config.base import ConfigError, Deviation, Location, Positive, PositiveShare, Section, Share
 
 Ratio = Annotated[float, Field(gt=0.0, le=1e3)]
+Factor = Annotated[float, Field(ge=1e-6, le=1e6)]
 
 
 class Columns(Section):
@@ -71,11 +75,55 @@ class Limits(Section):
     """Most pixels of an image, width x height. The upper bound is the number from which Pillow suspects a decompression bomb."""
 
 
+class TrainSet(Section):
+    """One of several sets to train on."""
+
+    path: Location
+    """Shards: a folder, or `s3://bucket/prefix`."""
+    weight: Factor | None = None
+    """Share of this set in the rows of the run, up to a factor: weights 3 and 1 are 75 and 25 %. All sets have one, or none."""
+    epochs: Factor | None = None
+    """Epochs of this set in an epoch of the run: 2 for each row twice. null, where no set has a weight: 1."""
+    columns: Columns | None = None
+    """Column names of the shards. null: `data.columns`."""
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name in metrics. null: the part of the path that tells the sets apart."""
+
+
+class DataSet(NamedTuple):
+    """Shards that are read: a location, and the names of their columns."""
+
+    location: str
+    columns: Columns
+
+
+def _list_sets(value: Any) -> Any:
+    """A list with a plain location in it as a list of sets. Raises ValueError for a mapping."""
+    if isinstance(value, Mapping):
+        raise ValueError("a location, or a list of sets, is needed: - {path: ..., weight: ...}")
+    if isinstance(value, list | tuple):
+        return [{"path": item} if isinstance(item, str) else item for item in value]
+    return value
+
+
+def _tag_sets(value: Any) -> str:
+    return "<sets>" if isinstance(value, list | tuple) else "<location>"
+
+
+TrainSets = Annotated[
+    Annotated[Location, Tag("<location>")] | Annotated[tuple[TrainSet, ...], Tag("<sets>")],
+    Discriminator(_tag_sets),
+    BeforeValidator(_list_sets),
+]
+
+
 class Data(Section):
     """Where the pictures are, and how they become uint8 arrays of (image_size, image_size, 3)."""
 
-    train: Location
-    """Shards to train on: a folder, or `s3://bucket/prefix`, of parquet files."""
+    train: TrainSets
+    """Shards to train on: a folder, or `s3://bucket/prefix`, of parquet files or tars. Several sets in shares are a list of
+    `path`, `weight` or `epochs`, `columns` and `name`.
+    """
     val: Location | None = None
     """Shards to validate on. null: no validation."""
     image_size: Positive = 224
@@ -85,6 +133,10 @@ class Data(Section):
     window: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     """Row groups of an epoch's order whose rows are permuted together, and read by one task. 0: row groups are permuted, and rows
     keep their order in them. null: as many row groups as have some 1,024 rows, or six blocks where R divides few row groups.
+    """
+    streams: Positive = 1
+    """Streams of blocks, each for an equal part of the workers. One hands out some 280 blocks a second; `nev plan` says where a
+    run needs more.
     """
     columns: Columns = Columns()
     """Column names of the shards."""
@@ -104,3 +156,73 @@ class Data(Section):
     """Share of training rows that have the caption of another row of their row group, the same one in every epoch. For
     ablations.
     """
+
+    @property
+    def train_sets(self) -> tuple[DataSet, ...]:
+        """The sets to train on."""
+        if isinstance(self.train, str):
+            return (DataSet(self.train, self.columns),)
+        return tuple(DataSet(each.path, each.columns or self.columns) for each in self.train)
+
+    @property
+    def sets(self) -> tuple[DataSet, ...]:
+        """The sets to train on, and the set to validate on."""
+        return (*self.train_sets, *([DataSet(self.val, self.columns)] if self.val else []))
+
+    def only_set(self, command: str) -> DataSet:
+        """The one set to train on. Raises ConfigError where `data.train` lists several. command: for the message."""
+        if not isinstance(self.train, str):
+            raise ConfigError(f"{command} takes one set, and data.train is a list: give one with --set data.train=PATH")
+        return self.train_sets[0]
+
+    @property
+    def set_names(self) -> tuple[str, ...]:
+        """The names of the sets of a mixture; none for one set."""
+        if isinstance(self.train, str):
+            return ()
+        names = distinct_names([each.path for each in self.train])
+        return tuple(each.name or name for each, name in zip(self.train, names, strict=True))
+
+    @property
+    def by_weight(self) -> bool:
+        """Whether the shares of a mixture are weights, so that the run has no epochs."""
+        return not isinstance(self.train, str) and self.train[0].weight is not None
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """The weights of a mixture's sets, or their epochs; (1.0,) for one set."""
+        if isinstance(self.train, str):
+            return (1.0,)
+        return tuple((each.weight if self.by_weight else each.epochs) or 1.0 for each in self.train)
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        if isinstance(self.train, str):
+            return self
+        if not self.train:
+            raise ValueError("train: list one set at least")
+        with_weight = [each.weight is not None for each in self.train]
+        if any(with_weight) and (not all(with_weight) or any(each.epochs for each in self.train)):
+            raise ValueError("train: give every set a weight, or none: a set without a weight has epochs")
+        self.refuse_equal_names()
+        return self
+
+    def refuse_equal_names(self) -> None:
+        """Raise ConfigError where two sets of a mixture have one name."""
+        names = self.set_names
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ConfigError(f"train: two sets have the name {twice!r}: give each another name (name)")
+
+
+def distinct_names(paths: list[str]) -> list[str]:
+    """The last part of each path that tells them all apart, such as `coco` of s3://bucket/coco/train; else a number each."""
+    folders = [
+        path.rpartition("/")[0] if path.endswith(".tar") else path for path in paths
+    ]  # patterns of tars name nothing
+    parts = [[part for part in PurePosixPath(folder).parts if part.strip("/:")] for folder in folders]
+    for depth in range(1, min(map(len, parts)) + 1):
+        names = [re.sub(r"[^A-Za-z0-9._-]+", "_", each[-depth]).lstrip("._-") for each in parts]
+        if all(names) and len(set(names)) == len(names):
+            return names
+    return [f"set{number}" for number in range(1, len(paths) + 1)]

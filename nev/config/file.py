@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from nev.config.base import ConfigError, Section
+from nev.config.base import ConfigError, Section, list_kinds
 from nev.config.experiment import Experiment
 
 Section_ = TypeVar("Section_", bound=Section)
@@ -105,7 +105,7 @@ def parse(
         return schema.model_validate(raw)
     except ValidationError as error:
         lines = [
-            "  " + ": ".join(filter(None, [".".join(map(str, item["loc"])), explain_problem(schema, item)]))
+            "  " + ": ".join(filter(None, [".".join(_list_keys(item)), explain_problem(schema, item)]))
             for item in error.errors()
         ]
         raise ConfigError(f"{where}: {len(lines)} problem(s)\n" + "\n".join(lines)) from None
@@ -116,6 +116,12 @@ def _replace(tree: dict[str, Any], keys: list[str], value: Any, override: str) -
     if not rest:
         return {**tree, head: value}
     child = tree.get(head) or {}
+    if isinstance(child, list):
+        if not rest[0].isdecimal() or int(rest[0]) >= len(child):
+            raise ConfigError(f"override {override!r}: {head} is a list of {len(child)}, from {head}.0 on")
+        at = int(rest[0])
+        inner = _replace({rest[0]: child[at]}, rest, value, override)[rest[0]]
+        return {**tree, head: [*child[:at], inner, *child[at + 1 :]]}
     if not isinstance(child, dict):
         raise ConfigError(f"override {override!r}: {head!r} is a value, not a section")
     return {**tree, head: _replace(child, rest, value, override)}
@@ -145,10 +151,12 @@ def explain_problem(schema: type[BaseModel], problem: Any) -> str:
         return f'text is needed: write it in quotes, "{problem["input"]}"'
     if problem["type"] != "extra_forbidden":
         return str(problem["msg"]).removeprefix("Value error, ")
-    *sections, key = map(str, problem["loc"])
+    *sections, key = _list_keys(problem)
     for name in sections:
+        if name.isdecimal():  # of a list
+            continue
         kind = schema.model_fields[name].annotation if name in schema.model_fields else None
-        types = [cls for cls in (kind, *get_args(kind)) if isinstance(cls, type) and issubclass(cls, BaseModel)]
+        types = [cls for cls in list_kinds(kind) if isinstance(cls, type) and issubclass(cls, BaseModel)]
         if not types:
             return "unknown key"
         schema = types[0]
@@ -156,3 +164,8 @@ def explain_problem(schema: type[BaseModel], problem: Any) -> str:
     if close := difflib.get_close_matches(key, known, n=3):
         return f"unknown key; did you mean {' or '.join(close)}?"
     return f"unknown key; the keys are {', '.join(known)}"
+
+
+def _list_keys(problem: Any) -> list[str]:
+    """The keys of a value, from the outermost. pydantic puts the tags of unions between them (`nev.config.data`)."""
+    return [str(key) for key in problem["loc"] if not str(key).startswith("<")]

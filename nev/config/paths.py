@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nev.common.location import absolute_location, check_location
 from nev.config.base import ConfigError
+from nev.config.data import TrainSet
 from nev.config.experiment import Experiment
 
 
@@ -21,6 +22,13 @@ def refuse_lost_output(output: str, option: str = "--set output=...") -> None:
         )
 
 
+def absolute_sets(train: str | tuple[TrainSet, ...]) -> str | tuple[TrainSet, ...]:
+    """The training set, or sets, with absolute paths."""
+    if isinstance(train, str):
+        return absolute_location(train)
+    return tuple(each.model_copy(update={"path": absolute_location(each.path)}) for each in train)
+
+
 def with_absolute_paths(config: Experiment) -> Experiment:
     """The experiment with absolute local paths, because Ray's processes have other working folders.
 
@@ -31,7 +39,8 @@ def with_absolute_paths(config: Experiment) -> Experiment:
     def absolute(path: str | None) -> str | None:
         return None if path is None else absolute_location(path)
 
-    data = config.data.model_copy(update={"train": absolute(config.data.train), "val": absolute(config.data.val)})
+    data = config.data.model_copy(update={"train": absolute_sets(config.data.train), "val": absolute(config.data.val)})
+    data.refuse_equal_names()
     vision = config.vision
     if vision.weights and (Path(vision.weights).suffix or Path(vision.weights).expanduser().is_dir()):  # no package
         vision = vision.model_copy(update={"weights": absolute(vision.weights)})

@@ -6,7 +6,8 @@ import pytest
 from helpers.docs import SCHEMAS, config_reference
 from pydantic import BaseModel
 
-from nev.config import base, data, experiment, model
+from nev.config import base, data, experiment, model, train
+from nev.config import eval as evaluation
 from nev.eval.suite import schema as suite
 from nev.sweep import config as sweep
 
@@ -18,7 +19,7 @@ def described_sections() -> list[type[BaseModel]]:
 
 
 def test_the_sections_of_all_schemas_are_reached() -> None:
-    modules = (data, experiment, model, suite, sweep)
+    modules = (data, evaluation, experiment, model, suite, sweep, train)
     classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
     assert set(described_sections()) == {c for c in classes if issubclass(c, base.Section) and c is not base.Section}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from nev.config.experiment import Eval
+from nev.config.eval import Eval
 from nev.runs.metrics_log import MetricPoint
 
 
