@@ -22,36 +22,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from nev.data.block_plan import BlockPlan, Segment, Window, check_window
+from nev.data.permutation import draw_bits, permute_groups, permute_rows
 from nev.storage.reading import DataError
 
 WINDOW_ROWS = 1024  # rows that meet each other in a window, by default
 UNEVEN_BLOCKS = 6
 FEW = 0.05  # share of row groups
 SPREAD = 16  # windows, one of which leaves out rows
-
-
-class Segment(NamedTuple):
-    """Rows [start, stop) of row group `group` (a position in the index), in epoch `epoch`."""
-
-    group: int
-    start: int
-    stop: int
-    epoch: int = 0
-
-
-class Window(NamedTuple):
-    """Consecutive blocks whose rows are read together.
-
-    first: number of the first block.
-    blocks: K, number of blocks.
-    segments: the rows that are read, each once.
-    order: int64 [K*R], the rows of the blocks, as positions in the rows of `segments`.
-    """
-
-    first: int
-    blocks: int
-    segments: list[Segment]
-    order: NDArray[np.int64]
 
 
 class Order(NamedTuple):
@@ -68,14 +46,11 @@ class Order(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The rows of every block of every epoch. Blocks are numbered through all epochs, and epochs consist of whole steps.
+class Plan(BlockPlan):
+    """The rows of every block of every epoch. Parts are epochs, which consist of whole steps.
 
-    rows: int64 [G], number of rows of each row group, in index order.
+    rows, global_batch, block_rows, window: as `BlockPlan` has them.
     seed: of the permutations.
-    global_batch: B, rows of a step.
-    block_rows: R, rows of a block; divides B.
-    window: row groups whose rows are permuted together. 0: a window is a row group, whose rows keep their order.
     """
 
     rows: NDArray[np.int64]
@@ -86,8 +61,7 @@ class Plan:
     _orders: dict[int, Order] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if self.global_batch % self.block_rows:
-            raise ValueError(f"B ({self.global_batch}) must be a multiple of R ({self.block_rows})")
+        self.check_blocks()
         if self.steps_per_epoch == 0:
             raise DataError(
                 f"the data set has {self.total_rows} rows, fewer than one global batch of {self.global_batch}: "
@@ -105,14 +79,14 @@ class Plan:
         return self.total_rows // self.global_batch
 
     @property
-    def blocks_per_step(self) -> int:
-        """B / R."""
-        return self.global_batch // self.block_rows
-
-    @property
     def blocks_per_epoch(self) -> int:
         """Blocks that an epoch uses."""
         return self.steps_per_epoch * self.blocks_per_step
+
+    @property
+    def groups_per_window(self) -> tuple[int, ...]:
+        """The row groups of a window: one number."""
+        return (max(1, self.window),)
 
     @property
     def blocks_per_window(self) -> int:
@@ -133,9 +107,21 @@ class Plan:
             head = f"nev-plan-2 {window} {self.seed} {self.global_batch} {self.block_rows} "
         return hashlib.sha256(head.encode() + self.rows.astype("<i8").tobytes()).hexdigest()
 
-    def epoch_of(self, block: int) -> int:
-        """The epoch of a block number."""
+    def count_steps(self, epochs: int) -> int:
+        """Whole steps of so many epochs."""
+        return epochs * self.steps_per_epoch
+
+    def epochs_done(self, step: int) -> tuple[float, ...]:
+        """Epochs that `step` steps are: one number."""
+        return (step / self.steps_per_epoch,)
+
+    def find_part(self, block: int) -> int:
+        """The part of a block number: its epoch."""
         return block // self.blocks_per_epoch
+
+    def part_start(self, part: int) -> int:
+        """The number of the first block of an epoch."""
+        return part * self.blocks_per_epoch
 
     def window_bounds(self, block: int) -> tuple[int, int]:
         """The first block of the window of a block, and the block behind its last one. O(log G) in a known epoch."""
@@ -149,48 +135,28 @@ class Plan:
         base = epoch * self.blocks_per_epoch
         return base + start, base + min(stop, self.blocks_per_epoch)
 
-    def window_starts(self, epoch: int) -> NDArray[np.int64]:
-        """The first block of each window of an epoch, counted from the epoch's first block: int64 [windows], ascending."""
-        order = self._order(epoch)
+    def window_starts(self, part: int) -> NDArray[np.int64]:
+        """The number of the first block of each window of an epoch: int64 [windows], ascending."""
+        order = self._order(part)
         size = max(1, self.window)
         starts = self._first_blocks(np.concatenate([np.zeros(1, np.int64), order.ends[size - 1 : -1 : size]]), order)
         starts = starts[starts < self.blocks_per_epoch]
-        return starts[np.diff(starts, prepend=-1) > 0]
+        return starts[np.diff(starts, prepend=-1) > 0] + self.part_start(part)
 
     def make_window(self, first: int, blocks: int = 1) -> Window:
         """The `blocks` blocks from `first` on, which lie in one window. O(log G + rows of the window)."""
         start, stop = self.window_bounds(first)
-        if not first < first + blocks <= stop:
-            raise ValueError(f"blocks {first} to {first + blocks - 1} are not in one window, {start} to {stop - 1}")
-        epoch = self.epoch_of(first)
-        order, base = self._order(epoch), epoch * self.blocks_per_epoch
+        check_window(first, blocks, (start, stop))
+        epoch = self.find_part(first)
+        order, base = self._order(epoch), self.part_start(epoch)
         first_row = self._first_row(start - base, order)
-        if self.window:
-            count = self._first_row(stop - base, order) - first_row
-            positions = self._permute(count, epoch, start - base)
-        else:
-            count = (stop - start) * self.block_rows
-            positions = np.arange(count)
-        place = (first - start) * self.block_rows
-        chosen = positions[place : place + blocks * self.block_rows]
-        return Window(first, blocks, self._segments(epoch, first_row, count), chosen)
-
-    def step_blocks(self, step: int) -> range:
-        """Block numbers of a step."""
-        return range(step * self.blocks_per_step, (step + 1) * self.blocks_per_step)
-
-    def rank_blocks(self, step: int, rank: int, world: int, first_step: int = 0) -> list[int]:
-        """Block numbers of a step that rank `rank` of `world` trains on.
-
-        first_step: the step from which the stream began. From the first block of that step on, the ranks take turns. Where W
-            divides the blocks of a step, `first_step` does not matter.
-        """
-        first = self.step_blocks(first_step).start
-        return [block for block in self.step_blocks(step) if (block - first) % world == rank]
-
-    def max_rank_blocks(self, world: int) -> int:
-        """The most blocks of a step that one of `world` ranks trains on."""
-        return -(-self.blocks_per_step // world)
+        place, rows = (first - start) * self.block_rows, blocks * self.block_rows
+        if not self.window:  # rows keep their order: no others are read
+            return Window(first, blocks, self._segments(epoch, first_row + place, rows), np.arange(rows))
+        count = self._first_row(stop - base, order) - first_row
+        # The seed of an epoch's order, [seed, epoch], equals [seed, epoch, 0].
+        positions = permute_rows(count, self.seed, epoch, start - base + 1)
+        return Window(first, blocks, self._segments(epoch, first_row, count), positions[place : place + rows])
 
     def _first_row(self, number: int, order: Order) -> int:
         """The row of the epoch's sequence at which block `number` of the epoch begins, before rows are permuted."""
@@ -219,21 +185,10 @@ class Plan:
             position += 1
         return pieces
 
-    def _permute(self, count: int, epoch: int, start: int) -> NDArray[np.int64]:
-        """The permutation of the `count` rows of a window. start: the window's first block, counted from the epoch's first."""
-        # The seed of an epoch's order, [seed, epoch], equals [seed, epoch, 0].
-        return np.argsort(_draw_bits(count, self.seed, epoch, start + 1), kind="stable")
-
     def _order(self, epoch: int) -> Order:
         """The permuted row groups of an epoch."""
         if epoch not in self._orders:
-            keys = _draw_bits(len(self.rows), self.seed, epoch)
-            # The low bits become the number of the row group: keys are then distinct, and a sort in place gives the
-            # permutation in half the time of argsort.
-            bits = np.uint64(len(self.rows).bit_length())
-            keys = keys >> bits << bits | np.arange(len(self.rows), dtype=np.uint64)
-            keys.sort()
-            groups = (keys & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int32)
+            groups = permute_groups(len(self.rows), self.seed, epoch)
             even_from = self.total_rows
             if self.window:
                 groups, even_groups = self._gather_uneven(groups, epoch)
@@ -250,19 +205,11 @@ class Plan:
         if count > max(1, FEW * len(groups)):
             return groups, len(groups)
         uneven, even = groups[is_uneven], groups[~is_uneven]
-        before = int(_draw_bits(1, self.seed, epoch, 0, 1)[0] % (len(even) // self.window + 1)) * self.window
+        before = int(draw_bits(1, self.seed, epoch, 0, 1)[0] % (len(even) // self.window + 1)) * self.window
         # Some windows of even row groups belong to them, so that the rows that are left out are mostly of others.
-        more = 1 + int(_draw_bits(1, self.seed, epoch, 0, 2)[0] % SPREAD)
+        more = 1 + int(draw_bits(1, self.seed, epoch, 0, 2)[0] % SPREAD)
         behind = before + (count // self.window + more) * self.window if count else 0
         return np.concatenate([even[:before], uneven, even[before:]]), behind
-
-
-def _draw_bits(count: int, *seed: int) -> NDArray[np.uint64]:
-    """Random numbers: uint64 [count].
-
-    NumPy promises that the raw bits of a BitGenerator stay the same over releases, but not Generator.permutation.
-    """
-    return np.random.PCG64(np.random.SeedSequence(seed)).random_raw(count)
 
 
 def choose_window(rows: NDArray[np.int64], block_rows: int) -> int:
@@ -275,12 +222,3 @@ def choose_window(rows: NDArray[np.int64], block_rows: int) -> int:
     uneven = int(np.count_nonzero(rows % block_rows)) > len(rows) / 2
     wanted = max(WINDOW_ROWS, UNEVEN_BLOCKS * block_rows if uneven else 0)
     return max(1, int(wanted * len(rows) / max(1, int(rows.sum())) + 0.5))
-
-
-def sequential_blocks(rows: NDArray[np.int64], block_rows: int) -> list[list[Segment]]:
-    """The blocks of an evaluation: every row once, in index order, at most `block_rows` rows of one row group in a block."""
-    return [
-        [Segment(group, start, min(start + block_rows, int(count)))]
-        for group, count in enumerate(rows)
-        for start in range(0, int(count), block_rows)
-    ]

@@ -12,7 +12,8 @@ from helpers.plans import block_rows, epoch_blocks, epoch_rows, fresh, plans, se
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nev.data.plan import Plan, Window, sequential_blocks
+from nev.data.block_plan import Window, sequential_blocks
+from nev.data.plan import Plan
 from nev.storage.reading import DataError
 
 
@@ -46,7 +47,7 @@ def test_a_block_has_exactly_its_rows_whoever_asks_and_when(plan: Plan, data: st
         assert alone == in_sequence[block] == block_rows(other_way, block)
         assert len(alone) == plan.block_rows
         assert all(0 <= row < plan.rows[group] for _, group, row in alone)
-        assert {epoch for epoch, _, _ in alone} == {plan.epoch_of(block)} == {block // plan.blocks_per_epoch}
+        assert {epoch for epoch, _, _ in alone} == {plan.find_part(block)} == {block // plan.blocks_per_epoch}
 
 
 @given(plans(), st.integers(0, 10))

@@ -18,7 +18,7 @@ from nev.data.windows import make_windows
 def test_a_window_has_the_rows_of_its_row_groups_but_for_less_than_a_block(plan: Plan, epoch: int) -> None:
     """Its first row group may lack rows, which the window before took; it may take rows of the next window."""
     order = plan._order(epoch).groups.tolist()
-    starts = [*plan.window_starts(epoch).tolist(), plan.blocks_per_epoch]
+    starts = [*(plan.window_starts(epoch) - plan.part_start(epoch)).tolist(), plan.blocks_per_epoch]
     base = epoch * plan.blocks_per_epoch
     for first, end in pairwise(starts):
         window = plan.make_window(base + first, end - first)
@@ -53,6 +53,30 @@ def test_windows_of_a_range_have_its_blocks_once_and_in_order(plan: Plan, data: 
         assert np.array_equal(again.order, every[number].order)
     with pytest.raises(IndexError):
         windows[len(windows)]
+
+
+@given(plans(), st.data())
+def test_several_streams_hand_out_each_step_in_equal_parts(plan: Plan, data: st.DataObject) -> None:
+    """The windows of each stream have its blocks once and in order, and its ranks take turns with them."""
+    streams = data.draw(st.sampled_from([n for n in (1, 2, 3, 4) if plan.blocks_per_step % n == 0]))
+    ranks = data.draw(st.integers(1, plan.blocks_per_step // streams))
+    first = data.draw(st.integers(0, 2 * plan.steps_per_epoch))
+    last = first + data.draw(st.integers(1, 2 * plan.steps_per_epoch))
+    every: list[int] = []
+    for stream in range(streams):
+        windows = make_windows(plan, plan.step_blocks(first).start, plan.step_blocks(last).start, stream, streams)
+        read = [windows[number] for number in range(len(windows))]
+        handed = [window.first + number for window in read for number in range(window.blocks)]
+        assert handed == [block for step in range(first, last) for block in plan.stream_blocks(step, stream, streams)]
+        for window in read:
+            rows = list(window_blocks(window))
+            assert rows == [block_rows(plan, window.first + number) for number in range(window.blocks)]
+        world = ranks * streams
+        for rank in range(ranks):
+            own = (plan.rank_blocks(step, stream * ranks + rank, world, first, streams) for step in range(first, last))
+            assert [block for blocks in own for block in blocks] == handed[rank::ranks]
+        every += handed
+    assert sorted(every) == list(range(plan.step_blocks(first).start, plan.step_blocks(last).start))
 
 
 @given(plans(windows=st.integers(1, 6)))

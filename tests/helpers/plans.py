@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 from hypothesis import strategies as st
 
-from nev.data.plan import Plan, Segment, Window
+from nev.data.block_plan import Segment, Window
+from nev.data.plan import Plan
 
 
 @st.composite
