@@ -14,8 +14,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from nev.data.block import Block, BlockReader
+from nev.data.block_plan import Segment
 from nev.data.index import Index
-from nev.data.plan import Segment
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,13 +16,13 @@ from numpy.typing import NDArray
 
 from nev.config.data import Augment, Limits
 from nev.data.augment import eval_view, seeded_fractions, seeded_random, train_view
+from nev.data.block_plan import Segment, Window
 from nev.data.column_types import as_labels
 from nev.data.decode import BadImage, read_header
 from nev.data.image_sidecar import Features
 from nev.data.index import Index
-from nev.data.plan import Segment, Window
 from nev.data.rows import parse_captions
-from nev.data.shard_files import ShardFiles
+from nev.data.shard_files import ShardFiles, map_by_file
 from nev.data.sidecar import decode_vectors, read_uid_column
 from nev.data.text_sidecar import text_sidecars
 
@@ -116,14 +117,16 @@ class BlockReader:
             columns["text"] = np.zeros((total, self.text_width), np.float16)
         if self.with_labels:
             columns["label"] = np.full(total, -1, np.int64)
-        rows = EncodedRows(columns, np.empty(total, np.int32), [])
-        row = 0
-        for segment in segments:
-            place = slice(row, row + segment.stop - segment.start)
-            rows.epochs[place] = segment.epoch
-            rows.images.extend(self._fill({name: column[place] for name, column in columns.items()}, segment))
-            row = place.stop
-        return rows
+        counts = [segment.stop - segment.start for segment in segments]
+        ends = np.cumsum(counts).tolist()
+
+        def fill(position: int) -> list[pa.Buffer | None]:
+            place = slice(ends[position] - counts[position], ends[position])
+            return self._fill({name: column[place] for name, column in columns.items()}, segments[position])
+
+        files = [self.index.file_of(segment.group) for segment in segments]
+        images = list(chain.from_iterable(map_by_file(fill, range(len(segments)), files)))
+        return EncodedRows(columns, np.repeat([segment.epoch for segment in segments], counts).astype(np.int32), images)
 
     def decode(
         self,

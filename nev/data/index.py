@@ -80,6 +80,12 @@ class Index:
         """Path or URL of a shard."""
         return f"{self.root.rstrip('/')}/{self.paths[shard]}"
 
+    def file_of(self, group: int) -> str:
+        """Path or URL of the file with the pictures of a row group: its shard, or a tar, which another index may share."""
+        shard = int(self.shard[group])
+        tar = self.tars[shard]
+        return tar.location if tar else self.location(shard)
+
     def object_info(self, location: str) -> ObjectInfo | None:
         """Size and ETag of a shard or sidecar on S3, where it was there when the set was indexed."""
         return self.objects.get(location.removeprefix(f"{self.root.rstrip('/')}/"))

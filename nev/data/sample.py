@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from nev.config.data import Data
 from nev.data.block import Block, BlockReader
+from nev.data.block_plan import Segment, sequential_blocks
 from nev.data.index import Index
-from nev.data.plan import Segment, sequential_blocks
 from nev.data.rows import parse_captions
 from nev.data.sidecar import decode_vectors, read_uid_column
 from nev.data.text_sidecar import check_sidecars, text_sidecars

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nev.common.location import S3
 from nev.data.tars import Tar, check_local, read_pictures
 from nev.storage.files import filesystem, is_local, open_parquet
 from nev.storage.reading import DataError, read_errors_as_data_errors
@@ -17,6 +22,9 @@ FOOTER_BYTES = 32 * 2**20  # of all open parquet files; parsed footers take some
 PAGE_ROWS = 1024  # of a column, as many writers make them: fewer are not read alone
 HEAD = 0.5  # part of a row group up to which its first rows are read alone, without the rest
 
+PARALLEL_READS = 8  # of a process
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 ObjectInfo = tuple[int, str]  # size and ETag of an object on S3, from a listing
 
 
@@ -30,12 +38,14 @@ class OpenFile(NamedTuple):
 class ShardFiles:
     """Open parquet files with their parsed footers, and open tars.
 
-    The least recently used are closed beyond `OPEN_FILES`, and beyond `FOOTER_BYTES` of footers.
+    The least recently used are given up beyond `OPEN_FILES`, and beyond `FOOTER_BYTES` of footers. A thread that still reads one
+    of these may end. Several threads may read at once, each from other files (`map_by_file`).
     """
 
     def __init__(self) -> None:
         self._files: OrderedDict[str, OpenFile] = OrderedDict()
         self._footer_bytes = 0
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._files)
@@ -83,18 +93,40 @@ class ShardFiles:
         return self._keep(location, OpenFile(source, pq.read_metadata(source)))
 
     def _find(self, location: str) -> OpenFile | None:
-        if location in self._files:
-            self._files.move_to_end(location)
-        return self._files.get(location)
+        with self._lock:
+            if location in self._files:
+                self._files.move_to_end(location)
+            return self._files.get(location)
 
     def _keep(self, location: str, file: OpenFile) -> OpenFile:
-        self._files[location] = file
-        self._footer_bytes += _footer_bytes(file)
-        while len(self._files) > OPEN_FILES or (self._footer_bytes > FOOTER_BYTES and len(self._files) > 1):
-            _, oldest = self._files.popitem(last=False)
-            self._footer_bytes -= _footer_bytes(oldest)
-            oldest.source.close()
+        with self._lock:
+            self._files[location] = file
+            self._footer_bytes += _footer_bytes(file)
+            while len(self._files) > OPEN_FILES or (self._footer_bytes > FOOTER_BYTES and len(self._files) > 1):
+                _, oldest = self._files.popitem(last=False)
+                self._footer_bytes -= _footer_bytes(oldest)
         return file
+
+
+def map_by_file(function: Callable[[Item], Result], items: Sequence[Item], files: Sequence[str]) -> list[Result]:
+    """The results for all items, in order. Different files on S3 are read at the same time: their requests wait together.
+
+    files: the location that each item is read from. Items of one file come one after another.
+    """
+    positions: dict[str, list[int]] = {}
+    for position, file in enumerate(files):
+        positions.setdefault(file, []).append(position)
+
+    def read(file: str) -> list[tuple[int, Result]]:
+        return [(position, function(items[position])) for position in positions[file]]
+
+    if len(positions) > 1 and any(file.startswith(S3) for file in positions):
+        with ThreadPoolExecutor(min(len(positions), PARALLEL_READS)) as pool:
+            parts = list(pool.map(read, positions))
+    else:
+        parts = [read(file) for file in positions]
+    results = dict(chain.from_iterable(parts))
+    return [results[position] for position in range(len(items))]
 
 
 def reads_head(stop: int, rows: int) -> bool:

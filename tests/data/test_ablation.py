@@ -18,7 +18,7 @@ from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.data.ablation import AblationReader, change_texts, draw_normal, normalise_rows, permute_captions
 from nev.data.block import BlockReader
-from nev.data.plan import Segment
+from nev.data.block_plan import Segment
 from nev.data.sidecar import decode_vectors
 from nev.data.text_sidecar import mean_vector, text_sidecars
 from nev.models.text import TextTower

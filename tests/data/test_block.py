@@ -14,9 +14,10 @@ from helpers.plans import block_rows as rows_in_block
 
 from nev.config.data import Augment, Columns, Limits
 from nev.data.augment import seeded_random
+from nev.data.block_plan import Segment, sequential_blocks
 from nev.data.decode import read_header
 from nev.data.index import build_index
-from nev.data.plan import Plan, Segment, sequential_blocks
+from nev.data.plan import Plan
 from nev.data.rows import parse_captions
 from nev.storage.reading import DataError
 

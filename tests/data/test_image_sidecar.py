@@ -16,6 +16,7 @@ from hypothesis.extra import numpy as arrays
 
 from nev.config.data import Augment, Columns, Data
 from nev.data.augment import seeded_fractions
+from nev.data.block_plan import Segment
 from nev.data.image_sidecar import (
     FeatureRows,
     Features,
@@ -26,7 +27,6 @@ from nev.data.image_sidecar import (
     write_image_sidecar,
 )
 from nev.data.index import Index, build_index
-from nev.data.plan import Segment
 from nev.data.sidecar import missing_sidecars, read_uid_column, sidecars_to_write
 from nev.storage.reading import DataError, read_column
 

@@ -47,7 +47,7 @@ def test_blocks_of_1_55_billion_rows_are_whole_and_apart(group_rows: int) -> Non
         taken = []
         for block in within:
             window = plan.make_window(epoch * per_epoch + block)
-            assert plan.epoch_of(epoch * per_epoch + block) == epoch
+            assert plan.find_part(epoch * per_epoch + block) == epoch
             assert len(window.order) == BLOCK
             assert all(0 <= start < stop <= plan.rows[group] for group, start, stop, _ in window.segments)
             assert (

@@ -15,8 +15,9 @@ from helpers.pictures import WIDTH, encode, rows_of, write_shard
 
 from nev.config.data import Augment, Columns, Limits
 from nev.data.block import Block, BlockReader, EncodedRows
+from nev.data.block_plan import Segment
 from nev.data.index import build_index
-from nev.data.plan import Plan, Segment
+from nev.data.plan import Plan
 from nev.data.text_sidecar import sidecar_key, write_sidecar
 
 pytestmark = pytest.mark.ray
@@ -44,7 +45,9 @@ def splits(stream: Any, world: int, dawdle: bool = False) -> list[list[Block]]:
     """What each of W ranks gets, taken at the same time, from the split that Ray Train makes under nev's configuration."""
     from nev.data.stream import RoundRobinSplit
 
-    shards = [share["train"] for share in RoundRobinSplit().configure({"train": stream}, world, None, None)]
+    streams = dict(enumerate(stream)) if isinstance(stream, list) else {0: stream}
+    of_ranks = RoundRobinSplit(len(streams)).configure(streams, world, None, None)
+    shards = [shares[rank * len(streams) // world] for rank, shares in enumerate(of_ranks)]
 
     def take(rank: int) -> list[Block]:
         pauses = random.Random(rank)
@@ -93,6 +96,21 @@ def test_rank_r_gets_the_blocks_that_the_plan_gives_it(
     valid = np.concatenate([block["valid"] for blocks in taken for block in blocks])
     assert len(valid) == 5 * 12
     assert 0 < (~valid).sum() < 30  # the damaged rows are there, in blocks of full size
+
+
+def test_two_streams_give_each_rank_its_blocks(ray_cluster: None, tmp_path: Path) -> None:
+    """Four ranks, two a stream: windows of two row groups, of which some lie across the two streams."""
+    from nev.data.stream import make_streams
+
+    reader = reader_over(tmp_path, 71)
+    plan = Plan(reader.index.rows, 9, global_batch=24, block_rows=3, window=2)
+    first, last = 1, 4
+    streams = make_streams(reader, plan, first, last, streams=2)
+    for rank, blocks in enumerate(splits(streams, 4, dawdle=True)):
+        numbers = [number for step in range(first, last) for number in plan.rank_blocks(step, rank, 4, first, 2)]
+        assert len(blocks) == len(numbers) == 2 * (last - first)
+        for block, number in zip(blocks, numbers, strict=True):
+            assert_block(block, number, reader, plan)
 
 
 def test_the_world_may_change_in_the_middle(ray_cluster: None, tmp_path: Path) -> None:

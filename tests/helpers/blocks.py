@@ -8,8 +8,8 @@ import numpy as np
 from helpers.pictures import WIDTH, encode, rows_of, write_shard
 from nev.config.data import Augment, Columns, Limits
 from nev.data.block import Block, BlockReader
+from nev.data.block_plan import Segment
 from nev.data.index import Index, build_index
-from nev.data.plan import Segment
 from nev.data.sidecar import missing_sidecars
 from nev.data.text_sidecar import sidecar_key, text_sidecars, write_sidecar
 

@@ -51,7 +51,7 @@ def one_step(config: Experiment, live: LiveBytes | None = None) -> None:
     if live:
         optimizer.zero_grad(set_to_none=True)
         state = [one for slots in optimizer.state.values() for one in slots.values()]
-        for tensor in (*model.parameters(), *model.buffers(), *given, *state):
+        for tensor in (*model.parameters(), *model.buffers(), *given[:3], *state):
             live.track(tensor)
         with live:
             train_step(model, optimizer, given, config, precision)

@@ -49,7 +49,7 @@ def prepare_job(config: Experiment, text: TextTower, stop_after: int | None = No
 
 def train_reader(config: Experiment, text: TextTower) -> BlockReader:
     """The reader of an experiment's training set."""
-    return make_reader(config, text, build_index(config.data.train, config.data.columns))
+    return make_reader(config, text, [build_index(*own) for own in config.data.train_sets])
 
 
 def blocks(reader: BlockReader, plan: Plan, first: int, last: int, rank: int = 0, world: int = 1) -> Iterator[Block]:
@@ -77,6 +77,21 @@ def run_bare(
     own = stream or blocks(reader, job.plan, start.step, job.stop_step, rank, world)
     train(job, ctx, train_state, start, own, reports)
     return reports.metrics
+
+
+def run_straight_and_stopped(
+    whole: Experiment, halves: Experiment, text: TextTower, step: int
+) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, float]]]:
+    """The metrics by step of a run, and of one that stops at `step` and continues. Both end with the same weights."""
+    reader = train_reader(whole, text)
+    straight = run_bare(prepare_job(whole, text), reader)
+    stopped = run_bare(prepare_job(halves, text, stop_after=step), reader)
+    job = prepare_job(halves, text)
+    assert find_resume_point(job.run).step == step
+    stopped |= run_bare(job, reader)
+    left, right = (weights(prepare_job(config, text).run, job.stop_step) for config in (whole, halves))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    return straight, stopped
 
 
 def weights(run: str, step: int) -> dict[str, Tensor]:

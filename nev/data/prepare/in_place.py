@@ -36,13 +36,8 @@ from nev.data.prepare.tar_indexes import (
     shard_of,
 )
 from nev.data.rows import Row, parse_captions, usable_rows
-from nev.data.sources.common import (
-    File,
-    SourceOptions,
-    hash_content,
-    parent_folder,
-    relative_name,
-)
+from nev.data.sources.common import SourceOptions, hash_content, parent_folder, relative_name
+from nev.data.sources.input_files import File
 from nev.data.sources.webdataset import read
 from nev.data.tars import PLACE, Tar, find_ranges, write_metadata
 from nev.data.uids import read_uids

@@ -55,17 +55,18 @@ def draw_missing_splits(data: Data, train: int, val: int, seed: int) -> bool:
 
 
 def _parent_of_splits(data: Data) -> Path:
-    for name, location in (("data.train", data.train), ("data.val", data.val)):
+    train_location = data.only_set("the quickstart").location
+    for name, location in (("data.train", train_location), ("data.val", data.val)):
         if location and "://" in location:
             raise ConfigError(f"{name} = {location!r}: the quickstart draws its pictures into a folder of this machine")
     if data.val is None:
         raise ConfigError("data.val: the quickstart scores what it trains; name a folder for unseen pictures")
-    train, val = Path(data.train), Path(data.val)
+    train, val = Path(train_location), Path(data.val)
     if train.parent != val.parent or (train.name, val.name) != SPLITS:
         if _shards(train) and _shards(val):
             return train.parent
         raise ConfigError(
-            f"the quickstart draws FOLDER/train and FOLDER/val, not data.train = {data.train!r} and data.val = {data.val!r}"
+            f"the quickstart draws FOLDER/train and FOLDER/val, not data.train = {train_location!r} and data.val = {data.val!r}"
         )
     return train.parent
 

@@ -16,7 +16,8 @@ from nev.data.prepare.filters import Filters
 from nev.data.prepare.job_state import Record, read_json, work_folder
 from nev.data.rows import Row
 from nev.data.shard_files import ShardFiles
-from nev.data.sources.common import File, SourceOptions, parent_folder, relative_name, shared_folder
+from nev.data.sources.common import SourceOptions, parent_folder, relative_name, shared_folder
+from nev.data.sources.input_files import File
 from nev.data.tars import FOLDER, Tar, read_metadata
 from nev.data.uids import Keys, hash_uids
 from nev.storage.files import PARALLEL_REQUESTS, filesystem, join, list_files, open_parquet

@@ -6,16 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from nev.data.sources import datacomp, folder, hf_parquet, pictures, webdataset
-from nev.data.sources.common import (
-    Part,
-    Source,
-    SourceOptions,
-    find_files,
-    iterate_rows,
-    make_source,
-    refuse_inside,
-    take_first,
-)
+from nev.data.sources.common import Part, Source, SourceOptions, iterate_rows, make_source, take_first
+from nev.data.sources.input_files import find_files, refuse_inside
 
 SOURCES: dict[str, Callable[[Iterable[str | Path], SourceOptions], Source]] = {
     "webdataset": webdataset.source,

@@ -23,15 +23,8 @@ from nev.config.base import ConfigError
 from nev.data.column_types import fits
 from nev.data.rows import Row
 from nev.data.sources import webdataset
-from nev.data.sources.common import (
-    Source,
-    SourceOptions,
-    describe_options,
-    find_files,
-    group_files,
-    hash_content,
-    input_file,
-)
+from nev.data.sources.common import Source, SourceOptions, describe_options, group_files, hash_content, input_file
+from nev.data.sources.input_files import find_files
 from nev.data.uids import BATCH_ROWS, Keys, find_uid, hash_uids
 from nev.storage.files import filesystem, open_parquet
 

@@ -26,14 +26,12 @@ from nev.data.sources.common import (
     SourceOptions,
     describe_options,
     fill_templates,
-    find_files,
     hash_content,
-    list_folder,
-    name_suffix,
     parent_folder,
     relative_name,
     shared_folder,
 )
+from nev.data.sources.input_files import find_files, list_folder, name_suffix
 
 IMAGES = tuple(f".{name}" for name in samples.IMAGES)
 PART_PICTURES = 4096

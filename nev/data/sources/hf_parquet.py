@@ -25,13 +25,13 @@ from nev.data.sources.common import (
     SourceOptions,
     describe_options,
     fill_templates,
-    find_files,
     group_files,
     input_file,
     parent_folder,
     relative_name,
     shared_folder,
 )
+from nev.data.sources.input_files import find_files
 from nev.storage.files import filesystem, open_parquet
 
 USUAL = {

@@ -21,12 +21,10 @@ from nev.config.base import ConfigError
 from nev.config.data import Limits
 from nev.data.rows import Row
 from nev.data.sources.common import (
-    File,
     Part,
     Source,
     SourceOptions,
     describe_options,
-    find_files,
     hash_content,
     input_file,
     parent_folder,
@@ -34,6 +32,7 @@ from nev.data.sources.common import (
     shared_folder,
 )
 from nev.data.sources.folder import IMAGES, fill_in
+from nev.data.sources.input_files import File, find_files
 from nev.storage.files import PARALLEL_REQUESTS, filesystem
 
 PART_PICTURES, MOST_PICTURES = 2048, 8192  # of a part: on average, and at most

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from nev.config.base import ConfigError
 from nev.data.sources import webdataset
-from nev.data.sources.common import find_files, name_suffix
 from nev.data.sources.folder import IMAGES
+from nev.data.sources.input_files import find_files, name_suffix
 
 CHOOSE = "Choose with --source."
 

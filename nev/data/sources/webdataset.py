@@ -23,13 +23,13 @@ from nev.data.sources.common import (
     Source,
     SourceOptions,
     describe_options,
-    find_files,
     group_files,
     input_file,
     parent_folder,
     relative_name,
     shared_folder,
 )
+from nev.data.sources.input_files import find_files
 from nev.data.sources.samples import IMAGES, Member, Sample, find_faults, group_members, split_name
 from nev.storage.files import filesystem, is_local
 
