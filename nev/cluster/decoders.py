@@ -27,7 +27,7 @@ from nev.cluster.session import cluster_cpus, may_grow
 
 LABEL = {"nev.io/role": "decoder"}  # of nodes that are there to decode
 ELSEWHERE = [{"label_selector": {"nev.io/role": "!decoder"}}]
-STEP_BLOCKS_KEY = "nev.step_blocks"
+STEP_BLOCKS_KEY, STREAMS_KEY = "nev.step_blocks", "nev.streams"
 # Least time of a window before more, or fewer, CPUs are asked for. The processes of a new node take some seconds to start, and
 # what the consumers fetch ahead looks like need.
 MORE_S, LESS_S = 20.0, 10.0
@@ -40,15 +40,17 @@ MARGIN = 1.1  # CPUs for one that the consumers' pace takes
 FIRST_S, RENEW_S, EXPIRE_S = 0.5, 5.0, 60.0  # a request is repeated; that of a stream that has died is forgotten
 
 
-def place_decoding(context: DataContext, step_blocks: int) -> dict[str, Any]:
+def place_decoding(context: DataContext, step_blocks: int, streams: int = 1) -> dict[str, Any]:
     """Let the stream under `context` ask for what it needs, where nodes are there to decode. Returns Ray's options for its tasks.
 
     They run on decoders first. On one machine, and on a cluster without decoders, nothing changes.
     step_blocks: blocks of a step.
+    streams: of the run, which share the decoders that are there at its start.
     """
     if not (may_grow() and has_decoders()):
         return {}
     context.set_config(STEP_BLOCKS_KEY, step_blocks)
+    context.set_config(STREAMS_KEY, streams)
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, AskForNeed]
     # Ray Data's default, SPREAD, is for a cluster whose nodes stay.
     return {"scheduling_strategy": "DEFAULT", "label_selector": LABEL, "fallback_strategy": ELSEWHERE}
@@ -142,6 +144,11 @@ def decide_cpus(cpus: int, share: Share, step_cpu_s: float, window: Window) -> i
     return min(cpus, max(1, cpus // 2, enough))
 
 
+def first_cpus(share: Share, streams: int) -> int:
+    """The CPUs of decoders that a stream asks for where `share` is what Ray gives the first of the run's `streams`: its part."""
+    return math.ceil(sum(share.decoders.values()) / streams)
+
+
 class StreamAutoscaler(ClusterAutoscaler):
     """Asks the cluster for as many CPUs as a stream needs, in the place of Ray Data's autoscaler.
 
@@ -184,8 +191,8 @@ class StreamAutoscaler(ClusterAutoscaler):
         coordinator = self._replaced._autoscaling_coordinator
         first = not self._share.decoders
         self._share = self._read_share(coordinator)
-        if first and self._share.decoders:  # those of this stream that are there already
-            self._cpus = max(self._cpus, sum(self._share.decoders.values()))
+        if first and self._share.decoders:  # its part of those that are there already
+            self._cpus = max(self._cpus, first_cpus(self._share, self._context.get_config(STREAMS_KEY)))
         self._context.set_config(CPUS_KEY, self._cpus + self._share.elsewhere)
         coordinator.request_resources(
             [{"CPU": 1}] * self._cpus,

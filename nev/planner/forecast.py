@@ -223,7 +223,7 @@ def _source(workload: Workload, numbers: Numbers) -> Source:
         groups_a_block=numbers["groups_a_block"].value,
         requests_a_group=numbers["requests_a_group"].value,
         requests_s=numbers["s3_requests_s"].value,
-        blocks_s=numbers["blocks_s"].value,
+        blocks_s=workload.streams * numbers["blocks_s"].value,
     )
 
 

@@ -1,4 +1,4 @@
-"""The way of the pictures: what decoding, networks, S3 and the one coordinator of a stream can give, in images a second."""
+"""The way of the pictures: what decoding, networks, S3 and the coordinators of streams can give, in images a second."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Source:
     groups_a_block: row groups that a block touches.
     requests_a_group: requests of a row group.
     requests_s: requests a second that the store answers.
-    blocks_s: blocks a second that the stream's coordinator hands out.
+    blocks_s: blocks a second that the coordinators of all streams hand out.
     """
 
     block_rows: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from nev.common.words import counted
 from nev.planner.forecast import PAYS, Forecast
 from nev.planner.number import Origin, least_trusted
 
@@ -80,18 +81,30 @@ def _data_rows(plan: Forecast) -> list[Row]:
     limits, decode, count = plan.speed.limits, plan.decode, plan.speed.decoders
     grown = f"all there after {show_seconds(plan.grown_s)}" if count else "the GPU nodes' vCPUs suffice"
     origin = least_trusted([plan.origin, decode.origin])
-    blocks = f"of the stream; blocks of {plan.workload.block_rows} rows"
+    coordinator: Origin = "measured" if plan.workload.streams == 1 else "assumed"  # streams that do not share cores
+    blocks = f"{counted(plan.workload.streams, 'stream')}, blocks of {plan.workload.block_rows} rows"
+    if plan.speed.bound == "coordinator":
+        blocks += f"; {advise_streams(plan)}"
     return [
         Row("decoders", f"{count} {plan.cluster.decoder_name}", origin, grown),
         Row("decode", show_rate(limits["decode"]), decode.origin, f"{decode.value:,.0f} images/s a vCPU"),
         Row("ingress", show_rate(limits["ingress"]), "published", "pictures from the store, blocks from decoders"),
         Row("object store", show_rate(limits["object store"]), "published", "blocks that decoders send"),
         Row("S3 requests", show_rate(limits["S3 requests"]), "published", "5,500 requests/s of one prefix"),
-        Row("coordinator", show_rate(limits["coordinator"]), "measured", blocks),
+        Row("coordinator", show_rate(limits["coordinator"]), coordinator, blocks),
         Row(
             "from the store", f"{plan.stored_bytes / 1e12:,.3g} TB", "assumed", f"{plan.requests / 1e6:,.3g} M requests"
         ),
     ]
+
+
+def advise_streams(plan: Forecast) -> str:
+    """What lifts the limit of the coordinator: the fewest streams that divide workers and blocks, or larger blocks."""
+    wanted = plan.workload.batch / plan.speed.step.total
+    least = math.ceil(wanted * plan.workload.streams / plan.speed.limits["coordinator"])
+    common = math.gcd(plan.cluster.world, plan.workload.batch // plan.workload.block_rows)
+    streams = next((count for count in range(least, common + 1) if common % count == 0), None)
+    return f"data.streams={streams} lifts this limit" if streams else "a larger data.block_rows lifts this limit"
 
 
 def _machine_rows(plan: Forecast) -> list[Row]:

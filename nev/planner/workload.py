@@ -37,6 +37,7 @@ class Workload:
     name: str
     batch: int
     block_rows: int
+    streams: int
     part: int | None
     compiled: bool
     rows: int | None
@@ -73,12 +74,14 @@ def count_steps(config: Experiment, rows: int | None) -> int:
         return -(-train.samples // train.global_batch)
     if rows is None:
         raise ConfigError(
-            f"train.epochs counts epochs of data.train, and the rows of {config.data.train} are not known here: give them "
-            "with --rows, or set train.steps or train.samples"
+            "train.epochs counts epochs, and the rows of data.train are not known here: give them with --rows, or set "
+            "train.steps or train.samples"
         )
     if rows < train.global_batch:
         raise ConfigError(f"--rows {rows} is less than a step of train.global_batch = {train.global_batch}")
     assert train.epochs is not None
+    if config.data.set_names:  # an epoch of a mixture does not end with a step
+        return train.epochs * rows // train.global_batch
     return train.epochs * (rows // train.global_batch)
 
 
@@ -130,6 +133,7 @@ def read_workload(
         name=config.name,
         batch=config.train.global_batch,
         block_rows=config.data.block_rows,
+        streams=config.data.streams,
         part=config.train.micro_batch,
         compiled=config.train.compile,
         rows=rows,

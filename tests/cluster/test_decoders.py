@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ray.data import DataContext
 
 from nev.cluster.backpressure import stream_context
-from nev.cluster.decoders import LABEL, AskForNeed, Share, Window, choose_node, decide_cpus, place_decoding
+from nev.cluster.decoders import LABEL, AskForNeed, Share, Window, choose_node, decide_cpus, first_cpus, place_decoding
 
 STEP_BLOCKS = 4
 
@@ -83,6 +83,11 @@ def test_a_task_goes_to_the_first_decoder_with_a_free_cpu() -> None:
     assert choose_node(decoders, {"old": 2}) == "new"
     assert choose_node(decoders, {"old": 2, "new": 1}) is None
     assert choose_node({}, {"gone": 1}) is None
+
+
+@pytest.mark.parametrize(("streams", "cpus"), [(1, 8), (2, 4), (3, 3), (16, 1)])
+def test_the_first_stream_leaves_decoders_for_the_others(streams: int, cpus: int) -> None:
+    assert first_cpus(Share({"a": 4, "b": 4}, 2), streams) == cpus
 
 
 def test_one_machine_decodes_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ def workload(batch: int = 65_536, block_rows: int = 256, **changes: Any) -> Work
         name="paper",
         batch=batch,
         block_rows=block_rows,
+        streams=1,
         part=256,
         compiled=False,
         rows=1_547_277_668,
@@ -87,6 +88,21 @@ def test_every_bound_can_be_the_one(gpus: int, change: dict[str, float], options
     assert plan.speed.bound == bound
     assert plan.speed.images_s <= min(plan.speed.limits.values()) * (1 + 1e-9)
     assert plan.speed.images_s <= plan.workload.batch / plan.speed.step.total * (1 + 1e-9)
+
+
+def test_more_streams_lift_the_limit_of_the_coordinator() -> None:
+    """The plan says how many are needed, and that many are enough."""
+    known = numbers(blocks_s=10.0)
+    bound = make_forecast(workload(), cluster(), known, shipped_prices())
+    assert bound.speed.images_s == 10 * 256
+    note = next(row.note for row in forecast_rows(bound) if row.name == "coordinator")
+    advised = int(note.partition("data.streams=")[2].split()[0])
+    assert note == f"1 stream, blocks of 256 rows; data.streams={advised} lifts this limit"
+    assert 16 % advised == 0, "of 16 GPUs"
+    for streams, lifted in ((advised // 2, False), (advised, True)):
+        plan = make_forecast(workload(streams=streams), cluster(), known, shipped_prices())
+        assert plan.speed.limits["coordinator"] == streams * 10 * 256
+        assert (plan.speed.bound != "coordinator") == lifted
 
 
 @given(power=st.integers(3, 7), blocks_s=st.floats(20, 1000), decode=st.floats(50, 1000))
