@@ -32,7 +32,6 @@ def main(
         from nev.embed.captions import embed_captions
 
         connect()
-        roots = [root for root in (experiment.data.train, experiment.data.val) if root]
-        report = embed_captions(roots, experiment.data.columns, experiment.text, console, gpus)
+        report = embed_captions(experiment.data.sets, experiment.text, console, gpus)
     rate = f", {report.captions / report.seconds:,.0f} captions/s" if report.seconds else ""
     console.print(f"{report.shards} sidecars written, {report.captions:,} captions{rate}", highlight=False)

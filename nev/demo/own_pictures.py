@@ -46,7 +46,7 @@ def train_on(source: Source, name: str, folder: Path, console: Console) -> str:
         )
     write_split(source, folder / "val", held_back=True)
     config = make_config(name, folder, pictures)
-    embed_captions([config.data.train, str(config.data.val)], config.data.columns, config.text, console)
+    embed_captions(config.data.sets, config.text, console)
     embed_features(config, console)
     run_experiment(config, console)
     return str(Path(config.output, config.name))

@@ -30,6 +30,5 @@ def train_quickstart(config: Experiment, console: Console, train: int = TRAIN, v
             drawn = draw_missing_splits(config.data, train, val, config.seed)
         if drawn:
             console.print(f"captioned pictures drawn: {train:,} to train on, {val:,} to score on", soft_wrap=True)
-        splits = [split for split in (config.data.train, config.data.val) if split]
-        embed_captions(splits, config.data.columns, config.text, console)
+        embed_captions(config.data.sets, config.text, console)
         return run_experiment(config, console)

@@ -12,7 +12,7 @@ from rich.console import Console
 from nev.cluster.session import cluster_cpus, cluster_nodes, may_grow
 from nev.common.progress import progress
 from nev.config.base import ConfigError
-from nev.config.data import Columns
+from nev.config.data import DataSet
 from nev.config.model import Text
 from nev.data.index import Index, build_index
 from nev.data.sidecar import sidecars_to_write
@@ -32,27 +32,25 @@ class Written(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A shard. root: position in the list of roots. shard: position in the index of that root."""
+    """A shard. number: of its set, in the list of sets. shard: position in the index of that set."""
 
-    root: int
+    number: int
     shard: int
 
 
-def embed_captions(
-    roots: Sequence[str], columns: Columns, text: Text, console: Console, gpus: int | None = None
-) -> Written:
-    """Write the sidecars that are missing for the shards in `roots`, or no longer fit them. Needs a connected Ray.
+def embed_captions(sets: Sequence[DataSet], text: Text, console: Console, gpus: int | None = None) -> Written:
+    """Write the sidecars that are missing for the shards of the sets, or no longer fit them. Needs a connected Ray.
 
     gpus: number of GPUs to use; an autoscaler may have to start them. None: the GPUs that are up now.
     On one machine without a GPU this process embeds: each actor would load a text tower of its own.
     Raises DataError for shards that cannot be used, ConfigError for more GPUs than a Ray that cannot grow has.
     """
     wanted = choose_gpus(gpus)
-    indexes = [build_index(root, columns) for root in roots]
+    indexes = [build_index(*data_set) for data_set in sets]
     tower = load_text(text)
     missing = [
-        Place(root, shard)
-        for root, index in enumerate(indexes)
+        Place(number, shard)
+        for number, index in enumerate(indexes)
         for shard in sidecars_to_write(text_sidecars(index, _key(index, tower), tower.width))
     ]
     if not missing:
@@ -111,7 +109,7 @@ def _load_tower(text: Text, fingerprint: str) -> TextTower:
 
 
 def _write(indexes: list[Index], place: Place, tower: TextTower, encode: Encode) -> int:
-    index = indexes[place.root]
+    index = indexes[place.number]
     return write_sidecar(index, place.shard, _key(index, tower), tower.width, encode)
 
 

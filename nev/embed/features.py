@@ -26,9 +26,9 @@ from nev.common.progress import progress
 from nev.config.base import ConfigError
 from nev.config.experiment import Experiment
 from nev.data.block import Block, BlockReader
+from nev.data.block_plan import Segment
 from nev.data.image_sidecar import FeatureRows, Features, image_recipe, write_image_sidecar
 from nev.data.index import Index, build_index
-from nev.data.plan import Segment
 from nev.data.sidecar import sidecars_to_write
 from nev.embed.gpus import choose_gpus, wait_for_gpu
 from nev.embed.images import EmbedJob, EncoderSpec, embed_units
@@ -106,12 +106,10 @@ def embed_features(config: Experiment, console: Console, gpus: int | None = None
 
 
 def list_feature_sets(config: Experiment, trunk: str, shape: tuple[int, ...]) -> list[FeatureSet]:
-    """The training set with its views, and the validation set with the evaluation view. trunk: its fingerprint."""
+    """The training sets with their views, and the validation set with the evaluation view. trunk: its fingerprint."""
     data, sets = config.data, []
-    for root, training in ((data.train, True), (data.val, False)):
-        if root is None:
-            continue
-        index = build_index(root, data.columns)
+    for number, data_set in enumerate(data.sets):
+        training, index = number < len(data.train_sets), build_index(*data_set)
         augment = data.augment if training else None
         recipe = image_recipe(trunk, index.columns.image, data, config.seed, training)
         features = Features(recipe, shape, config.vision.views if training else 1)

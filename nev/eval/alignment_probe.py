@@ -96,7 +96,7 @@ def draw_samples(config: Experiment, sample: int) -> tuple[SampleReader, SampleR
     Raises ConfigError where there are fewer than 20 rows to fit on, or 11 to score.
     """
     data, wanted = config.data, sample // SCORED_SHARE
-    train = build_index(data.train, data.columns)
+    train = build_index(*data.only_set("an alignment probe"))
     val = build_index(data.val, data.columns) if data.val else train
     if val.fingerprint != train.fingerprint:
         fitted = draw_rows(train.rows, sample, config.seed)

@@ -150,11 +150,12 @@ def prepare_shared(trials: Sequence[Trial], console: Console, load: LoadText) ->
     for experiment in (trial.experiment for trial in trials):
         data, key = experiment.data, experiment.model_dump_json(include={"data", "text", "lock", "eval"})
         if key not in known:
-            sets = [data.train, *([data.val] if data.val else [])]
             if not experiment.text_online:
-                embed_captions(sets, data.columns, experiment.text, console)
+                embed_captions(data.sets, experiment.text, console)
             classes = class_names(experiment.eval.zero_shot) if experiment.eval.zero_shot else []
-            content = (build_index(location, data.columns).fingerprint for location in sets)
+            content = [build_index(*data_set).fingerprint for data_set in data.sets]
+            if data.set_names:
+                content += [f"{data.by_weight} {data.factors} {[columns for _, columns in data.train_sets]}"]
             known[key] = hash_values(*content, *classes, load(experiment.text).fingerprint)
         pictures = experiment.model_dump_json(include={"data", "vision", "seed"})
         if experiment.vision.lock and pictures not in trunks:

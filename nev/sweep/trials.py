@@ -33,7 +33,7 @@ RULES = ("constant", "sqrt", "linear")
 # Settings that do not change the result of a trial, so that they are not part of its digest. Of locations the content is hashed.
 IRRELEVANT_SETTINGS: dict[str, Any] = {
     **dict.fromkeys(("name", "output", "tracking", "workers", "guards"), True),
-    "data": {"train", "val", "max_bad_share"},
+    "data": {"train", "val", "streams", "max_bad_share"},
     "vision": {"weights"},
     "train": {
         "from_",

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nev.config.experiment import Experiment
-from nev.data.plan import Plan
+from nev.data.block_plan import BlockPlan
 from nev.eval.validation.task import Validation
 from nev.runs.manifest import latest_valid
 from nev.train.core.schedule import decay_start
@@ -21,7 +21,8 @@ class Job:
     """Everything that a worker needs beside the stream. Plain data, equal on every rank.
 
     run: the folder of the run.
-    shards: paths of the training set's shards, relative to its root.
+    shards: paths of the training sets' shards, each relative to the root of its set.
+    set_names: names of the sets of a mixture; none for one set.
     text_width: width D of the text vectors.
     total_steps: length of the learning rate's schedule.
     stop_step: the step at which this start of the run ends; at most `total_steps`.
@@ -39,7 +40,7 @@ class Job:
 
     config: Experiment
     run: str
-    plan: Plan
+    plan: BlockPlan
     shards: tuple[str, ...]
     text_width: int
     total_steps: int
@@ -52,6 +53,7 @@ class Job:
     head_given: bool = False
     canaries: NDArray[np.float32] | None = None
     flops: float | None = None
+    set_names: tuple[str, ...] = ()
 
     @property
     def decay_start(self) -> int | None:
@@ -77,6 +79,11 @@ class ResumePoint:
     step: int = 0
     bad_rows: int = 0
     history: dict[str, Any] = field(default_factory=dict)
+
+
+def name_stream(stream: int) -> str:
+    """The name by which workers ask Ray Train for a stream."""
+    return f"train-{stream}"
 
 
 def find_resume_point(run: str) -> ResumePoint:

@@ -24,8 +24,8 @@ from nev.config.experiment import Experiment
 from nev.config.paths import with_absolute_paths
 from nev.data.augment import seeded_random
 from nev.data.block import Block, BlockReader
+from nev.data.block_plan import BlockPlan, sequential_blocks
 from nev.data.index import Index, build_index
-from nev.data.plan import Plan, sequential_blocks
 from nev.data.shard_labels import read_shard_labels
 from nev.eval.validation.task import val_reader
 from nev.models.precision import choose_precision
@@ -63,9 +63,9 @@ def pretrain(config: Experiment, objective: Objective, console: Console) -> Pret
 
     config = with_absolute_paths(config)
     torch.manual_seed(config.seed)
-    index = build_index(config.data.train, config.data.columns)
+    index = build_index(*config.data.only_set("nev pretrain"))
     tower = build_vision(config.vision.model_copy(update={"pool": "mean"}), config.data.image_size, 1)
-    plan = make_plan(config, index)
+    plan = make_plan(config, [index])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = (
         Classifier(tower, read_classes(index))
@@ -228,7 +228,7 @@ def load_batch(
     return normalise(images.to(device), config.data.mean, config.data.std), labels.to(device)
 
 
-def stream(reader: BlockReader, plan: Plan, steps: int) -> Iterator[Block]:
+def stream(reader: BlockReader, plan: BlockPlan, steps: int) -> Iterator[Block]:
     """The blocks of the first `steps` steps, in order, from the connected Ray."""
     from nev.data.stream import make_stream
 

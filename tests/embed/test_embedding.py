@@ -14,7 +14,7 @@ from helpers.pictures import rows_of, write_shard
 from rich.console import Console
 
 from nev.config.base import ConfigError
-from nev.config.data import Columns
+from nev.config.data import Columns, DataSet
 from nev.config.model import Text
 from nev.data.index import build_index
 from nev.embed.captions import embed_captions
@@ -36,7 +36,7 @@ def sidecars(root: str) -> dict[str, bytes]:
 @pytest.mark.ray
 def test_gpus_that_one_machine_lacks_are_an_error(ray_cluster: None, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"this machine has 0 GPUs, not 2: leave --gpus out"):
-        embed_captions([shards(tmp_path, 1)], COLUMNS, TEXT, QUIET, gpus=2)
+        embed_captions([DataSet(shards(tmp_path, 1), COLUMNS)], TEXT, QUIET, gpus=2)
 
 
 # A cluster of a head without CPUs. Its node with a GPU (a made-up one: the tower runs on the CPU) is added when the actor
@@ -47,7 +47,7 @@ import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
 from nev.config.model import Text
-from nev.config.data import Columns
+from nev.config.data import Columns, DataSet
 from nev.embed.captions import embed_captions
 from nev.cluster.session import connect
 
@@ -55,7 +55,8 @@ cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
 os.environ["RAY_ADDRESS"] = cluster.address
 connect()
 done = []
-work = lambda: done.append(embed_captions(sys.argv[1:], Columns(), Text(), Console(width=200), gpus=1))
+sets = [DataSet(root, Columns()) for root in sys.argv[1:]]
+work = lambda: done.append(embed_captions(sets, Text(), Console(width=200), gpus=1))
 asking = threading.Thread(target=work)
 asking.start()
 asking.join(8)
@@ -73,7 +74,7 @@ cluster.shutdown()
 @pytest.mark.timeout(400)
 def test_an_actor_waits_for_its_gpu_and_writes_what_one_process_writes(ray_cluster: None, tmp_path: Path) -> None:
     here, there = shards(tmp_path / "here", 3), shards(tmp_path / "there", 3)
-    alone = embed_captions([here], COLUMNS, TEXT, QUIET)
+    alone = embed_captions([DataSet(here, COLUMNS)], TEXT, QUIET)
     assert (alone.shards, alone.captions) == (3, len(sidecars(here)) * 6)
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     command = [sys.executable, "-c", GROWING, there]

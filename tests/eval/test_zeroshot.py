@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nev.config.base import ConfigError
-from nev.config.experiment import ZeroShot
+from nev.config.eval import ZeroShot
 from nev.eval.metrics import ranks
 from nev.eval.metrics.ranks import Floats
 from nev.eval.metrics.zeroshot import class_embeddings, zero_shot

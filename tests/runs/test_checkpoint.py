@@ -11,7 +11,7 @@ import torch
 from helpers.checkpoints import load_checkpoint
 from torch import Tensor, nn
 
-from nev.config.experiment import Optim
+from nev.config.train import Optim
 from nev.runs import checkpoint, manifest
 from nev.runs.manifest import CheckpointError, CheckpointState
 from nev.train.core.optim import make_optimizer

@@ -13,8 +13,9 @@ from helpers.s3_server import Proxy, mixed_faults
 from nev.config.base import ConfigError
 from nev.config.data import Augment, Columns, Limits
 from nev.data.block import Block, BlockReader
+from nev.data.block_plan import Segment
 from nev.data.index import Index, build_index
-from nev.data.plan import Plan, Segment
+from nev.data.plan import Plan
 from nev.data.sidecar import missing_sidecars, sidecars_to_write
 from nev.data.text_sidecar import check_sidecars, sidecar_key, text_sidecars, write_sidecar
 from nev.storage import s3 as s3_module

@@ -54,7 +54,7 @@ def test_a_decoding_task_exports_what_its_block_has_read(monkeypatch: pytest.Mon
 
     reader = SimpleNamespace(read_blocks=read_blocks, allocate=lambda rows: None)
     windows = make_windows(Plan(np.full(2, 2), 0, 2, 2, window=2), 0, 2)
-    monkeypatch.setattr(stream, "load_from_store", lambda source: (reader, windows))
+    monkeypatch.setattr(stream, "load_from_store", lambda source: (reader, [windows]))
     monkeypatch.setattr(stream, "Instruments", Recorded)
     stream._instruments.cache_clear()
     stream._block_memory.cache_clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -226,6 +227,19 @@ def test_what_trials_share_is_done_once(base: str, monkeypatch: pytest.MonkeyPat
     assert len(set(prepare_shared(trials, Console(quiet=True), load))) == 1
     check_trials(asked, trials, load)
     assert sorted(calls) == ["build_index", "build_index", "captions", "load_text"]
+
+
+def test_the_shares_of_a_mixture_are_part_of_a_trial(
+    base: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nev.sweep.run.embed_captions", lambda *given: None)
+    load = functools.cache(nev.sweep.run.load_text)
+    hashes = []
+    for weights in ((3, 1), (1, 3), (3, 1)):
+        sets = [{"path": str(pictures / "train"), "weight": weight, "name": f"n{weight}"} for weight in weights]
+        (trial, *_) = plan_trials(sweep(base), [f"data.train={json.dumps(sets)}"])
+        hashes.append(prepare_shared([trial], Console(quiet=True), load)[0])
+    assert hashes[0] == hashes[2] != hashes[1]
 
 
 def test_a_report_that_holds_no_number_ends_no_sweep() -> None:

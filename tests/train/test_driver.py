@@ -17,7 +17,8 @@ from rich.console import Console
 
 from nev.cluster.ray_internals import WorkerGroup
 from nev.common.signals import Stopped
-from nev.config.experiment import Eval, Experiment
+from nev.config.eval import Eval
+from nev.config.experiment import Experiment
 from nev.models.text import TextTower
 from nev.runs.tracking import Tracker
 from nev.storage.files import StorageError
@@ -144,7 +145,7 @@ def launch(
 
     monkeypatch.setattr(launcher, "ray_trainer", lambda *_: Trainer())
     monkeypatch.setattr(launcher, "remove_leaked_placement_groups", lambda: None)
-    config = SimpleNamespace(workers=SimpleNamespace(max_failures=max_failures))
+    config = SimpleNamespace(data=SimpleNamespace(streams=1), workers=SimpleNamespace(max_failures=max_failures))
     job: Any = SimpleNamespace(run=str(tmp_path), config=config)
     watch: Any = Watch()
     run_workers(job, None, None, watch, 0)  # type: ignore[arg-type]

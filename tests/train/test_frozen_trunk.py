@@ -56,7 +56,7 @@ def bare(config: Experiment, text: TextTower, stop_after: int | None = None) -> 
     config = with_absolute_paths(config)
     inputs = check_inputs(config, text)
     job = make_job(config, text, inputs, stop_after)
-    return run_bare(job, make_reader(config, text, inputs.index, inputs.trunk))
+    return run_bare(job, make_reader(config, text, inputs.indexes, inputs.trunk))
 
 
 def test_online_and_from_sidecars_the_losses_agree(frozen: Make, text: TextTower) -> None:
@@ -128,7 +128,7 @@ def _train_and_die(rank: int, config: Experiment, blocks_before: int) -> None:
     """Train from sidecars until so many blocks are read and a checkpoint is there, then die as by the kernel's hand."""
     text = load_text(config.text)
     inputs = check_inputs(config, text)
-    job, reader = make_job(config, text, inputs), make_reader(config, text, inputs.index, inputs.trunk)
+    job, reader = make_job(config, text, inputs), make_reader(config, text, inputs.indexes, inputs.trunk)
 
     def dying() -> Iterator[Block]:
         for number, block in enumerate(blocks(reader, job.plan, 0, job.stop_step)):
@@ -160,7 +160,7 @@ def _trains(rank: int, config: Experiment, world: int) -> dict[str, Any]:
     text = load_text(config.text)
     job = prepare_job(config, text)
     index = build_index(config.data.train, config.data.columns)
-    reader = make_reader(config, text, index, check_inputs(config, text).trunk)
+    reader = make_reader(config, text, [index], check_inputs(config, text).trunk)
     metrics = run_bare(job, reader, rank=rank, world=world)
     return {"losses": [metrics[step]["loss"] for step in sorted(metrics)] if rank == 0 else []}
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.gloo import on_ranks
-from helpers.steps import CPU, FP32, ROWS, SIZE, WIDTH, batch, poisoned, steps
+from helpers.steps import CPU, FP32, ROWS, SIZE, WIDTH, batch, poisoned, share_of, steps
 from helpers.training import prepare_job
 from rich.console import Console
 from torch import Tensor
@@ -67,7 +67,7 @@ def made(config: Experiment) -> DualEncoder:
 
 
 def share(rank: int) -> Batch:
-    return Batch(*(part.chunk(WORLD)[rank] for part in batch(torch.float32)))
+    return share_of(batch(torch.float32), rank, WORLD)
 
 
 def alone(config: Experiment) -> tuple[Tensor, Tensors]:

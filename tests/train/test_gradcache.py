@@ -22,6 +22,7 @@ from helpers.steps import (
     in_parts,
     made,
     parts_of,
+    share_of,
 )
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -159,8 +160,7 @@ class Pair(nn.Module):
 
 
 def _worker(rank: int) -> dict[str, Any]:
-    rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
-    given = Batch(*(column[rows] for column in batch()))
+    given = share_of(batch(), rank, 2)
     got: dict[str, Any] = {}
     for parts in (False, True):
         torch.manual_seed(7 + rank)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.gloo import on_ranks
-from helpers.steps import batch, experiment, made, poisoned
+from helpers.steps import batch, experiment, made, poisoned, share_of
 from helpers.training import Reports, blocks, load_train_state, prepare_job, train_reader, weights
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +19,8 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from nev.config.experiment import Experiment, Guards
+from nev.config.experiment import Experiment
+from nev.config.train import Guards
 from nev.data.block import Block
 from nev.models.dual_encoder import DualEncoder
 from nev.models.precision import Precision, choose_precision
@@ -27,7 +28,7 @@ from nev.models.text import TextTower, load_text
 from nev.runs.manifest import latest_checkpoint, read_manifest
 from nev.runs.tracking import Tracker
 from nev.train.core.optim import make_optimizer
-from nev.train.core.step import Batch, train_step
+from nev.train.core.step import train_step
 from nev.train.driver.early_stopping import EarlyStopping
 from nev.train.driver.metrics import MetricsLogger
 from nev.train.driver.monitor import TrainMonitor
@@ -143,7 +144,7 @@ def _worker(rank: int) -> tuple[bool, Tensor]:
     model, config = made().float(), experiment()
     wrapped = DistributedDataParallel(model)
     optimizer = make_optimizer(model, config.optim)
-    given = Batch(*(part.chunk(2)[rank] for part in batch(torch.float32)))
+    given = share_of(batch(torch.float32), rank, 2)
     before = _weights(model)
     train_step(wrapped, optimizer, poisoned(given) if rank else given, config, FP32)
     skipped = torch.equal(before, _weights(model))
@@ -265,7 +266,7 @@ def test_a_run_tells_of_a_spike_with_its_place_in_the_plan_and_goes_on(tiny: Mak
     )
     assert reported[106]["loss_spikes"] == 1
     found = json.loads(Path(job.run, "guards/step-00000103.json").read_text())
-    assert (found["kind"], found["step"], found["epoch"]) == ("spike", 103, 3)
+    assert (found["kind"], found["step"], found["epochs"]) == ("spike", 103, [3])
     assert found["loss"] > 2 * found["usual_loss"]
     assert "skipped_steps" not in reported[106]
     assert read_manifest(latest_checkpoint(job.run) or "")["history"]["losses"] == 106

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.gloo import on_ranks
-from helpers.steps import CLOSE, CPU, FP32, ROWS, SIZE, TRUNK, VALID, WIDTH, batch, gradients, parts_of, steps
+from helpers.steps import CLOSE, CPU, FP32, ROWS, SIZE, TRUNK, VALID, WIDTH, batch, gradients, parts_of, share_of, steps
 from helpers.training import blocks, load_train_state, prepare_job, run_bare, train_reader, weights
 from rich.console import Console
 from safetensors.torch import save_file
@@ -134,7 +134,7 @@ def _trains(rank: int, lock: str, train: dict[str, Any]) -> dict[str, Any]:
     config, model = experiment(lock, **train), made(lock)
     wrapped = distribute(model, config.train.fsdp, WORLD, CPU)
     optimizer = make_optimizer(model, config.optim)
-    given = Batch(*(part.chunk(WORLD)[rank] for part in tokenised()))
+    given = share_of(tokenised(), rank, WORLD)
     found = steps(wrapped, optimizer, config, given, STEPS)
     return {"found": found, **gather_tensors(model, optimizer).model}
 

@@ -19,8 +19,8 @@ from nev.config.base import ConfigError
 from nev.config.data import Columns, Limits
 from nev.config.experiment import Experiment
 from nev.data.block import BlockReader
+from nev.data.block_plan import Segment
 from nev.data.index import build_index
-from nev.data.plan import Segment
 from nev.data.text_sidecar import sidecar_key, write_sidecar
 from nev.eval.validation.texts import read_captions
 from nev.eval.validation.vectors import load_vectors

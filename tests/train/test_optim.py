@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nev.config.base import ConfigError
-from nev.config.experiment import Optim
+from nev.config.train import Optim
 from nev.train.core.optim import make_optimizer, set_learning_rate
 from nev.train.core.schedule import check_schedule, decay_start, first_changed_step, learning_rate
 

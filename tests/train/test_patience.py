@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nev.config.base import ConfigError
-from nev.config.experiment import Eval, Experiment
+from nev.config.eval import Eval
+from nev.config.experiment import Experiment
 from nev.runs.metrics_log import MetricPoint
 from nev.train.driver.early_stopping import EarlyStopping
 

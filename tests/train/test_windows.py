@@ -14,7 +14,7 @@ from benchmarks.scale import made_up_index
 from nev.config.base import ConfigError
 from nev.data.plan import Plan, choose_window
 from nev.train.driver import resources
-from nev.train.driver.resources import check_object_store, check_window_memory, note_uneven, window_bytes
+from nev.train.driver.resources import check_object_store, check_window_memory, note_read_twice, window_bytes
 from nev.train.driver.same_run import _describe_window
 from nev.train.driver.setup import describe_run, make_plan
 
@@ -24,20 +24,20 @@ GIB = 2**30
 def test_windows_fit_the_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     index = made_up_index(256)  # 30 kB a row: a window of four row groups takes 29 MiB
     plan = Plan(index.rows, 0, 65_536, 256, choose_window(index.rows, 256))
-    assert window_bytes(index, plan) == 4 * 256 * 30_000
+    assert window_bytes([index], plan) == 4 * 256 * 30_000
     monkeypatch.setattr(resources, "may_grow", lambda: False)
     monkeypatch.setattr(resources, "cluster_cpus", lambda: 16)
     monkeypatch.setattr(resources, "machine_memory", lambda: GIB)
-    check_window_memory(index, plan)
+    check_window_memory([index], plan)
     monkeypatch.setattr(resources, "machine_memory", lambda: GIB // 2)
     with pytest.raises(
         ConfigError, match=r"16 CPUs .* 0\.5 GiB of memory: lower data\.window \(here 4 row groups\), or write"
     ):
-        check_window_memory(index, plan)
+        check_window_memory([index], plan)
     with pytest.raises(ConfigError, match=r"of memory: write the shards again with smaller row groups"):
-        check_window_memory(made_up_index(10_000), Plan(made_up_index(10_000).rows, 0, 65_536, 256, 1))
+        check_window_memory([made_up_index(10_000)], Plan(made_up_index(10_000).rows, 0, 65_536, 256, 1))
     monkeypatch.setattr(resources, "may_grow", lambda: True)
-    check_window_memory(index, plan)
+    check_window_memory([index], plan)
 
 
 def test_the_blocks_of_a_window_fit_the_object_store(tiny: Any, text: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,22 +67,22 @@ def test_a_window_of_the_config_is_that_of_the_plan(tiny: Any, text: Any) -> Non
     assert plan.window == choose_window(plan.rows, plan.block_rows)
     index = made_up_index(256)
     config = tiny(data__used_rows=0.25, train__global_batch=256, data__block_rows=256)
-    part = make_plan(config, index)
+    part = make_plan(config, [index])
     assert part.window == choose_window(np.floor(index.rows * 0.25).astype(np.int64), 256)
 
 
 def test_row_groups_that_are_read_twice_are_told_before_a_start() -> None:
     index = replace(made_up_index(10_000), root="s3://bucket/set")
     uneven = Plan(np.full(100, 1000), 0, 512, 256, 2)
-    assert (note_uneven(index, uneven) or "").startswith(
+    assert (note_read_twice([index], uneven, 1) or "").startswith(
         "row groups such as those of 1,000 rows are no whole number of blocks of 256 rows, so about 46% of the rows are read"
     )
     tars = Plan(np.array([256, 256, 256, 232] * 100), 0, 512, 256, 4)
-    assert "such as those of 232 rows" in (note_uneven(index, tars) or "")
-    assert note_uneven(index, Plan(np.full(100, 1000), 0, 500, 250, 2)) is None
-    assert note_uneven(index, Plan(np.full(100, 10_000), 0, 512, 256, 1)) is None
-    assert note_uneven(index, Plan(np.array([1024] * 999 + [1000]), 0, 512, 256, 2)) is None
-    assert note_uneven(made_up_index(10_000), uneven) is None, "on a disk a second reading costs little"
+    assert "such as those of 232 rows" in (note_read_twice([index], tars, 1) or "")
+    assert note_read_twice([index], Plan(np.full(100, 1000), 0, 500, 250, 2), 1) is None
+    assert note_read_twice([index], Plan(np.full(100, 10_000), 0, 512, 256, 1), 1) is None
+    assert note_read_twice([index], Plan(np.array([1024] * 999 + [1000]), 0, 512, 256, 2), 1) is None
+    assert note_read_twice([made_up_index(10_000)], uneven, 1) is None, "on a disk a second reading costs little"
 
 
 def test_another_window_is_named_where_the_plan_differs(tiny: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 from helpers.training import Reports
 from torch import nn
 
-from nev.config.experiment import Optim
+from nev.config.train import Optim
 from nev.runs import checkpoint, manifest
 from nev.runs.manifest import CheckpointState, list_checkpoints, verify
 from nev.runs.metrics_log import MetricPoint, read_points

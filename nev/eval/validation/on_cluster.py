@@ -11,8 +11,8 @@ import numpy as np
 
 from nev.common.errors import NevError
 from nev.data.block import Block
+from nev.data.block_plan import Segment, sequential_blocks
 from nev.data.decode import Picture
-from nev.data.plan import Segment, sequential_blocks
 from nev.embed.embedder import Embedder
 from nev.embed.images import EmbedJob, EncoderSpec, embed_all
 from nev.eval.suite.vectors import Embedded, Texts

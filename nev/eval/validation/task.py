@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from nev.config.base import ConfigError
 from nev.config.data import Columns, Data
-from nev.config.experiment import Experiment, ZeroShot
+from nev.config.eval import ZeroShot
+from nev.config.experiment import Experiment
 from nev.data.block import BlockReader
 from nev.data.image_sidecar import Features, TrunkFacts, check_image_sidecars, image_recipe
 from nev.data.index import Index, build_index

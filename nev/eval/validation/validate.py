@@ -6,7 +6,7 @@ import numpy as np
 
 from nev.common.collectives import gather_on_rank_0
 from nev.data.block import Block
-from nev.data.plan import sequential_blocks
+from nev.data.block_plan import sequential_blocks
 from nev.data.text_sidecar import Encode
 from nev.embed.images import are_finite
 from nev.eval.suite.vectors import Embedded, Texts

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,11 @@ from nev.cluster.waiting import wait_for_room
 from nev.common.errors import NevError
 from nev.common.signals import Stopped, handle_sigterm
 from nev.config.experiment import Experiment
-from nev.data.block import BlockReader
+from nev.data.mixture_reader import Reader
 from nev.runs.manifest import with_retries
 from nev.storage.files import join
 from nev.train.driver.monitor import TrainMonitor
-from nev.train.job import Job, find_resume_point
+from nev.train.job import Job, find_resume_point, name_stream
 from nev.train.worker.process import train_worker
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class TrainingFailed(NevError, RuntimeError):
     """The run could not be finished. The message is the first cause, without Ray's frames."""
 
 
-def run_workers(job: Job, reader: BlockReader, mailbox: Any, monitor: TrainMonitor, start_step: int) -> None:
+def run_workers(job: Job, reader: Reader, mailbox: Any, monitor: TrainMonitor, start_step: int) -> None:
     """Train on the connected Ray cluster, from `start_step` to `job.stop_step` or to an early stop.
 
     start_step: the step of a verified checkpoint, 0 for a new run. Every later attempt begins at the newest valid checkpoint.
@@ -108,10 +109,10 @@ def gives_up(config: Experiment, failures: int, error: BaseException) -> bool:
     return isinstance(find_root_error(error), NevError) or (most >= 0 and failures > most)
 
 
-def ray_trainer(job: Job, streams: Callable[[], Any], mailbox: Any, folder: str) -> TorchTrainer:
+def ray_trainer(job: Job, streams: dict[str, Any], mailbox: Any, folder: str) -> TorchTrainer:
     """Ray's trainer of a job: it starts as many workers as there is room for, between the least and the most.
 
-    streams: Ray calls this at each attempt; it returns the stream of blocks.
+    streams: of `make_streams`. Ray calls them at each attempt.
     """
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -139,8 +140,8 @@ def ray_trainer(job: Job, streams: Callable[[], Any], mailbox: Any, folder: str)
             callbacks=[call_in_workers(start_fetching)],
             failure_config=failing(workers.max_failures, controller_failure_limit=START_TRIES - 1),
         ),
-        datasets={"train": streams},
-        dataset_config=RoundRobinSplit(),
+        datasets=streams,
+        dataset_config=RoundRobinSplit(job.config.data.streams),
     )
 
 
@@ -171,22 +172,25 @@ def needed_room(config: Experiment) -> list[dict[str, float]]:
     return [resources(config)] * workers.least + decode
 
 
-def make_streams(job: Job, reader: BlockReader, mailbox: Any, start_step: int | None) -> Callable[[], Any]:
-    """Make the function that Ray Train's controller calls at each attempt, before its workers run.
+def make_streams(job: Job, reader: Reader, mailbox: Any, start_step: int | None) -> dict[str, Any]:
+    """Make the functions that Ray Train's controller calls at each attempt, in order, before its workers run.
 
-    The function returns the stream of blocks, and posts the attempt's first step to the mailbox.
+    Each function returns a stream of blocks. The first one posts the attempt's first step to the mailbox.
     start_step: the first step of the first attempt, whose checkpoint is verified. None: the newest valid checkpoint is looked
         for, as at every later attempt.
     """
     verified = [] if start_step is None else [start_step]
+    count, made = job.config.data.streams, list[Any]()
 
-    def make_next_stream() -> Any:
+    def take_stream(stream: int) -> Any:
         import ray
 
-        from nev.data.stream import make_stream
+        from nev.data import stream as streams
 
-        step = verified.pop() if verified else with_retries(lambda: find_resume_point(job.run)).step
-        ray.get(mailbox.set_start_step.remote(step))
-        return make_stream(reader, job.plan, step, job.stop_step, job.config.name)
+        if stream == 0:  # an attempt begins
+            step = verified.pop() if verified else with_retries(lambda: find_resume_point(job.run)).step
+            ray.get(mailbox.set_start_step.remote(step))
+            made[:] = streams.make_streams(reader, job.plan, step, job.stop_step, job.config.name, count)
+        return made[stream]
 
-    return make_next_stream
+    return {name_stream(stream): functools.partial(take_stream, stream) for stream in range(count)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -14,10 +16,10 @@ from nev.config.experiment import Experiment
 from nev.config.model import refuse_widths
 from nev.config.paths import with_absolute_paths
 from nev.data.augment import auto_augment
-from nev.data.block import BlockReader
+from nev.data.block_plan import BlockPlan
 from nev.data.image_sidecar import ONLINE, TrunkFacts, check_image_sidecars, read_statistics
 from nev.data.index import Index, build_index
-from nev.data.plan import Plan
+from nev.data.mixture_reader import Reader
 from nev.data.tars import split_root
 from nev.data.text_sidecar import check_sidecars
 from nev.eval.validation.task import Validation, make_validation, refuse_unknown_metric, text_key
@@ -50,7 +52,8 @@ class Prepared(NamedTuple):
     """A run that has passed every check that needs no Ray.
 
     job: what every worker receives.
-    reader: reads the blocks of the training set.
+    reader: reads the blocks of the training sets.
+    indexes: the row groups of each training set.
     text: the text tower, on the driver's CPU.
     resume: the point from which training continues.
     former_steps: as `same_run.Continued` has it.
@@ -60,7 +63,8 @@ class Prepared(NamedTuple):
     """
 
     job: Job
-    reader: BlockReader
+    reader: Reader
+    indexes: list[Index]
     text: TextTower
     resume: ResumePoint
     former_steps: int | None
@@ -71,7 +75,7 @@ class Prepared(NamedTuple):
 
 def sets_are_there(config: Experiment) -> bool:
     """Whether `data.train` and `data.val` are folders, as far as one sees without storage. `prepare` says what is wrong."""
-    places = [filesystem(split_root(location)[0]) for location in (config.data.train, config.data.val) if location]
+    places = [filesystem(split_root(location)[0]) for location, _ in config.data.sets]
     return all(fs.isdir(path) for fs, path in places if is_local(fs))
 
 
@@ -107,7 +111,8 @@ def prepare(config: Experiment, stop_after: int | None = None) -> Prepared:
     inputs = check_inputs(config, text, errors)
     return Prepared(
         job=make_job(config, text, inputs, stop_after),
-        reader=make_reader(config, text, inputs.index, inputs.trunk),
+        reader=make_reader(config, text, inputs.indexes, inputs.trunk),
+        indexes=inputs.indexes,
         text=text,
         resume=make_resume_point(inputs.checkpoint.manifest) if inputs.checkpoint else ResumePoint(),
         former_steps=inputs.former_steps,
@@ -152,22 +157,22 @@ def check_inputs(config: Experiment, text: TextTower, errors: ErrorCollector | N
 
             start = find_start(config, text, trunk)
     with errors:
-        training = check_training_set(config, text)
+        training = check_training_sets(config, text)
     with errors:
         if trunk and training:
-            statistics = check_features(config, trunk, training[0])
+            statistics, *_ = [check_features(config, trunk, index) for index in training[0]]  # several sets have none
     with errors:
         check_tokens(config, text)
     with errors:
         validation = check_validation(config, text, trunk)
     errors.refuse()
     assert training
-    index, plan = training
+    indexes, plan = training
     if not config.vision.from_sidecars:  # features are much smaller than the pictures
-        check_window_memory(index, plan)
+        check_window_memory(indexes, plan)
     check_schedule(total_steps(config, plan), config.optim)
     check_profile(config, total_steps(config, plan))
-    fingerprints = {"data": index.fingerprint, "plan": plan.fingerprint, "text": text.fingerprint}
+    fingerprints = data_fingerprints(config, indexes) | {"plan": plan.fingerprint, "text": text.fingerprint}
     if trunk:
         fingerprints["trunk"] = trunk.fingerprint
     if start:
@@ -177,7 +182,7 @@ def check_inputs(config: Experiment, text: TextTower, errors: ErrorCollector | N
         checkpoint, former_steps = choose_checkpoint(config, plan, fingerprints, checkpoint, run_folder(config))
         fingerprints = checkpoint.manifest["fingerprints"] | fingerprints
     return Inputs(
-        index, plan, fingerprints, trunk, statistics, start, head_given, validation, checkpoint, former_steps, steps
+        indexes, plan, fingerprints, trunk, statistics, start, head_given, validation, checkpoint, former_steps, steps
     )
 
 
@@ -219,13 +224,27 @@ def check_features(config: Experiment, trunk: TrunkFacts, index: Index) -> NDArr
     return read_statistics(metadata) if config.vision.standardise else None
 
 
-def check_training_set(config: Experiment, text: TextTower) -> tuple[Index, Plan]:
-    """Index and plan the training set. Raises DataError for a set, or sidecars of it, that cannot be used."""
-    index = build_index(config.data.train, config.data.columns)
-    plan = make_plan(config, index)
+def check_training_sets(config: Experiment, text: TextTower) -> tuple[list[Index], BlockPlan]:
+    """Index and plan the training sets. Raises DataError for a set, or sidecars of it, that cannot be used."""
+    indexes = [build_index(*data_set) for data_set in config.data.train_sets]
+    plan = make_plan(config, indexes)
     if not config.text_online:
-        check_sidecars(index, text_key(index, text), text.width)
-    return index, plan
+        for index in indexes:
+            check_sidecars(index, text_key(index, text), text.width)
+    return indexes, plan
+
+
+def data_fingerprints(config: Experiment, indexes: Sequence[Index]) -> dict[str, str]:
+    """What names the training data: `data`, and for a mixture `data_1` and so on, with the columns that are read."""
+    if not config.data.set_names:
+        return {"data": indexes[0].fingerprint}
+    sets = {f"data_{number}": hash_set(index) for number, index in enumerate(indexes, 1)}
+    return sets | {"data": hashlib.sha256(" ".join(sets.values()).encode()).hexdigest()}
+
+
+def hash_set(index: Index) -> str:
+    """The fingerprint of a set of a mixture: its content, and which columns are read. sha256, hex."""
+    return hashlib.sha256(f"{index.fingerprint} {index.columns.model_dump_json()}".encode()).hexdigest()
 
 
 def check_tokens(config: Experiment, text: TextTower) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,10 +11,11 @@ import numpy as np
 from nev.cluster.session import cluster_cpus, cluster_gpus, may_grow
 from nev.common.location import S3
 from nev.config.base import ConfigError
-from nev.config.experiment import Experiment, Workers
+from nev.config.experiment import Experiment
+from nev.config.train import Workers
+from nev.data.block_plan import BlockPlan
 from nev.data.index import Index
-from nev.data.plan import Plan
-from nev.data.windows import count_rows_read
+from nev.data.windows import count_rows_read, task_blocks
 from nev.runs.folder import check_space, run_folder
 from nev.runs.metrics_log import load_mlflow_run_id
 from nev.runs.tracking import local_artifacts, tracking_uri
@@ -33,20 +35,37 @@ def machine_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def window_bytes(index: Index, plan: Plan) -> int:
-    """Bytes of the pictures and texts of the largest window, as they are stored: what a task reads before its first block."""
-    size = max(1, plan.window)
-    return int(np.sort(index.nbytes)[-size:].sum() * plan.total_rows / index.total_rows)
+def window_bytes(indexes: Sequence[Index], plan: BlockPlan) -> int:
+    """Bytes of the pictures and texts of the largest window, as they are stored: what a task reads before its first block.
+
+    From S3 the row groups are read at the same time, and each takes its bytes twice while it is decoded from parquet.
+    """
+    used = plan.total_rows / sum(index.total_rows for index in indexes)
+    largest = zip(indexes, plan.groups_per_window, strict=True)
+    nbytes = sum(
+        np.sort(index.nbytes)[-groups:].sum() * (2 if index.root.startswith(S3) else 1) for index, groups in largest
+    )
+    return int(nbytes * used)
 
 
-def note_uneven(index: Index, plan: Plan) -> str | None:
-    """A note about shards on S3 of which a part is read twice, since row groups are no whole number of blocks; or None."""
+def note_read_twice(indexes: Sequence[Index], plan: BlockPlan, streams: int) -> str | None:
+    """A note about rows that are read twice; or None.
+
+    Row groups on S3 are no whole number of blocks, or windows are cut where the part of a stream ends.
+    """
     is_uneven = plan.rows % plan.block_rows > 0
-    if not is_uneven.any() or not index.root.startswith(S3):
+    on_s3 = any(index.root.startswith(S3) for index in indexes)
+    if streams == 1 and not (is_uneven.any() and on_s3):
         return None
-    twice = count_rows_read(plan) / plan.block_rows - 1
+    twice = count_rows_read(plan, streams) / plan.block_rows - 1
     if twice < NOTED_SHARE:
         return None
+    if streams > 1:
+        return (
+            f"each of {streams} streams hands out {plan.blocks_per_step // streams} blocks of a step, and windows of some "
+            f"{plan.blocks_per_window} blocks are cut there, so about {twice:.0%} of the rows are read twice. A smaller "
+            "data.window or data.streams avoids that."
+        )
     size = int(np.bincount(plan.rows[is_uneven]).argmax())
     return (
         f"row groups such as those of {size:,} rows are no whole number of blocks of {plan.block_rows} rows, so about "
@@ -54,14 +73,14 @@ def note_uneven(index: Index, plan: Plan) -> str | None:
     )
 
 
-def check_window_memory(index: Index, plan: Plan) -> None:
+def check_window_memory(indexes: Sequence[Index], plan: BlockPlan) -> None:
     """Raise ConfigError where the windows that all CPUs read at a time are more than `WINDOW_SHARE` of this machine's memory.
 
     A cluster that may grow passes: its nodes are not known.
     """
     if may_grow():
         return
-    nbytes, cpus, memory = window_bytes(index, plan), cluster_cpus(), machine_memory()
+    nbytes, cpus, memory = window_bytes(indexes, plan), cluster_cpus(), machine_memory()
     if nbytes * cpus > WINDOW_SHARE * memory:
         raise ConfigError(
             f"a window takes up to {nbytes / 2**30:.1f} GiB. Each of the {cpus} CPUs reads one at a time, and this machine has "
@@ -69,7 +88,7 @@ def check_window_memory(index: Index, plan: Plan) -> None:
         )
 
 
-def _smaller_windows(plan: Plan) -> str:
+def _smaller_windows(plan: BlockPlan) -> str:
     """What makes windows smaller."""
     lower = f"lower data.window (here {plan.window} row groups), or " if plan.window > 1 else ""
     return f"{lower}write the shards again with smaller row groups (nev prepare)"
@@ -128,9 +147,11 @@ def check_object_store(job: Job) -> None:
             f"the pictures of a step take {step / 2**30:.1f} GiB, and Ray's object store has {store / 2**30:.1f} GiB here: lower "
             "train.global_batch or data.image_size, or submit the run to a cluster"
         )
-    window = job.plan.blocks_per_window * job.plan.block_rows * row_bytes(job)
+    streams = job.config.data.streams  # each of them may run a task
+    window = streams * task_blocks(job.plan, streams) * job.plan.block_rows * row_bytes(job)
     if window > STORE_SHARE * store:
+        windows = "a window" if streams == 1 else f"{streams} windows"
         raise ConfigError(
-            f"the decoded pictures of a window take {window / 2**30:.1f} GiB, too much for Ray's object store, which has "
+            f"the decoded pictures of {windows} take {window / 2**30:.1f} GiB, too much for Ray's object store, which has "
             f"{store / 2**30:.1f} GiB here: {_smaller_windows(job.plan)}, lower data.image_size, or submit the run to a cluster"
         )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from nev.config.experiment import Experiment
 from nev.config.file import parse
-from nev.data.plan import Plan
+from nev.data.block_plan import BlockPlan
 from nev.runs.manifest import CheckpointError, LatestValid, Unreadable, latest_valid, list_steps
 from nev.train.core.schedule import decay_start, first_changed_step
 from nev.train.driver.setup import total_steps
@@ -23,6 +23,7 @@ FREE_TO_CHANGE = (
     "data.train",
     "data.val",
     "data.window",  # the fingerprint of the plan says whether the rows are the same
+    "data.streams",
     "data.max_bad_share",
     "train.micro_batch",
     "train.activation_checkpointing",
@@ -59,7 +60,7 @@ class Continued(NamedTuple):
 
 
 def choose_checkpoint(
-    config: Experiment, plan: Plan, fingerprints: Mapping[str, str], newest: LatestValid, run: str
+    config: Experiment, plan: BlockPlan, fingerprints: Mapping[str, str], newest: LatestValid, run: str
 ) -> Continued:
     """Choose the checkpoint from which the run of `config` continues: the newest, or for a prolonged run the newest that fits.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,17 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from nev.common.words import counted
 from nev.config.experiment import Experiment
 from nev.data.ablation import change_texts, count_used_rows
 from nev.data.block import BlockReader
+from nev.data.block_plan import BlockPlan
 from nev.data.image_sidecar import Features, TrunkFacts, image_recipe
 from nev.data.index import Index
+from nev.data.mixture import MixturePlan, make_mixture
+from nev.data.mixture_reader import Reader, make_mixture_reader
 from nev.data.plan import Plan, choose_window
 from nev.data.text_sidecar import mean_vector
 from nev.data.tokens import CaptionTokenizer
 from nev.eval.validation.task import Validation, text_key
 from nev.runs.folder import run_folder
 from nev.runs.manifest import LatestValid
+from nev.storage.reading import DataError
 from nev.train.job import Job
 
 if TYPE_CHECKING:
@@ -34,7 +40,7 @@ TRAINED = {"text": "", "image": ", the text tower alone is trained", "none": ", 
 class Inputs:
     """What `preflight.check_inputs` has read and checked.
 
-    index: the row groups of the training set.
+    indexes: the row groups of each training set.
     plan: which blocks each step takes.
     fingerprints: as `Job` has them.
     trunk: a locked trunk; None where the trunk is trained.
@@ -47,8 +53,8 @@ class Inputs:
     steps: the steps of all checkpoints, the damaged ones included, before they were verified.
     """
 
-    index: Index
-    plan: Plan
+    indexes: list[Index]
+    plan: BlockPlan
     fingerprints: dict[str, str]
     trunk: TrunkFacts | None
     statistics: NDArray[np.float32] | None
@@ -60,11 +66,15 @@ class Inputs:
     steps: list[int]
 
 
-def make_plan(config: Experiment, index: Index) -> Plan:
-    """The plan of the training set."""
-    rows = count_used_rows(index, config.data.used_rows)
-    window = choose_window(rows, config.data.block_rows) if config.data.window is None else config.data.window
-    return Plan(rows, config.seed, config.train.global_batch, config.data.block_rows, window)
+def make_plan(config: Experiment, indexes: Sequence[Index]) -> BlockPlan:
+    """The plan of the training set, or of the mixture. Raises DataError for a set with too few rows."""
+    data = config.data
+    rows = [count_used_rows(index, data.used_rows) for index in indexes]
+    if data.set_names:
+        steps = config.train.global_batch, data.block_rows
+        return make_mixture(rows, data.factors, not data.by_weight, config.seed, *steps, data.window)
+    window = choose_window(rows[0], data.block_rows) if data.window is None else data.window
+    return Plan(rows[0], config.seed, config.train.global_batch, data.block_rows, window)
 
 
 def make_job(config: Experiment, text: TextTower, inputs: Inputs, stop_after: int | None = None) -> Job:
@@ -77,7 +87,8 @@ def make_job(config: Experiment, text: TextTower, inputs: Inputs, stop_after: in
         config=config,
         run=run_folder(config),
         plan=inputs.plan,
-        shards=inputs.index.paths,
+        shards=name_shards(config, inputs.indexes),
+        set_names=config.data.set_names,
         text_width=text.width,
         total_steps=total,
         stop_step=min(total, stop_after or total),
@@ -92,11 +103,27 @@ def make_job(config: Experiment, text: TextTower, inputs: Inputs, stop_after: in
     )
 
 
-def make_reader(config: Experiment, text: TextTower, index: Index, trunk: TrunkFacts | None = None) -> BlockReader:
+def name_shards(config: Experiment, indexes: Sequence[Index]) -> tuple[str, ...]:
+    """The paths of all shards, relative to their set; with the set's name before them in a mixture."""
+    if not config.data.set_names:
+        return indexes[0].paths
+    named_indexes = zip(config.data.set_names, indexes, strict=True)
+    return tuple(f"{name}/{path}" for name, index in named_indexes for path in index.paths)
+
+
+def make_reader(
+    config: Experiment, text: TextTower, indexes: Sequence[Index], trunk: TrunkFacts | None = None
+) -> Reader:
     """The reader of training blocks. With `text.center` every sidecar is read once, for the mean vector.
 
     trunk: a locked trunk; None where the trunk is trained.
     """
+    readers = [make_set_reader(config, text, index, trunk) for index in indexes]
+    return make_mixture_reader(readers) if config.data.set_names else readers[0]
+
+
+def make_set_reader(config: Experiment, text: TextTower, index: Index, trunk: TrunkFacts | None) -> BlockReader:
+    """The reader of one training set."""
     reader = BlockReader(
         index=index,
         image_size=config.data.image_size,
@@ -129,11 +156,16 @@ def make_tokenizer(tower: TextTower) -> CaptionTokenizer:
     return CaptionTokenizer(tokenizer, tower.prefix, tower.max_tokens)
 
 
-def total_steps(config: Experiment, plan: Plan) -> int:
+def total_steps(config: Experiment, plan: BlockPlan) -> int:
     """The run's length in steps, from whichever of epochs, steps and samples is given (samples round up)."""
     train = config.train
     if train.epochs is not None:
-        return train.epochs * plan.steps_per_epoch
+        if steps := plan.count_steps(train.epochs):
+            return steps
+        raise DataError(
+            f"{counted(train.epochs, 'epoch')} of data.train have fewer rows than a step: raise train.epochs, or the epochs of a "
+            "set, or lower train.global_batch."
+        )
     if train.steps is not None:
         return train.steps
     assert train.samples is not None
@@ -148,10 +180,17 @@ def describe_run(job: Job, start_step: int, window_bytes: int) -> str:
     plan = job.plan
     steps = f"steps {start_step:,} to {job.stop_step:,}" if start_step else f"{job.stop_step:,} steps"
     left = f", {plan.tail_rows:,} rows left over" if plan.tail_rows else ""
+    rows = f"{plan.total_rows:,} rows"
+    if isinstance(plan, Plan):
+        rows += f", {plan.steps_per_epoch:,} steps an epoch"
+    if isinstance(plan, MixturePlan):
+        total = sum(plan.shares)
+        shares = (f"{name} {share / total:.1%}" for name, share in zip(job.set_names, plan.shares, strict=True))
+        rows += f" of {counted(len(plan.shares), 'set')} ({', '.join(shares)})"
     groups = f"{plan.window} row groups" if plan.window > 1 else "a row group"
     windows = f", shuffled in windows of {groups} (up to {window_bytes / 2**20:,.0f} MiB)" if plan.window else ""
     return (
-        f"{job.config.name}: {plan.total_rows:,} rows, {plan.steps_per_epoch:,} steps an epoch{left}{windows}; "
+        f"{job.config.name}: {rows}{left}{windows}; "
         f"{steps}{TRAINED[job.config.lock]}{TRUNK_LOCKED if job.features else ''}{HEAD_GIVEN if job.head_given else ''}"
         f"{f', from the weights of {job.start_from}' if job.start_from else ''}"
     )

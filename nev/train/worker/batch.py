@@ -11,6 +11,8 @@ from torch import Tensor
 from nev.data.block import Block
 from nev.train.core.step import Batch
 
+COLUMNS = {"image", "text", "valid", "set"}  # of a block, for the device
+
 
 class StreamError(RuntimeError):
     """The stream has other rows than the plan names for this step."""
@@ -41,7 +43,7 @@ class BatchBuilder:
     def add(self, block: Block) -> None:
         """Copy the next block. The block may change afterwards."""
         place = slice(self._filled, self._filled + self._block_rows)
-        for name in ("image", "text", "valid"):
+        for name in COLUMNS & block.keys():
             column = block[name]
             if name not in self._host:
                 dtype = torch.from_numpy(np.empty(0, column.dtype)).dtype
@@ -59,4 +61,8 @@ class BatchBuilder:
             text[self._filled :] = -1
             used = text[:, : max(1, int((text >= 0).sum(1).amax()))]
             self._host["text"] = used.pin_memory() if self._device.type == "cuda" else used.contiguous()
-        return Batch(*(self._host[name].to(self._device, non_blocking=True) for name in ("image", "text", "valid")))
+        images, tokens, valid = (
+            self._host[name].to(self._device, non_blocking=True) for name in ("image", "text", "valid")
+        )
+        sets = self._host["set"].to(self._device, torch.int64, non_blocking=True) if "set" in self._host else None
+        return Batch(images, tokens, valid, sets)

@@ -10,8 +10,8 @@ import ray.train
 
 from nev.cluster.ray_internals import current_loop_config
 from nev.data.block import Block
-from nev.data.plan import Plan
-from nev.train.job import Job, row_bytes
+from nev.data.block_plan import BlockPlan
+from nev.train.job import Job, name_stream, row_bytes
 
 _started: list[tuple[Future[Block | None], Iterator[Block]]] = []
 
@@ -34,13 +34,19 @@ def started_blocks() -> Iterator[Block]:
 def iterate_blocks(job: Job) -> Iterator[Block]:
     """This rank's blocks of the stream, in order. The blocks of the next steps are fetched while a step computes."""
     store_bytes = ray.cluster_resources().get("object_store_memory", 0.0)  # type: ignore[no-untyped-call]
-    world = ray.train.get_context().get_world_size()
+    context, streams = ray.train.get_context(), job.config.data.streams
+    world, rank = context.get_world_size(), context.get_world_rank()
     ahead = fetch_ahead(job.plan, world, job.plan.block_rows * row_bytes(job), store_bytes)
-    shard = ray.train.get_dataset_shard("train")
-    yield from shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=ahead)
+    stream = rank * streams // world
+    # Ray makes a stream when rank 0 asks for it, and the other ranks wait for that.
+    shares = {
+        number: ray.train.get_dataset_shard(name_stream(number))
+        for number in (range(streams) if rank == 0 else [stream])
+    }
+    yield from shares[stream].iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=ahead)
 
 
-def fetch_ahead(plan: Plan, world: int, block_bytes: int, store_bytes: float) -> int:
+def fetch_ahead(plan: BlockPlan, world: int, block_bytes: int, store_bytes: float) -> int:
     """The number of blocks that a rank fetches ahead: those of two steps, at most its part of a quarter of the object store.
 
     block_bytes: of one block.

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from nev.common.collectives import gather_objects
 from nev.common.errors import NevError
-from nev.config.experiment import Guards
-from nev.data.plan import Plan
+from nev.config.train import Guards
+from nev.data.block_plan import BlockPlan
 from nev.storage.files import StorageError, join, storage_errors_as, write_atomic
 from nev.train.core.step import StepResult
 
@@ -56,6 +56,7 @@ class BadStep:
     """A step that went wrong.
 
     kind: "skipped" or "spike".
+    epochs: the epoch of each set.
     blocks: first and last block of the step.
     loss, grad_norm: None where the value is not finite, which JSON cannot hold.
     usual_loss: the running mean of the losses before the step.
@@ -64,7 +65,7 @@ class BadStep:
 
     kind: str
     step: int
-    epoch: int
+    epochs: tuple[int, ...]
     blocks: tuple[int, int]
     learning_rate: float
     loss: float | None
@@ -106,7 +107,9 @@ class StepGuard:
     history: the state after the steps that were checked.
     """
 
-    def __init__(self, config: Guards, plan: Plan, shards: tuple[str, ...], history: GuardState, world: int) -> None:
+    def __init__(
+        self, config: Guards, plan: BlockPlan, shards: tuple[str, ...], history: GuardState, world: int
+    ) -> None:
         self.history = history
         self._world = world
         self._config, self._plan, self._shards = config, plan, shards
@@ -138,7 +141,7 @@ class StepGuard:
             BadStep(
                 kind=kind,
                 step=step,
-                epoch=self._plan.epoch_of(self._plan.step_blocks(step).start),
+                epochs=tuple(map(int, self._plan.epochs_done(step))),
                 blocks=(self._plan.step_blocks(step).start, self._plan.step_blocks(step).stop - 1),
                 learning_rate=rate,
                 loss=loss if math.isfinite(loss) else None,
@@ -185,7 +188,7 @@ def describe_bad_step(bad: BadStep, run: str) -> str:
         else f"loss {bad.loss:.4g}, usual {bad.usual_loss:.4g}"
     )
     return (
-        f"step {bad.step}: {what} (epoch {bad.epoch}, blocks {first} to {last}, learning rate "
+        f"step {bad.step}: {what} (epoch {', '.join(map(str, bad.epochs))}, blocks {first} to {last}, learning rate "
         f"{bad.learning_rate:.3g}; shards in {join(run, 'guards')})"
     )
 

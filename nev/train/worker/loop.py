@@ -33,6 +33,7 @@ from nev.train.worker.collectives import StopConsensus
 from nev.train.worker.meters import Interval, StepClock, Totals
 from nev.train.worker.profiler import StepProfiler
 from nev.train.worker.quarantine import Quarantine, TooManyBadRows, describe_bad_rows, too_many_bad_rows
+from nev.train.worker.set_meters import SetMeters
 from nev.train.worker.state import RankContext, TrainState
 
 
@@ -60,8 +61,9 @@ def train(
     `guards.max_skipped`, and TowerMoved where a locked tower has changed.
     """
     config, plan, batch_rows = job.config, job.plan, job.config.train.global_batch
-    quarantine = Quarantine(job.run, job.shards, ctx.rank, start.step, ctx.world)
+    quarantine = Quarantine(job.run, job.shards, ctx.rank, start.step, ctx.world, job.set_names)
     totals = Totals(ctx.device, start.bad_rows)
+    set_meters = SetMeters(job.set_names, plan, ctx.device, ctx.world)
     guard = guards.StepGuard(config.guards, plan, job.shards, guards.GuardState(**start.history), ctx.world)
     clock = StepClock(start.step)
     consensus = StopConsensus(ctx.world, local_stop, config.workers.timeout_s)
@@ -79,7 +81,7 @@ def train(
                     profiler.begin(step + 1)
             rate = learning_rate(step, job.total_steps, config.optim)
             set_learning_rate(train_state.optimizer, rate)
-            block_numbers = plan.rank_blocks(step, ctx.rank, ctx.world, first_step=start.step)
+            block_numbers = plan.rank_blocks(step, ctx.rank, ctx.world, start.step, config.data.streams)
             builder = BatchBuilder(max_blocks, plan.block_rows, ctx.device)
             for number in block_numbers:
                 with clock.waiting():
@@ -96,6 +98,7 @@ def train(
                 batch = add_features(batch)
             result = train_step(train_state.wrapped, train_state.optimizer, batch, config, ctx.precision)
             totals.add(result, batch_rows)
+            set_meters.add(batch, result)
             guard.record(step, rate, result)
             done = step + 1
             stop = consensus.should_stop()
@@ -111,6 +114,7 @@ def train(
             )
             if done % config.train.log_every == 0 or save_now:
                 metrics = totals.metrics(result, train_state.model, rate) | clock.metrics(done, batch_rows)
+                metrics |= set_meters.metrics(done)
                 bad_steps = guard.check()
                 if ctx.rank == 0:
                     guards.write_bad_steps(bad_steps, job.run)

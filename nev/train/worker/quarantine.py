@@ -1,6 +1,6 @@
 """Bad rows, which could not be used: counted by reason, and listed in `<run>/quarantine/*.parquet`.
 
-Columns: step, uid, shard (its path), row_group (in the shard), row (in the row group), reason.
+Columns: step, uid, shard (its path), row_group (in the shard), row (in the row group), reason; set (its number) in a mixture.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nev.common.collectives import gather_objects
 from nev.common.errors import NevError
 from nev.config.experiment import Experiment
 from nev.data.block import Block
-from nev.data.plan import Plan
+from nev.data.block_plan import BlockPlan
 from nev.storage.files import StorageError, filesystem, join, list_files, storage_errors_as, write_atomic
 
 # The share of bad rows is of so many rows at least: one bad row group at the start is a large share of few rows.
@@ -32,17 +32,27 @@ class Quarantine:
     """The bad rows of a rank.
 
     first_step: the step from which this start of the run trains.
-    by_shard, by_reason: number of bad rows of this rank. Rank 0 also counts those of all ranks before `first_step`.
+    sets: names of a mixture's sets, in order. A set keeps its count where its name changes.
+    by_shard, by_reason, by_set: number of bad rows of this rank. Rank 0 also counts those of all ranks before `first_step`.
     examples: kind of reason -> a row's uid and its own reason.
     Files of later steps than `first_step`, from a start that was interrupted, are removed: these steps come again.
     """
 
-    def __init__(self, run: str, shards: tuple[str, ...], rank: int, first_step: int, world: int = 1) -> None:
+    def __init__(
+        self,
+        run: str,
+        shards: tuple[str, ...],
+        rank: int,
+        first_step: int,
+        world: int = 1,
+        sets: tuple[str, ...] = (),
+    ) -> None:
         self.folder = join(run, "quarantine")
         self.by_shard: Counter[str] = Counter()
         self.by_reason: Counter[str] = Counter()
+        self.by_set: Counter[int] = Counter()
         self.examples: dict[str, str] = {}
-        self._shards = shards
+        self._shards, self._sets = shards, sets
         self._rank, self._world = rank, world
         self._rows: list[dict[str, str | int]] = []
         if rank == 0:
@@ -62,11 +72,11 @@ class Quarantine:
                 if int(match[1]) > first_step:
                     fs.rm_file(f"{folder}/{name}")
                     continue
-                table = pq.read_table(
-                    pa.BufferReader(fs.cat_file(f"{folder}/{name}")), columns=["shard", "uid", "reason"]
-                )
+                columns = ["shard", "uid", "reason", *(["set"] if self._sets else [])]
+                table = pq.read_table(pa.BufferReader(fs.cat_file(f"{folder}/{name}")), columns=columns)
             for row in table.to_pylist():
                 self._count(row["shard"], row["uid"], row["reason"])
+                self.by_set[row.get("set", 0)] += 1
 
     def note(self, step: int, block: Block) -> None:
         """Record the invalid rows of a block."""
@@ -80,9 +90,11 @@ class Quarantine:
                     "row_group": int(block["row_group"][at]),
                     "row": int(block["row"][at]),
                     "reason": reason,
+                    **({"set": int(block["set"][at])} if self._sets else {}),
                 }
             )
             self._count(shard, str(block["uid"][at]), reason)
+            self.by_set[int(block["set"][at]) if self._sets else 0] += 1
 
     def _count(self, shard: str, uid: str, reason: str) -> None:
         self.examples.setdefault(classify_reason(reason), f"{uid}: {reason}")
@@ -109,21 +121,26 @@ class Quarantine:
         return sum((part[0] for part in counts), Counter()), sum((part[1] for part in counts), Counter()), examples
 
     def metrics(self) -> dict[str, float]:
-        """`bad_rows/REASON` -> rows since the run's first step, over all ranks. Every rank calls this: one collective."""
-        _, reasons, _ = self.totals()
-        counts: Counter[str] = Counter()
+        """`bad_rows/REASON`, and in a mixture `sets/NAME/bad_rows`: rows since the run's first step, over all ranks.
+
+        Every rank calls this: one collective.
+        """
+        ranks = gather_objects((self.by_reason, self.by_set), self._world)
+        reasons: Counter[str] = sum((part[0] for part in ranks), Counter())
+        of_sets: Counter[int] = sum((part[1] for part in ranks), Counter())
+        counts = Counter({f"sets/{name}/bad_rows": of_sets[number] for number, name in enumerate(self._sets)})
         for reason, count in reasons.items():
             counts[f"bad_rows/{_slug(reason)}"] += count  # two reasons may differ in punctuation alone
         return {name: float(count) for name, count in counts.items()}
 
 
-def too_many_bad_rows(bad_rows: int, done: int, plan: Plan, config: Experiment) -> bool:
+def too_many_bad_rows(bad_rows: int, done: int, plan: BlockPlan, config: Experiment) -> bool:
     """Whether the bad rows of `done` steps are more than the share `data.max_bad_share`.
 
     The share is that of the steps' rows, but of 10,000 rows, or of an epoch, at least.
     """
     batch = config.train.global_batch
-    least = min(LEAST_ROWS, plan.steps_per_epoch * batch)
+    least = min(LEAST_ROWS, plan.total_rows - plan.tail_rows)
     return bad_rows > config.data.max_bad_share * max(done * batch, least)
 
 
