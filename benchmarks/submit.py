@@ -24,7 +24,7 @@ from benchmarks.contestants.head import BIN, Head, job_head
 from benchmarks.contestants.processes import BenchmarkFailed
 from nev.cluster.session import connect
 from nev.common.cli import make_command, report_errors
-from nev.config.data import Columns
+from nev.config.data import Columns, DataSet
 from nev.config.model import Text
 from nev.data.prepare.synthetic import write_synthetic
 from nev.embed.captions import embed_captions
@@ -57,7 +57,7 @@ def main(
         pictures = folder / "pictures"
         write_synthetic(pictures, train=2000, val=256, seed=0)
         connect()
-        embed_captions([str(pictures / split) for split in ("train", "val")], Columns(), Text(), console)
+        embed_captions([DataSet(str(pictures / split), Columns()) for split in ("train", "val")], Text(), console)
         import ray
 
         ray.shutdown()

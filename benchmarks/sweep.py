@@ -21,7 +21,7 @@ from rich.console import Console
 from benchmarks import report
 from nev.cluster.session import connect
 from nev.common.cli import make_command, report_errors
-from nev.config.data import Columns
+from nev.config.data import Columns, DataSet
 from nev.config.model import Text
 from nev.data.prepare.synthetic import write_synthetic
 from nev.embed.captions import embed_captions
@@ -49,7 +49,9 @@ def main(
         folder = Path(name)
         write_synthetic(folder / "pictures", train=4000, val=500, seed=0)
         connect()
-        embed_captions([str(folder / "pictures" / split) for split in ("train", "val")], Columns(), Text(), console)
+        embed_captions(
+            [DataSet(str(folder / "pictures" / split), Columns()) for split in ("train", "val")], Text(), console
+        )
         import ray
 
         ray.shutdown()  # each contestant starts its own

@@ -90,7 +90,7 @@ def ready(path: str, overrides: list[str], console: Console) -> Experiment:
     experiment = with_absolute_paths(load(path, [*overrides, *FIXED]))
     if experiment.workers.gpus:
         raise BenchmarkFailed(f"{path}: workers.gpus is {experiment.workers.gpus:g}, but this benchmark times the CPU")
-    if not any(Path(experiment.data.train).glob("*.parquet")):
+    if not any(Path(experiment.data.only_set("this benchmark").location).glob("*.parquet")):
         raise BenchmarkFailed(
             f"{path}: no shards in {experiment.data.train}. The options that make them are shown by "
             "`nev prepare --help`; examples stand at the head of nev/commands/prepare.py."

@@ -70,13 +70,13 @@ def preload(config: Experiment, wanted: int) -> tuple[Tensor, Tensor]:
 
     One caption a picture. Rows that cannot be decoded are left out.
     """
+    from nev.data.block_plan import sequential_blocks
     from nev.data.index import build_index
-    from nev.data.plan import sequential_blocks
     from nev.models.text import load_text
     from nev.train.driver.setup import make_reader
 
-    index = build_index(config.data.train, config.data.columns)
-    reader = dataclasses.replace(make_reader(config, load_text(config.text), index), augment=None)
+    index = build_index(*config.data.only_set("this benchmark"))
+    reader = dataclasses.replace(make_reader(config, load_text(config.text), [index]), augment=None)
     images, texts, count = [], [], 0
     for segments in sequential_blocks(reader.index.rows, int(reader.index.rows.max())):  # a row group at a time
         block = reader.read(segments)

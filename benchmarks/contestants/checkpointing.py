@@ -45,7 +45,7 @@ def steps_with_checkpoints(pictures: Path, every: int | None) -> Spent:
         config = quickstart(pictures, folder, every)
         text = load_text(config.text)
         inputs = check_inputs(config, text)
-        job, reader = make_job(config, text, inputs), make_reader(config, text, inputs.index)
+        job, reader = make_job(config, text, inputs), make_reader(config, text, inputs.indexes)
         me = RankContext(0, 1, torch.device("cpu"), choose_precision("fp32", torch.device("cpu")))
         train_state, start = make_train_state(load_model(job, me, 0), job, me)
         block = next(reader.read_blocks(job.plan.make_window(0)))

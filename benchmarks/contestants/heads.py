@@ -39,7 +39,7 @@ def prepare_head(config: Experiment, stop_after: int | None = None) -> tuple[Job
 
     text = load_text(config.text)
     inputs = check_inputs(config, text)
-    return make_job(config, text, inputs, stop_after), make_reader(config, text, inputs.index, inputs.trunk)
+    return make_job(config, text, inputs, stop_after), make_reader(config, text, inputs.indexes, inputs.trunk)
 
 
 def train_here(job: Job, reader: BlockReader, report: Report) -> None:
@@ -142,7 +142,7 @@ def bare_loop(config: Experiment, steps: int, own_loss: bool) -> float:
 
 def read_vectors(config: Experiment) -> tuple[Tensor, Tensor]:
     """All rows of the set, each in memory of its own: features, float32 [n, F], and text vectors, float32 [n, D]."""
-    from nev.data.plan import sequential_blocks
+    from nev.data.block_plan import sequential_blocks
 
     _, reader = prepare_head(config)
     rows = reader.index.rows

@@ -139,8 +139,8 @@ def forward_per_s(overrides: list[str], batches: tuple[int, ...] = BATCHES, seco
     import torch
 
     from nev.data.block import BlockReader
+    from nev.data.block_plan import sequential_blocks
     from nev.data.index import build_index
-    from nev.data.plan import sequential_blocks
     from nev.models.vision import normalise
     from nev.models.weights import read_weights
 

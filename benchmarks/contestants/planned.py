@@ -31,9 +31,9 @@ def decode_core_images_s(config: Experiment, seconds: float) -> float:
     from nev.train.driver.setup import make_plan, make_reader
 
     torch.set_num_threads(1)
-    index = build_index(config.data.train, config.data.columns)
-    reader = make_reader(config, load_text(config.text), index)
-    plan = make_plan(config, index)
+    index = build_index(*config.data.only_set("this benchmark"))
+    reader = make_reader(config, load_text(config.text), [index])
+    plan = make_plan(config, [index])
     next(reader.read_blocks(plan.make_window(0)))
     begin, rows, number = time.perf_counter(), 0, 0
     while time.perf_counter() - begin < seconds:
@@ -67,7 +67,7 @@ def _train_rank(rank: int, world: int, steps: int, config: Experiment, store: st
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     text, cpu = load_text(config.text), torch.device("cpu")
     inputs = check_inputs(config, text)
-    job, reader = make_job(config, text, inputs, steps), make_reader(config, text, inputs.index)
+    job, reader = make_job(config, text, inputs, steps), make_reader(config, text, inputs.indexes)
     context = RankContext(rank, world, cpu, choose_precision(config.train.precision, cpu))
     state, start = make_train_state(load_model(job, context, 0), job, context)
     own = [

@@ -29,7 +29,7 @@ from nev.data.plan import Plan, choose_window
 # store for the first time.
 WARM_UP_S = 5.0
 MEASURED_S = 10.0
-START = 4  # batches of a stream whose start alone is measured
+START = 16  # batches of a stream whose start alone is measured: as many windows as there are processes, or more
 MANY = 4_000  # batches: more than anyone gives in WARM_UP_S + MEASURED_S
 AUGMENT = Augment()
 RESUMES = 5
