@@ -49,7 +49,7 @@ def cost_of(config: Experiment, steps: int) -> Cost:
     torch.manual_seed(0)
     vision = build_vision(config.vision, size, WIDTH)
     apply_train_options(vision, config.train)
-    model = DualEncoder(vision, config.loss).train()
+    model = DualEncoder(vision, config.loss, bias=config.initial_bias).train()
     optimizer = make_optimizer(model, config.optim)
     given = Batch(
         torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8),

@@ -5,6 +5,7 @@ Every section is frozen and refuses unknown keys, so a misspelt key is an error 
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -72,6 +73,13 @@ class Experiment(Section):
     def text_online(self) -> bool:
         """Whether the text tower runs in the training loop."""
         return self.text.mode == "online" or self.lock != "text"
+
+    @property
+    def initial_bias(self) -> float | None:
+        """Initial bias of a sigmoid loss; None for another loss."""
+        if self.loss.kind != "sigmoid":
+            return None
+        return -math.log(self.train.global_batch) if self.loss.init_bias is None else self.loss.init_bias
 
     def local_batch(self, world: int) -> int:
         """Rows of a worker's share of the batch, in whole blocks. Where shares differ, the largest share."""

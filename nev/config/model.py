@@ -149,8 +149,10 @@ class Loss(Section):
 
     kind: Literal["softmax", "sigmoid"] = "softmax"
     """Loss: `softmax` is InfoNCE (arXiv 2103.00020), `sigmoid` is SigLIP's (arXiv 2303.15343)."""
-    init_bias: float = Field(default=-10.0, ge=-1e3, le=1e3)
-    """Initial bias of the sigmoid loss."""
+    init_bias: float | None = Field(default=None, ge=-1e3, le=1e3)
+    """Initial bias of the sigmoid loss. null: -log B, so that a pair of the batch begins as probable as it is. SigLIP has -10 at
+    B = 32,768.
+    """
     init_scale: float = Field(default=1 / 0.07, gt=0, le=1e6)
     """Initial logit scale, 1 / temperature. SigLIP's loss wants 10."""
     learn_scale: bool = True

@@ -26,9 +26,13 @@ class Optim(Section):
     eps: float = Field(default=1e-8, gt=0, le=1)
     """AdamW's epsilon."""
     weight_decay: float = Field(default=0.0, ge=0, le=1e3)
-    """Weight decay of matrices. Biases, norms and the logit scale have none."""
+    """Weight decay of the matrices and kernels of layers. Biases, norms, class tokens, latents, positions and the logit scale
+    have none.
+    """
     clip_norm: float | None = Field(default=1.0, gt=0, le=1e9)
-    """Norm to which the gradient of the global batch is clipped. null: no clipping."""
+    """Norm to which the gradient of the mean loss over the global batch is clipped. A limit for a loss that is multiplied by the
+    number of GPUs, as contrastors' is, is divided by that number here. null: no clipping.
+    """
     warmup_steps: int = Field(default=0, ge=0, le=MOST)
     """Length of the linear warm-up, in steps."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"

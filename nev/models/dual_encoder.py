@@ -20,9 +20,10 @@ class DualEncoder(nn.Module):
     """The vision tower, the text tower where it is trained, the logit scale, and the bias of a sigmoid loss.
 
     vision: the vision tower, or what is trained behind a locked trunk.
-    loss: the initial logit scale and bias.
+    loss: the initial logit scale.
     text: the text tower. None where the batch brings text vectors.
     vision_locked: the vision tower is not trained and stays in eval mode.
+    bias: the initial bias of a sigmoid loss. None: no bias.
     """
 
     def __init__(
@@ -31,14 +32,15 @@ class DualEncoder(nn.Module):
         loss: Loss,
         text: TextEncoder | None = None,
         vision_locked: bool = False,
+        bias: float | None = None,
     ) -> None:
         super().__init__()
         self.vision, self.text, self.vision_locked = vision, text, vision_locked
         if vision_locked:
             vision.requires_grad_(False)
         self.log_scale = nn.Parameter(torch.tensor(math.log(loss.init_scale)), requires_grad=loss.learn_scale)
-        if loss.kind == "sigmoid":
-            self.bias = nn.Parameter(torch.tensor(loss.init_bias))
+        if bias is not None:
+            self.bias = nn.Parameter(torch.tensor(bias))
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode, but leave a locked tower in eval mode."""

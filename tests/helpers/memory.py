@@ -39,7 +39,7 @@ def one_step(config: Experiment, live: LiveBytes | None = None) -> None:
     rows, size = config.train.global_batch, config.data.image_size
     vision = build_vision(config.vision, size, WIDTH)
     apply_train_options(vision, config.train)
-    model = DualEncoder(vision, config.loss).train()
+    model = DualEncoder(vision, config.loss, bias=config.initial_bias).train()
     optimizer = make_optimizer(model, config.optim)
     given = Batch(
         torch.randint(0, 256, (rows, size, size, 3), dtype=torch.uint8),

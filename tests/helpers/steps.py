@@ -44,7 +44,8 @@ def made(learn_scale: bool = True, kind: str = "softmax", **trunk: Any) -> DualE
     """trunk: arguments in the place of those of `TRUNK`."""
     torch.manual_seed(1)
     vision = build_vision(Vision(trunk="vit_tiny_patch16_224", trunk_args={**TRUNK, **trunk}, pool="map"), SIZE, WIDTH)
-    return DualEncoder(vision, Loss(kind=kind, init_scale=10.0, learn_scale=learn_scale)).double().train()
+    loss = Loss(kind=kind, init_scale=10.0, learn_scale=learn_scale)
+    return DualEncoder(vision, loss, bias=-10.0 if kind == "sigmoid" else None).double().train()
 
 
 def batch(dtype: torch.dtype = torch.float64) -> Batch:

@@ -97,7 +97,7 @@ def test_the_recipe_is_the_papers():
     assert config.loss.learn_scale
     assert config.loss.max_scale is None
     optim = config.optim
-    assert (optim.lr, optim.betas, optim.weight_decay, optim.clip_norm) == (1e-3, (0.9, 0.95), 0.0, 1.0)
+    assert (optim.lr, optim.betas, optim.weight_decay, optim.clip_norm) == (1e-3, (0.9, 0.95), 0.0, 1 / 16)
     assert (optim.warmup_steps, optim.schedule, optim.final_lr) == (2000, "cosine", 0.0)
     train = config.train
     assert (train.global_batch, train.epochs, train.precision) == (65_536, 3, "bf16")

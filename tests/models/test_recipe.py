@@ -126,7 +126,7 @@ def test_every_number_reaches_the_run(
         assert group["weight_decay"] == 0.0
     assert sum(len(group["params"]) for group in train_state.optimizer.param_groups) == len(before)
     assert [reports.metrics[step]["learning_rate"] for step in (1, 2)] == pytest.approx([1e-3 / 2000, 2e-3 / 2000])
-    assert seen["clip"] == [1.0, 1.0]
+    assert seen["clip"] == [1 / 16, 1 / 16]
     shape, mean, std = seen["pixels"][0]  # type: ignore[misc]
     assert (shape, mean, std) == ((2, 224, 224, 3), config.data.mean, config.data.std)
     assert seen["dtype"]

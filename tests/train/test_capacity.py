@@ -136,7 +136,7 @@ class Counting(TorchDispatchMode):
 
 def _splits(rank: int, train: dict[str, Any]) -> dict[str, Any]:
     config = experiment(batch=64, workers={"count": 2}, train=train)
-    model = DualEncoder(build_vision(config.vision, 32, WIDTH), config.loss).train()
+    model = DualEncoder(build_vision(config.vision, 32, WIDTH), config.loss, bias=config.initial_bias).train()
     wrapped = distribute(model, True, 2, CPU)
     optimizer = make_optimizer(model, config.optim)
     given = Batch(

@@ -63,7 +63,7 @@ def made(config: Experiment) -> DualEncoder:
     torch.manual_seed(1)
     vision = build_vision(config.vision, SIZE, WIDTH)
     apply_train_options(vision, config.train, backend="aot_eager")
-    return DualEncoder(vision, config.loss).train()
+    return DualEncoder(vision, config.loss, bias=config.initial_bias).train()
 
 
 def share(rank: int) -> Batch:

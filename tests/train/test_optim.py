@@ -7,13 +7,17 @@ import math
 from typing import Any
 
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers import BertConfig, BertModel
 
 from nev.config.base import ConfigError
+from nev.config.model import Vision
 from nev.config.train import Optim
+from nev.models.vision import build_vision
 from nev.train.core.optim import make_optimizer, set_learning_rate
 from nev.train.core.schedule import check_schedule, decay_start, first_changed_step, learning_rate
 
@@ -81,6 +85,40 @@ def test_decay_leaves_out_biases_norms_and_the_logit_scale() -> None:
     assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
     set_learning_rate(optimizer, 0.5)
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
+
+
+@pytest.mark.parametrize(
+    "trunk",
+    [
+        "vit_tiny_patch16_224",
+        "vit_base_patch16_siglip_224",
+        "eva02_tiny_patch14_224",
+        "beit_base_patch16_224",
+        "convnext_atto",
+    ],
+)
+def test_decay_leaves_out_what_timm_leaves_out(trunk: str) -> None:
+    """Class tokens, registers, positions and tables of relative positions, and the latents of pools."""
+    model = timm.create_model(trunk, num_classes=0)
+    (decayed, *_) = make_optimizer(model, Optim(lr=0.1, weight_decay=0.3)).param_groups
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    left_out = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    expected = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    assert {names[parameter] for parameter in decayed["params"]} == expected - left_out - {"attn_pool.latent"}
+
+
+def test_decay_leaves_out_the_latent_of_a_pool_and_the_positions_of_a_text_tower() -> None:
+    vision = build_vision(Vision(trunk="vit_tiny_patch16_224", pool="nomic"), 224, 24)
+    text = BertModel(BertConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    model = nn.ModuleDict({"vision": vision, "text": text})
+    groups = make_optimizer(model, Optim(lr=0.1, weight_decay=0.3)).param_groups
+    decays = {parameter: group["weight_decay"] for group in groups for parameter in group["params"]}
+    names = dict(model.named_parameters())
+    for plain in ("pool.latent", "trunk.cls_token", "trunk.pos_embed"):
+        assert decays[names[f"vision.{plain}"]] == 0.0
+    assert decays[names["text.embeddings.position_embeddings.weight"]] == 0.0
+    assert decays[names["text.embeddings.word_embeddings.weight"]] == 0.3
+    assert decays[names["vision.pool.q.weight"]] == 0.3
 
 
 def test_a_text_tower_has_its_share_of_the_rate() -> None:

@@ -24,6 +24,7 @@ FREE_TO_CHANGE = (
     "data.val",
     "data.window",  # the fingerprint of the plan says whether the rows are the same
     "data.streams",
+    "loss.init_bias",  # a checkpoint has the bias
     "data.max_bad_share",
     "train.micro_batch",
     "train.activation_checkpointing",

@@ -166,7 +166,7 @@ def build_model(job: Job, replaced: bool) -> tuple[DualEncoder, TextTower | None
     text = make_text_encoder(tower) if tower and config.lock != "text" else None
     if text:
         unlock(text, config.train.activation_checkpointing)
-    model = DualEncoder(vision, config.loss, text, vision_locked=config.lock == "image").train()
+    model = DualEncoder(vision, config.loss, text, config.lock == "image", config.initial_bias).train()
     if config.train.micro_batch is not None or config.train.fsdp:
         refuse_batch_norm(model, "train.fsdp" if config.train.fsdp else "train.micro_batch")
     return model, tower
