@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from nev.config.base import ConfigError
 from nev.config.eval import ZeroShot
 from nev.eval.metrics import ranks
+from nev.eval.metrics.classification import rank_answers
 from nev.eval.metrics.ranks import Floats
-from nev.eval.metrics.zeroshot import class_embeddings, zero_shot
+from nev.eval.metrics.zeroshot import class_embeddings, zero_shot, zero_shot_ranks
 from nev.eval.validation.task import class_names, class_sentences
 from nev.models.text import TextTower
 
@@ -139,6 +140,29 @@ def test_class_is_the_unit_mean_of_its_unit_templates() -> None:
     assert asked == ["a {x}", "the {x}", "a fox", "the fox"]
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, [[0.5**0.5, 0.5**0.5, 0], [0, 0, 1]], atol=1e-7)
+
+
+def test_of_classes_of_one_name_the_first_one_wins() -> None:
+    """ImageNet has `missile` and `sunglasses` twice; open_clip and CLIP_benchmark take the argmax."""
+    names = ["missile", "crane", "missile", "cat", "missile"]
+    spoken = {"missile": [1, 0, 0], "crane": [0, 1, 0], "cat": [0.8, 0, 0.6]}
+    calls = []
+
+    def encode(sentences: Sequence[str]) -> np.ndarray:
+        calls.append(list(sentences))
+        return np.array([spoken[sentence] for sentence in sentences])
+
+    classes = class_embeddings(encode, names, ["{}"])
+    assert calls == [["missile", "crane", "cat"]]
+    images = unit(np.array([[1.0, 0.1, 0], [0.9, 0, 0.5], [0.1, 1, 0]]))
+    pairs = [(image, label) for image in range(3) for label in range(5)]
+    rows, labels = (np.array(side) for side in zip(*pairs, strict=True))
+    ranks = zero_shot_ranks(images[rows], labels, classes, names=names).reshape(3, 5)
+    assert ranks.tolist() == [[0, 4, 1, 3, 2], [1, 4, 2, 0, 3], [1, 0, 2, 4, 3]]
+    answers = rank_answers(ranks[:, 0], images, np.zeros(3, np.int64), classes, names)
+    assert answers.predicted.tolist() == [0, 3, 1]
+    # Classes that tie for another reason still count against the model.
+    assert zero_shot_ranks(images[:1], [0], classes, names=list("abcde")).tolist() == [2]
 
 
 def test_bad_class_embeddings_are_named() -> None:

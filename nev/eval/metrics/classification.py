@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,9 +35,17 @@ class Answers(NamedTuple):
     classes: int
 
 
-def rank_answers(ranks: Ints, images: Floats, labels: Ints, classes: Floats) -> Answers:
-    """The answers for n images [n, D] over C classes [C, D]. ranks: int64 [n], from `nev.eval.metrics.zeroshot`."""
-    return Answers(ranks, nearest(images, classes, 1).rows[:, 0], labels, len(classes))
+def rank_answers(ranks: Ints, images: Floats, labels: Ints, classes: Floats, names: Sequence[str] = ()) -> Answers:
+    """The answers for n images [n, D] over C classes [C, D].
+
+    ranks: int64 [n], from `nev.eval.metrics.zeroshot`.
+    names: of the classes. Of classes of one name the first one is predicted.
+    """
+    predicted = nearest(images, classes, 1).rows[:, 0]
+    if names:
+        first = {name: number for number, name in reversed(list(enumerate(names)))}
+        predicted = np.array([first[name] for name in names])[predicted]
+    return Answers(ranks, predicted, labels, len(classes))
 
 
 def top_k(answers: Answers, k: int) -> Callable[[Weights], float]:

@@ -102,8 +102,10 @@ def _mistakes(task: Task, collection: Collection, context: Context, result: Task
 
 
 def _rank_classes(labelled: Labelled) -> classification.Answers:
-    ranks = zero_shot_ranks(labelled.images, labelled.labels, labelled.classes)
-    return classification.rank_answers(ranks, labelled.images, labelled.labels, labelled.classes)
+    images, labels, _, classes, names = labelled
+    return classification.rank_answers(
+        zero_shot_ranks(images, labels, classes, names=names), images, labels, classes, names
+    )
 
 
 def _class_gallery(path: Path, context: Context, labelled: Labelled, chosen: Ints, results: int) -> None:

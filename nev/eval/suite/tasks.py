@@ -73,8 +73,8 @@ def score(task: Task, collection: Collection, context: Context) -> TaskResult:
 
 def _zero_shot(task: Task, collection: Collection, context: Context) -> TaskResult:
     images, labels, rows, classes, names = labelled_images(task, collection, context)
-    ranks = zero_shot_ranks(images, labels, classes)
-    answers = classification.rank_answers(ranks, images, labels, classes)
+    ranks = zero_shot_ranks(images, labels, classes, names=names)
+    answers = classification.rank_answers(ranks, images, labels, classes, names)
     metrics = {
         "mean_per_class": classification.mean_per_class(answers),
         "macro_f1": classification.macro_f1(answers),
@@ -137,7 +137,7 @@ def _compression(task: Task, collection: Collection, context: Context) -> TaskRe
         labelled = labelled_images(task, collection, context)
 
         def measure(images: Floats, others: Floats) -> float:
-            return float(np.mean(zero_shot_ranks(images, labelled.labels, others) < 1))
+            return float(np.mean(zero_shot_ranks(images, labelled.labels, others, names=labelled.names) < 1))
 
         table, scored = list(compressions(labelled.images, labelled.classes, measure)), len(labelled.rows)
     else:
@@ -156,12 +156,13 @@ def _compression(task: Task, collection: Collection, context: Context) -> TaskRe
 
 def _robustness(task: Task, collection: Collection, context: Context) -> TaskResult:
     labelled = labelled_images(task, collection, context)
-    clean = zero_shot_ranks(labelled.images, labelled.labels, labelled.classes) < 1
-    hits = {
-        variant: zero_shot_ranks(vectors[labelled.rows], labelled.labels, labelled.classes) < 1
-        for variant, vectors in collection.corrupted.items()
-    }
-    shares = {f"{name}_{severity}": float(np.mean(right)) for (name, severity), right in hits.items()}
+
+    def right(images: Floats) -> NDArray[np.bool_]:
+        return zero_shot_ranks(images, labelled.labels, labelled.classes, names=labelled.names) < 1
+
+    clean = right(labelled.images)
+    hits = {variant: right(vectors[labelled.rows]) for variant, vectors in collection.corrupted.items()}
+    shares = {f"{name}_{severity}": float(np.mean(share)) for (name, severity), share in hits.items()}
     each = np.mean(list(hits.values()), axis=0)  # of a picture, over its corruptions
 
     def retained(weights: NDArray[np.float64]) -> float:
