@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nev.config.base import MOST, Positive, Section, Seed
+from nev.config.base import MOST, Positive, PositiveShare, Section, Seed
 
 Number = Annotated[float, Field(ge=-1e15, le=1e15)]
 Whole = Annotated[int, Field(ge=-MOST, le=MOST)]
@@ -74,6 +74,8 @@ class Sweep(Section):
     """Budget of every trial, in rows seen, rounded up to whole steps."""
     metrics: tuple[str, ...] = Field(min_length=1)
     """Metrics that are compared; the first one decides."""
+    margin: PositiveShare = 0.01
+    """Difference of shares, such as accuracies, that does not matter. Arms that differ by less for sure are called equal."""
     mode: Literal["max", "min"] = "max"
     """Direction in which the first metric is better."""
     reference: dict[str, Any] = Field(default={})

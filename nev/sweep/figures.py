@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nev.eval.report.plots import FAINT, INK, colours, dress, new_figure, save
-from nev.sweep.statistics import MIN_RANGE, Values, estimate, fit_parabola
+from nev.sweep.block_design import Values
+from nev.sweep.statistics import MIN_RANGE, estimate, fit_parabola
 from nev.sweep.trials import Arm
 
 if TYPE_CHECKING:

@@ -5,19 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from nev.sweep.block_design import MIN_SEEDS, Difference, compare_steps, compare_with_reference
 from nev.sweep.figures import make_label, parse_number
 from nev.sweep.results import Outcome, is_share
-from nev.sweep.statistics import (
-    LEVEL,
-    MIN_SEEDS,
-    Curve,
-    Difference,
-    Estimate,
-    compare_steps,
-    differences,
-    estimate,
-    fit_parabola,
-)
+from nev.sweep.statistics import LEVEL, Curve, Estimate, estimate, fit_parabola
 from nev.sweep.trials import Arm, find_reference
 
 NOT_DISTINGUISHABLE = "not distinguishable at this budget"
@@ -96,15 +87,30 @@ def make_sentences(outcome: Outcome, metric: str) -> Iterator[str]:
     if seeds < MIN_SEEDS:
         yield f"With fewer than {MIN_SEEDS} seeds no difference is tested."
     elif reference in values:
-        compared = differences(values, reference, outcome.resolution(metric))
-        same = [make_label(difference.arm) for difference in compared if not difference.distinguishable]
-        for difference in compared:
-            if difference.distinguishable:
-                yield f"{make_label(difference.arm)} against {make_label(reference)}: {_change(metric, difference)}."
-        if same:
-            yield f"Against {make_label(reference)} {NOT_DISTINGUISHABLE}: {'; '.join(same)}."
+        yield from _against_reference(values, reference, outcome, metric)
     if seeds >= MIN_SEEDS:
         yield from _over_numbers(values, metric, outcome.resolution(metric))
+
+
+def _against_reference(
+    values: dict[Arm, dict[int, float]], reference: Arm, outcome: Outcome, metric: str
+) -> Iterator[str]:
+    label, margin = make_label(reference), outcome.sweep.margin
+    compared = compare_with_reference(values, reference, outcome.resolution(metric))
+    for difference in compared:
+        if difference.distinguishable:
+            yield f"{make_label(difference.arm)} against {label}: {_change(metric, difference)}."
+    same = [difference for difference in compared if not difference.distinguishable]
+    equal = [difference for difference in same if is_share(metric) and difference.is_within(margin)]
+    if equal:
+        amount = _number(metric, margin, True)
+        yield f"Equal to {label} to within {amount}: {'; '.join(make_label(one.arm) for one in equal)}."
+    if unknown := [difference for difference in same if difference not in equal]:
+        farthest = max(max(abs(one.size.low), abs(one.size.high)) for one in unknown)
+        yield (
+            f"Against {label} {NOT_DISTINGUISHABLE}: {'; '.join(make_label(one.arm) for one in unknown)}. "
+            f"They may differ by up to {_number(metric, farthest, True)}."
+        )
 
 
 def _over_numbers(values: dict[Arm, dict[int, float]], metric: str, resolution: float) -> Iterator[str]:
@@ -143,8 +149,9 @@ def _how(outcome: Outcome) -> str:
     if len(outcome.sweep.seeds) < 2:
         return "One seed: no intervals."
     return (
-        f"Mean and Student's 95 % interval over {len(outcome.sweep.seeds)} seeds. Differences are paired by seed; their p values "
-        "are adjusted for all arms of a metric, and those of steps up for all steps (Holm). Intervals are not adjusted."
+        f"Mean and Student's 95 % interval over {len(outcome.sweep.seeds)} seeds. Differences are those of a randomised "
+        "block: at the same seeds, with one error for all arms. Their intervals hold for all arms of a metric at once, and their "
+        "p values are adjusted likewise (Dunnett); p values of steps up are adjusted for all steps (Holm)."
     )
 
 

@@ -11,8 +11,8 @@ from nev.config.base import Section
 from nev.runs.folder import run_folder
 from nev.storage.files import join, storage_errors_as, write_atomic
 from nev.storage.reading import read_bytes
+from nev.sweep.block_design import RESOLUTION
 from nev.sweep.config import Sweep
-from nev.sweep.statistics import RESOLUTION
 from nev.sweep.trials import Arm, Trial, expand_arms
 
 FILE = "result.json"
@@ -78,7 +78,7 @@ class Outcome:
         return min(samples), max(samples)
 
     def resolution(self, metric: str) -> float:
-        """The least standard deviation over seeds that statistics assume: one picture, for a share of the validation set."""
+        """The least standard deviation of a difference that statistics assume: one picture, for a share of the validation set."""
         rows = [result.metrics["val/rows"] for result in self.results if result.metrics.get("val/rows")]
         return max(RESOLUTION, 1 / min(rows)) if rows and is_share(metric) else RESOLUTION
 

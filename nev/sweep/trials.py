@@ -230,7 +230,7 @@ def hash_trial(experiment: Experiment, data: str) -> str:
 def hash_definition(sweep: Sweep, trials: Sequence[Trial]) -> str:
     """sha256 of the definition of a sweep and of its trials. Another budget, base or metric is another sweep."""
     content = [
-        sweep.model_dump(mode="json", exclude={"concurrent", "base", "overrides"}),
+        sweep.model_dump(mode="json", exclude={"concurrent", "base", "overrides", "margin"}),
         [trial.name for trial in trials],
     ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
