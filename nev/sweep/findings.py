@@ -31,7 +31,7 @@ def describe_findings(outcome: Outcome) -> str:
     if failed:
         parts.append("\n".join([f"**Failed** ({len(failed)}); the same command tries them again", "", *failed]))
     early = [
-        f"- {result.name}: {_number(sweep.metrics[0], result.metrics.get(sweep.metrics[0]))} at {result.samples:,} samples"
+        f"- {result.name}: {format_number(sweep.metrics[0], result.metrics.get(sweep.metrics[0]))} at {result.samples:,} samples"
         for result in outcome.results
         if result.ended_early
     ]
@@ -61,7 +61,7 @@ def make_table(outcome: Outcome, metrics: list[str]) -> Iterator[str]:
             if len(values) == seeds:
                 cells.append(_with_interval(metric, estimate(values)))
             else:
-                mean = f"{_number(metric, estimate(values).mean)}, " if values else ""
+                mean = f"{format_number(metric, estimate(values).mean)}, " if values else ""
                 cells.append(f"{mean}{len(values)} of {seeds} seeds")
         mark = " (reference)" if arm == reference else ""
         yield f"| {make_label(arm)}{mark} | {' | '.join(cells)} |"
@@ -80,10 +80,13 @@ def make_sentences(outcome: Outcome, metric: str) -> Iterator[str]:
         return
     means = {arm: estimate(list(by_seed.values())).mean for arm, by_seed in values.items()}
     if len(means) > 1 and len({*means.values()}) == 1:
-        yield f"{_number(metric, means.popitem()[1])} for every arm: this metric shows no difference at this budget."
+        yield f"{format_number(metric, means.popitem()[1])} for every arm: this metric shows no difference at this budget."
         return
     ends = (("Highest", max(means, key=means.__getitem__)), ("lowest", min(means, key=means.__getitem__)))
-    yield "; ".join(f"{word} mean: {make_label(arm)} with {_number(metric, means[arm])}" for word, arm in ends) + "."
+    yield (
+        "; ".join(f"{word} mean: {make_label(arm)} with {format_number(metric, means[arm])}" for word, arm in ends)
+        + "."
+    )
     if seeds < MIN_SEEDS:
         yield f"With fewer than {MIN_SEEDS} seeds no difference is tested."
     elif reference in values:
@@ -103,13 +106,13 @@ def _against_reference(
     same = [difference for difference in compared if not difference.distinguishable]
     equal = [difference for difference in same if is_share(metric) and difference.is_within(margin)]
     if equal:
-        amount = _number(metric, margin, True)
+        amount = format_number(metric, margin, True)
         yield f"Equal to {label} to within {amount}: {'; '.join(make_label(one.arm) for one in equal)}."
     if unknown := [difference for difference in same if difference not in equal]:
         farthest = max(max(abs(one.size.low), abs(one.size.high)) for one in unknown)
         yield (
             f"Against {label} {NOT_DISTINGUISHABLE}: {'; '.join(make_label(one.arm) for one in unknown)}. "
-            f"They may differ by up to {_number(metric, farthest, True)}."
+            f"They may differ by up to {format_number(metric, farthest, True)}."
         )
 
 
@@ -137,7 +140,7 @@ def _over_numbers(values: dict[Arm, dict[int, float]], metric: str, resolution: 
 
 
 def _shape(curve: Curve, axis: str, metric: str) -> str:
-    residual = f"residuals of {_number(metric, curve.residual, True)}"
+    residual = f"residuals of {format_number(metric, curve.residual, True)}"
     if curve.p >= 1 - LEVEL:
         return f"Over log2 of {axis} no curvature is distinguishable (p = {curve.p:.2g}; a parabola has {residual})."
     extreme = "highest" if curve.top else "lowest"
@@ -157,17 +160,17 @@ def _how(outcome: Outcome) -> str:
 
 def _change(metric: str, difference: Difference[Arm] | Difference[float]) -> str:
     size = difference.size
-    ends = f"95 %: {_number(metric, size.low, True, sign=True)} to {_number(metric, size.high, True, sign=True)}"
-    return f"{_number(metric, size.mean, True, sign=True)} ({ends}; p = {difference.p:.2g})"
+    ends = f"95 %: {format_number(metric, size.low, True, sign=True)} to {format_number(metric, size.high, True, sign=True)}"
+    return f"{format_number(metric, size.mean, True, sign=True)} ({ends}; p = {difference.p:.2g})"
 
 
 def _with_interval(metric: str, value: Estimate) -> str:
     if math.isinf(value.low):
-        return _number(metric, value.mean)
-    return f"{_number(metric, value.mean)} ± {_number(metric, value.mean - value.low, True)}"
+        return format_number(metric, value.mean)
+    return f"{format_number(metric, value.mean)} ± {format_number(metric, value.mean - value.low, True)}"
 
 
-def _number(metric: str, value: float | None, points: bool = False, sign: bool = False) -> str:
+def format_number(metric: str, value: float | None, points: bool = False, sign: bool = False) -> str:
     """Format a share in percent, a difference of shares in points, and any other number with three digits."""
     if value is None:
         return "none"

@@ -18,6 +18,7 @@ from nev.config.base import ConfigError
 from nev.config.file import parse
 from nev.runs.manifest import latest_checkpoint
 from nev.sweep.config import Sweep
+from nev.sweep.design import read_before
 from nev.sweep.report import read_sweep
 from nev.sweep.run import run_sweep
 
@@ -69,5 +70,6 @@ def test_a_killed_sweep_loses_and_repeats_nothing(ray_cluster: None, base: str, 
     remembered = read_sweep(done.tracking_uri, "sizes")
     assert remembered.sweep == wanted
     assert remembered.results == done.outcome.results
+    assert read_before(done.tracking_uri, wanted) is None, "one seed tells nothing of noise"
     with pytest.raises(ConfigError, match="no sweep is called 'other'"):
         read_sweep(done.tracking_uri, "other")
