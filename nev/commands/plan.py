@@ -53,7 +53,11 @@ def main(
     ] = None,
     rows: Annotated[
         int | None,
-        typer.Option(min=1, help="Rows of an epoch, over all sets. Needed with train.epochs.", rich_help_panel=NUMBERS),
+        typer.Option(
+            min=1,
+            help="Rows of an epoch; of several sets, each set's rows times its epochs. Needed with train.epochs.",
+            rich_help_panel=NUMBERS,
+        ),
     ] = None,
     picture_kb: Annotated[
         float | None, typer.Option(min=0.1, help="Size of a stored picture, in KB.", rich_help_panel=NUMBERS)

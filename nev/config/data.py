@@ -98,10 +98,12 @@ class DataSet(NamedTuple):
 
 
 def _list_sets(value: Any) -> Any:
-    """A list with a plain location in it as a list of sets. Raises ValueError for a mapping."""
+    """A list with a plain location in it as a list of sets. Raises ValueError for a mapping, and for what is no set."""
     if isinstance(value, Mapping):
         raise ValueError("a location, or a list of sets, is needed: - {path: ..., weight: ...}")
     if isinstance(value, list | tuple):
+        if wrong := [item for item in value if not isinstance(item, str | Mapping | TrainSet)]:
+            raise ValueError(f"{wrong[0]!r} is no set: a location, or {{path: ..., weight: ...}}, is needed")
         return [{"path": item} if isinstance(item, str) else item for item in value]
     return value
 

@@ -151,10 +151,14 @@ class Experiment(Section):
                 else f"train.global_batch ({batch}) must be a multiple of data.block_rows ({block})"
             )
         streams = self.data.streams
-        if workers.least % streams or elastic * (streams - 1) or batch // block % streams:
+        if streams > 1 and elastic:
             raise ValueError(
-                f"data.streams ({streams}) must divide workers.count ({workers.most}), whose number stays, and the "
-                f"{batch // block} blocks of a step: each stream has an equal part of both"
+                f"data.streams ({streams}) needs a number of workers that stays: give workers.count, without min and max"
+            )
+        if workers.most % streams or batch // block % streams:
+            raise ValueError(
+                f"data.streams ({streams}) must divide the {workers.most} workers and the {batch // block} blocks of a step: "
+                "each stream has an equal part of both"
             )
         if workers.most > batch // block:
             raise ValueError(

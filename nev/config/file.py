@@ -123,7 +123,7 @@ def _replace(tree: dict[str, Any], keys: list[str], value: Any, override: str) -
         inner = _replace({rest[0]: child[at]}, rest, value, override)[rest[0]]
         return {**tree, head: [*child[:at], inner, *child[at + 1 :]]}
     if not isinstance(child, dict):
-        raise ConfigError(f"override {override!r}: {head!r} is a value, not a section")
+        raise ConfigError(f"override {override!r}: {head!r} is the value {child!r}, not a section")
     return {**tree, head: _replace(child, rest, value, override)}
 
 

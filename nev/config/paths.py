@@ -7,6 +7,7 @@ from pathlib import Path
 from nev.common.location import absolute_location, check_location
 from nev.config.base import ConfigError
 from nev.config.data import TrainSet
+from nev.config.eval import IMAGENET
 from nev.config.experiment import Experiment
 
 
@@ -47,7 +48,11 @@ def with_absolute_paths(config: Experiment) -> Experiment:
     text, evaluation = config.text, config.eval
     if Path(text.encoder).expanduser().is_dir():  # else the name of a package, or a name on the hub
         text = text.model_copy(update={"encoder": absolute(text.encoder)})
-    if evaluation.zero_shot and isinstance(evaluation.zero_shot.classes, str):
+    if (
+        evaluation.zero_shot
+        and isinstance(evaluation.zero_shot.classes, str)
+        and evaluation.zero_shot.classes != IMAGENET
+    ):
         zero_shot = evaluation.zero_shot.model_copy(update={"classes": absolute(evaluation.zero_shot.classes)})
         evaluation = evaluation.model_copy(update={"zero_shot": zero_shot})
     train = config.train.model_copy(update={"from_": absolute(config.train.from_)})

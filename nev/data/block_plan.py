@@ -58,7 +58,7 @@ class BlockPlan(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """sha256, hex. Two plans have the same fingerprint exactly if they have the same rows in every step."""
+        """sha256, hex. Two plans with the same fingerprint have the same rows in every step."""
 
     @property
     @abstractmethod
@@ -73,7 +73,7 @@ class BlockPlan(ABC):
     @property
     @abstractmethod
     def groups_per_window(self) -> tuple[int, ...]:
-        """The most row groups of each set in a window."""
+        """The row groups of each set in a window of row groups of mean size."""
 
     @property
     @abstractmethod

@@ -28,19 +28,19 @@ class MergedOrder:
     shares: tuple[int, int]
 
     @property
-    def most(self) -> int:
+    def largest_run(self) -> int:
         """The most rows of a run."""
-        return max(order.most for order in self.orders)
+        return max(order.largest_run for order in self.orders)
 
     def runs_between(self, first: int, last: int) -> Runs:
         """The runs that begin at `first` of the sequence or behind, and before `last`."""
-        total, around = sum(self.shares), 2 * sum(order.most for order in self.orders)
+        total, around = sum(self.shares), 2 * sum(order.largest_run for order in self.orders)
         # At virtual time t the sequence is at row t * total, but for the row groups that are cut there.
         time = (first - around) / total
         parts, begin = [], 0
         for order, share in zip(self.orders, self.shares, strict=True):
-            start = max(0, (first - around) * share // total - order.most)
-            runs = order.runs_between(start, (last + around) * share // total + 2 * order.most)
+            start = max(0, (first - around) * share // total - order.largest_run)
+            runs = order.runs_between(start, (last + around) * share // total + 2 * order.largest_run)
             times = _times(runs, share)
             skipped = int(np.searchsorted(times, time))
             begin += int(runs.begin[skipped])

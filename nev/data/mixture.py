@@ -34,7 +34,7 @@ PART_ROWS = 2**22  # at most
 class MixturePlan(BlockPlan):
     """The rows of every block of a mixture. `make_mixture` makes it.
 
-    sets: for each set, the number of rows of each row group, int64 [G_i], in index order.
+    group_rows: for each set, the number of rows of each row group, int64 [G_i], in index order.
     shares: A_i, whole numbers without a common divisor: set i has A_i rows of each sum(A) rows.
     seed: of the permutations.
     global_batch, block_rows, window: as `BlockPlan` has them.
@@ -42,7 +42,7 @@ class MixturePlan(BlockPlan):
     part_rows: V.
     """
 
-    sets: tuple[NDArray[np.int64], ...]
+    group_rows: tuple[NDArray[np.int64], ...]
     shares: tuple[int, ...]
     seed: int
     global_batch: int
@@ -55,17 +55,17 @@ class MixturePlan(BlockPlan):
     @functools.cached_property
     def rows(self) -> NDArray[np.int64]:  # type: ignore[override]
         """Number of rows of each row group, those of one set after those of another: int64 [G]."""
-        return np.concatenate(self.sets)
+        return np.concatenate(self.group_rows)
 
     @functools.cached_property
     def first_groups(self) -> NDArray[np.int64]:
         """The number of row groups before each set: int64 [sets]."""
-        return np.cumsum([0, *map(len, self.sets[:-1])])
+        return np.cumsum([0, *map(len, self.group_rows[:-1])])
 
     @functools.cached_property
     def orders(self) -> tuple[SetOrder, ...]:
         """The sequence of each set."""
-        return make_orders(self.sets, self.seed, self.block_rows)
+        return make_orders(self.group_rows, self.seed, self.block_rows)
 
     @functools.cached_property
     def merged(self) -> SetOrder | MergedOrder:
@@ -85,7 +85,7 @@ class MixturePlan(BlockPlan):
             self.epoch_rows,
         )
         digest = hashlib.sha256(f"nev-mixture-1 {' '.join(map(str, numbers))} ".encode())
-        for rows in self.sets:
+        for rows in self.group_rows:
             digest.update(f"{len(rows)} ".encode() + rows.astype("<i8").tobytes())
         return digest.hexdigest()
 
@@ -97,18 +97,19 @@ class MixturePlan(BlockPlan):
     @property
     def tail_rows(self) -> int:
         """Rows that the sets leave out in an epoch of each, fewer than R a set."""
-        return sum(order.left_out for order in self.orders)
+        return sum(order.skipped_rows for order in self.orders)
 
     @property
     def groups_per_window(self) -> tuple[int, ...]:
-        """The most row groups of each set in a window, or one more."""
-        rates = [share / float(rows.mean()) for rows, share in zip(self.sets, self.shares, strict=True)]
-        return tuple(math.ceil(max(1, self.window) * rate / sum(rates)) + 1 for rate in rates)
+        """The row groups of each set in a window, if they are of mean size: whole ones, and parts at both ends."""
+        rates = [share / float(rows.mean()) for rows, share in zip(self.group_rows, self.shares, strict=True)]
+        groups = max(1, self.window) / sum(rates) + self.block_rows / sum(self.shares)  # the last block may need more
+        return tuple(math.ceil(groups * rate) + 1 for rate in rates)
 
     @property
     def blocks_per_window(self) -> int:
         """Blocks of a window of row groups of mean size, rounded up."""
-        return math.ceil(max(1, self.window) * mean_group_rows(self.sets, self.shares) / self.block_rows)
+        return math.ceil(max(1, self.window) * mean_group_rows(self.group_rows, self.shares) / self.block_rows)
 
     def count_steps(self, epochs: int) -> int:
         """Whole steps of so many epochs of the run. Raises ValueError where the shares are weights."""
@@ -209,6 +210,7 @@ def make_mixture(
     global_batch: int,
     block_rows: int,
     window: int | None = None,
+    names: Sequence[str] = (),
 ) -> MixturePlan:
     """The plan of a mixture.
 
@@ -216,22 +218,24 @@ def make_mixture(
     weights: of each set: its share of the rows up to a factor, or with `by_epochs` its epochs in an epoch of the run.
     seed, global_batch, block_rows: as `MixturePlan` has them.
     window: None: as many row groups as have some 1,024 rows, and as there are sets at least.
+    names: of the sets, for messages; none: their numbers.
     Raises DataError for a set without rows, or with fewer than a step takes of it.
     """
     orders = make_orders(sets, seed, block_rows)
-    if empty := [number for number, order in enumerate(orders, 1) if not order.epoch_rows]:
-        raise DataError(f"set {empty[0]} of data.train has no row that is used: leave it out, or raise data.used_rows.")
+    names = names or [f"set {number}" for number in range(1, len(sets) + 1)]
+    if empty := [name for name, order in zip(names, orders, strict=True) if not order.epoch_rows]:
+        raise DataError(f"{empty[0]} of data.train has no row that is used: leave it out, or raise data.used_rows.")
     factors = [Fraction(str(weight)) for weight in weights]
     if by_epochs:
         factors = [factor * order.epoch_rows for factor, order in zip(factors, orders, strict=True)]
     whole = math.lcm(*(factor.denominator for factor in factors))
     numbers = [int(factor * whole) for factor in factors]
     shares = tuple(number // math.gcd(*numbers) for number in numbers)
-    for number, (share, order) in enumerate(zip(shares, orders, strict=True), 1):
+    for name, share, order in zip(names, shares, orders, strict=True):
         taken = share * global_batch / sum(shares)
         if taken > order.epoch_rows:
             raise DataError(
-                f"set {number} of data.train has {int(order.rows.sum()):,} rows, and a step of {global_batch:,} takes "
+                f"{name} of data.train has {order.epoch_rows:,} rows in an epoch, and a step of {global_batch:,} takes "
                 f"{taken:,.0f} of it by its share: pictures would meet themselves. Lower its weight or epochs, or "
                 "train.global_batch."
             )
@@ -240,7 +244,7 @@ def make_mixture(
         rows = max(choose_window(counts, block_rows) * float(counts.mean()) for counts in sets)
         window = max(len(sets), int(rows / group_rows + 0.5))
     return MixturePlan(
-        sets=tuple(sets),
+        group_rows=tuple(sets),
         shares=shares,
         seed=seed,
         global_batch=global_batch,
@@ -249,7 +253,7 @@ def make_mixture(
         epoch_rows=int(sum(factors)) if by_epochs else None,
         part_rows=max(
             min(PART_ROWS, sum(order.epoch_rows for order in orders)),
-            4 * (block_rows + max(order.most for order in orders)),
+            4 * (block_rows + max(order.largest_run for order in orders)),
         ),
     )
 

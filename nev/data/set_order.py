@@ -27,13 +27,13 @@ class EpochOrder(NamedTuple):
     groups: int32 [n], row group of each run, as a position in the set's index.
     rows: int64 [n], number of rows of each run.
     ends: int64 [n], number of rows up to the end of each run.
-    moved: run -> its first row in its row group, where that is not 0.
+    first_rows: run -> its first row in its row group, where that is not 0.
     """
 
     groups: NDArray[np.int32]
     rows: NDArray[np.int64]
     ends: NDArray[np.int64]
-    moved: dict[int, int]
+    first_rows: dict[int, int]
 
     def first_run(self, position: int) -> int:
         """The first run that begins at `position` of the epoch, or behind; n where there is none."""
@@ -77,12 +77,12 @@ class SetOrder:
     _epochs: dict[int, EpochOrder] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
-    def most(self) -> int:
+    def largest_run(self) -> int:
         """The most rows of a run."""
         return int(self.rows.max())
 
     @functools.cached_property
-    def left_out(self) -> int:
+    def skipped_rows(self) -> int:
         """Rows that an epoch leaves out, fewer than R. 0 where many row groups are no whole number of blocks."""
         filled = self.rows[self.rows > 0]
         uneven = filled % self.block_rows
@@ -92,7 +92,7 @@ class SetOrder:
     @functools.cached_property
     def epoch_rows(self) -> int:
         """Rows of an epoch."""
-        return int(self.rows.sum()) - self.left_out
+        return int(self.rows.sum()) - self.skipped_rows
 
     def runs_between(self, first: int, last: int) -> Runs:
         """The runs that begin at `first` of the sequence or behind, and before `last`."""
@@ -102,7 +102,7 @@ class SetOrder:
             chosen = slice(order.first_run(first - base), order.first_run(last - base))
             group, rows = order.groups[chosen].astype(np.int64) + self.first_group, order.rows[chosen]
             start = np.zeros(len(group), np.int64)
-            for run, row in order.moved.items():
+            for run, row in order.first_rows.items():
                 if chosen.start <= run < chosen.stop:
                     start[run - chosen.start] = row
             number, epochs = (np.full(len(group), value) for value in (self.number, epoch))
@@ -119,8 +119,8 @@ class SetOrder:
     def _make_order(self, epoch: int) -> EpochOrder:
         groups = permute_groups(len(self.rows), self.seed, GROUPS, self.number, epoch)
         groups = groups[self.rows[groups] > 0]  # `data.used_rows` may leave none of a row group
-        left_out = self.left_out
-        if not left_out:
+        skipped_rows = self.skipped_rows
+        if not skipped_rows:
             rows = self.rows[groups]
             return EpochOrder(groups, rows, np.cumsum(rows), {})
         is_uneven = self.rows[groups] % self.block_rows != 0
@@ -130,7 +130,7 @@ class SetOrder:
         size = int(self.rows[cut])
         # The row behind those that are left out. Behind the row group's last row comes its first one.
         begin = self._draw(LEFT_OUT, epoch, size)
-        sizes = [min(size - begin, size - left_out), max(0, begin - left_out)]
+        sizes = [min(size - begin, size - skipped_rows), max(0, begin - skipped_rows)]
         runs = np.concatenate([even[:place], uneven, [cut] * (1 + (sizes[1] > 0)), even[place + 1 :]]).astype(np.int32)
         rows, position = self.rows[runs], place + len(uneven)
         rows[position] = sizes[0]

@@ -75,7 +75,7 @@ def count_steps(config: Experiment, rows: int | None) -> int:
     if rows is None:
         raise ConfigError(
             "train.epochs counts epochs, and the rows of data.train are not known here: give them with --rows, or set "
-            "train.steps or train.samples"
+            "train.steps or train.samples. Of several sets they are each set's rows times its epochs"
         )
     if rows < train.global_batch:
         raise ConfigError(f"--rows {rows} is less than a step of train.global_batch = {train.global_batch}")

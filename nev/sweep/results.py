@@ -93,7 +93,7 @@ class Outcome:
 
 def is_share(metric: str) -> bool:
     """Whether a metric is a share of counted things, from 0 to 1."""
-    return not {"space", "val", "loss", "scale", "scale_fitted"} & set(metric.split("/"))
+    return not ({"space", "val", "loss", "scale", "scale_fitted"} & set(metric.split("/")) or "median" in metric)
 
 
 def save_result(trial: Trial, result: TrialResult) -> None:

@@ -31,7 +31,7 @@ from nev.train.driver.launcher import run_workers
 from nev.train.driver.metrics import MetricsCallback, MetricsLogger, make_callbacks, open_tracking
 from nev.train.driver.monitor import TrainMonitor
 from nev.train.driver.preflight import Prepared, prepare, sets_are_there
-from nev.train.driver.resources import check_object_store, note_read_twice, window_bytes
+from nev.train.driver.resources import check_object_store, note_rare_sets, note_read_twice, window_bytes
 from nev.train.driver.run_metrics import RunMetrics, checkpoint_time, export_cost
 from nev.train.driver.setup import describe_run
 from nev.train.driver.step_progress import StepProgress
@@ -156,8 +156,12 @@ def print_start(prepared: Prepared, console: Console) -> None:
         )
     indexes, plan = prepared.indexes, prepared.job.plan
     console.print(describe_run(prepared.job, prepared.resume.step, window_bytes(indexes, plan)))
-    if note := note_read_twice(indexes, plan, prepared.job.config.data.streams):
-        console.print(f"[yellow]{note}[/]", highlight=False)
+    notes = (
+        note_read_twice(indexes, plan, prepared.job.config.data.streams),
+        note_rare_sets(plan, prepared.job.set_names),
+    )
+    for note in filter(None, notes):
+        console.print(f"[yellow]{escape(note)}[/]", highlight=False)
 
 
 def train_and_validate(

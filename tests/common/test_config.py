@@ -111,7 +111,7 @@ def test_overrides_are_yaml_and_leave_the_file_as_it_was() -> None:
     ("override", "message"),
     [
         ("seed", "write it as section.key=value"),
-        ("seed.deeper=1", "'seed' is a value, not a section"),
+        ("seed.deeper=1", "'seed' is the value 1, not a section"),
         ("data.train=[1", "not YAML"),
         ("seed=many", "seed: Input should be a valid integer"),
     ],

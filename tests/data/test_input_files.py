@@ -27,6 +27,10 @@ def test_braces_name_files(tmp_path: Path) -> None:
     assert find(f"{tmp_path}/{{x,z}}/a.tar") == [f"{tmp_path}/x/a.tar", f"{tmp_path}/z/a.tar"]
     assert find(f"{tmp_path}/{{x,z}}/{{a,a}}.tar") == [f"{tmp_path}/x/a.tar", f"{tmp_path}/z/a.tar"], "each file once"
     assert find(f"{tmp_path}/{{x,z}}/*.tar") == [f"{tmp_path}/x/a.tar", f"{tmp_path}/z/a.tar"]
+    assert find(f"{tmp_path}/{{x,z}}") == [f"{tmp_path}/x/a.tar", f"{tmp_path}/z/a.tar"], "folders"
+    for nothing in ("{x,lost}/*.tar", "{x,lost}"):
+        with pytest.raises(ConfigError, match=r"/lost.* matches nothing \(1 of 2 such names\)"):
+            find(f"{tmp_path}/{nothing}")
     with pytest.raises(ConfigError, match=r"2 of 4 files are not there \(.*/00005\.tar\)"):
         find(f"{tmp_path}/{{00003..00006}}.tar")
 

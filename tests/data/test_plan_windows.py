@@ -6,12 +6,13 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from helpers.plans import block_rows, epoch_rows, fresh, plans, segment_rows, window_blocks
-from hypothesis import given
+from helpers.plans import block_rows, epoch_rows, fresh, mixtures, plans, segment_rows, window_blocks
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nev.data.block_plan import BlockPlan
 from nev.data.plan import SPREAD, Plan, choose_window
-from nev.data.windows import make_windows
+from nev.data.windows import make_windows, task_blocks
 
 
 @given(plans(), st.integers(0, 3))
@@ -55,13 +56,15 @@ def test_windows_of_a_range_have_its_blocks_once_and_in_order(plan: Plan, data: 
         windows[len(windows)]
 
 
-@given(plans(), st.data())
-def test_several_streams_hand_out_each_step_in_equal_parts(plan: Plan, data: st.DataObject) -> None:
+@given(st.one_of(plans(), mixtures()), st.data())
+@settings(deadline=None)
+def test_several_streams_hand_out_each_step_in_equal_parts(plan: BlockPlan, data: st.DataObject) -> None:
     """The windows of each stream have its blocks once and in order, and its ranks take turns with them."""
     streams = data.draw(st.sampled_from([n for n in (1, 2, 3, 4) if plan.blocks_per_step % n == 0]))
     ranks = data.draw(st.integers(1, plan.blocks_per_step // streams))
-    first = data.draw(st.integers(0, 2 * plan.steps_per_epoch))
-    last = first + data.draw(st.integers(1, 2 * plan.steps_per_epoch))
+    part_steps = max(1, plan.part_start(1) // plan.blocks_per_step)
+    first = data.draw(st.integers(0, 2 * part_steps))
+    last = first + data.draw(st.integers(1, 2 * part_steps))
     every: list[int] = []
     for stream in range(streams):
         windows = make_windows(plan, plan.step_blocks(first).start, plan.step_blocks(last).start, stream, streams)
@@ -77,6 +80,11 @@ def test_several_streams_hand_out_each_step_in_equal_parts(plan: Plan, data: st.
             assert [block for blocks in own for block in blocks] == handed[rank::ranks]
         every += handed
     assert sorted(every) == list(range(plan.step_blocks(first).start, plan.step_blocks(last).start))
+
+
+def test_a_task_has_a_window_or_a_stream_s_part_of_a_step() -> None:
+    plan = Plan(np.full(64, 32), 0, 64, 8, 4)  # a window has 16 blocks, a step 8
+    assert [task_blocks(plan, streams) for streams in (1, 2, 4)] == [16, 4, 2]
 
 
 @given(plans(windows=st.integers(1, 6)))

@@ -47,6 +47,68 @@ def test_a_gap_hides_images_and_the_shift_brings_them_back() -> None:
     assert apart["mixed/own_image"] <= apart["mixed/own_image_shifted"]
 
 
+def ranked_by_hand(
+    images: Floats, texts: Floats, owner: np.ndarray, standardise: bool
+) -> tuple[list[int], list[float]]:
+    """The rank of each query's image, and the share of other images' texts below it; one query after another."""
+    queries = choose_queries(owner)
+    rest = [text for text in range(len(texts)) if text not in queries]
+    ranks, above = [], []
+    for query in queries:
+        of_images, of_texts = images @ texts[query], texts[rest] @ texts[query]
+        if standardise:
+            of_images, of_texts = ((side - side.mean()) / side.std() for side in (of_images, of_texts))
+        mine = of_images[owner[query]]
+        ranks.append(int((of_images > mine).sum() + (of_texts > mine).sum()))
+        others = [score for score, text in zip(of_texts, rest, strict=True) if owner[text] != owner[query]]
+        above.append(float(np.mean([score < mine for score in others])))
+    return ranks, above
+
+
+@given(st.integers(0, 10**6), st.integers(1, 50))
+def test_ranks_and_auc_against_a_loop(seed: int, tile_scores: int) -> None:
+    rng = np.random.default_rng(seed)
+    images, texts, owner = unit(rng.normal(size=(12, 6)) + 0.5), unit(rng.normal(size=(30, 6))), rng.integers(0, 12, 30)
+    owner[:3] = [0, 1, 1]
+    found = mixed_retrieval(images, texts, owner, k=3, tile_scores=tile_scores)
+    shifted = shift_mean(images, images.mean(0), texts.mean(0))
+    for name, pictures, standardise in (
+        ("", images, False),
+        ("_shifted", shifted, False),
+        ("_standardised", images, True),
+    ):
+        ranks, above = ranked_by_hand(pictures, texts, owner, standardise)
+        assert found[f"mixed/own_image{name}"] == pytest.approx(np.mean(np.array(ranks) < 3))
+        assert found[f"mixed/own_image_median{name}"] == pytest.approx(np.median(ranks) + 1)
+        assert found[f"mixed/auc{name}"] == pytest.approx(np.mean(above))
+        assert found[f"mixed/own_image_r100{name}"] == 1, "the list is shorter"
+
+
+def test_auc_grades_what_recall_calls_nothing() -> None:
+    """Two gaps: behind both no image is among the first ten, and one is far nearer to showing some."""
+    rng = np.random.default_rng(3)
+    meaning = rng.normal(size=(300, 32))
+    owner = np.repeat(np.arange(300), 2)
+    texts = unit(meaning[owner] + 0.5 * rng.normal(size=(600, 32)) + 8 * np.eye(32)[1])
+    graded = []
+    for gap in (20.0, 30.0):
+        images = unit(meaning + 0.5 * rng.normal(size=(300, 32)) + gap * np.eye(32)[0] + 8 * np.eye(32)[1])
+        graded.append(mixed_retrieval(images, texts, owner))
+    near, far = graded
+    assert near["mixed/own_image"] == far["mixed/own_image"] == 0
+    assert near["mixed/auc"] > 3 * far["mixed/auc"]
+    for repair in ("shifted", "standardised"):
+        assert near[f"mixed/own_image_{repair}"] > 0.5
+        assert near[f"mixed/auc_{repair}"] > 0.9
+
+
+def test_equal_scores_are_half_above_and_rank_behind() -> None:
+    rows = np.repeat(unit([[1.0, 0.0]]), 4, 0)
+    found = mixed_retrieval(rows, np.repeat(rows, 2, 0), np.repeat(np.arange(4), 2), k=3)
+    assert found["mixed/auc"] == found["mixed/auc_standardised"] == 0.5
+    assert found["mixed/own_image_median"] == 8, "of eight in the list the last"
+
+
 def test_shifted_images_are_centred_on_the_texts() -> None:
     rng = np.random.default_rng(1)
     images, texts = unit(rng.normal(size=(50, 8)) + 2), unit(rng.normal(size=(60, 8)))

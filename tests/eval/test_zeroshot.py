@@ -1,8 +1,11 @@
 """Zero-shot accuracy: toy cases by hand, brute force, ties, tiles, bad input."""
 
+import sys
 import tracemalloc
 from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nev.config.base import ConfigError
-from nev.config.eval import ZeroShot
+from nev.config.eval import Eval, ZeroShot
+from nev.config.file import parse
 from nev.eval.metrics import ranks
 from nev.eval.metrics.classification import rank_answers
 from nev.eval.metrics.ranks import Floats
@@ -180,6 +184,27 @@ def test_bad_class_embeddings_are_named() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             class_embeddings(encode, classes, templates)
+
+
+def test_imagenet_is_a_word_of_the_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Names and templates come from open_clip, or from what stands in its place."""
+    evaluation = parse(Eval, {"zero_shot": "imagenet"})
+    assert evaluation.zero_shot == ZeroShot(classes="imagenet", templates="imagenet")
+    metadata = ModuleType("open_clip.zero_shot_metadata")
+    metadata.IMAGENET_CLASSNAMES = ["tench", "missile", "missile"]  # type: ignore[attr-defined]
+    metadata.OPENAI_IMAGENET_TEMPLATES = [lambda name: f"a bad photo of a {name}.", lambda name: f"a {name}."]  # type: ignore[attr-defined]
+    package = ModuleType("open_clip")
+    package.__spec__ = ModuleSpec("open_clip", None)
+    package.zero_shot_metadata = metadata  # type: ignore[attr-defined]
+    for name, module in (("open_clip", package), ("open_clip.zero_shot_metadata", metadata)):
+        monkeypatch.setitem(sys.modules, name, module)
+    classes = class_sentences(evaluation.zero_shot, None)
+    assert classes == (("tench", "missile", "missile"), ("a bad photo of a {}.", "a {}."), None)
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ConfigError, match=r"come from open_clip: pip install 'nev\[eval\]'"):
+        class_sentences(evaluation.zero_shot, None)
+    with pytest.raises(ConfigError, match="no such file: imagenets"):
+        class_sentences(ZeroShot(classes="imagenets"), None)
 
 
 @pytest.mark.parametrize(

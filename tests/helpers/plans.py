@@ -3,10 +3,13 @@
 from collections.abc import Iterator
 
 import numpy as np
+from hypothesis import reject
 from hypothesis import strategies as st
 
-from nev.data.block_plan import Segment, Window
+from nev.data.block_plan import BlockPlan, Segment, Window
+from nev.data.mixture import MixturePlan, make_mixture
 from nev.data.plan import Plan
+from nev.storage.reading import DataError
 
 
 @st.composite
@@ -18,6 +21,25 @@ def plans(draw: st.DrawFn, windows: st.SearchStrategy[int] | None = None) -> Pla
         rows.append(global_batch)
     window = draw(windows if windows is not None else st.integers(0, 6))
     return Plan(np.array(rows, np.int64), draw(st.integers(0, 2**63)), global_batch, block_rows, window)
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> MixturePlan:
+    """Mixtures of one to four small sets, whose row groups are whole blocks or not, with parts of a few windows."""
+    block = draw(st.integers(1, 8))
+    sizes = st.sampled_from([block, 2 * block]) if draw(st.booleans()) else st.integers(1, 3 * block)
+    sets = draw(st.lists(st.lists(sizes, min_size=1, max_size=30), min_size=1, max_size=4))
+    for own in sets:
+        own += [draw(st.integers(1, 3 * block))] * draw(st.integers(0, 1))  # the last row group of a shard
+        own += [0] * draw(st.integers(0, 2))  # `data.used_rows` leaves nothing
+    weights = draw(st.lists(st.sampled_from([0.3, 1, 2, 5.5]), min_size=len(sets), max_size=len(sets)))
+    by_epochs, seed = draw(st.booleans()), draw(st.integers(0, 2**40))
+    window = draw(st.one_of(st.none(), st.integers(0, 7)))
+    rows = [np.array(own, np.int64) for own in sets]
+    try:
+        return make_mixture(rows, weights, by_epochs, seed, block * draw(st.integers(1, 3)), block, window)
+    except DataError:  # a set is smaller than its part of a step
+        reject()
 
 
 def fresh(plan: Plan) -> Plan:
@@ -37,7 +59,7 @@ def window_blocks(window: Window) -> Iterator[list[tuple[int, int, int]]]:
         yield [rows[position] for position in block]
 
 
-def block_rows(plan: Plan, block: int) -> list[tuple[int, int, int]]:
+def block_rows(plan: BlockPlan, block: int) -> list[tuple[int, int, int]]:
     """The rows of a block: epoch, row group, row in the row group."""
     return next(window_blocks(plan.make_window(block)))
 

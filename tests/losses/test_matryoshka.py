@@ -11,7 +11,7 @@ from helpers.losses import naive as naive_softmax
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
 from nev.losses import matryoshka, tiles
 from nev.losses.contrastive import contrastive_loss
@@ -67,6 +67,18 @@ def test_any_tiles_and_widths_give_the_naive_loss(
         got = matryoshka_loss(*leaves[:3], widths, bias, valid)
     torch.testing.assert_close(got.loss, want, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(got.terms.sum(), want * sum(mask), rtol=1e-9, atol=1e-9)
+    if sum(mask) > 1:  # the part of a pair: what its row has, and for softmax half of that and half of its column
+        rows = torch.zeros(sum(mask), dtype=image.dtype)
+        for width, weight in widths.items():
+            x, t = (normalize(one[valid][:, :width].detach()) for one in (image, text))
+            scores, pairs = leaves[2].detach().exp() * x @ t.T, torch.arange(sum(mask))
+            if bias is None:
+                both = cross_entropy(scores, pairs, reduction="none") + cross_entropy(scores.T, pairs, reduction="none")
+                rows += weight * both / 2
+            else:
+                signs = 2 * torch.eye(sum(mask), dtype=scores.dtype) - 1
+                rows -= weight * logsigmoid(signs * (scores + bias.detach())).sum(1)
+        torch.testing.assert_close(got.terms[valid], rows, rtol=1e-9, atol=1e-9)
     assert not got.terms[~valid].any()
     assert got.pairs.item() == sum(mask)
     if not any(mask):

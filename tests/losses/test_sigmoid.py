@@ -11,6 +11,7 @@ from helpers.losses import naive_sigmoid as naive
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from nev.losses import tiles
 from nev.losses.sigmoid import sigmoid_loss
@@ -40,6 +41,10 @@ def test_any_tiles_give_the_naive_loss(
     hits = (image[valid] @ text[valid].T).argmax(1) if any(mask) else torch.empty(0)
     assert got.correct.item() == (hits == torch.arange(sum(mask))).sum().item()
     assert got.pairs.item() == sum(mask)
+    scores = leaves[2].exp() * image[valid] @ text[valid].T + leaves[3]
+    signs = 2 * torch.eye(sum(mask), dtype=scores.dtype) - 1
+    torch.testing.assert_close(got.terms[valid], -logsigmoid(signs * scores).sum(1).detach(), rtol=1e-10, atol=1e-10)
+    assert not got.terms[~valid].any()
 
 
 def test_invalid_rows_may_hold_anything() -> None:

@@ -8,6 +8,7 @@ import pytest
 from helpers.memory import WIDTH, experiment
 
 from nev.config.base import ConfigError
+from nev.config.data import TrainSet
 from nev.config.experiment import Experiment
 from nev.models.vision import build_vision
 from nev.planner.workload import Workload, count_steps, read_workload
@@ -45,6 +46,13 @@ def test_a_small_tower_in_numbers() -> None:
 )
 def test_the_length_of_a_run(train: dict[str, Any], rows: int | None, steps: int) -> None:
     assert count_steps(experiment(batch=64, train=train), rows) == steps
+
+
+def test_an_epoch_of_several_sets_does_not_end_with_a_step() -> None:
+    config = experiment(batch=64, train={"steps": None, "epochs": 2})
+    sets = config.data.model_copy(update={"train": (TrainSet(path="a"), TrainSet(path="b", epochs=2))})
+    assert count_steps(config.model_copy(update={"data": sets}), 232) == 7
+    assert count_steps(config, 232) == 6
 
 
 def test_epochs_need_the_rows() -> None:

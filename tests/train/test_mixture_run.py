@@ -104,6 +104,25 @@ def test_the_losses_of_the_sets_are_that_of_the_step(mixed: Make, text: TextTowe
         assert metrics["sets/val/epochs"] == pytest.approx(step * 16 / 128)
 
 
+def test_a_loss_is_the_mean_since_the_line_before_and_in_parts_the_same(mixed: Make, text: TextTower) -> None:
+    each = run_bare(*_prepared(mixed(name="each", train__steps=6), text))
+    rare = run_bare(*_prepared(mixed(name="rare", train__steps=6, train__log_every=3, train__micro_batch=16), text))
+    assert [step for step, metrics in rare.items() if "sets/val/loss" in metrics] == [3, 6]
+    config = mixed(name="each", train__steps=6)
+    job, reader = prepare_job(config, text), train_reader(config, text)
+    sets = [block["set"] for block in blocks(reader, job.plan, 0, 6)]
+    for last in (3, 6):
+        steps = range(last - 3, last)
+        for number, name in enumerate(job.set_names):
+            rows = [sum(int((block == number).sum()) for block in sets[4 * step : 4 * step + 4]) for step in steps]
+            losses = [each[step + 1].get(f"sets/{name}/loss", 0.0) for step in steps]
+            assert rare[last][f"sets/{name}/loss"] == pytest.approx(float(np.average(losses, weights=rows)), rel=1e-4)
+
+
+def _prepared(config: Experiment, text: TextTower) -> tuple[Any, Any]:
+    return prepare_job(config, text), train_reader(config, text)
+
+
 def _meters(rank: int) -> dict[str, float]:
     plan = SimpleNamespace(epochs_done=lambda step: (0.5 * step, 2.0 * step, 0.0))
     meters = SetMeters(("a", "b", "never"), plan, torch.device("cpu"), 2)  # type: ignore[arg-type]
@@ -181,6 +200,16 @@ def test_what_no_mixture_can_be_is_refused(mixed: Make, text: TextTower, picture
         mixed(data__train={"path": path, "weight": 1})
     with pytest.raises(ConfigError, match=r"data\.train\.2\.weight=3': train is a list of 2, from train\.0 on"):
         mixed(data__train__2__weight=3)
+    with pytest.raises(ConfigError, match=r"3 is no set: a location, or \{path: \.\.\., weight: \.\.\.\}, is needed"):
+        mixed(data__train=[3, path])
+    with pytest.raises(ConfigError, match=r"data\.train\.0\.weight=2': '0' is the value '.*', not a section"):
+        mixed(data__train=[path], data__train__0__weight=2)
+    with pytest.raises(
+        ConfigError, match=r"data\.streams \(2\) needs a number of workers that stays: give workers\.count"
+    ):
+        mixed(data__streams=2, workers={"min": 2, "max": 4})
+    with pytest.raises(ConfigError, match=r"data\.streams \(2\) must divide the 1 workers and the 4 blocks of a step"):
+        mixed(data__streams=2, workers={"count": 1})
     with pytest.raises(ConfigError, match=r"the quickstart takes one set, and data\.train is a list"):
         mixed().data.only_set("the quickstart")
     with pytest.raises(ConfigError, match="list one set at least"):
@@ -191,19 +220,21 @@ def test_what_no_mixture_can_be_is_refused(mixed: Make, text: TextTower, picture
         mixed(data__train=[{"path": path, "name": "a"}, {"path": path, "name": "a"}])
     with pytest.raises(ConfigError, match=r"text\.center and vision\.standardise take their statistics from one set"):
         mixed(text__center=True)
-    with pytest.raises(DataError, match=r"set 2 of data\.train has 128 rows, and a step of 256 takes 192"):
+    with pytest.raises(DataError, match=r"val of data\.train has 128 rows in an epoch, and a step of 256 takes 192"):
         prepare_job(mixed(data__train__1__weight=9, train__global_batch=256), text)
     few = mixed(data__train=[{"path": path, "epochs": 0.01}], train__steps=None, train__epochs=1)
-    with pytest.raises(DataError, match=r"1 epoch of data\.train have fewer rows than a step: raise train\.epochs"):
+    with pytest.raises(DataError, match=r"data\.train has fewer rows in 1 epoch than a step: raise train\.epochs"):
         prepare_job(few, text)
-    with pytest.raises(DataError, match=r"set 1 of data\.train has no row that is used"):
+    with pytest.raises(DataError, match=r"train of data\.train has no row that is used"):
         prepare_job(mixed(data__used_rows=1e-4), text)
 
 
 def test_streams_divide_workers_and_blocks(mixed: Make) -> None:
     assert mixed(workers__count=4, data__streams=2).data.streams == 2
     for workers in ({"count": 3}, {"count": 1}, {"count": None, "min": 2, "max": 4}):
-        with pytest.raises(ConfigError, match=r"data\.streams \(2\) must divide workers\.count .* blocks of a step"):
+        with pytest.raises(
+            ConfigError, match=r"data\.streams \(2\) (must divide the . workers and the|needs a number of workers)"
+        ):
             mixed(workers=workers, data__streams=2, train__global_batch=64 if workers.get("count") != 3 else 192)
 
 

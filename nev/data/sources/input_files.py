@@ -33,7 +33,7 @@ def find_files(
 ) -> list[File]:
     """The files of the inputs, sorted. An input is a file, a folder (searched at all depths) or a pattern, local or on S3.
 
-    A pattern is `*.tar`, or names files as `{00000..00099}.tar`, which are then all there, or both.
+    A pattern is `*.tar`, or names files as `{00000..00099}.tar` or folders as `{a,b}`, which are then all there, or both.
 
     suffixes: of the files of a folder, in lower case. unread: the other files of a folder are counted here, by suffix.
     otherwise: what else may be read, for the message about a folder without such files.
@@ -68,8 +68,13 @@ def _find(pattern: str) -> tuple[list[File], bool]:
     names = [pattern] if Path(pattern).exists() else expand_braces(pattern)
     if len(names) == 1:
         return look(names[0])
-    if any(sign in name for name in names for sign in "*?["):  # each name is a pattern
-        return [file for name in names for file in look(name)[0]], False
+    if any(sign in name or not PurePosixPath(name).suffix for name in names for sign in "*?["):  # patterns, or folders
+        found = {name: look(name) for name in names}
+        if missing := [name for name in names if not found[name][0]]:
+            raise ConfigError(
+                f"{pattern}: {missing[0]} matches nothing ({len(missing):,} of {len(names):,} such names)"
+            )
+        return [file for files, _ in found.values() for file in files], any(folder for _, folder in found.values())
     wider = pattern
     while BRACES.search(wider):
         wider = BRACES.sub("*", wider)

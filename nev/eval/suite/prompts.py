@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from nev.config.base import ConfigError
+from nev.config.eval import IMAGENET
+from nev.eval.suite import imagenet
 from nev.eval.suite.collection import Fact
 from nev.eval.suite.reading import Reading, read_lines, resolve_input
 from nev.eval.suite.schema import Task
 
-IMAGENET = "imagenet"
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
 
@@ -28,8 +28,8 @@ def load_prompts(task: Task, reading: Reading, facts: Sequence[Fact], labels: Se
     facts, labels: of each row. root: folder of the suite.
     Raises ConfigError where classes have no names, a label has no class, or a template has no `{}`.
     """
-    names = _read_list(task.classes, root, IMAGENET_NAMES) or reading.names or _names_in(facts, labels)
-    templates = _read_list(task.templates, root, IMAGENET_TEMPLATES) or reading.templates or DEFAULT_TEMPLATES
+    names = _read_list(task.classes, root, imagenet.read_names) or reading.names or _names_in(facts, labels)
+    templates = _read_list(task.templates, root, imagenet.read_templates) or reading.templates or DEFAULT_TEMPLATES
     for template in templates:
         if template.count("{}") != 1:
             raise ConfigError(f"a template needs exactly one '{{}}' for the class name: {template!r}")
@@ -40,31 +40,21 @@ def load_prompts(task: Task, reading: Reading, facts: Sequence[Fact], labels: Se
     return Prompts(tuple(name.replace("_", " ") for name in names), templates)
 
 
-def _read_list(setting: tuple[str, ...] | str | None, root: str, standard: str) -> tuple[str, ...] | None:
-    """A list as it is, the lines of a file, or open_clip's list `standard`; None for null."""
+def _read_list(
+    setting: tuple[str, ...] | str | None, root: str, read_standard: Callable[[], tuple[str, ...]]
+) -> tuple[str, ...] | None:
+    """A list as it is, the lines of a file, or ImageNet's; None for null."""
     if setting is None or not isinstance(setting, str):
         return setting or None
     if setting == IMAGENET:
-        return _open_clip(standard)
+        return read_standard()
     location = resolve_input(setting, root)
     lines = read_lines(location)
     if lines is None:
         raise ConfigError(
-            f"{location}: no such file; it needs a line for each class or template. open_clip's are called {IMAGENET!r}"
+            f"{location}: no such file; it needs a line for each class or template. ImageNet's are called {IMAGENET!r}"
         )
     return lines
-
-
-IMAGENET_NAMES, IMAGENET_TEMPLATES = "IMAGENET_CLASSNAMES", "OPENAI_IMAGENET_TEMPLATES"
-
-
-def _open_clip(name: str) -> tuple[str, ...]:
-    """A list from open_clip, where a template is a function of the class name."""
-    if importlib.util.find_spec("open_clip") is None:
-        raise ConfigError("the names and templates of ImageNet come from open_clip: pip install 'nev[eval]'")
-    from open_clip import zero_shot_metadata
-
-    return tuple(item("{}") if callable(item) else str(item) for item in getattr(zero_shot_metadata, name))
 
 
 def _names_in(facts: Sequence[Fact], labels: Sequence[int]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from nev.config.base import ConfigError
 from nev.config.data import Columns, Data
-from nev.config.eval import ZeroShot
+from nev.config.eval import IMAGENET, ZeroShot
 from nev.config.experiment import Experiment
 from nev.data.block import BlockReader
 from nev.data.image_sidecar import Features, TrunkFacts, check_image_sidecars, image_recipe
@@ -23,6 +23,7 @@ from nev.data.shard_labels import read_shard_labels
 from nev.data.text_sidecar import check_sidecars, sidecar_key
 from nev.embed.cache import embed_texts_cached
 from nev.eval.metrics.zeroshot import class_embeddings
+from nev.eval.suite import imagenet
 from nev.eval.suite.schema import DataSource, Suite, Task
 from nev.eval.suite.vectors import Embedded, Texts
 from nev.eval.validation.texts import Classes
@@ -176,7 +177,12 @@ def val_reader(data: Data, index: Index, features: Features | None = None) -> Bl
 
 
 def class_names(zero_shot: ZeroShot) -> list[str]:
-    """The class names in the order of the labels. Raises ConfigError for a file that is absent, empty or no list of names."""
+    """The class names in the order of the labels.
+
+    Raises ConfigError for a file that is absent, empty or no list of names, and for ImageNet's where open_clip is not installed.
+    """
+    if zero_shot.classes == IMAGENET:
+        return list(imagenet.read_names())
     if not isinstance(zero_shot.classes, str):
         return list(zero_shot.classes)
     where = f"eval.zero_shot.classes: {zero_shot.classes}"
@@ -197,14 +203,15 @@ def class_sentences(zero_shot: ZeroShot | None, text: TextTower | None) -> Class
     if not zero_shot:
         return None
     names = class_names(zero_shot)
+    templates = imagenet.read_templates() if zero_shot.templates == IMAGENET else tuple(zero_shot.templates)
     if text is None:
-        return Classes(tuple(names), zero_shot.templates, None)
+        return Classes(tuple(names), templates, None)
     encode = partial(
         embed_texts_cached, encode=text.encode, fingerprint=text.fingerprint, cache=str(cache_folder("texts"))
     )
     try:
-        vectors = class_embeddings(encode, names, zero_shot.templates)
+        vectors = class_embeddings(encode, names, templates)
     except DataError as error:
         log.warning("%s: the class prompts are embedded, but not cached", error)
-        vectors = class_embeddings(text.encode, names, zero_shot.templates)
-    return Classes(tuple(names), zero_shot.templates, vectors)
+        vectors = class_embeddings(text.encode, names, templates)
+    return Classes(tuple(names), templates, vectors)

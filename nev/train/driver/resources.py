@@ -15,6 +15,7 @@ from nev.config.experiment import Experiment
 from nev.config.train import Workers
 from nev.data.block_plan import BlockPlan
 from nev.data.index import Index
+from nev.data.mixture import MixturePlan
 from nev.data.windows import count_rows_read, task_blocks
 from nev.runs.folder import check_space, run_folder
 from nev.runs.metrics_log import load_mlflow_run_id
@@ -49,27 +50,46 @@ def window_bytes(indexes: Sequence[Index], plan: BlockPlan) -> int:
 
 
 def note_read_twice(indexes: Sequence[Index], plan: BlockPlan, streams: int) -> str | None:
-    """A note about rows that are read twice; or None.
+    """A note about rows that are read twice from S3; or None. On a disk a second reading costs little.
 
-    Row groups on S3 are no whole number of blocks, or windows are cut where the part of a stream ends.
+    Row groups are no whole number of blocks, or windows are cut where the part of a stream ends.
     """
+    if not any(index.root.startswith(S3) for index in indexes):
+        return None
     is_uneven = plan.rows % plan.block_rows > 0
-    on_s3 = any(index.root.startswith(S3) for index in indexes)
-    if streams == 1 and not (is_uneven.any() and on_s3):
-        return None
-    twice = count_rows_read(plan, streams) / plan.block_rows - 1
-    if twice < NOTED_SHARE:
-        return None
-    if streams > 1:
-        return (
-            f"each of {streams} streams hands out {plan.blocks_per_step // streams} blocks of a step, and windows of some "
-            f"{plan.blocks_per_window} blocks are cut there, so about {twice:.0%} of the rows are read twice. A smaller "
-            "data.window or data.streams avoids that."
+    by_row_groups = count_rows_read(plan) / plan.block_rows - 1 if is_uneven.any() else 0.0
+    by_streams = count_rows_read(plan, streams) / plan.block_rows - 1 - by_row_groups if streams > 1 else 0.0
+    notes = []
+    if by_row_groups >= NOTED_SHARE:
+        size = int(np.bincount(plan.rows[is_uneven]).argmax())
+        notes.append(
+            f"row groups such as those of {size:,} rows are no whole number of blocks of {plan.block_rows} rows, so about "
+            f"{by_row_groups:.0%} of the rows are read twice. A data.block_rows that divides the row groups avoids that, or "
+            "nev prepare."
         )
-    size = int(np.bincount(plan.rows[is_uneven]).argmax())
+    if by_streams >= NOTED_SHARE:
+        notes.append(
+            f"each of {streams} streams hands out {plan.blocks_per_step // streams} blocks of a step, and windows of some "
+            f"{plan.blocks_per_window} blocks are cut there, so about {by_streams:.0%} of the rows are read "
+            f"{'once more' if notes else 'twice'}. A smaller data.window or data.streams avoids that."
+        )
+    return " ".join(notes) or None
+
+
+def note_rare_sets(plan: BlockPlan, names: Sequence[str]) -> str | None:
+    """A note about sets of a mixture that a step rarely has, since they come in whole row groups; or None."""
+    if not isinstance(plan, MixturePlan):
+        return None
+    sizes = {
+        name: float(rows.mean()) * sum(plan.shares) / share
+        for name, rows, share in zip(names, plan.group_rows, plan.shares, strict=True)
+    }
+    if not (rare := {name: size for name, size in sizes.items() if size > 2 * plan.global_batch}):
+        return None
+    name, size = max(rare.items(), key=lambda item: item[1])
     return (
-        f"row groups such as those of {size:,} rows are no whole number of blocks of {plan.block_rows} rows, so about "
-        f"{twice:.0%} of the rows are read twice. A data.block_rows that divides the row groups avoids that, or nev prepare."
+        f"{', '.join(rare)}: a set comes in whole row groups, one of {name} in some {size:,.0f} rows, and a step has "
+        f"{plan.global_batch:,}, so most steps have none of it. Smaller row groups (nev prepare --row-group-rows) spread a set."
     )
 
 

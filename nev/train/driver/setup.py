@@ -72,7 +72,8 @@ def make_plan(config: Experiment, indexes: Sequence[Index]) -> BlockPlan:
     rows = [count_used_rows(index, data.used_rows) for index in indexes]
     if data.set_names:
         steps = config.train.global_batch, data.block_rows
-        return make_mixture(rows, data.factors, not data.by_weight, config.seed, *steps, data.window)
+        factors = data.factors, not data.by_weight
+        return make_mixture(rows, *factors, config.seed, *steps, data.window, data.set_names)
     window = choose_window(rows[0], data.block_rows) if data.window is None else data.window
     return Plan(rows[0], config.seed, config.train.global_batch, data.block_rows, window)
 
@@ -163,7 +164,7 @@ def total_steps(config: Experiment, plan: BlockPlan) -> int:
         if steps := plan.count_steps(train.epochs):
             return steps
         raise DataError(
-            f"{counted(train.epochs, 'epoch')} of data.train have fewer rows than a step: raise train.epochs, or the epochs of a "
+            f"data.train has fewer rows in {counted(train.epochs, 'epoch')} than a step: raise train.epochs, or the epochs of a "
             "set, or lower train.global_batch."
         )
     if train.steps is not None:

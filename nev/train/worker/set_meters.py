@@ -20,7 +20,7 @@ class SetMeters:
         self._sums = torch.zeros(2, len(names), dtype=torch.float64, device=device)
 
     def add(self, batch: Batch, result: StepResult) -> None:
-        """Add the terms of this rank's pairs in a step. A step without finite terms is left out."""
+        """Add the terms of this rank's pairs in a step. Pairs without a finite term are left out."""
         if batch.sets is None:
             return
         counted = batch.valid & result.terms.isfinite()
