@@ -228,6 +228,20 @@ def test_a_window_has_a_thousand_rows_and_a_row_group_of_each_set_by_default() -
     assert make_mixture([np.full(99, 256), np.full(99, 512)], (1, 1), False, 0, 1024, 256).window == 3
 
 
+@given(mixtures(), st.lists(st.tuples(st.integers(0, 600), st.integers(0, 200)), min_size=1, max_size=20))
+@settings(deadline=None)
+def test_any_piece_of_the_merged_sequence_is_that_of_the_whole(
+    plan: MixturePlan, pieces: list[tuple[int, int]]
+) -> None:
+    whole = plan.merged.runs_between(0, 800)
+    for first, rows in pieces:
+        piece, chosen = (
+            plan.merged.runs_between(first, first + rows),
+            slice(*np.searchsorted(whole.begin, [first, first + rows])),
+        )
+        assert all(np.array_equal(got, column[chosen]) for got, column in zip(piece, whole, strict=True))
+
+
 @pytest.mark.parametrize("shares", [(1, 1), (7, 3), (97, 1)])
 def test_two_sets_are_within_half_of_a_row_group_at_every_boundary(shares: tuple[int, int]) -> None:
     sets = [np.array([8, 24, 40] * 20), np.array([16, 64, 8, 32] * 15)]
