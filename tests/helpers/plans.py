@@ -37,7 +37,9 @@ def mixtures(draw: st.DrawFn) -> MixturePlan:
     window = draw(st.one_of(st.none(), st.integers(0, 7)))
     rows = [np.array(own, np.int64) for own in sets]
     try:
-        return make_mixture(rows, weights, by_epochs, seed, block * draw(st.integers(1, 3)), block, window)
+        return make_mixture(
+            rows, weights, by_epochs, seed, block * draw(st.sampled_from([1, 2, 3, 4, 6])), block, window
+        )
     except DataError:  # a set is smaller than its part of a step
         reject()
 

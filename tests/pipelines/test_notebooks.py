@@ -28,15 +28,44 @@ Shown = dict[str, list[Any]]
 
 @pytest.fixture(scope="module")
 def shown(quickstart: Quickstart, tmp_path_factory: pytest.TempPathFactory) -> Shown:
-    """The outputs of the notebooks that train, by their names. The first finds the run of the command finished."""
+    """The outputs of the notebooks, by their names. The first finds the run of the command finished."""
     small = {"NEV_NOTEBOOK_WORK": str(quickstart.folder), "NEV_NOTEBOOK_PICTURES": str(quickstart.pictures)}
     encoder = tmp_path_factory.mktemp("text") / "encoder"
     write_other_encoder(encoder)
+    sweep = write_made_up_sweep(tmp_path_factory.mktemp("sweep"))
     return run_notebooks(
         quickstart={**small, "NEV_NOTEBOOK_STEPS": str(quickstart.steps)},
         bring_your_own_encoder={**small, "NEV_NOTEBOOK_STEPS": "16", "NEV_NOTEBOOK_ENCODER": str(encoder)},
+        ablations={"NEV_NOTEBOOK_MLFLOW": sweep, "NEV_NOTEBOOK_SWEEP": "made-up"},
         search={**small, "NEV_NOTEBOOK_TEXTS": "300", "NEV_NOTEBOOK_PHOTOS": "64"},
     )
+
+
+def write_made_up_sweep(folder: Path) -> str:
+    """A finished sweep in MLflow, of results that nobody has trained. Returns MLflow's URI."""
+    sizes, metric = [64, 128, 256, 512], "zero_shot/top1"
+    raw = {"name": "made-up", "question": "How large?", "base": "b", "axes": {"train.global_batch": sizes}}
+    sweep = parse(Sweep, {**raw, "seeds": [0, 1, 2], "samples": 1000, "metrics": [metric]})
+    uri, output = f"sqlite:///{folder}/mlflow.db", str(folder)
+    parent = open_run(uri, "nev", "made-up", sweep, {"nev.kind": "sweep", "nev.sweep": "made-up"}, output)
+    results = [
+        TrialResult(
+            name=f"{arm}-{seed}",
+            arm=arm,
+            seed=seed,
+            metrics={metric: 0.1 + sizes.index(int(arm[0][1])) / 10 + seed / 100 * float(arm[0][1])},
+            samples=1000,
+            run_id="",
+            seconds=1.0,
+        )
+        for arm, _ in expand_arms(sweep)
+        for seed in sweep.seeds
+    ]
+    for file in write_report(
+        Outcome(sweep, results, {}), load(ROOT / "configs" / "quickstart.yaml"), str(folder / "made-up")
+    ):
+        parent.artifact(file)
+    return uri
 
 
 def write_other_encoder(folder: Path) -> None:
@@ -101,31 +130,11 @@ def finds_pictures(values: list[str]) -> bool:
     return bool(found > 2 * chance)
 
 
+@pytest.mark.ray
 @pytest.mark.slow
-def test_any_sweep_is_read_from_mlflow(tmp_path: Path) -> None:
-    sizes, metric = [64, 128, 256, 512], "zero_shot/top1"
-    raw = {"name": "made-up", "question": "How large?", "base": "b", "axes": {"train.global_batch": sizes}}
-    sweep = parse(Sweep, {**raw, "seeds": [0, 1, 2], "samples": 1000, "metrics": [metric]})
-    uri, output = f"sqlite:///{tmp_path}/mlflow.db", str(tmp_path)
-    parent = open_run(uri, "nev", "made-up", sweep, {"nev.kind": "sweep", "nev.sweep": "made-up"}, output)
-    results = [
-        TrialResult(
-            name=f"{arm}-{seed}",
-            arm=arm,
-            seed=seed,
-            metrics={metric: 0.1 + sizes.index(int(arm[0][1])) / 10 + seed / 100 * float(arm[0][1])},
-            samples=1000,
-            run_id="",
-            seconds=1.0,
-        )
-        for arm, _ in expand_arms(sweep)
-        for seed in sweep.seeds
-    ]
-    for file in write_report(
-        Outcome(sweep, results, {}), load(ROOT / "configs" / "quickstart.yaml"), str(tmp_path / "made-up")
-    ):
-        parent.artifact(file)
-    outputs = run_notebooks(ablations={"NEV_NOTEBOOK_MLFLOW": uri, "NEV_NOTEBOOK_SWEEP": "made-up"})["ablations"]
+@pytest.mark.timeout(600)
+def test_any_sweep_is_read_from_mlflow(shown: Shown) -> None:
+    outputs = shown["ablations"]
     assert "'12 of 12 trials are finished'" in read_values(outputs)
     assert count_pictures(outputs) == 1
     (said,) = (output["data"]["text/markdown"] for output in outputs if "text/markdown" in output.get("data", {}))
